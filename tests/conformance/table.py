@@ -1,0 +1,71 @@
+"""python -m tests.conformance.table FILES...: the results as one Markdown table, for README."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from .features import FEATURES
+from .judge import DROPPED, FAILED, HONOURED, REFUSED, UNDECIDED, as_json
+from .recorded import ROWS, recorded_cells
+from .sides import Json
+
+SHOWN = {HONOURED: "✓", REFUSED: "refused", DROPPED: "**dropped**", UNDECIDED: "–", FAILED: "error"}
+Column = tuple[str, dict[str, str]]  #: head, and the verdicts by feature
+NAMES = {"ollama": "Ollama", "vllm": "vLLM", "sglang": "SGLang", "llamacpp": "llama.cpp"}
+
+
+def verdicts(cells: Iterable[Json]) -> dict[str, str]:
+    return {cell["feature"]: cell["verdict"] for cell in cells}
+
+
+def columns(results: Sequence[Json]) -> list[Column]:
+    found: list[Column] = []
+    for result in results:
+        name = NAMES[result["engine"]]
+        for side, head in (("us", f"{name}, through us"), ("bare", f"{name}, bare")):
+            if side in result:
+                found.append((head, verdicts(result[side])))
+    asked = {result["engine"] for result in results if "bare" in result}
+    for engine in sorted({row[0] for row in ROWS} - asked):
+        found.append((f"{NAMES[engine]}, bare, recorded", verdicts(as_json(recorded_cells(engine)))))
+    return found
+
+
+def line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def totals(column: dict[str, str]) -> str:
+    count = list(column.values()).count(DROPPED)
+    return f"**{count}**" if count else "0"
+
+
+def markdown(results: Sequence[Json]) -> str:
+    table = columns(results)
+    rows = [row.name for row in FEATURES if any(row.name in cells for _, cells in table)]
+    lines = [line(["asked", *(head for head, _ in table)]), line(["---"] * (len(table) + 1))]
+    lines += [line([name, *(SHOWN.get(cells.get(name, ""), "") for _, cells in table)]) for name in rows]
+    lines.append(line(["**dropped in silence**", *(totals(cells) for _, cells in table)]))
+    return "\n".join([*lines, "", *(below(result) for result in results)])
+
+
+def below(result: Json) -> str:
+    said = f"{NAMES[result['engine']]} {result['version']}, {result['model']}, {result['date']}, {result['seconds']:.0f} s of asking"
+    if found := result.get("validity"):
+        said += f"; JSON validity of {found['answers']} answers: {found['valid']} valid, {found['honest error']} honest errors, {found['wrong']} wrong"
+    return f"- {said}."
+
+
+def main(files: Sequence[str]) -> int:
+    if not files:
+        sys.exit(__doc__)
+    print(markdown([json.loads(Path(name).read_text()) for name in files]))
+    print("\n✓ honoured · refused: by an error that names it · error: one that is no refusal · –: cannot be told apart here · empty: not asked.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,78 @@
+"""The embedded engine never outlives its parent: start, answer, end the parent, and watch every descendant go.
+
+python tests/kill_loop.py [--rounds 100] [--out tests/results/kill_loop.json]
+
+Each round's parent is ended by SIGKILL, SIGINT or a plain return, in turn. Figures are for an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PARENT = """
+import sys
+from llm_inference import LLMInferencer
+llm = LLMInferencer("llamacpp", launch=True)
+llm.generate("hi", max_tokens=2)
+print("up", flush=True)
+sys.stdin.readline()
+"""
+ENDS = ("SIGKILL", "SIGINT", "return")
+
+
+def descendants(pid: int) -> list[int]:
+    found, todo = [], [pid]
+    while todo:
+        for task in Path(f"/proc/{todo.pop()}/task").iterdir():
+            children = [int(child) for child in (task / "children").read_text().split()]
+            found += children
+            todo += children
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def one_round(end: str) -> float:
+    """Seconds from the parent's end to the end of its last descendant; 10 means never."""
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert parent.stdin is not None and parent.stdout is not None and parent.stdout.readline() == "up\n"
+    left = descendants(parent.pid)
+    assert len(left) == 2, "the watcher and the engine"
+    began = time.monotonic()
+    if end == "return":
+        parent.stdin.close()
+    else:
+        os.kill(parent.pid, getattr(signal, end))
+    while any(map(alive, left)) and time.monotonic() - began < 10:
+        time.sleep(0.01)
+    parent.wait()
+    return time.monotonic() - began
+
+
+def main() -> int:
+    options = argparse.ArgumentParser()
+    options.add_argument("--rounds", type=int, default=100)
+    options.add_argument("--out", type=Path)
+    args = options.parse_args()
+    spent = {end: [one_round(end) for _ in range(n, args.rounds, len(ENDS))] for n, end in enumerate(ENDS)}
+    result = {end: {"n": len(all_), "worst_s": round(max(all_), 3), "later_than_2_s": sum(s > 2 for s in all_)} for end, all_ in spent.items() if all_}
+    print(json.dumps(result, indent=1))
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if any(r["later_than_2_s"] for r in result.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

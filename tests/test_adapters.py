@@ -1,0 +1,585 @@
+"""The adapters: what exactly each engine is sent, what is refused before, and how an engine is found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import ALL, CHAT, Attach, Fake, chunks
+from fake_engine import Dialect, Reply
+
+import llm_inference
+from llm_inference import (
+    EngineNotInstalled,
+    EngineUnavailable,
+    InferenceError,
+    InvalidRequest,
+    LLMInferencer,
+    ModelNotFound,
+    UnsupportedFeature,
+)
+
+Make = Callable[..., Fake]
+MESSAGES = [{"role": "user", "content": "hi"}]
+SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "get_weather", "description": "d", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}
+OTHER: dict[str, Any] = {"type": "function", "function": {"name": "get_time", "parameters": {"type": "object"}}}
+NAMED = {"type": "function", "function": {"name": "get_time"}}
+OPENAI: tuple[Dialect, ...] = ("vllm", "sglang", "llamacpp")
+
+
+def base(dialect: Dialect, *, stream: bool = False) -> dict[str, Any]:
+    """What is sent when nothing is asked for. SGLang's and llama.cpp's whole answers are streams, folded."""
+    if dialect == "ollama":
+        return {"model": "m:latest", "messages": MESSAGES, "stream": stream, "truncate": False, "shift": False, "options": {}}
+    streamed = {"stream": True, "stream_options": {"include_usage": True}}
+    return {"model": "m", "messages": MESSAGES, **(streamed if stream or dialect != "vllm" else {})}
+
+
+def sent(engine: Fake, llm: LLMInferencer, prompt: Any = "hi", **fields: Any) -> dict[str, Any]:
+    llm.complete(prompt, **fields)
+    return engine.body
+
+
+# Each field --------------------------------------------------------------------------------------
+PLAIN: dict[str, tuple[Any, Any, Any]] = {  # field: value, what an OpenAI engine gets, what Ollama's options get
+    "max_tokens": (7, {"max_tokens": 7}, {"num_predict": 7}),
+    "temperature": (0.5, {"temperature": 0.5}, {"temperature": 0.5}),
+    "top_p": (0.9, {"top_p": 0.9}, {"top_p": 0.9}),
+    "top_k": (40, {"top_k": 40}, {"top_k": 40}),
+    "min_p": (0.1, {"min_p": 0.1}, {"min_p": 0.1}),
+    "seed": (0, {"seed": 0}, {"seed": 0}),
+    "presence_penalty": (-1.5, {"presence_penalty": -1.5}, {"presence_penalty": -1.5}),
+    "frequency_penalty": (0, {"frequency_penalty": 0}, {"frequency_penalty": 0}),
+    "repetition_penalty": (1.1, {"repetition_penalty": 1.1}, {"repeat_penalty": 1.1}),
+    "stop": ("x", {"stop": ["x"]}, {"stop": ["x"]}),
+}
+
+
+@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("field", PLAIN)
+def test_a_sampling_field_is_sent_under_the_engines_name_and_nothing_else_is(dialect: Dialect, field: str, fake: Make, attach: Attach) -> None:
+    engine = fake(dialect)
+    engine.flags["enable_deterministic_inference"] = True
+    value, openai, options = PLAIN[field]
+    expected = base(dialect)
+    if dialect == "ollama":
+        expected["options"] = options
+    elif dialect == "llamacpp" and field == "repetition_penalty":
+        expected["repeat_penalty"] = value
+    else:
+        expected |= openai
+    assert sent(engine, attach(engine), **{field: value}) == expected
+
+
+@pytest.mark.parametrize("dialect", ALL)
+def test_nothing_asked_nothing_sent(dialect: Dialect, fake: Make, attach: Attach) -> None:
+    engine = fake(dialect)
+    llm = attach(engine)
+    assert sent(engine, llm) == base(dialect)
+    list(llm.stream("hi"))
+    assert engine.body == base(dialect, stream=True)
+    assert [seen.path for seen in engine.asked] == [CHAT[dialect]] * 2
+
+
+@pytest.mark.parametrize("dialect", ALL)
+def test_stop_is_a_list_in_the_order_given(dialect: Dialect, fake: Make, attach: Attach) -> None:
+    engine = fake(dialect)
+    body = sent(engine, attach(engine), stop=["b", "a"])
+    assert (body["options"] if dialect == "ollama" else body)["stop"] == ["b", "a"]
+
+
+@pytest.mark.parametrize("dialect", ALL)
+def test_logprobs(dialect: Dialect, fake: Make, attach: Attach) -> None:
+    engine = fake(dialect)
+    assert sent(engine, attach(engine), logprobs=True, top_logprobs=3) == base(dialect) | {"logprobs": True, "top_logprobs": 3}
+
+
+def test_an_old_ollama_has_no_logprobs(fake: Make, attach: Attach) -> None:
+    engine = fake("ollama", version="0.12.10")
+    with pytest.raises(UnsupportedFeature, match="logprobs"):
+        attach(engine).complete("hi", logprobs=True)
+    assert engine.asked == []
+
+
+@pytest.mark.parametrize("dialect", ALL)
+def test_engine_options_are_sent_verbatim_over_everything_else(dialect: Dialect, fake: Make, attach: Attach) -> None:
+    engine = fake(dialect)
+    options: dict[str, Any] = {"options": {"num_ctx": 4096, "temperature": 1}, "keep_alive": "1m"} if dialect == "ollama" else {"ignore_eos": True, "temperature": 1}
+    body = sent(engine, attach(engine), temperature=0.5, max_tokens=3, engine_options=options)
+    if dialect == "ollama":
+        assert body["options"] == {"num_predict": 3, "num_ctx": 4096, "temperature": 1} and body["keep_alive"] == "1m"
+    else:
+        assert body == base(dialect) | {"max_tokens": 3} | options
+
+
+@pytest.mark.parametrize("dialect", ALL)
+def test_the_callers_values_are_not_changed(dialect: Dialect, fake: Make, attach: Attach) -> None:
+    engine = fake(dialect)
+    given: dict[str, Any] = {"tools": [TOOL], "engine_options": {"options": {"num_ctx": 1}} if dialect == "ollama" else {"x": {}}}
+    before, messages = json.dumps(given), [*MESSAGES, {"role": "assistant", "content": "ok"}, *MESSAGES]
+    for _ in range(2):
+        attach(engine).complete(messages, temperature=0, **given)
+    assert json.dumps(given) == before and len(messages) == 3
+
+
+# Constraints -------------------------------------------------------------------------------------
+def schema_form(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}}
+
+
+NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}  # or the answer could be lost in the reasoning
+CONSTRAINED: list[tuple[Dialect, str, dict[str, Any], dict[str, Any], str]] = [  # engine, version, asked, sent, an answer that fits
+    *((d, "", {"schema": SCHEMA}, schema_form(SCHEMA) | NO_THINKING, '{"a": "x"}') for d in OPENAI),
+    *((d, "", {"schema": {}}, {"response_format": {"type": "json_object"}} | NO_THINKING, "{}") for d in OPENAI),
+    ("vllm", "0.10.2", {"schema": SCHEMA}, schema_form(SCHEMA) | NO_THINKING, '{"a": "x"}'),
+    ("vllm", "0.10.2", {"choice": ["a", "b"]}, {"guided_choice": ["a", "b"]} | NO_THINKING, "a"),
+    ("vllm", "0.10.2", {"regex": "[ab]"}, {"guided_regex": "[ab]"} | NO_THINKING, "a"),
+    ("vllm", "0.10.2", {"grammar": 'root ::= "a"'}, {"guided_grammar": 'root ::= "a"'} | NO_THINKING, "a"),
+    *(("vllm", v, {"choice": ["a", "b"]}, {"structured_outputs": {"choice": ["a", "b"]}} | NO_THINKING, "a") for v in ("0.11.0", "0.32.0", "0.32.0+cpu")),
+    ("vllm", "0.32.0", {"regex": "[ab]"}, {"structured_outputs": {"regex": "[ab]"}} | NO_THINKING, "a"),
+    ("vllm", "0.32.0", {"grammar": 'root ::= "a"'}, {"structured_outputs": {"grammar": 'root ::= "a"'}} | NO_THINKING, "a"),
+    ("sglang", "", {"choice": ["a.b", "c|d"]}, {"regex": r"(a\.b|c\|d)"} | NO_THINKING, "a.b"),
+    ("sglang", "", {"regex": "[ab]"}, {"regex": "[ab]"} | NO_THINKING, "a"),
+    ("sglang", "", {"grammar": 'root ::= "a"'}, {"ebnf": 'root ::= "a"'} | NO_THINKING, "a"),
+    ("llamacpp", "", {"choice": ["a", 'b"\\\n北']}, {"grammar": 'root ::= "a" | "b\\"\\\\\\n北"'} | NO_THINKING, "a"),
+    ("llamacpp", "", {"grammar": 'root ::= "a"'}, {"grammar": 'root ::= "a"'} | NO_THINKING, "a"),
+    ("ollama", "", {"schema": SCHEMA}, {"format": SCHEMA}, '{"a": "x"}'),
+    ("ollama", "", {"schema": {}}, {"format": "json"}, "{}"),
+    ("ollama", "", {"choice": ["a", "北"]}, {"format": {"type": "string", "enum": ["a", "北"]}}, '"北"'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dialect", "version", "asked", "expected", "answer"), CONSTRAINED, ids=lambda v: str(v)[:30])
+def test_a_constraint_is_translated_exactly(
+    dialect: Dialect, version: str, asked: dict[str, Any], expected: dict[str, Any], answer: str, fake: Make, attach: Attach
+) -> None:
+    engine = fake(dialect, version=version or None)
+    engine.answer = lambda ask: answer
+    done = attach(engine).complete("hi", **asked)
+    assert engine.body == base(dialect) | expected
+    assert len(engine.asked) == 1 and done.enforced_by == "engine" and done.result is not None
+
+
+def test_llama_cpps_regex_is_a_lark_terminal(fake: Make, attach: Attach) -> None:
+    engine = fake("llamacpp")
+    for regex, answer, inside in ((r"a/b", "a/b", r"/a\/b/"), (r"a\/b", "a/b", r"/a\/b/"), ("a\nb", "a\nb", r"/a\nb/"), (r"a\\/b", r"a\/b", r"/a\\\/b/")):
+        engine.answer = lambda ask, answer=answer: answer
+        attach(engine).complete("hi", regex=regex)
+        assert engine.body["grammar"] == "%llguidance {}\nstart: " + inside
+
+
+@pytest.mark.parametrize("field", ["regex", "grammar"])
+def test_ollama_refuses_what_it_has_no_field_for_and_says_what_would_work(field: str, fake: Make, attach: Attach) -> None:
+    engine = fake("ollama")
+    with pytest.raises(UnsupportedFeature, match=field) as caught:
+        attach(engine).complete("hi", **{field: "a"})
+    assert "ollama" in caught.value.reason and "vllm" in caught.value.mend and engine.asked == []
+
+
+def test_a_lark_grammar_that_would_be_ignored_is_refused(fake: Make, attach: Attach) -> None:
+    engine = fake("llamacpp")
+    with pytest.raises(UnsupportedFeature, match="Lark"):
+        attach(engine).complete("hi", grammar="%llguidance {}\nstart: /a/")
+    assert engine.asked == []
+
+
+@pytest.mark.parametrize("dialect", ALL)
+def test_ignore_drops_and_names_what_is_not_there(dialect: Dialect, fake: Make, attach: Attach) -> None:
+    engine = fake(dialect)
+    engine.capabilities = ["completion"]
+    engine.flags = {}
+    if dialect == "vllm":  # vLLM does not tell whether it has a tool parser: what it can be told to ignore is `think`
+        asked: dict[str, Any] = {"think": True}
+    else:
+        asked = {"tools": [TOOL], "think": True}
+    done = attach(engine).complete("hi", on_unsupported="ignore", temperature=0, **asked)
+    assert set(done.ignored) == set(asked) and "tools" not in engine.body and "think" not in engine.body
+    with pytest.raises(UnsupportedFeature) as caught:
+        attach(engine).complete("hi", **asked)
+    assert all(name in str(caught.value) for name in asked)
+
+
+def test_an_ignored_constraint_is_still_checked(fake: Make, attach: Attach) -> None:
+    engine = fake("ollama")
+    engine.answer = lambda ask: "123"
+    done = attach(engine).complete("hi", regex="[0-9]+", on_unsupported="ignore")
+    assert (done.text, done.ignored, done.enforced_by, done.result) == ("123", ("regex",), "checked", "123")
+
+
+# Tools, images, thinking -------------------------------------------------------------------------
+@pytest.mark.parametrize("dialect", OPENAI)
+def test_tools_as_they_are(dialect: Dialect, fake: Make, attach: Attach) -> None:
+    engine = fake(dialect)
+    body = sent(engine, attach(engine), tools=[TOOL, OTHER])
+    assert body == base(dialect) | {"tools": [TOOL, OTHER]}
+    assert sent(engine, attach(engine), tools=[TOOL], tool_choice="auto") == base(dialect) | {"tools": [TOOL], "tool_choice": "auto"}
+
+
+@pytest.mark.parametrize("dialect", ALL)
+def test_tool_choice_none_is_no_tools(dialect: Dialect, fake: Make, attach: Attach) -> None:
+    engine = fake(dialect)
+    assert sent(engine, attach(engine), tools=[TOOL], tool_choice="none") == base(dialect)
+
+
+def test_sglang_enforces_a_forced_tools_schema_with_strict_only(fake: Make, attach: Attach) -> None:
+    engine = fake("sglang")
+    strict = [{**t, "function": {**t["function"], "strict": True}} for t in (TOOL, OTHER)]
+    assert sent(engine, attach(engine), tools=[TOOL, OTHER], tool_choice="required") == base("sglang") | {"tools": strict, "tool_choice": "required"}
+
+
+@pytest.mark.parametrize("dialect", ["sglang", "llamacpp"])
+def test_a_named_function_is_offered_alone_where_another_might_be_called(dialect: Dialect, fake: Make, attach: Attach) -> None:
+    engine = fake(dialect)
+    alone = {**OTHER, "function": {**OTHER["function"], "strict": True}}
+    assert sent(engine, attach(engine), tools=[TOOL, OTHER], tool_choice=NAMED) == base(dialect) | {"tools": [alone], "tool_choice": "required"}
+
+
+def test_vllm_is_sent_a_named_function(fake: Make, attach: Attach) -> None:
+    """vLLM too constrains the arguments only where `strict` is said (WIRE): a forced call must say so."""
+    engine = fake("vllm")
+    body = sent(engine, attach(engine), tools=[TOOL, OTHER], tool_choice=NAMED)
+    assert body["tool_choice"] == NAMED
+    assert all(tool["function"].get("strict") is True for tool in body["tools"])
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+def test_ollama_refuses_a_forced_tool(choice: Any, fake: Make, attach: Attach) -> None:
+    engine = fake("ollama")
+    with pytest.raises(UnsupportedFeature, match="tool_choice"):
+        attach(engine).complete("hi", tools=[TOOL, OTHER], tool_choice=choice)
+    assert engine.asked == []
+
+
+def test_ollama_gets_tools_and_no_tool_choice(fake: Make, attach: Attach) -> None:
+    engine = fake("ollama")
+    for choice in (None, "auto"):
+        assert sent(engine, attach(engine), tools=[TOOL], tool_choice=choice) == base("ollama") | {"tools": [TOOL]}
+
+
+IMAGE = "data:image/png;base64,iVBORw0KGgo="
+SEEN = [{"role": "user", "content": [{"type": "text", "text": "what "}, {"type": "image_url", "image_url": {"url": IMAGE, "detail": "low"}}, {"type": "text", "text": "is it?"}]}]
+CALLED = [
+    {"role": "developer", "content": "be brief"},
+    {"role": "user", "content": "weather?"},
+    {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "北京"}'}}]},
+    {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
+]
+
+
+def test_ollama_gets_images_as_bare_base64(fake: Make, attach: Attach) -> None:
+    engine = fake("ollama")
+    engine.capabilities = ["completion", "vision"]
+    assert sent(engine, attach(engine), SEEN)["messages"] == [{"role": "user", "content": "what is it?", "images": ["iVBORw0KGgo="]}]
+
+
+def test_ollama_gets_tool_messages_in_its_own_shape(fake: Make, attach: Attach) -> None:
+    engine = fake("ollama")
+    assert sent(engine, attach(engine), CALLED, tools=[TOOL])["messages"] == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "get_weather", "arguments": {"city": "北京"}}}]},
+        {"role": "tool", "content": "sunny", "tool_name": "get_weather"},
+    ]
+
+
+@pytest.mark.parametrize("dialect", OPENAI)
+def test_openai_engines_get_the_messages_as_they_are(dialect: Dialect, fake: Make, attach: Attach) -> None:
+    engine = fake(dialect)
+    engine.capabilities = ["completion", "tools", "vision"]
+    for messages in (CALLED, SEEN) if dialect != "sglang" else (CALLED,):
+        assert sent(engine, attach(engine), messages)["messages"] == messages
+
+
+@pytest.mark.parametrize("arguments", ["{", "not json", "[1", '{"a": NaN}'])
+def test_arguments_in_the_history_that_are_no_json_are_the_callers(arguments: str, fake: Make, attach: Attach) -> None:
+    engine = fake("ollama")
+    messages = [*CALLED[:2], {"role": "assistant", "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": arguments}}]}]
+    with pytest.raises(InvalidRequest, match="arguments"):
+        attach(engine).complete(messages)
+    assert engine.asked == []
+
+
+@pytest.mark.parametrize("dialect", ["ollama", "llamacpp"])
+def test_an_image_for_a_model_that_cannot_see_is_refused_even_under_ignore(dialect: Dialect, fake: Make, attach: Attach) -> None:
+    engine = fake(dialect)
+    for how in ("error", "ignore"):
+        with pytest.raises(UnsupportedFeature, match="images"):
+            attach(engine).complete(SEEN, on_unsupported=how)
+    assert engine.asked == []
+
+
+def test_thinking_on_each_engine(fake: Make, attach: Attach) -> None:
+    ollama, vllm, sglang = fake("ollama"), fake("vllm"), fake("sglang")
+    ollama.reasoning = sglang.reasoning = vllm.reasoning = "hm"
+    sglang.flags["reasoning_parser"] = "qwen3"
+    for think in (True, False, "low"):
+        assert sent(ollama, attach(ollama), think=think) == base("ollama") | {"think": think}
+        for tokens in ([1, 2], [1]):  # the rendered prompt differs: the template looks at it
+            vllm.script(Reply(headers={"content-type": "application/json"}, pieces=[json.dumps({"count": 1, "tokens": tokens}).encode()]), "/tokenize")
+        for engine in (vllm, sglang):
+            expected: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": bool(think)}}
+            if isinstance(think, str):
+                expected["reasoning_effort"] = think
+            assert sent(engine, attach(engine), think=think) == base(engine.dialect) | expected
+
+
+@pytest.mark.parametrize("dialect", ALL)
+def test_thinking_is_refused_where_the_model_does_not(dialect: Dialect, fake: Make, attach: Attach) -> None:
+    engine = fake(dialect)
+    with pytest.raises(UnsupportedFeature, match="think"):
+        attach(engine).complete("hi", think=True)
+    assert engine.asked == []
+
+
+@pytest.mark.parametrize(("field", "value", "flag"), [("seed", 1, "--enable-deterministic-inference"), ("think", True, "--reasoning-parser"), ("tools", [TOOL], "--tool-call-parser")])
+def test_sglang_refuses_what_it_was_not_started_for_and_names_the_flag(field: str, value: Any, flag: str, fake: Make, attach: Attach) -> None:
+    engine = fake("sglang")
+    engine.flags, engine.capabilities = {}, ["completion"]
+    with pytest.raises(UnsupportedFeature, match=field) as caught:
+        attach(engine).complete("hi", **{field: value})
+    assert flag in caught.value.mend and engine.asked == []
+
+
+# Embeddings, models, pull ------------------------------------------------------------------------
+@pytest.mark.parametrize("dialect", ALL)
+def test_embeddings(dialect: Dialect, fake: Make, attach: Attach) -> None:
+    engine = fake(dialect)
+    engine.capabilities = ["embedding"]
+    vectors = attach(engine).embed(["a", "北京"])
+    assert [round(vector[0], 2) for vector in vectors] == [0.01, 0.02] and len(vectors[0]) == 8
+    seen = engine.requests[-1]
+    if dialect == "ollama":
+        assert (seen.path, seen.json) == ("/api/embed", {"model": "m:latest", "input": ["a", "北京"], "truncate": False})
+    else:
+        assert (seen.path, seen.json) == ("/v1/embeddings", {"model": "m", "input": ["a", "北京"], "encoding_format": "float"})
+
+
+@pytest.mark.parametrize(("dialect", "name"), [("ollama", "13_embed_string"), ("vllm", "embeddings"), ("sglang", "embeddings"), ("llamacpp", "plain_post_v1_embeddings")])
+def test_a_chat_server_has_no_embeddings(dialect: Dialect, name: str, fake: Make, attach: Attach) -> None:
+    engine = fake(dialect)
+    engine.replay(name)
+    with pytest.raises(UnsupportedFeature):
+        attach(engine).embed("a")
+
+
+@pytest.mark.parametrize("dialect", ALL)
+def test_models(dialect: Dialect, fake: Make, attach: Attach) -> None:
+    engine = fake(dialect, model="smol")
+    engine.context = 4321
+    (model,) = attach(engine).models()
+    assert (model.name, model.context_length) == ("smol:latest" if dialect == "ollama" else "smol", 4321)
+
+
+def test_ollama_pulls_and_others_say_that_they_do_not(fake: Make, attach: Attach) -> None:
+    engine = fake("ollama")
+    attach(engine).pull("new")
+    assert engine.models == ["m", "new"]
+    for name in ("14_pull_unreachable_stream", "14_pull_bad_name"):
+        engine.replay(name)
+        with pytest.raises(InferenceError):
+            attach(engine).pull("other")
+    for dialect in ("vllm", "sglang"):
+        with pytest.raises(UnsupportedFeature, match="pull"):
+            attach(fake(dialect)).pull("x")
+    with pytest.raises(ModelNotFound):
+        attach(fake("llamacpp")).pull("x")
+
+
+# Finding an engine -------------------------------------------------------------------------------
+@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("form", ["{url}", "{host}", "{url}/", "{url}/v1", "{host}/v1/"])
+def test_attach_by_base_url_in_any_form(dialect: Dialect, form: str, fake: Make, attach: Attach) -> None:
+    engine = fake(dialect)
+    llm = attach(dialect, base_url=form.format(url=engine.base_url, host=engine.base_url.removeprefix("http://")))
+    assert llm.health() == {"engine_type": dialect, "healthy": True, "how": "attached by base_url", "version": engine.version, "models": [m.name for m in llm.models()]}
+
+
+@pytest.mark.parametrize("dialect", ALL)
+def test_attach_by_the_environment(dialect: Dialect, fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, other = fake(dialect), fake(dialect)
+    name = LLMInferencer.ENGINE_MAP[dialect].url_env  # type: ignore[attr-defined]
+    assert name in ("OLLAMA_HOST", "VLLM_BASE_URL", "SGLANG_BASE_URL", "LLAMACPP_BASE_URL")
+    monkeypatch.setenv(name, engine.base_url.replace("http://127.0.0.1", "0.0.0.0"))
+    assert attach(dialect).health()["how"] == f"attached by {name}"
+    attach(dialect, base_url=other.base_url).generate("hi")  # base_url comes first
+    assert other.asked and not engine.asked
+
+
+@pytest.mark.parametrize("dialect", ALL)
+def test_the_default_port_is_taken_only_from_the_engine_itself(dialect: Dialect, fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
+    cls = LLMInferencer.ENGINE_MAP[dialect]
+    engine = fake(dialect)
+    monkeypatch.setattr(cls, "default_url", engine.base_url)
+    assert attach(dialect).health()["how"] == f"found on port {engine.port}"
+    for other in ALL:
+        if other != dialect:
+            wrong = fake(other)
+            monkeypatch.setattr(cls, "default_url", wrong.base_url)
+            with pytest.raises((EngineUnavailable, EngineNotInstalled)):
+                attach(dialect, launch=False).generate("hi")
+            assert wrong.asked == []
+
+
+@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("other", ALL)
+def test_a_base_url_of_another_engine_is_told_apart(dialect: Dialect, other: Dialect, fake: Make, attach: Attach) -> None:
+    if dialect == other:
+        return
+    wrong = fake(other)
+    with pytest.raises(EngineUnavailable) as caught:
+        attach(dialect, base_url=wrong.base_url).generate("hi")
+    assert other in str(caught.value) and wrong.asked == []
+
+
+@pytest.mark.parametrize("dialect", ALL)
+def test_nobody_there_is_told_with_what_would_start_it(dialect: Dialect, fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = fake(dialect)
+    gone.stop()
+    cls = LLMInferencer.ENGINE_MAP[dialect]
+    monkeypatch.setattr(cls, "default_url", gone.base_url)
+    for options in ({"base_url": gone.base_url}, {"launch": False}):
+        llm = attach(dialect, **options)
+        with pytest.raises(EngineUnavailable) as caught:
+            llm.generate("hi")
+        assert caught.value.retryable and cls.start_hint in str(caught.value)  # type: ignore[attr-defined]
+        health = llm.health()
+        assert health["healthy"] is False and health["error"]
+
+
+@pytest.mark.parametrize("dialect", ["ollama", "vllm", "sglang"])
+def test_an_engine_that_is_not_installed_says_how_to_install_it(dialect: Dialect, fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = fake(dialect)
+    gone.stop()
+    cls = LLMInferencer.ENGINE_MAP[dialect]
+    monkeypatch.setattr(cls, "default_url", gone.base_url)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(EngineNotInstalled) as caught:
+        attach(dialect).generate("hi")
+    assert cls.install_hint in caught.value.mend and cls.start_hint in caught.value.mend  # type: ignore[attr-defined]
+
+
+def test_auto_takes_the_first_that_answers(fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone, sglang, llamacpp = fake("vllm"), fake("sglang"), fake("llamacpp")
+    gone.stop()
+    for dialect, there in (("ollama", gone), ("vllm", gone), ("sglang", sglang), ("llamacpp", llamacpp)):
+        monkeypatch.setattr(LLMInferencer.ENGINE_MAP[dialect], "default_url", there.base_url)
+    llm = attach("auto")  # type: ignore[arg-type]
+    assert llm.engine_type == "auto" and llm.generate("hi") == sglang.text and llm.engine_type == "sglang"
+    named = attach("auto", "llamacpp/m")  # type: ignore[arg-type]
+    assert named.generate("hi") == llamacpp.text and named.engine_type == "llamacpp"
+
+
+def test_auto_without_any_engine_says_so(fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = fake("vllm")
+    gone.stop()
+    for dialect in ALL:
+        monkeypatch.setattr(LLMInferencer.ENGINE_MAP[dialect], "default_url", gone.base_url)
+    with pytest.raises(EngineUnavailable) as caught:
+        attach("auto", launch=False).generate("hi")  # type: ignore[arg-type]
+    assert all(dialect in caught.value.mend for dialect in ALL)
+
+
+# Keys and headers --------------------------------------------------------------------------------
+@pytest.mark.parametrize("dialect", ALL)
+def test_a_key_goes_out_as_bearer(dialect: Dialect, fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = fake(dialect)
+    engine.api_key = "sekret"
+    attach(engine, api_key="sekret").generate("hi")
+    monkeypatch.setenv(LLMInferencer.ENGINE_MAP[dialect].key_env, "sekret")  # type: ignore[attr-defined]
+    attach(engine).generate("hi")
+    assert {seen.headers.get("authorization") for seen in engine.requests} == {"Bearer sekret"}
+
+
+@pytest.mark.parametrize("dialect", OPENAI)
+@pytest.mark.parametrize("key", [None, "wr0ng"])
+def test_a_refused_key_is_told_and_not_shown(dialect: Dialect, key: str | None, fake: Make, attach: Attach) -> None:
+    engine = fake(dialect)
+    engine.api_key = "sekret"
+    with pytest.raises(InferenceError) as caught:
+        attach(engine, api_key=key).generate("hi")
+    assert "key" in str(caught.value) and "wr0ng" not in str(caught.value) and engine.asked == []
+    assert caught.value.mend and caught.value.code == 500
+
+
+@pytest.mark.parametrize("dialect", ALL)
+def test_no_key_no_header_and_no_compression(dialect: Dialect, fake: Make, attach: Attach) -> None:
+    engine = fake(dialect)
+    attach(engine).generate("hi")
+    for seen in engine.requests:
+        assert "authorization" not in seen.headers and seen.headers["accept-encoding"] == "identity"
+    assert engine.asked[-1].headers["content-type"] == "application/json"
+
+
+def test_no_proxy_and_no_redirect_is_followed(fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, proxy = fake("vllm"), fake("vllm")
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, proxy.base_url)
+    llm = attach(engine)
+    assert llm.generate("hi") == engine.text and proxy.requests == []
+    engine.reply(Reply(status=307, headers={"location": f"{proxy.base_url}/v1/chat/completions"}, pieces=[b""]))
+    with pytest.raises(InferenceError):
+        llm.generate("hi")
+    assert proxy.requests == []
+
+
+@pytest.mark.parametrize("dialect", ALL)
+def test_questions_about_the_engine_are_asked_once(dialect: Dialect, fake: Make, attach: Attach) -> None:
+    engine = fake(dialect)
+    llm = attach(engine, "m")
+    llm.complete("hi", temperature=0)
+    before = len(engine.requests)
+    for _ in range(3):
+        llm.complete("hi", temperature=0)
+    assert len(engine.requests) == before + 3
+
+
+@pytest.mark.parametrize("dialect", ALL)
+def test_an_engine_that_restarts_is_found_again(dialect: Dialect, fake: Make, attach: Attach) -> None:
+    engine = fake(dialect)
+    llm = attach(engine)
+    llm.generate("hi")
+    engine.stop()
+    with pytest.raises(EngineUnavailable):
+        llm.generate("hi")
+    engine.start()
+    assert llm.generate("hi") == engine.text
+
+
+def test_a_relaunched_engine_of_another_version_is_asked_anew(fake: Make, attach: Attach) -> None:
+    """An upgrade of vLLM behind the same address: the constraint must not go out under the name that the new one ignores."""
+    engine = fake("vllm", version="0.10.2")
+    engine.answer = lambda ask: "a"
+    llm = attach(engine)
+    llm.complete("hi", choice=["a"])
+    assert "guided_choice" in engine.body
+    engine.stop()
+    with pytest.raises(EngineUnavailable):
+        llm.complete("hi", choice=["a"])
+    engine.version = "0.32.0"
+    engine.start()
+    llm.complete("hi", choice=["a"])
+    assert "structured_outputs" in engine.body
+
+
+# A new engine ------------------------------------------------------------------------------------
+def test_a_new_engine_is_a_subclass_in_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Parrot(llm_inference.BaseLLMAdapter):
+        engine_type = "parrot"
+
+        async def _stream(self, request: llm_inference.GenerateRequest) -> Any:
+            for word in str(request.messages[-1].get("content")).split():
+                yield [llm_inference.Chunk(text=word)]
+            yield [llm_inference.Chunk(finish_reason="stop")]
+
+    monkeypatch.setitem(LLMInferencer.ENGINE_MAP, "parrot", Parrot)
+    llm = LLMInferencer("parrot")
+    assert llm.generate("a b") == "ab" and list(llm.stream("a b")) == ["a", "b"]
+    done = llm.complete("a b")
+    assert (done.engine_type, done.finish_reason, done.model_name) == ("parrot", "stop", "parrot")
+    assert [chunk.finish_reason for chunk in chunks(llm, "a b")] == [None, None, "stop"]
+    with pytest.raises(UnsupportedFeature, match="temperature"):
+        llm.generate("a", temperature=1)
+    assert llm.complete("a", temperature=1, on_unsupported="ignore").ignored == ("temperature",)

@@ -1,0 +1,1141 @@
+"""The HTTP API (section 11) over real sockets: envelope, strictness, streams, limits, who gets in."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from fake_engine import TEXT, Reply
+from serving import API, KINDS, SOON, Command, Fake, Stand, descendants, enveloped, free_port, good, hang_up, payloads, refused, refused_v1, run, serving, until
+
+import llm_inference as product
+
+pytest_plugins = ("serving",)
+pytestmark = pytest.mark.usefixtures("alone")
+
+MARK = "x-nobody-may-echo-this-x"
+ROUTES = ("/generate", "/chat", "/structured-generate")
+CITY = {"city": "string", "population": "number"}
+PARIS = {"city": "Paris", "population": 2.1}
+HI: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
+
+
+def body_of(route: str, **more: Any) -> dict[str, Any]:
+    words: dict[str, Any] = {"messages": HI} if route == "/chat" else {"prompt": "hi"}
+    return words | ({"schema": CITY} if route == "/structured-generate" else {}) | more
+
+
+def answers_json(stand: Stand, value: Any = PARIS) -> None:
+    stand.engine.answer = lambda ask: json.dumps(value)
+
+
+# ----------------------------------------------------------------------------------------------- the three routes
+
+
+def test_generate_answers_whole(stand: Stand) -> None:
+    data = good(stand.post("/generate", prompt="hi", max_tokens=64))
+    assert set(data) == {"text", "finish_reason", "usage", "engine_type", "model_name", "timing"}
+    assert (data["text"], data["finish_reason"], data["engine_type"]) == (TEXT, "stop", stand.engine.dialect)
+    assert set(data["usage"]) == {"prompt_tokens", "completion_tokens", "total_tokens"}
+    assert data["usage"]["total_tokens"] == data["usage"]["prompt_tokens"] + data["usage"]["completion_tokens"] > 0
+    assert set(data["timing"]) == {"ttft", "total", "tokens_per_second"} and data["timing"]["total"] > 0
+
+
+def test_generate_is_chat_with_one_user_message(stand: Stand) -> None:
+    good(stand.post("/generate", prompt="hi"))
+    good(stand.post("/chat", messages=HI))
+    one, other = stand.engine.asked()
+    assert one == other and one["messages"] == HI
+
+
+def test_chat_adds_the_message(stand: Stand) -> None:
+    data = good(stand.post("/chat", messages=HI))
+    assert data["message"] == {"role": "assistant", "content": TEXT} and data["text"] == TEXT
+
+
+def test_structured_generate_adds_the_checked_result(stand: Stand) -> None:
+    answers_json(stand)
+    data = good(stand.post("/structured-generate", prompt="hi", schema=CITY))
+    assert data["result"] == PARIS and data["enforced_by"] == "engine"
+    assert good(stand.post("/structured-generate", messages=HI, schema=CITY))["result"] == PARIS
+
+
+def test_structured_generate_without_a_schema_means_any_object(stand: Stand) -> None:
+    answers_json(stand, {"a": [1]})
+    assert good(stand.post("/structured-generate", prompt="hi"))["result"] == {"a": [1]}
+
+
+def test_choice_is_a_constraint_of_every_engine(stand: Stand) -> None:
+    stand.engine.answer = lambda ask: '"yes"' if stand.engine.dialect == "ollama" else "yes"
+    assert good(stand.post("/structured-generate", prompt="hi", choice=["yes", "no"]))["result"] == "yes"
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_real_embedded_engine_answers_whole_and_streamed(real: httpx.Client, route: str) -> None:
+    body = body_of(route, max_tokens=60 if route == "/structured-generate" else 16, temperature=0, seed=1)
+    data = good(real.post(API + route, json=body))
+    assert data["text"] and data["usage"]["completion_tokens"] > 0 and data["engine_type"] == "llamacpp"
+    events = payloads(real.post(API + route, json={**body, "stream": True}))
+    last = check_stream(events)
+    assert "".join(e["data"].get("delta", "") for e in events[:-1]) == data["text"]
+    if route == "/structured-generate":
+        assert last["result"] == data["result"] == json.loads(data["text"])
+
+
+# ----------------------------------------------------------------------------------------------- streams
+
+
+def check_stream(events: list[Any]) -> dict[str, Any]:
+    """The law of a streamed answer; the last event's data."""
+    *items, done = events
+    assert done == "[DONE]" and items
+    for item in items:
+        assert enveloped(item)["code"] == 200 and item["msg"] == "success"
+    assert len({item["request_id"] for item in items}) == 1
+    assert ["finish_reason" in item["data"] for item in items] == [False] * (len(items) - 1) + [True]
+    last: dict[str, Any] = items[-1]["data"]
+    assert {"usage", "timing"} <= set(last) and set(last["usage"]) == {"prompt_tokens", "completion_tokens", "total_tokens"}
+    for item in items[:-1]:
+        assert set(item["data"]) <= {"delta", "reasoning_delta", "tool_call_delta", "logprobs"} and item["data"]
+    return last
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_stream_is_envelopes_then_done(stand: Stand, route: str) -> None:
+    if route == "/structured-generate":
+        answers_json(stand)
+    events = stand.events(route, **body_of(route))
+    last = check_stream(events)
+    whole = good(stand.post(route, **body_of(route)))
+    assert "".join(e["data"].get("delta", "") for e in events[:-1]) == whole["text"]
+    assert (last["finish_reason"], last["usage"]) == (whole["finish_reason"], whole["usage"])
+    assert ("result" in last) == (route == "/structured-generate")
+    if route == "/structured-generate":
+        assert last["result"] == PARIS
+
+
+def test_bytes_that_arrive_one_by_one_make_the_same_stream(stand: Stand) -> None:
+    stand.engine.text = "a\u2028b \u0085 北京 🚲 end"
+    whole = good(stand.post("/generate", prompt="hi"))["text"]
+    stand.engine.slice = 1
+    events = stand.events("/generate", prompt="hi")
+    check_stream(events)
+    assert "".join(e["data"].get("delta", "") for e in events[:-1]) == whole == stand.engine.text
+
+
+def test_a_cut_answer_says_so(stand: Stand) -> None:
+    assert good(stand.post("/generate", prompt="hi", max_tokens=2))["finish_reason"] == "length"
+    assert check_stream(stand.events("/generate", prompt="hi", max_tokens=2))["finish_reason"] == "length"
+
+
+def test_reasoning_comes_under_its_own_name() -> None:
+    for dialect in ("ollama", "vllm", "sglang", "llamacpp"):
+        with Stand(dialect, reasoning="let me think") as stand:
+            data = good(stand.post("/chat", messages=HI))
+            assert (data["reasoning"], data["text"], data["message"]["content"]) == ("let me think", TEXT, TEXT)
+            events = stand.events("/chat", messages=HI)
+            check_stream(events)
+            assert "".join(e["data"].get("reasoning_delta", "") for e in events[:-1]) == "let me think"
+            assert "".join(e["data"].get("delta", "") for e in events[:-1]) == TEXT
+
+
+TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}
+
+
+def test_tool_calls_whole_and_streamed(stand: Stand) -> None:
+    stand.engine.tool_call = ("get_weather", {"city": "巴黎"})
+    data = good(stand.post("/chat", messages=HI, tools=[TOOL]))
+    (call,) = data["tool_calls"]
+    assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("get_weather", {"city": "巴黎"})
+    assert data["finish_reason"] == "tool_calls" and data["message"]["tool_calls"] == data["tool_calls"] and data["text"] == ""
+    events = stand.events("/chat", messages=HI, tools=[TOOL])
+    assert check_stream(events)["finish_reason"] == "tool_calls"
+    deltas = [each for e in events[:-1] for each in e["data"].get("tool_call_delta", ())]
+    assert json.loads("".join(d["function"].get("arguments") or "" for d in deltas)) == {"city": "巴黎"}
+
+
+@pytest.mark.parametrize("end", ["eof", "reset"])
+def test_a_late_failure_is_an_envelope_and_no_done(stand: Stand, end: Any) -> None:
+    first = stand.engine._native(True, {"model": "m", "messages": HI}) if stand.engine.dialect == "ollama" else stand.engine._openai(True, {"messages": HI, "stream": True})
+    stand.engine.script(Reply(headers=first.headers, pieces=first.pieces[:4], end=end, gap=0.05))
+    events = payloads(stand.post("/chat", messages=HI, stream=True))
+    *before, last = events
+    assert "[DONE]" not in events and before and not any("finish_reason" in e["data"] for e in before)
+    assert enveloped(last)["code"] == 500 and last["data"] is None and last["msg"].startswith("bad_engine_reply: ")
+    assert last["request_id"] == before[0]["request_id"]
+
+
+def test_a_streamed_answer_that_does_not_fit_ends_as_an_error(stand: Stand) -> None:
+    answers_json(stand, {"city": 7})
+    events = payloads(stand.post("/structured-generate", prompt="hi", schema=CITY, stream=True))
+    assert "[DONE]" not in events and enveloped(events[-1])["code"] == 500
+    assert events[-1]["msg"].startswith("structured_output_invalid: ") and events[-1]["data"] is None
+
+
+def test_a_whole_answer_that_does_not_fit_is_asked_for_once_more(stand: Stand) -> None:
+    answers_json(stand, {"city": 7})
+    refused(stand.post("/structured-generate", prompt="hi", schema=CITY), "structured_output_invalid")
+    assert len(stand.engine.asked()) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_early_failure_has_its_real_status(stand: Stand, stream: bool) -> None:
+    assert "did you mean" in refused(stand.post("/chat", messages=HI, stream=stream, engine_type="vlm"), "unknown_engine")
+    stand.engine.script(Reply(status=500, headers={"content-type": "application/json"}, pieces=[b'{"error":"CUDA out of memory"}']))
+    refused(stand.post("/chat", messages=HI, stream=stream), "out_of_memory")
+    stand.engine.script(Reply(status=503, headers={"content-type": "application/json"}, pieces=[b'{"error":"maximum pending requests"}']))
+    assert refused(stand.post("/chat", messages=HI, stream=stream), "engine_overloaded")
+    stand.engine.script(Reply(pieces=[b"<html>hello</html>"], headers={"content-type": "text/html"}))
+    refused(stand.post("/chat", messages=HI, stream=stream), "bad_engine_reply")
+    stand.engine.script(Reply(status=302, headers={"location": "http://127.0.0.1:9/"}))
+    refused(stand.post("/chat", messages=HI, stream=stream), "bad_engine_reply")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_is_not_there(stand: Stand, stream: bool) -> None:
+    message = refused(stand.post("/chat", messages=HI, stream=stream, model_name="nope"), "model_not_found")
+    assert "nope" in message and "m" in message.partition("nope")[2]  # what is there
+    assert stand.engine.live == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_went_away(stream: bool) -> None:
+    with Stand("vllm") as stand:
+        stand.engine.stop()
+        assert "start it" in refused(stand.post("/chat", messages=HI, stream=stream), "engine_unavailable")
+        stand.engine.start()
+        assert stand.post("/chat", messages=HI, stream=stream).status_code == 200
+
+
+def test_silence_is_filled_with_comments(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "KEEP_ALIVE_COMMENT", 0.03)
+    stand.engine.pace, stand.engine.text = 0.1, "a b"
+    reply = stand.post("/chat", messages=HI, stream=True)
+    check_stream(payloads(reply))
+    assert reply.text.count(": keep-alive\n\n") >= 2
+    reply = stand.post("/v1/chat/completions", model=stand.model, messages=HI, stream=True)
+    assert reply.text.count(": keep-alive\n\n") >= 2 and reply.text.endswith("data: [DONE]\n\n")
+
+
+# ----------------------------------------------------------------------------------------------- envelope and status
+
+
+def test_every_answer_is_an_envelope(vllm: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in ("/nope", API, f"{API}/nope", f"{API}/generate/", "/api/v1", "/"):
+        message = refused(vllm.client.get(path), "not_found")
+        assert "; " in message, "what to do is missing"
+    for method, path in (("GET", "/generate"), ("PUT", "/chat"), ("DELETE", "/structured-generate"), ("POST", "/engines"), ("PATCH", "/models")):
+        reply = vllm.client.request(method, API + path)
+        refused(reply, "method_not_allowed")
+        assert reply.headers["allow"]
+    for path in ("/engines", "/models"):
+        good(vllm.client.get(API + path))
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError(MARK)
+
+    monkeypatch.setattr(vllm.hub, "engines", broken)
+    monkeypatch.setattr(vllm.hub, "route", broken)
+    for reply in (vllm.client.get(API + "/engines"), vllm.post("/chat", messages=HI), vllm.post("/chat", messages=HI, stream=True)):
+        assert MARK not in refused(reply, "internal_error")
+
+
+def test_what_lies_outside_the_router_fails_in_an_envelope_too(vllm: Stand) -> None:
+    assert vllm.app
+    app = product.create_app(product.Settings(engine="vllm", base_url="http://127.0.0.1:9"))
+
+    @app.get("/broken")
+    async def broken() -> None:
+        raise RuntimeError(MARK)
+
+    with serving(app) as url:
+        assert MARK not in refused(httpx.get(url + "/broken", trust_env=False), "internal_error")
+
+
+STATUS = {
+    "invalid_request": (400, 400, 400, "invalid_request_error"), "unsupported_feature": (400, 400, 400, "invalid_request_error"),
+    "context_too_long": (400, 400, 400, "invalid_request_error"), "unknown_engine": (400, 400, 400, "invalid_request_error"),
+    "model_not_found": (400, 400, 404, "not_found_error"), "payload_too_large": (400, 413, 413, None), "busy": (400, 429, 429, None),
+    "unauthorized": (400, 401, 401, None), "engine_unavailable": (500, 500, 503, None), "engine_not_installed": (500, 500, 503, None),
+    "engine_overloaded": (500, 500, 503, None), "engine_timeout": (500, 500, 504, None), "out_of_memory": (500, 500, 502, None),
+    "bad_engine_reply": (500, 500, 502, None), "structured_output_invalid": (500, 500, 502, None), "internal_error": (500, 500, 500, None),
+}
+
+
+@pytest.mark.parametrize("kind", STATUS)
+def test_the_table_of_errors(vllm: Stand, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    code, status, v1, of_type = STATUS[kind]
+
+    async def fails(*_: Any) -> Any:
+        raise KINDS[kind]("a reason", "a mend")
+
+    monkeypatch.setattr(vllm.hub, "room", fails)
+    reply = vllm.post("/chat", messages=HI)
+    assert (reply.status_code, reply.json()["code"], reply.json()["msg"]) == (status, code, f"{kind}: a reason; a mend")
+    assert enveloped(reply.json()) and reply.headers["x-error-kind"] == kind
+    reply = vllm.post("/v1/chat/completions", model="vllm/m", messages=HI)
+    assert (reply.status_code, reply.headers["x-error-kind"]) == (v1, kind)
+    assert of_type in (None, reply.json()["error"]["type"])
+
+
+def test_the_request_id_is_in_the_header_too(vllm: Stand) -> None:
+    for reply in (vllm.post("/chat", messages=HI), vllm.post("/chat")):
+        assert reply.headers["x-request-id"] == reply.json()["request_id"]
+
+
+def test_the_request_id_goes_on_to_the_engine(vllm: Stand) -> None:
+    reply = vllm.post("/chat", messages=HI)
+    assert vllm.engine.requests[-1].headers["x-request-id"] == reply.json()["request_id"]
+
+
+# ----------------------------------------------------------------------------------------------- strict bodies
+
+BAD: list[tuple[str, Any]] = [
+    *(("max_tokens", bad) for bad in (0, -1, 1.5, True, "7", MARK, 10**18, 10**400, [], {}, 8193)),
+    *(("temperature", bad) for bad in (-0.1, 2.1, True, "1", MARK, [1])), *(("top_p", bad) for bad in (0, 1.1, "1", True)),
+    *(("top_k", bad) for bad in (0, -1, 1.5, "1", True)), *(("min_p", bad) for bad in (-0.1, 1.1, MARK)),
+    *(("stop", bad) for bad in ("", [], ["a"] * 5, [1], 7, [""], "x" * 300, {MARK: 1})), *(("seed", bad) for bad in (-1, 2**31, 1.5, "1", True)),
+    *(("presence_penalty", bad) for bad in (-2.1, 2.1, MARK)), *(("frequency_penalty", bad) for bad in (-2.1, 2.1, MARK)),
+    *(("repetition_penalty", bad) for bad in (0, 2.1, MARK)), *(("logprobs", bad) for bad in (1, "true", MARK)), *(("top_logprobs", bad) for bad in (-1, 21, 1.5, MARK)),
+    *(("tools", bad) for bad in ([], {}, MARK, [MARK], [{"type": MARK}], [{"type": "function", "function": {"name": MARK + " !"}}], [{**TOOL, MARK: 1}])),
+    *(("tool_choice", bad) for bad in (MARK, 1, {}, {"type": "function", "function": {MARK: 1}}, "required")), *(("think", bad) for bad in (MARK, 1, [])),
+    *(("schema", bad) for bad in (MARK, [], 1, {"a": MARK}, {"a": ["string", "number"]}, {"$ref": "http://127.0.0.1:9/" + MARK})),
+    *(("choice", bad) for bad in ([], [1], MARK, [""])), *(("regex", bad) for bad in ("", 1, "(" + MARK, "(?=" + MARK + ")")), *(("grammar", bad) for bad in ("", 1)),
+    *(("on_unsupported", bad) for bad in (MARK, 1)), *(("stream", bad) for bad in (1, "true", MARK)), *(("engine_type", bad) for bad in (1, MARK, "")),
+    *(("model_name", bad) for bad in (1, "", " ", "a b", MARK + "\r\nX: y", "x" * 300, "名字")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "bad"), BAD, ids=[f"{field}={str(bad)[:24]!r}" for field, bad in BAD])
+def test_a_bad_field_is_named_and_never_echoed(vllm: Stand, field: str, bad: Any) -> None:
+    reply = vllm.post("/generate", prompt=MARK, **{field: bad})
+    assert reply.status_code == 400, reply.text
+    message = refused(reply, reply.headers["x-error-kind"])
+    assert field in message and MARK not in reply.text and len(message) < 600
+    assert not vllm.engine.asked()
+
+
+@pytest.mark.parametrize(("field", "bad", "words"), [
+    ("max_tokens", 0, "1"), ("max_tokens", 9000, "8192"), ("temperature", 2.1, "2"), ("temperature", -1, "0"), ("top_p", 1.5, "1"), ("seed", -1, "0"),
+    ("top_logprobs", 21, "20"), ("stop", ["a"] * 5, "4"), ("on_unsupported", "x", "ignore"), ("presence_penalty", 3, "2"),
+])  # fmt: skip
+def test_the_message_names_the_range(vllm: Stand, field: str, bad: Any, words: str) -> None:
+    assert words in refused(vllm.post("/generate", prompt="hi", **{field: bad}), "invalid_request").partition(field)[2]
+
+
+@pytest.mark.parametrize("messages", [
+    None, [], MARK, {}, [MARK], [{}], [{"role": "user"}, {"content": "x"}], [{"role": MARK, "content": "x"}], [{"role": "user", "content": 7}],
+    [{"role": "user", "content": [{"type": MARK}]}], [{"role": "user", "content": "x", MARK: 1}], [{"role": "user", "content": [{"type": "text", "text": 7}]}],
+    [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/" + MARK}}]}],
+    [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/" + MARK}}]}],
+    [{"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": MARK}}]}],
+], ids=lambda messages: str(messages)[:60])  # fmt: skip
+def test_bad_messages_are_refused(vllm: Stand, messages: Any) -> None:
+    reply = vllm.post("/chat", messages=messages)
+    assert "messages" in refused(reply, "invalid_request") and MARK not in reply.text and not vllm.engine.asked()
+
+
+@pytest.mark.parametrize("schema", [
+    {"type": {"a": 1}}, {"type": ["string", 7]}, {"type": "object", "properties": 7}, {"type": "object", "properties": {"a": 7}}, {"type": "object", "required": 7}, {"type": "object", "required": [7]},
+    {"enum": 7}, {"enum": []}, {"allOf": 7}, {"anyOf": []}, {"anyOf": [7]}, {"$ref": 7}, {"$ref": "#/$defs/a", "$defs": 7}, {"$ref": "#"}, {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}},
+    {"type": "object", "patternProperties": {"(": True}}, {"type": "object", "patternProperties": 7}, {"type": "string", "minLength": "x"}, {"type": "string", "pattern": 7}, {"type": "number", "minimum": "x"},
+    {"type": "number", "multipleOf": 0}, {"type": "array", "items": [{"type": "string"}]}, {"type": "array", "items": 7}, {"type": "array", "prefixItems": 7}, {"type": "array", "minItems": {}},
+    {"type": "object", "additionalProperties": 7}, {"not": 7}, {"if": 7}, {"oneOf": [True, 7]}, {"a": []}, {"a": {}}, {"a": None}, {"a": 7}, {"": "string"}, {"type": "string", "title": 7},
+], ids=lambda schema: json.dumps(schema)[:70])  # fmt: skip
+def test_no_schema_breaks_us(vllm: Stand, schema: Any) -> None:
+    """Refused, or kept to: never our own failure."""
+    for answer in ('"text"', "1.5", "[1]", '{"a":1}'):
+        vllm.engine.answer = lambda ask, answer=answer: answer  # type: ignore[misc]
+        reply = vllm.post("/structured-generate", prompt="hi", schema=schema)
+        assert reply.status_code == 200 or reply.headers["x-error-kind"] in ("invalid_request", "unsupported_feature", "structured_output_invalid"), reply.text
+
+
+def test_prompt_or_messages_is_required(vllm: Stand) -> None:
+    assert "prompt" in refused(vllm.post("/generate"), "invalid_request")
+    assert "prompt" in refused(vllm.post("/generate", prompt=""), "invalid_request")
+    assert "prompt" in refused(vllm.post("/generate", prompt=["hi"]), "invalid_request")
+    assert "prompt" in refused(vllm.post("/generate", prompt=None), "invalid_request")
+    assert "messages" in refused(vllm.post("/chat"), "invalid_request")
+    assert "messages" in refused(vllm.post("/generate", messages=HI, prompt="hi"), "invalid_request")
+    assert "prompt" in refused(vllm.post("/chat", prompt="hi", messages=HI), "invalid_request")
+    for neither_nor in ({}, {"prompt": "hi", "messages": HI}):
+        assert "prompt" in refused(vllm.post("/structured-generate", **neither_nor), "invalid_request")
+
+
+def test_null_means_not_given(vllm: Stand) -> None:
+    nothing = dict.fromkeys(("engine_type", "model_name", "max_tokens", "temperature", "stop", "schema", "tools", "seed"))
+    good(vllm.post("/generate", prompt="hi", **nothing))
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("max_token", "max_tokens"), ("temprature", "temperature"), ("modelname", "model_name"), ("strem", "stream")])
+@pytest.mark.parametrize("route", ROUTES)
+def test_an_unknown_field_is_refused_with_the_near_one(vllm: Stand, route: str, wrong: str, right: str) -> None:
+    message = refused(vllm.post(route, **body_of(route), **{wrong: 1}), "invalid_request")
+    assert wrong in message and f"did you mean {right}" in message
+
+
+@pytest.mark.parametrize("name", ["engine_options", "base_url", "api_key", "launch", "python", "launch_args", "model", "raw", "deadlines", "headers", "template", "__class__"])
+def test_what_is_for_python_or_the_operator_is_refused(vllm: Stand, name: str) -> None:
+    reply = vllm.post("/generate", prompt="hi", **{name: {MARK: 1}})
+    assert name in refused(reply, "invalid_request") and MARK not in reply.text and not vllm.engine.asked()
+
+
+def test_an_unknown_fields_name_is_input_too(vllm: Stand) -> None:
+    reply = vllm.post("/generate", prompt="hi", **{MARK * 1000: 1})
+    refused(reply, "invalid_request")
+    assert len(reply.content) < 2000
+
+
+@pytest.mark.parametrize("path", [*ROUTES, "/v1/chat/completions"])
+@pytest.mark.parametrize("raw", [
+    b"", b" ", b"{", b"nothing", b"[]", b'"text"', b"7", b"null", b"\xff\xfe", b'{"prompt":"\xff"}', b"{'prompt':1}", b'{"prompt":"hi"} x', b'{"prompt":"hi",}',
+    b'{"prompt":"hi","temperature":NaN}', b'{"prompt":"hi","temperature":Infinity}', b'{"prompt":"hi","temperature":1e999}', b'{"prompt":"\\ud800"}',
+    b'{"prompt":"hi","seed":' + b"9" * 5000 + b"}", b"\x1f\x8b\x08\x00", b'{"prompt":"hi","prompt":"hi"}', b"--x\r\nContent-Disposition: form-data", b"a=b&c=d",
+], ids=lambda raw: repr(raw[:30]))  # fmt: skip
+def test_what_is_not_strict_json_is_refused(vllm: Stand, path: str, raw: bytes) -> None:
+    if path in ("/chat", "/v1/chat/completions"):
+        raw = raw.replace(b'"prompt":"hi"', b'"model":"vllm/m","messages":[{"role":"user","content":"hi"}]' if path[1] == "v" else b'"messages":[{"role":"user","content":"hi"}]')
+    reply = vllm.raw(path, raw)
+    (refused_v1 if path[1] == "v" else refused)(reply, "invalid_request")
+    assert not vllm.engine.asked()
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+def test_depth_is_limited(vllm: Stand, path: str) -> None:
+    refuse = refused_v1 if path[1] == "v" else refused
+    for opened, closed, levels in ((b"[", b"]", 65), (b'{"a":', b"}", 65), (b"[", b"]", 100_000), (b'{"a":', b"}", 100_000)):
+        refuse(vllm.raw(path, b'{"prompt":"hi","model":"vllm/m","x":' + opened * levels + b"1" + closed * levels + b"}"), "invalid_request")
+    refuse(vllm.raw(path, b"[" * 1_000_000), "invalid_request")
+
+
+def test_brackets_inside_a_prompt_are_no_depth(vllm: Stand) -> None:
+    good(vllm.post("/generate", prompt="[{" * 5000))
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions"])
+def test_a_body_over_4_mib_is_refused(vllm: Stand, path: str) -> None:
+    refuse = refused_v1 if path[1] == "v" else refused
+    limit = 4 << 20
+    refuse(vllm.raw(path, b" " * (limit + 1)), "payload_too_large")
+    url = path if path[1] == "v" else API + path
+    refuse(vllm.client.post(url, content=(b" " * (1 << 16) for _ in range(65))), "payload_too_large")  # chunked, no length told
+    refuse(vllm.raw(path, b" " * limit), "invalid_request")  # as large as it may be: read, and no JSON
+
+
+def test_a_body_that_is_announced_too_large_is_not_waited_for(vllm: Stand) -> None:
+    with contextlib.closing(hang_up(vllm.url)) as client:
+        client.putrequest("POST", f"{API}/generate")
+        client.putheader("content-length", str(5 << 20))
+        client.endheaders(b"{")
+        client.sock.settimeout(SOON)
+        assert client.getresponse().status == 413
+
+
+def test_any_content_type_is_read_as_json(vllm: Stand) -> None:
+    for kind in ("application/json; charset=utf-8", "application/x-www-form-urlencoded", "text/plain"):
+        good(vllm.raw("/generate", b'{"prompt":"hi"}', **{"content-type": kind}))
+
+
+def test_the_cap_on_max_tokens_is_the_operators(vllm: Stand) -> None:
+    assert vllm.post("/generate", prompt="hi", max_tokens=8192).status_code == 200
+    with Stand("vllm", max_tokens_cap=16) as stand:
+        assert "16" in refused(stand.post("/generate", prompt="hi", max_tokens=17), "invalid_request")
+        assert "16" in refused_v1(stand.post("/v1/chat/completions", model="m", messages=HI, max_completion_tokens=17), "invalid_request")
+        good(stand.post("/generate", prompt="hi"))
+        assert stand.engine.asked()[-1]["max_tokens"] == 16
+
+
+def test_what_the_engine_cannot_do_is_refused_or_named(all_stands: dict[str, Stand]) -> None:
+    stand = all_stands["ollama"]
+    stand.engine.reset()
+    assert "regex" in refused(stand.post("/generate", prompt="hi", regex="a+"), "unsupported_feature")
+    assert not stand.engine.asked()
+    assert good(stand.post("/generate", prompt="hi", think=True, on_unsupported="ignore"))["ignored"] == ["think"]
+
+
+# ----------------------------------------------------------------------------------------------- client gone
+
+
+def gone(stand: Stand) -> None:
+    stand.engine.wait(lambda: stand.engine.live == 0, SOON)
+    until(lambda: (stand.hub.in_flight, stand.hub.waiting) == (0, 0), SOON)
+
+
+GONE = ["/generate", "/v1/chat/completions"]
+
+
+@pytest.mark.parametrize("path", GONE)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_before_the_first_token(stand: Stand, path: str, stream: bool) -> None:
+    cut = stand.engine.cut
+    stand.engine.script(Reply(delay=60))
+    with stand.leaving(path, model=stand.model, messages=HI, stream=stream) if path in GONE[1:] else stand.leaving(path, prompt="hi", stream=stream):
+        stand.engine.wait(lambda: stand.engine.live == 1)
+    gone(stand)
+    assert stand.engine.cut == cut + 1
+
+
+@pytest.mark.parametrize("path", GONE)
+def test_a_client_that_leaves_in_the_middle(stand: Stand, path: str) -> None:
+    cut, stand.engine.pace, stand.engine.text = stand.engine.cut, 0.05, "word " * 2000
+    with stand.leaving(path, stream=True, **({"model": stand.model, "messages": HI} if path in GONE[1:] else {"prompt": "hi"})) as client:
+        assert client.getresponse().read(100)
+    gone(stand)
+    assert stand.engine.cut == cut + 1
+
+
+def test_a_client_that_leaves_during_a_whole_answer(stand: Stand) -> None:
+    cut, stand.engine.pace, stand.engine.text = stand.engine.cut, 0.05, "word " * 2000
+    with stand.leaving("/generate", prompt="hi"):
+        stand.engine.wait(lambda: stand.engine.live == 1)
+    gone(stand)
+    assert stand.engine.cut == cut + 1
+
+
+def test_a_client_that_leaves_with_half_its_body(vllm: Stand) -> None:
+    begun = vllm.engine.begun
+    with contextlib.closing(hang_up(vllm.url)) as client:
+        client.putrequest("POST", f"{API}/generate")
+        client.putheader("content-length", "100")
+        client.endheaders(b'{"prompt":')
+    gone(vllm)
+    good(vllm.post("/generate", prompt="hi"))
+    assert vllm.engine.begun == begun + 1
+
+
+def test_a_client_that_reads_nothing_and_leaves(vllm: Stand) -> None:
+    cut, vllm.engine.text = vllm.engine.cut, "word " * 20_000
+    with vllm.leaving("/generate", prompt="hi", stream=True):
+        vllm.engine.wait(lambda: vllm.engine.live == 1)
+        time.sleep(0.2)  # the pipes fill up
+    gone(vllm)
+    assert vllm.engine.cut >= cut
+
+
+def test_a_client_that_leaves_during_the_second_ask(vllm: Stand) -> None:
+    """The re-ask of an answer that does not fit is work for a client too."""
+    cut = vllm.engine.cut
+    bad = vllm.engine._openai(True, {"messages": HI})
+    vllm.engine.script(Reply(headers=bad.headers, pieces=bad.pieces))
+    vllm.engine.script(Reply(delay=60))
+    with vllm.leaving("/structured-generate", prompt="hi", schema=CITY):
+        vllm.engine.wait(lambda: len(vllm.engine.asked()) == 2)
+    gone(vllm)
+    assert vllm.engine.cut == cut + 1
+
+
+def test_the_server_is_whole_after_many_have_left(vllm: Stand) -> None:
+    vllm.engine.pace = 0.2
+    for _ in range(40):
+        with vllm.leaving("/generate", prompt="hi", stream=True):
+            pass
+    gone(vllm)
+    vllm.engine.pace = 0
+    for _ in range(20):
+        good(vllm.post("/generate", prompt="hi"))
+    until(lambda: vllm.engine.connections <= 2, SOON)
+
+
+# ----------------------------------------------------------------------------------------------- admission
+
+
+@contextlib.contextmanager
+def busy(stand: Stand, path: str = "/generate") -> Iterator[None]:
+    """One request in flight for as long as this lasts."""
+    stand.engine.reset().script(Reply(delay=60))
+    with stand.leaving(path, prompt="hi"):
+        stand.engine.wait(lambda: stand.engine.live == 1)
+        yield
+    gone(stand)
+
+
+def test_one_too_many_is_told_when_to_come_back() -> None:
+    with Stand("vllm", max_in_flight=1, queue=0) as stand:
+        with busy(stand):
+            for stream in (False, True):
+                reply = stand.post("/chat", messages=HI, stream=stream)
+                refused(reply, "busy")
+                assert int(reply.headers["retry-after"]) >= 1
+            reply = stand.post("/v1/chat/completions", model="m", messages=HI)
+            refused_v1(reply, "busy")
+            assert int(reply.headers["retry-after"]) >= 1
+            assert stand.client.get("/health").status_code == 200 and stand.client.get("/ready").json()["in_flight"] == 1
+        good(stand.post("/chat", messages=HI))
+
+
+def test_the_queue_waits_and_forgets_who_left() -> None:
+    with Stand("vllm", max_in_flight=1, queue=1) as stand, ThreadPoolExecutor(1) as pool:
+        with busy(stand):
+            with stand.leaving("/generate", prompt="left"):
+                until(lambda: stand.hub.waiting == 1)
+                refused(stand.post("/chat", messages=HI), "busy")
+            until(lambda: stand.hub.waiting == 0)
+            second = pool.submit(stand.post, "/generate", prompt="second")
+            until(lambda: stand.hub.waiting == 1)
+        assert good(second.result())
+        assert [ask["messages"][0]["content"] for ask in stand.engine.asked()] == ["hi", "second"]
+
+
+def test_a_bad_request_gives_its_place_back() -> None:
+    with Stand("vllm", max_in_flight=1, queue=0) as stand:
+        for _ in range(3):
+            refused(stand.post("/generate"), "invalid_request")
+            refused(stand.post("/generate", prompt="hi", model_name="nope"), "model_not_found")
+        good(stand.post("/generate", prompt="hi"))
+
+
+# ----------------------------------------------------------------------------------------------- routing
+
+
+def test_engines_tells_who_is_reachable(stand: Stand) -> None:
+    found = {e["engine_type"]: e for e in good(stand.client.get(f"{API}/engines"))}
+    assert set(found) == set(product.LLMInferencer.ENGINE_MAP)
+    for name, each in found.items():
+        assert each["reachable"] is (name == stand.engine.dialect) is each["default"]
+        assert "error" not in each if each["reachable"] else each["error"]
+    own = found[stand.engine.dialect]
+    assert own["version"] == stand.engine.version and own["models"] and "schema" in own["features"]
+
+
+def test_models_tells_what_is_there(stand: Stand) -> None:
+    (found,) = good(stand.client.get(f"{API}/models"))
+    assert found["engine_type"] == stand.engine.dialect and found["name"].partition(":")[0] == "m" and found["context_length"] == 8192
+
+
+@pytest.mark.parametrize(("where", "engine"), [
+    ({}, "vllm"), ({"engine_type": "auto"}, "vllm"), ({"engine_type": "vllm"}, "vllm"), ({"model_name": "m"}, "vllm"), ({"model_name": "vllm/m"}, "vllm"),
+    ({"engine_type": "sglang"}, "sglang"), ({"engine_type": "sglang", "model_name": "m"}, "sglang"), ({"model_name": "sglang/m"}, "sglang"),
+    ({"model_name": "fast"}, "vllm"), ({"model_name": "other"}, "sglang"), ({"model_name": "a/slashed/alias"}, "sglang"),
+])  # fmt: skip
+def test_a_request_goes_where_it_says(two: Stand, where: dict[str, str], engine: str) -> None:
+    assert good(two.post("/chat", messages=HI, **where))["engine_type"] == engine
+    assert check_stream(two.events("/chat", messages=HI, **where))
+
+
+@pytest.mark.parametrize("where", [{"model_name": "nope/m"}, {"model_name": "Qwen/Qwen-7B"}, {"model_name": "nope"}, {"model_name": "vllm/nope"}, {"engine_type": "sglang", "model_name": "nope"}])
+def test_a_slash_names_an_engine_only_where_there_is_one(two: Stand, where: dict[str, str]) -> None:
+    name = where["model_name"].removeprefix("vllm/")
+    assert name in refused(two.post("/chat", messages=HI, **where), "model_not_found")
+
+
+@pytest.fixture
+def two(all_stands: dict[str, Stand], monkeypatch: pytest.MonkeyPatch) -> Iterator[Stand]:
+    """vLLM by default, SGLang found by its environment variable, and aliases."""
+    sglang = all_stands["sglang"].engine
+    monkeypatch.setenv("SGLANG_BASE_URL", sglang.base_url)
+    with Stand("vllm", aliases={"fast": "vllm/m", "other": "sglang/m", "a/slashed/alias": "sglang/m"}) as found:
+        yield found
+
+
+def test_no_request_starts_a_process(vllm: Stand) -> None:
+    before = descendants(os.getpid())
+    for where in ({"engine_type": "llamacpp"}, {"engine_type": "llamacpp", "stream": True}, {"model_name": "llamacpp/SmolLM2-135M-Instruct.Q4_1"}, {"engine_type": "ollama"}):
+        refused(vllm.post("/chat", messages=HI, **where), "engine_unavailable")
+    refused_v1(vllm.post("/v1/chat/completions", model="llamacpp/x", messages=HI), "engine_unavailable")
+    for path in (f"{API}/engines", f"{API}/models", "/v1/models"):
+        assert vllm.client.get(path).status_code == 200
+    assert descendants(os.getpid()) <= before
+
+
+PLACES = ["http://127.0.0.1:9/x", "https://evil.example/m", "file:///etc/passwd", "../../etc/passwd", "a/../../b", "/etc/passwd", "/tmp/x.gguf", "C:\\x.gguf", "~/x.gguf",
+          "m?x=1", "m#x", "m%2e%2e", "m\r\nx: y", "m\x00", "vllm/../m", "vllm//etc/passwd", "vllm/http://127.0.0.1:9/x", "..", "."]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_model_name_is_never_a_place(vllm: Stand, name: str) -> None:
+    reply = vllm.post("/chat", messages=HI, model_name=name)
+    assert "model_name" in refused(reply, "invalid_request") and not vllm.engine.asked()
+    refused_v1(vllm.post("/v1/chat/completions", model=name, messages=HI), "invalid_request")
+    assert not vllm.engine.asked()
+
+
+def test_a_server_does_not_serve_from_itself(vllm: Stand) -> None:
+    refused(vllm.post("/chat", {product.HOP: product.INSTANCE}, messages=HI), "invalid_request")
+    assert not vllm.engine.asked()
+    with pytest.raises(product.InferenceError):
+        product.LLMInferencer("vllm", base_url=vllm.url).generate("hi")
+    assert not vllm.engine.asked()
+
+
+def test_a_server_on_an_engines_default_port_is_not_that_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's default port is ours too."""
+    with Stand("vllm") as stand:
+        monkeypatch.setattr(product.VLLMAdapter, "default_url", stand.url)
+        with pytest.raises(product.EngineUnavailable):
+            product.LLMInferencer("vllm", launch=False).generate("hi")
+        assert not stand.engine.asked()
+
+
+def test_a_server_on_an_engines_default_port_does_not_wait_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking for engines asks our own /v1/models, which would look for engines."""
+    with Stand("sglang") as stand:
+        monkeypatch.setattr(product.VLLMAdapter, "default_url", stand.url)
+        found = {e["engine_type"]: e["reachable"] for e in good(stand.client.get(f"{API}/engines", timeout=3))}
+        assert found == {"ollama": False, "vllm": False, "sglang": True, "llamacpp": False}
+        assert [m["engine_type"] for m in good(stand.client.get(f"{API}/models", timeout=3))] == ["sglang"]
+
+
+# ----------------------------------------------------------------------------------------------- who gets in
+
+KEYLESS_OK = [{}, {"host": "localhost"}, {"host": "localhost:8000"}, {"host": "127.0.0.1:1"}, {"host": "[::1]:8000"}, {"host": "[::1]"}, {"host": "LOCALHOST"}]
+KEYLESS_NO = [
+    {"host": "evil.example"}, {"host": "evil.example:80"}, {"host": "127.0.0.1.evil.example"}, {"host": "localhost.evil.example"}, {"host": "10.0.0.1"}, {"host": ""},
+    {"host": "127.0.0.1@evil.example"}, {"host": "evil.example#127.0.0.1"}, {"x-forwarded-for": "127.0.0.1"}, {"forwarded": "for=127.0.0.1"}, {"x-real-ip": "127.0.0.1"},
+    {"x-forwarded-host": "localhost"}, {"x-forwarded-for": ""}, {"via": "1.1 proxy"}, {"x-forwarded-proto": "https"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("headers", KEYLESS_OK, ids=str)
+def test_a_loopback_caller_needs_no_key_where_none_is_configured(vllm: Stand, headers: dict[str, str]) -> None:
+    good(vllm.client.get(f"{API}/models", headers=headers))
+
+
+@pytest.mark.parametrize("headers", KEYLESS_NO, ids=str)
+def test_who_may_come_from_elsewhere_needs_the_made_key(vllm: Stand, headers: dict[str, str]) -> None:
+    refused(vllm.client.get(f"{API}/models", headers=headers), "unauthorized")
+    refused_v1(vllm.client.get("/v1/models", headers=headers), "unauthorized")
+    assert vllm.client.get(f"{API}/models", headers={**headers, "authorization": f"Bearer {vllm.hub.made_key}"}).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def keyed() -> Iterator[Stand]:
+    with Stand("vllm", api_keys=("first", "second-ключ")) as found:
+        yield found
+
+
+@pytest.mark.parametrize("headers", [
+    {"authorization": "Bearer first"}, {"authorization": "bearer first"}, {"x-api-key": "first"},
+    {"authorization": "Bearer second-ключ".encode()}, {"authorization": "Bearer first", "host": "evil.example"},
+], ids=str)  # fmt: skip
+def test_a_configured_key_opens(keyed: Stand, headers: Any) -> None:
+    good(keyed.client.get(f"{API}/models", headers=headers))
+
+
+@pytest.mark.parametrize("headers", [
+    {}, {"authorization": "Bearer"}, {"authorization": "Bearer firs"}, {"authorization": "Bearer first2"}, {"authorization": "Bearer first,second"},
+    {"authorization": "Basic first"}, {"authorization": "first"}, {"x-api-key": ""}, {"x-api-key": "FIRST"}, {"cookie": "key=first"}, {"x-api-key": "\xff".encode("latin-1")},
+], ids=str)  # fmt: skip
+def test_nobody_gets_in_without_the_configured_key(keyed: Stand, headers: Any) -> None:
+    reply = keyed.client.get(f"{API}/models?api_key=first", headers=headers)
+    refused(reply, "unauthorized")
+    assert reply.headers["www-authenticate"] == "Bearer"
+    refused(keyed.client.get(f"{API}/models", headers={**headers, **({} if headers else {"authorization": f"Bearer {keyed.hub.made_key}"})}), "unauthorized")
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/docs", "/redoc", "/openapi.json"])
+def test_what_is_public(keyed: Stand, path: str) -> None:
+    assert keyed.client.get(path, headers={"host": "evil.example"}).status_code == 200
+
+
+@pytest.mark.parametrize("path", [
+    "/", "/nope", "/metrics", "/health/", "/health/x", "/HEALTH", "/docs/", "/docs/x", "//docs", "/docs%2f..%2fapi", "/docs/../api/v1/llm/models", "/api/v1/llm", f"{API}/engines",
+    f"{API}/models", "/v1/models", "/v1/models/x", "/v1/nope", "/openapi.json/", "/api/v1/llm/models?x=/docs", "/api/v1/llm/models#/docs", "/api/v1/llm/models;/docs",
+])  # fmt: skip
+def test_every_other_path_is_closed(keyed: Stand, path: str) -> None:
+    with contextlib.closing(hang_up(keyed.url)) as client:
+        client.request("GET", path)  # as it stands: httpx would tidy it up
+        reply = client.getresponse()
+        assert (reply.status, reply.headers["x-error-kind"]) == (401, "unauthorized")
+
+
+@pytest.mark.parametrize("path", [*ROUTES, "/v1/chat/completions", "/v1/completions", "/v1/embeddings"])
+def test_no_engine_is_asked_without_the_key(keyed: Stand, path: str) -> None:
+    body = {"model": "m", "messages": HI, "prompt": "hi", "input": "hi"} if path.startswith("/v1") else body_of(path)
+    keyed.engine.reset()
+    for stream in (False, True):
+        (refused_v1 if path.startswith("/v1") else refused)(keyed.post(path, **body, stream=stream), "unauthorized")
+    for odd in (f"/{API}{path}", f"{API}{path}/", f"{API}{path}?x=1", f"{API.upper()}{path}", f"{API}/.{path}", f"{API}%2f{path[1:]}"):
+        assert keyed.client.post(odd, json=body).status_code == 401
+    assert not keyed.engine.asked()
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "HEAD", "OPTIONS", "DELETE", "TRACE", "PROPFIND"])
+def test_every_method_is_closed(keyed: Stand, method: str) -> None:
+    reply = keyed.client.request(method, f"{API}/generate", json={"prompt": "hi"})
+    assert reply.status_code in (401, 405) and not keyed.engine.asked()
+
+
+def test_no_auth_is_the_explicit_way_out() -> None:
+    with Stand("vllm", no_auth=True) as stand:
+        good(stand.client.get(f"{API}/models", headers={"host": "evil.example", "x-forwarded-for": "1.2.3.4"}))
+
+
+def test_health_tells_nothing_that_is_secret(keyed: Stand) -> None:
+    for path in ("/health", "/ready"):
+        assert keyed.engine.base_url.partition("//")[2] not in keyed.client.get(path).text
+
+
+def test_without_origins_there_is_no_cors(vllm: Stand) -> None:
+    for method in ("GET", "OPTIONS"):
+        reply = vllm.client.request(method, f"{API}/models", headers={"origin": "https://page.example", "access-control-request-method": "POST"})
+        assert not [name for name in reply.headers if name.startswith("access-control")]
+
+
+def test_cors_is_for_the_configured_origins_alone() -> None:
+    with Stand("vllm", cors_origins=("https://page.example",), api_keys=("k",)) as stand:
+        preflight = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+        reply = stand.client.options(f"{API}/chat", headers={"origin": "https://page.example", **preflight})
+        assert reply.status_code == 200 and reply.headers["access-control-allow-origin"] == "https://page.example"
+        assert "authorization" in reply.headers["access-control-allow-headers"].lower()
+        for headers in ({}, {"authorization": "Bearer k"}):  # a page must be able to read its refusal
+            reply = stand.client.post(f"{API}/chat", json={"messages": HI}, headers={"origin": "https://page.example", **headers})
+            assert reply.headers["access-control-allow-origin"] == "https://page.example"
+            assert "x-error-kind" in reply.headers["access-control-expose-headers"].lower()
+        for origin in ("https://evil.example", "http://page.example", "https://page.example.evil.example", "null"):
+            assert "access-control-allow-origin" not in stand.client.options(f"{API}/chat", headers={"origin": origin, **preflight}).headers
+            assert "access-control-allow-origin" not in stand.client.get(f"{API}/models", headers={"origin": origin, "authorization": "Bearer k"}).headers
+
+
+# ----------------------------------------------------------------------------------------------- OpenAPI and pages
+
+
+def openapi_examples(doc: dict[str, Any]) -> list[tuple[str, str, Any, Any]]:
+    return [(path, method, content["schema"], content.get("example"))
+            for path, item in doc["paths"].items() for method, operation in item.items() if "requestBody" in operation
+            for content in (operation["requestBody"]["content"]["application/json"],)]  # fmt: skip
+
+
+def test_openapi_examples_validate(vllm: Stand) -> None:
+    doc = vllm.client.get("/openapi.json").json()
+    posts = [(path, method) for path, item in doc["paths"].items() for method in item if method == "post"]
+    found = openapi_examples(doc)
+    assert [(path, method) for path, method, *_ in found] == posts and {API + route for route in ROUTES} <= {path for path, *_ in found}
+    check = product.SchemaCheck(doc)
+    for path, _, schema, example in found:
+        assert example, path
+        check._check(schema, example, path)
+    for path, item in doc["paths"].items():
+        for operation in item.values():
+            assert operation["summary"]
+            for status, answer in operation["responses"].items():
+                content = answer.get("content", {}).get("application/json", {})
+                if path.startswith(API) and status != "422":
+                    assert enveloped(content["example"]), (path, status)
+                    check._check(content["schema"], content["example"], f"{path} {status}")
+
+
+def test_openapi_promises_no_422(vllm: Stand) -> None:
+    doc = vllm.client.get("/openapi.json").json()
+    assert not [path for path, item in doc["paths"].items() for operation in item.values() if "422" in operation["responses"]]
+
+
+def test_every_reference_in_openapi_leads_somewhere(vllm: Stand) -> None:
+    doc = vllm.client.get("/openapi.json").json()
+    found: list[str] = []
+
+    def walk(node: Any) -> None:
+        if isinstance(node, dict):
+            found.extend(v for k, v in node.items() if k == "$ref" and isinstance(v, str))
+            for value in node.values():
+                walk(value)
+        elif isinstance(node, list):
+            for value in node:
+                walk(value)
+
+    walk(doc)
+    for ref in set(found):
+        product.resolve_ref(doc, ref)
+
+
+def test_openapi_names_every_field_with_its_range(vllm: Stand) -> None:
+    doc = vllm.client.get("/openapi.json").json()
+    for path, _, schema, _ in openapi_examples(doc):
+        if path.startswith(API):
+            fields = schema["properties"]
+            assert {"engine_type", "model_name", "max_tokens", "temperature", "stream", "stop", "schema", "on_unsupported"} <= set(fields)
+            assert schema["additionalProperties"] is False and "engine_options" not in fields and "2" in json.dumps(fields["temperature"])
+
+
+def test_openapi_examples_run_as_they_stand(real: httpx.Client) -> None:
+    failed = {}
+    for path, method, _, example in openapi_examples(real.get("/openapi.json").json()):
+        if path == "/v1/embeddings":  # needs an embedding model, which the embedded engine is not
+            continue
+        reply = real.request(method, path, json=example)
+        if reply.status_code != 200:
+            failed[path] = reply.text
+    assert not failed
+
+
+def test_the_pages_are_there(vllm: Stand) -> None:
+    for path in ("/docs", "/redoc"):
+        page = vllm.client.get(path)
+        assert page.status_code == 200 and "html" in page.headers["content-type"] and "openapi.json" in page.text
+
+
+# ----------------------------------------------------------------------------------------------- many at once
+
+
+def test_many_callers_get_their_own_answers(stand: Stand) -> None:
+    stand.engine.answer = lambda ask: ask["messages"][-1]["content"]
+    nonces = [f"nonce {n}" for n in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        def ask(nonce: str) -> bool:
+            whole = good(stand.post("/generate", prompt=nonce))["text"]
+            streamed = "".join(e["data"].get("delta", "") for e in stand.events("/generate", prompt=nonce)[:-1])
+            return whole == streamed == nonce
+
+        assert all(pool.map(ask, nonces))
+    assert threading.active_count() < 120
+
+
+# ----------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture
+def fake() -> Iterator[Fake]:
+    with Fake("vllm") as found:
+        yield found
+
+
+def attached(engine: Fake, *args: str, **more: Any) -> Command:
+    return Command("--engine", engine.dialect, "--base-url", engine.base_url, *args, **more)
+
+
+Call = Callable[..., tuple[Any, str]]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """The command line in this process: its exit status, and what it said."""
+
+    def called(*args: str, **env: str) -> tuple[Any, str]:
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        try:
+            status: Any = product.main(args)
+        except SystemExit as exc:
+            status = exc.code
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    return called
+
+
+def test_help_reads_well(call: Call) -> None:
+    status, said = call("--help")
+    assert status == 0
+    for word in ("--serve", "--api-test", "--host", "--port", "--engine", "--model", "--base-url", "--api-key", "--json", "8000", "OLLAMA_HOST", "LLAMACPP_MODEL"):
+        assert word in said
+
+
+@pytest.mark.parametrize(("args", "says"), [
+    (["--serve", "--api-test"], "not allowed with"), (["--nope"], "--nope"), (["--port", "x"], "--port"), (["--serve", "--engine", "olama"], "did you mean 'ollama'"),
+    (["--serve", "--alias", "x"], "--alias"), (["--serve", "--alias", "x=nope/m"], "engine/model"),
+])  # fmt: skip
+def test_a_bad_command_line_says_what_is_wrong(call: Call, args: list[str], says: str) -> None:
+    status, said = call(*args)
+    assert status == 2 and says in said
+
+
+@pytest.mark.parametrize(("args", "says"), [(["--port", "70000"], "port"), (["--max-in-flight", "0"], "--max-in-flight")])
+def test_a_number_out_of_range_starts_no_server(args: list[str], says: str) -> None:
+    done = run("--serve", *args, timeout=6)
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_taken_port_is_said_so() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for host in ("127.0.0.1", "0.0.0.0"):
+            done = run("--serve", "--host", host, "--port", str(port), "--engine", "ollama")
+            assert done.returncode == 1 and str(port) in done.stderr and "--port" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def life() -> Iterator[dict[str, Any]]:
+    """A server that was started, asked twice and stopped by SIGTERM."""
+    with Fake("vllm") as engine, attached(engine) as server:
+        ids = [httpx.post(f"{server.url}{API}/generate", json=body, trust_env=False).json()["request_id"] for body in ({"prompt": "hi"}, {})]
+        yield {"status": server.end(), "said": server.said, "url": server.url, "ids": ids}
+
+
+def test_the_banner_tells_where_to_go(life: dict[str, Any]) -> None:
+    for word in (f"{life['url']}{API}/generate", f"{life['url']}/docs", f"{life['url']}/redoc", f"{life['url']}/v1", "vllm"):
+        assert word in life["said"]
+
+
+def test_sigterm_is_a_clean_end(life: dict[str, Any]) -> None:
+    assert life["status"] == 0 and "Traceback" not in life["said"]
+
+
+def test_one_line_is_logged_for_a_request(life: dict[str, Any]) -> None:
+    for request_id, words in zip(life["ids"], (("vllm", "m", "200", f"{API}/generate"), ("400", f"{API}/generate")), strict=True):
+        (line,) = [line for line in life["said"].splitlines() if request_id in line]
+        assert all(word in line for word in words)
+
+
+def test_the_made_key_is_printed_where_it_is_needed_and_logged_nowhere(fake: Fake) -> None:
+    with attached(fake, "--host", "0.0.0.0") as server:
+        (line,) = [line for line in server.said.splitlines() if "API key" in line]
+        key = line.split()[2]
+        elsewhere = {"host": "elsewhere.example"}
+        ask = {"prompt": MARK}
+        assert httpx.post(f"{server.url}{API}/generate", json=ask, headers=elsewhere, trust_env=False).status_code == 401
+        assert httpx.post(f"{server.url}{API}/generate", json=ask, headers={**elsewhere, "x-api-key": key}, trust_env=False).status_code == 200
+        server.end()
+        assert server.said.count(key) == 1 and MARK not in server.said
+
+
+def test_keys_and_defaults_come_from_the_environment(fake: Fake) -> None:
+    env = {"LLM_INFERENCE_API_KEY": "one, two", "LLM_INFERENCE_ENGINE": "vllm", "LLM_INFERENCE_MODEL": "m", "VLLM_BASE_URL": fake.base_url.removeprefix("http://"), "VLLM_API_KEY": "theirs"}
+    fake.api_key = "theirs"
+    with Command(env=env) as server:
+        for key, status in (("one", 200), ("two", 200), ("three", 401)):
+            assert httpx.post(f"{server.url}{API}/generate", json={"prompt": "hi"}, headers={"x-api-key": key}, trust_env=False).status_code == status
+        assert fake.requests[-1].headers["authorization"] == "Bearer theirs"
+
+
+def test_a_stopping_server_lets_its_streams_finish(fake: Fake) -> None:
+    fake.pace, fake.text = 0.1, "word " * 15
+    with attached(fake) as server, httpx.Client(trust_env=False, timeout=20) as client:
+        with client.stream("POST", f"{server.url}{API}/generate", json={"prompt": "hi", "stream": True}) as reply:
+            lines = reply.iter_lines()
+            assert next(lines).startswith("data: ")
+            server.process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]" and "finish_reason" in rest[-2]
+        server.process.wait(20)
+        assert "Traceback" not in server.said
+
+
+def test_a_stopping_server_refuses_what_is_new(fake: Fake) -> None:
+    fake.pace, fake.text = 0.1, "word " * 20
+    with attached(fake) as server, httpx.Client(trust_env=False, timeout=20) as client, contextlib.closing(hang_up(server.url)) as kept:
+        kept.request("GET", "/health")
+        kept.getresponse().read()
+        with client.stream("POST", f"{server.url}{API}/generate", json={"prompt": "hi", "stream": True}) as reply:
+            next(reply.iter_lines())
+            server.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(httpx.TransportError, OSError, http.client.HTTPException):  # closed, or refused with 503
+                until(lambda: httpx.get(server.url + "/ready", trust_env=False).status_code == 503)
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                kept.request("POST", f"{API}/generate", json.dumps({"prompt": "hi"}))
+                assert kept.getresponse().status == 503
+        assert len(fake.asked()) == 1
+
+
+def test_a_stopping_server_ends_an_endless_stream_with_an_error_event(fake: Fake) -> None:
+    fake.pace, fake.text = 0.2, "word " * 1000
+    with attached(fake) as server, httpx.Client(trust_env=False, timeout=40) as client:
+        with client.stream("POST", f"{server.url}{API}/generate", json={"prompt": "hi", "stream": True}) as reply:
+            lines, rest = reply.iter_lines(), []
+            rest.append(next(lines))
+            server.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(httpx.TransportError):
+                rest.extend(filter(None, lines))
+        server.process.wait(20)
+        fake.wait(lambda: fake.live == 0)
+        last = json.loads(rest[-1].removeprefix("data: "))
+        assert enveloped(last)["code"] == 500 and last["data"] is None
+
+
+def test_a_second_signal_forces(fake: Fake) -> None:
+    fake.script(Reply(delay=60))
+    with attached(fake) as server, contextlib.closing(hang_up(server.url)) as client:
+        client.request("POST", f"{API}/generate", json.dumps({"prompt": "hi"}))
+        fake.wait(lambda: fake.live == 1)
+        server.process.send_signal(signal.SIGINT)
+        until(lambda: refuses(server.port))
+        server.process.send_signal(signal.SIGINT)
+        server.process.wait(5)
+        fake.wait(lambda: fake.live == 0)
+
+
+def refuses(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+def test_no_child_outlives_the_server(stop: signal.Signals) -> None:
+    with Command("--engine", "llamacpp") as server:
+        children = descendants(server.process.pid)
+        assert len(children) >= 2  # the watcher and its engine
+        server.process.send_signal(stop)
+        server.process.wait(20)
+        until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in children))
+
+
+def test_ready_tells_the_engine_that_is_missing() -> None:
+    with Command("--engine", "ollama", ready=False) as server:
+        until(lambda: httpx.get(server.url + "/ready", trust_env=False).json()["status"] != "starting")
+        reply = httpx.get(server.url + "/ready", trust_env=False)
+        assert reply.status_code == 503 and "engine_unavailable" in reply.json()["status"]
+        assert httpx.get(server.url + "/health", trust_env=False).status_code == 200
+
+
+def test_a_server_gets_ready_when_its_engine_comes_late() -> None:
+    late = Fake("vllm").start()
+    late.stop()
+    with attached(late, ready=False) as server, httpx.Client(base_url=server.url, trust_env=False) as client:
+        until(lambda: client.get("/ready").json()["status"] != "starting")
+        with late:
+            good(client.post(f"{API}/generate", json={"prompt": "hi"}))
+            assert client.get("/ready").status_code == 200
+
+
+def test_the_self_test_in_json() -> None:
+    with contextlib.ExitStack() as stack:
+        env = {"OLLAMA_HOST": "ollama", "VLLM_BASE_URL": "vllm", "SGLANG_BASE_URL": "sglang", "LLAMACPP_BASE_URL": "llamacpp"}
+        done = run("--json", **{name: stack.enter_context(Fake(dialect)).base_url for name, dialect in env.items()})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [each["engine_type"] for each in found] == list(env.values())
+    for each in found:
+        assert each["ok"] and each["text"] == TEXT and each["how"] and each["version"] and each["model"]
+
+
+def test_the_self_test_as_text(call: Call, fake: Fake) -> None:
+    status, said = call("--engine", "vllm", VLLM_BASE_URL=fake.base_url)
+    assert status == 0 and TEXT in said and "\x1b" not in said and "1 of 1" in said
+
+
+def test_the_self_test_fails_where_nobody_answers(call: Call) -> None:
+    status, said = call("--engine", "ollama", "--json")
+    (only,) = json.loads(said)
+    assert status == 1 and not only["ok"] and "ollama serve" in only["error"]
+    status, said = call("--engine", "ollama")
+    assert status == 1 and "ollama serve" in said
+
+
+def test_the_self_test_names_a_wrong_engine(call: Call) -> None:
+    status, said = call("--engine", "olama")
+    assert status != 0 and "did you mean" in said
+
+
+def test_api_test_passes_on_the_real_embedded_engine(real: httpx.Client) -> None:
+    done = run("--api-test", "--host", "127.0.0.1", "--port", str(real.base_url.port), timeout=120)
+    assert done.returncode == 0, done.stdout
+    assert " 0 failed" in done.stdout and "\x1b" not in done.stdout
+
+
+def test_api_test_uses_the_key_and_fails_without_it(call: Call, keyed: Stand) -> None:
+    keyed.engine.answer = lambda ask: '{"city":"Paris","country":"France"}'
+    where = ("--api-test", "--port", keyed.url.rpartition(":")[2])
+    assert call(*where)[0] == 1
+    assert call(*where, "--api-key", "first")[0] == 0
+    assert call(*where, LLM_INFERENCE_API_KEY="first")[0] == 0
+
+
+def test_api_test_against_nothing_says_how_to_start(call: Call) -> None:
+    status, said = call("--api-test", "--port", str(free_port()))
+    assert status == 1 and "--serve" in said
+
+
+def test_api_test_against_something_else_fails(call: Call, fake: Fake) -> None:
+    assert call("--api-test", "--port", str(fake.port))[0] == 1

@@ -1,0 +1,137 @@
+"""The short conformance run on real engines: nothing is dropped in silence. And the judge itself, which must be able to fail."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conformance import __main__ as command
+from conformance import features, judge, recorded, schemas, sides, table, validity
+from conftest import Attach, Fake
+
+from llm_inference import LLMInferencer
+
+ROWS = {row.name: row for row in features.FEATURES}
+
+
+def no_drops(llm: LLMInferencer) -> None:
+    with sides.through_us(llm) as us:
+        cells = list(judge.run(us, [row for row in command.chosen(short=True, only="") if row.name != "schema"]))
+        found = validity.measure(us, 1, schemas.SHORT)
+    assert {cell.feature: cell.note for cell in cells if cell.verdict == judge.DROPPED} == {}
+    assert sum(cell.verdict == judge.HONOURED for cell in cells) > len(cells) / 3, cells
+    assert found["wrong"] == 0 and found["valid"] >= len(schemas.SHORT) / 2, found
+
+
+def test_nothing_is_dropped_on_the_embedded_engine(embedded: LLMInferencer) -> None:
+    no_drops(embedded)
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang", "ollama"])
+def test_nothing_is_dropped_on_a_real_server(kind: str, real_server: Callable[[str], LLMInferencer]) -> None:
+    no_drops(real_server(kind))
+
+
+# ----------------------------------------------------------------------------------------------------- the judge itself
+
+
+def heedless(ask: dict[str, Any]) -> str:
+    """An engine that looks at the temperature, and at nothing else."""
+    prompt = str(ask["messages"][-1]["content"])
+    if "hello" in prompt:
+        return "hello " * 20
+    words = "the quick brown fox jumps over a lazy dog and then runs home to sleep until the morning".split()
+    return " ".join(words if not ask.get("temperature") else random.choices(words, k=16))
+
+
+@pytest.fixture(scope="module", params=["through us", "bare"])
+def side(request: pytest.FixtureRequest) -> Iterator[sides.Side]:
+    """A vLLM that heeds the temperature and max_tokens alone, through us and bare."""
+    with Fake("vllm") as engine, sides.through_us(LLMInferencer("vllm", base_url=engine.base_url)) as us:
+        engine.answer = heedless
+        yield us if request.param == "through us" else sides.bare_side(us)
+        us.llm.close()
+
+
+def verdict(side: sides.Side, name: str) -> str:
+    return judge.decide(ROWS[name], side).verdict
+
+
+DROPPED = ("top_p", "top_k", "min_p", "seed", "stop, a text", "stop, a list", "stop inside a stream", "presence_penalty", "frequency_penalty",
+           "repetition_penalty", "logprobs", "top_logprobs", "tools, tool_choice auto", "images", "/v1 n",
+           "/v1 response_format json_schema", "/v1 structured_outputs", "/v1 logit_bias")  # fmt: skip
+WE_REFUSE = ("an unknown field", "/v1 an unknown field", "/v1 guided_json", "/v1 regex", "/v1 format", "/v1 a remote image URL", "a broken regex", "two constraints at once")
+WE_CHECK = ("schema", "schema inside a stream", "any JSON object", "choice", "regex")
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_the_judge_sees_what_a_heedless_engine_drops(side: sides.Side, name: str) -> None:
+    assert verdict(side, name) == judge.DROPPED
+
+
+@pytest.mark.parametrize("name", WE_REFUSE)
+def test_what_the_engine_drops_we_refuse(side: sides.Side, name: str) -> None:
+    assert verdict(side, name) == (judge.DROPPED if side.bare else judge.REFUSED)
+
+
+@pytest.mark.parametrize("name", WE_CHECK)
+def test_a_wrong_answer_of_the_engine_is_no_answer_of_ours(side: sides.Side, name: str) -> None:
+    assert verdict(side, name) == (judge.DROPPED if side.bare else judge.FAILED)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "temperature", "a cut answer says `length`", "a stream spells the whole answer", "/v1 stream_options"])
+def test_the_judge_sees_what_is_kept(side: sides.Side, name: str) -> None:
+    assert verdict(side, name) == judge.HONOURED
+
+
+def test_a_sampler_without_chance_decides_nothing(fake: Callable[..., Fake], attach: Attach) -> None:
+    with sides.through_us(attach(fake("vllm"))) as us:
+        assert verdict(us, "top_k") == judge.UNDECIDED
+        assert verdict(us, "temperature") == judge.DROPPED
+
+
+def test_an_error_that_does_not_name_the_field_is_no_refusal() -> None:
+    def decide(side: sides.Side) -> None:
+        raise judge.Refusal("http 400", "bad request", True)
+
+    row = judge.Feature("top_k", decide, "top_k", short=True)
+    assert judge.decide(row, None).verdict == judge.FAILED  # type: ignore[arg-type]
+
+
+def test_wrong_json_is_counted_as_wrong(fake: Callable[..., Fake], attach: Attach) -> None:
+    engine = fake("vllm")
+    engine.answer = lambda ask: '{"city": "Paris", "population": "many"}'
+    with sides.through_us(attach(engine)) as us:
+        through, bare = (validity.measure(side, 1, ["flat object"]) for side in (us, sides.bare_side(us)))
+    assert (through["honest error"], through["wrong"]) == (1, 0)
+    assert bare["wrong"] == 1
+
+
+def test_the_command_fails_on_a_drop_and_writes_what_it_saw(fake: Callable[..., Fake], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine, out = fake("vllm"), tmp_path / "vllm.json"
+    engine.answer = heedless
+    line = ["--engine", "vllm", "--base-url", engine.base_url, "--bare", "--only", "an unknown field", "--json", str(out)]
+    assert command.main(line) == 0  # only the bare engine drops it
+    assert "DROPPED" in capsys.readouterr().out
+    shown = table.markdown([json.loads(out.read_text())])
+    assert "| an unknown field | refused | **dropped** |" in shown
+    assert command.main(["--engine", "vllm", "--base-url", engine.base_url, "--only", "top_k"]) == 1
+
+
+def test_recorded_drops_are_read_from_the_transcripts() -> None:
+    verdicts = {(engine, cell.feature): cell.verdict for engine in ("ollama", "sglang") for cell in recorded.recorded_cells(engine)}
+    assert verdicts["sglang", "/v1 guided_json"] == verdicts["ollama", "/v1 n"] == verdicts["ollama", "a prompt that does not fit"] == judge.DROPPED
+    assert verdicts["sglang", "/v1 n"] == judge.HONOURED
+    assert verdicts["ollama", "images"] == judge.REFUSED
+
+
+def test_fifty_schemas_and_the_committed_results_hold_no_drop() -> None:
+    assert len(schemas.SCHEMAS) == 50
+    for path in (Path(__file__).parent / "conformance" / "results").glob("*.json"):
+        result = json.loads(path.read_text())
+        assert [cell["feature"] for cell in result["us"] if cell["verdict"] == judge.DROPPED] == [], path
+        assert result.get("validity", {}).get("wrong", 0) == 0, path

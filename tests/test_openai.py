@@ -1,0 +1,739 @@
+"""The OpenAI surface under the real `openai` client: strict types, streams, errors, relay to the byte."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fake_engine import TEXT, Dialect, Reply
+from openai.types import Completion, CreateEmbeddingResponse, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel, ValidationError
+from serving import ALL, SOON, Stand, payloads, refused_v1, until
+
+import llm_inference as product
+
+pytest_plugins = ("serving",)
+pytestmark = pytest.mark.usefixtures("alone")
+
+RELAYED: list[Dialect] = ["vllm", "sglang", "llamacpp"]
+CHAT = "/v1/chat/completions"
+HI: Any = [{"role": "user", "content": "hi"}]
+WEATHER: Any = {"type": "function", "function": {"name": "get_weather", "description": "now", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}}}  # fmt: skip
+PIXEL = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+class City(BaseModel):
+    city: str
+    population: float
+
+
+def client_of(url: str, key: str = "any", **more: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=30, **more)
+
+
+@pytest.fixture
+def client(stand: Stand) -> Iterator[openai.OpenAI]:
+    """The official client in front of each fake engine in turn."""
+    with client_of(stand.url) as found:
+        yield found
+
+
+@pytest.fixture
+def official(real: httpx.Client) -> Iterator[openai.OpenAI]:
+    """The official client in front of the real embedded engine."""
+    with client_of(str(real.base_url).rstrip("/")) as found:
+        yield found
+
+
+@pytest.fixture
+def real_model(official: openai.OpenAI) -> str:
+    return next(m.id for m in official.models.list() if m.id.startswith("llamacpp/"))
+
+
+@pytest.fixture(params=RELAYED)
+def relayed(request: pytest.FixtureRequest, all_stands: dict[str, Stand]) -> Stand:
+    found = all_stands[request.param]
+    found.engine.reset()
+    return found
+
+
+def closed(kind: type[BaseModel], raw: Any) -> None:
+    """OpenAI's own type, taken strictly: nothing missing, nothing of another type. The client itself never checks."""
+    kind.model_validate_json(json.dumps(raw), strict=True)
+
+
+def strict_chunks(raw: list[Any]) -> list[ChatCompletionChunk]:
+    *items, done = raw
+    assert done == "[DONE]"
+    return [ChatCompletionChunk.model_validate_json(json.dumps(item), strict=True) for item in items]
+
+
+def text_of(chunks: list[ChatCompletionChunk]) -> str:
+    return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+
+
+# ----------------------------------------------------------------------------------------------- chat
+
+
+def test_chat_whole(stand: Stand, client: openai.OpenAI) -> None:
+    done = client.chat.completions.create(model=stand.model, messages=HI)
+    (choice,) = done.choices
+    assert (choice.message.content, choice.message.role, choice.finish_reason, done.object) == (TEXT, "assistant", "stop", "chat.completion")
+    assert done.usage and done.usage.total_tokens == done.usage.prompt_tokens + done.usage.completion_tokens > 0 and done.id and done.created
+
+
+def test_chat_streamed(stand: Stand, client: openai.OpenAI) -> None:
+    chunks = list(client.chat.completions.create(model=stand.model, messages=HI, stream=True))
+    assert text_of(chunks) == TEXT and chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == ["stop"]
+    assert not any(c.usage for c in chunks) and len({c.id for c in chunks}) == 1
+
+
+def test_chat_streamed_with_usage(stand: Stand, client: openai.OpenAI) -> None:
+    chunks = list(client.chat.completions.create(model=stand.model, messages=HI, stream=True, stream_options={"include_usage": True}))
+    assert text_of(chunks) == TEXT and chunks[-1].usage and chunks[-1].choices == [] and chunks[-1].usage.completion_tokens > 0
+    assert not any(c.usage for c in chunks[:-1])
+
+
+def test_the_async_client(stand: Stand) -> None:
+    async def ask() -> tuple[str | None, str]:
+        async with openai.AsyncOpenAI(base_url=f"{stand.url}/v1", api_key="any", max_retries=0) as client:
+            whole = await client.chat.completions.create(model=stand.model, messages=HI)
+            stream = await client.chat.completions.create(model=stand.model, messages=HI, stream=True)
+            return whole.choices[0].message.content, text_of([chunk async for chunk in stream])
+
+    assert asyncio.run(ask()) == (TEXT, TEXT)
+
+
+def test_chat_passes_openais_strict_types(stand: Stand) -> None:
+    closed(ChatCompletion, stand.post(CHAT, model=stand.model, messages=HI).json())
+    stand.engine.tool_call = ("get_weather", {"city": "Paris"})
+    closed(ChatCompletion, stand.post(CHAT, model=stand.model, messages=HI, tools=[WEATHER]).json())
+
+
+def test_streamed_chat_passes_openais_strict_types(stand: Stand) -> None:
+    assert strict_chunks(stand.events(CHAT, model=stand.model, messages=HI, stream_options={"include_usage": True}))
+    stand.engine.tool_call = ("get_weather", {"city": "Paris"})
+    assert strict_chunks(stand.events(CHAT, model=stand.model, messages=HI, tools=[WEATHER]))
+
+
+def test_the_other_three_pass_openais_strict_types(stand: Stand) -> None:
+    closed(Completion, stand.post("/v1/completions", model=stand.model, prompt="hi").json())
+    for event in stand.events("/v1/completions", model=stand.model, prompt="hi")[:-1]:
+        for choice in event["choices"]:
+            choice["finish_reason"] = choice["finish_reason"] or "stop"  # null before the end, as OpenAI sends it, is not in its type
+        closed(Completion, event)
+    closed(CreateEmbeddingResponse, stand.post("/v1/embeddings", model=stand.model, input=["a", "b"]).json())
+    for each in stand.client.get("/v1/models").json()["data"]:
+        closed(Model, each)
+
+
+def test_the_real_engines_answers_pass_openais_strict_types(real: httpx.Client, real_model: str) -> None:
+    ask = {"model": real_model, "messages": HI, "max_tokens": 8, "temperature": 0}
+    closed(ChatCompletion, real.post(CHAT, json=ask).json())
+    assert strict_chunks(payloads(real.post(CHAT, json={**ask, "stream": True, "stream_options": {"include_usage": True}})))
+    closed(Completion, real.post("/v1/completions", json={"model": real_model, "prompt": "hi", "max_tokens": 4}).json())
+
+
+def test_the_real_engine(official: openai.OpenAI, real_model: str) -> None:
+    ask: Any = {"model": real_model, "messages": HI, "max_tokens": 12, "temperature": 0}
+    whole = official.chat.completions.create(**ask).choices[0].message.content
+    assert whole and text_of(list(official.chat.completions.create(**ask, stream=True))) == whole
+    parsed = official.chat.completions.parse(model=real_model, messages=[{"role": "user", "content": "A city and its population."}], response_format=City, max_tokens=200, temperature=0)
+    assert isinstance(parsed.choices[0].message.parsed, City)
+    assert official.completions.create(model=real_model, prompt="The capital of France is", max_tokens=4).choices[0].text
+    assert official.models.retrieve(real_model).id == real_model
+
+
+def test_temperature_and_the_like_reach_the_engine(stand: Stand, client: openai.OpenAI) -> None:
+    client.chat.completions.create(model=stand.model, messages=HI, temperature=0.3, top_p=0.5, max_tokens=7, stop=["x"], seed=4, presence_penalty=0.1, frequency_penalty=0.2)
+    (ask,) = stand.engine.asked()
+    found = ask["options"] if stand.engine.dialect == "ollama" else ask
+    assert [found[name] for name in ("temperature", "top_p", "stop", "seed", "presence_penalty", "frequency_penalty")] == [0.3, 0.5, ["x"], 4, 0.1, 0.2]
+    assert found.get("max_tokens", found.get("num_predict")) == 7
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_both_names_of_the_limit(stand: Stand, client: openai.OpenAI, name: str) -> None:
+    more: Any = {name: 2}
+    done = client.chat.completions.create(model=stand.model, messages=HI, **more)
+    assert done.choices[0].finish_reason == "length" and done.usage and done.usage.completion_tokens == 2
+
+
+# ----------------------------------------------------------------------------------------------- tools
+
+
+def test_tools_whole(stand: Stand, client: openai.OpenAI) -> None:
+    stand.engine.tool_call = ("get_weather", {"city": "巴黎"})
+    (choice,) = client.chat.completions.create(model=stand.model, messages=HI, tools=[WEATHER]).choices
+    assert choice.finish_reason == "tool_calls" and choice.message.tool_calls
+    (call,) = choice.message.tool_calls
+    assert call.type == "function" and call.id and (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "巴黎"})
+
+
+def test_tools_streamed(stand: Stand, client: openai.OpenAI) -> None:
+    stand.engine.tool_call = ("get_weather", {"city": "巴黎"})
+    with client.chat.completions.stream(model=stand.model, messages=HI, tools=[WEATHER]) as stream:
+        for _ in stream:
+            pass
+        (choice,) = stream.get_final_completion().choices
+    assert choice.finish_reason == "tool_calls" and choice.message.tool_calls
+    (call,) = choice.message.tool_calls
+    assert call.id and (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "巴黎"})
+
+
+def test_a_tools_result_goes_back(stand: Stand, client: openai.OpenAI) -> None:
+    stand.engine.tool_call = ("get_weather", {"city": "Paris"})
+    asked = client.chat.completions.create(model=stand.model, messages=HI, tools=[WEATHER]).choices[0].message
+    assert asked.tool_calls
+    history: Any = [*HI, asked, {"role": "tool", "tool_call_id": asked.tool_calls[0].id, "content": "sunny"}]
+    stand.engine.tool_call = None
+    assert client.chat.completions.create(model=stand.model, messages=history, tools=[WEATHER]).choices[0].message.content == TEXT
+    last = stand.engine.asked()[-1]["messages"]
+    assert [m["role"] for m in last] == ["user", "assistant", "tool"] and last[2]["content"] == "sunny"
+
+
+def test_tools_for_a_model_that_has_none_are_refused() -> None:
+    for dialect in ("ollama", "sglang", "llamacpp"):
+        stand = Stand(dialect)
+        stand.engine.capabilities.remove("tools")
+        with stand, client_of(stand.url) as client, pytest.raises(openai.BadRequestError, match="tools"):
+            client.chat.completions.create(model=stand.model, messages=HI, tools=[WEATHER])
+
+
+# ----------------------------------------------------------------------------------------------- response_format
+
+
+def test_parse_into_a_pydantic_model(stand: Stand, client: openai.OpenAI) -> None:
+    stand.engine.answer = lambda ask: '{"city":"Paris","population":2.1}'
+    done = client.chat.completions.parse(model=stand.model, messages=HI, response_format=City)
+    assert done.choices[0].message.parsed == City(city="Paris", population=2.1)
+    (ask,) = stand.engine.asked()
+    wanted = ask["format"] if stand.engine.dialect == "ollama" else ask["response_format"]["json_schema"]["schema"]
+    assert set(wanted["properties"]) == {"city", "population"}
+
+
+def test_json_object(stand: Stand, client: openai.OpenAI) -> None:
+    stand.engine.answer = lambda ask: '{"a":1}'
+    client.chat.completions.create(model=stand.model, messages=HI, response_format={"type": "json_object"})
+    (ask,) = stand.engine.asked()
+    assert ask["format"] == "json" if stand.engine.dialect == "ollama" else ask["response_format"] == {"type": "json_object"}
+
+
+@pytest.mark.parametrize("form", [
+    {"type": "nope"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {"name": "x"}}, {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "http://127.0.0.1:9/x"}}},
+    {"type": "json_schema", "json_schema": {"name": "x", "schema": 7}}, {"type": "json_schema", "json_schema": 7}, "json", 7, [],
+], ids=str)  # fmt: skip
+def test_a_bad_response_format_is_refused(stand: Stand, form: Any) -> None:
+    reply = stand.post(CHAT, model=stand.model, messages=HI, response_format=form)
+    assert "response_format" in refused_v1(reply, reply.headers["x-error-kind"]) or "schema" in reply.text
+    assert reply.status_code == 400
+    assert not stand.engine.asked()
+
+
+# ----------------------------------------------------------------------------------------------- the other three
+
+
+def test_completions(stand: Stand, client: openai.OpenAI) -> None:
+    done = client.completions.create(model=stand.model, prompt="The capital", max_tokens=64)
+    assert done.object == "text_completion" and done.choices[0].text == TEXT and done.choices[0].finish_reason == "stop"
+    pieces = list(client.completions.create(model=stand.model, prompt="The capital", stream=True))
+    assert "".join(c.choices[0].text for c in pieces if c.choices) == TEXT
+    assert stand.engine.asked()[0]["prompt"] == "The capital"  # raw: no chat template
+
+
+def test_embeddings_as_floats_and_as_the_client_asks(stand: Stand, client: openai.OpenAI) -> None:
+    wanted, _ = stand.engine._vectors({"input": ["a", "bcd"]})
+    for encoding in ("float", "base64", None):
+        more: Any = {"encoding_format": encoding} if encoding else {}
+        done = client.embeddings.create(model=stand.model, input=["a", "bcd"], **more)
+        assert [each.index for each in done.data] == [0, 1] and done.usage.prompt_tokens > 0 and done.object == "list"
+        for each, vector in zip(done.data, wanted, strict=True):
+            found = each.embedding if not isinstance(each.embedding, str) else list(struct.unpack(f"<{len(vector)}f", base64.b64decode(each.embedding)))
+            assert found == pytest.approx(vector)
+    assert client.embeddings.create(model=stand.model, input="one").data[0].embedding
+
+
+def test_bad_embedding_inputs(stand: Stand) -> None:
+    for bad in ([], [[]], {}, 7, [7, "a"], [None]):
+        if stand.engine.dialect == "ollama":
+            refused_v1(stand.post("/v1/embeddings", model=stand.model, input=bad), "invalid_request")
+    refused_v1(stand.post("/v1/embeddings", model=stand.model), "invalid_request")
+    refused_v1(stand.post("/v1/embeddings", model=stand.model, input="a", encoding_format="hex"), "invalid_request")
+
+
+def test_models(stand: Stand, client: openai.OpenAI) -> None:
+    found = [m.id for m in client.models.list()]
+    assert len(found) == 1 and found[0].startswith(f"{stand.engine.dialect}/m")
+    for name in (found[0], found[0].partition("/")[2]):
+        assert client.models.retrieve(name).owned_by == stand.engine.dialect
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("nope")
+
+
+def test_every_listed_name_can_be_asked(stand: Stand, client: openai.OpenAI) -> None:
+    for model in client.models.list():
+        assert client.chat.completions.create(model=model.id, messages=HI).choices[0].message.content == TEXT
+    assert client.chat.completions.create(model="m", messages=HI).choices[0].message.content == TEXT
+
+
+def test_aliases_and_slashes(all_stands: dict[str, Stand], monkeypatch: pytest.MonkeyPatch) -> None:
+    sglang = all_stands["sglang"].engine
+    sglang.reset()
+    monkeypatch.setenv("SGLANG_BASE_URL", sglang.base_url)
+    stand = Stand("vllm", aliases={"fast": "vllm/Qwen/Qwen3", "small": "sglang/m"})
+    stand.engine.model, stand.engine.models = "Qwen/Qwen3", ["Qwen/Qwen3"]
+    with stand, client_of(stand.url) as client:
+        assert {m.id for m in client.models.list()} == {"vllm/Qwen/Qwen3", "sglang/m", "fast", "small"}
+        for name in ("fast", "vllm/Qwen/Qwen3", "Qwen/Qwen3"):
+            client.chat.completions.create(model=name, messages=HI)
+            assert stand.engine.asked()[-1]["model"] == "Qwen/Qwen3"
+        for name in ("small", "sglang/m", "m"):
+            client.chat.completions.create(model=name, messages=HI)
+        assert len(sglang.asked()) == 3
+        assert client.models.retrieve("fast").id == "fast"
+
+
+# ----------------------------------------------------------------------------------------------- errors
+
+
+def test_a_wrong_key_is_an_authentication_error() -> None:
+    with Stand("vllm", api_keys=("right",)) as stand:
+        with client_of(stand.url, "right") as client:
+            assert client.models.list().data
+        with client_of(stand.url, "wrong") as client:
+            for call in (lambda: client.models.list(), lambda: client.chat.completions.create(model="m", messages=HI), lambda: client.embeddings.create(model="m", input="a")):
+                with pytest.raises(openai.AuthenticationError) as info:
+                    call()
+                assert info.value.code == "unauthorized" and info.value.type == "authentication_error"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_wrong_model_is_a_not_found_error(stand: Stand, client: openai.OpenAI, stream: bool) -> None:
+    for name in ("nope", f"{stand.engine.dialect}/nope", "nope/m"):
+        with pytest.raises(openai.NotFoundError) as info:
+            client.chat.completions.create(model=name, messages=HI, stream=stream)
+        assert info.value.code == "model_not_found" and info.value.type == "not_found_error"
+
+
+BAD: list[dict[str, Any]] = [
+    {"max_tokens": 0}, {"max_tokens": "7"}, {"max_tokens": True}, {"max_tokens": 10**12}, {"temperature": 3}, {"temperature": "1"}, {"top_p": 0}, {"n": 0}, {"n": 129}, {"stop": 7}, {"stop": [""]},
+    {"seed": -1}, {"seed": 1.5}, {"presence_penalty": 3}, {"top_logprobs": 21}, {"logprobs": "x"}, {"stream": "true"}, {"tools": {}}, {"tools": [7]}, {"messages": []}, {"messages": "hi"}, {"messages": [7]},
+    {"stream_options": 7}, {"model": 7}, {"max_completion_tokens": 0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+def test_a_bad_field_is_a_bad_request_and_goes_nowhere(stand: Stand, bad: dict[str, Any]) -> None:
+    reply = stand.post(CHAT, **{"model": stand.model, "messages": HI, **bad})
+    assert next(iter(bad)) in refused_v1(reply, "invalid_request")
+    assert not stand.engine.asked()
+
+
+ODD: list[dict[str, Any]] = [
+    *({"messages": [bad]} for bad in (
+        {}, {"role": 7}, {"role": "user", "content": 7}, {"role": "user", "content": [7]}, {"role": "user", "content": [{"type": ["image_url"]}]}, {"role": "user", "content": [{"type": 7}]},
+        {"role": "user", "content": [{"type": "image_url", "image_url": None}]}, {"role": "user", "content": {"type": "image_url"}}, {"role": "assistant", "tool_calls": 7},
+        {"role": "assistant", "tool_calls": [7]}, {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}]},
+        {"role": "tool", "content": "x", "tool_call_id": 7}, {"role": "user", "content": "x", "name": 7})),
+    *({"tools": bad} for bad in ([{}], [{"type": "function"}], [{"type": "function", "function": 7}], [{"type": "function", "function": {"name": "f", "parameters": 7}}], [[]])),
+    *({"tool_choice": bad, "tools": [WEATHER]} for bad in (7, {}, [], {"type": "function"}, {"type": "function", "function": 7}, {"type": "function", "function": {"name": "other"}})),
+    *({"reasoning_effort": bad} for bad in (7, [], {}, "huge")), {"stream_options": {"include_usage": "x"}}, {"stream_options": {"include_usage": True}}, {"logprobs": 7}, {"top_logprobs": 3},
+    {"response_format": {"type": ["json_schema"]}}, {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 7}}}}, {"logit_bias": 7}, {"metadata": 7}, {"user": 7}, {"": 1}, {"\n": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: json.dumps(odd)[:80])
+def test_no_body_breaks_us(stand: Stand, odd: dict[str, Any]) -> None:
+    """Whether it is refused here or there: never our own failure, and always in the format."""
+    stand.engine.script(default_answer(stand))
+    reply = stand.post(CHAT, **{"model": stand.model, "messages": HI, **odd})
+    assert reply.status_code in (200, 400), reply.text
+
+
+@pytest.mark.parametrize("prompt", [7, [], {}, [7], [[1, 2]], ["a", "b"], ["a"], ""], ids=str)
+def test_no_prompt_breaks_us(stand: Stand, prompt: Any) -> None:
+    stand.engine.script(default_answer(stand))
+    reply = stand.post("/v1/completions", model=stand.model, prompt=prompt)
+    assert reply.status_code in (200, 400), reply.text
+
+
+def test_a_bad_field_is_a_bad_request_error_of_the_client(client: openai.OpenAI, stand: Stand) -> None:
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        client.chat.completions.create(model=stand.model, messages=HI, temperature=3)
+
+
+def test_what_is_missing_is_named(stand: Stand) -> None:
+    for path, needed in ((CHAT, "messages"), ("/v1/completions", "prompt"), ("/v1/embeddings", "input")):
+        assert needed in refused_v1(stand.post(path, model=stand.model), "invalid_request")
+        assert "model" in refused_v1(stand.post(path, **{needed: HI if needed == "messages" else "hi"}), "invalid_request")
+
+
+def test_other_paths_and_methods_speak_openai_too(stand: Stand) -> None:
+    refused_v1(stand.client.get("/v1/nope"), "not_found")
+    refused_v1(stand.client.get(CHAT), "method_not_allowed")
+
+
+@pytest.mark.parametrize(("reply", "error", "kind"), [
+    (Reply(status=503, pieces=[b'{"error":"server busy"}']), openai.InternalServerError, "engine_overloaded"),
+    (Reply(status=500, pieces=[b'{"error":"CUDA out of memory"}']), openai.InternalServerError, "out_of_memory"),
+    (Reply(status=400, pieces=[b'{"error":{"message":"This model\'s maximum context length is 8 tokens"}}']), openai.BadRequestError, "context_too_long"),
+    (Reply(pieces=[b"<html>"], headers={"content-type": "text/html"}), openai.InternalServerError, "bad_engine_reply"),
+    (Reply(pieces=[b'{"error":{"message":"boom","code":500}}'], headers={"content-type": "application/json"}), openai.InternalServerError, "bad_engine_reply"),
+    (Reply(pieces=[b'{"id":"x","choices":['], headers={"content-type": "application/json", "content-length": "900"}, end="eof"), openai.InternalServerError, "bad_engine_reply"),
+    (Reply(status=302, headers={"location": "http://127.0.0.1:9/"}), openai.InternalServerError, "bad_engine_reply"),
+    (Reply(pieces=[b"\x1f\x8b\x08"], headers={"content-encoding": "gzip"}), openai.InternalServerError, "bad_engine_reply"),
+], ids=["busy", "memory", "context", "html", "error under 200", "early end", "redirect", "gzip"])  # fmt: skip
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engines_failure_before_the_first_byte(stand: Stand, client: openai.OpenAI, reply: Reply, error: type[openai.APIStatusError], kind: str, stream: bool) -> None:
+    stand.engine.script(reply)
+    with pytest.raises(error) as info:
+        client.chat.completions.create(model=stand.model, messages=HI, stream=stream)
+    assert info.value.code == kind
+
+
+@pytest.mark.parametrize("said", [b'{ "error" : {"message":"boom"}}', b'{"object":"error","message":"boom","code":500}', b"{}", b'{"choices":[', b'{"choices":[]}', b'{"id":"x","choices":"y"}'])
+def test_what_is_no_completion_is_not_passed_on_as_one(all_stands: dict[str, Stand], said: bytes) -> None:
+    stand = all_stands["vllm"]
+    stand.engine.reset().script(Reply(pieces=[said], headers={"content-type": "application/json"}))
+    refused_v1(stand.post(CHAT, model=stand.model, messages=HI), "bad_engine_reply")
+
+
+def test_an_engine_that_is_away(client: openai.OpenAI) -> None:
+    with Stand("sglang") as stand, client_of(stand.url) as own:
+        stand.engine.stop()
+        with pytest.raises(openai.InternalServerError) as info:
+            own.chat.completions.create(model="m", messages=HI)
+        assert (info.value.status_code, info.value.code) == (503, "engine_unavailable")
+        stand.engine.start()
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+@pytest.mark.parametrize("end", ["eof", "reset", "clean"])
+def test_a_late_failure_raises_in_the_client(stand: Stand, client: openai.OpenAI, end: Any, keep: int) -> None:
+    """Never a clean end: an early end of the stream, even a tidy one, is an error."""
+    whole = default_stream(stand)
+    stand.engine.script(Reply(headers=whole.headers, pieces=whole.pieces[:keep], end=end, chunked=True, gap=0.02))
+    with pytest.raises(openai.APIError):
+        for _ in client.chat.completions.create(model=stand.model, messages=HI, stream=True):
+            pass
+    reply = scripted_text(stand, Reply(headers=whole.headers, pieces=whole.pieces[:keep], end=end, chunked=True, gap=0.02))
+    assert "[DONE]" not in reply and json.loads(reply.strip().rpartition("\n\n")[2].removeprefix("data: "))["error"]["code"] == "bad_engine_reply"
+
+
+@pytest.mark.parametrize("event", [
+    b'data: {"error":{"message":"EngineCore died","code":500}}\n\n', b'data: {"error": {"message": "EngineCore died", "code": 500}}\n\n', b'data: { "error": {"message": "EngineCore died"}}\n\n',
+    b'error: {"code":500,"message":"EngineCore died"}\n\n', b'data: {"object":"error","message":"EngineCore died","code":500}\n\n',
+], ids=["tight", "spaced", "loose", "llama.cpp", "object"])  # fmt: skip
+def test_an_error_event_is_never_a_clean_end(relayed: Stand, event: bytes) -> None:
+    """Whatever follows it, [DONE] included: vLLM sends one after its error."""
+    whole = default_stream(relayed)
+    broken = Reply(headers=whole.headers, pieces=[*whole.pieces[:3], event, b"data: [DONE]\n\n"], chunked=True)
+    for relayed.engine.slice in (0, 1):
+        text = scripted_text(relayed, broken)
+        assert "[DONE]" not in text and '"error"' in text.rpartition("data: ")[2]
+    with client_of(relayed.url) as client, pytest.raises(openai.APIError):
+        relayed.engine.script(broken)
+        for _ in client.chat.completions.create(model=relayed.model, messages=HI, stream=True):
+            pass
+
+
+@pytest.mark.parametrize("event", [b"data: not json at all\n\n", b"garbage\n\n", b"<html>502</html>\n\n", b'data: {"id":"x"\n\n'])
+def test_garbage_in_a_stream_is_never_a_clean_end(all_stands: dict[str, Stand], event: bytes) -> None:
+    stand = all_stands["vllm"]
+    stand.engine.reset()
+    whole = default_stream(stand)
+    text = scripted_text(stand, Reply(headers=whole.headers, pieces=[*whole.pieces[:3], event, *whole.pieces[3:]], chunked=True))
+    assert "[DONE]" not in text and '"error"' in text.rpartition("data: ")[2]
+
+
+def test_a_cut_stream_that_speaks_of_the_end_is_still_cut(relayed: Stand) -> None:
+    relayed.engine.text = "it ends with data: [DONE] and more words"
+    whole = default_stream(relayed)
+    text = scripted_text(relayed, Reply(headers=whole.headers, pieces=whole.pieces[:-3], end="clean", chunked=True))
+    assert json.loads(text.strip().rpartition("\n\n")[2].removeprefix("data: "))["error"]["code"] == "bad_engine_reply"
+
+
+def test_a_stream_without_a_finish_is_cut(relayed: Stand) -> None:
+    """[DONE] after half an answer: no choice has said why it ended."""
+    whole = default_stream(relayed)
+    text = scripted_text(relayed, Reply(headers=whole.headers, pieces=[*whole.pieces[:3], b"data: [DONE]\n\n"], chunked=True))
+    assert "[DONE]" not in text
+
+
+def test_words_that_look_like_an_error_or_an_end_are_words(stand: Stand) -> None:
+    stand.engine.text = 'say data: [DONE] and {"error": 1} and error: now \n\nerror: x'
+    whole = stand.post(CHAT, model=stand.model, messages=HI).json()["choices"][0]["message"]["content"]
+    assert whole == stand.engine.text
+    events = stand.events(CHAT, model=stand.model, messages=HI)
+    assert events[-1] == "[DONE]" and text_of(strict_chunks(events)) == whole
+
+
+def default_answer(stand: Stand) -> Reply:
+    ask = {"model": "m", "messages": HI, "stream": False}
+    return stand.engine._native(True, ask) if stand.engine.dialect == "ollama" else stand.engine._openai(True, ask)
+
+
+def default_stream(stand: Stand) -> Reply:
+    if stand.engine.dialect == "ollama":
+        return stand.engine._native(True, {"model": "m", "messages": HI})
+    return stand.engine._openai(True, {"messages": HI, "stream": True, "model": "m"})
+
+
+def scripted_text(stand: Stand, reply: Reply, **more: Any) -> str:
+    stand.engine.script(reply)
+    return stand.post(CHAT, model=stand.model, messages=HI, stream=True, **more).text
+
+
+# ----------------------------------------------------------------------------------------------- leaving
+
+
+def test_leaving_in_mid_stream_closes_the_upstream(stand: Stand, client: openai.OpenAI) -> None:
+    cut, stand.engine.pace, stand.engine.text = stand.engine.cut, 0.05, "word " * 2000
+    with client.chat.completions.create(model=stand.model, messages=HI, stream=True) as stream:
+        next(iter(stream))
+    stand.engine.wait(lambda: stand.engine.live == 0, SOON)
+    assert stand.engine.cut == cut + 1
+
+
+def test_a_cancelled_task_closes_the_upstream(stand: Stand) -> None:
+    cut, stand.engine.pace, stand.engine.text = stand.engine.cut, 0.05, "word " * 2000
+
+    async def leave(stream: bool) -> None:
+        async with openai.AsyncOpenAI(base_url=f"{stand.url}/v1", api_key="any", max_retries=0) as client:
+            async def ask() -> None:
+                answer = await client.chat.completions.create(model=stand.model, messages=HI, stream=stream)
+                if stream:
+                    async for _ in answer:  # type: ignore[union-attr]
+                        pass
+
+            task = asyncio.create_task(ask())
+            await asyncio.to_thread(stand.engine.wait, lambda: stand.engine.live == 1)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    for stream in (True, False):
+        asyncio.run(leave(stream))
+        stand.engine.wait(lambda: stand.engine.live == 0, SOON)
+    assert stand.engine.cut == cut + 2
+
+
+def test_a_client_timeout_closes_the_upstream(stand: Stand) -> None:
+    stand.engine.script(Reply(delay=60))
+    with client_of(stand.url) as client, pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.5).chat.completions.create(model=stand.model, messages=HI)
+    stand.engine.wait(lambda: stand.engine.live == 0, SOON)
+    until(lambda: stand.hub.in_flight == 0, SOON)
+
+
+# ----------------------------------------------------------------------------------------------- fields
+
+
+def test_harmless_fields_are_named_and_left_out(stand: Stand, client: openai.OpenAI) -> None:
+    reply = client.chat.completions.with_raw_response.create(model=stand.model, messages=HI, user="u", metadata={"a": "b"}, store=False, service_tier="auto")
+    assert set(reply.headers["x-ignored-fields"].split(", ")) == {"user", "metadata", "store", "service_tier"}
+    assert not {"user", "metadata", "store", "service_tier"} & set(stand.engine.asked()[0])
+    stream = client.chat.completions.with_raw_response.create(model=stand.model, messages=HI, user="u", stream=True)
+    assert stream.headers["x-ignored-fields"] == "user"
+    assert "x-ignored-fields" not in client.chat.completions.with_raw_response.create(model=stand.model, messages=HI).headers
+
+
+@pytest.mark.parametrize("field", [
+    "guided_json", "guided_regex", "guided_choice", "guided_grammar", "functions", "function_call", "nonsense", "logit_bias_x", "best_of", "chat_template", "prediction", "web_search_options",
+    "audio", "documents", "add_generation_prompt", "mm_processor_kwargs", "kv_transfer_params", "lora_path", "custom_logit_processor", "return_hidden_states", "vllm_xargs", "session_params",
+])  # fmt: skip
+def test_a_field_that_would_be_ignored_or_reach_too_far_is_refused(stand: Stand, field: str) -> None:
+    reply = stand.post(CHAT, model=stand.model, messages=HI, **{field: {"x": 1}})
+    assert field in refused_v1(reply, "unsupported_feature") and not stand.engine.asked()
+
+
+def test_one_engines_constraint_is_not_anothers(all_stands: dict[str, Stand]) -> None:
+    for dialect, field in (("sglang", "structured_outputs"), ("llamacpp", "structured_outputs"), ("ollama", "structured_outputs"), ("vllm", "regex"), ("vllm", "ebnf"), ("llamacpp", "regex"), ("vllm", "grammar"), ("ollama", "n")):
+        stand = all_stands[dialect]
+        stand.engine.reset()
+        bad: Any = 2 if field == "n" else "a+" if field != "structured_outputs" else {"regex": "a+"}
+        assert field in refused_v1(stand.post(CHAT, model=stand.model, messages=HI, **{field: bad}), "unsupported_feature")
+        assert not stand.engine.asked()
+
+
+def test_one_engines_constraint_is_its_own(all_stands: dict[str, Stand]) -> None:
+    for dialect, field, value in (("vllm", "structured_outputs", {"regex": "a+"}), ("sglang", "regex", "a+"), ("sglang", "ebnf", "root ::= 'a'"), ("llamacpp", "grammar", 'root ::= "a"')):
+        stand = all_stands[dialect]
+        stand.engine.reset()
+        assert stand.post(CHAT, model=stand.model, messages=HI, **{field: value}).status_code == 200
+        assert stand.engine.asked()[0][field] == value
+
+
+@pytest.mark.parametrize("part", [
+    {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}}, {"type": "image_url", "image_url": "https://evil.example/x.png"}, {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}},
+    {"type": "video_url", "video_url": {"url": "http://127.0.0.1:9/x.mp4"}}, {"type": "audio_url", "audio_url": {"url": "http://127.0.0.1:9/x.wav"}}, {"type": "file", "file": {"file_id": "x"}},
+    {"type": "image_url", "image_url": {"url": " http://127.0.0.1:9/x.png"}}, {"type": "image_url", "image_url": {"url": "/etc/passwd"}},
+], ids=lambda part: json.dumps(part)[:90])  # fmt: skip
+def test_a_place_in_a_message_is_refused(stand: Stand, part: Any) -> None:
+    no_place(stand, part)
+
+
+@pytest.mark.parametrize("part", [
+    {"image_url": "http://127.0.0.1:9/x.png"}, {"image_url": {"url": "http://127.0.0.1:9/x.png"}}, {"audio_url": "http://127.0.0.1:9/x.wav"}, {"video_url": "http://127.0.0.1:9/x.mp4"},
+    {"type": "text", "text": "x", "uuid": "u", "image_url": "http://127.0.0.1:9/x.png"}, {"type": "input_image", "image_url": "http://127.0.0.1:9/x.png"},
+    {"type": "image_embeds", "image_embeds": "http://127.0.0.1:9/x"}, {"type": "image", "image": "http://127.0.0.1:9/x.png"}, {"type": "IMAGE_URL", "image_url": {"url": "http://127.0.0.1:9/x"}},
+], ids=lambda part: json.dumps(part)[:90])  # fmt: skip
+def test_a_place_in_a_shape_that_vllm_takes_too_is_refused(all_stands: dict[str, Stand], part: Any) -> None:
+    """Beside the documented ones (vllm/entrypoints/chat_utils.py): without a type, with a uuid, and older names."""
+    all_stands["vllm"].engine.reset()
+    no_place(all_stands["vllm"], part)
+
+
+def no_place(stand: Stand, part: Any) -> None:
+    reply = stand.post(CHAT, model=stand.model, messages=[{"role": "user", "content": [{"type": "text", "text": "what?"}, part]}])
+    assert reply.status_code == 400 and reply.json()["error"]["type"] == "invalid_request_error"
+    assert not stand.engine.asked()
+
+
+def test_a_place_in_an_embeddings_input_is_refused(all_stands: dict[str, Stand]) -> None:
+    """SGLang takes {"text", "image"} there."""
+    relayed = all_stands["sglang"]
+    relayed.engine.reset()
+    for bad in ([{"image": "http://127.0.0.1:9/x.png"}], [{"text": "x", "image": "/etc/passwd"}], {"image": "http://127.0.0.1:9/x.png"}):
+        refused_v1(relayed.post("/v1/embeddings", model=relayed.model, input=bad), "invalid_request")
+    assert not relayed.engine.asked()
+
+
+@pytest.mark.parametrize("dialect", ALL)
+def test_an_image_as_data_is_passed(dialect: Dialect) -> None:
+    with Stand(dialect, capabilities=["vision"]) as stand, client_of(stand.url) as client:
+        content: Any = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": PIXEL}}]
+        assert client.chat.completions.create(model=stand.model, messages=[{"role": "user", "content": content}]).choices[0].message.content == TEXT
+        assert PIXEL.partition(",")[2] in json.dumps(stand.engine.asked()[-1]["messages"])
+
+
+@pytest.mark.parametrize("dialect", ["ollama"])  # the others say so themselves
+def test_an_image_for_a_model_that_is_blind_is_refused(dialect: Dialect, all_stands: dict[str, Stand]) -> None:
+    stand = all_stands[dialect]
+    stand.engine.reset()
+    content = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": PIXEL}}]
+    assert "image" in refused_v1(stand.post(CHAT, model=stand.model, messages=[{"role": "user", "content": content}]), "unsupported_feature")
+    assert not stand.engine.asked()
+
+
+@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("slice_", [0, 1])
+def test_reasoning_comes_under_one_name(dialect: Dialect, slice_: int) -> None:
+    with Stand(dialect, reasoning="let me think") as stand:
+        stand.engine.slice = slice_
+        message = stand.post(CHAT, model=stand.model, messages=HI).json()["choices"][0]["message"]
+        assert message["reasoning"] == "let me think" and message["content"] == TEXT and "reasoning_content" not in message
+        deltas = [c["delta"] for e in stand.events(CHAT, model=stand.model, messages=HI)[:-1] for c in e["choices"]]
+        assert "".join(d.get("reasoning") or "" for d in deltas) == "let me think" and "".join(d.get("content") or "" for d in deltas) == TEXT
+        assert not any("reasoning_content" in d for d in deltas)
+
+
+def test_the_renaming_of_reasoning_leaves_words_alone(relayed: Stand) -> None:
+    relayed.engine.text = 'the key "reasoning_content": is a word here'
+    assert relayed.post(CHAT, model=relayed.model, messages=HI).json()["choices"][0]["message"]["content"] == relayed.engine.text
+    assert text_of(strict_chunks(relayed.events(CHAT, model=relayed.model, messages=HI))) == relayed.engine.text
+
+
+# ----------------------------------------------------------------------------------------------- the relay
+
+
+def test_vllms_answer_comes_through_whole(all_stands: dict[str, Stand]) -> None:
+    """logprobs, n, token ids, whatever it says: the bytes are the engine's."""
+    stand = all_stands["vllm"]
+    stand.engine.reset()
+    for name in ("chat", "chat_tools_auto", "chat_logprobs"):
+        with contextlib.suppress(LookupError):
+            stand.engine.replay(name)
+            theirs = stand.engine._queue[-1][1].pieces[0]
+            reply = stand.post(CHAT, model="m", messages=HI, n=2, logprobs=True, top_logprobs=3, tools=[WEATHER])
+            assert reply.content == theirs
+    ask = stand.engine.asked()[-1]
+    assert (ask["n"], ask["logprobs"], ask["top_logprobs"]) == (2, True, 3)
+
+
+@pytest.mark.parametrize("slice_", [0, 1, 7])
+def test_a_stream_comes_through_whole_and_in_order(relayed: Stand, slice_: int) -> None:
+    relayed.engine.text = "a\u2028b\u0085c 北京 🚲 \\n \" end"
+    whole = default_stream(relayed)
+    theirs = b"".join(whole.pieces)
+    relayed.engine.slice = slice_
+    ours = scripted_text(relayed, whole).encode()
+    assert ours == theirs.replace(b'"reasoning_content":', b'"reasoning":')
+
+
+def test_ollamas_stream_survives_any_cut(all_stands: dict[str, Stand]) -> None:
+    stand = all_stands["ollama"]
+    stand.engine.reset().text = "a\u2028b\u0085c 北京 🚲 end"
+    stand.engine.slice = 1
+    assert text_of(strict_chunks(stand.events(CHAT, model=stand.model, messages=HI))) == stand.engine.text
+
+
+@pytest.mark.parametrize("change", [lambda p: p.replace(b"\n", b"\r\n"), lambda p: b": hello\n\n" + p, lambda p: b"data:" + p[6:], lambda p: b"event: message\nid: 1\n" + p], ids=["crlf", "comments", "tight", "event and id"])
+def test_every_standard_form_of_an_event_comes_through(relayed: Stand, change: Callable[[bytes], bytes]) -> None:
+    """CRLF is what sse-starlette sends; a proxy in front of the engine may add comments."""
+    whole = default_stream(relayed)
+    for relayed.engine.slice in (0, 1):
+        relayed.engine.script(Reply(headers=whole.headers, pieces=[change(piece) for piece in whole.pieces], chunked=True))
+        with client_of(relayed.url) as client:
+            assert text_of(list(client.chat.completions.create(model=relayed.model, messages=HI, stream=True))) == TEXT
+
+
+def test_a_token_that_arrives_alone_leaves_at_once(stand: Stand) -> None:
+    stand.engine.pace, stand.engine.text = 0.25, "a b c"
+    with stand.client.stream("POST", CHAT, json={"model": stand.model, "messages": HI, "stream": True}) as reply:
+        for line in reply.iter_lines():
+            if '"content":"a"' in line:
+                assert stand.engine.live == 1, "the first token came when the last was done"
+                break
+    stand.engine.wait(lambda: stand.engine.live == 0, 5)
+
+
+def test_large_answers_come_through(stand: Stand) -> None:
+    stand.engine.text = f"{'long' * 40} " * 4_000
+    for each in (stand.post(CHAT, model=stand.model, messages=HI).json()["choices"][0]["message"]["content"], text_of(strict_chunks(stand.events(CHAT, model=stand.model, messages=HI)))):
+        assert each == stand.engine.text
+
+
+def test_an_endless_event_is_bounded(relayed: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product.LineReader, "LIMIT", 1 << 16)
+    text = scripted_text(relayed, Reply(headers={"content-type": "text/event-stream"}, pieces=[b"data: " + b"x" * (1 << 14)] * 16, chunked=True))
+    assert "bad_engine_reply" in text and len(text) < 1 << 12
+
+
+def test_the_engines_key_and_headers_stay_with_us(all_stands: dict[str, Stand]) -> None:
+    stand = Stand("vllm", engine_api_key="theirs", api_keys=("ours",))
+    stand.engine.api_key = "theirs"
+    with stand, client_of(stand.url, "ours", default_headers={"x-secret": "s", "cookie": "c=1"}) as client:
+        client.chat.completions.create(model="m", messages=HI, extra_headers={"x-forwarded-for": "1.2.3.4"})
+        seen = stand.engine.requests[-1]
+        assert seen.headers["authorization"] == "Bearer theirs" and not {"x-secret", "cookie", "x-forwarded-for"} & set(seen.headers)
+        assert b"ours" not in seen.body
+
+
+def test_many_streams_at_once_get_their_own_words(stand: Stand) -> None:
+    stand.engine.answer = lambda ask: ask["messages"][-1]["content"]
+
+    async def ask() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{stand.url}/v1", api_key="any", max_retries=0) as client:
+            async def one(n: int) -> str:
+                stream = await client.chat.completions.create(model=stand.model, messages=[{"role": "user", "content": f"nonce {n}"}], stream=True)
+                return text_of([chunk async for chunk in stream])
+
+            return await asyncio.gather(*(one(n) for n in range(32)))
+
+    assert asyncio.run(ask()) == [f"nonce {n}" for n in range(32)]
+
+
+def test_the_strict_types_are_strict() -> None:
+    with pytest.raises(ValidationError):
+        closed(ChatCompletion, {"id": 1, "choices": [], "created": 1, "model": "m", "object": "chat.completion"})
