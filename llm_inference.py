@@ -3420,6 +3420,7 @@ class Exchange:
         self.engine = self.model = "-"
         self.usage: Usage | None = None
         self.started = False
+        self.sent = b""  #: the last part of a stream
         self.body: bytes | None = None  #: the body, where somebody has read it before
         self.extra: list[tuple[bytes, bytes]] = []
 
@@ -3478,7 +3479,8 @@ class Exchange:
         """The error as an answer; as an event where the answer has begun, and then no clean end."""
         status, body = self.error_body(error)
         if self.started:
-            await self.send({"type": "http.response.body", "body": b"data: " + to_json(body) + b"\n\n"})
+            gap = b"" if self.sent.endswith(b"\n\n") else b"\n\n"  # a relayed event may lack its blank line
+            await self.send({"type": "http.response.body", "body": gap + b"data: " + to_json(body) + b"\n\n"})
             return
         self.extra.append((b"x-error-kind", error.kind.encode()))
         if error.retry_after:
@@ -3511,6 +3513,7 @@ class Exchange:
             comments = loop.create_task(keep_alive())
             try:
                 while part is not None:
+                    self.sent = part
                     await self.send({"type": "http.response.body", "body": part, "more_body": True})
                     sent = loop.time()
                     part = await anext(parts, None)

@@ -303,7 +303,7 @@ class FakeEngine:
     def _reply(self, seen: Seen) -> tuple[Reply, int]:
         """The answer, and 1 if it is a generation, else 0."""
         path = seen.path.partition("?")[0]
-        generates = int(seen.method == "POST" and path != "/api/show")
+        generates = int(seen.method == "POST" and path not in ("/api/show", "/tokenize"))
         with self._changed:
             self.requests.append(seen)
             for index, (only, reply) in enumerate(self._queue):

@@ -447,6 +447,18 @@ def test_an_error_event_is_never_a_clean_end(relayed: Stand, event: bytes) -> No
             pass
 
 
+def test_an_error_event_is_an_event_of_its_own(relayed: Stand) -> None:
+    """The engine's last event came without its blank line: what follows it must not become a second line of that event."""
+    whole = default_stream(relayed)
+    first, second = (piece.strip() for piece in b"".join(whole.pieces).split(b"\n\n")[:2])
+    for tail in (b"\n", b"\r\n", b""):
+        broken = Reply(headers=whole.headers, pieces=[first + b"\n\n", second + tail], chunked=True, gap=0.02)
+        with client_of(relayed.url) as client, pytest.raises(openai.APIError, match="ended early"):
+            relayed.engine.script(broken)
+            for _ in client.chat.completions.create(model=relayed.model, messages=HI, stream=True):
+                pass
+
+
 @pytest.mark.parametrize("event", [b"data: not json at all\n\n", b"garbage\n\n", b"<html>502</html>\n\n", b'data: {"id":"x"\n\n'])
 def test_garbage_in_a_stream_is_never_a_clean_end(all_stands: dict[str, Stand], event: bytes) -> None:
     stand = all_stands["vllm"]
