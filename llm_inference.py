@@ -179,6 +179,18 @@ class PayloadTooLarge(InferenceError):
     kind, code, http, v1 = "payload_too_large", 400, 413, (413, "invalid_request_error")
 
 
+class HeaderTooLarge(InferenceError):
+    """The request's header is over the limit."""
+
+    kind, code, http, v1 = "header_too_large", 400, 431, (431, "invalid_request_error")
+
+
+class RequestTimeout(InferenceError):
+    """The request did not come to its end in time."""
+
+    kind, code, http, v1 = "request_timeout", 400, 408, (408, "invalid_request_error")
+
+
 class Busy(InferenceError):
     """Our own queue is full."""
 
@@ -1310,11 +1322,7 @@ class EngineChild:
         if (wait := self.not_before - time.monotonic()) > 0:
             raise EngineUnavailable(f"{self.name} ended and is started again in {wait:.0f} s", "ask again then", retry_after=int(wait) + 1)
         self.stop()
-        run_dir = tempfile.mkdtemp(prefix="llm-inference-")
-        self.key, self.uds = secrets.token_urlsafe(24), os.path.join(run_dir, "engine.sock")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        run_dir = self._place()
         self.log = self._log_file()
         argv, extra = self._command(self)
         spec = json.dumps({"argv": argv, "log": str(self.log), "grace": self.GRACE, "dir": run_dir})
@@ -1323,6 +1331,28 @@ class EngineChild:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **extra}, start_new_session=True)  # fmt: skip
         self.started = time.monotonic()
         self.generation += 1
+
+    def _place(self) -> str:
+        """Key, port and socket, kept over a new start where they are free: --workers know the old ones. Returns the socket's folder."""
+        self.key = self.key or secrets.token_urlsafe(24)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", self.port))
+            except OSError:
+                probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        run_dir = os.path.dirname(self.uds)
+        try:
+            os.makedirs(run_dir, 0o700, exist_ok=True)
+            here = os.lstat(run_dir)
+            mine = here.st_uid == os.getuid() and here.st_mode & 0o170077 == 0o040000  # a folder that nobody else can use
+        except OSError:
+            mine = False
+        run_dir = run_dir if mine else tempfile.mkdtemp(prefix="llm-inference-")
+        self.uds = os.path.join(run_dir, "engine.sock")
+        Path(self.uds).unlink(missing_ok=True)
+        return run_dir
 
     def _log_file(self) -> Path:
         logs = cache_dir() / "logs"
@@ -1554,7 +1584,7 @@ class Target:
 
 
 REQUEST_ID: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")  # of the HTTP request that is being answered
-INSTANCE = secrets.token_hex(8)  # this process, so that we never serve from ourselves
+INSTANCE = os.environ.get("LLM_INFERENCE_INSTANCE") or secrets.token_hex(8)  # this server, so that we never serve from ourselves
 HOP = "x-llm-inference-hop"
 
 
@@ -1693,7 +1723,8 @@ class HTTPAdapter(BaseLLMAdapter):
         headers = {"authorization": f"Bearer {key}"} if key else {}
         explicit, how = (self.base_url, "base_url") if self.base_url else (os.environ.get(self.url_env), self.url_env)
         if explicit:
-            target = Target(clean_url(explicit, self.default_url.rpartition(":")[2]), headers)
+            uds = explicit.removeprefix("unix:") if explicit.startswith("unix:/") else None
+            target = Target("http://localhost" if uds else clean_url(explicit, self.default_url.rpartition(":")[2]), headers, uds=uds)
             try:
                 version = await self._probe(target)
             except InferenceError as exc:
@@ -3077,13 +3108,13 @@ def bar(done: int, total: int, width: int = 24) -> str:
 
 # 11 HTTP API -------------------------------------------------------------------------------------
 API = "/api/v1/llm"
-MAX_BODY, MAX_JSON_DEPTH, KEEP_ALIVE_COMMENT = 4 << 20, 64, 15.0
+MAX_BODY, MAX_HEADER, MAX_JSON_DEPTH, KEEP_ALIVE_COMMENT = 4 << 20, 32 << 10, 64, 15.0
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:@+-]*(/[A-Za-z0-9][A-Za-z0-9._:@+-]*)*$"  # no place: no //, no .., no leading slash
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What the operator decides; each field has a flag and an environment variable (see `--help`)."""
+    """What the operator decides; the fields have flags (see `--help`)."""
 
     engine: str = "auto"
     model: str | None = None
@@ -3097,6 +3128,9 @@ class Settings:
     queue: int = 256
     max_tokens_cap: int = 8192
     deadlines: Deadlines = Deadlines()
+    header_timeout: float = 10.0  #: seconds until a request's header is here; no flag
+    body_timeout: float = 30.0  #: the same for its body; no flag
+    made_key: str = dataclasses.field(default_factory=lambda: secrets.token_urlsafe(24))  #: asked of callers elsewhere where no key is configured; no flag
 
 
 Scope: TypeAlias = dict[str, Any]
@@ -3157,6 +3191,61 @@ V1Fields = TypedDict(  # type: ignore[misc]
 V1Fields.__pydantic_config__ = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, defer_build=True)  # type: ignore[attr-defined]
 
 
+class Metrics:
+    """What /metrics tells, in prometheus_client's words; the numbers of all workers added up."""
+
+    @classmethod
+    def open(cls) -> "Metrics | None":
+        """None where prometheus_client is not installed."""
+        return cls() if importlib.util.find_spec("prometheus_client") else None
+
+    def __init__(self) -> None:
+        import prometheus_client as prom
+
+        self.prom, self.registry = prom, prom.CollectorRegistry()
+        own: dict[str, Any] = {"registry": self.registry, "namespace": "llm"}
+        self.requests = prom.Counter("requests", "Requests by route, engine and HTTP status", ("route", "engine", "status"), **own)
+        self.errors = prom.Counter("errors", "Errors by engine and kind, those after the first byte included", ("engine", "kind"), **own)
+        self.tokens = prom.Counter("tokens", "Tokens as the engine counted them (where it was asked to)", ("engine", "kind"), **own)
+        own["buckets"] = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+        self.seconds = prom.Histogram("request_seconds", "Seconds from the request's header to its end", ("route", "engine"), **own)
+        self.first = prom.Histogram("first_token_seconds", "Seconds to a stream's first event", ("route", "engine"), **own)
+        del own["buckets"]
+        self.in_flight = prom.Gauge("requests_in_flight", "Requests being worked on", multiprocess_mode="livesum", **own)
+        self.waiting = prom.Gauge("requests_waiting", "Requests waiting for a place", multiprocess_mode="livesum", **own)
+        self.up = prom.Gauge("engine_up", "1 when the default engine answers", ("engine",), multiprocess_mode="livemin", **own)
+        self.known: dict[tuple[Any, ...], Any] = {}  # labels() costs more than all else here
+
+    def of(self, metric: Any, *labels: Any) -> Any:
+        return self.known.get((metric, labels)) or self.known.setdefault((metric, labels), metric.labels(*labels))
+
+    def record(self, exchange: "Exchange", route: str, status: int) -> None:
+        """One request that has ended."""
+        engine, usage = exchange.engine, exchange.usage
+        self.of(self.requests, route, engine, status).inc()
+        self.of(self.seconds, route, engine).observe(time.monotonic() - exchange.began)
+        if exchange.error_kind:
+            self.of(self.errors, engine, exchange.error_kind).inc()
+        if exchange.first_event:
+            self.of(self.first, route, engine).observe(exchange.first_event - exchange.began)
+        if usage:
+            self.of(self.tokens, engine, "prompt").inc(usage.prompt_tokens)
+            self.of(self.tokens, engine, "completion").inc(usage.completion_tokens)
+
+    def page(self, hub: "Hub") -> tuple[bytes, str]:
+        """The page and its content type."""
+        self.up.labels(hub.default.engine_type).set(hub.state == "ready")
+        registry, folder = self.registry, os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+        if folder:
+            from prometheus_client import multiprocess
+
+            for pid in {int(f.stem.rpartition("_")[2]) for f in Path(folder).glob("gauge_live*_*.db")}:
+                if not Path(f"/proc/{pid}").exists():
+                    multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call]
+            multiprocess.MultiProcessCollector(registry := self.prom.CollectorRegistry())  # type: ignore[no-untyped-call]
+        return self.prom.generate_latest(registry), self.prom.CONTENT_TYPE_LATEST
+
+
 class Hub:
     """One server's state: its inferencers, its limits, and how it answers. Callers choose words, never places."""
 
@@ -3170,7 +3259,7 @@ class Hub:
         self.state = "starting"
         self.adapters: dict[type, TypeAdapter[Any]] = {}
         self.listed: tuple[float, list[tuple[str, ModelInfo]]] = (-60.0, [])
-        self.made_key, self.born = secrets.token_urlsafe(24), time.time()
+        self.born, self.metrics = time.time(), Metrics.open()
         self.direct: dict[str, Callable[[], Exchange]] = {}  #: what answers a POST, for our own server's short way
 
     async def watch_default(self) -> None:
@@ -3255,22 +3344,25 @@ class Hub:
         """A place among those in flight, after a bounded wait. Raises Busy at once when the queue is full."""
         if self.draining:
             raise NotReady("the server is stopping", "ask another one")
-        if self.gate.locked():
-            if self.waiting >= self.settings.queue:
-                raise Busy(f"{self.settings.max_in_flight} requests in flight and {self.settings.queue} waiting", "ask again later", retry_after=1)
-            self.waiting += 1
-            try:
-                await self.gate.acquire()
-            finally:
-                self.waiting -= 1
-        else:
+        if self.gate.locked() and self.waiting >= self.settings.queue:
+            raise Busy(f"{self.settings.max_in_flight} requests in flight and {self.settings.queue} waiting", "ask again later", retry_after=1)
+        self._count(waiting=1)
+        try:
             await self.gate.acquire()
-        self.in_flight += 1
+        finally:
+            self._count(waiting=-1)
+        self._count(in_flight=1)
         try:
             yield
         finally:
-            self.in_flight -= 1
+            self._count(in_flight=-1)
             self.gate.release()
+
+    def _count(self, waiting: int = 0, in_flight: int = 0) -> None:
+        self.waiting += waiting
+        self.in_flight += in_flight
+        if self.metrics:
+            (self.metrics.waiting if waiting else self.metrics.in_flight).inc(waiting or in_flight)
 
     async def parse(self, shape: type, body: bytes) -> Any:
         """A body checked, a large one off the loop."""
@@ -3357,6 +3449,13 @@ def refuse_hop(headers: Mapping[bytes, bytes]) -> None:
         raise InvalidRequest("this request came from this very server", "point the engine's base_url at the engine")
 
 
+def refuse_long_header(scope: Scope) -> None:
+    """Raises HeaderTooLarge past 32 KiB or 100 fields. A header without an end is `limited_protocol`'s."""
+    size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+    if size > MAX_HEADER or len(scope["headers"]) > 100:
+        raise HeaderTooLarge(f"header: over {MAX_HEADER} bytes or 100 fields", "send less")
+
+
 class ClientGone(Exception):
     """The client hung up; nobody is left to answer."""
 
@@ -3419,6 +3518,7 @@ class Exchange:
         self.request_id, self.began = str(uuid.uuid4()), time.monotonic()
         self.engine = self.model = "-"
         self.usage: Usage | None = None
+        self.error_kind, self.first_event = "", 0.0
         self.started = False
         self.sent = b""  #: the last part of a stream
         self.body: bytes | None = None  #: the body, where somebody has read it before
@@ -3472,11 +3572,14 @@ class Exchange:
         finally:
             if watch is not None:
                 watch.cancel()
+            if self.hub.metrics:
+                self.hub.metrics.record(self, scope["path"], status)
             tokens = f"{self.usage.prompt_tokens}+{self.usage.completion_tokens}" if self.usage else "-"
             logger.info("%s %s %s %s %s %.3fs %s", self.request_id, scope["path"], self.engine, self.model, status, time.monotonic() - self.began, tokens)
 
     async def fail(self, error: InferenceError) -> None:
         """The error as an answer; as an event where the answer has begun, and then no clean end."""
+        self.error_kind = error.kind
         status, body = self.error_body(error)
         if self.started:
             gap = b"" if self.sent.endswith(b"\n\n") else b"\n\n"  # a relayed event may lack its blank line
@@ -3500,6 +3603,7 @@ class Exchange:
         """Server-sent events: the first is awaited before the 200, silence is filled with comments, the end is the generator's."""
         async with contextlib.aclosing(parts):
             part: bytes | None = await anext(parts, None)
+            self.first_event = time.monotonic()
             await self.head(200, b"text/event-stream; charset=utf-8", (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
             loop = asyncio.get_running_loop()
             sent = loop.time()
@@ -4042,7 +4146,7 @@ class Guard:
 
     def __init__(self, app: Any, hub: Hub) -> None:
         self.app, self.hub = app, hub
-        keys = hub.settings.api_keys or (hub.made_key,)
+        keys = hub.settings.api_keys or (hub.settings.made_key,)
         self.digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -4051,6 +4155,7 @@ class Guard:
             return
         headers, path = dict(scope["headers"]), scope["path"]
         try:
+            refuse_long_header(scope)
             refuse_hop(headers)
             if path not in PUBLIC and scope["method"] != "OPTIONS" and not self._allowed(scope, headers):
                 raise Unauthorized("no API key, or a wrong one", "send the header Authorization: Bearer KEY (--api-key, or the key printed at start)")
@@ -4162,6 +4267,13 @@ def create_app(settings: Settings | None = None, llm: LLMInferencer | None = Non
             {"status": state, "engine_type": hub.default.engine_type, "in_flight": hub.in_flight, "waiting": hub.waiting}, 200 if state == "ready" else 503
         )
 
+    @app.get("/metrics", tags=["server"], summary="Prometheus: requests, latency, first token, tokens, errors by kind")
+    async def metrics() -> Response:
+        if hub.metrics is None:
+            return enveloped_error(NotFound("no metrics here", "pip install prometheus-client"), JSONResponse)  # type: ignore[no-any-return]
+        page, content_type = hub.metrics.page(hub)
+        return Response(page, media_type=content_type)
+
     app.add_middleware(Guard, hub)  # type: ignore[arg-type]
     if hub.settings.cors_origins:
         app.add_middleware(
@@ -4256,33 +4368,152 @@ def _test_engine(name: str, settings: Settings) -> dict[str, Any]:
     return result
 
 
-def serve(args: "argparse.Namespace") -> int:
-    """The API server; returns when it is stopped."""
+def limited_protocol(settings: Settings) -> type:
+    """uvicorn's HTTP protocol with what it lacks: a cap on a header that has no end, and deadlines for header and body."""
     try:
-        import uvicorn
-    except ImportError as exc:
-        raise EngineNotInstalled("the server needs uvicorn and fastapi", "pip install -r requirements.txt") from exc
-    settings = settings_from(args)
-    if settings.engine != "auto":
-        engine_class(settings.engine)
-    with socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((args.host, args.port))
-        except OSError as exc:
-            print(f"port {args.port} on {args.host} cannot be used ({exc.strerror}); choose another: --port {args.port + 1}", file=sys.stderr)
-            return 1
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as Protocol
+    except ImportError:
+        from uvicorn.protocols.http.h11_impl import H11Protocol as Protocol  # type: ignore[assignment]
+
+    class Limited(Protocol):
+        timer: asyncio.TimerHandle | None = None
+        waiting_for = ""
+        seen: Any = None  #: the request whose header was complete last
+        partial = 0  #: bytes of the header after it
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.wait_for("header")
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.wait_for("")
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            in_body = self.seen is not None and self.seen.more_body
+            super().data_received(data)
+            if self.cycle is not self.seen:
+                self.seen, self.partial = self.cycle, 0
+            elif not in_body:
+                self.partial += len(data)
+                if self.partial > MAX_HEADER and not self.transport.is_closing():
+                    self.refuse(HeaderTooLarge(f"header: over {MAX_HEADER} bytes", "send less"))
+            self.wait_for("body" if self.seen is not None and self.seen.more_body else "header" if self.partial else "")
+
+        def wait_for(self, part: str) -> None:
+            part = "" if self.transport.is_closing() else part
+            if part != self.waiting_for:
+                if self.timer is not None:
+                    self.timer.cancel()
+                self.waiting_for = part
+                self.timer = self.loop.call_later(settings.header_timeout if part == "header" else settings.body_timeout, self.late) if part else None
+
+        def late(self) -> None:
+            if self.waiting_for == "header" and not self.partial or self.waiting_for == "body" and self.seen.response_started:
+                self.transport.close()  # nothing was asked, or it is answered
+            else:
+                self.refuse(RequestTimeout(f"the request's {self.waiting_for} did not come to its end in time", "send it faster"))
+
+        def refuse(self, error: InferenceError) -> None:
+            v1 = self.waiting_for == "body" and str(self.seen.scope["path"]).startswith("/v1")
+            body = to_json(error_object(error) if v1 else envelope(str(uuid.uuid4()), error=error))
+            head = f"HTTP/1.1 {error.status} {error.kind}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nx-error-kind: {error.kind}\r\n"
+            self.transport.write(f"{head}connection: close\r\n\r\n".encode() + body)
+            self.transport.close()
+
+        def send_400_response(self, msg: str) -> None:
+            self.refuse(InvalidRequest("not HTTP/1.1", "send an HTTP/1.1 request"))
+
+    return Limited
+
+
+def run_server(settings: Settings, sockets: list[socket.socket]) -> None:
+    """One server process, until it is told to stop: the only one, or one of --workers."""
+    import gc
+    import multiprocessing
+    import signal
+
+    import uvicorn
+
     app = create_app(settings)
     hub: Hub = app.state.hub
 
+    parent = multiprocessing.parent_process()
+
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: Any) -> None:
+            if parent and sig == signal.SIGINT:
+                return  # Ctrl-C reaches the whole group; our parent tells us
             hub.draining = True  # readiness goes first, then the listening socket; a second signal does not wait
             self.force_exit, self.should_exit = self.should_exit, True
 
+    if parent:
+        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
+
+        def follow() -> None:
+            parent.join()  # type: ignore[union-attr]
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=follow, daemon=True).start()
+    gc.collect()
+    gc.freeze()  # what was imported is never looked at again: with 1,000 streams that alone cost pauses of 0.1 s
+    gc.set_threshold(10_000, 50, 100)
     config = uvicorn.Config(
-        app, host=args.host, port=args.port, log_config=None, access_log=False, server_header=False, proxy_headers=False,
-        timeout_graceful_shutdown=10, h11_max_incomplete_event_size=32 << 10, ws="none", lifespan="on")  # fmt: skip
+        app, http=limited_protocol(settings), log_config=None, access_log=False, server_header=False, proxy_headers=False,
+        timeout_graceful_shutdown=10, h11_max_incomplete_event_size=4 * MAX_HEADER, ws="none", lifespan="on")  # fmt: skip
+    Server(config).run(sockets=sockets)
+
+
+def serve(args: "argparse.Namespace") -> int:
+    """The API server; returns when it is stopped."""
+    if not (importlib.util.find_spec("fastapi") and importlib.util.find_spec("uvicorn")):
+        raise EngineNotInstalled("the server needs uvicorn and fastapi", "pip install -r requirements.txt")
+    settings = settings_from(args)
+    if settings.engine != "auto":
+        engine_class(settings.engine)
+    listening = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((args.host, args.port))
+    except OSError as exc:
+        print(f"port {args.port} on {args.host} cannot be used ({exc.strerror}); choose another: --port {args.port + 1}", file=sys.stderr)
+        return 1
+    banner(args, settings)
+    if args.workers == 1:
+        run_server(settings, [listening])
+        return 0
+    with sharing(settings, args.workers) as shared:
+        supervise(functools.partial(run_server, shared, [listening]), args.workers)
+    return 0
+
+
+def supervise(run: Callable[[], None], workers: int) -> None:
+    """That many processes of `run`, a new one for each that ends, until SIGTERM or Ctrl-C; a second one does not wait for requests."""
+    import multiprocessing.connection
+    import signal
+
+    context, stopping = multiprocessing.get_context("spawn"), False
+    running: list[multiprocessing.context.SpawnProcess] = []
+
+    def stop(number: int, frame: Any) -> None:
+        nonlocal stopping
+        stopping = True
+        for process in running:
+            process.terminate()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    while running or not stopping:
+        running[:] = [process for process in running if process.is_alive()]
+        while not stopping and len(running) < workers:
+            running.append(context.Process(target=run, name="llm_inference worker"))
+            running[-1].start()
+            logger.info("worker %s started", running[-1].pid)
+        multiprocessing.connection.wait([process.sentinel for process in running], 1)
+        time.sleep(0 if stopping else 0.5)  # a worker that ends at once is not started in a frenzy
+
+
+def banner(args: "argparse.Namespace", settings: Settings) -> None:
     shown = "127.0.0.1" if args.host in ("0.0.0.0", "::") else args.host
     url = f"http://[{shown}]:{args.port}" if ":" in shown else f"http://{shown}:{args.port}"
     print(
@@ -4291,10 +4522,31 @@ def serve(args: "argparse.Namespace") -> int:
     )
     print(f"  engine      {settings.engine}" + (f"  model {settings.model}" if settings.model else "") + "   (ready: " + f"{url}/ready)")
     if not settings.api_keys and not settings.no_auth and not is_loopback(args.host):
-        print(f"  API key     {hub.made_key}   (from this machine none is needed)")
+        print(f"  API key     {settings.made_key}   (from this machine none is needed)")
     sys.stdout.flush()
-    Server(config).run()
-    return 0
+
+
+@contextlib.contextmanager
+def sharing(settings: Settings, workers: int) -> Iterator[Settings]:
+    """What each of several workers gets: its part of the limits, and the engine, which this process finds, starts and keeps."""
+    llm = LLMInferencer(settings.engine, settings.model, base_url=settings.base_url, api_key=settings.engine_api_key, deadlines=settings.deadlines)
+    engine = portal.call(llm.engine())
+    assert isinstance(engine, HTTPAdapter)
+    target, model = portal.call(engine.target()), portal.call(engine.default_model())
+
+    def keep() -> None:
+        while True:
+            time.sleep(1)
+            with contextlib.suppress(InferenceError):
+                portal.call(engine.target())  # starts a child anew that has ended
+
+    threading.Thread(target=keep, daemon=True).start()
+    with llm, tempfile.TemporaryDirectory(prefix="llm-inference-") as folder:
+        os.environ |= {"PROMETHEUS_MULTIPROC_DIR": folder, "LLM_INFERENCE_INSTANCE": INSTANCE}
+        yield dataclasses.replace(
+            settings, engine=engine.engine_type, model=model, base_url=f"unix:{target.uds}" if target.uds else target.url,
+            engine_api_key=target.headers.get("authorization", "").removeprefix("Bearer ") or None,
+            max_in_flight=-(-settings.max_in_flight // workers), queue=-(-settings.queue // workers))  # fmt: skip
 
 
 def api_test(args: "argparse.Namespace") -> int:
@@ -4427,6 +4679,7 @@ def parser() -> "argparse.ArgumentParser":
     found.add_argument("--cors-origin", action="append", default=[], metavar="ORIGIN", help="a web page's origin that may call us (repeatable)")
     found.add_argument("--max-in-flight", type=whole(1, 100_000), default=256, metavar="N", help="requests worked on at once (default: 256)")
     found.add_argument("--queue", type=whole(0, 1_000_000), default=256, metavar="N", help="requests that may wait (default: 256), then 429")
+    found.add_argument("--workers", type=whole(1, 256), default=1, metavar="N", help="server processes; they share the limits (default: 1)")
     found.add_argument("--max-tokens-cap", type=whole(1, 1_000_000), default=8192, metavar="N", help="the most a request may ask for (default: 8192)")
     found.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds for a whole answer (default: 600)")
     found.add_argument("--json", action="store_true", help="self-test: print JSON")
@@ -4434,11 +4687,14 @@ def parser() -> "argparse.ArgumentParser":
     return found
 
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     args = parser().parse_args(argv)
     level = logging.INFO if args.serve or args.verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=level, format=LOG_FORMAT, stream=sys.stderr)
     try:
         return serve(args) if args.serve else api_test(args) if args.api_test else self_test(args)
     except InferenceError as exc:

@@ -705,7 +705,7 @@ def test_a_loopback_caller_needs_no_key_where_none_is_configured(vllm: Stand, he
 def test_who_may_come_from_elsewhere_needs_the_made_key(vllm: Stand, headers: dict[str, str]) -> None:
     refused(vllm.client.get(f"{API}/models", headers=headers), "unauthorized")
     refused_v1(vllm.client.get("/v1/models", headers=headers), "unauthorized")
-    assert vllm.client.get(f"{API}/models", headers={**headers, "authorization": f"Bearer {vllm.hub.made_key}"}).status_code == 200
+    assert vllm.client.get(f"{API}/models", headers={**headers, "authorization": f"Bearer {vllm.hub.settings.made_key}"}).status_code == 200
 
 
 @pytest.fixture(scope="module")
@@ -730,7 +730,7 @@ def test_nobody_gets_in_without_the_configured_key(keyed: Stand, headers: Any) -
     reply = keyed.client.get(f"{API}/models?api_key=first", headers=headers)
     refused(reply, "unauthorized")
     assert reply.headers["www-authenticate"] == "Bearer"
-    refused(keyed.client.get(f"{API}/models", headers={**headers, **({} if headers else {"authorization": f"Bearer {keyed.hub.made_key}"})}), "unauthorized")
+    refused(keyed.client.get(f"{API}/models", headers={**headers, **({} if headers else {"authorization": f"Bearer {keyed.hub.settings.made_key}"})}), "unauthorized")
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/docs", "/redoc", "/openapi.json"])

@@ -1,0 +1,205 @@
+"""The server process: --workers, /metrics, and what uvicorn's own protocol lacks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serving import TEXT, Command, Stand, descendants, enveloped, refused, refused_v1, until
+
+import llm_inference as product
+
+HI = [{"role": "user", "content": "hi"}]
+CHAT = "/v1/chat/completions"
+
+
+# ------------------------------------------------------------------------------------------------------- the wire
+
+
+@pytest.fixture(scope="module")
+def limited() -> Iterator[Stand]:
+    with Stand("vllm", header_timeout=0.3, body_timeout=0.6) as stand:
+        yield stand
+
+
+@pytest.fixture(scope="module", params=["httptools", "h11"])
+def port(request: pytest.FixtureRequest, limited: Stand) -> Iterator[int]:
+    """The app behind the protocol of --serve, with either parser, and its deadlines short."""
+    import threading
+
+    import uvicorn
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "h11":
+            patch.setitem(__import__("sys").modules, "uvicorn.protocols.http.httptools_impl", None)
+        protocol = product.limited_protocol(limited.hub.settings)
+    assert request.param in str(protocol.__mro__[1].__module__)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(limited.app, http=protocol, log_config=None, lifespan="off", h11_max_incomplete_event_size=1 << 17))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    until(lambda: server.started)
+    yield listener.getsockname()[1]
+    server.should_exit = True
+    thread.join(15)
+    listener.close()
+    assert not thread.is_alive()
+
+
+def said(port: int, *parts: bytes) -> tuple[int, Any]:
+    """The status and JSON that these bytes get; (0, None) for a connection closed without a word."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as wire:
+        with contextlib.suppress(OSError):
+            for part in parts:
+                wire.sendall(part)
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):
+            while data := wire.recv(65536):
+                answer += data
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return (int(head.split()[1]), json.loads(body)) if head else (0, None)
+
+
+START = b"POST /api/v1/llm/chat HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize("parts, status, kind", [
+    ((START,), 408, "request_timeout"),
+    ((START + b"Content-Length: 50\r\n\r\n", b'{"messages": ['), 408, "request_timeout"),
+    ((START + b"X-Endless: ", *[b"a" * 8192] * 6), 431, "header_too_large"),
+    ((b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n" + b"X-A: b\r\n" * 101 + b"\r\n",), 431, "header_too_large"),
+    ((b"\x16\x03\x01 not HTTP\r\n\r\n",), 400, "invalid_request"),
+], ids=["slow header", "slow body", "endless header", "101 fields", "garbage"])  # fmt: skip
+def test_what_is_too_long_or_too_slow(port: int, parts: tuple[bytes, ...], status: int, kind: str) -> None:
+    assert (found := said(port, *parts))[0] == status, found
+    assert enveloped(found[1])["msg"].startswith(kind)
+
+
+def test_a_connection_that_asks_nothing_is_closed(port: int) -> None:
+    assert said(port) == (0, None)
+
+
+def test_a_slow_body_on_the_openai_surface_is_openais_error(port: int) -> None:
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+    status, body = said(port, head)
+    assert (status, body["error"]["code"]) == (408, "request_timeout")
+
+
+def test_requests_in_pieces_and_in_a_row_pass(port: int, limited: Stand) -> None:
+    """An answer slower than every deadline of the request, in the middle of them."""
+    limited.engine.reset()
+    limited.engine.pace = 0.1
+    body = json.dumps({"messages": HI}).encode()
+    request = START + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as wire:
+        for _ in range(2):
+            for at in range(0, len(request), 40):
+                wire.sendall(request[at : at + 40])
+            answer = b""
+            while b'"data"' not in answer or not answer.endswith(b"}}"):
+                data = wire.recv(65536)
+                assert data, answer
+                answer += data
+            assert answer.startswith(b"HTTP/1.1 200") and TEXT in answer.decode()
+
+
+# ------------------------------------------------------------------------------------------------------ /metrics
+
+
+def counted(url: str) -> dict[str, float]:
+    page = httpx.get(url + "/metrics", trust_env=False).text
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in page.splitlines() if not line.startswith("#"))}
+
+
+def test_metrics() -> None:
+    with Stand("vllm") as stand:
+        assert stand.post("/chat", messages=HI).status_code == 200
+        stand.events("/chat", messages=HI)
+        refused(stand.post("/chat", messages=[]), "invalid_request")
+        refused_v1(stand.post(CHAT, model="vllm/none", messages=[]), "invalid_request")
+        found = counted(stand.url)
+        route = 'engine="vllm",route="/api/v1/llm/chat"'
+        assert found[f'llm_requests_total{{{route},status="200"}}'] == 2
+        assert found['llm_requests_total{engine="-",route="/api/v1/llm/chat",status="400"}'] == 1
+        assert found['llm_errors_total{engine="-",kind="invalid_request"}'] == 2
+        assert found[f"llm_first_token_seconds_count{{{route}}}"] == 1 and found[f"llm_request_seconds_count{{{route}}}"] == 2
+        assert found['llm_tokens_total{engine="vllm",kind="completion"}'] > 0 and found['llm_engine_up{engine="vllm"}'] == 1
+        assert found["llm_requests_in_flight"] == found["llm_requests_waiting"] == 0
+        stand.engine.pace, stand.engine.text = 0.05, "word " * 200
+        with stand.client.stream("POST", "/api/v1/llm/chat", json={"messages": HI, "stream": True}) as reply:
+            pieces = reply.iter_bytes()  # closed with its last reference
+            next(pieces)
+            assert counted(stand.url)["llm_requests_in_flight"] == 1
+
+
+def test_metrics_ask_for_the_key() -> None:
+    with Stand("vllm", api_keys=("k",)) as stand:
+        refused(httpx.get(stand.url + "/metrics", trust_env=False), "unauthorized")
+        assert httpx.get(stand.url + "/metrics", headers={"authorization": "Bearer k"}, trust_env=False).status_code == 200
+
+
+# ------------------------------------------------------------------------------------------------------ --workers
+
+
+def alive(pids: set[int]) -> set[int]:
+    return {pid for pid in pids if "zombie" not in proc(pid, "status") != ""}
+
+
+def proc(pid: int, name: str) -> str:
+    """A file of /proc/PID; "" where the process has gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/{name}").read_text()
+    return ""
+
+
+def workers(command: Command) -> set[int]:
+    started = [line.split("worker ")[1].split()[0] for line in command.said.splitlines() if " worker " in line and line.endswith("started")]
+    return alive(set(map(int, started)))
+
+
+def engines(pids: set[int]) -> set[int]:
+    return {pid for pid in pids if "-c\0def _llamacpp_main()" in proc(pid, "cmdline")}
+
+
+def ask(command: Command) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        reply = httpx.post(command.url + "/api/v1/llm/chat", json={"messages": HI, "max_tokens": 4}, trust_env=False, timeout=60)
+        return reply.status_code == 200
+    return False
+
+
+def test_workers_share_an_engine_and_are_replaced() -> None:
+    with Command("--engine", "llamacpp", "--workers", "2") as command:
+        until(lambda: len(workers(command)) == 2)
+        assert all(ask(command) for _ in range(6))
+        found = counted(command.url)  # whichever worker answers tells what both have done
+        assert found['llm_requests_total{engine="llamacpp",route="/api/v1/llm/chat",status="200"}'] == 6
+        assert len(engines(descendants(command.process.pid))) == 1  # not one for each worker
+        killed = min(workers(command))
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: len(workers(command)) == 2 and killed not in workers(command), 30)
+        until(lambda: ask(command), 30)
+        both = descendants(command.process.pid)
+        assert command.end() == 0
+        until(lambda: not alive(both))
+
+
+def test_workers_outlive_neither_their_parent_nor_a_dead_engine() -> None:
+    with Command("--engine", "llamacpp", "--workers", "2") as command:
+        until(lambda: len(workers(command)) == 2)
+        below = descendants(command.process.pid)
+        (engine,) = engines(below)
+        os.kill(engine, signal.SIGKILL)
+        until(lambda: not alive({engine}))
+        until(lambda: ask(command), 60)  # started anew by the parent, at the same place
+        below |= descendants(command.process.pid)
+        command.process.kill()
+        until(lambda: not alive(below), 30)
