@@ -3984,8 +3984,11 @@ def _responses(good: Any, *failures: tuple[int, str]) -> dict[int | str, dict[st
     return {200: one("the answer", {"request_id": nobody, "code": 200, "msg": "success", "data": good}), **failed}
 
 
+_NO_KEY = (401, "unauthorized: no API key, or a wrong one; send the header Authorization: Bearer KEY (--api-key, or the key printed at start)")
 _FAILURES = (
     (400, "invalid_request: max_tokens: Input should be greater than or equal to 1; correct the named field"),
+    _NO_KEY,
+    (429, "busy: 256 requests in flight and 256 waiting; ask again later"),
     (500, "engine_unavailable: no ollama answers at 127.0.0.1:11434; start it: ollama serve"),
 )
 
@@ -4060,7 +4063,7 @@ def create_router(llm: LLMInferencer | None = None, settings: Settings | None = 
         "/engines",
         summary="Which engines are reachable, and what each can do",
         responses=_responses(
-            [{"engine_type": "llamacpp", "reachable": True, "version": "b0", "models": ["SmolLM2-135M-Instruct.Q4_1"], "features": ["schema"]}]
+            [{"engine_type": "llamacpp", "reachable": True, "version": "b0", "models": ["SmolLM2-135M-Instruct.Q4_1"], "features": ["schema"]}], _NO_KEY
         ),
     )
     async def engines() -> Response:
@@ -4069,7 +4072,9 @@ def create_router(llm: LLMInferencer | None = None, settings: Settings | None = 
     @router.get(
         "/models",
         summary="The models of every engine that answers",
-        responses=_responses([{"engine_type": "llamacpp", "name": "SmolLM2-135M-Instruct.Q4_1", "context_length": 4096, "size": 96576768, "capabilities": []}]),
+        responses=_responses(
+            [{"engine_type": "llamacpp", "name": "SmolLM2-135M-Instruct.Q4_1", "context_length": 4096, "size": 96576768, "capabilities": []}], _NO_KEY
+        ),
     )
     async def models() -> Response:
         found = [{"engine_type": engine_type, **dataclasses.asdict(model)} for engine_type, model in await here.models()]
@@ -4097,7 +4102,11 @@ def create_v1_router(hub: Hub) -> Any:
     from fastapi import APIRouter, Request
     from fastapi.responses import JSONResponse, Response
 
-    router, answered_by = APIRouter(prefix="/v1", tags=["openai"]), response_class()
+    failures = (Unauthorized("no API key, or a wrong one"), ModelNotFound("no such model", "see /v1/models"), EngineUnavailable("no ollama answers"))
+    shown: dict[int | str, dict[str, Any]] = {
+        error.v1[0]: {"description": error.kind, "content": {"application/json": {"example": error_object(error)}}} for error in failures
+    }
+    router, answered_by = APIRouter(prefix="/v1", tags=["openai"], responses=shown), response_class()
 
     def add(path: str, summary: str, example: dict[str, Any]) -> None:
         async def endpoint(request: Request) -> Response:
@@ -4136,7 +4145,10 @@ def create_v1_router(hub: Hub) -> Any:
     return router
 
 
-PUBLIC = frozenset({"/health", "/ready", "/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect"})
+ASSETS = "/docs/assets"  # of fastapi-offline
+PUBLIC = frozenset({"/health", "/ready", "/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect"}) | {
+    f"{ASSETS}/{name}" for name in ("swagger-ui-bundle.js", "swagger-ui.css", "redoc.standalone.js", "favicon.png")
+}
 FORWARDED = re.compile(rb"forwarded|via|x-forwarded.*|x-real-ip|x-client-ip|cf-connecting-ip|true-client-ip")
 
 
@@ -4213,6 +4225,11 @@ def create_app(settings: Settings | None = None, llm: LLMInferencer | None = Non
     from starlette.exceptions import HTTPException
     from starlette.middleware.cors import CORSMiddleware
 
+    make: Any = FastAPI
+    with contextlib.suppress(ImportError):  # /docs and /redoc without a CDN
+        from fastapi_offline import FastAPIOffline
+
+        make = functools.partial(FastAPIOffline, static_url=ASSETS)
     hub = Hub(settings or Settings(), llm)
 
     @contextlib.asynccontextmanager
@@ -4221,7 +4238,7 @@ def create_app(settings: Settings | None = None, llm: LLMInferencer | None = Non
         yield
         watching.cancel()
 
-    app = FastAPI(
+    app: FastAPI = make(
         title="llm_inference",
         version=__version__,
         lifespan=lifespan,

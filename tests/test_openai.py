@@ -6,9 +6,10 @@ import asyncio
 import base64
 import contextlib
 import json
+import os
 import struct
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
@@ -17,7 +18,7 @@ from fake_engine import TEXT, Dialect, Reply
 from openai.types import Completion, CreateEmbeddingResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel, ValidationError
-from serving import ALL, SOON, Stand, payloads, refused_v1, until
+from serving import ALL, SOON, Command, Stand, payloads, refused_v1, until
 
 import llm_inference as product
 
@@ -36,6 +37,13 @@ class City(BaseModel):
     population: float
 
 
+class Capital(BaseModel):
+    """Nothing in it that a small model could write without an end."""
+
+    city: Literal["Paris", "Rome"]
+    large: bool
+
+
 def client_of(url: str, key: str = "any", **more: Any) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=30, **more)
 
@@ -47,16 +55,30 @@ def client(stand: Stand) -> Iterator[openai.OpenAI]:
         yield found
 
 
-@pytest.fixture
-def official(real: httpx.Client) -> Iterator[openai.OpenAI]:
-    """The official client in front of the real embedded engine."""
-    with client_of(str(real.base_url).rstrip("/")) as found:
+@pytest.fixture(scope="module", params=["llamacpp-real", "vllm-real"])
+def real_server(request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
+    """The real command in front of the real embedded engine, and of a real vLLM where LLM_TEST_VLLM_URL names one."""
+    if request.param == "llamacpp-real":
+        yield request.getfixturevalue("real")
+        return
+    url = os.environ.get("LLM_TEST_VLLM_URL")
+    if not url:
+        pytest.skip("LLM_TEST_VLLM_URL names no server")
+    with Command("--engine", "vllm", "--base-url", url) as command, httpx.Client(base_url=command.url, timeout=120, trust_env=False) as found:
         yield found
 
 
 @pytest.fixture
-def real_model(official: openai.OpenAI) -> str:
-    return next(m.id for m in official.models.list() if m.id.startswith("llamacpp/"))
+def official(real_server: httpx.Client) -> Iterator[openai.OpenAI]:
+    """The official client in front of each real engine in turn."""
+    with client_of(str(real_server.base_url).rstrip("/")) as found:
+        yield found
+
+
+@pytest.fixture
+def real_model(real_server: httpx.Client, official: openai.OpenAI) -> str:
+    engine = real_server.get("/ready").json()["engine_type"]
+    return next(m.id for m in official.models.list() if m.id.startswith(engine))
 
 
 @pytest.fixture(params=RELAYED)
@@ -137,19 +159,19 @@ def test_the_other_three_pass_openais_strict_types(stand: Stand) -> None:
         closed(Model, each)
 
 
-def test_the_real_engines_answers_pass_openais_strict_types(real: httpx.Client, real_model: str) -> None:
+def test_the_real_engines_answers_pass_openais_strict_types(real_server: httpx.Client, real_model: str) -> None:
     ask = {"model": real_model, "messages": HI, "max_tokens": 8, "temperature": 0}
-    closed(ChatCompletion, real.post(CHAT, json=ask).json())
-    assert strict_chunks(payloads(real.post(CHAT, json={**ask, "stream": True, "stream_options": {"include_usage": True}})))
-    closed(Completion, real.post("/v1/completions", json={"model": real_model, "prompt": "hi", "max_tokens": 4}).json())
+    closed(ChatCompletion, real_server.post(CHAT, json=ask).json())
+    assert strict_chunks(payloads(real_server.post(CHAT, json={**ask, "stream": True, "stream_options": {"include_usage": True}})))
+    closed(Completion, real_server.post("/v1/completions", json={"model": real_model, "prompt": "hi", "max_tokens": 4}).json())
 
 
 def test_the_real_engine(official: openai.OpenAI, real_model: str) -> None:
     ask: Any = {"model": real_model, "messages": HI, "max_tokens": 12, "temperature": 0}
     whole = official.chat.completions.create(**ask).choices[0].message.content
     assert whole and text_of(list(official.chat.completions.create(**ask, stream=True))) == whole
-    parsed = official.chat.completions.parse(model=real_model, messages=[{"role": "user", "content": "A city and its population."}], response_format=City, max_tokens=200, temperature=0)
-    assert isinstance(parsed.choices[0].message.parsed, City)
+    parsed = official.chat.completions.parse(model=real_model, messages=[{"role": "user", "content": "The capital of France, as JSON."}], response_format=Capital, max_tokens=200, temperature=0)
+    assert isinstance(parsed.choices[0].message.parsed, Capital)
     assert official.completions.create(model=real_model, prompt="The capital of France is", max_tokens=4).choices[0].text
     assert official.models.retrieve(real_model).id == real_model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 from collections.abc import Iterator
@@ -203,3 +204,18 @@ def test_workers_outlive_neither_their_parent_nor_a_dead_engine() -> None:
         below |= descendants(command.process.pid)
         command.process.kill()
         until(lambda: not alive(below), 30)
+
+
+# --------------------------------------------------------------------------------------------------- offline pages
+
+
+@pytest.mark.parametrize("page", ["/docs", "/redoc"])
+def test_the_documentation_asks_no_other_host(page: str) -> None:
+    """Scripts, styles and icons come from this server, and without a key."""
+    with Stand("vllm", api_keys=("k",)) as stand:
+        html = stand.client.get(page).text
+        found = re.findall(r"""(?:src|href|spec-url)=["']([^"']+)""", html)
+        assert any(each.endswith(".js") for each in found) and all(each.startswith("/") for each in found), found
+        for each in found:
+            assert stand.client.get(each).status_code == 200, each
+        refused(stand.client.get("/docs/assets/none.js"), "unauthorized")
