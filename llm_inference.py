@@ -650,6 +650,18 @@ def check_limits(schema: dict[str, Any]) -> None:
             visit(child, depth + 1, refs)
 
     visit(schema, 0, ())
+    refuse_outside_refs(schema)
+
+
+def refuse_outside_refs(node: Any) -> None:
+    """No reference leaves the schema, wherever it stands: an engine may look where we do not."""
+    if isinstance(node, dict):
+        if isinstance(ref := node.get("$ref"), str) and not ref.startswith("#"):
+            raise InvalidRequest("schema: a $ref leaves the schema", "put what it names under $defs and refer to #/$defs/…")
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            refuse_outside_refs(child)
 
 
 def _children(node: dict[str, Any]) -> Iterator[Any]:
@@ -924,6 +936,8 @@ def sse_payloads(lines: Iterable[bytes]) -> Iterator[bytes]:
             yield line[5:].strip()
         elif line.startswith(b"error:"):
             yield b'{"error":' + line[6:].strip() + b"}"
+        elif line and not line.startswith((b":", b"event:", b"id:", b"retry:")):
+            raise BadEngineReply("the stream holds something that is no event", "check what serves that address")
 
 
 class Deadline:
@@ -2258,6 +2272,8 @@ class OpenAIAdapter(HTTPAdapter):
             if schema is not None and schema != ANY_OBJECT:
                 await asyncio.to_thread(check_limits, schema)
                 form["json_schema"].setdefault("name", "answer")
+        for schema in relayed_schemas(body):
+            await asyncio.to_thread(check_limits, schema)
         template = body.get("chat_template_kwargs")
         if template is not None and not (isinstance(template, dict) and set(template) <= {"enable_thinking", "thinking"}):
             raise InvalidRequest("chat_template_kwargs: only enable_thinking and thinking are let through", "leave the others out")
@@ -2283,6 +2299,16 @@ class OpenAIAdapter(HTTPAdapter):
 def name_of(tool: dict[str, Any]) -> Any:
     function = tool.get("function")
     return function.get("name") if isinstance(function, dict) else None
+
+
+def relayed_schemas(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The schemas that an OpenAI body brings along beside response_format."""
+    tools = body.get("tools")
+    functions = [tool.get("function") for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
+    found = [function.get("parameters") for function in functions if isinstance(function, dict)]
+    outputs = body.get("structured_outputs")
+    found += [body.get("json_schema"), outputs.get("json") if isinstance(outputs, dict) else None]
+    yield from (schema for schema in found if isinstance(schema, dict))
 
 
 def response_schema(form: Any) -> dict[str, Any] | None:
@@ -3109,6 +3135,7 @@ def bar(done: int, total: int, width: int = 24) -> str:
 # 11 HTTP API -------------------------------------------------------------------------------------
 API = "/api/v1/llm"
 MAX_BODY, MAX_HEADER, MAX_JSON_DEPTH, KEEP_ALIVE_COMMENT = 4 << 20, 32 << 10, 64, 15.0
+MAX_JSON_VALUES = 100_000
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:@+-]*(/[A-Za-z0-9][A-Za-z0-9._:@+-]*)*$"  # no place: no //, no .., no leading slash
 
 
@@ -3381,7 +3408,7 @@ class Hub:
                 if e["type"] in ("unexpected_keyword_argument", "extra_forbidden") and len(e["loc"]) == 1
             ]
             near = (
-                [m for name in unknown for m in difflib.get_close_matches(name, (f.name for f in dataclasses.fields(shape)), n=1)]
+                [m for name in unknown[:1] for m in difflib.get_close_matches(name, (f.name for f in dataclasses.fields(shape)), n=1)]
                 if shape is not V1Fields
                 else []
             )
@@ -3402,8 +3429,13 @@ class Hub:
         return asked
 
 
+_PARTS = re.compile(rb'"(?:[^"\\]+|\\.)*+(?:"|\Z)|([\[{,])', re.DOTALL)  # a string, or what begins a value
+
+
 def parse_object(body: bytes) -> dict[str, Any]:
-    """Strict JSON: an object, not too deep. Raises InvalidRequest."""
+    """Strict JSON: an object, not too deep, not of too many parts. Raises InvalidRequest."""
+    if len(body) >= 65_536 and any(number == MAX_JSON_VALUES for number, _ in enumerate(found for found in _PARTS.finditer(body) if found[1])):
+        raise InvalidRequest("body: too many values", f"at most {MAX_JSON_VALUES}")
     try:
         value = from_json(body)
         json.loads(body, object_pairs_hook=_no_key_twice)
@@ -3776,6 +3808,9 @@ class V1Exchange(Exchange):
                 yield data.replace(b'"reasoning_content":', b'"reasoning":')
             if not (ended and finished):
                 raise BadEngineReply(f"{engine.engine_type}'s stream ended early", "ask again")
+        except InferenceError:
+            if not (ended and finished):  # after [DONE] nothing of the answer is missing
+                raise
         finally:
             deadline.close()
             if reply is not None:
@@ -3850,7 +3885,7 @@ class V1Exchange(Exchange):
 
 
 #: what passes unparsed: whole events in the engines' own form, none of them an error or an aborted answer
-CLEAN_EVENTS = re.compile(rb'(?:data: \{"(?!error"|object":"error")(?:(?!"finish_reason":"abort")[^\n])*\}\r?\n\r?\n|data: \[DONE\]\n\n)+')
+CLEAN_EVENTS = re.compile(rb'(?:data: \{"(?!error"|object":"error")(?:(?!"finish_reason":"abort")[^\x00-\x1f])*\}\r?\n\r?\n|data: \[DONE\]\n\n)+')
 
 
 def check_events(engine: HTTPAdapter, data: bytes) -> None:
@@ -3864,8 +3899,6 @@ def check_events(engine: HTTPAdapter, data: bytes) -> None:
             if payload != b"[DONE]":
                 for choice in engine.payload(payload).get("choices") or ():
                     finish_of(choice.get("finish_reason"))
-        if line and not line.startswith((b"data:", b":", b"event:", b"id:", b"retry:")):
-            raise BadEngineReply(f"{engine.engine_type}'s stream holds something that is no event", "check what serves that address")
 
 
 def refuse_places(messages: Iterable[Any]) -> None:
@@ -4169,6 +4202,8 @@ class Guard:
         try:
             refuse_long_header(scope)
             refuse_hop(headers)
+            if sum(name == b"host" for name, _ in scope["headers"]) > 1:
+                raise InvalidRequest("header: more than one Host", "send one")
             if path not in PUBLIC and scope["method"] != "OPTIONS" and not self._allowed(scope, headers):
                 raise Unauthorized("no API key, or a wrong one", "send the header Authorization: Bearer KEY (--api-key, or the key printed at start)")
         except InferenceError as error:
@@ -4205,7 +4240,8 @@ def is_loopback_call(scope: Scope, headers: Mapping[bytes, bytes], trusted: Sequ
     host = re.sub(r":\d+$", "", headers.get(b"host", b"").decode("latin-1")).lower()
     peer = (scope.get("client") or ("",))[0]
     origin, site = headers.get(b"origin", b"").decode("latin-1"), headers.get(b"sec-fetch-site", b"none")
-    if origin not in trusted and (site not in (b"none", b"same-origin") or origin.partition("://")[2] not in ("", headers.get(b"host", b"").decode("latin-1"))):
+    own = {f"{scheme}://{headers.get(b'host', b'').decode('latin-1')}" for scheme in ("http", "https")}
+    if origin not in trusted and (site not in (b"none", b"same-origin") or origin and origin not in own):
         return False  # a page that this machine's browser shows: a "simple" POST asks no CORS question
     return is_loopback(peer) and (host == "localhost" or is_loopback(host.strip("[]"))) and not any(map(FORWARDED.fullmatch, headers))
 
@@ -4255,8 +4291,11 @@ def create_app(settings: Settings | None = None, llm: LLMInferencer | None = Non
         for route in schema["paths"].values():  # FastAPI leaves null out of examples
             for status, response in route.get("post", route.get("get", {}))["responses"].items():
                 for content in response.get("content", {}).values():
-                    if status != "200" and "code" in content.get("example", {}):
-                        content["example"]["data"] = None
+                    example = content.get("example", {})
+                    if "error" in example:
+                        example["error"]["param"] = None
+                    elif status != "200" and "code" in example:
+                        example["data"] = None
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]

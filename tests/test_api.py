@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -823,6 +824,30 @@ def test_openapi_examples_validate(vllm: Stand) -> None:
                 if path.startswith(API) and status != "422":
                     assert enveloped(content["example"]), (path, status)
                     check._check(content["schema"], content["example"], f"{path} {status}")
+
+
+def test_every_route_shows_its_errors(vllm: Stand) -> None:
+    for path, item in vllm.client.get("/openapi.json").json()["paths"].items():
+        for operation in item.values() if path.startswith((API, "/v1")) else ():
+            shown = {status: answer["content"]["application/json"]["example"] for status, answer in operation["responses"].items() if status >= "400"}
+            assert "401" in shown, path
+            assert all(set(e["error"]) == {"message", "type", "param", "code"} if path.startswith("/v1") else enveloped(e) for e in shown.values()), path
+
+
+def test_the_pages_fall_back_to_the_cdn(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, where in (("fastapi_offline", "cdn"), (None, product.ASSETS)):
+        with monkeypatch.context() as patch:
+            if module:
+                patch.setitem(sys.modules, module, None)
+            with Stand("vllm", api_keys=("k",)) as stand:
+                assert all(where in stand.client.get(path).text for path in ("/docs", "/redoc"))
+                if not module:
+                    for name in ("swagger-ui-bundle.js", "swagger-ui.css", "redoc.standalone.js", "favicon.png"):
+                        assert stand.client.get(f"{product.ASSETS}/{name}").status_code == 200
+                    for odd in ("", "/", "/x", "/../../v1/models", "/swagger-ui.css/", "/swagger-ui.css/../../../v1/models"):
+                        with contextlib.closing(hang_up(stand.url)) as client:
+                            client.request("GET", product.ASSETS + odd)  # as it stands
+                            assert client.getresponse().status == 401
 
 
 def test_openapi_promises_no_422(vllm: Stand) -> None:

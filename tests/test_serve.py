@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fake_engine import Reply
 from serving import TEXT, Command, Stand, descendants, enveloped, refused, refused_v1, until
 
 import llm_inference as product
@@ -219,3 +220,72 @@ def test_the_documentation_asks_no_other_host(page: str) -> None:
         for each in found:
             assert stand.client.get(each).status_code == 200, each
         refused(stand.client.get("/docs/assets/none.js"), "unauthorized")
+
+
+# ------------------------------------------------------------------------------------- what the fault rig has found
+
+
+@pytest.mark.parametrize("origin", ["null", "file://", "http://evil.example", "x://127.0.0.1"])
+def test_a_page_elsewhere_needs_the_key(limited: Stand, origin: str) -> None:
+    refused(limited.client.get("/api/v1/llm/models", headers={"origin": origin}), "unauthorized")
+
+
+def test_a_page_of_our_own_needs_none(limited: Stand) -> None:
+    assert limited.client.get("/api/v1/llm/models", headers={"origin": limited.url}).status_code == 200
+
+
+def test_two_hosts_are_refused(port: int) -> None:
+    status, body = said(port, b"GET /api/v1/llm/models HTTP/1.1\r\nHost: evil.example\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert status == 400 and enveloped(body)["msg"].startswith("invalid_request")
+
+
+AWAY = {"type": "object", "properties": {"a": {"type": "string"}}, "$defs": {"unused": {"$ref": "http://127.0.0.1:9/x"}}}
+
+
+@pytest.mark.parametrize("fields", [
+    {"tools": [{"type": "function", "function": {"name": "f", "parameters": AWAY}}]}, {"structured_outputs": {"json": AWAY}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": AWAY}}},
+], ids=["tool", "structured_outputs", "response_format"])  # fmt: skip
+def test_no_reference_leaves_a_relayed_schema(fields: dict[str, Any]) -> None:
+    with Stand("vllm", capabilities=("tools",)) as stand:
+        assert "$ref" in refused_v1(stand.post(CHAT, model=stand.model, messages=HI, **fields), "invalid_request")
+        assert not stand.engine.asked()
+
+
+def test_no_reference_leaves_a_schema(limited: Stand) -> None:
+    assert "$ref" in refused(limited.post("/structured-generate", prompt="x", schema=AWAY), "invalid_request")
+
+
+@pytest.mark.parametrize("body", [
+    b'{"messages": [{"role": "user", "content": "hi"}], "x": [' + b"[]," * 200_000 + b"0]}",
+    b'{"messages": [{"role": "user", "content": "hi"}]' + b"".join(b', "n%d": 0' % n for n in range(200_000)) + b"}",
+], ids=["empty lists", "names"])  # fmt: skip
+def test_a_body_of_too_many_values(limited: Stand, body: bytes) -> None:
+    assert "too many values" in refused(limited.raw("/chat", body), "invalid_request")
+
+
+def test_commas_inside_a_text_are_no_values(limited: Stand) -> None:
+    limited.engine.reset()
+    assert limited.post("/chat", messages=[{"role": "user", "content": '[{,\\",' * 100_000}]).status_code == 200
+
+
+def stream_of(stand: Stand, *pieces: bytes, end: str = "clean") -> None:
+    whole = stand.engine.reset()._openai(True, {"messages": HI, "stream": True, "model": "m"})
+    stand.engine.script(Reply(headers=whole.headers, pieces=[*whole.pieces[:3], *pieces, *whole.pieces[3:]], end=end, chunked=True))  # type: ignore[arg-type]
+
+
+def test_a_break_after_the_end_is_no_error(limited: Stand) -> None:
+    stream_of(limited, end="eof")
+    text = limited.post(CHAT, model=limited.model, messages=HI, stream=True).text
+    assert text.endswith("data: [DONE]\n\n") and '"error"' not in text
+
+
+def test_control_characters_are_no_event(limited: Stand) -> None:
+    stream_of(limited, b'data: {"id":"\x00"}\n\n')
+    assert "[DONE]" not in limited.post(CHAT, model=limited.model, messages=HI, stream=True).text
+
+
+def test_garbage_lines_are_an_error_on_our_own_routes(limited: Stand) -> None:
+    stream_of(limited, b"<html>502</html>\n\n")
+    text = limited.post("/chat", messages=HI, stream=True).text  # an error before the first byte, or an event
+    assert "bad_engine_reply" in text and "[DONE]" not in text
