@@ -1,0 +1,53 @@
+"""The guards of llm_inference.py, each with how to switch it off (a piece of the source, and what it becomes) and the row that must see it.
+
+server.py reads this without the package around it, so it imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Guard(NamedTuple):
+    old: str  # stands once in llm_inference.py
+    new: str
+    row: str
+    focus: str  # the part of the row that looks at it
+
+
+LIMITS = "= 4 << 20, 32 << 10, 64, 15.0"
+GUARDS: dict[str, Guard] = {
+    "the client is watched": Guard("watch = asyncio.ensure_future(watch_client())", "watch = None", "client_leaves", "the engine thinks"),
+    "deadlines": Guard('        self._expired = "total" if', '        return\n        self._expired = "total" if', "network", "stall@b1 vllm"),
+    "body limit": Guard(LIMITS, "= 4 << 30, 32 << 10, 64, 15.0", "hostile_bodies", "over 4 MiB"),
+    "header limit": Guard(LIMITS, "= 4 << 20, 32 << 20, 64, 15.0", "hostile_bodies", "header"),
+    "JSON depth": Guard(LIMITS, "= 4 << 20, 32 << 10, 6400, 15.0", "hostile_bodies", "nested too deep"),
+    "no key twice": Guard("object_pairs_hook=_no_key_twice", "object_pairs_hook=dict", "hostile_bodies", "a key twice"),
+    "tokens capped": Guard("if max_tokens is not None and max_tokens > self.settings.max_tokens_cap:", "if False:", "hostile_bodies", "max_tokens 8193"),
+    "model names by pattern": Guard('MODEL_NAME = r"^', 'MODEL_NAME = r""  # r"^', "hostile_bodies", "model name"),
+    "references are expanded and counted": Guard("visit(resolve_ref(schema, ref), depth + 1, (*refs, ref))", "pass", "hostile_bodies", "laddered"),
+    "a relayed schema is looked at": Guard("await asyncio.to_thread(check_limits, schema)", "pass", "places", "schema"),
+    "images are data": Guard('refuse_places(body.get("messages") or ())', "pass", "places", "part"),
+    "never from ourselves": Guard("if headers.get(HOP.encode()) == INSTANCE.encode():", "if False:", "hostile_bodies", "header"),
+    "the key": Guard('if path not in PUBLIC and scope["method"] != "OPTIONS" and not self._allowed(scope, headers):', "if False:", "gate", "keyed"),
+    "the Host": Guard('and (host == "localhost" or is_loopback(host.strip("[]")))', "", "gate", "host"),
+    "the peer": Guard("return is_loopback(peer) and (host", "return (host", "gate", "host"),
+    "forwarding headers": Guard("and not any(map(FORWARDED.fullmatch, headers))", "", "gate", "forwarded"),
+    "other pages": Guard("return False  # a page that this machine's browser shows", "pass  # a page that this machine's browser shows", "gate", "page"),
+    "the queue is bounded": Guard("if self.waiting >= self.settings.queue:", "if False:", "overload", ""),
+    "a line is bounded": Guard("    LIMIT = 8 << 20", "    LIMIT = 8 << 30", "network", "engine:endless vllm api"),
+    "a reply is bounded": Guard("limit: int = 32 << 20)", "limit: int = 32 << 30)", "network", "engine:endless vllm v1"),
+    "a relayed stream has its end": Guard("if not (ended and finished):", "if False:", "network", "engine:early end vllm v1"),
+    "a stream has its finish": Guard("        finish: str | None = None\n        usage, timing", '        finish: str | None = "stop"\n        usage, timing', "network", "engine:early end ollama api"),
+    "relayed events are looked at": Guard("                    check_events(engine, data)", "                    pass", "network", "engine:garbage inside vllm v1"),
+    "an aborted answer is none": Guard('    raise EngineUnavailable(f"the engine ended the answer with', '    return "stop"\n    raise EngineUnavailable(f"the engine ended the answer with', "network", "engine:aborted vllm api"),
+    "time for header and body": Guard("self.late) if part else None", "lambda: None) if part else None", "slow_clients", "slow"),
+}  # fmt: skip
+
+
+def switched_off(source: str, name: str) -> str:
+    """The source without that guard. Raises LookupError where the source has changed: then this list is to be mended."""
+    guard = GUARDS[name]
+    if source.count(guard.old) != 1:
+        raise LookupError(f"{name}: {guard.old!r} stands {source.count(guard.old)} times in llm_inference.py, not once")
+    return source.replace(guard.old, guard.new)

@@ -1,0 +1,107 @@
+"""The server under test: `llm_inference.py --serve …` as it is, or with one guard switched off, and with a control socket.
+
+FAULTS_OFF       a name in guards.py: that line of the source is replaced before it is run
+FAULTS_SETTINGS  JSON: fields of Settings (and `deadlines`: fields of Deadlines) that no flag sets
+FAULTS_CONTROL   a path: whoever connects is told the census as JSON
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import gc
+import importlib
+import json
+import os
+import socket
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+PRODUCT = Path(os.environ.get("FAULTS_PRODUCT_DIR") or HERE.parent.parent) / "llm_inference.py"
+OPENED: set[str] = set()  # what was opened, started or connected to, by Python's own audit
+loops: list[asyncio.AbstractEventLoop] = []
+
+
+def load(off: str, where: str) -> Any:
+    """The product; with `off`, that guard's line replaced in a copy."""
+    folder = str(PRODUCT.parent)
+    if off:
+        sys.path.insert(0, str(HERE))
+        guards = importlib.import_module("guards_list")
+        folder = where
+        (Path(where) / "llm_inference.py").write_text(guards.switched_off(PRODUCT.read_text(), off))
+    sys.path.insert(0, folder)
+    return importlib.import_module("llm_inference")
+
+
+def census() -> dict[str, Any]:
+    gc.collect()
+    kinds = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            kinds.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except OSError:
+            continue
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    workers = ("asyncio_", "uvloop_", "ThreadPoolExecutor", "control")  # a pool's idle threads stay, by design
+    return {
+        "tasks": sum(len(asyncio.all_tasks(loop)) for loop in loops), "threads": sum(not t.name.startswith(workers) for t in threading.enumerate()),
+        "fds": len(kinds) - 2, "sockets": sum(kind.startswith("socket:") for kind in kinds) - 2, "children": len(children),
+        "rss": int(status["VmRSS"].split()[0]) * 1024, "peak": int(status["VmHWM"].split()[0]) * 1024, "opened": sorted(OPENED), "thread_names": sorted(t.name for t in threading.enumerate()),
+    }  # fmt: skip
+
+
+def control(path: str) -> None:
+    """Tells the census to whoever connects; its own listener and connection are left out of the counts."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        while True:
+            peer, _ = listener.accept()
+            with peer:
+                try:
+                    peer.sendall(json.dumps(census()).encode())
+                except OSError:
+                    continue
+
+
+def audit(event: str, args: tuple[Any, ...]) -> None:
+    if event == "open" and isinstance(args[0], (str, bytes)):
+        OPENED.add(os.fsdecode(args[0]))
+    elif event in ("subprocess.Popen", "os.system", "os.exec"):
+        OPENED.add(f"{event} {args[0]!s}")
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory(prefix="faults-off-") as where:
+        product = load(os.environ.get("FAULTS_OFF", ""), where)
+        import uvicorn
+
+        more: dict[str, Any] = json.loads(os.environ.get("FAULTS_SETTINGS") or "{}")
+        read, startup = product.settings_from, uvicorn.Server.startup
+        known = {each.name for each in dataclasses.fields(product.Settings)}
+
+        def settings_from(args: Any) -> Any:
+            settings = read(args)
+            limits = dataclasses.replace(settings.deadlines, **more.get("deadlines", {}))
+            return dataclasses.replace(settings, **{name: value for name, value in more.items() if name in known - {"deadlines"}}, deadlines=limits)
+
+        async def started(self: uvicorn.Server, sockets: Any = None) -> None:
+            loops[:] = [asyncio.get_running_loop(), product.portal.loop]
+            await startup(self, sockets)
+            sys.addaudithook(audit)
+
+        product.settings_from, uvicorn.Server.startup = settings_from, started  # type: ignore[method-assign]
+        if path := os.environ.get("FAULTS_CONTROL"):
+            threading.Thread(target=control, args=(path,), name="control", daemon=True).start()
+        found: int = product.main(sys.argv[1:])
+        return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
