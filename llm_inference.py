@@ -107,7 +107,10 @@ class Progress:
 
 # 3 Errors ----------------------------------------------------------------------------------------
 class InferenceError(Exception):
-    """Root of every error raised here on purpose: what is wrong (`reason`), and what to do (`mend`)."""
+    """Root of every error raised here on purpose: what is wrong (`reason`), and what to do (`mend`).
+
+    `detail` is for the operator (a log's path and last lines): Python callers see it, HTTP callers never do.
+    """
 
     kind: ClassVar[str] = "internal_error"  #: stable word for machines
     code: ClassVar[int] = 500  #: `code` of the envelope: 400 the caller can mend it, 500 the engine or we failed
@@ -115,10 +118,17 @@ class InferenceError(Exception):
     v1: ClassVar[tuple[int, str]] = (500, "server_error")  #: status and type on the OpenAI surface
     retryable: ClassVar[bool] = False  #: may the same request succeed later?
 
-    def __init__(self, reason: str, mend: str = "", *, retry_after: int | None = None, text: str | None = None) -> None:
-        super().__init__(f"{reason}; {mend}" if mend else reason)
-        self.reason, self.mend, self.retry_after = reason, mend, retry_after
+    def __init__(self, reason: str, mend: str = "", *, retry_after: int | None = None, text: str | None = None, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.mend, self.retry_after, self.detail = reason, mend, retry_after, detail
         self.text = text  #: the raw answer, where there was one
+
+    @property
+    def message(self) -> str:
+        return f"{self.reason}; {self.mend}" if self.mend else self.reason
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.detail}" if self.detail else self.message
 
     @property
     def status(self) -> int:
@@ -896,6 +906,13 @@ def to_json(value: Any) -> bytes:
     return pydantic_core.to_json(value, inf_nan_mode="null")
 
 
+def without_places(text: str) -> str:
+    """In one line, without the addresses and paths that callers need not know."""
+    text = " ".join(text.split())
+    text = re.sub(r"https?://\S+|\b\d{1,3}(\.\d{1,3}){3}(:\d+)?|\[[0-9a-fA-F:]+\]:\d+|\b[\w-]+(\.[\w-]+)*:\d{2,5}\b", "<address>", text)
+    return re.sub(r"(?<![\w.])(/[\w.@+-]+){2,}/?", "<path>", text)
+
+
 class LineReader:
     """Bytes in, lines out; lines end at LF or CRLF only (JSON may hold U+2028 raw) and have a bounded length."""
 
@@ -1181,10 +1198,15 @@ def _watcher_main() -> None:
     except Exception:
         prctl = None
     with open(spec["log"], "ab", 0) as log:
-        engine = subprocess.Popen(
-            spec["argv"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            preexec_fn=(lambda: prctl(1, signal.SIGKILL)) if prctl else None,  # PR_SET_PDEATHSIG: nor does it outlive us
-        )  # fmt: skip
+        try:
+            engine = subprocess.Popen(
+                spec["argv"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                preexec_fn=(lambda: prctl(1, signal.SIGKILL)) if prctl else None,  # PR_SET_PDEATHSIG: nor does it outlive us
+            )  # fmt: skip
+        except OSError as exc:
+            log.write(f"Error: cannot run {spec['argv'][0]} ({exc.strerror})\n".encode())
+            shutil.rmtree(spec["dir"], ignore_errors=True)
+            sys.exit(127)
 
     def end() -> None:
         def group(number: int) -> None:
@@ -1258,35 +1280,54 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm_inference"
 
 
-#: what an engine's last words mean: pattern, error, mend
+#: a line of an engine's log that tells of an error: after its prefixes an exception's name or the word, or llama.cpp's level E
+_ERROR_LINE = re.compile(
+    r"^(?:\([^)]*\) |ERROR |[\d:.-]+ |\[[^]]*\] )*"
+    r"((?:[\w./-]+: )?\s*(?:[\w.]*(?:Error|Exception)\b|Value error|error\b|cannot open).*|E .*)",
+    re.MULTILINE,
+)
+
+#: what it means: pattern, error, mend
 _LAST_WORDS: tuple[tuple[str, type[InferenceError], str], ...] = (
-    (r"out of memory|OutOfMemory|No available memory for the cache|less than desired GPU memory|failed to allocate|Not enough memory", OutOfMemory,
+    (r"out of memory|OutOfMemory|No available memory for the cache|less than desired GPU memory|failed to allocate|Not enough memory|"
+     r"can't allocate memory|Cannot allocate memory|MemoryError|KV cache is needed", OutOfMemory,
      "lower gpu_memory_utilization / mem_fraction_static or max_model_len, take a smaller or quantized model, or free the GPU"),
+    (r"cannot open shared object|undefined symbol|DLL load failed|cannot import name|no kernel image is available", EngineUnavailable,
+     "the engine is installed but does not load (its CUDA or torch is another): install a matching build, or name another interpreter with python="),
+    (r"ModuleNotFoundError|No module named|cannot run ", EngineNotInstalled,
+     "install the engine's package in that interpreter, or name another with python="),
+    (r"unrecognized arguments|invalid choice|expected (one|at least one) argument|argument --", InvalidRequest, "correct launch_args"),
     (r"larger than the maximum number of tokens|max_model_len.*greater than|is longer than the model's context|context_length.*derived", InvalidRequest,
      "lower max_model_len / context_length in launch_args"),
     (r"gated repo|401 Client Error|Access to model .* is restricted", ModelNotFound,
      "accept the model's licence and set HF_TOKEN in launch_env, or name a local folder"),
-    (r"not a valid model identifier|does not appear to have a file named|Repo id must|No such file|does not exist|"
-     r"Repository Not Found", ModelNotFound,
+    (r"not a valid model identifier|does not appear to have a file named|Repo id must|does not exist|Repository Not Found", ModelNotFound,
      "name a local folder or a model that the hub has"),
     (r"offline mode|LocalEntryNotFound|couldn't connect to|Max retries exceeded|Name or service not known", ModelNotFound,
      "the hub is out of reach: name a local folder, or set HF_ENDPOINT / VLLM_USE_MODELSCOPE in launch_env"),
-    (r"invalid magic|not within the file bounds|corrupted or incomplete|failed to read magic|"
-     r"unknown model architecture|error loading model", ModelNotFound,
-     "the file is broken or not a GGUF that llama.cpp knows: download it again"),
-    (r"[Aa]rchitectures? .*not supported|has no vLLM implementation|Unsupported architecture", UnsupportedFeature,
+    (r"[Aa]rchitectures? .*not supported|has no vLLM implementation|Unsupported architecture|does not recognize this architecture|"
+     r"unknown model architecture", UnsupportedFeature,
      "this engine cannot run that model: take another model or engine"),
+    (r"invalid magic|not within the file bounds|corrupted or incomplete|failed to read magic|error loading model|"
+     r"SafetensorError|not a valid JSON file|unexpected EOF|PytorchStreamReader", ModelNotFound,
+     "a file of the model is broken: download it again"),
     (r"No CUDA GPUs|no NVIDIA driver|Failed to infer device type|No accelerator", EngineUnavailable,
      "this machine has no usable GPU: run the engine where there is one and give its base_url, or take engine_type='llamacpp'"),
     (r"[Aa]ddress already in use", EngineUnavailable, "the port is taken: end the other program"),
-    (r"ModuleNotFoundError|No module named", EngineNotInstalled, "install the engine's package in that interpreter, or name another with python="),
 )  # fmt: skip
+
+#: what a starting engine does, by what it logs (vLLM, SGLang): the last that occurs
+_STAGES = re.compile(
+    r"(?P<downloading>Fetching \d+ files|Downloading)|(?P<loading_weights>Starting to load model|Load weight begin|loading shards|checkpoint shards)|"
+    r"(?P<compiling>torch\.compile (?:takes|took)|Compiling)|(?P<capturing_graphs>Capturing CUDA graph|Capture cuda graph begin|Capture .*begin)|"
+    r"(?P<warming_up>Loading weights took|Load weight end|KV [Cc]ache (?:is allocated|size)|Application startup)"
+)
 
 
 class EngineChild:
     """One supervised engine process, shared by all who ask for the same; the last `release` ends it."""
 
-    GRACE, GIVE_UP_AFTER = 1.5, 5
+    GRACE, GIVE_UP_AFTER, LIVENESS = 1.5, 5, 30.0
     _all: ClassVar[dict[str, "EngineChild"]] = {}
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
@@ -1294,7 +1335,7 @@ class EngineChild:
         self.name, self._command = name, command
         self.key, self.port, self.uds, self.holders = "", 0, "", 0
         self.failures, self.not_before, self.started = 0, 0.0, 0.0
-        self.generation = self._failed = 0  #: how often it was started; the last start whose failure was counted
+        self.generation = self._failed = self._watched = 0  #: how often it was started; the last start whose failure was counted, that is watched
         self._starting = threading.Lock()
         self.log = Path()
         self._process: subprocess.Popen[bytes] | None = None
@@ -1332,7 +1373,8 @@ class EngineChild:
 
     def _start(self) -> None:
         if self.failures >= self.GIVE_UP_AFTER:
-            raise EngineUnavailable(f"{self.name} failed {self.failures} times in a row: given up", f"see {self.log}, mend it, and start again")
+            mend = "see its log, mend it, and start again"
+            raise EngineUnavailable(f"{self.name} failed {self.failures} times in a row: given up", mend, detail=self._log_end())
         if (wait := self.not_before - time.monotonic()) > 0:
             raise EngineUnavailable(f"{self.name} ended and is started again in {wait:.0f} s", "ask again then", retry_after=int(wait) + 1)
         self.stop()
@@ -1379,22 +1421,63 @@ class EngineChild:
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    def watch(self) -> None:
+        """From now on a frozen engine is ended: who waits for it gets an error, who asks next a new start."""
+        if self._watched != self.generation:
+            self._watched = self.generation
+            threading.Thread(target=self._watch, args=(self.generation,), name="llm_inference watch", daemon=True).start()
+
+    def _watch(self, generation: int) -> None:
+        while self.generation == generation and self.alive:
+            if not self._answers():
+                with self._starting:
+                    if self.generation == generation and self.alive:
+                        logger.error("%s has not answered for %g s: it is ended", self.name, self.LIVENESS)
+                        self.stop()
+                return
+            time.sleep(self.LIVENESS / 6)
+
+    def _answers(self) -> bool:
+        """False where it took a question and stays silent; one that refuses connections is ending by itself."""
+        server = socket.socket(socket.AF_UNIX if os.path.exists(self.uds) else socket.AF_INET)
+        server.settimeout(self.LIVENESS)
+        with server:
+            try:
+                server.connect(self.uds if server.family == socket.AF_UNIX else ("127.0.0.1", self.port))
+                server.sendall(f"GET /v1/models HTTP/1.0\r\nHost: localhost\r\nAuthorization: Bearer {self.key}\r\n\r\n".encode())
+                server.recv(1)
+            except TimeoutError:
+                return False
+            except OSError:
+                pass
+        return True
+
     def failed(self) -> InferenceError:
         """What its end means; counts towards the back-off."""
         if self._failed != self.generation:  # counted once, whoever notices it
             self._failed = self.generation
             self.failures = 1 if time.monotonic() - self.started > 60 else self.failures + 1
             self.not_before = time.monotonic() + min(30.0, 2.0 ** (self.failures - 1)) * (0.8 + 0.4 * secrets.randbelow(1000) / 1000)
-        tail = self.last_words()
+        errors = _ERROR_LINE.findall(self.last_words())
         for pattern, error, mend in _LAST_WORDS:
-            if found := re.search(rf".*({pattern}).*", tail):
-                return error(f"{self.name} ended while it started: {found[0].strip()[-300:]}", f"{mend} (log: {self.log})")
-        return EngineUnavailable(f"{self.name} ended while it started: {tail[-500:] or 'it said nothing'}", f"see {self.log}")
+            for line in errors:
+                if re.search(pattern, line):
+                    return error(f"{self.name} ended: {without_places(line)[:300]}", mend, detail=self._log_end())
+        reason = f"{self.name} ended: {without_places(errors[0])[:300]}" if errors else f"{self.name} ended"
+        return EngineUnavailable(reason, "see its log", detail=self._log_end())
 
-    def last_words(self, size: int = 20_000) -> str:
+    def last_words(self, size: int = 200_000) -> str:
         with contextlib.suppress(OSError):
-            return self.log.read_bytes()[-size:].decode(errors="replace")
+            return self.log.read_bytes()[-size:].decode(errors="replace").replace(self.key, "<key>")
         return ""
+
+    def _log_end(self) -> str:
+        return "\n".join([f"log: {self.log}", *(f"  {line[:300]}" for line in self.last_words(4000).splitlines()[-12:])])
+
+    def stage(self) -> str:
+        """What a starting engine does now, as far as its log tells."""
+        found = [match.lastgroup for match in _STAGES.finditer(self.last_words(20_000))]
+        return (found[-1] or "").replace("_", " ") if found else "starting"
 
     def stop(self) -> None:
         if self._process is not None and self._process.stdin is not None:
@@ -1520,7 +1603,7 @@ class BaseLLMAdapter(ABC):
     async def prepare(self, request: GenerateRequest) -> tuple[GenerateRequest, tuple[str, ...]]:
         """Fill in the model, and refuse (or drop and name) what this engine does not do, before any byte is sent."""
         if request.model is None:
-            request = dataclasses.replace(request, model=await self.default_model())
+            request = dataclasses.replace(request, model=await self.model_for(None))
         if request.tool_choice == "none":  # no tools, no calls: honoured everywhere
             request = dataclasses.replace(request, tools=None, tool_choice=None)
         asked = asked_features(request)
@@ -1539,13 +1622,14 @@ class BaseLLMAdapter(ABC):
     def _instead(self, missing: Sequence[str]) -> str:
         return ""
 
-    async def default_model(self) -> str:
-        if self.model_name is None:
+    async def model_for(self, asked: str | None) -> str:
+        """The name that the engine knows it by; the adapter's own, else the engine's first, where none is asked for."""
+        if asked is None and self.model_name is None:
             found = await self.models()
             if not found:
                 raise ModelNotFound(f"{self.engine_type} has no model", "pull one first")
             self.model_name = found[0].name
-        return self.model_name
+        return asked or self.model_name or ""
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[list[Chunk], None]:
         request, ignored = await self.prepare(request)
@@ -1729,6 +1813,8 @@ class HTTPAdapter(BaseLLMAdapter):
     async def _reach(self) -> Target:
         self._features, self._contexts = {}, {}  # another server may be there now
         self._target = await self._attach() or await self._start()
+        if self._target.child is None and (self.launch_args or self.launch_env or self.python):
+            logger.warning("%s: it runs already, so launch_args, launch_env and python are not used", self.engine_type)
         logger.info("%s: %s%s", self.engine_type, self.how, f", version {self.version}" if self.version else "")
         return self._target
 
@@ -1810,7 +1896,8 @@ class HTTPAdapter(BaseLLMAdapter):
                 self._target = None
             await asyncio.to_thread(child.start)
         target = self._child_target(child)
-        until = time.monotonic() + float(os.environ.get("LLM_INFERENCE_START_TIMEOUT", 1800))
+        patience = float(os.environ.get("LLM_INFERENCE_START_TIMEOUT", 1800))
+        until = time.monotonic() + patience
         pause = 0.02
         while True:
             if not child.alive:
@@ -1820,10 +1907,15 @@ class HTTPAdapter(BaseLLMAdapter):
                     break
             if time.monotonic() > until:
                 child.stop()
-                raise EngineTimeout(f"{self.engine_type} did not become ready", f"see {child.log}")
-            progress.show(self._stage(child))
+                raise EngineTimeout(
+                    f"{self.engine_type} did not become ready in {patience:g} s",
+                    "see its log, or raise LLM_INFERENCE_START_TIMEOUT",
+                    detail=f"log: {child.log}",
+                )
+            progress.show(child.stage())
             await asyncio.sleep(pause)
             pause = min(0.5, pause * 1.3)
+        child.watch()
         progress.done(f"ready (log: {child.log})")
         self.how, self.version = "started by us", version
         return target
@@ -1834,11 +1926,6 @@ class HTTPAdapter(BaseLLMAdapter):
 
     def _child_target(self, child: EngineChild) -> Target:
         return Target(f"http://127.0.0.1:{child.port}", {"authorization": f"Bearer {child.key}"}, child=child, generation=child.generation)
-
-    def _stage(self, child: EngineChild) -> str:
-        tail = child.last_words(4000)
-        found = [name for name, words in (("loading weights", "oad"), ("warming up", "arm"), ("capturing graphs", "aptur")) if words in tail]
-        return found[-1] if found else "starting"
 
     async def close(self) -> None:
         await portal.run(self._close())
@@ -1853,11 +1940,20 @@ class HTTPAdapter(BaseLLMAdapter):
 
     # Asking
     async def prepare(self, request: GenerateRequest) -> tuple[GenerateRequest, tuple[str, ...]]:
-        await self.target()  # its version decides how the request is written
+        model = await self.model_for(request.model)  # connects: the version decides how the request is written
+        if model != request.model:
+            request = dataclasses.replace(request, model=model)
         if self.asks_model:
-            request = dataclasses.replace(request, model=request.model or await self.default_model())
-            await self.features(request.model or "")
+            await self.features(model)
         return await super().prepare(request)
+
+    async def model_for(self, asked: str | None) -> str:
+        served = self._served_name() if (await self.target()).child is not None else None
+        return served if served and asked in (None, self.model_name) else await super().model_for(asked)
+
+    def _served_name(self) -> str | None:
+        """What a started engine calls its model: a local folder goes by its last part, for no place reaches a caller."""
+        return Path(self.model_name).resolve().name if self.model_name and os.path.isdir(self.model_name) else self.model_name
 
     async def _fetch_json(self, path: str, body: Any = None) -> dict[str, Any]:
         """A small question to the engine; {} for anything but a JSON object."""
@@ -1978,10 +2074,10 @@ class HTTPAdapter(BaseLLMAdapter):
         usage = usage or Usage()
         yield [Chunk(finish_reason=finish, usage=usage, timing=stream_timing(started, first, usage, timing))]
 
-    async def events(self, path: str, body: bytes) -> AsyncGenerator[list[bytes], None]:
+    async def events(self, path: str, body: bytes, deadlines: Deadlines | None = None) -> AsyncGenerator[list[bytes], None]:
         """The payloads of a streamed call, those together that came together. Leaving early closes the connection."""
         await self.target()  # to start an engine may take longer than an answer
-        deadline = Deadline(self.deadlines, self.engine_type)
+        deadline = Deadline(deadlines or self.deadlines, self.engine_type)
         reply: Reply | None = None
         try:
             reply, reader = await self.open(path, body, deadline), LineReader()
@@ -2076,9 +2172,7 @@ def error_text(data: bytes) -> str:
         if isinstance(inner, dict) and inner.get("n_prompt_tokens"):
             return f"the prompt has {inner['n_prompt_tokens']} tokens, the context length is {inner.get('n_ctx')}"
         text = inner if inner is not None else ""
-    text = " ".join(str(text).split())
-    text = re.sub(r"https?://\S+|\b\d{1,3}(\.\d{1,3}){3}(:\d+)?|\[[0-9a-fA-F:]+\]:\d+|\b[\w-]+(\.[\w-]+)*:\d{2,5}\b", "<address>", text)
-    return re.sub(r"(?<![\w.])(/[\w.@+-]+){2,}/?", "<path>", text)[:400] or "it gave no reason"
+    return without_places(str(text))[:400] or "it gave no reason"
 
 
 def stream_timing(started: float, first: float, usage: Usage, engine: Timing | None) -> Timing:
@@ -2378,11 +2472,11 @@ class VLLMAdapter(OpenAIAdapter):
     def _command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
         if not self.model_name:
             raise InvalidRequest("model_name: vLLM cannot be started without one", "a model of the hub, or a local folder")
-        where = ["--host", "127.0.0.1", "--port", str(child.port), *self.launch_args]
+        where = ["--served-model-name", self._served_name() or "", "--host", "127.0.0.1", "--port", str(child.port), *self.launch_args]
         env = {"VLLM_API_KEY": child.key, "VLLM_NO_USAGE_STATS": "1", **self.launch_env}
         if self.python or importlib.util.find_spec("vllm"):  # the console script is missing or broken in some builds
             module = "vllm.entrypoints.openai.api_server"
-            return [self.python or sys.executable, "-m", module, "--model", self.model_name, "--served-model-name", self.model_name, *where], env
+            return [self.python or sys.executable, "-m", module, "--model", self.model_name, *where], env
         return [shutil.which("vllm") or "vllm", "serve", self.model_name, *where], env
 
     def _installed(self) -> bool:
@@ -2445,8 +2539,11 @@ class SGLangAdapter(OpenAIAdapter):
     def _command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
         if not self.model_name:
             raise InvalidRequest("model_name: SGLang cannot be started without one", "a model of the hub, or a local folder")
-        argv = [self.python or sys.executable, "-m", "sglang.launch_server", "--model-path", self.model_name, "--served-model-name", self.model_name]
-        return [*argv, "--host", "127.0.0.1", "--port", str(child.port), "--api-key", child.key, *self.launch_args], self.launch_env
+        config = Path(child.uds).with_name("sglang.yaml")  # in our folder: whoever is on this machine can read a command line
+        config.write_text(f"api-key: {child.key}\n")
+        argv = [self.python or sys.executable, "-m", "sglang.launch_server", "--model-path", self.model_name, "--config", str(config)]
+        where = ["--served-model-name", self._served_name() or "", "--host", "127.0.0.1", "--port", str(child.port)]
+        return [*argv, *where, *self.launch_args], self.launch_env
 
 
 def escape_regex(text: str) -> str:
@@ -2513,31 +2610,13 @@ class LlamaCppAdapter(OpenAIAdapter):
             self._features[model] = self.capabilities - lost
         return self._features[model]
 
-    async def prepare(self, request: GenerateRequest) -> tuple[GenerateRequest, tuple[str, ...]]:
-        return await super().prepare(dataclasses.replace(request, model=await self._served_name(request.model)))
-
-    async def _served_name(self, model: str | None) -> str:
-        """A path to a GGUF file (Python only) is served under its stem; the first model, where none is named."""
-        target = await self.target()
-        if model is None or model == self.model_name:
-            if target.child is not None:
-                return self._gguf_name()
-            return model or await self.default_model()
-        return model
-
-    async def default_model(self) -> str:
-        if self.model_name is None or self._held.child is not None:
-            found = await self.models()
-            return found[0].name
-        return self.model_name
-
     def __init__(self, model_name: str | None = None, **options: Any) -> None:
         super().__init__(model_name, **options)
         is_path = model_name is not None and (model_name.endswith(".gguf") or os.sep in model_name)
         file = model_name if is_path else os.environ.get("LLAMACPP_MODEL")
         self.gguf = os.path.abspath(file) if file else None  #: the operator's file, if there is one
 
-    def _gguf_name(self) -> str:
+    def _served_name(self) -> str:
         return Path(self.gguf or DEFAULT_GGUF).name.removesuffix(".gguf")
 
     def _launches(self) -> tuple[str | None, ...]:
@@ -2585,7 +2664,7 @@ class LlamaCppAdapter(OpenAIAdapter):
             with contextlib.suppress(ValueError):
                 value = json.loads(value)
             params[name] = value
-        spec = json.dumps({"key": child.key, "alias": self._gguf_name(), "params": params})
+        spec = json.dumps({"key": child.key, "alias": self._served_name(), "params": params})
         env = {"LLM_INFERENCE_CHILD": spec, "GGML_NO_BACKTRACE": "1", **self.launch_env}
         return [self.python or sys.executable, "-P", "-c", _program(_llamacpp_main)], env
 
@@ -2802,8 +2881,8 @@ class OllamaAdapter(HTTPAdapter):
         return payload["embeddings"], Usage(prompt_tokens=payload.get("prompt_eval_count") or 0)
 
     async def pull(self, model: str) -> AsyncGenerator[tuple[str, int, int], None]:
-        stage = ""
-        async with contextlib.aclosing(self.events("/api/pull", to_json({"model": model, "stream": True}))) as events:
+        stage, patient = "", dataclasses.replace(self.deadlines, total=float("inf"))  # as long as it goes on
+        async with contextlib.aclosing(self.events("/api/pull", to_json({"model": model, "stream": True}), patient)) as events:
             async for payloads in events:
                 for data in payloads:
                     step = self.payload(data)
@@ -3004,7 +3083,7 @@ class LLMInferencer:
     async def aembed(self, texts: str | Sequence[str]) -> list[list[float]]:
         """One vector a text."""
         engine = await self.engine()
-        vectors, _ = await engine.embed([texts] if isinstance(texts, str) else texts, self.model_name or await engine.default_model())
+        vectors, _ = await engine.embed([texts] if isinstance(texts, str) else texts, await engine.model_for(self.model_name))
         return vectors
 
     async def amodels(self) -> list[ModelInfo]:
@@ -3028,7 +3107,7 @@ class LLMInferencer:
             await engine.connect()
             models = [m.name for m in await engine.models()]
         except InferenceError as exc:
-            return {"engine_type": self.engine_type, "healthy": False, "error": str(exc)}
+            return {"engine_type": self.engine_type, "healthy": False, "error": exc.message}
         return {"engine_type": engine.engine_type, "healthy": True, "how": engine.how, "version": engine.version, "models": models}
 
     async def aclose(self) -> None:
@@ -3297,7 +3376,7 @@ class Hub:
                 await (await self.default.engine()).models()
                 self.state, pause = "ready", 5.0
             except InferenceError as exc:
-                if self.state != (state := f"{exc.kind}: {exc}"):
+                if self.state != (state := f"{exc.kind}: {exc.message}"):
                     logger.error("the engine is not ready: %s", exc)
                 self.state, pause = state, min(10.0, pause * 1.5)
             await asyncio.sleep(pause)
@@ -3495,13 +3574,13 @@ class ClientGone(Exception):
 def envelope(request_id: str, data: Any = None, error: InferenceError | None = None) -> dict[str, Any]:
     """`{"request_id", "code", "msg", "data"}`: every answer of the router."""
     if error is not None:
-        return {"request_id": request_id, "code": error.code, "msg": f"{error.kind}: {error}", "data": None}
+        return {"request_id": request_id, "code": error.code, "msg": f"{error.kind}: {error.message}", "data": None}
     return {"request_id": request_id, "code": 200, "msg": "success", "data": data}
 
 
 def error_object(error: InferenceError) -> dict[str, Any]:
     """OpenAI's error format."""
-    return {"error": {"message": str(error), "type": error.v1[1], "param": None, "code": error.kind}}
+    return {"error": {"message": error.message, "type": error.v1[1], "param": None, "code": error.kind}}
 
 
 def completion_data(done: Completion, *, chat: bool, structured: bool) -> dict[str, Any]:
@@ -3705,7 +3784,7 @@ class EnvelopeExchange(Exchange):
             fields["schema"] = {}
         llm, model = self.hub.route(body.engine_type, body.model_name)
         engine = await llm.engine()
-        self.engine, self.model = engine.engine_type, model or llm.model_name or await engine.default_model()
+        self.engine, self.model = engine.engine_type, await engine.model_for(model or llm.model_name)
         fields["max_tokens"] = await self.hub.room(engine, self.model, body.max_tokens, len(raw))
         request, build = await make_off_loop(llm, prompt, fields | {"model": self.model})
         if body.stream:
@@ -4415,7 +4494,7 @@ def _test_engine(name: str, settings: Settings) -> dict[str, Any]:
             result |= {
                 "ok": bool(done.text or done.reasoning),
                 "text": done.text or done.reasoning,
-                "model": llm.model_name or portal.call(engine.default_model()),
+                "model": portal.call(engine.model_for(llm.model_name)),
             }
             result |= {"ttft": done.timing.ttft, "tokens_per_second": done.timing.tokens_per_second, "usage": done.usage.as_dict()}
             result |= {} if result["ok"] else {"error": "it answered with nothing"}
@@ -4588,7 +4667,7 @@ def sharing(settings: Settings, workers: int) -> Iterator[Settings]:
     llm = LLMInferencer(settings.engine, settings.model, base_url=settings.base_url, api_key=settings.engine_api_key, deadlines=settings.deadlines)
     engine = portal.call(llm.engine())
     assert isinstance(engine, HTTPAdapter)
-    target, model = portal.call(engine.target()), portal.call(engine.default_model())
+    target, model = portal.call(engine.target()), portal.call(engine.model_for(None))
 
     def keep() -> None:
         while True:

@@ -136,7 +136,7 @@ def test_what_an_engine_cannot_do_is_refused_before_a_generation(engine: Engine)
     asks: dict[str, dict[str, Any]] = {"regex": {"regex": "a"}, "grammar": {"grammar": 'root ::= "a"'}, "think": {"think": True}, "seed": {"seed": 1},
                                        "tools": {"tools": [tool]}, "images": {}, "tool_choice": {"tools": [tool], "tool_choice": "required"}}  # fmt: skip
     adapter = run(engine.llm.engine())
-    lacks = asks.keys() - run(adapter.features(run(adapter.default_model())))
+    lacks = asks.keys() - run(adapter.features(run(adapter.model_for(None))))
     assert lacks, "an engine that can do everything?"
     for feature in lacks:
         prompt = [{"role": "user", "content": image}] if feature == "images" else PROMPT
