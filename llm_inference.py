@@ -3364,6 +3364,7 @@ class Hub:
         self.gate = asyncio.Semaphore(settings.max_in_flight)
         self.state = "starting"
         self.adapters: dict[type, TypeAdapter[Any]] = {}
+        self.parsing = asyncio.Lock()  # one large body at a time: they hold the GIL
         self.listed: tuple[float, list[tuple[str, ModelInfo]]] = (-60.0, [])
         self.born, self.metrics = time.time(), Metrics.open()
         self.direct: dict[str, Callable[[], Exchange]] = {}  #: what answers a POST, for our own server's short way
@@ -3472,7 +3473,10 @@ class Hub:
 
     async def parse(self, shape: type, body: bytes) -> Any:
         """A body checked, a large one off the loop."""
-        return self._parse(shape, body) if len(body) < 65_536 else await asyncio.to_thread(self._parse, shape, body)
+        if len(body) < 65_536:
+            return self._parse(shape, body)
+        async with self.parsing:
+            return await asyncio.to_thread(self._parse, shape, body)
 
     def _parse(self, shape: type, body: bytes) -> Any:
         """A body checked against its shape. Raises InvalidRequest with the field and its range, never with the input."""
