@@ -3227,6 +3227,8 @@ class Settings:
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  #: name → engine/model
     base_url: str | None = None
     engine_api_key: str | None = None
+    python: str | None = None  #: the interpreter of a started engine
+    launch_args: tuple[str, ...] = ()  #: a started engine's further arguments, verbatim
     api_keys: tuple[str, ...] = ()
     no_auth: bool = False
     cors_origins: tuple[str, ...] = ()
@@ -3237,6 +3239,12 @@ class Settings:
     header_timeout: float = 10.0  #: seconds until a request's header is here; no flag
     body_timeout: float = 30.0  #: the same for its body; no flag
     made_key: str = dataclasses.field(default_factory=lambda: secrets.token_urlsafe(24))  #: asked of callers elsewhere where no key is configured; no flag
+
+    def inferencer(self) -> LLMInferencer:
+        """The default engine's; nothing is attached to or started yet."""
+        return LLMInferencer(
+            self.engine, self.model, base_url=self.base_url, api_key=self.engine_api_key, python=self.python, launch_args=self.launch_args,
+            deadlines=self.deadlines)  # fmt: skip
 
 
 Scope: TypeAlias = dict[str, Any]
@@ -3357,8 +3365,7 @@ class Hub:
 
     def __init__(self, settings: Settings, llm: LLMInferencer | None = None) -> None:
         self.settings, self.draining = settings, False
-        self.default = llm or LLMInferencer(
-            settings.engine, settings.model, base_url=settings.base_url, api_key=settings.engine_api_key, deadlines=settings.deadlines)  # fmt: skip
+        self.default = llm or settings.inferencer()
         self.others: dict[str, LLMInferencer] = {}
         self.in_flight = self.waiting = 0
         self.gate = asyncio.Semaphore(settings.max_in_flight)
@@ -4437,7 +4444,8 @@ def settings_from(args: "argparse.Namespace") -> Settings:
             raise InvalidRequest(f"--alias {alias}: not name=engine/model", "for example fast=vllm/Qwen/Qwen3-8B")
     return Settings(
         engine=args.engine or env.get("LLM_INFERENCE_ENGINE", "auto"), model=args.model or env.get("LLM_INFERENCE_MODEL"), aliases=aliases,
-        base_url=args.base_url, engine_api_key=args.engine_api_key, api_keys=tuple(k.strip() for k in keys.split(",") if k.strip()),
+        base_url=args.base_url, engine_api_key=args.engine_api_key, python=args.python, launch_args=tuple(args.launch_args),
+        api_keys=tuple(k.strip() for k in keys.split(",") if k.strip()),
         no_auth=args.no_auth, cors_origins=tuple(args.cors_origin), max_in_flight=args.max_in_flight, queue=args.queue,
         max_tokens_cap=args.max_tokens_cap, deadlines=deadlines)  # fmt: skip
 
@@ -4610,6 +4618,8 @@ def serve(args: "argparse.Namespace") -> int:
     settings = settings_from(args)
     if settings.engine != "auto":
         engine_class(settings.engine)
+    elif settings.launch_args or settings.python:
+        raise InvalidRequest("engine arguments or --python without --engine", "say which engine they are for")
     listening = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -4668,7 +4678,7 @@ def banner(args: "argparse.Namespace", settings: Settings) -> None:
 @contextlib.contextmanager
 def sharing(settings: Settings, workers: int) -> Iterator[Settings]:
     """What each of several workers gets: its part of the limits, and the engine, which this process finds, starts and keeps."""
-    llm = LLMInferencer(settings.engine, settings.model, base_url=settings.base_url, api_key=settings.engine_api_key, deadlines=settings.deadlines)
+    llm = settings.inferencer()
     engine = portal.call(llm.engine())
     assert isinstance(engine, HTTPAdapter)
     target, model = portal.call(engine.target()), portal.call(engine.model_for(None))
@@ -4683,7 +4693,7 @@ def sharing(settings: Settings, workers: int) -> Iterator[Settings]:
     with llm, tempfile.TemporaryDirectory(prefix="llm-inference-") as folder:
         os.environ |= {"PROMETHEUS_MULTIPROC_DIR": folder, "LLM_INFERENCE_INSTANCE": INSTANCE}
         yield dataclasses.replace(
-            settings, engine=engine.engine_type, model=model, base_url=f"unix:{target.uds}" if target.uds else target.url,
+            settings, engine=engine.engine_type, model=model, python=None, launch_args=(), base_url=f"unix:{target.uds}" if target.uds else target.url,
             engine_api_key=target.headers.get("authorization", "").removeprefix("Bearer ") or None,
             max_in_flight=-(-settings.max_in_flight // workers), queue=-(-settings.queue // workers))  # fmt: skip
 
@@ -4821,6 +4831,8 @@ def parser() -> "argparse.ArgumentParser":
     found.add_argument("--workers", type=whole(1, 256), default=1, metavar="N", help="server processes; they share the limits (default: 1)")
     found.add_argument("--max-tokens-cap", type=whole(1, 1_000_000), default=8192, metavar="N", help="the most a request may ask for (default: 8192)")
     found.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds for a whole answer (default: 600)")
+    found.add_argument("--python", metavar="PATH", help="the interpreter that has vllm or sglang, where it is another one")
+    found.add_argument("launch_args", nargs="*", metavar="-- ARGUMENT", help="with --serve: a started engine's own arguments, verbatim")
     found.add_argument("--json", action="store_true", help="self-test: print JSON")
     found.add_argument("--verbose", action="store_true", help="log each step")
     return found
@@ -4835,6 +4847,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     level = logging.INFO if args.serve or args.verbose else logging.WARNING
     logging.basicConfig(level=level, format=LOG_FORMAT, stream=sys.stderr)
     try:
+        if args.launch_args and not args.serve:
+            raise InvalidRequest("engine arguments are for --serve alone", "see --help")
         return serve(args) if args.serve else api_test(args) if args.api_test else self_test(args)
     except InferenceError as exc:
         print(f"{exc.kind}: {exc}", file=sys.stderr)

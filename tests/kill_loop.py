@@ -1,6 +1,6 @@
-"""The embedded engine never outlives its parent: start, answer, end the parent, and watch every descendant go.
+"""A started engine never outlives its parent: start, answer, end the parent, and watch every descendant go.
 
-python tests/kill_loop.py [--rounds 100] [--out tests/results/kill_loop.json]
+python tests/kill_loop.py [--engine llamacpp|vllm|sglang] [--rounds 100] [--out tests/results/kill_loop.json]
 
 Each round's parent is ended by SIGKILL, SIGINT or a plain return, in turn. Figures are for an idle machine.
 """
@@ -15,11 +15,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+import engines
 
 PARENT = """
-import sys
+import json, sys
 from llm_inference import LLMInferencer
-llm = LLMInferencer("llamacpp", launch=True)
+llm = LLMInferencer(launch=True, **json.loads(sys.argv[1]))
 llm.generate("hi", max_tokens=2)
 print("up", flush=True)
 sys.stdin.readline()
@@ -44,12 +47,22 @@ def alive(pid: int) -> bool:
         return False
 
 
-def one_round(end: str) -> float:
+def options_for(engine: str) -> dict[str, Any]:
+    """What starts it: vLLM and SGLang from the environments that engines.py makes."""
+    if engine == "llamacpp":
+        return {"engine_type": engine}
+    spec, model = engines.ENGINES[engine], str(engines.hf_model())
+    arguments = spec.arguments.replace("--model-path {model}", "").replace("--model {model}", "").split()
+    environment = engines.ENVIRONMENT | spec.environment
+    return {"engine_type": engine, "model_name": model, "python": str(engines.install(engine)), "launch_args": arguments, "launch_env": environment}
+
+
+def one_round(end: str, engine: str = "llamacpp") -> float:
     """Seconds from the parent's end to the end of its last descendant; 10 means never."""
-    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, json.dumps(options_for(engine))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert parent.stdin is not None and parent.stdout is not None and parent.stdout.readline() == "up\n"
     left = descendants(parent.pid)
-    assert len(left) == 2, "the watcher and the engine"
+    assert len(left) == 2 if engine == "llamacpp" else len(left) >= 4, "the watcher, the engine and its workers"
     began = time.monotonic()
     if end == "return":
         parent.stdin.close()
@@ -63,10 +76,11 @@ def one_round(end: str) -> float:
 
 def main() -> int:
     options = argparse.ArgumentParser()
+    options.add_argument("--engine", choices=("llamacpp", "vllm", "sglang"), default="llamacpp")
     options.add_argument("--rounds", type=int, default=100)
     options.add_argument("--out", type=Path)
     args = options.parse_args()
-    spent = {end: [one_round(end) for _ in range(n, args.rounds, len(ENDS))] for n, end in enumerate(ENDS)}
+    spent = {end: [one_round(end, args.engine) for _ in range(n, args.rounds, len(ENDS))] for n, end in enumerate(ENDS)}
     result = {end: {"n": len(all_), "worst_s": round(max(all_), 3), "later_than_2_s": sum(s > 2 for s in all_)} for end, all_ in spent.items() if all_}
     print(json.dumps(result, indent=1))
     if args.out:
