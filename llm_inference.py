@@ -2357,6 +2357,8 @@ class OpenAIAdapter(HTTPAdapter):
         Raises UnsupportedFeature for a field that constrains the answer and would be ignored.
         """
         allowed = (self.v1_fields | self.v1_extra) - (NOT_ON.get(path, frozenset()) | (self.v1_chat_only if path != "/v1/chat/completions" else frozenset()))
+        if path == "/v1/embeddings":
+            allowed &= EMBEDDING_FIELDS
         ignored = [name for name in body if name not in allowed and name in HARMLESS]
         if unknown := [name for name in body if name not in allowed and name not in HARMLESS]:
             raise UnsupportedFeature(f"{self.engine_type} would ignore {', '.join(map(str, unknown))[:200]}", self._instead(unknown) or "leave it out")
@@ -2424,6 +2426,8 @@ NOT_ON = {
     "/v1/chat/completions": frozenset({"prompt", "echo", "input"}),
     "/v1/completions": frozenset({"messages", "tools", "tool_choice", "top_logprobs", "reasoning_effort", "chat_template_kwargs", "input"}),
 }
+
+EMBEDDING_FIELDS = frozenset({"model", "input", "encoding_format", "dimensions"})
 
 #: OpenAI fields that change nothing in the answer's words: let through and named in X-Ignored-Fields
 HARMLESS = frozenset(
@@ -3215,7 +3219,7 @@ def bar(done: int, total: int, width: int = 24) -> str:
 API = "/api/v1/llm"
 MAX_BODY, MAX_HEADER, MAX_JSON_DEPTH, KEEP_ALIVE_COMMENT = 4 << 20, 32 << 10, 64, 15.0
 MAX_JSON_VALUES = 100_000
-MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:@+-]*(/[A-Za-z0-9][A-Za-z0-9._:@+-]*)*$"  # no place: no //, no .., no leading slash
+MODEL_NAME = r"^[A-Za-z0-9]([A-Za-z0-9._:@+-]*[A-Za-z0-9._@+-])?(/[A-Za-z0-9]([A-Za-z0-9._:@+-]*[A-Za-z0-9._@+-])?)*$"  # no place: no //, .. or unix:/
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -4602,6 +4606,11 @@ def run_server(settings: Settings, sockets: list[socket.socket]) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
         threading.Thread(target=follow, daemon=True).start()
+    with contextlib.suppress(Exception):  # glibc: large buffers go back when they are freed, and threads share their heaps
+        import ctypes
+
+        for option, value in ((-3, 256 << 10), (-8, 2)):  # M_MMAP_THRESHOLD, M_ARENA_MAX
+            ctypes.CDLL(None).mallopt(option, value)
     gc.collect()
     gc.freeze()  # what was imported is never looked at again: with 1,000 streams that alone cost pauses of 0.1 s
     gc.set_threshold(10_000, 50, 100)

@@ -293,6 +293,18 @@ def test_bad_embedding_inputs(stand: Stand) -> None:
     refused_v1(stand.post("/v1/embeddings", model=stand.model, input="a", encoding_format="hex"), "invalid_request")
 
 
+def test_what_means_nothing_to_embeddings_is_refused(all_stands: dict[str, Stand]) -> None:
+    for stand in all_stands.values():
+        for field, value in (("stream", True), ("max_tokens", 5), ("tool_choice", "none"), ("messages", [{"role": "user", "content": "x"}])):
+            reply = stand.post("/v1/embeddings", model=stand.model, input="a", **{field: value})
+            assert reply.status_code == 400 and field in reply.json()["error"]["message"], (stand.dialect, field)
+
+
+@pytest.mark.parametrize("name", ["unix:/etc/passwd", "file:/etc/passwd", "http:/evil/x", "a/b:/c", "x:"])
+def test_a_model_name_that_is_a_place_is_refused(stand: Stand, name: str) -> None:
+    refused_v1(stand.post("/v1/embeddings", model=name, input="a"), "invalid_request")
+
+
 def test_models(stand: Stand, client: openai.OpenAI) -> None:
     found = [m.id for m in client.models.list()]
     assert len(found) == 1 and found[0].startswith(f"{stand.engine.dialect}/m")
