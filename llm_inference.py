@@ -2067,7 +2067,10 @@ class HTTPAdapter(BaseLLMAdapter):
                 if burst:
                     yield burst
                 if failed is not None:
-                    raise failed
+                    try:
+                        raise failed
+                    finally:
+                        del failed  # or it keeps this frame, and with it the request
         if finish is None or not (ended or self.ndjson):
             return  # which is an error, as for every stream without a finish_reason
         finish = "tool_calls" if tools and finish == "stop" else finish
@@ -3692,9 +3695,7 @@ class Exchange:
                 status = 503
                 await self.fail(NotReady("the server is stopping", "ask again"))
         except Exception as exc:
-            error = as_inference_error(exc)
-            status = error.status
-            await self.fail(error)
+            status = await self.fail(as_inference_error(exc))  # no name keeps the error here: with its traceback it would keep the body
         finally:
             if watch is not None:
                 watch.cancel()
@@ -3703,18 +3704,19 @@ class Exchange:
             tokens = f"{self.usage.prompt_tokens}+{self.usage.completion_tokens}" if self.usage else "-"
             logger.info("%s %s %s %s %s %.3fs %s", self.request_id, scope["path"], self.engine, self.model, status, time.monotonic() - self.began, tokens)
 
-    async def fail(self, error: InferenceError) -> None:
-        """The error as an answer; as an event where the answer has begun, and then no clean end."""
+    async def fail(self, error: InferenceError) -> int:
+        """The error as an answer; as an event where the answer has begun, and then no clean end. Returns its HTTP status."""
         self.error_kind = error.kind
         status, body = self.error_body(error)
         if self.started:
             gap = b"" if self.sent.endswith(b"\n\n") else b"\n\n"  # a relayed event may lack its blank line
             await self.send({"type": "http.response.body", "body": gap + b"data: " + to_json(body) + b"\n\n"})
-            return
+            return status
         self.extra.append((b"x-error-kind", error.kind.encode()))
         if error.retry_after:
             self.extra.append((b"retry-after", str(error.retry_after).encode()))
         await self.answer(to_json(body), status)
+        return status
 
     async def answer(self, body: bytes, status: int = 200) -> None:
         await self.head(status, b"application/json", (b"content-length", str(len(body)).encode()))
@@ -4606,11 +4608,6 @@ def run_server(settings: Settings, sockets: list[socket.socket]) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
         threading.Thread(target=follow, daemon=True).start()
-    with contextlib.suppress(Exception):  # glibc: large buffers go back when they are freed, and threads share their heaps
-        import ctypes
-
-        for option, value in ((-3, 256 << 10), (-8, 2)):  # M_MMAP_THRESHOLD, M_ARENA_MAX
-            ctypes.CDLL(None).mallopt(option, value)
     gc.collect()
     gc.freeze()  # what was imported is never looked at again: with 1,000 streams that alone cost pauses of 0.1 s
     gc.set_threshold(10_000, 50, 100)

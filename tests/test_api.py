@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import http.client
 import json
 import os
@@ -1164,3 +1165,25 @@ def test_api_test_against_nothing_says_how_to_start(call: Call) -> None:
 
 def test_api_test_against_something_else_fails(call: Call, fake: Fake) -> None:
     assert call("--api-test", "--port", str(fake.port))[0] == 1
+
+
+# Nothing stays ----------------------------------------------------------------------------------
+def test_an_error_keeps_no_request_alive(stand: Stand) -> None:
+    """An error that a frame's own name holds is a cycle, and keeps the body until the collector comes: 400 MB in 64 large requests."""
+    broken = (
+        Reply(status=500, headers={"content-type": "application/json"}, pieces=[b'{"error":"boom"}']),
+        Reply(headers={"content-type": "text/event-stream"}, pieces=[b"data: {}\n\n"]),
+    )
+    stand.post("/generate", prompt="warm")
+    gc.collect()
+    gc.disable()
+    try:
+        for body in ({"temperature": 9}, {"max_tokens": 10**6}, {"model_name": "none/such"}):
+            assert stand.post("/generate", prompt="x", **body).status_code >= 400
+        for stream in (False, True):
+            for reply in broken:
+                stand.engine.script(reply)
+                assert stand.post("/generate", prompt="x", stream=stream).status_code >= 400
+        until(lambda: not [each for each in gc.get_objects() if isinstance(each, product.InferenceError)])
+    finally:
+        gc.enable()

@@ -24,7 +24,7 @@ VALID: dict[str, Json] = {
 #: 500s that a hostile but well-formed body may come to: the engine's text does not fit what was asked
 MAY_FAIL = {"structured_output_invalid"}
 SLOWEST = 3.0  # seconds any one body may take
-MEMORY = 12  # times what the bodies in flight weigh: one shape alone takes 1 to 4 (read, decoded, checked, written for the engine), the allocator keeps some of each
+MEMORY = 4  # times what the bodies in flight weigh: read, decoded, checked, written for the engine
 
 
 def constant(engine: Engine, seen: Seen) -> Reply | None:
