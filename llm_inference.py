@@ -1557,7 +1557,8 @@ class BaseLLMAdapter(ABC):
     ) -> None:  # fmt: skip
         """No I/O happens here: attaching or starting happens at the first verb, or in `connect`."""
         self.model_name, self.base_url, self.api_key, self.launch = model_name, base_url, api_key, launch
-        self.python, self.launch_args, self.launch_env = python, tuple(launch_args), dict(launch_env or {})
+        self.python = os.path.expanduser(python) if python else None
+        self.launch_args, self.launch_env = tuple(launch_args), dict(launch_env or {})
         self.deadlines = deadlines or Deadlines()
         self.how = "built in"  #: how the engine was found, once it is
         self.version = ""  #: the server's version, once it is known
@@ -3636,6 +3637,9 @@ def chunk_data(chunk: Chunk, structured: bool) -> dict[str, Any]:
     return data
 
 
+UUID = re.compile(rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
 class Exchange:
     """One request and its answer as pure ASGI: reads the body, watches the client, answers, logs one line.
 
@@ -3661,6 +3665,9 @@ class Exchange:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.send, status, watch = send, 499, None
+        headers = dict(scope["headers"])
+        if UUID.fullmatch(given := headers.get(b"x-request-id", b"")):
+            self.request_id = given.decode()
         REQUEST_ID.set(self.request_id)
         me = asyncio.current_task()
         assert me is not None
@@ -3674,7 +3681,6 @@ class Exchange:
             me.cancel()
 
         try:
-            headers = dict(scope["headers"])
             refuse_hop(headers)
             if int(headers.get(b"content-length", b"0")) > MAX_BODY:  # the HTTP parser has checked that it is a number
                 raise PayloadTooLarge(f"body: over {MAX_BODY} bytes", "send less")

@@ -301,6 +301,14 @@ def test_the_request_id_goes_on_to_the_engine(vllm: Stand) -> None:
     assert vllm.engine.requests[-1].headers["x-request-id"] == reply.json()["request_id"]
 
 
+@pytest.mark.parametrize("given", ["6f9619ff-8b86-4d01-b42d-00cf4fc964ff", "6F9619FF-8B86-4D01-B42D-00CF4FC964FF", MARK, ""])
+def test_a_request_id_is_accepted_where_it_is_a_uuid(vllm: Stand, given: str) -> None:
+    reply = vllm.client.post(API + "/chat", json={"messages": HI}, headers={"x-request-id": given})
+    accepted = given.strip() if given == given.lower() and "-8b86-" in given else None
+    assert (reply.json()["request_id"] == given.strip()) is bool(accepted)
+    assert vllm.engine.requests[-1].headers["x-request-id"] == reply.json()["request_id"] == enveloped(reply.json())["request_id"]
+
+
 # ----------------------------------------------------------------------------------------------- strict bodies
 
 BAD: list[tuple[str, Any]] = [
