@@ -120,7 +120,7 @@ async def overload(full: bool, off: str | None = None, focus: str = "") -> Resul
 
 async def soak(full: bool, off: str | None = None, focus: str = "") -> Result:
     """A steady mix of good, bad and abandoned requests: descriptors stay, memory stays."""
-    found, seconds = Result(), 240.0 if full else 12.0
+    found, seconds = Result(), 600.0 if full else 12.0
     async with World(off=off) as world:
         loop = asyncio.get_running_loop()
         done = 0
