@@ -87,8 +87,8 @@ def main() -> int:
     for name in args.engines:
         found[name] = asyncio.run(measure(name))
         print(name, found[name], flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({"seconds, worst of": ROUNDS, **found}, indent=1) + "\n")
+        if args.json:
+            args.json.write_text(json.dumps({"seconds, worst of": ROUNDS, **found}, indent=1) + "\n")
     return 0
 
 
