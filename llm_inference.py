@@ -3999,8 +3999,15 @@ def check_events(engine: HTTPAdapter, data: bytes) -> None:
             if failing:
                 raise engine._read_error(500, payload)
             if payload != b"[DONE]":
-                for choice in engine.payload(payload).get("choices") or ():
-                    finish_of(choice.get("finish_reason"))
+                _check_event(engine, engine.payload(payload))
+
+
+def _check_event(engine: HTTPAdapter, event: dict[str, Any]) -> None:
+    try:
+        for choice in event.get("choices") or ():
+            finish_of(choice.get("finish_reason"))
+    except _MALFORMED as exc:
+        raise BadEngineReply(f"an event of {engine.engine_type}'s stream is malformed ({exc})", "check the server's version") from exc
 
 
 def refuse_places(messages: Iterable[Any]) -> None:

@@ -1182,8 +1182,13 @@ def test_an_error_keeps_no_request_alive(stand: Stand) -> None:
         Reply(status=500, headers={"content-type": "application/json"}, pieces=[b'{"error":"boom"}']),
         Reply(headers={"content-type": "text/event-stream"}, pieces=[b"data: {}\n\n"]),
     )
+
+    def alive() -> set[int]:
+        return {id(each) for each in gc.get_objects() if isinstance(each, product.InferenceError)}
+
     stand.post("/generate", prompt="warm")
     gc.collect()
+    before = alive()  # of other tests
     gc.disable()
     try:
         for body in ({"temperature": 9}, {"max_tokens": 10**6}, {"model_name": "none/such"}):
@@ -1192,6 +1197,6 @@ def test_an_error_keeps_no_request_alive(stand: Stand) -> None:
             for reply in broken:
                 stand.engine.script(reply)
                 assert stand.post("/generate", prompt="x", stream=stream).status_code >= 400
-        until(lambda: not [each for each in gc.get_objects() if isinstance(each, product.InferenceError)])
+        until(lambda: alive() <= before)
     finally:
         gc.enable()
