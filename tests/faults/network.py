@@ -186,7 +186,7 @@ async def whole_port(world: World, found: Result, mode: str, times: int) -> None
 
 async def storm(full: bool, off: str | None = None, focus: str = "") -> Result:
     """Faults at random, clients that leave, and good requests, all at once: nobody gets another's answer, the good ones are answered."""
-    found, seconds, rng = Result(), 150.0 if full else 6.0, random.Random(11)
+    found, seconds, rng = Result(), 600.0 if full else 6.0, random.Random(11)
     faults = [f"{kind}@{place}" for kind in STRIKING for place in PLACES] + [*PASSING] + [f"engine:{name}" for name in MISTAKES if name not in ("endless", "gzip bomb")]
     good = good_done = left = 0
     async with World(off=off, proxied=True, settings={"deadlines": DEADLINES}) as world:
