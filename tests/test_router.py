@@ -171,32 +171,17 @@ def test_the_openapi_page_of_the_host_has_our_routes_whole(host: Host) -> None:
     assert not missing
 
 
-def test_what_is_not_ours_is_not_touched(engine: Fake) -> None:
-    """Logging, signals, environment, event-loop policy, hooks: the same before and after, with an app in use between."""
-
-    def state() -> dict[str, Any]:
-        root = logging.getLogger()
-        return {
-            "handlers": list(root.handlers), "level": root.level, "disabled": logging.root.manager.disable, "class": logging.getLoggerClass(),
-            "uvicorn": [(name, list(logging.getLogger(name).handlers), logging.getLogger(name).level) for name in ("uvicorn", "uvicorn.error", "fastapi", "asyncio")],
-            "ours": (list(logging.getLogger("llm_inference").handlers), logging.getLogger("llm_inference").level, logging.getLogger("llm_inference").propagate),
-            "signals": {each: signal.getsignal(each) for each in signal.Signals}, "environ": dict(os.environ), "hooks": (sys.excepthook, threading.excepthook, sys.unraisablehook),
-            "cwd": os.getcwd(), "path": list(sys.path), "policy": type(asyncio.get_event_loop_policy()),
-        }  # fmt: skip
-
-    before = state()
-    app = FastAPI()
-    app.include_router(create_router(LLMInferencer("vllm", base_url=engine.base_url)))
-    with TestClient(app) as client:
-        for _ in range(3):
-            good(client.post(f"{API}/generate", json={"prompt": "hi"}))
-            client.post(f"{API}/generate", json={"prompt": "hi", "stream": True})
-            client.post(f"{API}/generate", json={})
-    after = state()
-    environ = {"PYTEST_CURRENT_TEST"}
-    for found in (before, after):
-        found["environ"] = {name: value for name, value in found["environ"].items() if name not in environ}
-    assert before == after
+def untouched() -> dict[str, Any]:
+    """Logging, signals, environment, event-loop policy, hooks: what a guest leaves alone."""
+    root = logging.getLogger()
+    return {
+        "handlers": list(root.handlers), "level": root.level, "disabled": logging.root.manager.disable, "class": logging.getLoggerClass(),
+        "uvicorn": [(name, list(logging.getLogger(name).handlers), logging.getLogger(name).level) for name in ("uvicorn", "uvicorn.error", "fastapi", "asyncio")],
+        "ours": (list(logging.getLogger("llm_inference").handlers), logging.getLogger("llm_inference").level, logging.getLogger("llm_inference").propagate),
+        "signals": {each: signal.getsignal(each) for each in signal.Signals}, "hooks": (sys.excepthook, threading.excepthook, sys.unraisablehook),
+        "environ": {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
+        "cwd": os.getcwd(), "path": list(sys.path), "policy": type(asyncio.get_event_loop_policy()),
+    }  # fmt: skip
 
 
 def test_importing_changes_nothing_either() -> None:
@@ -216,7 +201,7 @@ def test_importing_changes_nothing_either() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_twenty_starts_and_stops_leave_nothing(engine: Fake) -> None:
+def test_two_hundred_starts_and_stops_leave_nothing_and_touch_nothing(engine: Fake) -> None:
     def census() -> tuple[int, int]:
         return len(os.listdir("/proc/self/fd")), threading.active_count()
 
@@ -225,14 +210,18 @@ def test_twenty_starts_and_stops_leave_nothing(engine: Fake) -> None:
         app.include_router(create_router(LLMInferencer("vllm", base_url=engine.base_url)))
         with TestClient(app) as client:
             good(client.post(f"{API}/generate", json={"prompt": "hi"}))
+            client.post(f"{API}/generate", json={"prompt": "hi", "stream": True})
+            assert client.post(f"{API}/generate", json={}).status_code == 400
 
+    before = untouched()
     once()  # the background loop starts
     engine.wait(lambda: engine.connections == 0)
-    before = census()
-    for _ in range(20):
+    held = census()
+    for _ in range(200):
         once()
     engine.wait(lambda: engine.connections == 0)
-    until(lambda: census() <= before)
+    until(lambda: census() <= held)
+    assert untouched() == before
 
 
 # ----------------------------------------------------------------------------------------------- the host's own key
