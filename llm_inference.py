@@ -4287,11 +4287,156 @@ def create_v1_router(hub: Hub) -> Any:
     return router
 
 
+async def asked(exchange: Exchange, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    """One of our own routes, asked in process: the envelopes of its stream, or the one of its refusal. Leaving early stops it."""
+    sent: asyncio.Queue[bytes | None] = asyncio.Queue()
+    messages, lines = [{"type": "http.request", "body": to_json(body)}], LineReader()
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop() if messages else await asyncio.Future()
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.put_nowait(message.get("body", b""))
+
+    task = asyncio.ensure_future(exchange({"type": "http", "path": path, "headers": []}, receive, send))
+    task.add_done_callback(lambda _: sent.put_nowait(None))
+    try:
+        while (part := await sent.get()) is not None:
+            for payload in [part] if part.startswith(b"{") else sse_payloads(lines.feed(part)):
+                if payload != b"[DONE]":
+                    yield from_json(payload)
+    finally:
+        task.cancel()
+
+
+class ChatPage:
+    """The chat page at /ui as ASGI, by gradio, which is loaded when the page is first asked for: that takes seconds."""
+
+    #: what the page needs of gradio's routes: none of those that take a file, an address or code
+    ROUTES = re.compile(r"/ui/?|/ui/(theme\.css|(assets|static)/[\w./-]+|gradio_api/(heartbeat/\w+|run/predict|queue/join|queue/data|cancel|reset))")
+
+    def __init__(self, hub: Hub) -> None:
+        self.hub, self.loading = hub, asyncio.Lock()
+        self.app: Any = None
+        self.running: asyncio.Task[None] | None = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.responses import JSONResponse
+
+        missing = None if importlib.util.find_spec("gradio") else NotFound("the chat page needs gradio", "pip install gradio, and start the server again")
+        if missing is None and (not self.ROUTES.fullmatch(scope["path"]) or ".." in scope["path"]):
+            missing = NotFound("no such part of the chat page", "open /ui")
+        if missing is not None:
+            await enveloped_error(missing, JSONResponse)(scope, receive, send)
+            return
+        async with self.loading:
+            if self.app is None:
+                self.app = await asyncio.to_thread(self._build)
+                started = asyncio.Event()
+                self.running = asyncio.ensure_future(self._run(started))
+                await started.wait()
+        await self.app(scope, receive, send)
+
+    async def _run(self, started: asyncio.Event) -> None:
+        async with self.app.router.lifespan_context(self.app):
+            started.set()
+            await asyncio.Future()
+
+    def close(self) -> None:
+        if self.running is not None:
+            self.running.cancel()
+
+    def _build(self) -> Any:
+        import gradio as gr
+        from fastapi import FastAPI
+
+        with gr.Blocks(title="llm_inference", analytics_enabled=False, fill_height=True) as page:
+            model = gr.Dropdown([], label="Engine and model", interactive=True)
+            with gr.Accordion("Settings", open=False):
+                system = gr.Textbox(label="System prompt", lines=2)
+                with gr.Row():
+                    sampling = [
+                        gr.Slider(0, 2, 0.7, label="temperature"),
+                        gr.Slider(0.01, 1, 1, label="top_p"),
+                        gr.Slider(1, self.hub.settings.max_tokens_cap, 512, step=1, label="max_tokens"),
+                    ]
+                schema = gr.Textbox(label="Schema: the answer is JSON that was checked", lines=2, placeholder='{"city": "string", "population": "number"}')
+            shown = gr.Chatbot(height="60vh", label="Answers", buttons=["copy"], placeholder="Ask something.", render=False)
+            gr.ChatInterface(
+                self._answer, chatbot=shown, additional_inputs=[model, system, *sampling, schema], concurrency_limit=None, analytics_enabled=False,
+                api_visibility="private", show_progress="hidden")  # fmt: skip
+            page.load(self._choices, None, model, api_visibility="private")
+        return gr.mount_gradio_app(FastAPI(), page, path="/ui", footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False)
+
+    async def _choices(self) -> Any:
+        import gradio as gr
+
+        found = [f"{engine_type}/{model.name}" for engine_type, model in await self.hub.models()] + list(self.hub.settings.aliases)
+        here = next((name for name in found if name.startswith(f"{self.hub.default.engine_type}/")), found[0] if found else None)
+        return gr.Dropdown(found, value=here)
+
+    async def _answer(
+        self,
+        message: str,
+        history: list[dict[str, Any]],
+        model: str | None,
+        system: str | None,
+        temperature: float,
+        top_p: float,
+        max_tokens: int,
+        schema: str | None,
+    ) -> AsyncGenerator[list[dict[str, Any]], None]:
+        """One turn: the answer as it grows, then a line of figures or the error. What gradio gives as history is the browser's."""
+        said = [m for m in history if not (m.get("metadata") or {}).get("title")]  # without those lines
+        messages = [{"role": "system", "content": system}] if system else []
+        messages += [{"role": m["role"], "content": part["text"]} for m in said for part in m["content"] if part.get("type") == "text"]
+        messages.append({"role": "user", "content": message})
+        body = {"messages": messages, "model_name": model, "temperature": temperature, "max_tokens": max_tokens, "stream": True, "on_unsupported": "ignore"}
+        body |= {"top_p": top_p} if top_p < 1 else {}
+        path, text, thought = API + ("/structured-generate" if schema else "/chat"), "", ""
+        if schema:
+            try:
+                body["schema"] = from_json(schema)
+            except ValueError:
+                yield [chat_line("schema: not JSON; write it like the example in its field")]
+                return
+        async with contextlib.aclosing(asked(self.hub.direct[path](), path, body)) as envelopes:
+            async for event in envelopes:
+                data = event["data"] or {}
+                text, thought = text + data.get("delta", ""), thought + data.get("reasoning_delta", "")
+                lines = [chat_line("reasoning", thought)] if thought else []
+                if event["code"] != 200:
+                    yield [*lines, chat_line(event["msg"], text)]
+                    return
+                if "result" in data:
+                    text = f"```json\n{json.dumps(data['result'], ensure_ascii=False, indent=2)}\n```"
+                lines += [{"role": "assistant", "content": text}] if text else []
+                yield [*lines, chat_line(figures(data))] if "finish_reason" in data else lines
+
+
+def chat_line(title: str, content: str = "") -> dict[str, Any]:
+    """A line below an answer that is no part of the talk."""
+    return {"role": "assistant", "content": content, "metadata": {"title": title}}
+
+
+def figures(data: Mapping[str, Any]) -> str:
+    timing, usage = data["timing"], data["usage"]
+    shown = [f"first token {timing['ttft']:.2f} s"] if timing["ttft"] is not None else []
+    shown += [f"{timing['tokens_per_second']:.0f} tokens/s"] if timing["tokens_per_second"] else []
+    shown += [f"{usage['prompt_tokens']} + {usage['completion_tokens']} tokens", "cut by max_tokens" if data["finish_reason"] == "length" else ""]
+    shown += [f"ignored: {', '.join(data['ignored'])}"] if data.get("ignored") else []
+    return " · ".join(filter(None, shown))
+
+
 ASSETS = "/docs/assets"  # of fastapi-offline
 PUBLIC = frozenset({"/health", "/ready", "/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect"}) | {
     f"{ASSETS}/{name}" for name in ("swagger-ui-bundle.js", "swagger-ui.css", "redoc.standalone.js", "favicon.png")
 }
 FORWARDED = re.compile(rb"forwarded|via|x-forwarded.*|x-real-ip|x-client-ip|cf-connecting-ip|true-client-ip")
+
+
+def is_page(path: str) -> bool:
+    return path == "/ui" or path.startswith("/ui/")
 
 
 class Guard:
@@ -4331,14 +4476,17 @@ class Guard:
             "content-length": str(len(body)),
             "x-error-kind": error.kind,
             "x-llm-inference": INSTANCE,
-            "www-authenticate": "Bearer",
+            "www-authenticate": 'Basic realm="API key as password", charset="UTF-8"' if is_page(path) else "Bearer",
         }
         await send({"type": "http.response.start", "status": error.status, "headers": [(name.encode(), value.encode()) for name, value in named.items()]})
         await send({"type": "http.response.body", "body": body})
 
     def _allowed(self, scope: Scope, headers: Mapping[bytes, bytes]) -> bool:
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        key = key.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        key = given.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+        if scheme.lower() == b"basic" and is_page(scope["path"]) and headers.get(b"sec-fetch-site", b"none") in (b"none", b"same-origin"):
+            with contextlib.suppress(ValueError):  # what a browser's own dialogue asks for; a page elsewhere cannot use it
+                key = base64.b64decode(given, validate=True).partition(b":")[2]
         if key and sum(hmac.compare_digest(hashlib.sha256(key).digest(), digest) for digest in self.digests):
             return True
         return self.hub.settings.no_auth or not self.hub.settings.api_keys and is_loopback_call(scope, headers, self.hub.settings.cors_origins)
@@ -4376,12 +4524,14 @@ def create_app(settings: Settings | None = None, llm: LLMInferencer | None = Non
 
         make = functools.partial(FastAPIOffline, static_url=ASSETS)
     hub = Hub(settings or Settings(), llm)
+    page = ChatPage(hub)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         watching = asyncio.ensure_future(hub.watch_default())
         yield
         watching.cancel()
+        page.close()
 
     app: FastAPI = make(
         title="llm_inference",
@@ -4439,6 +4589,7 @@ def create_app(settings: Settings | None = None, llm: LLMInferencer | None = Non
         page, content_type = hub.metrics.page(hub)
         return Response(page, media_type=content_type)
 
+    app.add_route("/ui{part:path}", page)  # type: ignore[arg-type]
     app.add_middleware(Guard, hub)  # type: ignore[arg-type]
     if hub.settings.cors_origins:
         app.add_middleware(
@@ -4686,7 +4837,8 @@ def banner(args: "argparse.Namespace", settings: Settings) -> None:
     url = f"http://[{shown}]:{args.port}" if ":" in shown else f"http://{shown}:{args.port}"
     print(
         f"llm_inference {__version__}\n  API         {url}{API}/generate  /chat  /structured-generate\n"
-        f"  OpenAI      {url}/v1\n  Swagger UI  {url}/docs\n  ReDoc       {url}/redoc"
+        f"  OpenAI      {url}/v1\n  Swagger UI  {url}/docs\n  ReDoc       {url}/redoc\n"
+        f"  Chat page   {url}/ui" + ("" if importlib.util.find_spec("gradio") else "   (needs: pip install gradio)")
     )
     print(f"  engine      {settings.engine}" + (f"  model {settings.model}" if settings.model else "") + "   (ready: " + f"{url}/ready)")
     if not settings.api_keys and not settings.no_auth and not is_loopback(args.host):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -289,3 +292,60 @@ def test_garbage_lines_are_an_error_on_our_own_routes(limited: Stand) -> None:
     stream_of(limited, b"<html>502</html>\n\n")
     text = limited.post("/chat", messages=HI, stream=True).text  # an error before the first byte, or an event
     assert "bad_engine_reply" in text and "[DONE]" not in text
+
+
+# ------------------------------------------------------------------------------------------------------ the chat page (in a browser: tests/browser/test_ui.py)
+
+
+def basic(password: str, user: str = "anyone") -> dict[str, str]:
+    return {"authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
+
+
+def test_a_browser_gives_the_key_as_password() -> None:
+    with Stand("vllm", api_keys=("right",)) as stand:
+        closed = stand.client.get("/ui/")
+        assert refused(closed, "unauthorized") and closed.headers["www-authenticate"].startswith("Basic ")
+        assert stand.client.get("/ui/", headers=basic("right")).status_code != 401
+        assert stand.client.get("/ui/", headers=basic("right") | {"sec-fetch-site": "same-origin"}).status_code != 401
+        for headers in (basic("wrong", "right"), basic("right") | {"sec-fetch-site": "cross-site"}, {"authorization": "Basic right"}, {"authorization": "Basic !"}, basic("")):
+            refused(stand.client.get("/ui/", headers=headers), "unauthorized")
+        for path in ("/api/v1/llm/models", "/metrics", "/uix", "//ui/", "/ui/../metrics"):  # a page elsewhere could ride on a password that a browser keeps
+            assert stand.client.get(path, headers=basic("right")).status_code == 401
+        refused(stand.client.post("/api/v1/llm/chat", headers=basic("right"), json={"messages": HI}), "unauthorized")
+
+
+def test_without_gradio_the_page_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None if name == "gradio" else find(name, package))
+    with Stand("vllm") as stand:
+        for path in ("/ui", "/ui/", "/ui/gradio_api/upload"):
+            assert "pip install gradio" in refused(stand.client.get(path), "not_found")
+
+
+def test_a_route_of_ours_asked_in_process() -> None:
+    with Stand("vllm") as stand:
+
+        async def ask(**body: Any) -> list[dict[str, Any]]:
+            exchange = stand.hub.direct["/api/v1/llm/chat"]()
+            return [event async for event in product.asked(exchange, "/api/v1/llm/chat", {"stream": True, **body})]
+
+        events = asyncio.run(ask(messages=HI))
+        assert "".join(event["data"].get("delta", "") for event in events) == TEXT and events[-1]["data"]["finish_reason"] == "stop"
+        [refusal] = asyncio.run(ask(messages=[]))
+        assert refusal["code"] == 400 and refusal["msg"].startswith("invalid_request: messages")
+
+
+def test_leaving_a_route_asked_in_process_stops_the_engine() -> None:
+    with Stand("vllm") as stand:
+        stand.engine.pace, stand.engine.text = 0.05, "word " * 2000
+
+        async def leave() -> None:
+            events = product.asked(stand.hub.direct["/api/v1/llm/chat"](), "/api/v1/llm/chat", {"stream": True, "messages": HI})
+            async with contextlib.aclosing(events):
+                await anext(events)
+                assert stand.engine.live == 1
+            await asyncio.sleep(0)
+
+        asyncio.run(leave())
+        stand.engine.wait(lambda: stand.engine.live == 0)
+        assert stand.hub.in_flight == 0

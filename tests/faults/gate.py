@@ -18,7 +18,7 @@ ROUTES = {  # every guarded route: its method and a body that would be answered
     "/api/v1/llm/structured-generate": ("POST", {"prompt": "x"}), "/api/v1/llm/engines": ("GET", None), "/api/v1/llm/models": ("GET", None),
     "/v1/models": ("GET", None), "/v1/models/vllm/m": ("GET", None), "/v1/chat/completions": ("POST", asking("vllm", "x", v1=True, stream=True)),
     "/v1/completions": ("POST", {"model": "vllm/m", "prompt": "x"}), "/v1/embeddings": ("POST", {"model": "vllm/m", "input": "x"}),
-    "/metrics": ("GET", None), "/nowhere": ("GET", None),
+    "/metrics": ("GET", None), "/nowhere": ("GET", None), "/ui/": ("GET", None), "/ui/gradio_api/queue/join": ("POST", {"data": []}),
 }  # fmt: skip
 PUBLIC = {"/health", "/ready", "/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect"}
 PUBLIC_BELOW = ("/docs/", "/redoc/", "/static/", "/assets/")  # the pages' own scripts
@@ -41,7 +41,7 @@ def wrong_keys() -> list[dict[str, str]]:
     bearer = "authorization"
     return [
         {}, {bearer: ""}, {bearer: "Bearer"}, {bearer: "Bearer "}, {bearer: f"Bearer {KEY}x"}, {bearer: f"Bearer {KEY[:-1]}"}, {bearer: f"Bearer {KEY.upper()}"}, {bearer: KEY},
-        {bearer: f"Basic {KEY}"}, {bearer: f"Token {KEY}"}, {bearer: f"Bearer,{KEY}"}, {bearer: f"Bearer {KEY},{KEY}"}, {bearer: f"Bearer \"{KEY}\""}, {bearer: "Bearer null"},
+        {bearer: f"Basic {KEY}"}, {bearer: f"Token {KEY}"}, {bearer: f"Bearer,{KEY}"}, {bearer: f"Bearer {KEY},{KEY}"}, {bearer: f"Bearer \"{KEY}\""}, {bearer: "Bearer null"}, {bearer: "Basic eDp4"}, {bearer: f"Basic x:{KEY}"},
         {"x-api-key": ""}, {"x-api-key": "x"}, {"x-api-key": f"Bearer {KEY}"}, {"cookie": f"api_key={KEY}"}, {"x-forwarded-for": "127.0.0.1"}, {"x-real-ip": "127.0.0.1"},
         {"x-original-url": "/health"}, {"x-rewrite-url": "/health"}, {"x-http-method-override": "OPTIONS"}, {"x-forwarded-host": "localhost"}, {"api-key": KEY}, {"proxy-authorization": f"Bearer {KEY}"},
         {bearer: "Bearer \xff\xfe"}, {bearer: "Bearer " + "a" * 8000}, {"x-api-key": "\x00"}, {"x-llm-inference-hop": "x"},
