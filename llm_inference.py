@@ -4637,6 +4637,16 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         print("  " + "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def with_bars(values: Sequence[float | None], form: str, width: int = 12) -> list[str]:
+    """The figures as text, on a terminal each with a bar as long as its part of the largest; "-" for none."""
+    largest = max((value or 0.0 for value in values), default=0.0)
+    texts = [form.format(value) if value else "-" for value in values]
+    if not sys.stdout.isatty() or not largest:
+        return texts
+    column = max(map(len, texts))
+    return [f"{text.rjust(column)} {'█' * max(1, round(width * value / largest))}" if value else text for text, value in zip(texts, values, strict=True)]
+
+
 def self_test(args: "argparse.Namespace") -> int:
     """A real answer from every engine that is there. GPU engines are attached to, never started. 0 when one answered."""
     settings = settings_from(args)
@@ -4645,11 +4655,12 @@ def self_test(args: "argparse.Namespace") -> int:
     if args.json:
         print(json.dumps(results, ensure_ascii=False))
     else:
-        rows = []
-        for r in results:
-            speed = f"{r['tokens_per_second']:.0f}" if r.get("tokens_per_second") else "-"
-            first = f"{r['ttft']:.2f}" if r.get("ttft") else "-"
-            rows.append((r["engine_type"], r.get("how", "-"), r.get("version") or "-", r.get("model", "-"), first, speed, "ok" if r["ok"] else "no"))
+        first = with_bars([r.get("ttft") for r in results], "{:.2f}")
+        speed = with_bars([r.get("tokens_per_second") for r in results], "{:.0f}")
+        rows = [
+            (r["engine_type"], r.get("how", "-"), r.get("version") or "-", r.get("model", "-"), first[n], speed[n], "ok" if r["ok"] else "no")
+            for n, r in enumerate(results)
+        ]
         table("llm_inference self-test", ("engine", "found", "version", "model", "first token s", "tokens/s", "answers"), rows)
         for r in results:
             print(f"\n{r['engine_type']}: " + (f"{r['question']!r}\n  → {r['text'].strip()!r}" if r["ok"] else r["error"]))
@@ -4887,7 +4898,12 @@ def api_test(args: "argparse.Namespace") -> int:
     while session.get(f"{base}/ready", timeout=5).json().get("status") == "starting" and time.monotonic() - progress.started < 120:
         progress.show()
         time.sleep(0.2)
-    rows = [_api_case(session, base, *case) for case in _api_cases(args)]
+    cases, progress = _api_cases(args), Progress("api-test")
+    rows: list[tuple[str, str, str, str]] = []
+    for case in cases:
+        progress.show(bar(len(rows), len(cases)))
+        rows.append(_api_case(session, base, *case))
+    progress.done(f"{len(rows)} cases")
     table(f"api-test of {base}", ("case", "status", "seconds", "result"), rows)
     failed = sum(not row[-1].startswith("ok") for row in rows)
     print(f"\n{len(rows) - failed} passed, {failed} failed")

@@ -7,8 +7,10 @@ import gc
 import http.client
 import json
 import os
+import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -19,7 +21,27 @@ from typing import Any
 import httpx
 import pytest
 from fake_engine import TEXT, Reply
-from serving import API, KINDS, SOON, Command, Fake, Stand, descendants, enveloped, free_port, good, hang_up, payloads, refused, refused_v1, run, serving, until
+from serving import (
+    API,
+    KINDS,
+    OURS,
+    ROOT,
+    SOON,
+    Command,
+    Fake,
+    Stand,
+    descendants,
+    enveloped,
+    free_port,
+    good,
+    hang_up,
+    payloads,
+    refused,
+    refused_v1,
+    run,
+    serving,
+    until,
+)
 
 import llm_inference as product
 
@@ -1137,6 +1159,26 @@ def test_the_self_test_in_json() -> None:
 def test_the_self_test_as_text(call: Call, fake: Fake) -> None:
     status, said = call("--engine", "vllm", VLLM_BASE_URL=fake.base_url)
     assert status == 0 and TEXT in said and "\x1b" not in said and "1 of 1" in said
+
+
+def test_the_self_test_on_a_terminal_has_bars() -> None:
+    ours, theirs = os.openpty()
+    with Fake("vllm") as engine, Fake("ollama") as other:
+        engine.pace = 0.02
+        env = {name: value for name, value in os.environ.items() if not name.startswith(OURS)} | {"VLLM_BASE_URL": engine.base_url, "OLLAMA_HOST": other.base_url}
+        program = subprocess.Popen(
+            [sys.executable, str(ROOT / "llm_inference.py")], stdout=theirs, stderr=subprocess.DEVNULL, env=env | {"COLUMNS": "160", "SGLANG_BASE_URL": "127.0.0.1:1"}
+        )
+        os.close(theirs)
+        said = b""
+        with contextlib.suppress(OSError):  # EIO is a terminal's end
+            while data := os.read(ours, 65536):
+                said += data
+        os.close(ours)
+        assert program.wait(60) == 0
+    rows = {line.split("│")[1].strip(): line for line in re.sub(r"\x1b\[[\d;]*m", "", said.decode()).splitlines() if line.count("│") > 5}
+    speeds = {name: row.split("│")[6].count("█") for name, row in rows.items()}
+    assert max(speeds.values()) == 12 and 0 < min(speeds[name] for name in ("vllm", "ollama")) <= 12 and not speeds["sglang"], said.decode()
 
 
 def test_the_self_test_fails_where_nobody_answers(call: Call) -> None:
