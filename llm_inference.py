@@ -2127,6 +2127,8 @@ class HTTPAdapter(BaseLLMAdapter):
 
 #: what engines say, and what it is: the first pattern that matches (WIRE facts: errors of the four engines)
 _ENGINE_SAYS: tuple[tuple[str, type[InferenceError], str], ...] = (
+    (r"Context size has been exceeded", EngineOverloaded,  # llama.cpp, in mid-answer: a prompt that does not fit alone is told otherwise
+     "its callers share one context, which is full: ask again, or start it with --no-kv-unified"),
     (r"context (length|size|window)|exceed_context_size|longer than the model's context|maximum context", ContextTooLong,
      "shorten the prompt or lower max_tokens"),
     (r"out of memory|requires more system memory|insufficient memory|failed to allocate", OutOfMemory, "take a smaller or quantized model, or free memory"),
@@ -2660,9 +2662,11 @@ class LlamaCppAdapter(OpenAIAdapter):
     def _command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
         gguf = self.gguf or str(cache_dir() / "models" / DEFAULT_GGUF)
         threads = free_cores()
+        slots = 4 if (os.cpu_count() or 1) >= 8 else 2  # requests at once: a few cores answer no more of them together than in turn
         params: dict[str, Any] = {
             "model.path": str(Path(gguf).resolve()), "hostnames": [child.uds], "cors_origins": "localhost", "ui": False,
-            "n_ctx": 4096, "n_parallel": 4, "kv_unified": True, "verbosity": 1, "warmup": False,
+            "n_ctx": 4096 * slots, "n_parallel": slots, "verbosity": 1, "warmup": False,
+            "kv_unified": False, "cache_idle_slots": False,  # each caller has a context of its own; a shared one that is full fails them all
             "cpuparams.n_threads": threads, "cpuparams_batch.n_threads": threads,
         }  # fmt: skip
         for setting in self.launch_args:

@@ -570,7 +570,7 @@ SAID: list[tuple[Dialect, str, type[InferenceError]]] = [
         "tooltpl_bad_tool_schema", "tooltpl_required_and_grammar", "plain_role_missing", "tooltpl_bad_tool")),
     *(("llamacpp", name, UnsupportedFeature) for name in ("plain_image_part", "plain_post_v1_embeddings", "plain_post_nope")),
     *(("llamacpp", name, ContextTooLong) for name in ("plain_ctx_overflow", "plain_ctx_overflow_stream")),
-    ("llamacpp", "keyed_wrongkey", EngineUnavailable),
+    ("llamacpp", "keyed_wrongkey", EngineUnavailable), ("llamacpp", "shared_ctx_full", EngineOverloaded),
 ]  # fmt: skip
 
 

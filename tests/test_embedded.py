@@ -483,3 +483,27 @@ def test_the_engine_leaves_the_hosts_signals_and_threads_alone(own: Callable[...
     own().generate("hi", **SHORT)
     assert {number: signal.getsignal(number) for number in before} == before
     assert all(thread.daemon for thread in threading.enumerate() if thread.name == "llm_inference")
+
+
+# Callers beside each other -----------------------------------------------------------------------
+def test_prompts_that_fit_are_answered_at_once_as_well() -> None:
+    """Each nearly fills the context that `models` tells: with one context for all callers, together they all failed."""
+    with LLMInferencer("llamacpp", launch_args=["n_ctx=1024"]) as llm:
+        context = llm.models()[0].context_length or 0
+        answers = llm.batch([f"{name} " + "word " * (context - 100) for name in ("one", "two")], max_tokens=40, concurrency=2, engine_options={"ignore_eos": True})
+    for answer in answers:
+        assert not isinstance(answer, InferenceError) and answer.usage.prompt_tokens > 0.8 * context and answer.usage.completion_tokens == 40, answer
+
+
+def test_a_prompt_that_many_send_is_worked_on_once_a_slot() -> None:
+    """Counted by the engine itself (`timings.prompt_n`): with idle slots cleared, half of all their tokens were worked on again."""
+
+    async def ask() -> tuple[int, int]:
+        async with LLMInferencer("llamacpp", launch_args=["n_parallel=4"]) as llm:
+            engine: Any = await llm.engine()
+            body = {"messages": [{"role": "user", "content": "Tell me about " + "word " * 30}], "max_tokens": 1}
+            replies = [reply for _ in range(4) for reply in await asyncio.gather(*(engine._ask("/v1/chat/completions", body) for _ in range(8)))]
+        return sum(reply["timings"]["prompt_n"] for reply in replies), sum(reply["usage"]["prompt_tokens"] for reply in replies)
+
+    worked, asked = asyncio.run(ask())
+    assert worked < asked / 4

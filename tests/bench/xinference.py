@@ -26,10 +26,10 @@ sys.path.insert(0, str(PROGRAM.parent))
 import llm_inference
 
 HOME = PEER_HOME / "xinference"
-CONTEXT, PARALLEL, TOKENS = 4096, 4, 64
+CONTEXT, PARALLEL, TOKENS = 4096, 2, 64
 PROMPT = "Write a long story about a lighthouse keeper and the sea."
 #: what --serve gives its embedded engine, said to Xinference in its own words (its own default is a thread for every core)
-SAME = {"n_ctx": CONTEXT, "n_parallel": PARALLEL, "kv_unified": True, "n_threads": llm_inference.free_cores(), "warmup": False}
+SAME = {"n_ctx": CONTEXT * PARALLEL, "n_parallel": PARALLEL, "kv_unified": False, "cache_idle_slots": False, "n_threads": llm_inference.free_cores(), "warmup": False}
 MODEL = {
     "version": 2, "model_name": "smollm2", "model_lang": ["en"], "model_ability": ["chat"], "context_length": CONTEXT, "model_family": "smollm2",
     "chat_template": "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI "
