@@ -350,6 +350,8 @@ class Sampling:
 
 SAMPLING_FIELDS = tuple(f.name for f in dataclasses.fields(Sampling))
 CONSTRAINTS = ("schema", "choice", "regex", "grammar")
+#: what goes to an OpenAI-speaking engine as it stands
+PLAIN_FIELDS = tuple(name for name in SAMPLING_FIELDS if name not in ("stop", "think", "on_unsupported", *CONSTRAINTS))
 
 
 @checked_dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
@@ -2221,25 +2223,10 @@ class OpenAIAdapter(HTTPAdapter):
         "frequency_penalty logprobs top_logprobs logit_bias tools tool_choice response_format echo encoding_format "
         "dimensions ignore_eos chat_template_kwargs".split()
     )
-    _PLAIN = (
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "seed",
-        "presence_penalty",
-        "frequency_penalty",
-        "repetition_penalty",
-        "logprobs",
-        "top_logprobs",
-        "tools",
-        "tool_choice",
-    )
 
     def _call(self, request: GenerateRequest, *, stream: bool) -> tuple[str, dict[str, Any]]:
         body: dict[str, Any] = {"model": request.model, "messages": request.messages}
-        body |= {self.names.get(n, n): v for n in self._PLAIN if (v := getattr(request, n)) is not None}
+        body |= {self.names.get(n, n): v for n in PLAIN_FIELDS if (v := getattr(request, n)) is not None}
         if request.stop is not None:
             body["stop"] = [request.stop] if isinstance(request.stop, str) else request.stop
         if request.tools and request.tool_choice not in (None, "auto"):  # vLLM and SGLang enforce the schema with `strict` only
@@ -3289,28 +3276,15 @@ class StructuredBody(Body):
     messages: Messages | None = None
 
 
-_V1 = (
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "stop",
-    "seed",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logprobs",
-    "top_logprobs",
-)
 V1Fields = TypedDict(  # type: ignore[misc]
     "V1Fields",
-    {name: Sampling.__annotations__[name] for name in _V1}
+    {name: Sampling.__annotations__[name] for name in (*PLAIN_FIELDS, "stop")}
     | {
         "model": Annotated[str, Field(pattern=MODEL_NAME, max_length=255)], "stream": bool | None, "n": Annotated[int | None, Field(ge=1, le=128)],
         "max_completion_tokens": Sampling.__annotations__["max_tokens"], "messages": Annotated[list[dict[str, Any]], Field(min_length=1)],
         "logprobs": bool | Annotated[int, Field(ge=0, le=20)] | None, "encoding_format": Literal["float", "base64"] | None,
-        "stream_options": dict[str, Any] | None, "tools": list[dict[str, Any]] | None, "regex": str | None, "ebnf": str | None, "grammar": str | None,
+        "stream_options": dict[str, Any] | None, "tools": list[dict[str, Any]] | None, "tool_choice": str | dict[str, Any] | None,
+        "regex": str | None, "ebnf": str | None, "grammar": str | None,
     },
     total=False,
 )  # fmt: skip
@@ -4041,28 +4015,7 @@ def refuse_place(part: Any, key: str = "") -> None:
 
 def from_openai(body: dict[str, Any], engine: str) -> dict[str, Any]:
     """OpenAI's fields as ours. Raises UnsupportedFeature for what has no counterpart."""
-    fields: dict[str, Any] = {
-        name: body[name]
-        for name in (
-            "messages",
-            "model",
-            "max_tokens",
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "stop",
-            "seed",
-            "presence_penalty",
-            "frequency_penalty",
-            "repetition_penalty",
-            "tools",
-            "tool_choice",
-            "logprobs",
-            "top_logprobs",
-        )
-        if name in body
-    }
+    fields = {name: body[name] for name in ("messages", "model", "stop", *PLAIN_FIELDS) if name in body}
     done = {*fields, "stream", "stream_options"}
     if isinstance(fields.get("messages"), list):  # clients send their whole message back, with what is null or empty in it
         kept = Message.__annotations__
