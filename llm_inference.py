@@ -72,7 +72,7 @@ __all__ = [
     "EngineOverloaded", "EngineTimeout", "EngineUnavailable", "GenerateRequest", "HTTPAdapter", "InferenceError",
     "InvalidRequest", "LLMInferencer", "LlamaCppAdapter", "ModelInfo", "ModelNotFound", "OllamaAdapter", "OpenAIAdapter",
     "OutOfMemory", "PayloadTooLarge", "SGLangAdapter", "Settings", "StructuredOutputInvalid", "Timing", "Unauthorized",
-    "UnknownEngine", "UnsupportedFeature", "Usage", "VLLMAdapter", "create_app", "create_router", "main",
+    "UnknownEngine", "UnsupportedFeature", "Usage", "VLLMAdapter", "create_app", "create_router", "deploy", "main",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -2438,6 +2438,7 @@ class VLLMAdapter(OpenAIAdapter):
     start_hint, install_hint = "vllm serve MODEL", "pip install vllm"
     reasoning_field = "reasoning"
     v1_constraints = "response_format and structured_outputs"
+    routed = False  #: is vllm-router in between? (0.1.17: calls are then not held to their schema)
     v1_extra = frozenset(
         "repetition_penalty structured_outputs min_tokens stop_token_ids include_stop_str_in_output skip_special_tokens bad_words "
         "reasoning_effort include_reasoning parallel_tool_calls allowed_token_ids length_penalty best_of priority".split()
@@ -2447,7 +2448,11 @@ class VLLMAdapter(OpenAIAdapter):
         if not await self._owned(get, "vllm"):
             return None
         version = await get("/version")
+        self.routed = isinstance(await get("/list_workers"), dict)
         return str(version.get("version", "")) if isinstance(version, dict) else ""
+
+    def _instead(self, missing: Sequence[str]) -> str:
+        return "name one engine server: vllm-router takes `strict` out of tools" if self.routed and "tool_choice" in missing else super()._instead(missing)
 
     def _constrain(self, request: GenerateRequest) -> dict[str, Any]:
         name = request.constraint
@@ -2463,7 +2468,8 @@ class VLLMAdapter(OpenAIAdapter):
         """Narrowed by the model's template: what it does not look at is dropped without a word."""
         if model not in self._features:
             await self.connect()
-            self._features[model] = self.capabilities - await self._template_drops(model, ("think", "tools", "tool_messages"))
+            lost = await self._template_drops(model, ("think", "tools", "tool_messages")) | ({"tool_choice"} if self.routed else set())
+            self._features[model] = self.capabilities - lost
         return self._features[model]
 
     def _command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
@@ -2520,7 +2526,8 @@ class SGLangAdapter(OpenAIAdapter):
         if model not in self._features:
             await self._check_served(model)
             info = await self._fetch_json("/model_info") | await self._fetch_json("/server_info")
-            lost = {"seed"} if not info.get("enable_deterministic_inference") else set()
+            lost = {"images", "tool_messages"} if not info else set()  # a router in between does not tell
+            lost |= {"seed"} if not info.get("enable_deterministic_inference") else set()
             lost |= {"think"} if not info.get("reasoning_parser") else set()
             lost |= {"tools", "tool_choice"} if not info.get("tool_call_parser") else set()
             lost |= {"images"} if not info.get("has_image_understanding", True) else set()
@@ -3239,11 +3246,11 @@ class Settings:
     body_timeout: float = 30.0  #: the same for its body; no flag
     made_key: str = dataclasses.field(default_factory=lambda: secrets.token_urlsafe(24))  #: asked of callers elsewhere where no key is configured; no flag
 
-    def inferencer(self) -> LLMInferencer:
+    def inferencer(self, **options: Any) -> LLMInferencer:
         """The default engine's; nothing is attached to or started yet."""
         return LLMInferencer(
             self.engine, self.model, base_url=self.base_url, api_key=self.engine_api_key, python=self.python, launch_args=self.launch_args,
-            deadlines=self.deadlines)  # fmt: skip
+            deadlines=self.deadlines, **options)  # fmt: skip
 
 
 Scope: TypeAlias = dict[str, Any]
@@ -4559,6 +4566,145 @@ def create_app(settings: Settings | None = None, llm: LLMInferencer | None = Non
     return app
 
 
+# Beyond one machine: Ray Serve --------------------------------------------------------------------
+class RayGate:
+    """Pure ASGI, in Ray's HTTP proxies: where a replica is lost, or Ray itself refuses, the request ends as every error here does.
+
+    Ray alone answers plain text, or nothing. A stream that is cut ends with an error event, and without [DONE].
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        hub: Any = None  # there is none in a proxy, and errors need none
+        exchange = V1Exchange(hub, scope["path"]) if scope["path"].startswith("/v1") else Exchange(hub)
+        exchange.send, refused, ended, whole = send, None, False, False
+        scope["headers"] = [pair for pair in scope["headers"] if pair[0] not in RAY_HINTS]
+        if UUID.fullmatch(given := dict(scope["headers"]).get(b"x-request-id", b"")):
+            exchange.request_id = given.decode()
+
+        async def watched(message: dict[str, Any]) -> None:
+            nonlocal refused, ended, whole
+            if message["type"] == "http.response.start":
+                headers = dict(message["headers"])
+                if message["status"] in (404, 408, 429, 503) and headers.get(b"content-type", b"").startswith(b"text/plain"):
+                    busy = message["status"] == 429
+                    refused = Busy("every replica is at its limit", "ask again later", retry_after=1) if busy else NotReady("no replica answers", "ask again")
+                    return
+                if scope["path"] == "/-/healthz":
+                    message["headers"] = [*message["headers"], (b"x-llm-inference", INSTANCE.encode())]  # deploy() looks for it
+                if sum(name.lower() == b"x-request-id" for name, _ in message["headers"]) > 1:
+                    message = {**message, "headers": list(message["headers"])[:-1]}  # ours came first, Ray's is the last
+                exchange.started, whole = True, b"content-length" in headers
+            elif refused is None:
+                exchange.sent, ended = message.get("body") or exchange.sent, not message.get("more_body")
+            if refused is None:
+                await send(message)
+
+        await self.app(scope, receive, watched)
+        if not ended and not (exchange.started and whole):  # a whole answer that has begun can only be cut
+            await exchange.fail(refused or NotReady("the replica that worked on this was lost", "ask again"))
+
+
+RAY_GATE, RAY_MIDDLEWARES = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "llm_inference:ray_middlewares"
+RAY_HINTS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"x-session-id")  # a caller's say in Ray's own matters
+
+
+def ray_middlewares() -> list[Any]:
+    """What RAY_GATE brings into Ray's proxies."""
+    from starlette.middleware import Middleware
+
+    return [Middleware(RayGate)]  # type: ignore[arg-type]
+
+
+def refuse_ungated(host: str, port: int) -> None:
+    """Raises InvalidRequest where Ray's proxies were started before, and have no RayGate."""
+    import http.client
+
+    proxy = http.client.HTTPConnection(host, port, timeout=10)
+    try:
+        proxy.request("GET", "/-/healthz")
+        reply = proxy.getresponse()
+        if not (reply.getheader("x-llm-inference") or reply.getheader("x-error-kind")):  # the gate's mark; or its refusal, where nothing is deployed yet
+            raise InvalidRequest("Ray Serve ran here before, without our gate", f"serve.shutdown() first, or start Ray with {RAY_GATE}={RAY_MIDDLEWARES}")
+    except OSError:
+        logger.warning("no proxy of Ray's on port %s of this node: where Ray Serve ran before, it keeps its port", port)
+    finally:
+        proxy.close()
+
+
+def deploy(settings: Settings, *, host: str = "0.0.0.0", port: int = 8000, replicas: int | tuple[int, int] = 1, name: str = "llm_inference") -> None:
+    """Put the API on Ray Serve, in front of an engine that runs already; returns once it answers. Again: a rolling update.
+
+    `replicas`: a number, or (least, most), between which Ray scales. Each has the limits of `settings`. In the cluster that
+    RAY_ADDRESS names or that runs here, else in one that lives as long as this process. Ray drains a replica before it stops it.
+    """
+    try:
+        import ray
+        from ray import serve
+    except ImportError as exc:
+        raise EngineNotInstalled("Ray is not installed", 'pip install "ray[serve]"') from exc
+    if not (settings.api_keys or settings.no_auth):
+        raise InvalidRequest("Ray Serve without an API key", "set one (--api-key), or say --no-auth: who is on this machine cannot be told behind a proxy")
+    if settings.launch_args or settings.python:
+        raise InvalidRequest("Ray Serve starts no engine", "start it yourself, and give its address (--base-url)")
+    llm = settings.inferencer(launch=False)
+    try:
+        engine = portal.call(llm.engine())
+        assert isinstance(engine, HTTPAdapter)
+        target = portal.call(engine.target())
+    except InferenceError as exc:
+        raise InvalidRequest(f"Ray Serve needs an engine that runs already: {exc.reason}", exc.mend) from exc
+    finally:
+        llm.close()
+    key = target.headers.get("authorization", "").removeprefix("Bearer ") or None
+    where = f"unix:{target.uds}" if target.uds else target.url
+    fields = dataclasses.asdict(dataclasses.replace(settings, engine=engine.engine_type, base_url=where, engine_api_key=key))
+
+    def build() -> Any:  # in the replica; nothing of this process comes along but `fields`
+        import logging
+
+        import llm_inference as there
+
+        logging.basicConfig(level=logging.INFO, format=there.LOG_FORMAT)
+        chosen = there.Settings(**fields | {"deadlines": there.Deadlines(**fields["deadlines"])})
+        return there.create_app(chosen, chosen.inferencer(launch=False))
+
+    class Replica:
+        app: Any
+        proven = False
+
+        async def check_health(self) -> None:
+            """At first: does the engine answer? Or an update would replace good replicas by bad ones. Later: this loop runs."""
+            if not self.proven:
+                await (await self.app.state.hub.default.engine()).models()
+            self.proven = True
+
+    scale: dict[str, Any] = {"num_replicas": replicas}
+    if isinstance(replicas, tuple):
+        busy = max(1, settings.max_in_flight // 2)
+        scale = {"autoscaling_config": {"min_replicas": replicas[0], "max_replicas": replicas[1], "target_ongoing_requests": busy}}
+    env = {"LLM_INFERENCE_INSTANCE": INSTANCE, RAY_GATE: RAY_MIDDLEWARES, "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0"}
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level="warning", runtime_env={"py_modules": [str(Path(__file__).resolve())], "env_vars": env})
+    if sum(node["Alive"] for node in ray.nodes()) > 1 and re.match(r"unix:|https?://(localhost|127\.|\[::1\])", where):
+        logger.warning("every node of the cluster will look for the engine at its own %s", where)
+    serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
+    refuse_ungated("127.0.0.1" if host in ("0.0.0.0", "::") else host, port)
+    replica = serve.deployment(
+        serve.ingress(build)(Replica), name="api", **scale, health_check_period_s=1, health_check_timeout_s=10, max_constructor_retry_count=3,
+        max_ongoing_requests=settings.max_in_flight + settings.queue + 64,  # so that our 429 comes first
+        graceful_shutdown_timeout_s=settings.deadlines.total, graceful_shutdown_wait_loop_s=0.5)  # fmt: skip
+    try:
+        serve.run(replica.bind(), name=name, route_prefix="/")
+    except RuntimeError as exc:
+        raise EngineUnavailable("the replicas on Ray did not become ready; older ones are left as they are", "see Ray's log", detail=str(exc)) from exc
+
+
 # 12 Command line ---------------------------------------------------------------------------------
 def settings_from(args: "argparse.Namespace") -> Settings:
     """Flags over environment over defaults."""
@@ -4758,6 +4904,8 @@ def serve(args: "argparse.Namespace") -> int:
         engine_class(settings.engine)
     elif settings.launch_args or settings.python:
         raise InvalidRequest("engine arguments or --python without --engine", "say which engine they are for")
+    if args.ray:
+        return serve_on_ray(args, settings)
     listening = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -4771,6 +4919,25 @@ def serve(args: "argparse.Namespace") -> int:
         return 0
     with sharing(settings, args.workers) as shared:
         supervise(functools.partial(run_server, shared, [listening]), args.workers)
+    return 0
+
+
+def serve_on_ray(args: "argparse.Namespace", settings: Settings) -> int:
+    """`--serve --ray`: deployed until SIGTERM or Ctrl-C; what runs then is answered first."""
+    import signal
+
+    if not (found := re.fullmatch(r"([1-9]\d{0,3})(?:-([1-9]\d{0,3}))?", args.replicas)):
+        raise InvalidRequest("--replicas: neither a number nor a range", "for example 4, or 2-8")
+    least, most = int(found[1]), int(found[2] or 0)
+    deploy(settings, host=args.host, port=args.port, replicas=(least, most) if most else least)
+    banner(args, settings)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ray has put its own there
+        signal.signal(number, lambda *_: stop.set())
+    stop.wait()
+    from ray import serve
+
+    serve.delete("llm_inference")
     return 0
 
 
@@ -4973,6 +5140,8 @@ def parser() -> "argparse.ArgumentParser":
     found.add_argument("--max-in-flight", type=whole(1, 100_000), default=256, metavar="N", help="requests worked on at once (default: 256)")
     found.add_argument("--queue", type=whole(0, 1_000_000), default=256, metavar="N", help="requests that may wait (default: 256), then 429")
     found.add_argument("--workers", type=whole(1, 256), default=1, metavar="N", help="server processes; they share the limits (default: 1)")
+    found.add_argument("--ray", action="store_true", help="with --serve: on Ray Serve, in front of an engine that runs already")
+    found.add_argument("--replicas", default="1", metavar="N[-M]", help="with --ray: how many, or between how many Ray scales (default: 1)")
     found.add_argument("--max-tokens-cap", type=whole(1, 1_000_000), default=8192, metavar="N", help="the most a request may ask for (default: 8192)")
     found.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds for a whole answer (default: 600)")
     found.add_argument("--python", metavar="PATH", help="the interpreter that has vllm or sglang, where it is another one")

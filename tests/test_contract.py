@@ -877,3 +877,32 @@ def test_an_inferencer_is_not_confused_by_a_second_on_the_same_engine(faked: Eng
     with LLMInferencer(faked.kind, base_url=faked.fake.base_url) as other:
         assert other.generate(PROMPT) == faked.llm.generate(PROMPT)
     assert faked.llm.generate(PROMPT) == faked.fake.text
+
+
+# A router in between -----------------------------------------------------------------------------
+CALL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+
+def test_behind_vllm_router_a_demanded_call_is_refused(fake: Make, attach: Attach) -> None:
+    """vllm-router 0.1.17 takes `strict` out of tools, and vLLM then holds a call to nothing. It answers /list_workers; vLLM does not."""
+    engine = fake("vllm")
+    engine.capabilities += ["tools"]
+    engine.script(engine._json({"urls": ["http://127.0.0.1:1"]}), "/list_workers")
+    llm = attach(engine)
+    with pytest.raises(UnsupportedFeature, match="tool_choice.*vllm-router"):
+        llm.complete(PROMPT, tools=[CALL], tool_choice="required")
+    assert not engine.asked
+    llm.complete(PROMPT, tools=[CALL])
+
+
+def test_behind_sglang_router_what_cannot_be_known_is_refused(fake: Make, attach: Attach) -> None:
+    """sglang-router 0.3.2 passes neither /server_info nor /model_info nor /tokenize."""
+    engine = fake("sglang")
+    engine.capabilities += ["tools", "vision"]
+    engine._info = lambda path: engine._json({"detail": "Not Found"}, 404) if "info" in path else type(engine)._info(engine, path)  # type: ignore[method-assign]
+    llm = attach(engine)
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    for asked in ([{"role": "user", "content": [image]}], [{"role": "tool", "tool_call_id": "x", "content": "1"}]):
+        with pytest.raises(UnsupportedFeature):
+            llm.complete(asked)
+    assert not engine.asked and llm.generate(PROMPT)
