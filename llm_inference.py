@@ -2356,11 +2356,13 @@ class OpenAIAdapter(HTTPAdapter):
         if unknown := [name for name in body if name not in allowed and name not in HARMLESS]:
             raise UnsupportedFeature(f"{self.engine_type} would ignore {', '.join(map(str, unknown))[:200]}", self._instead(unknown) or "leave it out")
         form = body.get("response_format")
-        if form is not None:
-            schema = response_schema(form)
-            if schema is not None and schema != ANY_OBJECT:
-                await asyncio.to_thread(check_limits, schema)
-                form["json_schema"].setdefault("name", "answer")
+        schema = response_schema(form) if form is not None else None
+        asked_for = [name for name in V1_CONSTRAINTS if body.get(name) is not None and (name != "response_format" or schema is not None)]
+        if len(asked_for) > 1:
+            raise InvalidRequest(f"{' and '.join(asked_for)} were given together", "give one constraint at most")
+        if schema is not None and schema != ANY_OBJECT:
+            await asyncio.to_thread(check_limits, schema)
+            body["response_format"]["json_schema"].setdefault("name", "answer")
         for schema in relayed_schemas(body):
             await asyncio.to_thread(check_limits, schema)
         template = body.get("chat_template_kwargs")
@@ -2413,6 +2415,16 @@ def response_schema(form: Any) -> dict[str, Any] | None:
         raise InvalidRequest("response_format: not of a known type, or without its schema", "text, json_object, or json_schema with json_schema.schema")
     return ANY_OBJECT if kind == "json_object" else None
 
+
+def answer_schema(body: dict[str, Any]) -> dict[str, Any] | None:
+    """The schema that an OpenAI body asks the answer itself to fit."""
+    form, outputs = body.get("response_format"), body.get("structured_outputs")
+    found = response_schema(form) if form is not None else body.get("json_schema") or (outputs.get("json") if isinstance(outputs, dict) else None)
+    return found if isinstance(found, dict) else None
+
+
+#: what constrains an answer on /v1, in the engines' words
+V1_CONSTRAINTS = ("response_format", "structured_outputs", "regex", "ebnf", "grammar", "json_schema")
 
 #: fields that mean something on other routes only
 NOT_ON = {
@@ -2659,7 +2671,7 @@ class LlamaCppAdapter(OpenAIAdapter):
         slots = 4 if (os.cpu_count() or 1) >= 8 else 2  # requests at once: a few cores answer no more of them together than in turn
         params: dict[str, Any] = {
             "model.path": str(Path(gguf).resolve()), "hostnames": [child.uds], "cors_origins": "localhost", "ui": False,
-            "n_ctx": 4096 * slots, "n_parallel": slots, "verbosity": 1, "warmup": False,
+            "n_ctx": 4096, "n_parallel": slots, "verbosity": 1, "warmup": False,
             "kv_unified": False, "cache_idle_slots": False,  # each caller has a context of its own; a shared one that is full fails them all
             "cpuparams.n_threads": threads, "cpuparams_batch.n_threads": threads,
         }  # fmt: skip
@@ -2670,6 +2682,8 @@ class LlamaCppAdapter(OpenAIAdapter):
             with contextlib.suppress(ValueError):
                 value = json.loads(value)
             params[name] = value
+        if not params["kv_unified"]:
+            params["n_ctx"] *= params["n_parallel"]  # said for one request, shared out by llama.cpp
         spec = json.dumps({"key": child.key, "alias": self._served_name(), "params": params})
         env = {"LLM_INFERENCE_CHILD": spec, "GGML_NO_BACKTRACE": "1", **self.launch_env}
         return [self.python or sys.executable, "-P", "-c", _program(_llamacpp_main)], env
@@ -2915,6 +2929,19 @@ Prompt = str | Sequence[Mapping[str, Any]]  #: a user's prompt, or messages in O
 Builder = TypeAdapter[Any] | None  #: builds the value where the schema was a Python type
 
 
+async def answer_that_fits(ask: Callable[[], Coroutine[Any, Any, T]], check: Callable[[T], Any]) -> tuple[T, Any]:
+    """An answer and what `check` makes of it; asked once more where `check` raises ValueError. Raises StructuredOutputInvalid the second time."""
+    problem, answer = "", None
+    for _ in range(2):
+        answer = await ask()
+        try:
+            return answer, await asyncio.to_thread(check, answer)
+        except ValueError as exc:
+            problem = str(exc)[:300]
+    text = answer.text or answer.reasoning if isinstance(answer, Completion) else None
+    raise StructuredOutputInvalid(f"the answer does not fit: {problem}", "raise max_tokens, simplify the schema, or take a larger model", text=text)
+
+
 class LLMInferencer:
     """One engine and one model, behind the same verbs for all. Every verb has an `a…` twin; both are thread-safe.
 
@@ -3001,24 +3028,20 @@ class LLMInferencer:
 
     async def complete_request(self, request: GenerateRequest, build: Builder = None) -> Completion:
         engine = await self.engine()
-        for last in (False, True):
-            done = await engine.complete(request)
-            if request.constraint is None and not request.tools:
-                return done
+        if request.constraint is None and not request.tools:
+            return await engine.complete(request)
+
+        def check(done: Completion) -> Any:
             try:
-                result = await asyncio.to_thread(check_completion, _kept(request, done.ignored), done, build)
+                return check_completion(_kept(request, done.ignored), done, build)
             except ValueError as exc:
-                problem = f"cut by max_tokens ({exc})" if done.finish_reason == "length" else str(exc)
-                if last:
-                    break
-                continue
-            enforced: Literal["engine", "checked", "none"] = "none"
-            if request.constraint:
-                enforced = "checked" if request.constraint in done.ignored else "engine"
-            return dataclasses.replace(done, result=result, enforced_by=enforced)
-        raise StructuredOutputInvalid(
-            f"the answer does not fit: {problem[:300]}", "raise max_tokens, simplify the schema, or take a larger model", text=done.text or done.reasoning
-        )
+                raise ValueError(f"cut by max_tokens ({exc})" if done.finish_reason == "length" else str(exc)) from None
+
+        done, result = await answer_that_fits(lambda: engine.complete(request), check)
+        enforced: Literal["engine", "checked", "none"] = "none"
+        if request.constraint:
+            enforced = "checked" if request.constraint in done.ignored else "engine"
+        return dataclasses.replace(done, result=result, enforced_by=enforced)
 
     async def bursts(self, request: GenerateRequest, build: Builder = None) -> AsyncGenerator[list[Chunk], None]:
         """The streamed answer as lists of chunks that came together; a constrained one is checked at its end."""
@@ -3296,6 +3319,42 @@ V1Fields = TypedDict(  # type: ignore[misc]
     total=False,
 )  # fmt: skip
 V1Fields.__pydantic_config__ = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, defer_build=True)  # type: ignore[attr-defined]
+
+
+class RelayedAnswer:
+    """What a relayed answer says, choice by choice, and whether it fits the schema that was asked for."""
+
+    def __init__(self, schema: dict[str, Any], payload: dict[str, Any] | None = None) -> None:
+        self.schema, self.texts, self.finishes = schema, dict[int, str](), dict[int, str]()
+        self.take(payload or {})
+
+    def take(self, payload: dict[str, Any]) -> None:
+        """A whole answer, or an event of a stream."""
+        try:
+            for choice in payload.get("choices") or ():
+                index, said = choice.get("index", 0), choice.get("message") or choice.get("delta") or choice
+                self.texts[index] = self.texts.get(index, "") + text_of(said.get("content") or said.get("text"))
+                self.finishes[index] = choice.get("finish_reason") or self.finishes.get(index, "")
+        except _MALFORMED as exc:
+            raise BadEngineReply(f"the engine's answer is malformed ({exc})", "check the server's version") from exc
+
+    def take_events(self, engine: HTTPAdapter, data: bytes) -> None:
+        for payload in sse_payloads(map(bytes.strip, data.split(b"\n"))):
+            if payload != b"[DONE]":
+                self.take(engine.payload(payload))
+
+    def check(self) -> None:
+        """Raises ValueError. An answer that was cut, or is a call, has a finish_reason that says so."""
+        for index, text in self.texts.items():
+            if self.finishes[index] == "stop":
+                SchemaCheck(self.schema)(from_json(text))
+
+    async def check_stream(self, ended: bool) -> None:
+        """At its end, before [DONE] is passed on. Raises StructuredOutputInvalid."""
+        try:
+            await asyncio.to_thread(self.check) if ended else None
+        except ValueError as exc:
+            raise StructuredOutputInvalid(f"the streamed answer does not fit: {str(exc)[:300]}", "ask again, or take a larger model") from exc
 
 
 class Metrics:
@@ -3849,19 +3908,12 @@ class V1Exchange(Exchange):
         body, ignored = await engine.relay(self.path, body)
         if ignored:
             self.extra.append((b"x-ignored-fields", ", ".join(ignored).encode()))
+        schema = answer_schema(body)
         if body.get("stream"):
-            await self.events(self._relayed(engine, to_json(body)))
+            await self.events(self._relayed(engine, to_json(body), None if schema is None else RelayedAnswer(schema)))
             return
-        await engine.target()
-        deadline = Deadline(dataclasses.replace(engine.deadlines, first_token=engine.deadlines.total), engine.engine_type)
-        try:
-            reply = await engine.open(self.path, to_json(body), deadline)
-            try:
-                data = await deadline.wait(reply.text())
-            finally:
-                await reply.close()
-        finally:
-            deadline.close()
+        ask = functools.partial(self._whole, engine, to_json(body))
+        data = await ask() if schema is None else (await answer_that_fits(ask, lambda data: RelayedAnswer(schema, engine.payload(data)).check()))[0]
         payload = engine.payload(data)
         found = payload.get("data" if self.path == "/v1/embeddings" else "choices")
         if not isinstance(found, list) or not found or not isinstance(found[0], dict):
@@ -3874,8 +3926,20 @@ class V1Exchange(Exchange):
             data = to_json(payload)
         await self.answer(data.replace(b'"reasoning_content":', b'"reasoning":'))
 
-    async def _relayed(self, engine: OpenAIAdapter, body: bytes) -> AsyncGenerator[bytes, None]:
-        """The engine's events as they come, in whole lines. An error event, or an end without [DONE], is raised."""
+    async def _whole(self, engine: OpenAIAdapter, body: bytes) -> bytes:
+        await engine.target()
+        deadline = Deadline(dataclasses.replace(engine.deadlines, first_token=engine.deadlines.total), engine.engine_type)
+        try:
+            reply = await engine.open(self.path, body, deadline)
+            try:
+                return await deadline.wait(reply.text())
+            finally:
+                await reply.close()
+        finally:
+            deadline.close()
+
+    async def _relayed(self, engine: OpenAIAdapter, body: bytes, answer: "RelayedAnswer | None") -> AsyncGenerator[bytes, None]:
+        """The engine's events as they come, in whole lines. An error event, an end without [DONE], or an `answer` that does not fit, is raised."""
         await engine.target()
         deadline = Deadline(engine.deadlines, engine.engine_type)
         reply: Reply | None = None
@@ -3892,9 +3956,14 @@ class V1Exchange(Exchange):
                 ended = ended or b"data: [DONE]" in data
                 if ended and not finished:
                     break
+                if answer is not None:
+                    answer.take_events(engine, data)
+                    await answer.check_stream(ended)
                 yield data.replace(b'"reasoning_content":', b'"reasoning":')
             if not (ended and finished):
                 raise BadEngineReply(f"{engine.engine_type}'s stream ended early", "ask again")
+        except StructuredOutputInvalid:
+            raise
         except InferenceError:
             if not (ended and finished):  # after [DONE] nothing of the answer is missing
                 raise
@@ -3931,7 +4000,8 @@ class V1Exchange(Exchange):
             usage = bool((body.get("stream_options") or {}).get("include_usage"))
             await self.events(self._translated(llm, request, base, chat, usage))
             return
-        done = await (await llm.engine()).complete(request)
+        engine = await llm.engine()
+        done, _ = await answer_that_fits(lambda: engine.complete(request), lambda done: _check_v1(request, done))
         self.usage = done.usage
         logprobs = {"content": done.logprobs, "refusal": None} if done.logprobs else None
         if chat:
@@ -3954,9 +4024,10 @@ class V1Exchange(Exchange):
             )
             return b"data: " + to_json(base | {"choices": [choice]}) + b"\n\n"
 
-        opening = event({"role": "assistant", "content": ""}) if chat else b""
+        opening, kept = event({"role": "assistant", "content": ""}) if chat else b"", list[Chunk]()
         async with contextlib.aclosing((await llm.engine()).stream(request)) as bursts:
             async for burst in bursts:
+                kept += burst if request.schema is not None else ()
                 parts = [opening] if opening else []
                 opening = b""
                 for chunk in burst:
@@ -3966,9 +4037,20 @@ class V1Exchange(Exchange):
                     parts.append(event(delta, chunk.finish_reason, {"content": chunk.logprobs, "refusal": None} if chunk.logprobs else None))
                 self.usage = burst[-1].usage or self.usage
                 yield b"".join(parts)
+        if kept:
+            try:
+                await asyncio.to_thread(_check_v1, request, Completion.from_chunks(kept))
+            except ValueError as exc:
+                raise StructuredOutputInvalid(f"the streamed answer does not fit: {str(exc)[:300]}", "ask again, or take a larger model") from exc
         if usage:
             yield b"data: " + to_json(base | {"choices": [], "usage": (self.usage or Usage()).as_dict()}) + b"\n\n"
         yield b"data: [DONE]\n\n"
+
+
+def _check_v1(request: GenerateRequest, done: Completion) -> None:
+    """As RelayedAnswer.check, for a translated answer. Raises ValueError."""
+    if request.schema is not None and done.finish_reason == "stop":
+        check_answer(request, done.text)
 
 
 #: what passes unparsed: whole events in the engines' own form, none of them an error or an aborted answer

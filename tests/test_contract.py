@@ -889,7 +889,7 @@ def test_behind_vllm_router_a_demanded_call_is_refused(fake: Make, attach: Attac
     engine.capabilities += ["tools"]
     engine.script(engine._json({"urls": ["http://127.0.0.1:1"]}), "/list_workers")
     llm = attach(engine)
-    with pytest.raises(UnsupportedFeature, match="tool_choice.*vllm-router"):
+    with pytest.raises(UnsupportedFeature, match=r"tool_choice.*vllm-router"):
         llm.complete(PROMPT, tools=[CALL], tool_choice="required")
     assert not engine.asked
     llm.complete(PROMPT, tools=[CALL])

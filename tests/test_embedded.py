@@ -488,7 +488,7 @@ def test_the_engine_leaves_the_hosts_signals_and_threads_alone(own: Callable[...
 # Callers beside each other -----------------------------------------------------------------------
 def test_prompts_that_fit_are_answered_at_once_as_well() -> None:
     """Each nearly fills the context that `models` tells: with one context for all callers, together they all failed."""
-    with LLMInferencer("llamacpp", launch_args=["n_ctx=1024"]) as llm:
+    with LLMInferencer("llamacpp", launch_args=["n_ctx=512"]) as llm:
         context = llm.models()[0].context_length or 0
         answers = llm.batch([f"{name} " + "word " * (context - 100) for name in ("one", "two")], max_tokens=40, concurrency=2, engine_options={"ignore_eos": True})
     for answer in answers:

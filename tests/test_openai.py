@@ -251,6 +251,49 @@ def test_json_object(stand: Stand, client: openai.OpenAI) -> None:
     assert ask["format"] == "json" if stand.engine.dialect == "ollama" else ask["response_format"] == {"type": "json_object"}
 
 
+CITY = {"type": "json_schema", "json_schema": {"name": "city", "schema": City.model_json_schema()}}
+GOOD, WRONG = '{"city":"Paris","population":2.1}', '{"city":"Paris"}'  # what an engine that ignores or mistakes the schema may say
+
+
+def test_an_answer_that_does_not_fit_is_asked_for_once_more(stand: Stand) -> None:
+    said = iter([WRONG, GOOD])
+    stand.engine.answer = lambda ask: next(said)
+    reply = stand.post(CHAT, model=stand.model, messages=HI, response_format=CITY)
+    assert reply.json()["choices"][0]["message"]["content"] == GOOD and len(stand.engine.asked()) == 2
+
+
+@pytest.mark.parametrize("text", [WRONG, "no JSON", '{"city":"Paris","population":"many"}'])
+def test_an_answer_that_never_fits_is_an_error(stand: Stand, text: str) -> None:
+    stand.engine.answer = lambda ask: text
+    assert "does not fit" in refused_v1(stand.post(CHAT, model=stand.model, messages=HI, response_format=CITY), "structured_output_invalid")
+    reply = stand.post(CHAT, model=stand.model, messages=HI, response_format=CITY, stream=True)  # an error event, or where all came at once no stream at all
+    last = payloads(reply)[-1] if reply.status_code == 200 else reply.json()
+    assert last["error"]["code"] == "structured_output_invalid" and "[DONE]" not in reply.text
+    stand.engine.answer = lambda ask: GOOD
+    assert stand.events(CHAT, model=stand.model, messages=HI, response_format=CITY)[-1] == "[DONE]"
+
+
+def test_json_object_is_checked_too(stand: Stand) -> None:
+    stand.engine.answer = lambda ask: "[1]"
+    refused_v1(stand.post(CHAT, model=stand.model, messages=HI, response_format={"type": "json_object"}), "structured_output_invalid")
+
+
+def test_a_cut_answer_says_so_itself(stand: Stand) -> None:
+    """OpenAI's own client raises LengthFinishReasonError for it."""
+    stand.engine.answer = lambda ask: GOOD.replace(",", ", ")
+    reply = stand.post(CHAT, model=stand.model, messages=HI, response_format=CITY, max_tokens=1)
+    assert reply.status_code == 200 and reply.json()["choices"][0]["finish_reason"] == "length" and len(stand.engine.asked()) == 1
+    assert stand.events(CHAT, model=stand.model, messages=HI, response_format=CITY, max_tokens=1)[-1] == "[DONE]"
+
+
+@pytest.mark.parametrize("other", ["grammar", "json_schema", "regex", "ebnf", "structured_outputs"])
+def test_two_constraints_are_refused(relayed: Stand, other: str) -> None:
+    value: Any = {"grammar": 'root ::= "a"', "json_schema": {"type": "object"}, "regex": "a", "ebnf": 'root ::= "a"', "structured_outputs": {"regex": "a"}}[other]
+    reply = relayed.post(CHAT, model=relayed.model, messages=HI, response_format=CITY, **{other: value})
+    assert reply.status_code == 400 and other in refused_v1(reply, reply.headers["x-error-kind"])
+    assert not relayed.engine.asked()
+
+
 @pytest.mark.parametrize("form", [
     {"type": "nope"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {"name": "x"}}, {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "http://127.0.0.1:9/x"}}},
     {"type": "json_schema", "json_schema": {"name": "x", "schema": 7}}, {"type": "json_schema", "json_schema": 7}, "json", 7, [],
