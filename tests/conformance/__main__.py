@@ -24,7 +24,7 @@ MARKS = {judge.HONOURED: "+", judge.REFUSED: "r", judge.DROPPED: "DROPPED", judg
 
 def ask_all(side: Side, rows: Sequence[judge.Feature]) -> list[judge.Cell]:
     cells = []
-    print(f"\n{side.engine}, {'bare' if side.bare else 'through us'} ({side.model}, version {side.version or 'not told'})", flush=True)
+    print(f"\n{side.engine}, {side.label} ({side.model}, version {side.version or 'not told'})", flush=True)
     for cell in judge.run(side, rows):
         print(f"  {MARKS[cell.verdict]:8}{cell.feature:48}{cell.seconds:6.1f} s  {cell.note[:110]}", flush=True)
         cells.append(cell)
@@ -48,11 +48,11 @@ def merged(path: Path, new: Json) -> Json:
     """The new results over those of the file, so that some rows, or one side, can be asked again."""
     old: Json = json.loads(path.read_text()) if path.exists() else {}
     result = {**old, **new}
-    for side in ("us", "bare"):
+    sides = [name for name, value in result.items() if isinstance(value, list)]
+    for side in sides:
         cells = {cell["feature"]: cell for each in (old, new) for cell in each.get(side, ())}
-        if cells:
-            result[side] = [cells[row.name] for row in features.FEATURES if row.name in cells]
-    asked = [*result.get("us", ()), *result.get("bare", ()), result.get("validity", {})]
+        result[side] = [cells[row.name] for row in features.FEATURES if row.name in cells]
+    asked = [*(cell for side in sides for cell in result[side]), result.get("validity", {})]
     return {**result, "seconds": round(sum(each.get("seconds", 0.0) for each in asked), 1)}
 
 

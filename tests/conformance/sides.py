@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ class Side(ABC):
     """One way to ask one engine. `ask` takes GenerateRequest's fields, `v1` an OpenAI body; both raise Refusal."""
 
     bare: bool
+    label: str
     parallel = 4  #: requests at once, where many are asked for
 
     def __init__(self, engine: str, model: str, version: str, context: int | None) -> None:
@@ -65,7 +67,7 @@ class OnV1(Side):
 
     def __init__(self, side: Side) -> None:
         super().__init__(side.engine, side.model, side.version, side.context)
-        self.side, self.bare = side, side.bare
+        self.side, self.bare, self.label = side, side.bare, side.label
         self.memo = side.memo.setdefault("/v1", {})
 
     def ask(self, prompt: str | list[Json], *, stream: bool = False, **fields: Any) -> Answer:
@@ -89,7 +91,7 @@ def messages_of(prompt: str | list[Json]) -> list[Json]:
 class Us(Side):
     """LLMInferencer, and our HTTP server in front of the same one."""
 
-    bare = False
+    bare, label = False, "through us"
 
     def __init__(self, llm: LLMInferencer, url: str) -> None:
         health = llm.health()
@@ -139,7 +141,7 @@ def through_us(llm: LLMInferencer) -> Iterator[Us]:
 class Bare(Side):
     """vLLM, SGLang or llama.cpp in its own OpenAI dialect."""
 
-    bare = True
+    bare, label = True, "bare"
     NAMES: Mapping[str, Mapping[str, str]] = {"llamacpp": {"repetition_penalty": "repeat_penalty"}}
     #: where the engine takes a constraint that OpenAI has no field for
     CONSTRAINTS: Mapping[str, Mapping[str, str]] = {
@@ -241,7 +243,11 @@ class HTTP:
         self.client = httpx.Client(transport=transport, timeout=TIMEOUT, headers=dict(self.headers), trust_env=False)
 
     def send(self, path: str, body: Json) -> httpx.Response:
-        reply = self.client.post(self.url + path, json=body)
+        for _ in range(3):
+            reply = self.client.post(self.url + path, json=body)
+            if reply.status_code != 429:
+                break
+            time.sleep(6)  # LiteLLM lets a model rest for 5 seconds after some errors: that is not what is asked here
         if reply.status_code != 200:
             raise refusal(reply.status_code, reply.text, reply.headers.get("x-error-kind"))
         return reply
@@ -284,7 +290,7 @@ def _logprobs(choice: Json) -> tuple[Json, ...]:
 
 def read_events(text: str) -> Answer:
     """A stream, put together. An error event is a Refusal; a stream that nothing ends is one too."""
-    events = [line.removeprefix("data: ") for line in text.split("\n") if line.startswith("data: ")]
+    events = [line.removeprefix("data: ") for line in text.replace("\r\n", "\n").split("\n") if line.startswith("data: ")]
     payloads = [json.loads(event) for event in events if event != "[DONE]"]
     for payload in payloads:
         if payload.get("error") is not None:
