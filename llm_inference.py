@@ -1292,7 +1292,7 @@ _ERROR_LINE = re.compile(
 #: what it means: pattern, error, mend
 _LAST_WORDS: tuple[tuple[str, type[InferenceError], str], ...] = (
     (r"out of memory|OutOfMemory|No available memory for the cache|less than desired GPU memory|failed to allocate|Not enough memory|"
-     r"can't allocate memory|Cannot allocate memory|MemoryError|KV cache is needed", OutOfMemory,
+     r"can't allocate memory|Cannot allocate memory|MemoryError|KV cache is needed|leave no GPU memory", OutOfMemory,
      "lower gpu_memory_utilization / mem_fraction_static or max_model_len, take a smaller or quantized model, or free the GPU"),
     (r"cannot open shared object|undefined symbol|DLL load failed|cannot import name|no kernel image is available", EngineUnavailable,
      "the engine is installed but does not load (its CUDA or torch is another): install a matching build, or name another interpreter with python="),
@@ -2135,6 +2135,7 @@ _ENGINE_SAYS: tuple[tuple[str, type[InferenceError], str], ...] = (
      "shorten the prompt or lower max_tokens"),
     (r"out of memory|requires more system memory|insufficient memory|failed to allocate", OutOfMemory, "take a smaller or quantized model, or free memory"),
     (r"model .{1,200}(not found|does not exist)|no such model", ModelNotFound, "see models(); pull or serve it first"),
+    (r"is not supported yet", UnsupportedFeature, "write it in another way, or take another engine"),
     (r"option \".*\" must be|failed to parse (messages|tools)|invalid format|failed to parse grammar|grammar error|"
      r"compile (regex|json|ebnf)|unrecognized schema|json schema", InvalidRequest,
      "correct the named field"),
@@ -2322,13 +2323,17 @@ class OpenAIAdapter(HTTPAdapter):
         lost = set()
         for feature in features:
             rendered = [await self._rendered(model, probe) for probe in TEMPLATE_PROBES[feature]]
-            if rendered[0] == rendered[1] and (rendered[0] is not None or feature == "think"):  # a router in between cannot be asked
+            if rendered[0] == rendered[1]:
                 lost.add(feature)
         return lost
 
     async def _rendered(self, model: str, probe: dict[str, Any]) -> Any:
-        with contextlib.suppress(InferenceError):
-            return (await self._ask("/tokenize", {"model": model, "messages": [{"role": "user", "content": "x"}], **probe})).get("tokens")
+        """A prompt's tokens; where nobody tells them (a router in between, SGLang's /tokenize failing), their number."""
+        body = {"model": model, "messages": [{"role": "user", "content": "x"}], **probe}
+        with contextlib.suppress(InferenceError, KeyError, TypeError):
+            return (await self._ask("/tokenize", body))["tokens"]
+        with contextlib.suppress(InferenceError, KeyError, TypeError):
+            return (await self._ask("/v1/chat/completions", body | {"max_tokens": 1}))["usage"]["prompt_tokens"]
         return None
 
     async def _check_served(self, model: str) -> None:
@@ -2450,6 +2455,7 @@ class VLLMAdapter(OpenAIAdapter):
     start_hint, install_hint = "vllm serve MODEL", "pip install vllm"
     reasoning_field = "reasoning"
     v1_constraints = "response_format and structured_outputs"
+    asks_model = True
     routed = False  #: is vllm-router in between? (0.1.17: calls are then not held to their schema)
     v1_extra = frozenset(
         "repetition_penalty structured_outputs min_tokens stop_token_ids include_stop_str_in_output skip_special_tokens bad_words "
@@ -2472,6 +2478,8 @@ class VLLMAdapter(OpenAIAdapter):
             return super()._constrain(request)
         if request.regex is not None and re.search(r"\(\?[a-zA-Z-]+[:)]", request.regex):
             raise UnsupportedFeature("vllm: inline flags in a regex (its compiler answers 500)", "write both cases out: [Oo][Kk]")
+        if name == "choice" and any("\n" in option for option in request.choice or ()):  # 0.26 answers 500
+            name, request = "regex", dataclasses.replace(request, choice=None, regex=one_of_regex(request.choice or ()))
         if version_tuple(self.version) < (0, 11):
             return {f"guided_{name}": getattr(request, str(name))}
         return {"structured_outputs": {str(name): getattr(request, str(name))}}
@@ -2480,6 +2488,7 @@ class VLLMAdapter(OpenAIAdapter):
         """Narrowed by the model's template: what it does not look at is dropped without a word."""
         if model not in self._features:
             await self.connect()
+            await self._check_served(model)
             lost = await self._template_drops(model, ("think", "tools", "tool_messages")) | ({"tool_choice"} if self.routed else set())
             self._features[model] = self.capabilities - lost
         return self._features[model]
@@ -2496,6 +2505,15 @@ class VLLMAdapter(OpenAIAdapter):
 
     def _installed(self) -> bool:
         return super()._installed() or bool(shutil.which("vllm"))
+
+
+def escape_regex(text: str) -> str:
+    """`text` as a regular expression that every engine's dialect reads the same way."""
+    return re.sub(r"([\\^$.|?*+()\[\]{}/-])", r"\\\1", text).replace("\n", r"\n")
+
+
+def one_of_regex(options: Iterable[str]) -> str:
+    return "(" + "|".join(map(escape_regex, options)) + ")"
 
 
 def version_tuple(version: str) -> tuple[int, ...]:
@@ -2528,7 +2546,7 @@ class SGLangAdapter(OpenAIAdapter):
 
     def _constrain(self, request: GenerateRequest) -> dict[str, Any]:
         if request.choice is not None:
-            return {"regex": "(" + "|".join(escape_regex(option) for option in request.choice) + ")"}
+            return {"regex": one_of_regex(request.choice)}
         if request.regex is not None:
             return {"regex": request.regex}
         return {"ebnf": request.grammar} if request.grammar is not None else super()._constrain(request)
@@ -2538,7 +2556,7 @@ class SGLangAdapter(OpenAIAdapter):
         if model not in self._features:
             await self._check_served(model)
             info = await self._fetch_json("/model_info") | await self._fetch_json("/server_info")
-            lost = {"images", "tool_messages"} if not info else set()  # a router in between does not tell
+            lost = {"images"} if not info else set()  # a router in between does not tell
             lost |= {"seed"} if not info.get("enable_deterministic_inference") else set()
             lost |= {"think"} if not info.get("reasoning_parser") else set()
             lost |= {"tools", "tool_choice"} if not info.get("tool_call_parser") else set()
@@ -2560,11 +2578,6 @@ class SGLangAdapter(OpenAIAdapter):
         argv = [self.python or sys.executable, "-m", "sglang.launch_server", "--model-path", self.model_name, "--config", str(config)]
         where = ["--served-model-name", self._served_name() or "", "--host", "127.0.0.1", "--port", str(child.port)]
         return [*argv, *where, *self.launch_args], self.launch_env
-
-
-def escape_regex(text: str) -> str:
-    """`text` as a regular expression that every engine's dialect reads the same way."""
-    return re.sub(r"([\\^$.|?*+()\[\]{}/-])", r"\\\1", text).replace("\n", r"\n")
 
 
 class LlamaCppAdapter(OpenAIAdapter):

@@ -320,6 +320,8 @@ class FakeEngine:
         routes: dict[str, Callable[[Json], Reply]] = {
             "/v1/chat/completions": functools.partial(self._openai, True), "/v1/completions": functools.partial(self._openai, False),
             "/v1/embeddings": self._embeddings}
+        if self.dialect in ("vllm", "sglang"):
+            routes["/tokenize"] = self._tokenize
         if self.dialect == "ollama":
             routes = {"/api/show": self._show, "/api/embed": self._embed, "/api/pull": self._pull,
                       "/api/chat": functools.partial(self._native, True), "/api/generate": functools.partial(self._native, False)}
@@ -337,6 +339,12 @@ class FakeEngine:
             return self._json({"error": {"message": error, "type": "NotFoundError", "param": "model", "code": 404}}, 404), 0
         reply = routes[path](ask)
         return reply, generates * (reply.status == 200)
+
+    def _tokenize(self, ask: Json) -> Reply:
+        """A template that shows messages and tools, and looks at enable_thinking where the model thinks."""
+        shown = [ask.get("messages"), ask.get("tools"), ask.get("chat_template_kwargs") if self.reasoning else None]
+        tokens = list(json.dumps(shown).encode())
+        return self._json({"count": len(tokens), "max_model_len": self.context, "tokens": tokens})
 
     def _recorded(self, what: str) -> Reply:
         return recorded(self.dialect, RECORDED[self.dialect].get(what, what))

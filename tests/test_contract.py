@@ -896,13 +896,15 @@ def test_behind_vllm_router_a_demanded_call_is_refused(fake: Make, attach: Attac
 
 
 def test_behind_sglang_router_what_cannot_be_known_is_refused(fake: Make, attach: Attach) -> None:
-    """sglang-router 0.3.2 passes neither /server_info nor /model_info nor /tokenize."""
+    """sglang-router 0.3.2 passes neither /server_info nor /model_info nor /tokenize: what a template shows is told by the prompt's number of tokens."""
     engine = fake("sglang")
     engine.capabilities += ["tools", "vision"]
     engine._info = lambda path: engine._json({"detail": "Not Found"}, 404) if "info" in path else type(engine)._info(engine, path)  # type: ignore[method-assign]
+    for _ in range(4):
+        engine.script(engine._json({"detail": "Not Found"}, 404), "/tokenize")
     llm = attach(engine)
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
-    for asked in ([{"role": "user", "content": [image]}], [{"role": "tool", "tool_call_id": "x", "content": "1"}]):
-        with pytest.raises(UnsupportedFeature):
-            llm.complete(asked)
-    assert not engine.asked and llm.generate(PROMPT)
+    with pytest.raises(UnsupportedFeature, match="images"):
+        llm.complete([{"role": "user", "content": [image]}])
+    assert [seen.json["max_tokens"] for seen in engine.asked] == [1, 1, 1, 1]
+    assert llm.chat([{"role": "user", "content": "x"}, {"role": "tool", "tool_call_id": "x", "content": "1"}])

