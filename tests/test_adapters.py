@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -583,3 +584,17 @@ def test_a_new_engine_is_a_subclass_in_the_map(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UnsupportedFeature, match="temperature"):
         llm.generate("a", temperature=1)
     assert llm.complete("a", temperature=1, on_unsupported="ignore").ignored == ("temperature",)
+
+
+# Starts that fail, by the engines' own words (from real logs; those of the engines that run here are produced on purpose in test_start.py) ------
+@pytest.mark.parametrize(("line", "kind"), [
+    ("ValueError: Loaded weights leave no GPU memory for the KV cache under --mem-fraction-static=0.004. Raise --mem-fraction-static above 0.011", "out_of_memory"),
+    ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.18 GiB of which 1.2 GiB is free.", "out_of_memory"),
+    ("ValueError: Free memory on device cuda:0 (60.1/79.2 GiB) on startup is less than desired GPU memory utilization (0.9, 71.3 GiB).", "out_of_memory"),
+    ("RuntimeError: Failed to infer device type, please set the environment variable", "engine_unavailable"),
+])  # fmt: skip
+def test_what_a_failed_start_says(line: str, kind: str, tmp_path: Path) -> None:
+    child = llm_inference.EngineChild("sglang", lambda child: ([], {}))
+    child.log, child.key = tmp_path / "log", "key"
+    child.log.write_text(f"[2026-11-25 03:20:11] INFO loading\n[2026-11-25 03:20:12 TP0] {line}\n")
+    assert child.failed().kind == kind
