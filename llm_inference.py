@@ -3963,7 +3963,7 @@ class V1Exchange(Exchange):
                 deadline.received()
                 if not (data := lines.whole(data)):
                     continue
-                if not CLEAN_EVENTS.fullmatch(data):
+                if ABORTED in data or not CLEAN_EVENTS.fullmatch(data):
                     check_events(engine, data)
                 finished = finished or b'"finish_reason":"' in data or b'"finish_reason": "' in data
                 ended = ended or b"data: [DONE]" in data
@@ -4066,8 +4066,9 @@ def _check_v1(request: GenerateRequest, done: Completion) -> None:
         check_answer(request, done.text)
 
 
-#: what passes unparsed: whole events in the engines' own form, none of them an error or an aborted answer
-CLEAN_EVENTS = re.compile(rb'(?:data: \{"(?!error"|object":"error")(?:(?!"finish_reason":"abort")[^\x00-\x1f])*\}\r?\n\r?\n|data: \[DONE\]\n\n)+')
+#: what passes unparsed: whole events in the engines' own form, none of them an error; and no aborted answer among them
+CLEAN_EVENTS = re.compile(rb'(?:data: \{"(?!error"|object":"error")[^\x00-\x1f]*\}\r?\n\r?\n|data: \[DONE\]\n\n)+')
+ABORTED = b'"finish_reason":"abort"'
 
 
 def check_events(engine: HTTPAdapter, data: bytes) -> None:
