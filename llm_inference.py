@@ -3278,6 +3278,7 @@ class Settings:
     queue: int = 256
     max_tokens_cap: int = 8192
     deadlines: Deadlines = Deadlines()
+    page: bool = True  #: the chat page at /ui, whose state is one process's; no flag
     header_timeout: float = 10.0  #: seconds until a request's header is here; no flag
     body_timeout: float = 30.0  #: the same for its body; no flag
     made_key: str = dataclasses.field(default_factory=lambda: secrets.token_urlsafe(24))  #: asked of callers elsewhere where no key is configured; no flag
@@ -3362,10 +3363,10 @@ class RelayedAnswer:
             if self.finishes[index] == "stop":
                 SchemaCheck(self.schema)(from_json(text))
 
-    async def check_stream(self, ended: bool) -> None:
+    async def check_stream(self) -> None:
         """At its end, before [DONE] is passed on. Raises StructuredOutputInvalid."""
         try:
-            await asyncio.to_thread(self.check) if ended else None
+            await asyncio.to_thread(self.check)
         except ValueError as exc:
             raise StructuredOutputInvalid(f"the streamed answer does not fit: {str(exc)[:300]}", "ask again, or take a larger model") from exc
 
@@ -3971,7 +3972,8 @@ class V1Exchange(Exchange):
                     break
                 if answer is not None:
                     answer.take_events(engine, data)
-                    await answer.check_stream(ended)
+                    if ended:
+                        await answer.check_stream()
                 yield data.replace(b'"reasoning_content":', b'"reasoning":')
             if not (ended and finished):
                 raise BadEngineReply(f"{engine.engine_type}'s stream ended early", "ask again")
@@ -4376,35 +4378,31 @@ class ChatPage:
     ROUTES = re.compile(r"/ui/?|/ui/(theme\.css|(assets|static)/[\w./-]+|gradio_api/(heartbeat/\w+|run/predict|queue/join|queue/data|cancel|reset))")
 
     def __init__(self, hub: Hub) -> None:
-        self.hub, self.loading = hub, asyncio.Lock()
+        self.hub, self.loading, self.running = hub, asyncio.Lock(), contextlib.AsyncExitStack()
         self.app: Any = None
-        self.running: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         from starlette.responses import JSONResponse
 
-        missing = None if importlib.util.find_spec("gradio") else NotFound("the chat page needs gradio", "pip install gradio, and start the server again")
-        if missing is None and (not self.ROUTES.fullmatch(scope["path"]) or ".." in scope["path"]):
+        missing = None
+        if not self.hub.settings.page:
+            missing = NotFound("the chat page needs a server of one process", "start one without --workers and --ray")
+        elif not importlib.util.find_spec("gradio"):
+            missing = NotFound("the chat page needs gradio", "pip install gradio, and start the server again")
+        elif not self.ROUTES.fullmatch(scope["path"]) or ".." in scope["path"]:
             missing = NotFound("no such part of the chat page", "open /ui")
         if missing is not None:
             await enveloped_error(missing, JSONResponse)(scope, receive, send)
             return
         async with self.loading:
             if self.app is None:
-                self.app = await asyncio.to_thread(self._build)
-                started = asyncio.Event()
-                self.running = asyncio.ensure_future(self._run(started))
-                await started.wait()
+                app = await asyncio.to_thread(self._build)
+                await self.running.enter_async_context(app.router.lifespan_context(app))
+                self.app = app
         await self.app(scope, receive, send)
 
-    async def _run(self, started: asyncio.Event) -> None:
-        async with self.app.router.lifespan_context(self.app):
-            started.set()
-            await asyncio.Future()
-
-    def close(self) -> None:
-        if self.running is not None:
-            self.running.cancel()
+    async def close(self) -> None:
+        await self.running.aclose()
 
     def _build(self) -> Any:
         import gradio as gr
@@ -4591,7 +4589,7 @@ def create_app(settings: Settings | None = None, llm: LLMInferencer | None = Non
         watching = asyncio.ensure_future(hub.watch_default())
         yield
         watching.cancel()
-        page.close()
+        await page.close()
 
     app: FastAPI = make(
         title="llm_inference",
@@ -4759,7 +4757,7 @@ def deploy(settings: Settings, *, host: str = "0.0.0.0", port: int = 8000, repli
         llm.close()
     key = target.headers.get("authorization", "").removeprefix("Bearer ") or None
     where = f"unix:{target.uds}" if target.uds else target.url
-    fields = dataclasses.asdict(dataclasses.replace(settings, engine=engine.engine_type, base_url=where, engine_api_key=key))
+    fields = dataclasses.asdict(dataclasses.replace(settings, engine=engine.engine_type, base_url=where, engine_api_key=key, page=False))
 
     def build() -> Any:  # in the replica; nothing of this process comes along but `fields`
         import logging
@@ -5068,9 +5066,10 @@ def banner(args: "argparse.Namespace", settings: Settings) -> None:
     url = f"http://[{shown}]:{args.port}" if ":" in shown else f"http://{shown}:{args.port}"
     print(
         f"llm_inference {__version__}\n  API         {url}{API}/generate  /chat  /structured-generate\n"
-        f"  OpenAI      {url}/v1\n  Swagger UI  {url}/docs\n  ReDoc       {url}/redoc\n"
-        f"  Chat page   {url}/ui" + ("" if importlib.util.find_spec("gradio") else "   (needs: pip install gradio)")
+        f"  OpenAI      {url}/v1\n  Swagger UI  {url}/docs\n  ReDoc       {url}/redoc"
     )
+    if args.workers == 1 and not args.ray:
+        print(f"  Chat page   {url}/ui" + ("" if importlib.util.find_spec("gradio") else "   (needs: pip install gradio)"))
     print(f"  engine      {settings.engine}" + (f"  model {settings.model}" if settings.model else "") + "   (ready: " + f"{url}/ready)")
     if not settings.api_keys and not settings.no_auth and not is_loopback(args.host):
         print(f"  API key     {settings.made_key}   (from this machine none is needed)")
@@ -5095,8 +5094,8 @@ def sharing(settings: Settings, workers: int) -> Iterator[Settings]:
     with llm, tempfile.TemporaryDirectory(prefix="llm-inference-") as folder:
         os.environ |= {"PROMETHEUS_MULTIPROC_DIR": folder, "LLM_INFERENCE_INSTANCE": INSTANCE}
         yield dataclasses.replace(
-            settings, engine=engine.engine_type, model=model, python=None, launch_args=(), base_url=f"unix:{target.uds}" if target.uds else target.url,
-            engine_api_key=target.headers.get("authorization", "").removeprefix("Bearer ") or None,
+            settings, engine=engine.engine_type, model=model, python=None, launch_args=(), page=False,
+            base_url=f"unix:{target.uds}" if target.uds else target.url, engine_api_key=target.headers.get("authorization", "").removeprefix("Bearer ") or None,
             max_in_flight=-(-settings.max_in_flight // workers), queue=-(-settings.queue // workers))  # fmt: skip
 
 

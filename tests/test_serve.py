@@ -322,6 +322,12 @@ def test_without_gradio_the_page_says_what_it_needs(monkeypatch: pytest.MonkeyPa
             assert "pip install gradio" in refused(stand.client.get(path), "not_found")
 
 
+def test_the_page_is_not_there_in_one_of_several_processes() -> None:
+    """A browser's questions would go to one of them and its ears be at another."""
+    with Stand("vllm", page=False) as stand:
+        assert "--workers" in refused(stand.client.get("/ui/"), "not_found")
+
+
 def test_a_route_of_ours_asked_in_process() -> None:
     with Stand("vllm") as stand:
 
