@@ -63,9 +63,9 @@ def verdict(side: sides.Side, name: str) -> str:
 
 DROPPED = ("top_p", "top_k", "min_p", "seed", "stop, a text", "stop, a list", "stop inside a stream", "presence_penalty", "frequency_penalty",
            "repetition_penalty", "logprobs", "top_logprobs", "tools, tool_choice auto", "images", "/v1 n",
-           "/v1 response_format json_schema", "/v1 structured_outputs", "/v1 logit_bias")  # fmt: skip
+           "/v1 structured_outputs", "/v1 logit_bias")  # fmt: skip
 WE_REFUSE = ("an unknown field", "/v1 an unknown field", "/v1 guided_json", "/v1 regex", "/v1 format", "/v1 a remote image URL", "a broken regex", "two constraints at once")
-WE_CHECK = ("schema", "schema inside a stream", "any JSON object", "choice", "regex")
+WE_CHECK = ("schema", "schema inside a stream", "any JSON object", "choice", "regex", "/v1 response_format json_schema", "/v1 response_format json_schema, streamed")
 
 
 @pytest.mark.parametrize("name", DROPPED)
