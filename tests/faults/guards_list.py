@@ -26,7 +26,7 @@ GUARDS: dict[str, Guard] = {
     "tokens capped": Guard("if max_tokens is not None and max_tokens > self.settings.max_tokens_cap:", "if False:", "hostile_bodies", "max_tokens 8193"),
     "model names by pattern": Guard('MODEL_NAME = r"^', 'MODEL_NAME = r""  # r"^', "hostile_bodies", "model name"),
     "references are expanded and counted": Guard("visit(resolve_ref(schema, ref), depth + 1, (*refs, ref))", "pass", "hostile_bodies", "laddered"),
-    "a relayed schema is looked at": Guard("            if schema is not None and schema != ANY_OBJECT:\n                await", "            if False:\n                await", "places", "schema"),
+    "a relayed schema is looked at": Guard("        if schema is not None and schema != ANY_OBJECT:\n            await", "        if False:\n            await", "places", "schema"),
     "images are data": Guard('refuse_places(body.get("messages") or ())', "pass", "places", "part"),
     "never from ourselves": Guard("if headers.get(HOP.encode()) == INSTANCE.encode():", "if False:", "hostile_bodies", "header"),
     "the key": Guard('if path not in PUBLIC and scope["method"] != "OPTIONS" and not self._allowed(scope, headers):', "if False:", "gate", "keyed"),
