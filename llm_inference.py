@@ -2003,17 +2003,20 @@ class HTTPAdapter(BaseLLMAdapter):
 
     async def _ask(self, path: str, body: Any) -> Any:
         """One whole JSON call. Raises BadEngineReply when the reply is not a JSON object, and what an error object says."""
+        return self.payload(await self.whole(path, to_json(body)))
+
+    async def whole(self, path: str, body: bytes) -> bytes:
+        """The engine's whole reply to a POST, as it came."""
         await self.target()  # to start an engine may take longer than an answer
         deadline = Deadline(dataclasses.replace(self.deadlines, first_token=self.deadlines.total), self.engine_type)
         try:
-            reply = await self.open(path, to_json(body), deadline)
+            reply = await self.open(path, body, deadline)
             try:
-                data = await deadline.wait(reply.text())
+                return await deadline.wait(reply.text())
             finally:
                 await reply.close()
         finally:
             deadline.close()
-        return self.payload(data, reply.status)
 
     def payload(self, data: bytes, status: int = 200) -> dict[str, Any]:
         try:
@@ -3363,12 +3366,13 @@ class RelayedAnswer:
             if self.finishes[index] == "stop":
                 SchemaCheck(self.schema)(from_json(text))
 
-    async def check_stream(self) -> None:
-        """At its end, before [DONE] is passed on. Raises StructuredOutputInvalid."""
-        try:
-            await asyncio.to_thread(self.check)
-        except ValueError as exc:
-            raise StructuredOutputInvalid(f"the streamed answer does not fit: {str(exc)[:300]}", "ask again, or take a larger model") from exc
+
+async def check_stream(check: Callable[[], None]) -> None:
+    """At a streamed answer's end, before [DONE] is passed on. Raises StructuredOutputInvalid where `check` raises ValueError."""
+    try:
+        await asyncio.to_thread(check)
+    except ValueError as exc:
+        raise StructuredOutputInvalid(f"the streamed answer does not fit: {str(exc)[:300]}", "ask again, or take a larger model") from exc
 
 
 class Metrics:
@@ -3926,7 +3930,7 @@ class V1Exchange(Exchange):
         if body.get("stream"):
             await self.events(self._relayed(engine, to_json(body), None if schema is None else RelayedAnswer(schema)))
             return
-        ask = functools.partial(self._whole, engine, to_json(body))
+        ask = functools.partial(engine.whole, self.path, to_json(body))
         data = await ask() if schema is None else (await answer_that_fits(ask, lambda data: RelayedAnswer(schema, engine.payload(data)).check()))[0]
         payload = engine.payload(data)
         found = payload.get("data" if self.path == "/v1/embeddings" else "choices")
@@ -3939,18 +3943,6 @@ class V1Exchange(Exchange):
         if payload.pop("metadata", None) is not None:  # SGLang's does not fit OpenAI's type
             data = to_json(payload)
         await self.answer(data.replace(b'"reasoning_content":', b'"reasoning":'))
-
-    async def _whole(self, engine: OpenAIAdapter, body: bytes) -> bytes:
-        await engine.target()
-        deadline = Deadline(dataclasses.replace(engine.deadlines, first_token=engine.deadlines.total), engine.engine_type)
-        try:
-            reply = await engine.open(self.path, body, deadline)
-            try:
-                return await deadline.wait(reply.text())
-            finally:
-                await reply.close()
-        finally:
-            deadline.close()
 
     async def _relayed(self, engine: OpenAIAdapter, body: bytes, answer: "RelayedAnswer | None") -> AsyncGenerator[bytes, None]:
         """The engine's events as they come, in whole lines. An error event, an end without [DONE], or an `answer` that does not fit, is raised."""
@@ -3973,7 +3965,7 @@ class V1Exchange(Exchange):
                 if answer is not None:
                     answer.take_events(engine, data)
                     if ended:
-                        await answer.check_stream()
+                        await check_stream(answer.check)
                 yield data.replace(b'"reasoning_content":', b'"reasoning":')
             if not (ended and finished):
                 raise BadEngineReply(f"{engine.engine_type}'s stream ended early", "ask again")
@@ -4053,10 +4045,7 @@ class V1Exchange(Exchange):
                 self.usage = burst[-1].usage or self.usage
                 yield b"".join(parts)
         if kept:
-            try:
-                await asyncio.to_thread(_check_v1, request, Completion.from_chunks(kept))
-            except ValueError as exc:
-                raise StructuredOutputInvalid(f"the streamed answer does not fit: {str(exc)[:300]}", "ask again, or take a larger model") from exc
+            await check_stream(functools.partial(_check_v1, request, Completion.from_chunks(kept)))
         if usage:
             yield b"data: " + to_json(base | {"choices": [], "usage": (self.usage or Usage()).as_dict()}) + b"\n\n"
         yield b"data: [DONE]\n\n"
