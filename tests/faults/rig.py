@@ -182,13 +182,19 @@ class World:
     def generations(self) -> int:
         return sum(engine.generations for engine in self.engines.values())
 
-    async def census(self, found: Result, seconds: float = 12.0) -> None:
-        """Tasks, threads, fds, children and sockets come back to where they were (idle pooled connections live 4 s)."""
-        deadline, more = time.monotonic() + seconds, {"?": 1}
-        while more and time.monotonic() < deadline:
-            await asyncio.sleep(0.25)
+    async def at_rest(self, seconds: float = 12.0) -> tuple[Json, Json]:
+        """What the server holds once it holds no more than when it started (idle pooled connections live 4 s), and what is left over."""
+        deadline = time.monotonic() + seconds
+        while True:
             now = await asyncio.to_thread(self.server.census)
             more = {name: now[name] - self.born[name] for name in LASTING if now[name] > self.born[name]}
+            if not more or time.monotonic() > deadline:
+                return now, more
+            await asyncio.sleep(0.25)
+
+    async def census(self, found: Result) -> None:
+        """Tasks, threads, fds, children and sockets come back to where they were."""
+        now, more = await self.at_rest()
         found.figures["census"] = more or "back to where it was"
         found.need(not more, f"census: more than before: {more}" + (f" {now['thread_names']}" if "threads" in more else ""))
         found.need(not self.server.unexpected, f"the log has {self.server.unexpected} unexpected errors")
