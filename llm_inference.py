@@ -1184,6 +1184,31 @@ class Portal:
 portal = Portal()
 
 
+class Once:
+    """One piece of work on the portal's loop for all who ask for it at once."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[Any, asyncio.Task[Any]] = {}
+
+    async def run(self, key: Any, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        found: T = await portal.run(self._run(key, work))
+        return found
+
+    async def _run(self, key: Any, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        task = self._tasks.get(key)
+        if task is None or task.get_loop() is not asyncio.get_running_loop():  # a fork has a loop of its own
+            task = self._tasks[key] = asyncio.ensure_future(work())
+            task.add_done_callback(lambda done: self._tasks.pop(key, None))
+        try:
+            return await asyncio.shield(task)
+        finally:
+            del task  # it holds its error, whose traceback holds this frame: a cycle that would keep the request
+
+    def cancel(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+
+
 # 7 Engines as children ---------------------------------------------------------------------------
 # A started engine is a process group behind a small watcher, which holds a pipe to us: when the pipe ends, because we
 # closed it or because we died of anything, the watcher ends the whole group and every grandchild (it is their subreaper).
@@ -1767,10 +1792,10 @@ class HTTPAdapter(BaseLLMAdapter):
     def __init__(self, model_name: str | None = None, **options: Any) -> None:
         super().__init__(model_name, **options)
         self._target: Target | None = None
-        self._connecting: asyncio.Task[Target] | None = None
+        self._once = Once()
         self._held = Held()
         weakref.finalize(self, self._held.abandon)
-        self._features: dict[str, frozenset[str]] = {}
+        self._features: dict[str, frozenset[str]] = {}  #: by model
 
     # Pure functions of each engine
     @abstractmethod
@@ -1800,20 +1825,11 @@ class HTTPAdapter(BaseLLMAdapter):
     async def target(self) -> Target:
         """Where the engine is; asked for again when it was lost."""
         target = self._target
-        if target is not None and target.there:
-            return target
-        return await portal.run(self._connect())
-
-    async def _connect(self) -> Target:
-        target = self._target
-        if target is not None and target.there:
-            return target
-        task = self._connecting
-        if task is None or task.done() or task.get_loop() is not asyncio.get_running_loop():  # one attempt for all who wait (a fork has a loop of its own)
-            task = self._connecting = asyncio.ensure_future(self._reach())
-        return await asyncio.shield(task)
+        return target if target is not None and target.there else await self._once.run("target", self._reach)
 
     async def _reach(self) -> Target:
+        if self._target is not None and self._target.there:  # reached while we were on our way here
+            return self._target
         self._features, self._contexts = {}, {}  # another server may be there now
         self._target = await self._attach() or await self._start()
         if self._target.child is None and (self.launch_args or self.launch_env or self.python):
@@ -1935,8 +1951,7 @@ class HTTPAdapter(BaseLLMAdapter):
         await self._held.close_wire()
 
     async def _close(self) -> None:
-        if self._connecting is not None:
-            self._connecting.cancel()
+        self._once.cancel()
         self._target = None
         await self._held.close_wire()
         await asyncio.to_thread(self._held.release_child)
@@ -1957,6 +1972,21 @@ class HTTPAdapter(BaseLLMAdapter):
     def _served_name(self) -> str | None:
         """What a started engine calls its model: a local folder goes by its last part, for no place reaches a caller."""
         return Path(self.model_name).resolve().name if self.model_name and os.path.isdir(self.model_name) else self.model_name
+
+    async def features(self, model: str) -> frozenset[str]:
+        found = self._features.get(model)
+        return found if found is not None else await self._once.run(("features", model), lambda: self._find_features(model))
+
+    async def _find_features(self, model: str) -> frozenset[str]:
+        await self.target()
+        found = self._features  # of this server: another one may be reached meanwhile
+        if model not in found:
+            found[model] = self.capabilities - await self._lacks(model)
+        return found[model]
+
+    async def _lacks(self, model: str) -> set[str]:
+        """Of `capabilities`, those that this server or this model does not have. Raises ModelNotFound."""
+        return set()
 
     async def _fetch_json(self, path: str, body: Any = None) -> dict[str, Any]:
         """A small question to the engine; {} for anything but a JSON object."""
@@ -2487,14 +2517,10 @@ class VLLMAdapter(OpenAIAdapter):
             return {f"guided_{name}": getattr(request, str(name))}
         return {"structured_outputs": {str(name): getattr(request, str(name))}}
 
-    async def features(self, model: str) -> frozenset[str]:
-        """Narrowed by the model's template: what it does not look at is dropped without a word."""
-        if model not in self._features:
-            await self.connect()
-            await self._check_served(model)
-            lost = await self._template_drops(model, ("think", "tools", "tool_messages")) | ({"tool_choice"} if self.routed else set())
-            self._features[model] = self.capabilities - lost
-        return self._features[model]
+    async def _lacks(self, model: str) -> set[str]:
+        """What the model's template does not look at is dropped without a word."""
+        await self._check_served(model)
+        return await self._template_drops(model, ("think", "tools", "tool_messages")) | ({"tool_choice"} if self.routed else set())
 
     def _command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
         if not self.model_name:
@@ -2554,19 +2580,17 @@ class SGLangAdapter(OpenAIAdapter):
             return {"regex": request.regex}
         return {"ebnf": request.grammar} if request.grammar is not None else super()._constrain(request)
 
-    async def features(self, model: str) -> frozenset[str]:
+    async def _lacks(self, model: str) -> set[str]:
         """Narrowed by how the server was started: what it has no parser for arrives as text, an unseeded sampler drops the seed."""
-        if model not in self._features:
-            await self._check_served(model)
-            info = await self._fetch_json("/model_info") | await self._fetch_json("/server_info")
-            lost = {"images"} if not info else set()  # a router in between does not tell
-            lost |= {"seed"} if not info.get("enable_deterministic_inference") else set()
-            lost |= {"think"} if not info.get("reasoning_parser") else set()
-            lost |= {"tools", "tool_choice"} if not info.get("tool_call_parser") else set()
-            lost |= {"images"} if not info.get("has_image_understanding", True) else set()
-            lost |= await self._template_drops(model, ("tools", "tool_messages"))
-            self._features[model] = self.capabilities - lost
-        return self._features[model]
+        await self._check_served(model)
+        info = await self._fetch_json("/model_info") | await self._fetch_json("/server_info")
+        lost = {"images"} if not info else set()  # a router in between does not tell
+        lost |= {"seed"} if not info.get("enable_deterministic_inference") else set()
+        lost |= {"think"} if not info.get("reasoning_parser") else set()
+        lost |= {"tools", "tool_choice"} if not info.get("tool_call_parser") else set()
+        lost |= {"images"} if not info.get("has_image_understanding", True) else set()
+        lost |= await self._template_drops(model, ("tools", "tool_messages"))
+        return lost
 
     def _instead(self, missing: Sequence[str]) -> str:
         flags = {"seed": "--enable-deterministic-inference", "think": "--reasoning-parser", "tools": "--tool-call-parser"}
@@ -2631,16 +2655,14 @@ class LlamaCppAdapter(OpenAIAdapter):
             return None
         return Timing(total=seconds, decode=spent["predicted_ms"] / 1e3, tokens_per_second=spent["predicted_per_second"], source="engine")
 
-    async def features(self, model: str) -> frozenset[str]:
+    async def _lacks(self, model: str) -> set[str]:
         """Narrowed by the model's chat template and projector: what they do not know is dropped without a word."""
-        if model not in self._features:
-            await self._check_served(model)
-            props = await self._fetch_json("/props")
-            lost = set() if (props.get("chat_template_caps") or {}).get("supports_tools") else {"tools", "tool_choice", "tool_messages"}
-            lost |= set() if "enable_thinking" in str(props.get("chat_template")) else {"think"}
-            lost |= set() if (props.get("modalities") or {}).get("vision") else {"images"}
-            self._features[model] = self.capabilities - lost
-        return self._features[model]
+        await self._check_served(model)
+        props = await self._fetch_json("/props")
+        lost = set() if (props.get("chat_template_caps") or {}).get("supports_tools") else {"tools", "tool_choice", "tool_messages"}
+        lost |= set() if "enable_thinking" in str(props.get("chat_template")) else {"think"}
+        lost |= set() if (props.get("modalities") or {}).get("vision") else {"images"}
+        return lost
 
     def __init__(self, model_name: str | None = None, **options: Any) -> None:
         super().__init__(model_name, **options)
@@ -2891,21 +2913,19 @@ class OllamaAdapter(HTTPAdapter):
             for m in listed.get("models") or ()
         ]
 
-    async def features(self, model: str) -> frozenset[str]:
-        if model not in self._features:
-            shown = await self._fetch_json("/api/show", {"model": model})
-            if not shown:
-                have = ", ".join(m.name for m in await self.models())
-                raise ModelNotFound(f"ollama has no model {model!r}", f"ollama pull {model}; it has {have or 'none'}")
-            can = set(shown.get("capabilities") or ())
-            lost = {
-                ours
-                for ours, theirs in (("tools", "tools"), ("tool_messages", "tools"), ("think", "thinking"), ("images", "vision"), ("embed", "embedding"))
-                if theirs not in can
-            }
-            lost |= {"logprobs", "top_logprobs"} if version_tuple(self.version) < (0, 12, 11) else set()
-            self._features[model] = self.capabilities - lost
-        return self._features[model]
+    async def _lacks(self, model: str) -> set[str]:
+        shown = await self._fetch_json("/api/show", {"model": model})
+        if not shown:
+            have = ", ".join(m.name for m in await self.models())
+            raise ModelNotFound(f"ollama has no model {model!r}", f"ollama pull {model}; it has {have or 'none'}")
+        can = set(shown.get("capabilities") or ())
+        lost = {
+            ours
+            for ours, theirs in (("tools", "tools"), ("tool_messages", "tools"), ("think", "thinking"), ("images", "vision"), ("embed", "embedding"))
+            if theirs not in can
+        }
+        lost |= {"logprobs", "top_logprobs"} if version_tuple(self.version) < (0, 12, 11) else set()
+        return lost
 
     def _instead(self, missing: Sequence[str]) -> str:
         if {"regex", "grammar"} & set(missing):
@@ -2981,7 +3001,7 @@ class LLMInferencer:
         if engine_type == "auto" and model_name and model_name.partition("/")[0] in self.ENGINE_MAP:
             engine_type, _, self.model_name = model_name.partition("/")
         self._engine: BaseLLMAdapter | None = None if engine_type == "auto" else self._make(engine_type, **options)
-        self._finding = asyncio.Lock()
+        self._once = Once()
 
     def _make(self, engine_type: str, **options: Any) -> BaseLLMAdapter:
         return engine_class(engine_type)(self.model_name, **options)
@@ -2994,13 +3014,12 @@ class LLMInferencer:
     async def engine(self) -> BaseLLMAdapter:
         """The adapter; with "auto", whichever answers first, in ENGINE_MAP's order."""
         if self._engine is None:
-            await portal.run(self._find_once())
+            await self._once.run("engine", self._find_once)
         assert self._engine is not None
         return self._engine
 
     async def _find_once(self) -> None:
-        async with self._finding:  # those who ask at once get the same one
-            self._engine = self._engine or await self._find()
+        self._engine = self._engine or await self._find()
 
     async def _find(self) -> BaseLLMAdapter:
         names = [name for name, adapter in self.ENGINE_MAP.items() if adapter.in_auto]
@@ -3442,6 +3461,7 @@ class Hub:
         self.state = "starting"
         self.adapters: dict[type, TypeAdapter[Any]] = {}
         self.parsing = asyncio.Lock()  # one large body at a time: they hold the GIL
+        self.here: tuple[float, frozenset[str]] = (-60.0, frozenset())  #: when the default engine was asked, and its models
         self.listed: tuple[float, list[tuple[str, ModelInfo]]] = (-60.0, [])
         self.born, self.metrics = time.time(), Metrics.open()
         self.direct: dict[str, Callable[[], Exchange]] = {}  #: what answers a POST, for our own server's short way
@@ -3451,7 +3471,7 @@ class Hub:
         pause = 1.0
         while True:
             try:
-                await (await self.default.engine()).models()
+                await self.ask_default()
                 self.state, pause = "ready", 5.0
             except InferenceError as exc:
                 if self.state != (state := f"{exc.kind}: {exc.message}"):
@@ -3483,16 +3503,23 @@ class Hub:
     async def route_v1(self, model: str) -> tuple[LLMInferencer, str]:
         """The same for OpenAI's `model`; a bare name goes to the one engine that has it."""
         llm, name = self.route(None, model)
-        if name != model or name in (llm.model_name, None):
+        if llm is not self.default or name != model or name in (llm.model_name, None) or await self.serves(model):
             return llm, name or model
-        engine = await llm.engine()
-        here = [m.name for m in await engine.models()]
-        if model in here or f"{model}:latest" in here:
-            return llm, model
         owners = [engine_type for engine_type, m in await self.models() if m.name == model]
         if len(owners) != 1:
             raise ModelNotFound(f"the model {model!r} is " + ("on several engines" if owners else "on no engine"), "see /v1/models; write engine/model")
         return self.inferencer(owners[0]), model
+
+    async def serves(self, model: str) -> bool:
+        """Whether the default engine has it. A list that names it is good for ten seconds: a busy engine answers no small question quickly."""
+        names = (model, f"{model}:latest")
+        if time.monotonic() - self.here[0] > 10 or self.here[1].isdisjoint(names):
+            await self.ask_default()
+        return not self.here[1].isdisjoint(names)
+
+    async def ask_default(self) -> None:
+        models = await (await self.default.engine()).models()
+        self.here = (time.monotonic(), frozenset(m.name for m in models))
 
     async def models(self) -> list[tuple[str, ModelInfo]]:
         """(engine, model) of every engine that answers; asked anew after ten seconds."""

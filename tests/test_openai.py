@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -361,6 +362,34 @@ def test_every_listed_name_can_be_asked(stand: Stand, client: openai.OpenAI) -> 
     for model in client.models.list():
         assert client.chat.completions.create(model=model.id, messages=HI).choices[0].message.content == TEXT
     assert client.chat.completions.create(model="m", messages=HI).choices[0].message.content == TEXT
+
+
+def questions(stand: Stand) -> int:
+    """What the engine was asked beside generations."""
+    return len(stand.engine.requests) - len(stand.engine.asked())
+
+
+@pytest.mark.parametrize(("path", "named"), [(CHAT, {"model": "m"}), ("/chat", {"model_name": "m"}), ("/chat", {})])
+def test_a_request_is_one_request_to_the_engine(stand: Stand, path: str, named: dict[str, str]) -> None:
+    """A busy engine answers even small questions late: asking it for its models first cost 40 ms a request."""
+    for number in range(21):
+        assert stand.post(path, messages=HI, **named).status_code == 200
+        if not number:
+            stand.engine.reset()
+    assert len(stand.engine.asked()) == 20
+    assert questions(stand) <= 2  # the watch over the engine asks now and then
+
+
+@pytest.mark.parametrize("dialect", ALL)
+def test_those_who_come_first_together_ask_once(dialect: Dialect) -> None:
+    asked = []
+    for at_once in (1, 16):
+        with Stand(dialect) as stand:
+            with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+                replies = [pool.submit(stand.post, CHAT, model=stand.model, messages=HI, max_tokens=5) for _ in range(at_once)]
+            assert {reply.result().status_code for reply in replies} == {200}
+            asked.append(questions(stand))
+    assert asked[1] <= asked[0] + 2, asked
 
 
 def test_aliases_and_slashes(all_stands: dict[str, Stand], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,8 @@ class Run:
         port = free_port()
         command = [sys.executable, str(ROOT / "llm_inference.py"), "--serve", "--engine", self.args.engine, "--base-url", engine_url]
         log = self.logs / f"{self.args.engine}-ours-{port}.log"
-        with ended([*command, "--host", "127.0.0.1", "--port", str(port), "--no-auth"], log, dict(os.environ)) as process:
+        where = ["--host", "127.0.0.1", "--port", str(port), "--no-auth", *self.args.serve_args.split()]
+        with ended([*command, *where], log, dict(os.environ)) as process:
             wait_until(f"http://127.0.0.1:{port}/ready", process, log, 60)
             yield f"http://127.0.0.1:{port}", process.pid
 
@@ -412,8 +413,10 @@ def none_alive(pids: list[int]) -> bool:
 
 
 def cpu_seconds(pid: int) -> float:
+    """Of the process and its children, --workers say."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") + sum(cpu_seconds(int(child)) for child in children)
 
 
 def wait_for(test: Callable[[], bool], seconds: float) -> float | None:
@@ -528,6 +531,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=4, help="of the load generator")
     parser.add_argument("--prompts", type=int, default=10_000, help="short prompts of the batch")
     parser.add_argument("--passes", type=int, default=2, help="of the offline batch")
+    parser.add_argument("--serve-args", default="", help="further arguments of our server under load, in one word, --workers 4 say")
     parser.add_argument("--bare", action="store_true", help="the batch by a bare client too")
     parser.add_argument("--batch-tokens", type=int, default=16)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[256, 1024])
