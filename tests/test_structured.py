@@ -168,7 +168,8 @@ TABLE: list[tuple[Any, list[Any], list[Any]]] = [
     ({"pattern": "b"}, ["abc"], ["ac"]),
     ({"minimum": 1, "maximum": 2}, [1, 2, 1.5, "x"], [0, 3, 0.999]),
     ({"exclusiveMinimum": 1, "exclusiveMaximum": 2}, [1.5], [1, 2, 0]),
-    ({"multipleOf": 3}, [0, 3, -6, 9.0, 3 * 10**30], [1, 4.5]),
+    ({"multipleOf": 3}, [0, 3, -6, 9.0, 3 * 10**30], [1, 4.5, 3 * 10**30 + 1]),
+    ({"multipleOf": 2}, [2 * 10**9], [2 * 10**9 + 3, 1e308 / 1e308]),
     ({"multipleOf": 0.1}, [0.3, 1.1, 5, 0.7], [0.35]),
     ({"anyOf": [{"type": "string"}, {"minimum": 5}]}, ["a", 5, None], [4]),
     ({"oneOf": [{"multipleOf": 2}, {"multipleOf": 3}]}, [2, 3, 9], [6, 1]),
@@ -424,7 +425,7 @@ def test_a_choice_is_exactly_one_of_them() -> None:
             answer(wrong, choice=["red", "blue"])
 
 
-@pytest.mark.parametrize(("regex", "good", "bad"), [("[0-9]{3}", "123", "1234"), ("a|b", "b", "ab"), ("a|b", "a", "ax"), (".*", "x", "x\ny"), ("(?i)yes", "YES", "no"), ("^a$", "a", "aa"), ("(?x) a b # c", "ab", "a b"), ("a" * 4096, "a" * 4096, "a")])
+@pytest.mark.parametrize(("regex", "good", "bad"), [("[0-9]{3}", "123", "1234"), ("a|b", "b", "ab"), ("a|b", "a", "ax"), (".*", "x", "x\ny"), ("(?i)yes", "YES", "no"), ("^a$", "a", "aa"), ("a" * 4096, "a" * 4096, "a")])
 def test_a_regex_matches_the_whole_answer(regex: str, good: str, bad: str) -> None:
     assert answer(good, regex=regex) == good
     for wrong in (bad, good + "\n", "\n" + good):
@@ -456,3 +457,31 @@ def test_a_budget_of_steps_ends_a_check() -> None:
     value = list(itertools.repeat(list(itertools.repeat(list(range(60)), 60)), 60))
     with bounded_cpu(), pytest.raises(ValueError, match="steps"):
         SchemaCheck(schema)(value)
+
+
+@pytest.mark.parametrize("pattern", ["[ab]*a[ab]{0000000019000}c", "[ab]*a[ab]{ 19000 }c", "(?x)[ab]*a[ab]{ #\n 19000}c", "(?ix) a", "(a{5000}){,2}"])
+def test_a_count_cannot_be_hidden(pattern: str) -> None:
+    with pytest.raises(InvalidRequest, match="pattern"):
+        llm_inference.matcher(pattern)
+
+
+@pytest.mark.parametrize("regex", ["a)|(?:b", "a)(b", "a|b)c("])
+def test_a_regex_is_one_without_our_brackets(regex: str) -> None:
+    with pytest.raises(InvalidRequest, match="not a regular expression"):
+        llm_inference.full_matcher(regex)
+
+
+def test_an_escaped_bracket_begins_no_flag() -> None:
+    assert llm_inference.matcher(r"\(?x: \d")("(x: 1")
+
+
+def test_an_engine_that_says_back_a_long_text_costs_no_more_than_a_short_one() -> None:
+    def cost(text: str) -> float:
+        began = time.process_time()
+        for _ in range(20):
+            assert len(llm_inference.without_places(text)) <= 400
+        return time.process_time() - began
+
+    short, long = cost("no such model " + "a-" * 400), cost("a-" * 40_000)
+    assert long <= 20 * short + 0.05
+    assert llm_inference.without_places("see 10.0.0.1:80, host.lan:8000 and /etc/pass/wd " + "x" * 2000) == "see <address>, <address> and <path>"
