@@ -254,6 +254,7 @@ class StructuredOutputInvalid(InferenceError):
     """The answer does not fit what was asked, after one more try; the raw answer is in `text`."""
 
     kind, v1 = "structured_output_invalid", (502, "server_error")
+    usage: "Usage | None" = None  #: the tokens of both tries
 
 
 # 4 Domain types ----------------------------------------------------------------------------------
@@ -422,6 +423,9 @@ class Usage:
     @property
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(prompt_tokens=self.prompt_tokens + other.prompt_tokens, completion_tokens=self.completion_tokens + other.completion_tokens)
 
     def as_dict(self) -> dict[str, int]:
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens, "total_tokens": self.total_tokens}
@@ -1347,6 +1351,7 @@ _LAST_WORDS: tuple[tuple[str, type[InferenceError], str], ...] = (
      "the engine is installed but does not load (its CUDA or torch is another): install a matching build, or name another interpreter with python="),
     (r"ModuleNotFoundError|No module named|cannot run ", EngineNotInstalled,
      "install the engine's package in that interpreter, or name another with python="),
+    (r"CommonParams' object has no attribute|has incorrect type", InvalidRequest, "correct launch_args (names: xllamacpp.CommonParams)"),
     (r"unrecognized arguments|invalid choice|expected (one|at least one) argument|argument --", InvalidRequest, "correct launch_args"),
     (r"larger than the maximum number of tokens|max_model_len.*greater than|is longer than the model's context|context_length.*derived", InvalidRequest,
      "lower max_model_len / context_length in launch_args"),
@@ -1431,7 +1436,7 @@ class EngineChild:
             mend = "see its log, mend it, and start again"
             raise EngineUnavailable(f"{self.name} failed {self.failures} times in a row: given up", mend, detail=self._log_end())
         if (wait := self.not_before - time.monotonic()) > 0:
-            raise EngineUnavailable(f"{self.name} ended and is started again in {wait:.0f} s", "ask again then", retry_after=int(wait) + 1)
+            raise EngineUnavailable(f"{self.name} ended and is started again in {int(wait) + 1} s", "ask again then", retry_after=int(wait) + 1)
         self.stop()
         run_dir = self._place()
         try:
@@ -2003,7 +2008,10 @@ class HTTPAdapter(BaseLLMAdapter):
         self._once.cancel()
         self._target = None
         await self._held.close_wire()
-        await asyncio.to_thread(self._held.release_child)
+        try:
+            await asyncio.to_thread(self._held.release_child)
+        except RuntimeError:  # the interpreter is ending: it gives out no threads any more
+            self._held.release_child()
 
     # Asking
     async def prepare(self, request: GenerateRequest) -> tuple[GenerateRequest, tuple[str, ...]]:
@@ -2055,7 +2063,9 @@ class HTTPAdapter(BaseLLMAdapter):
         except TimeoutError as exc:
             raise EngineTimeout(f"{self.engine_type}: connect deadline of {connect:g} s passed", "see whether the address is right and the host is up") from exc
         except ConnectionRefusedError as exc:
-            raise EngineUnavailable(f"{self.engine_type} refuses connections", "ask again" if target.child else f"start it: {self.start_hint}") from exc
+            raise EngineUnavailable(
+                f"{self.engine_type} refuses connections", "ask again" if target.child else f"start it: {self.start_hint}", detail=f"at {target.url}"
+            ) from exc
 
     async def open(self, path: str, body: bytes, deadline: Deadline) -> Reply:
         """The engine's reply to a POST, its status checked. One retry of a refused connection, after asking where the engine is now."""
@@ -3044,6 +3054,7 @@ async def answer_that_fits(ask: Callable[[], Coroutine[Any, Any, T]], check: Cal
             return answer, await asyncio.to_thread(check, answer)
         except ValueError as exc:
             problem = str(exc)[:300]
+            logger.info("an answer does not fit")
     text = answer.text or answer.reasoning if isinstance(answer, Completion) else None
     raise StructuredOutputInvalid(f"the answer does not fit: {problem}", "raise max_tokens, simplify the schema, or take a larger model", text=text)
 
@@ -3070,11 +3081,19 @@ class LLMInferencer:
         self.options, self.model_name = options, model_name
         if engine_type == "auto" and model_name and model_name.partition("/")[0] in self.ENGINE_MAP:
             engine_type, _, self.model_name = model_name.partition("/")
-        self._engine: BaseLLMAdapter | None = None if engine_type == "auto" else self._make(engine_type, **options)
+        engine = self._make("llamacpp" if engine_type == "auto" else engine_type, **options)  # which does nothing yet, but knows its options
+        self._engine: BaseLLMAdapter | None = None if engine_type == "auto" else engine
         self._once = Once()
 
     def _make(self, engine_type: str, **options: Any) -> BaseLLMAdapter:
-        return engine_class(engine_type)(self.model_name, **options)
+        made = engine_class(engine_type)
+        try:
+            return made(self.model_name, **options)
+        except TypeError as exc:
+            if not (unknown := re.search(r"unexpected keyword argument '(\w+)'", str(exc))):
+                raise
+            near = difflib.get_close_matches(unknown[1], ("engine_type", "model_name", *inspect.signature(BaseLLMAdapter.__init__).parameters), n=1, cutoff=0.5)
+            raise InvalidRequest(f"{unknown[1]}: no such option", f"did you mean {near[0]}?" if near else "see help(LLMInferencer)") from None
 
     @property
     def engine_type(self) -> str:
@@ -3103,8 +3122,10 @@ class LLMInferencer:
         if found is not None:
             logger.info("auto: took %s (%s)", found.engine_type, found.how)
             return found
-        if self.options.get("launch", "auto") is False:
-            raise EngineUnavailable("no engine answers", "start one of " + ", ".join(names))
+        if self.options.get("base_url"):
+            raise EngineUnavailable("no engine that says what it is answers at base_url", "start it, correct the address, or name the engine")
+        if self.options.get("launch", "auto") is False or importlib.util.find_spec("xllamacpp") is None:
+            raise EngineUnavailable("no engine answers", f"start one of {', '.join(names)}, or pip install xllamacpp for the embedded one")
         logger.info("auto: no engine answers, so the embedded llama.cpp is started")
         return self._make("llamacpp", **self.options)
 
@@ -3139,13 +3160,19 @@ class LLMInferencer:
         if request.constraint is None and not request.tools:
             return await engine.complete(request)
 
-        def check(done: Completion) -> Any:
-            try:
-                return check_completion(_kept(request, done.ignored), done, build)
-            except ValueError as exc:
-                raise ValueError(f"cut by max_tokens ({exc})" if done.finish_reason == "length" else str(exc)) from None
+        tries: list[Completion] = []
 
-        done, result = await answer_that_fits(lambda: engine.complete(request), check)
+        async def ask() -> Completion:
+            tries.append(await engine.complete(request))
+            return tries[-1]
+
+        try:
+            done, result = await answer_that_fits(ask, lambda done: check_completion(_kept(request, done.ignored), done, build))
+        except StructuredOutputInvalid as exc:
+            exc.usage = sum((done.usage for done in tries), Usage())
+            raise
+        timing = dataclasses.replace(done.timing, total=sum(done.timing.total for done in tries))
+        done = dataclasses.replace(done, usage=sum((done.usage for done in tries), Usage()), timing=timing)  # what it cost, the first try included
         enforced: Literal["engine", "checked", "none"] = "none"
         if request.constraint:
             enforced = "engine" if request.constraint not in done.ignored else "checked" if request.grammar is None else "none"
@@ -3328,6 +3355,13 @@ def _kept(request: GenerateRequest, ignored: Sequence[str]) -> GenerateRequest:
 
 def check_completion(request: GenerateRequest, done: Completion, build: Builder) -> Any:
     """The value of a constrained answer, its tool calls checked against their schemas. Raises ValueError."""
+    try:
+        return _checked(request, done, build)
+    except ValueError as exc:
+        raise ValueError(f"cut by max_tokens ({exc})" if done.finish_reason == "length" else str(exc)) from None
+
+
+def _checked(request: GenerateRequest, done: Completion, build: Builder) -> Any:
     if request.grammar is not None and done.finish_reason == "length":
         raise ValueError("the engine had not come to the grammar's end")
     if request.constraint:
@@ -3474,6 +3508,13 @@ async def check_stream(check: Callable[[], None]) -> None:
         raise StructuredOutputInvalid(f"the streamed answer does not fit: {str(exc)[:300]}", "ask again, or take a larger model") from exc
 
 
+def as_inference_error(exc: Exception) -> InferenceError:
+    if isinstance(exc, InferenceError):
+        return exc
+    logger.exception("unexpected error")
+    return InferenceError("something unexpected went wrong here", "see the server's log")
+
+
 class Metrics:
     """What /metrics tells, in prometheus_client's words; the numbers of all workers added up."""
 
@@ -3553,9 +3594,10 @@ class Hub:
             try:
                 await self.ask_default()
                 self.state, pause = "ready", 5.0
-            except InferenceError as exc:
-                if self.state != (state := f"{exc.kind}: {exc.message}"):
-                    logger.error("the engine is not ready: %s", exc)
+            except Exception as exc:  # an adapter of somebody else's may raise anything; the watch goes on
+                error = as_inference_error(exc)
+                if self.state != (state := f"{error.kind}: {error.message}"):
+                    logger.error("the engine is not ready: %s", error)
                 self.state, pause = state, min(10.0, pause * 1.5)
             await asyncio.sleep(pause)
 
@@ -3881,7 +3923,7 @@ class Exchange:
 
     async def fail(self, error: InferenceError) -> int:
         """The error as an answer; as an event where the answer has begun, and then no clean end. Returns its HTTP status."""
-        self.error_kind = error.kind
+        self.error_kind, self.usage = error.kind, getattr(error, "usage", None) or self.usage
         status, body = self.error_body(error)
         if self.started:
             gap = b"" if self.sent.endswith(b"\n\n") else b"\n\n"  # a relayed event may lack its blank line
@@ -3927,13 +3969,6 @@ class Exchange:
             finally:
                 comments.cancel()
         await self.send({"type": "http.response.body", "body": b""})
-
-
-def as_inference_error(exc: Exception) -> InferenceError:
-    if isinstance(exc, InferenceError):
-        return exc
-    logger.exception("unexpected error")
-    return InferenceError("something unexpected went wrong here", "see the server's log")
 
 
 @functools.cache
@@ -4612,9 +4647,10 @@ class Guard:
             refuse_hop(headers)
             if sum(name == b"host" for name, _ in scope["headers"]) > 1:
                 raise InvalidRequest("header: more than one Host", "send one")
-            if path not in PUBLIC and scope["method"] != "OPTIONS" and not self._allowed(scope, headers):
+            if path not in PUBLIC and not self._allowed(scope, headers):  # a preflight is CORSMiddleware's, which stands before
                 raise Unauthorized("no API key, or a wrong one", "send the header Authorization: Bearer KEY (--api-key, or the key printed at start)")
         except InferenceError as error:
+            logger.info("- %s refused: %s", repr(path)[:100], error.kind)
             await self._refuse(error, path, send)
             return
         exchange = self.hub.direct.get(path) if scope["method"] == "POST" else None
@@ -4903,8 +4939,9 @@ def settings_from(args: "argparse.Namespace") -> Settings:
     keys = args.api_key or env.get("LLM_INFERENCE_API_KEY", "")
     aliases = dict(alias.partition("=")[::2] for alias in args.alias)
     for alias, name in aliases.items():
-        if name.partition("/")[0] not in LLMInferencer.ENGINE_MAP or not name.partition("/")[2]:
+        if not name.partition("/")[2]:
             raise InvalidRequest(f"--alias {alias}: not name=engine/model", "for example fast=vllm/Qwen/Qwen3-8B")
+        engine_class(name.partition("/")[0])
     return Settings(
         engine=args.engine or env.get("LLM_INFERENCE_ENGINE", "auto"), model=args.model or env.get("LLM_INFERENCE_MODEL"), aliases=aliases,
         base_url=args.base_url, engine_api_key=args.engine_api_key, python=args.python, launch_args=tuple(args.launch_args),
@@ -5100,6 +5137,7 @@ def serve(args: "argparse.Namespace") -> int:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((args.host, args.port))
+        listening.listen(2048)  # from here on nobody else gets the port
     except OSError as exc:
         print(f"port {args.port} on {args.host} cannot be used ({exc.strerror}); choose another: --port {args.port + 1}", file=sys.stderr)
         return 1
@@ -5205,15 +5243,24 @@ def api_test(args: "argparse.Namespace") -> int:
     if key := args.api_key or os.environ.get("LLM_INFERENCE_API_KEY"):
         session.headers["Authorization"] = f"Bearer {key.split(',')[0]}"
     try:
-        session.get(f"{base}/health", timeout=5)
+        ours = "x-llm-inference" in session.get(f"{base}/health", timeout=5).headers
     except requests.RequestException:
         print(f"no server answers at {base}; start one: python llm_inference.py --serve --port {args.port}", file=sys.stderr)
+        return 1
+    if not ours:
+        print(f"the server at {base} is not llm_inference; give its port: --port N", file=sys.stderr)
         return 1
     progress = Progress("waiting for the server's engine")
     while session.get(f"{base}/ready", timeout=5).json().get("status") == "starting" and time.monotonic() - progress.started < 120:
         progress.show()
         time.sleep(0.2)
-    cases, progress = _api_cases(args), Progress("api-test")
+    listed = session.get(f"{base}/v1/models", timeout=60)
+    if listed.status_code == 401:
+        print(f"the server at {base} asks for a key: give --api-key KEY", file=sys.stderr)
+        return 1
+    engine = args.engine or session.get(f"{base}/ready", timeout=5).json()["engine_type"]
+    names = [model["id"] for model in listed.json()["data"] if model["owned_by"] == engine]
+    cases, progress = _api_cases(args, f"{engine}/{args.model}" if args.model else (names or [f"{engine}/none"])[0]), Progress("api-test")
     rows: list[tuple[str, str, str, str]] = []
     for case in cases:
         progress.show(bar(len(rows), len(cases)))
@@ -5228,13 +5275,14 @@ def api_test(args: "argparse.Namespace") -> int:
 Case = tuple[str, str, str, dict[str, Any] | None, int, Callable[[Any], bool]]
 
 
-def _api_cases(args: "argparse.Namespace") -> list[Case]:
+def _api_cases(args: "argparse.Namespace", model: str) -> list[Case]:
     """(name, method, path, body, status, does the answer (data, or the events) look right?)"""
     where = {name: value for name, value in (("engine_type", args.engine), ("model_name", args.model)) if value}
     prompt = {"prompt": "What is the capital of France?", "max_tokens": 16, "temperature": 0, **where}
     chat = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 16, **where}
     fields = {"city": {"type": "string", "maxLength": 40}, "country": {"enum": ["France", "Italy"]}}  # bounded: small models ramble
     shape = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+    v1 = {"model": model, "messages": chat["messages"], "max_tokens": 16}
     schema = {"prompt": "Describe Paris: city and country.", "schema": shape, "max_tokens": 200, "temperature": 0, **where}
 
     def text(data: Any) -> bool:
@@ -5261,6 +5309,8 @@ def _api_cases(args: "argparse.Namespace") -> list[Case]:
         ("structured-generate", "POST", f"{API}/structured-generate", schema, 200, fits),
         ("structured-generate, streamed", "POST", f"{API}/structured-generate", {**schema, "stream": True}, 200, events),
         ("OpenAI models", "GET", "/v1/models", None, 200, lambda body: body["object"] == "list" and body["data"]),
+        ("OpenAI chat", "POST", "/v1/chat/completions", v1, 200, lambda body: bool(body["choices"][0]["message"]["content"])),
+        ("OpenAI chat, streamed", "POST", "/v1/chat/completions", {**v1, "stream": True}, 200, lambda items: len(items) > 2 and items[-1] == "[DONE]"),
         ("bad: no prompt", "POST", f"{API}/generate", {"max_tokens": 4}, 400, nothing),
         ("bad: max_tokens true", "POST", f"{API}/generate", {**prompt, "max_tokens": True}, 400, nothing),
         ("bad: temperature 3", "POST", f"{API}/chat", {**chat, "temperature": 3}, 400, nothing),
@@ -5287,11 +5337,28 @@ def _api_case(
                     raise ValueError("not an envelope")
                 answer = answer["data"] if reply.status_code == status else answer
         right = reply.status_code == status and good(answer)
-        verdict = "ok" if right else f"wrong: {str(answer)[:200]}"
+        said = answer.get("msg", answer) if isinstance(answer, dict) else answer
+        verdict = "ok" if right else f"wrong: {str(said)[:200]}"
         shown = str(reply.status_code)
     except Exception as exc:  # every failure is a row of the table
         shown, verdict = "-", f"failed: {type(exc).__name__}: {str(exc)[:160]}"
     return name, shown, f"{time.monotonic() - began:.2f}", verdict
+
+
+def seconds(text: str) -> float:
+    import argparse
+
+    if not 0.1 <= (value := float(text)) <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0.1..1000000")
+    return value
+
+
+def origin(text: str) -> str:
+    import argparse
+
+    if not re.fullmatch(r"\*|https?://[^/\s]+", text):
+        raise argparse.ArgumentTypeError(f"{text} is no origin: https://page.example, say")
+    return text
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
@@ -5327,19 +5394,34 @@ def parser() -> "argparse.ArgumentParser":
     found.add_argument("--api-key", metavar="KEY[,KEY]", help="the key that we ask of callers (with --api-test: that we send)")
     found.add_argument("--no-auth", action="store_true", help="ask no key of anyone")
     found.add_argument("--alias", action="append", default=[], metavar="NAME=ENGINE/MODEL", help="a model name for /v1 (repeatable)")
-    found.add_argument("--cors-origin", action="append", default=[], metavar="ORIGIN", help="a web page's origin that may call us (repeatable)")
+    found.add_argument("--cors-origin", type=origin, action="append", default=[], metavar="ORIGIN", help="a web page's origin that may call us (repeatable)")
     found.add_argument("--max-in-flight", type=whole(1, 100_000), default=256, metavar="N", help="requests worked on at once (default: 256)")
     found.add_argument("--queue", type=whole(0, 1_000_000), default=256, metavar="N", help="requests that may wait (default: 256), then 429")
     found.add_argument("--workers", type=whole(1, 256), default=1, metavar="N", help="server processes; they share the limits (default: 1)")
     found.add_argument("--ray", action="store_true", help="with --serve: on Ray Serve, in front of an engine that runs already")
     found.add_argument("--replicas", default="1", metavar="N[-M]", help="with --ray: how many, or between how many Ray scales (default: 1)")
     found.add_argument("--max-tokens-cap", type=whole(1, 1_000_000), default=8192, metavar="N", help="the most a request may ask for (default: 8192)")
-    found.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds for a whole answer (default: 600)")
+    found.add_argument("--timeout", type=seconds, default=600.0, metavar="S", help="seconds for a whole answer (default: 600)")
     found.add_argument("--python", metavar="PATH", help="the interpreter that has vllm or sglang, where it is another one")
     found.add_argument("launch_args", nargs="*", metavar="-- ARGUMENT", help="with --serve: a started engine's own arguments, verbatim")
     found.add_argument("--json", action="store_true", help="self-test: print JSON")
     found.add_argument("--verbose", action="store_true", help="log each step")
     return found
+
+
+def refuse_idle_flags(args: "argparse.Namespace") -> None:
+    """Raises InvalidRequest for a flag that this mode would pass over in silence."""
+    idle = {"json"} if args.serve or args.api_test else set()
+    if not args.serve:
+        idle |= {"no_auth", "alias", "cors_origin", "max_in_flight", "queue", "workers", "ray", "replicas", "max_tokens_cap", "python"}
+    elif not args.ray:
+        idle.add("replicas")
+    for name in sorted(idle):
+        if getattr(args, name) != parser().get_default(name):
+            where = "the self-test" if name == "json" else "--ray" if args.serve else "--serve"
+            raise InvalidRequest(f"--{name.replace('_', '-')} is for {where} alone", "leave it out, or see --help")
+    if args.launch_args and not args.serve:
+        raise InvalidRequest(f"{args.launch_args[0][:40]!r}: a started engine's arguments are for --serve alone", "say --serve, or see --help")
 
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
@@ -5351,8 +5433,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     level = logging.INFO if args.serve or args.verbose else logging.WARNING
     logging.basicConfig(level=level, format=LOG_FORMAT, stream=sys.stderr)
     try:
-        if args.launch_args and not args.serve:
-            raise InvalidRequest("engine arguments are for --serve alone", "see --help")
+        refuse_idle_flags(args)
         return serve(args) if args.serve else api_test(args) if args.api_test else self_test(args)
     except InferenceError as exc:
         print(f"{exc.kind}: {exc}", file=sys.stderr)

@@ -795,7 +795,7 @@ def test_no_engine_is_asked_without_the_key(keyed: Stand, path: str) -> None:
 @pytest.mark.parametrize("method", ["POST", "PUT", "HEAD", "OPTIONS", "DELETE", "TRACE", "PROPFIND"])
 def test_every_method_is_closed(keyed: Stand, method: str) -> None:
     reply = keyed.client.request(method, f"{API}/generate", json={"prompt": "hi"})
-    assert reply.status_code in (401, 405) and not keyed.engine.asked()
+    assert reply.status_code == 401 and not keyed.engine.asked()
 
 
 def test_no_auth_is_the_explicit_way_out() -> None:

@@ -300,6 +300,12 @@ def test_a_setting_is_honoured(own: Callable[..., LLMInferencer]) -> None:
     assert llm.models()[0].context_length == 1024
 
 
+@pytest.mark.parametrize("setting", ["n_ctxx=1", "n_batch=much"])
+def test_a_setting_that_xllamacpp_refuses_is_the_callers(setting: str, own: Callable[..., LLMInferencer]) -> None:
+    with pytest.raises(InvalidRequest, match="launch_args"):
+        own(launch_args=[setting]).generate("hi")
+
+
 @pytest.mark.parametrize("setting", ["n_ctx=null", "n_ctx=much", "n_parallel=1.5"])
 def test_a_setting_of_another_type_is_told_and_leaves_nothing(setting: str, tmp_path: Path, own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -508,6 +514,17 @@ llm.close()
 """
     done = subprocess.run([sys.executable, "-c", PARENT.format(root=str(ROOT), then=then)], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.splitlines() == ["ready", "fork True", "parent True"], done.stderr
+
+
+def test_ctrl_c_while_the_engine_starts_is_quiet() -> None:
+    for pause in (0.0, 0.1, 0.3):
+        test = subprocess.Popen([sys.executable, str(ROOT / "llm_inference.py"), "--engine", "llamacpp"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        life = until(lambda pid=test.pid: below(pid), 30)
+        time.sleep(pause)
+        test.send_signal(signal.SIGINT)
+        _, said = test.communicate(timeout=30)
+        assert test.returncode == 130 and "Traceback" not in said, said
+        until(lambda life=life: gone(life))
 
 
 def test_a_watcher_that_is_killed_takes_the_engine_along(own: Callable[..., LLMInferencer]) -> None:

@@ -11,6 +11,9 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from typing import Any
 import httpx
 import pytest
 from fake_engine import Reply
-from serving import TEXT, Command, Stand, descendants, enveloped, refused, refused_v1, until
+from serving import ROOT, TEXT, Command, Stand, clean_env, descendants, enveloped, free_port, refused, refused_v1, run, until
 
 import llm_inference as product
 
@@ -38,8 +41,6 @@ def limited() -> Iterator[Stand]:
 @pytest.fixture(scope="module", params=["httptools", "h11"])
 def port(request: pytest.FixtureRequest, limited: Stand) -> Iterator[int]:
     """The app behind the protocol of --serve, with either parser, and its deadlines short."""
-    import threading
-
     import uvicorn
 
     with pytest.MonkeyPatch.context() as patch:
@@ -355,3 +356,90 @@ def test_leaving_a_route_asked_in_process_stops_the_engine() -> None:
         asyncio.run(leave())
         stand.engine.wait(lambda: stand.engine.live == 0)
         assert stand.hub.in_flight == 0
+
+
+# The command line tells what is wrong, and passes nothing over ------------------------------------
+
+
+@pytest.mark.parametrize(("argv", "says"), [
+    (["--workers", "3"], "--workers is for --serve"), (["--no-auth"], "--no-auth is for --serve"), (["--python", "/x"], "--python is for --serve"),
+    (["--serve", "--json"], "--json is for the self-test"), (["--serve", "--replicas", "2"], "--replicas is for --ray"), (["serve"], "'serve'"),
+    (["--serve", "--alias", "x=foo/bar"], "no such engine"), (["--serve", "--alias", "x=foo"], "not name=engine/model"),
+])  # fmt: skip
+def test_a_flag_that_would_do_nothing_is_refused(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert product.main(argv) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--timeout", "-1"], ["--timeout", "nan"], ["--timeout", "0"], ["--cors-origin", "foo"], ["--cors-origin", "https://a/b"]])
+def test_a_value_out_of_range_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        product.main(["--serve", *argv])
+    assert argv[0] in capsys.readouterr().err
+
+
+def test_of_two_servers_on_one_port_one_is_told() -> None:
+    """Both are started before either has bound: an engine that nobody can reach may take long to find."""
+    port = free_port()
+    argv = [sys.executable, str(ROOT / "llm_inference.py"), "--serve", "--host", "127.0.0.1", "--port", str(port), "--engine", "vllm", "--base-url", "http://127.0.0.1:9"]
+    both = [subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=clean_env()) for _ in range(2)]
+    try:
+        until(lambda: any(process.poll() is not None for process in both), 30)
+        loser = next(process for process in both if process.poll() is not None)
+        assert loser.returncode == 1 and b"cannot be used" in loser.stderr.read()  # type: ignore[union-attr]
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
+def test_the_api_test_knows_what_it_tests() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nhi")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        done = run("--api-test", "--port", str(listener.getsockname()[1]))
+        thread.join()
+    assert done.returncode == 1 and "is not llm_inference" in done.stderr and "Traceback" not in done.stderr
+    with Stand("vllm", api_keys=("k",)) as stand:
+        done = run("--api-test", "--base-url", stand.url)
+    assert done.returncode == 1 and "--api-key" in done.stderr
+
+
+@pytest.mark.parametrize("engine_type", ["auto", "vllm", "llamacpp"])
+def test_an_option_that_does_not_exist_is_told_at_once(engine_type: str) -> None:
+    with pytest.raises(product.InvalidRequest, match="did you mean model_name"):
+        product.LLMInferencer(engine_type, model="x")
+    with pytest.raises(product.InvalidRequest, match="did you mean base_url"):
+        product.LLMInferencer(engine_type, base_ur="x")
+
+
+def test_who_is_refused_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with Stand("vllm", api_keys=("right",)) as stand, caplog.at_level("INFO", "llm_inference"):
+        stand.client.get("/v1/models%0Afaked", headers={"authorization": "Bearer wr0ng"})
+    lines = [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
+    assert lines == ["- '/v1/models\\nfaked' refused: unauthorized"]
+
+
+def test_both_tries_are_counted(limited: Stand) -> None:
+    def ask(*answers: str) -> tuple[int, float]:
+        """(completion tokens that the answer tells, and that /metrics counted)."""
+        limited.engine.reset()
+        said = iter(answers)
+        limited.engine.answer = lambda ask: next(said)
+        before = counted()
+        reply = limited.post("/structured-generate", prompt="x", schema={"a": "integer"}).json()
+        return reply["data"] and reply["data"]["usage"]["completion_tokens"], counted() - before
+
+    def counted() -> float:
+        return limited.hub.metrics.registry.get_sample_value("llm_tokens_total", {"engine": "vllm", "kind": "completion"}) or 0.0  # type: ignore[union-attr]
+
+    one, two, failed = ask('{"a": 1}'), ask("not JSON", '{"a": 1}'), ask("not JSON", "not JSON")
+    limited.engine.reset()
+    assert one[0] == one[1] < two[0] == two[1]
+    assert failed[0] is None and failed[1] > 0

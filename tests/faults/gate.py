@@ -70,7 +70,7 @@ def names_public(target: str) -> bool:
 def through(answer: Answer, target: str, method: str) -> str:
     """What an uninvited caller got that the rule keeps from it, or nothing."""
     if answer.status in KEPT_OUT or (not answer.status and answer.note != "hung"):
-        if answer.status in (404, 405) and not names_public(target) and method != "OPTIONS":
+        if answer.status in (404, 405) and not names_public(target):
             return f"past the guard: {answer.status}"  # default deny: who is not let in does not learn what is there
         return ""
     if names_public(target) and answer.status in (200, 503):

@@ -29,7 +29,7 @@ GUARDS: dict[str, Guard] = {
     "a relayed schema is looked at": Guard("        if schema is not None and schema != ANY_OBJECT:\n            await", "        if False:\n            await", "places", "schema"),
     "images are data": Guard('refuse_places(body.get("messages") or ())', "pass", "places", "part"),
     "never from ourselves": Guard("if headers.get(HOP.encode()) == INSTANCE.encode():", "if False:", "hostile_bodies", "header"),
-    "the key": Guard('if path not in PUBLIC and scope["method"] != "OPTIONS" and not self._allowed(scope, headers):', "if False:", "gate", "keyed"),
+    "the key": Guard('if path not in PUBLIC and not self._allowed(scope, headers):', "if False:", "gate", "keyed"),
     "the Host": Guard('and (host == "localhost" or is_loopback(host.strip("[]")))', "", "gate", "host"),
     "the peer": Guard("return is_loopback(peer) and (host", "return (host", "gate", "host"),
     "forwarding headers": Guard("and not any(map(FORWARDED.fullmatch, headers))", "", "gate", "forwarded"),
