@@ -2508,8 +2508,10 @@ def relayed_schemas(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     functions = [tool.get("function") for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
     found = [function.get("parameters") for function in functions if isinstance(function, dict)]
     outputs = body.get("structured_outputs")
-    found += [body.get("json_schema"), outputs.get("json") if isinstance(outputs, dict) else None]
-    yield from (schema for schema in found if isinstance(schema, dict))
+    whole = [body.get("json_schema"), outputs.get("json") if isinstance(outputs, dict) else outputs]
+    if any(schema is not None and not isinstance(schema, dict) for schema in whole):  # vLLM takes a text too, which nobody here would have checked
+        raise InvalidRequest("json_schema, structured_outputs.json: not an object", "give the schema as a JSON object")
+    yield from (schema for schema in (*found, *whole) if isinstance(schema, dict))
 
 
 def response_schema(form: Any) -> dict[str, Any] | None:
@@ -3537,7 +3539,7 @@ class Metrics:
         del own["buckets"]
         self.in_flight = prom.Gauge("requests_in_flight", "Requests being worked on", multiprocess_mode="livesum", **own)
         self.waiting = prom.Gauge("requests_waiting", "Requests waiting for a place", multiprocess_mode="livesum", **own)
-        self.up = prom.Gauge("engine_up", "1 when the default engine answers", ("engine",), multiprocess_mode="livemin", **own)
+        self.up = prom.Gauge("engine_up", "1 when the default engine answers", multiprocess_mode="livemin", **own)
         self.known: dict[tuple[Any, ...], Any] = {}  # labels() costs more than all else here
 
     def of(self, metric: Any, *labels: Any) -> Any:
@@ -3556,9 +3558,8 @@ class Metrics:
             self.of(self.tokens, engine, "prompt").inc(usage.prompt_tokens)
             self.of(self.tokens, engine, "completion").inc(usage.completion_tokens)
 
-    def page(self, hub: "Hub") -> tuple[bytes, str]:
+    def page(self) -> tuple[bytes, str]:
         """The page and its content type."""
-        self.up.labels(hub.default.engine_type).set(hub.state == "ready")
         registry, folder = self.registry, os.environ.get("PROMETHEUS_MULTIPROC_DIR")
         if folder:
             from prometheus_client import multiprocess
@@ -3599,6 +3600,8 @@ class Hub:
                 if self.state != (state := f"{error.kind}: {error.message}"):
                     logger.error("the engine is not ready: %s", error)
                 self.state, pause = state, min(10.0, pause * 1.5)
+            if self.metrics:
+                self.metrics.up.set(self.state == "ready")
             await asyncio.sleep(pause)
 
     async def close(self) -> None:
@@ -3616,7 +3619,7 @@ class Hub:
 
     def route(self, engine_type: str | None, model: str | None) -> tuple[LLMInferencer, str | None]:
         """Where a request goes: an alias, `engine/model`, or the engine and model that it names."""
-        if model is not None and model in self.settings.aliases:
+        if engine_type in (None, "auto") and model is not None and model in self.settings.aliases:
             engine_type, _, model = self.settings.aliases[model].partition("/")
         elif engine_type in (None, "auto") and model and "/" in model and model.partition("/")[0] in LLMInferencer.ENGINE_MAP:
             engine_type, _, model = model.partition("/")
@@ -3665,7 +3668,10 @@ class Hub:
             features: list[str] = []
             if health["healthy"]:
                 engine = await llm.engine()
-                features = sorted(await engine.features(health["models"][0]) if health["models"] else engine.capabilities)
+                try:
+                    features = sorted(await engine.features(health["models"][0]) if health["models"] else engine.capabilities)
+                except InferenceError as exc:  # it is too busy to say, which is no reason to tell nothing of the others
+                    health["error"] = exc.message
             return (
                 {"engine_type": name, "reachable": health.pop("healthy"), "default": llm is self.default, "features": features} | health | {"engine_type": name}
             )
@@ -3771,7 +3777,7 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> None:
 
 
 async def read_body(receive: Receive) -> bytes:
-    """The whole body. Raises PayloadTooLarge past 4 MiB; CancelledError when the client goes."""
+    """The whole body. Raises PayloadTooLarge past 4 MiB, ClientGone when the client goes."""
     parts, size = [], 0
     while True:
         message = await receive()
@@ -3982,6 +3988,8 @@ def response_class() -> "Callable[[Exchange], StarletteResponse]":
 
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
             await self.exchange(scope, receive, send)
+            if self.background is not None:  # of the host's dependencies
+                await self.background()
 
     return ExchangeResponse
 
@@ -4046,6 +4054,8 @@ class V1Exchange(Exchange):
         for name in ("model", needed):
             if name not in body:
                 raise InvalidRequest(f"{name}: Field required", "see OpenAI's API reference")
+        if isinstance(prompts := body.get("prompt"), list) and not all(isinstance(token, int) for token in prompts) and len(prompts) * body.get("n", 1) > 128:
+            raise InvalidRequest("prompt, n: more than 128 answers asked for at once", "send several requests")
         refuse_places(body.get("messages") or ())
         if isinstance(body.get("input"), (dict, list)):
             refuse_place(body["input"])
@@ -4079,9 +4089,9 @@ class V1Exchange(Exchange):
         if not isinstance(found, list) or not found or not isinstance(found[0], dict):
             raise BadEngineReply(f"{engine.engine_type} answered with something else than a completion", "check the engine")
         if "choices" in payload:
-            for choice in found:
-                finish_of(choice.get("finish_reason"))
-            self.usage = engine.usage_of(payload)
+            _check_event(engine, payload)
+            with engine._well_formed():
+                self.usage = engine.usage_of(payload)
         if payload.pop("metadata", None) is not None:  # SGLang's does not fit OpenAI's type
             data = to_json(payload)
         await self.answer(data.replace(b'"reasoning_content":', b'"reasoning":'))
@@ -4101,7 +4111,7 @@ class V1Exchange(Exchange):
                 if ABORTED in data or not CLEAN_EVENTS.fullmatch(data):
                     check_events(engine, data)
                 finished = finished or b'"finish_reason":"' in data or b'"finish_reason": "' in data
-                ended = ended or b"data: [DONE]" in data
+                ended = ended or data.startswith(b"data: [DONE]") or b"\ndata: [DONE]" in data
                 if ended and not finished:
                     break
                 if answer is not None:
@@ -4124,6 +4134,8 @@ class V1Exchange(Exchange):
     async def _embed(self, engine: BaseLLMAdapter, body: dict[str, Any]) -> None:
         if left := [n for n in body if n not in ("model", "input", "encoding_format", *HARMLESS)]:
             raise UnsupportedFeature(f"{engine.engine_type} would ignore {', '.join(left)[:200]}", "leave it out")
+        if ignored := [name for name in body if name in HARMLESS]:
+            self.extra.append((b"x-ignored-fields", ", ".join(ignored).encode()))
         texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise InvalidRequest("input: neither a text nor a list of texts", "token ids are not taken by this engine")
@@ -4254,11 +4266,16 @@ def from_openai(body: dict[str, Any], engine: str) -> dict[str, Any]:
     fields = {name: body[name] for name in ("messages", "model", "stop", *PLAIN_FIELDS) if name in body}
     done = {*fields, "stream", "stream_options"}
     if isinstance(fields.get("messages"), list):  # clients send their whole message back, with what is null or empty in it
-        kept = Message.__annotations__
-        fields["messages"] = [{k: v for k, v in m.items() if v is not None and (k in kept or v != [])} for m in fields["messages"]]
+        kept, thoughts = Message.__annotations__, ("reasoning", "reasoning_content")  # of which no template here shows an earlier one
+        fields["messages"] = [
+            {k: v for k, v in m.items() if v is not None and (k in kept or v != []) and not (k in thoughts and m.get("role") == "assistant")}
+            for m in fields["messages"]
+        ]
     if "prompt" in body and "messages" not in body:
         if not isinstance(body["prompt"], str):
             raise UnsupportedFeature(f"{engine} takes one text as prompt", "send one request a prompt")
+        if is_asked(body.get("logprobs")):
+            raise UnsupportedFeature(f"{engine} would ignore logprobs on /v1/completions", "ask /v1/chat/completions")
         fields |= {"messages": body["prompt"], "raw": body["prompt"]}
         done.add("prompt")
     if "max_completion_tokens" in body:
@@ -4424,7 +4441,7 @@ def enveloped_error(exc: Exception, response: "Callable[..., StarletteResponse]"
     if status is not None:  # Starlette's and FastAPI's HTTPException
         kinds = {401: Unauthorized, 403: Unauthorized, 404: NotFound, 405: MethodNotAllowed, 413: PayloadTooLarge, 429: Busy, 503: NotReady}
         error: InferenceError = kinds.get(status, InvalidRequest if status < 500 else InferenceError)(str(getattr(exc, "detail", "")) or "refused", "see /docs")
-    elif callable(getattr(exc, "errors", None)):  # RequestValidationError of a host's dependency
+    elif type(exc).__name__ == "RequestValidationError":  # FastAPI's, of a host's dependency
         places = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors()[:4])  # type: ignore[attr-defined]
         error = InvalidRequest(places, "correct the named field")
     else:
@@ -4690,7 +4707,9 @@ def is_loopback_call(scope: Scope, headers: Mapping[bytes, bytes], trusted: Sequ
     own = {f"{scheme}://{headers.get(b'host', b'').decode('latin-1')}" for scheme in ("http", "https")}
     if origin not in trusted and (site not in (b"none", b"same-origin") or origin and origin not in own):
         return False  # a page that this machine's browser shows: a "simple" POST asks no CORS question
-    return is_loopback(peer) and (host == "localhost" or is_loopback(host.strip("[]"))) and not any(map(FORWARDED.fullmatch, headers))
+    if scope.get("http_version") == "1.0" or any(map(FORWARDED.fullmatch, headers)):
+        return False  # a proxy's: nginx speaks 1.0 and names nobody, unless it is told to
+    return is_loopback(peer) and (host == "localhost" or is_loopback(host.strip("[]")))
 
 
 @functools.lru_cache(1024)
@@ -4776,7 +4795,7 @@ def create_app(settings: Settings | None = None, llm: LLMInferencer | None = Non
     async def metrics() -> Response:
         if hub.metrics is None:
             return enveloped_error(NotFound("no metrics here", "pip install prometheus-client"), JSONResponse)  # type: ignore[no-any-return]
-        page, content_type = hub.metrics.page(hub)
+        page, content_type = hub.metrics.page()
         return Response(page, media_type=content_type)
 
     app.add_route("/ui{part:path}", page)  # type: ignore[arg-type]
@@ -4936,14 +4955,17 @@ def settings_from(args: "argparse.Namespace") -> Settings:
     """Flags over environment over defaults."""
     env = os.environ
     deadlines = Deadlines(total=args.timeout, first_token=min(300.0, args.timeout), idle=min(120.0, args.timeout))
-    keys = args.api_key or env.get("LLM_INFERENCE_API_KEY", "")
+    keys = env.get("LLM_INFERENCE_API_KEY", "") if args.api_key is None else args.api_key
+    if not keys.strip(" ,") and (args.api_key is not None or keys):
+        raise InvalidRequest("--api-key, LLM_INFERENCE_API_KEY: no key in it", "give one, or leave it out")
     aliases = dict(alias.partition("=")[::2] for alias in args.alias)
     for alias, name in aliases.items():
-        if not name.partition("/")[2]:
+        if not name.partition("/")[2] or not re.fullmatch(MODEL_NAME, alias):
             raise InvalidRequest(f"--alias {alias}: not name=engine/model", "for example fast=vllm/Qwen/Qwen3-8B")
-        engine_class(name.partition("/")[0])
+        if name.partition("/")[0] not in LLMInferencer.ENGINE_MAP:
+            raise UnknownEngine(f"--alias {alias}: no such engine in engine/model", f"one of {', '.join(LLMInferencer.ENGINE_MAP)}")
     return Settings(
-        engine=args.engine or env.get("LLM_INFERENCE_ENGINE", "auto"), model=args.model or env.get("LLM_INFERENCE_MODEL"), aliases=aliases,
+        engine=args.engine or env.get("LLM_INFERENCE_ENGINE") or "auto", model=args.model or env.get("LLM_INFERENCE_MODEL") or None, aliases=aliases,
         base_url=args.base_url, engine_api_key=args.engine_api_key, python=args.python, launch_args=tuple(args.launch_args),
         api_keys=tuple(k.strip() for k in keys.split(",") if k.strip()),
         no_auth=args.no_auth, cors_origins=tuple(args.cors_origin), max_in_flight=args.max_in_flight, queue=args.queue,
@@ -5004,7 +5026,7 @@ def _test_engine(name: str, settings: Settings) -> dict[str, Any]:
     result: dict[str, Any] = {"engine_type": name, "ok": False, "question": question}
     try:
         # an engine is started here only when it is the embedded one
-        llm = LLMInferencer(name, settings.model, base_url=settings.base_url, api_key=settings.engine_api_key, launch="auto" if name == "llamacpp" else False)
+        llm = dataclasses.replace(settings, engine=name).inferencer(launch="auto" if name == "llamacpp" else False)
         with llm:
             engine = portal.call(llm.engine())
             result |= {"how": engine.how, "version": engine.version}
@@ -5049,6 +5071,8 @@ def limited_protocol(settings: Settings) -> type:
 
         def data_received(self, data: bytes) -> None:
             in_body = self.seen is not None and self.seen.more_body
+            if not in_body and not self.partial and not (data := data.lstrip(b"\r\n")):
+                return  # an empty line before a request is ignored (RFC 9112, 2.2)
             super().data_received(data)
             if self.cycle is not self.seen:
                 self.seen, self.partial = self.cycle, 0
@@ -5073,6 +5097,9 @@ def limited_protocol(settings: Settings) -> type:
                 self.refuse(RequestTimeout(f"the request's {self.waiting_for} did not come to its end in time", "send it faster"))
 
         def refuse(self, error: InferenceError) -> None:
+            if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+                self.transport.close()  # in the middle of an answer: nothing else may stand there
+                return
             v1 = self.waiting_for == "body" and str(self.seen.scope["path"]).startswith("/v1")
             body = to_json(error_object(error) if v1 else envelope(str(uuid.uuid4()), error=error))
             head = f"HTTP/1.1 {error.status} {error.kind}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nx-error-kind: {error.kind}\r\n"
@@ -5181,7 +5208,8 @@ def supervise(run: Callable[[], None], workers: int) -> None:
         nonlocal stopping
         stopping = True
         for process in running:
-            process.terminate()
+            if process.pid is not None:  # else it is being started just now, and told below
+                process.terminate()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
@@ -5191,13 +5219,19 @@ def supervise(run: Callable[[], None], workers: int) -> None:
             running.append(context.Process(target=run, name="llm_inference worker"))
             running[-1].start()
             logger.info("worker %s started", running[-1].pid)
+            if stopping:
+                running[-1].terminate()
         multiprocessing.connection.wait([process.sentinel for process in running], 1)
         time.sleep(0 if stopping else 0.5)  # a worker that ends at once is not started in a frenzy
 
 
-def banner(args: "argparse.Namespace", settings: Settings) -> None:
+def local_url(args: "argparse.Namespace") -> str:
     shown = "127.0.0.1" if args.host in ("0.0.0.0", "::") else args.host
-    url = f"http://[{shown}]:{args.port}" if ":" in shown else f"http://{shown}:{args.port}"
+    return f"http://[{shown}]:{args.port}" if ":" in shown else f"http://{shown}:{args.port}"
+
+
+def banner(args: "argparse.Namespace", settings: Settings) -> None:
+    url = local_url(args)
     print(
         f"llm_inference {__version__}\n  API         {url}{API}/generate  /chat  /structured-generate\n"
         f"  OpenAI      {url}/v1\n  Swagger UI  {url}/docs\n  ReDoc       {url}/redoc"
@@ -5218,14 +5252,23 @@ def sharing(settings: Settings, workers: int) -> Iterator[Settings]:
     assert isinstance(engine, HTTPAdapter)
     target, model = portal.call(engine.target()), portal.call(engine.model_for(None))
 
+    over = threading.Event()
+
     def keep() -> None:
-        while True:
-            time.sleep(1)
+        while not over.wait(1):
             with contextlib.suppress(InferenceError):
                 portal.call(engine.target())  # starts a child anew that has ended
 
-    threading.Thread(target=keep, daemon=True).start()
-    with llm, tempfile.TemporaryDirectory(prefix="llm-inference-") as folder:
+    keeper = threading.Thread(target=keep, daemon=True)
+    keeper.start()
+
+    def let_go() -> None:
+        over.set()
+        keeper.join(10)
+
+    with llm, contextlib.ExitStack() as stack:  # the keeper goes first: it would start the engine that is being stopped
+        stack.callback(let_go)
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="llm-inference-"))
         os.environ |= {"PROMETHEUS_MULTIPROC_DIR": folder, "LLM_INFERENCE_INSTANCE": INSTANCE}
         yield dataclasses.replace(
             settings, engine=engine.engine_type, model=model, python=None, launch_args=(), page=False,
@@ -5237,7 +5280,7 @@ def api_test(args: "argparse.Namespace") -> int:
     """Every route of a running server, whole and streamed, good and bad input, with requests. 0 when all went as they should."""
     import requests
 
-    base = (args.base_url or f"http://{'127.0.0.1' if args.host == '0.0.0.0' else args.host}:{args.port}").rstrip("/")
+    base = (args.base_url or local_url(args)).rstrip("/")
     session = requests.Session()
     session.trust_env = False
     if key := args.api_key or os.environ.get("LLM_INFERENCE_API_KEY"):
@@ -5414,11 +5457,11 @@ def refuse_idle_flags(args: "argparse.Namespace") -> None:
     idle = {"json"} if args.serve or args.api_test else set()
     if not args.serve:
         idle |= {"no_auth", "alias", "cors_origin", "max_in_flight", "queue", "workers", "ray", "replicas", "max_tokens_cap", "python"}
-    elif not args.ray:
-        idle.add("replicas")
+    else:
+        idle.add("workers" if args.ray else "replicas")
     for name in sorted(idle):
         if getattr(args, name) != parser().get_default(name):
-            where = "the self-test" if name == "json" else "--ray" if args.serve else "--serve"
+            where = "the self-test" if name == "json" else "--serve without --ray" if name == "workers" and args.ray else "--ray" if args.serve else "--serve"
             raise InvalidRequest(f"--{name.replace('_', '-')} is for {where} alone", "leave it out, or see --help")
     if args.launch_args and not args.serve:
         raise InvalidRequest(f"{args.launch_args[0][:40]!r}: a started engine's arguments are for --serve alone", "say --serve, or see --help")

@@ -21,7 +21,10 @@ from typing import Any
 import httpx
 import pytest
 from fake_engine import Reply
-from serving import ROOT, TEXT, Command, Stand, clean_env, descendants, enveloped, free_port, refused, refused_v1, run, until
+from fastapi import BackgroundTasks, Depends, FastAPI
+from fastapi.testclient import TestClient
+from pydantic import TypeAdapter
+from serving import ROOT, TEXT, Command, Fake, Stand, clean_env, descendants, enveloped, free_port, refused, refused_v1, run, until
 
 import llm_inference as product
 
@@ -137,7 +140,7 @@ def test_metrics() -> None:
         assert found['llm_requests_total{engine="-",route="/api/v1/llm/chat",status="400"}'] == 1
         assert found['llm_errors_total{engine="-",kind="invalid_request"}'] == 2
         assert found[f"llm_first_token_seconds_count{{{route}}}"] == 1 and found[f"llm_request_seconds_count{{{route}}}"] == 2
-        assert found['llm_tokens_total{engine="vllm",kind="completion"}'] > 0 and found['llm_engine_up{engine="vllm"}'] == 1
+        assert found['llm_tokens_total{engine="vllm",kind="completion"}'] > 0 and found["llm_engine_up"] == 1
         assert found["llm_requests_in_flight"] == found["llm_requests_waiting"] == 0
         stand.engine.pace, stand.engine.text = 0.05, "word " * 200
         with stand.client.stream("POST", "/api/v1/llm/chat", json={"messages": HI, "stream": True}) as reply:
@@ -443,3 +446,168 @@ def test_both_tries_are_counted(limited: Stand) -> None:
     limited.engine.reset()
     assert one[0] == one[1] < two[0] == two[1]
     assert failed[0] is None and failed[1] > 0
+
+
+# ------------------------------------------------------------------------------------------------- what a hostile reading found
+
+
+def test_a_proxy_that_names_nobody_is_not_this_machine(port: int) -> None:
+    """nginx's default: HTTP/1.0 towards us, our own address as Host, no forwarding header."""
+    ask = b"GET /v1/models HTTP/1.%d\r\nhost: 127.0.0.1:%d\r\nconnection: close\r\n\r\n"
+    for minor, status in ((1, b"200"), (0, b"401")):
+        with socket.create_connection(("127.0.0.1", port), 10) as client:
+            client.sendall(ask % (minor, port))
+            assert b"".join(iter(lambda client=client: client.recv(65536), b"")).split()[1] == status  # type: ignore[misc]
+
+
+def test_an_empty_line_after_a_body_breaks_no_answer(port: int, limited: Stand) -> None:
+    limited.engine.reset()
+    limited.engine.pace = 0.05  # the stream takes longer than the 0.3 s for a header
+    body = json.dumps({"messages": HI, "stream": True}).encode()
+    head = f"POST {product.API}/chat HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), 10) as client:
+        client.sendall(head.encode() + body)
+        said = client.recv(65536)
+        client.sendall(b"\r\n")
+        while b"[DONE]" not in said:
+            said += client.recv(65536)
+            assert b"HTTP/1.1 408" not in said
+        client.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        assert b"HTTP/1.1 200" in b"".join(iter(lambda: client.recv(65536), b""))
+    limited.engine.reset()
+
+
+def test_a_host_dependencys_background_tasks_run() -> None:
+    ran = list[str]()
+
+    def bill(tasks: BackgroundTasks) -> None:
+        tasks.add_task(ran.append, "billed")
+
+    with Stand("vllm") as stand:
+        host = FastAPI()
+        host.include_router(product.create_router(product.LLMInferencer("vllm", base_url=stand.engine.base_url)), dependencies=[Depends(bill)])
+        with TestClient(host) as client:
+            assert client.post(f"{product.API}/generate", json={"prompt": "hi"}).status_code == 200
+    assert ran == ["billed"]
+
+
+def test_a_hosts_own_mistake_is_no_callers() -> None:
+    def mistaken() -> None:
+        TypeAdapter(int).validate_python("x")
+
+    host = FastAPI()
+    host.include_router(product.create_router(product.LLMInferencer("vllm", base_url="http://127.0.0.1:9")), dependencies=[Depends(mistaken)])
+    with TestClient(host, raise_server_exceptions=False) as client:
+        assert client.post(f"{product.API}/generate", json={"prompt": "hi"}).status_code == 500
+
+
+@pytest.mark.parametrize("field", [{"structured_outputs": {"json": '{"$ref": "http://evil/x"}'}}, {"structured_outputs": "x"}])
+def test_a_schema_as_text_is_not_passed_by(limited: Stand, field: dict[str, Any]) -> None:
+    limited.engine.reset()
+    refused_v1(limited.post(CHAT, model="m", messages=HI, **field), "invalid_request")
+    assert not limited.engine.asked()
+
+
+def test_an_alias_is_not_put_before_the_engine_that_is_named() -> None:
+    with Stand("vllm", aliases={"fast": "vllm/m"}) as stand:
+        refused(stand.post("/chat", messages=HI, engine_type="olama", model_name="fast"), "unknown_engine")
+        refused(stand.post("/chat", messages=HI, engine_type="vllm", model_name="fast"), "model_not_found")
+        assert stand.post("/chat", messages=HI, model_name="fast").status_code == 200
+
+
+def test_an_answer_may_speak_of_the_end(limited: Stand) -> None:
+    limited.engine.reset()
+    chunk = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    said = [{"delta": {"content": "It ends with data: [DONE] as its last line."}, "finish_reason": None}, {"delta": {}, "finish_reason": "stop"}]
+    pieces = [b"data: " + json.dumps(chunk | {"choices": [{"index": 0, **part}]}).encode() + b"\n\n" for part in said]
+    limited.engine.script(Reply(headers={"content-type": "text/event-stream"}, pieces=[*pieces, b"data: [DONE]\n\n"], gap=0.05))
+    assert limited.events(CHAT, model="m", messages=HI)[-1] == "[DONE]"
+
+
+def test_ollama_takes_its_own_message_back_and_refuses_logprobs_of_a_prompt() -> None:
+    with Stand("ollama") as stand:
+        back = [*HI, {"role": "assistant", "content": "x", "reasoning": "hm", "refusal": None}, {"role": "user", "content": "and?"}]
+        assert stand.post(CHAT, model="m", messages=back).status_code == 200
+        refused_v1(stand.post("/v1/completions", model="m", prompt="x", logprobs=True), "unsupported_feature")
+        stand.engine.capabilities.append("embedding")
+        assert stand.post("/v1/embeddings", model="m", input="x", user="u").headers["x-ignored-fields"] == "user"
+
+
+@pytest.mark.parametrize("usage", [{"completion_tokens": 3}, "x"])
+def test_a_malformed_whole_answer_is_the_engines(limited: Stand, usage: Any) -> None:
+    limited.engine.reset()
+    answer = {"id": "x", "choices": [{"index": 0, "message": {"role": "assistant", "content": "x"}, "finish_reason": "stop"}], "usage": usage}
+    limited.engine.script(Reply(headers={"content-type": "application/json"}, pieces=[json.dumps(answer).encode()]))
+    refused_v1(limited.post(CHAT, model="m", messages=HI), "bad_engine_reply")
+
+
+def test_one_busy_engine_hides_no_other() -> None:
+    with Stand("vllm") as stand:
+        until(lambda: stand.client.get("/ready").status_code == 200)
+        for path in ("/tokenize", CHAT):
+            stand.engine.script(Reply(status=503, headers={"content-type": "application/json"}, pieces=[b'{"error": {"message": "overloaded"}}']), path)
+        told = stand.client.get(f"{product.API}/engines").json()
+    assert told["code"] == 200 and next(engine for engine in told["data"] if engine["engine_type"] == "vllm")["error"]
+
+
+def test_more_answers_than_a_request_may_ask_for(limited: Stand) -> None:
+    limited.engine.reset()
+    refused_v1(limited.post("/v1/completions", model="m", prompt=["x"] * 65, n=2), "invalid_request")
+    refused_v1(limited.post("/v1/completions", model="m", prompt=["x"] * 129), "invalid_request")
+    assert not limited.engine.asked()
+
+
+@pytest.mark.parametrize("argv", [["--api-key", ""], ["--api-key", ","], ["--alias", "my model=vllm/m"], ["--alias", "=vllm/m"], ["--ray", "--workers", "4"]])
+def test_a_flag_that_says_nothing_usable_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert product.main(["--serve", *argv]) == 2
+    assert "invalid_request" in capsys.readouterr().err
+
+
+def test_an_empty_variable_is_an_unset_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LLM_INFERENCE_ENGINE", "LLM_INFERENCE_MODEL", "LLM_INFERENCE_API_KEY"):
+        monkeypatch.setenv(name, "")
+    settings = product.settings_from(product.parser().parse_args([]))
+    assert (settings.engine, settings.model, settings.api_keys) == ("auto", None, ())
+
+
+def test_a_signal_while_a_worker_is_started_ends_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = f"""
+import functools, os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import llm_inference
+from multiprocessing.context import SpawnProcess
+start = SpawnProcess.start
+def signalled(self):
+    os.kill(os.getpid(), signal.SIGTERM)  # before there is a process to be told
+    start(self)
+SpawnProcess.start = signalled
+if __name__ == "__main__":
+    llm_inference.supervise(functools.partial(time.sleep, 60), 1)
+    print("over")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "over\n", done.stderr
+
+
+def test_the_keeper_starts_nothing_once_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Fake("vllm") as engine:
+        settings = product.Settings(engine="vllm", base_url=engine.base_url)
+        reached, closing = list[bool](), threading.Event()
+        target, close = product.VLLMAdapter.target, product.VLLMAdapter.close
+
+        async def counted(self: Any) -> Any:
+            reached.append(closing.is_set())
+            return await target(self)
+
+        async def slowly(self: Any) -> None:
+            closing.set()
+            await close(self)
+            await asyncio.sleep(1.5)
+
+        monkeypatch.setattr(product.VLLMAdapter, "target", counted)
+        monkeypatch.setattr(product.VLLMAdapter, "close", slowly)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "environ", dict(os.environ))
+            with product.sharing(settings, 2):
+                until(lambda: len(reached) > 3, 20)
+        assert not any(reached)

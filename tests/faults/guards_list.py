@@ -32,7 +32,7 @@ GUARDS: dict[str, Guard] = {
     "the key": Guard('if path not in PUBLIC and not self._allowed(scope, headers):', "if False:", "gate", "keyed"),
     "the Host": Guard('and (host == "localhost" or is_loopback(host.strip("[]")))', "", "gate", "host"),
     "the peer": Guard("return is_loopback(peer) and (host", "return (host", "gate", "host"),
-    "forwarding headers": Guard("and not any(map(FORWARDED.fullmatch, headers))", "", "gate", "forwarded"),
+    "forwarding headers": Guard('if scope.get("http_version") == "1.0" or any(map(FORWARDED.fullmatch, headers)):', "if False:", "gate", "forwarded"),
     "other pages": Guard("return False  # a page that this machine's browser shows", "pass  # a page that this machine's browser shows", "gate", "page"),
     "the queue is bounded": Guard("if self.gate.locked() and self.waiting >= self.settings.queue:", "if False:", "overload", ""),
     "a line is bounded": Guard("    LIMIT = 8 << 20", "    LIMIT = 8 << 30", "network", "engine:endless vllm api"),
