@@ -1213,7 +1213,7 @@ class Once:
         task = self._tasks.get(key)
         if task is None or task.get_loop() is not asyncio.get_running_loop():  # a fork has a loop of its own
             task = self._tasks[key] = asyncio.ensure_future(work())
-            task.add_done_callback(lambda done: (self._tasks.pop(key, None), done.cancelled() or done.exception()))  # nobody may be left to ask for it
+            task.add_done_callback(functools.partial(self._done, key))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -1222,6 +1222,11 @@ class Once:
             raise
         finally:
             del task  # it holds its error, whose traceback holds this frame: a cycle that would keep the request
+
+    def _done(self, key: Any, task: asyncio.Task[Any]) -> None:
+        self._tasks.pop(key, None)
+        if not task.cancelled():
+            task.exception()  # asked for: whoever waited may have left
 
     def cancel(self) -> None:
         for task in self._tasks.values():
@@ -1392,7 +1397,7 @@ class EngineChild:
         self.key, self.port, self.uds, self.holders = "", 0, "", 0
         self.failures, self.not_before, self.started = 0, 0.0, 0.0
         self.generation = self._failed = self._watched = 0  #: how often it was started; the last start whose failure was counted, that is watched
-        self._starting = threading.Lock()
+        self._starting = threading.RLock()
         self.log = Path()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -1419,7 +1424,7 @@ class EngineChild:
         for child in cls._all.values():
             if child._process is not None and child._process.stdin is not None:
                 os.close(child._process.stdin.fileno())
-            child._process, child._starting, child._failed = None, threading.Lock(), child.generation
+            child._process, child._starting, child._failed = None, threading.RLock(), child.generation
             child.key, child.port, child.uds = "", 0, ""
         cls._all, cls._lock = {}, threading.RLock()
 
@@ -1820,7 +1825,10 @@ class Held:
             if loop.is_running() and threading.current_thread().name != "llm_inference":
                 with contextlib.suppress(Exception):
                     asyncio.run_coroutine_threadsafe(_aclose(keeper), loop).result(1 if loop is portal.loop else 0)
-        self.release_child()
+        try:  # an engine's end takes a while, and the collector runs anywhere
+            threading.Thread(target=self.release_child, name="llm_inference release", daemon=True).start()
+        except RuntimeError:  # the interpreter is ending
+            self.release_child()
 
 
 async def _aclose(generator: AsyncGenerator[Any, None]) -> None:
