@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -82,13 +83,14 @@ def main() -> None:
     parser.add_argument("--also", type=Path, help="another copy of the module, measured as `before`")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is ended
     modules = {"ours": ROOT / "llm_inference.py"} | ({"before": args.also} if args.also else {})
     found = []
     for streams, step, cost in CASES:
         found.append(case(streams, step, cost, args.rounds, modules))
         print(json.dumps(found[-1]), flush=True)
-    if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        if args.out:
+            args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
