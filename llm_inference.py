@@ -3686,13 +3686,17 @@ class Hub:
 
         return list(await asyncio.gather(*(one(name) for name in LLMInferencer.ENGINE_MAP)))
 
-    @contextlib.asynccontextmanager
-    async def admitted(self) -> AsyncIterator[None]:
-        """A place among those in flight, after a bounded wait. Raises Busy at once when the queue is full."""
+    def refuse_full(self) -> None:
+        """Raises NotReady and Busy for a request that would not get a place: before its body is read, and after it."""
         if self.draining:
             raise NotReady("the server is stopping", "ask another one")
         if self.gate.locked() and self.waiting >= self.settings.queue:
             raise Busy(f"{self.settings.max_in_flight} requests in flight and {self.settings.queue} waiting", "ask again later", retry_after=1)
+
+    @contextlib.asynccontextmanager
+    async def admitted(self) -> AsyncIterator[None]:
+        """A place among those in flight, after a bounded wait. Raises Busy at once when the queue is full."""
+        self.refuse_full()
         self._count(waiting=1)
         try:
             await self.gate.acquire()
@@ -3877,10 +3881,11 @@ class Exchange:
         self.engine = self.model = "-"
         self.usage: Usage | None = None
         self.error_kind, self.first_event = "", 0.0
-        self.started = False
+        self.started = self.gone = False  #: has the answer begun? has the client hung up, or stopped reading?
         self.sent = b""  #: the last part of a stream
         self.body: bytes | None = None  #: the body, where somebody has read it before
         self.extra: list[tuple[bytes, bytes]] = []
+        self.task: asyncio.Task[Any] | None = None
 
     async def work(self, body: bytes) -> None:
         raise NotImplementedError
@@ -3894,21 +3899,19 @@ class Exchange:
         if UUID.fullmatch(given := headers.get(b"x-request-id", b"")):
             self.request_id = given.decode()
         REQUEST_ID.set(self.request_id)
-        me = asyncio.current_task()
+        me = self.task = asyncio.current_task()
         assert me is not None
-        gone = False
 
         async def watch_client() -> None:
-            nonlocal gone
             while (await receive())["type"] != "http.disconnect":
                 pass
-            gone = True
-            me.cancel()
+            self.leave()
 
         try:
             refuse_hop(headers)
             if int(headers.get(b"content-length", b"0")) > MAX_BODY:  # the HTTP parser has checked that it is a number
                 raise PayloadTooLarge(f"body: over {MAX_BODY} bytes", "send less")
+            self.hub.refuse_full()
             body = await read_body(receive) if self.body is None else self.body
             watch = asyncio.ensure_future(watch_client())
             async with self.hub.admitted():
@@ -3919,12 +3922,13 @@ class Exchange:
         except ClientGone:
             pass
         except asyncio.CancelledError:
-            if not gone and not self.hub.draining:
+            if not self.gone and not self.hub.draining:
                 raise
             me.uncancel()
-            if not gone:
+            if not self.gone:
                 status = 503
-                await self.fail(NotReady("the server is stopping", "ask again"))
+                with contextlib.suppress(TimeoutError, asyncio.CancelledError):  # a client that does not read is not waited for
+                    await asyncio.wait_for(self.fail(NotReady("the server is stopping", "ask again")), 1)
         except Exception as exc:
             status = await self.fail(as_inference_error(exc))  # no name keeps the error here: with its traceback it would keep the body
         finally:
@@ -3934,6 +3938,12 @@ class Exchange:
                 self.hub.metrics.record(self, scope["path"], status)
             tokens = f"{self.usage.prompt_tokens}+{self.usage.completion_tokens}" if self.usage else "-"
             logger.info("%s %s %s %s %s %.3fs %s", self.request_id, scope["path"], self.engine, self.model, status, time.monotonic() - self.began, tokens)
+
+    def leave(self) -> None:
+        """Nobody is left to answer: end the work."""
+        self.gone = True
+        if self.task is not None:
+            self.task.cancel()
 
     async def fail(self, error: InferenceError) -> int:
         """The error as an answer; as an event where the answer has begun, and then no clean end. Returns its HTTP status."""
@@ -3959,26 +3969,31 @@ class Exchange:
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def events(self, parts: AsyncGenerator[bytes, None]) -> None:
-        """Server-sent events: the first is awaited before the 200, silence is filled with comments, the end is the generator's."""
+        """Server-sent events: the first is awaited before the 200, silence is filled with comments, the end is the generator's.
+
+        A client that reads nothing for `idle` seconds counts as gone.
+        """
         async with contextlib.aclosing(parts):
             part: bytes | None = await anext(parts, None)
             self.first_event = time.monotonic()
             await self.head(200, b"text/event-stream; charset=utf-8", (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
             loop = asyncio.get_running_loop()
-            sent = loop.time()
+            sent, sending, idle = loop.time(), True, self.hub.settings.deadlines.idle
 
             async def keep_alive() -> None:
                 while True:
-                    await asyncio.sleep(KEEP_ALIVE_COMMENT)
-                    if loop.time() - sent >= KEEP_ALIVE_COMMENT:
+                    await asyncio.sleep(min(KEEP_ALIVE_COMMENT, idle))
+                    if sending and loop.time() - sent >= idle:
+                        self.leave()
+                    elif not sending and loop.time() - sent >= KEEP_ALIVE_COMMENT:
                         await self.send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
 
             comments = loop.create_task(keep_alive())
             try:
                 while part is not None:
-                    self.sent = part
+                    self.sent, sending, sent = part, True, loop.time()
                     await self.send({"type": "http.response.body", "body": part, "more_body": True})
-                    sent = loop.time()
+                    sent, sending = loop.time(), False
                     part = await anext(parts, None)
             finally:
                 comments.cancel()
@@ -4496,7 +4511,7 @@ def create_v1_router(hub: Hub) -> Any:
     @router.get("/models/{name:path}", summary="OpenAI: one model")
     async def model(request: Request) -> Response:
         name = request.path_params["name"]
-        found = next((m for m in await listed() if name in (m["id"], m["id"].partition("/")[2])), None)
+        found = next((m for m in await listed() if name and name in (m["id"], m["id"].partition("/")[2])), None)
         if found is None:
             error = ModelNotFound("no such model", "see /v1/models")
             return JSONResponse(error_object(error), error.v1[0])
@@ -4505,8 +4520,9 @@ def create_v1_router(hub: Hub) -> Any:
     return router
 
 
-async def asked(exchange: Exchange, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-    """One of our own routes, asked in process: the envelopes of its stream, or the one of its refusal. Leaving early stops it."""
+async def asked(exchange: Exchange, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any] | None, None]:
+    """One of our own routes, asked in process: the envelopes of its stream, or the one of its refusal, and None for each second
+    without one, so that whoever has left is noticed. Leaving early stops it."""
     sent: asyncio.Queue[bytes | None] = asyncio.Queue()
     messages, lines = [{"type": "http.request", "body": to_json(body)}], LineReader()
 
@@ -4519,7 +4535,14 @@ async def asked(exchange: Exchange, path: str, body: dict[str, Any]) -> AsyncGen
     task = asyncio.ensure_future(exchange({"type": "http", "path": path, "headers": []}, receive, send))
     task.add_done_callback(lambda _: sent.put_nowait(None))
     try:
-        while (part := await sent.get()) is not None:
+        while True:
+            try:
+                part = await asyncio.wait_for(sent.get(), 1)
+            except TimeoutError:
+                yield None
+                continue
+            if part is None:
+                break
             for payload in [part] if part.startswith(b"{") else sse_payloads(lines.feed(part)):
                 if payload != b"[DONE]":
                     yield from_json(payload)
@@ -4608,6 +4631,7 @@ class ChatPage:
         body = {"messages": messages, "model_name": model, "temperature": temperature, "max_tokens": max_tokens, "stream": True, "on_unsupported": "ignore"}
         body |= {"top_p": top_p} if top_p < 1 else {}
         path, text, thought = API + ("/structured-generate" if schema else "/chat"), "", ""
+        lines: list[dict[str, Any]] = []
         if schema:
             try:
                 body["schema"] = from_json(schema)
@@ -4616,6 +4640,9 @@ class ChatPage:
                 return
         async with contextlib.aclosing(asked(self.hub.direct[path](), path, body)) as envelopes:
             async for event in envelopes:
+                if event is None:
+                    yield lines
+                    continue
                 data = event["data"] or {}
                 text, thought = text + data.get("delta", ""), thought + data.get("reasoning_delta", "")
                 lines = [chat_line("reasoning", thought)] if thought else []
@@ -4716,7 +4743,7 @@ def is_loopback_call(scope: Scope, headers: Mapping[bytes, bytes], trusted: Sequ
     if origin not in trusted and (site not in (b"none", b"same-origin") or origin and origin not in own):
         return False  # a page that this machine's browser shows: a "simple" POST asks no CORS question
     if scope.get("http_version") == "1.0" or any(map(FORWARDED.fullmatch, headers)):
-        return False  # a proxy's: nginx speaks 1.0 and names nobody, unless it is told to
+        return False  # a proxy's that says so; one that says nothing (nginx since 1.29.7) cannot be told from this machine: the banner warns
     return is_loopback(peer) and (host == "localhost" or is_loopback(host.strip("[]")))
 
 
@@ -5057,7 +5084,7 @@ def _test_engine(name: str, settings: Settings) -> dict[str, Any]:
 
 
 def limited_protocol(settings: Settings) -> type:
-    """uvicorn's HTTP protocol with what it lacks: a cap on a header that has no end, and deadlines for header and body."""
+    """uvicorn's HTTP protocol with what it lacks: a cap on a header that has no end, and deadlines for header, body and a client that does not read."""
     try:
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as Protocol
     except ImportError:
@@ -5068,6 +5095,9 @@ def limited_protocol(settings: Settings) -> type:
         waiting_for = ""
         seen: Any = None  #: the request whose header was complete last
         partial = 0  #: bytes of the header after it
+        bodiless = 0  #: bytes since the last of a body: chunks' sizes and trailers
+        trailing = False  #: is the header complete?
+        unread: asyncio.TimerHandle | None = None  #: runs while the client reads nothing
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -5075,16 +5105,46 @@ def limited_protocol(settings: Settings) -> type:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self.wait_for("")
+            self.resume_writing()
             super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self.unread = self.loop.call_later(settings.deadlines.idle, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            if self.unread is not None:
+                self.unread.cancel()
+            super().resume_writing()
+
+        def on_message_begin(self) -> None:  # this and the next three: httptools' alone; h11 has limits of its own
+            self.trailing, self.bodiless = False, 0
+            super().on_message_begin()
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            if not self.trailing:  # a trailer may be dropped (RFC 9110, 6.5.1)
+                super().on_header(name, value)
+
+        def on_headers_complete(self) -> None:
+            self.trailing = True
+            super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            self.bodiless = 0
+            super().on_body(body)
 
         def data_received(self, data: bytes) -> None:
             in_body = self.seen is not None and self.seen.more_body
             if not in_body and not self.partial and not (data := data.lstrip(b"\r\n")):
                 return  # an empty line before a request is ignored (RFC 9112, 2.2)
+            self.bodiless += len(data)
             super().data_received(data)
             if self.cycle is not self.seen:
                 self.seen, self.partial = self.cycle, 0
-            elif not in_body:
+            elif in_body:
+                if self.bodiless > MAX_HEADER and self.trailing and not self.transport.is_closing():
+                    self.refuse(HeaderTooLarge(f"trailers: over {MAX_HEADER} bytes", "send less"))
+            else:
                 self.partial += len(data)
                 if self.partial > MAX_HEADER and not self.transport.is_closing():
                     self.refuse(HeaderTooLarge(f"header: over {MAX_HEADER} bytes", "send less"))
@@ -5247,8 +5307,10 @@ def banner(args: "argparse.Namespace", settings: Settings) -> None:
     if args.workers == 1 and not args.ray:
         print(f"  Chat page   {url}/ui" + ("" if importlib.util.find_spec("gradio") else "   (needs: pip install gradio)"))
     print(f"  engine      {settings.engine}" + (f"  model {settings.model}" if settings.model else "") + "   (ready: " + f"{url}/ready)")
-    if not settings.api_keys and not settings.no_auth and not is_loopback(args.host):
-        print(f"  API key     {settings.made_key}   (from this machine none is needed)")
+    if not settings.api_keys and not settings.no_auth:
+        if not is_loopback(args.host):
+            print(f"  API key     {settings.made_key}   (from this machine none is needed)")
+        print("  behind a reverse proxy, give --api-key: its callers look like this machine's, which need none")
     sys.stdout.flush()
 
 

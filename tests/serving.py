@@ -45,10 +45,10 @@ SOON = 2.0  # seconds; the promise is one, and this machine has other work
 
 
 @contextlib.contextmanager
-def serving(app: Any, ready: str | None = "/ready") -> Iterator[str]:
+def serving(app: Any, ready: str | None = "/ready", **config: Any) -> Iterator[str]:
     """Any ASGI app behind uvicorn on a free loopback port; the URL, once `ready` says something else than "starting"."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=3))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=3, **config))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -1097,6 +1097,17 @@ def test_a_stopping_server_ends_an_endless_stream_with_an_error_event(fake: Fake
         assert enveloped(last)["code"] == 500 and last["data"] is None
 
 
+def test_a_stopping_server_does_not_wait_for_a_client_that_does_not_read(fake: Fake) -> None:
+    fake.text = "word " * 60_000
+    with attached(fake) as server, contextlib.closing(hang_up(server.url)) as client:
+        client.request("POST", f"{API}/generate", json.dumps({"prompt": "hi", "stream": True}))
+        fake.wait(lambda: fake.live == 1)
+        until(lambda: httpx.get(server.url + "/ready", trust_env=False).json()["in_flight"] == 1)
+        server.end(30)
+        fake.wait(lambda: fake.live == 0)
+        assert "Traceback" not in server.said
+
+
 def test_a_second_signal_forces(fake: Fake) -> None:
     fake.script(Reply(delay=60))
     with attached(fake) as server, contextlib.closing(hang_up(server.url)) as client:

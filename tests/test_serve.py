@@ -24,7 +24,7 @@ from fake_engine import Reply
 from fastapi import BackgroundTasks, Depends, FastAPI
 from fastapi.testclient import TestClient
 from pydantic import TypeAdapter
-from serving import ROOT, TEXT, Command, Fake, Stand, clean_env, descendants, enveloped, free_port, refused, refused_v1, run, until
+from serving import API, ROOT, TEXT, Command, Fake, Stand, clean_env, descendants, enveloped, free_port, refused, refused_v1, run, serving, until
 
 import llm_inference as product
 
@@ -90,6 +90,46 @@ START = b"POST /api/v1/llm/chat HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: app
 def test_what_is_too_long_or_too_slow(port: int, parts: tuple[bytes, ...], status: int, kind: str) -> None:
     assert (found := said(port, *parts))[0] == status, found
     assert enveloped(found[1])["msg"].startswith(kind)
+
+
+CHUNKED = START + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("endless", [b"0\r\n" + b"X-A: b\r\n" * 20_000, b"0\r\nX-A: " + b"b" * 160_000, b"1;x=" + b"y" * 160_000], ids=["fields", "value", "extension"])
+def test_what_follows_a_body_has_an_end(port: int, endless: bytes) -> None:
+    """Trailers and chunks' extensions, which no deadline of ours would bound in size. h11 has limits of its own, and says 400."""
+    status, body = said(port, CHUNKED, b"2\r\n{ \r\n", *[endless[at : at + 8192] for at in range(0, len(endless), 8192)])
+    assert (status, body["msg"].partition(":")[0]) in ((431, "header_too_large"), (400, "invalid_request"))
+
+
+def test_a_body_in_the_smallest_chunks_and_a_trailer_pass(port: int, limited: Stand) -> None:
+    limited.engine.reset()
+    body = json.dumps({"messages": [{"role": "user", "content": "x" * 20_000}]}).encode()
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
+    status, answer = said(port, CHUNKED.replace(b"\r\n", b"\r\nConnection: close\r\n", 1), chunks, b"0\r\nAuthorization: Bearer x\r\n\r\n")
+    assert (status, answer["data"]["text"]) == (200, TEXT)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["--serve", "a host's uvicorn"])
+@pytest.mark.parametrize("path, body", [(f"{API}/chat", {"messages": HI}), (CHAT, {"messages": HI, "model": "vllm/fake"})], ids=["ours", "openai"])
+def test_a_client_that_does_not_read_is_gone(own: bool, path: str, body: dict[str, Any]) -> None:
+    """Neither a place nor a generation is kept for it; --serve ends its connection too."""
+    with Stand("vllm", deadlines=product.Deadlines(idle=0.5)) as stand, contextlib.ExitStack() as stack:
+        stand.engine.text = "word " * 60_000
+        url = stack.enter_context(serving(stand.app, http=product.limited_protocol(stand.hub.settings))) if own else stand.url
+        client = stack.enter_context(contextlib.closing(socket.socket()))
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        asked = json.dumps(body | {"model": stand.model} if "model" in body else body)[:-1].encode() + b', "stream": true}'
+        client.sendall(b"POST %s HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n" % (path.encode(), len(asked)) + asked)
+        until(lambda: stand.hub.in_flight == 1)
+        until(lambda: stand.hub.in_flight == 0)
+        stand.engine.wait(lambda: stand.engine.live == 0)
+        if own:
+            client.settimeout(20)
+            with contextlib.suppress(ConnectionResetError):
+                while client.recv(1 << 20):
+                    pass
 
 
 def test_a_connection_that_asks_nothing_is_closed(port: int) -> None:

@@ -14,6 +14,7 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 pytest.importorskip("gradio", reason="pip install -r tests/browser/requirements.txt")
 from chromium import DESKTOP, PHONE, Page, chromium  # noqa: E402
+from fake_engine import Reply  # noqa: E402
 from serving import Fake, serving, until  # noqa: E402
 
 import llm_inference as product  # noqa: E402
@@ -108,9 +109,12 @@ def test_stop_ends_the_generation(server: tuple[str, Fake], tmp_path: Path) -> N
         assert roles == ["user", "assistant", "user"] and "word" in str(engine.asked()[-1]["messages"][1])
 
 
-def test_leaving_ends_the_generation(server: tuple[str, Fake]) -> None:
+@pytest.mark.parametrize("silent", [False, True], ids=["while it talks", "before the first token"])
+def test_leaving_ends_the_generation(server: tuple[str, Fake], silent: bool) -> None:
     url, engine = server
     engine.reset().pace, engine.text = 0.05, "word " * 2000
+    if silent:
+        engine.script(Reply(delay=60))
     with chromium() as page:
         opened(page, url)
         choose(page, "vllm/")
