@@ -27,6 +27,7 @@ import contextvars
 import dataclasses
 import decimal
 import difflib
+import errno
 import functools
 import hashlib
 import hmac
@@ -383,7 +384,7 @@ def explain(exc: ValidationError) -> str:
         )
         # the one message of pydantic's that repeats the input
         message = f"not one of {error['msg'].rpartition('expected tags: ')[2]}" if error["type"] == "union_tag_invalid" else error["msg"]
-        lines.append(f"{where or 'body'}: {message}"[:300])
+        lines.append(f"{where[:100] or 'body'}: {message}"[:300])
     return ", or ".join(dict.fromkeys(lines))
 
 
@@ -1077,6 +1078,8 @@ class AiohttpWire(Wire):
             response = await self._session.request(method, url, data=body, headers=headers, allow_redirects=False, timeout=timeout)
         except self._aiohttp.ConnectionTimeoutError as exc:
             raise TimeoutError(str(exc)) from exc
+        except self._aiohttp.ClientConnectorDNSError as exc:
+            raise socket.gaierror(str(exc)) from exc
         except self._aiohttp.ClientConnectorError as exc:
             raise ConnectionRefusedError(str(exc)) from exc
         except (self._aiohttp.ClientError, OSError) as exc:
@@ -1120,7 +1123,8 @@ class HttpxWire(Wire):
         except self._httpx.ConnectTimeout as exc:
             raise TimeoutError(str(exc)) from exc
         except self._httpx.ConnectError as exc:
-            raise ConnectionRefusedError(str(exc)) from exc
+            error = socket.gaierror if "[Errno -" in str(exc) else ConnectionRefusedError  # a resolver's errors are negative
+            raise error(str(exc)) from exc
         except self._httpx.HTTPError as exc:
             raise EngineUnavailable(f"the connection broke before the reply ({type(exc).__name__})", "ask again") from exc
         return _HttpxReply(self._httpx, response)
@@ -1766,6 +1770,8 @@ def clean_url(url: str, port: str = "", name: str = "base_url") -> str:
     url = url.rstrip("/").removesuffix("/v1")
     if not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~-]*)?", url):
         raise InvalidRequest(f"{name}: not an http(s) URL", "for example http://127.0.0.1:8000")
+    if (found := re.match(r"https?://[^/]*?:(\d+)(/|$)", url)) and not 0 < int(found[1]) < 65536:
+        raise InvalidRequest(f"{name}: no such port", "1 to 65535")
     return re.sub(r"//0\.0\.0\.0(?=[:/]|$)", "//127.0.0.1", url)
 
 
@@ -2045,7 +2051,10 @@ class HTTPAdapter(BaseLLMAdapter):
         await self.target()
         found = self._features  # of this server: another one may be reached meanwhile
         if model not in found:
-            found[model] = self.capabilities - await self._lacks(model)
+            lacks = await self._lacks(model)
+            if len(found) >= 1000:  # SGLang takes any adapter's name behind a model's
+                found.clear()
+            found[model] = self.capabilities - lacks
         return found[model]
 
     async def _lacks(self, model: str) -> set[str]:
@@ -2070,6 +2079,8 @@ class HTTPAdapter(BaseLLMAdapter):
             return await deadline.wait(wire.send(method, target.url + path, body, headers, connect))
         except TimeoutError as exc:
             raise EngineTimeout(f"{self.engine_type}: connect deadline of {connect:g} s passed", "see whether the address is right and the host is up") from exc
+        except socket.gaierror as exc:
+            raise EngineUnavailable(f"{self.engine_type}: its host's name is not known", "correct the address", detail=f"at {target.url}") from exc
         except ConnectionRefusedError as exc:
             raise EngineUnavailable(
                 f"{self.engine_type} refuses connections", "ask again" if target.child else f"start it: {self.start_hint}", detail=f"at {target.url}"
@@ -2267,6 +2278,20 @@ def text_of(value: Any) -> str:
     return value
 
 
+def count_of(value: Any) -> int:
+    """A number of tokens; 0 where none is told. Raises TypeError for anything else."""
+    if value is not None and not _is_count(value):
+        raise TypeError("a number of tokens is none")
+    return value or 0
+
+
+def vectors_of(found: Any, texts: Sequence[str]) -> list[list[float]]:
+    """One vector a text, each a list of numbers. Raises TypeError for anything else."""
+    if len(found) != len(texts) or not all(isinstance(vector, list) and vector and all(map(_is_number, vector)) for vector in found):
+        raise TypeError("not one vector a text")
+    return found  # type: ignore[no-any-return]
+
+
 def finish_of(value: Any) -> str | None:
     """OpenAI's finish reasons. An engine's own (`abort`, `load`, …) mean that the answer is not one: EngineUnavailable."""
     if value is None or value in ("stop", "length", "tool_calls", "content_filter"):
@@ -2321,6 +2346,7 @@ class OpenAIAdapter(HTTPAdapter):
 
     capabilities = _COMMON | {"tool_choice", "regex", "grammar"}
     in_auto = True
+    adapters_by_name: ClassVar[bool] = False  #: does `model:adapter` name a LoRA adapter?
     offers_named: ClassVar[bool] = False  #: must a named function be the only one that is offered?
     names: ClassVar[dict[str, str]] = {}  #: our field → the engine's, where they differ
     reasoning_field: ClassVar[str] = "reasoning_content"
@@ -2404,7 +2430,7 @@ class OpenAIAdapter(HTTPAdapter):
     @staticmethod
     def usage_of(payload: dict[str, Any]) -> Usage | None:
         usage = payload.get("usage")
-        return Usage(prompt_tokens=usage["prompt_tokens"], completion_tokens=usage.get("completion_tokens") or 0) if usage else None
+        return Usage(prompt_tokens=count_of(usage["prompt_tokens"]), completion_tokens=count_of(usage.get("completion_tokens"))) if usage else None
 
     @staticmethod
     def _timing(payload: dict[str, Any], seconds: float) -> Timing | None:
@@ -2412,6 +2438,8 @@ class OpenAIAdapter(HTTPAdapter):
 
     async def models(self) -> list[ModelInfo]:
         listed = await self._fetch_json("/v1/models")
+        if not listed:
+            raise BadEngineReply(f"what answers for {self.engine_type} lists no models", "correct the address")
         with self._well_formed():
             return [
                 ModelInfo(name=m["id"], context_length=m.get("max_model_len") or (m.get("meta") or {}).get("n_ctx"), size=(m.get("meta") or {}).get("size"))
@@ -2421,7 +2449,8 @@ class OpenAIAdapter(HTTPAdapter):
     async def embed(self, texts: Sequence[str], model: str) -> tuple[list[list[float]], Usage]:
         payload = await self._ask("/v1/embeddings", {"model": model, "input": list(texts), "encoding_format": "float"})
         with self._well_formed():
-            return [item["embedding"] for item in sorted(payload["data"], key=lambda i: i["index"])], self.usage_of(payload) or Usage()
+            found = [item["embedding"] for item in sorted(payload["data"], key=lambda i: i["index"])]
+            return vectors_of(found, texts), self.usage_of(payload) or Usage()
 
     async def _owned(self, get: Callable[[str], Coroutine[Any, Any, Any]], owner: str) -> bool:
         return owner in owners_of(await get("/v1/models"))
@@ -2452,7 +2481,7 @@ class OpenAIAdapter(HTTPAdapter):
     async def _check_served(self, model: str) -> None:
         """Raises ModelNotFound for a name that this engine would echo and not look at."""
         served = [m.name for m in await self.models()]
-        if model not in served and model.partition(":")[0] not in served:
+        if model not in served and not (self.adapters_by_name and model.partition(":")[0] in served):
             raise ModelNotFound(f"{self.engine_type} does not serve {model!r}", f"it serves {', '.join(served) or 'nothing'}")
 
     def _instead(self, missing: Sequence[str]) -> str:
@@ -2637,6 +2666,7 @@ class SGLangAdapter(OpenAIAdapter):
     start_hint, install_hint = "python -m sglang.launch_server --model-path MODEL", 'pip install "sglang[all]"'
     whole_by_stream = True
     clamps_max_tokens = False
+    adapters_by_name = True
     offers_named = True
     v1_constraints = "response_format, regex and ebnf"
     v1_chat_only = frozenset({"response_format"})
@@ -2929,7 +2959,7 @@ class OllamaAdapter(HTTPAdapter):
             tool_calls=calls,
             logprobs=tuple(payload.get("logprobs") or ()),
             finish_reason=finish_of(payload.get("done_reason") or "stop") if done else None,
-            usage=Usage(prompt_tokens=payload.get("prompt_eval_count") or 0, completion_tokens=payload.get("eval_count") or 0) if done else None,
+            usage=Usage(prompt_tokens=count_of(payload.get("prompt_eval_count")), completion_tokens=count_of(payload.get("eval_count"))) if done else None,
             timing=self._timing(payload) if done else None,
         )
 
@@ -2991,6 +3021,8 @@ class OllamaAdapter(HTTPAdapter):
 
     async def models(self) -> list[ModelInfo]:
         listed = await self._fetch_json("/api/tags")
+        if not listed:
+            raise BadEngineReply("what answers for ollama lists no models", "correct the address")
         with self._well_formed():
             return [
                 ModelInfo(
@@ -3024,7 +3056,7 @@ class OllamaAdapter(HTTPAdapter):
     async def embed(self, texts: Sequence[str], model: str) -> tuple[list[list[float]], Usage]:
         payload = await self._ask("/api/embed", {"model": model, "input": list(texts), "truncate": False})
         with self._well_formed():
-            return payload["embeddings"], Usage(prompt_tokens=payload.get("prompt_eval_count") or 0)
+            return vectors_of(payload["embeddings"], texts), Usage(prompt_tokens=count_of(payload.get("prompt_eval_count")))
 
     async def pull(self, model: str) -> AsyncGenerator[tuple[str, int, int], None]:
         stage, patient = "", dataclasses.replace(self.deadlines, total=float("inf"))  # as long as it goes on
@@ -3062,6 +3094,8 @@ async def answer_that_fits(ask: Callable[[], Coroutine[Any, Any, T]], check: Cal
         answer = await ask()
         try:
             return answer, await asyncio.to_thread(check, answer)
+        except InferenceError:  # of which one is a ValueError too
+            raise
         except ValueError as exc:
             problem = str(exc)[:300]
             logger.info("an answer does not fit")
@@ -3148,12 +3182,16 @@ class LLMInferencer:
         build: Builder = None
         if fields.get("schema") is not None:
             fields["schema"], build = normalize_schema(fields["schema"])
+        return self.plain_request(messages, **fields), build
+
+    def plain_request(self, messages: Sequence[Mapping[str, Any]], **fields: Any) -> GenerateRequest:
+        """The same, of messages and a JSON Schema that stands as it is."""
         request = make_request(messages=messages, **{"model": self.model_name, **fields})
         if request.regex is not None:
             full_matcher(request.regex)
         for tool in request.tools or ():
             check_limits(tool["function"].get("parameters") or {})
-        return request, build
+        return request
 
     # The verbs, asynchronous
     async def acomplete(self, prompt: Prompt, **options: Any) -> Completion:
@@ -3485,7 +3523,8 @@ class RelayedAnswer:
     """What a relayed answer says, choice by choice, and whether it fits the schema that was asked for."""
 
     def __init__(self, schema: dict[str, Any], payload: dict[str, Any] | None = None) -> None:
-        self.schema, self.texts, self.finishes = schema, dict[int, str](), dict[int, str]()
+        self.schema, self.texts, self.finishes, self.called = schema, dict[int, list[str]](), dict[int, str](), set[int]()
+        self.size = 0
         self.take(payload or {})
 
     def take(self, payload: dict[str, Any]) -> None:
@@ -3493,10 +3532,16 @@ class RelayedAnswer:
         try:
             for choice in payload.get("choices") or ():
                 index, said = choice.get("index", 0), choice.get("message") or choice.get("delta") or choice
-                self.texts[index] = self.texts.get(index, "") + text_of(said.get("content") or said.get("text"))
+                text = text_of(said.get("content") or said.get("text"))
+                self.size += len(text)
+                self.texts.setdefault(index, []).append(text)
                 self.finishes[index] = choice.get("finish_reason") or self.finishes.get(index, "")
+                if said.get("tool_calls"):  # vLLM says "stop" after the call of a named function
+                    self.called.add(index)
         except _MALFORMED as exc:
             raise BadEngineReply(f"the engine's answer is malformed ({exc})", "check the server's version") from exc
+        if self.size > 32 << 20:
+            raise BadEngineReply("an answer of more than 32 MiB", "check the engine")
 
     def take_events(self, engine: HTTPAdapter, data: bytes) -> None:
         for payload in sse_payloads(map(bytes.strip, data.split(b"\n"))):
@@ -3504,16 +3549,18 @@ class RelayedAnswer:
                 self.take(engine.payload(payload))
 
     def check(self) -> None:
-        """Raises ValueError. An answer that was cut, or is a call, has a finish_reason that says so."""
-        for index, text in self.texts.items():
-            if self.finishes[index] == "stop":
-                SchemaCheck(self.schema)(from_json(text))
+        """Raises ValueError. What was cut, or is a call, is not looked at."""
+        for index, parts in self.texts.items():
+            if self.finishes[index] == "stop" and index not in self.called:
+                SchemaCheck(self.schema)(from_json("".join(parts)))
 
 
 async def check_stream(check: Callable[[], None]) -> None:
     """At a streamed answer's end, before [DONE] is passed on. Raises StructuredOutputInvalid where `check` raises ValueError."""
     try:
         await asyncio.to_thread(check)
+    except InferenceError:
+        raise
     except ValueError as exc:
         raise StructuredOutputInvalid(f"the streamed answer does not fit: {str(exc)[:300]}", "ask again, or take a larger model") from exc
 
@@ -3934,10 +3981,11 @@ class Exchange:
         finally:
             if watch is not None:
                 watch.cancel()
+            tokens = f"{self.usage.prompt_tokens}+{self.usage.completion_tokens}" if self.usage else "-"
+            told = (self.request_id, scope["path"], self.engine, self.model, status, time.monotonic() - self.began, tokens)
+            logger.info("%s %s %s %s %s %.3fs %s" + (f" {self.error_kind}" if self.error_kind else ""), *told)
             if self.hub.metrics:
                 self.hub.metrics.record(self, scope["path"], status)
-            tokens = f"{self.usage.prompt_tokens}+{self.usage.completion_tokens}" if self.usage else "-"
-            logger.info("%s %s %s %s %s %.3fs %s", self.request_id, scope["path"], self.engine, self.model, status, time.monotonic() - self.began, tokens)
 
     def leave(self) -> None:
         """Nobody is left to answer: end the work."""
@@ -4124,31 +4172,32 @@ class V1Exchange(Exchange):
         await engine.target()
         deadline = Deadline(engine.deadlines, engine.engine_type)
         reply: Reply | None = None
-        lines, ended, finished = LineReader(), False, False
+        lines, finished = LineReader(), False
         try:
             reply = await engine.open(self.path, body, deadline)
             while data := await deadline.wait(reply.read()):
                 deadline.received()
                 if not (data := lines.whole(data)):
                     continue
-                if ABORTED in data or not CLEAN_EVENTS.fullmatch(data):
+                done = DONE.search(data) if b"[DONE]" in data else None
+                if done is not None:
+                    data = data[: done.start()] + b"data: [DONE]\n\n"
+                if b'"error"' in data or b"abort" in data or not CLEAN_EVENTS.fullmatch(data):
                     check_events(engine, data)
                 finished = finished or b'"finish_reason":"' in data or b'"finish_reason": "' in data
-                ended = ended or data.startswith(b"data: [DONE]") or b"\ndata: [DONE]" in data
-                if ended and not finished:
+                if done is not None and not finished:
                     break
                 if answer is not None:
                     answer.take_events(engine, data)
-                    if ended:
+                    if done is not None:
                         await check_stream(answer.check)
                 yield data.replace(b'"reasoning_content":', b'"reasoning":')
-            if not (ended and finished):
-                raise BadEngineReply(f"{engine.engine_type}'s stream ended early", "ask again")
-        except StructuredOutputInvalid:
-            raise
-        except InferenceError:
-            if not (ended and finished):  # after [DONE] nothing of the answer is missing
-                raise
+                if done is not None:  # nothing of the answer is missing; a reply that was read to its end leaves its connection for the next
+                    with contextlib.suppress(InferenceError, TimeoutError):
+                        async with asyncio.timeout(1):
+                            await reply.read()
+                    return
+            raise BadEngineReply(f"{engine.engine_type}'s stream ended early", "ask again")
         finally:
             deadline.close()
             if reply is not None:
@@ -4177,8 +4226,8 @@ class V1Exchange(Exchange):
         ignored = [name for name in body if name in HARMLESS]
         if ignored:
             self.extra.append((b"x-ignored-fields", ", ".join(ignored).encode()))
-        fields = await asyncio.to_thread(from_openai, {name: value for name, value in body.items() if name not in HARMLESS}, self.engine)
-        request, _ = await make_off_loop(llm, fields.pop("messages"), fields)
+        asked = {name: value for name, value in body.items() if name not in HARMLESS}
+        request = await asyncio.to_thread(lambda: llm.plain_request(**from_openai(asked, self.engine)))
         base = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{self.request_id}", "created": int(time.time()), "model": body["model"]}
         if body.get("stream"):
             usage = bool((body.get("stream_options") or {}).get("include_usage"))
@@ -4234,9 +4283,9 @@ def _check_v1(request: GenerateRequest, done: Completion) -> None:
         check_answer(request, done.text)
 
 
-#: what passes unparsed: whole events in the engines' own form, none of them an error; and no aborted answer among them
-CLEAN_EVENTS = re.compile(rb'(?:data: \{"(?!error"|object":"error")[^\x00-\x1f]*\}\r?\n\r?\n|data: \[DONE\]\n\n)+')
-ABORTED = b'"finish_reason":"abort"'
+#: what passes unparsed, where it names neither an error nor an abort: whole events in the engines' own form
+CLEAN_EVENTS = re.compile(rb'(?:data: \{"[^\x00-\x1f]*\}\r?\n\r?\n|data: \[DONE\]\n\n)+')
+DONE = re.compile(rb"^data: ?\[DONE\]", re.MULTILINE)
 
 
 def check_events(engine: HTTPAdapter, data: bytes) -> None:
@@ -4299,7 +4348,7 @@ def from_openai(body: dict[str, Any], engine: str) -> dict[str, Any]:
             raise UnsupportedFeature(f"{engine} takes one text as prompt", "send one request a prompt")
         if is_asked(body.get("logprobs")):
             raise UnsupportedFeature(f"{engine} would ignore logprobs on /v1/completions", "ask /v1/chat/completions")
-        fields |= {"messages": body["prompt"], "raw": body["prompt"]}
+        fields |= {"messages": [{"role": "user", "content": body["prompt"]}], "raw": body["prompt"]}
         done.add("prompt")
     if "max_completion_tokens" in body:
         fields["max_tokens"] = body["max_completion_tokens"]
@@ -4314,7 +4363,7 @@ def from_openai(body: dict[str, Any], engine: str) -> dict[str, Any]:
         done.add("response_format")
         if (schema := response_schema(body["response_format"])) is not None:
             check_limits(schema)
-            fields["schema"] = schema
+            fields["schema"] = schema or ANY_OBJECT
     if left := [name for name in body if name not in done]:
         raise UnsupportedFeature(f"{engine} would ignore {', '.join(left)[:200]}", "leave it out")
     return fields
@@ -4411,6 +4460,7 @@ def create_router(llm: LLMInferencer | None = None, settings: Settings | None = 
 
         here.direct[API + path] = functools.partial(EnvelopeExchange, here, shape)
         schema = inlined(TypeAdapter(shape).json_schema())
+        schema["properties"]["max_tokens"]["anyOf"][0]["maximum"] = here.settings.max_tokens_cap
         schema["properties"]["engine_type"]["description"] = f"one of auto, {', '.join(LLMInferencer.ENGINE_MAP)}; default: the server's"
         content = {"application/json": {"schema": schema, "example": EXAMPLES[shape]}}
         router.add_api_route(
@@ -4514,7 +4564,7 @@ def create_v1_router(hub: Hub) -> Any:
         found = next((m for m in await listed() if name and name in (m["id"], m["id"].partition("/")[2])), None)
         if found is None:
             error = ModelNotFound("no such model", "see /v1/models")
-            return JSONResponse(error_object(error), error.v1[0])
+            return JSONResponse(error_object(error), error.v1[0], {"x-error-kind": error.kind})
         return JSONResponse(found)
 
     return router
@@ -5219,6 +5269,8 @@ def run_server(settings: Settings, sockets: list[socket.socket]) -> None:
 
 def serve(args: "argparse.Namespace") -> int:
     """The API server; returns when it is stopped."""
+    import signal
+
     if not (importlib.util.find_spec("fastapi") and importlib.util.find_spec("uvicorn")):
         raise EngineNotInstalled("the server needs uvicorn and fastapi", "pip install -r requirements.txt")
     settings = settings_from(args)
@@ -5232,17 +5284,29 @@ def serve(args: "argparse.Namespace") -> int:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((args.host, args.port))
-        listening.listen(2048)  # from here on nobody else gets the port
+        if args.workers == 1:
+            listening.listen(2048)  # from here on nobody else gets the port
     except OSError as exc:
-        print(f"port {args.port} on {args.host} cannot be used ({exc.strerror}); choose another: --port {args.port + 1}", file=sys.stderr)
-        return 1
+        return unusable(args, exc)
     banner(args, settings)
     if args.workers == 1:
         run_server(settings, [listening])
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until supervise() has its own
     with sharing(settings, args.workers) as shared:
+        try:
+            listening.listen(2048)  # there was nobody to answer before
+        except OSError as exc:
+            return unusable(args, exc)
         supervise(functools.partial(run_server, shared, [listening]), args.workers)
     return 0
+
+
+def unusable(args: "argparse.Namespace", exc: OSError) -> int:
+    mends = {errno.EADDRNOTAVAIL: "give an address of this machine: --host 0.0.0.0, say", errno.EADDRINUSE: f"choose another: --port {args.port + 1}"}
+    mend = "no such address" if isinstance(exc, socket.gaierror) else mends.get(exc.errno or 0, "choose another")
+    print(f"port {args.port} on {args.host} cannot be used ({exc.strerror}); {mend}", file=sys.stderr)
+    return 1
 
 
 def serve_on_ray(args: "argparse.Namespace", settings: Settings) -> int:
@@ -5317,27 +5381,21 @@ def banner(args: "argparse.Namespace", settings: Settings) -> None:
 @contextlib.contextmanager
 def sharing(settings: Settings, workers: int) -> Iterator[Settings]:
     """What each of several workers gets: its part of the limits, and the engine, which this process finds, starts and keeps."""
-    llm = settings.inferencer()
-    engine = portal.call(llm.engine())
-    assert isinstance(engine, HTTPAdapter)
-    target, model = portal.call(engine.target()), portal.call(engine.model_for(None))
+    with settings.inferencer() as llm, contextlib.ExitStack() as stack:
+        engine = portal.call(llm.engine())
+        assert isinstance(engine, HTTPAdapter)
+        target, model, reach = portal.call(engine.target()), portal.call(engine.model_for(None)), engine.target
+        over = threading.Event()
 
-    over = threading.Event()
+        def keep() -> None:
+            while not over.wait(1):
+                with contextlib.suppress(InferenceError):
+                    portal.call(reach())  # starts a child anew that has ended
 
-    def keep() -> None:
-        while not over.wait(1):
-            with contextlib.suppress(InferenceError):
-                portal.call(engine.target())  # starts a child anew that has ended
-
-    keeper = threading.Thread(target=keep, daemon=True)
-    keeper.start()
-
-    def let_go() -> None:
-        over.set()
-        keeper.join(10)
-
-    with llm, contextlib.ExitStack() as stack:  # the keeper goes first: it would start the engine that is being stopped
-        stack.callback(let_go)
+        keeper = threading.Thread(target=keep, daemon=True)
+        keeper.start()
+        stack.callback(keeper.join, 10)  # before the engine is stopped, which it would start again
+        stack.callback(over.set)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="llm-inference-"))
         os.environ |= {"PROMETHEUS_MULTIPROC_DIR": folder, "LLM_INFERENCE_INSTANCE": INSTANCE}
         yield dataclasses.replace(
@@ -5370,6 +5428,9 @@ def api_test(args: "argparse.Namespace") -> int:
     listed = session.get(f"{base}/v1/models", timeout=60)
     if listed.status_code == 401:
         print(f"the server at {base} asks for a key: give --api-key KEY", file=sys.stderr)
+        return 1
+    if listed.status_code != 200:
+        print(f"the server at {base} answers {listed.status_code} to GET /v1/models: {listed.text[:200]}", file=sys.stderr)
         return 1
     engine = args.engine or session.get(f"{base}/ready", timeout=5).json()["engine_type"]
     names = [model["id"] for model in listed.json()["data"] if model["owned_by"] == engine]
@@ -5489,7 +5550,7 @@ def parser() -> "argparse.ArgumentParser":
     import argparse
 
     found = argparse.ArgumentParser(
-        prog="llm_inference.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="llm_inference.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Ollama, vLLM, SGLang and an embedded llama.cpp behind one way to ask.\n"
         "Without --serve or --api-test: self-test, a real answer from every engine that is there.",
         epilog="Environment: OLLAMA_HOST, VLLM_BASE_URL, SGLANG_BASE_URL, LLAMACPP_BASE_URL (where to attach), LLAMACPP_MODEL (a .gguf file),\n"
@@ -5516,7 +5577,7 @@ def parser() -> "argparse.ArgumentParser":
     found.add_argument("--max-tokens-cap", type=whole(1, 1_000_000), default=8192, metavar="N", help="the most a request may ask for (default: 8192)")
     found.add_argument("--timeout", type=seconds, default=600.0, metavar="S", help="seconds for a whole answer (default: 600)")
     found.add_argument("--python", metavar="PATH", help="the interpreter that has vllm or sglang, where it is another one")
-    found.add_argument("launch_args", nargs="*", metavar="-- ARGUMENT", help="with --serve: a started engine's own arguments, verbatim")
+    found.add_argument("launch_args", nargs="*", default=[], metavar="-- ARGUMENT", help="with --serve: a started engine's own arguments, verbatim")
     found.add_argument("--json", action="store_true", help="self-test: print JSON")
     found.add_argument("--verbose", action="store_true", help="log each step")
     return found
@@ -5524,17 +5585,18 @@ def parser() -> "argparse.ArgumentParser":
 
 def refuse_idle_flags(args: "argparse.Namespace") -> None:
     """Raises InvalidRequest for a flag that this mode would pass over in silence."""
-    idle = {"json"} if args.serve or args.api_test else set()
-    if not args.serve:
-        idle |= {"no_auth", "alias", "cors_origin", "max_in_flight", "queue", "workers", "ray", "replicas", "max_tokens_cap", "python"}
-    else:
-        idle.add("workers" if args.ray else "replicas")
-    for name in sorted(idle):
-        if getattr(args, name) != parser().get_default(name):
-            where = "the self-test" if name == "json" else "--serve without --ray" if name == "workers" and args.ray else "--ray" if args.serve else "--serve"
-            raise InvalidRequest(f"--{name.replace('_', '-')} is for {where} alone", "leave it out, or see --help")
-    if args.launch_args and not args.serve:
-        raise InvalidRequest(f"{args.launch_args[0][:40]!r}: a started engine's arguments are for --serve alone", "say --serve, or see --help")
+    flags = set(vars(args)) - {"serve", "api_test", "json"}
+    uses = {
+        "--serve": flags - {"ray", "replicas"},
+        "--serve --ray": flags - {"workers"},
+        "--api-test": {"host", "port", "engine", "model", "base_url", "api_key"},
+        "the self-test": {"engine", "model", "base_url", "engine_api_key", "timeout", "json", "verbose"},
+    }
+    mode = ("--serve --ray" if args.ray else "--serve") if args.serve else "--api-test" if args.api_test else "the self-test"
+    for name in sorted(flags | {"json"}):
+        if name not in uses[mode] and getattr(args, name) != parser().get_default(name):
+            shown = f"--{name.replace('_', '-')}" if name != "launch_args" else repr(args.launch_args[0][:40])
+            raise InvalidRequest(f"{shown} means nothing to {mode}", f"it is for {' and '.join(other for other, used in uses.items() if name in used)}")
 
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
@@ -5543,6 +5605,8 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     args = parser().parse_args(argv)
+    if args.launch_args and "--" not in (sys.argv if argv is None else argv):
+        parser().error(f"{args.launch_args[0]!r}: not understood; a started engine's own arguments stand behind --")
     level = logging.INFO if args.serve or args.verbose else logging.WARNING
     logging.basicConfig(level=level, format=LOG_FORMAT, stream=sys.stderr)
     try:

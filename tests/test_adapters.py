@@ -725,11 +725,14 @@ def test_a_list_of_models_that_is_none_is_told(said: Any, fake: Make, attach: At
         llm.models()
 
 
+@pytest.mark.parametrize("vectors", [None, [], [[]], [[1.0], [2.0]], [["1.0"]], [None], "x"], ids=str)
 @pytest.mark.parametrize(("dialect", "path"), [("ollama", "/api/embed"), ("vllm", "/v1/embeddings")])
-def test_embeddings_without_vectors_are_told(dialect: Dialect, path: str, fake: Make, attach: Attach) -> None:
+def test_embeddings_without_vectors_are_told(dialect: Dialect, path: str, vectors: Any, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
     engine.capabilities = ["completion", "embedding"]
-    engine.script(answers({}), path)
+    data = [{"index": n, "embedding": vector} for n, vector in enumerate(vectors)] if isinstance(vectors, list) else vectors
+    said = {} if vectors is None else {"embeddings": vectors} if dialect == "ollama" else {"data": data}
+    engine.script(answers(said), path)
     with pytest.raises(BadEngineReply, match="malformed"):
         attach(engine).embed("x")
 
@@ -782,6 +785,27 @@ def test_a_wrong_setting_is_told_by_its_name(fake: Make, attach: Attach, monkeyp
         with pytest.raises(InvalidRequest, match="OLLAMA_HOST"):
             attach(engine_type).generate("hi")  # type: ignore[arg-type]
     assert llm_inference.clean_url(":11434") == "http://127.0.0.1:11434"
+
+
+@pytest.mark.parametrize("wire", [llm_inference.AiohttpWire, llm_inference.HttpxWire])
+@pytest.mark.parametrize(("base_url", "says"), [
+    ("http://no-such-host.invalid:8000", "name is not known"), ("127.0.0.1:70000", "no such port"), ("http://127.0.0.1:0/v1", "no such port"),
+])  # fmt: skip
+def test_an_address_that_cannot_be_right_is_told(base_url: str, says: str, wire: Any, attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*args: Any, **named: Any) -> Any:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)  # no name leaves this machine
+    monkeypatch.setattr(llm_inference.Wire, "open", staticmethod(wire))
+    with pytest.raises(llm_inference.InferenceError, match=says):
+        LLMInferencer("vllm", base_url=base_url).generate("hi")
+
+
+def test_a_page_is_no_engine(attach: Attach) -> None:
+    with http_server(lambda path: b"<html>hello</html>") as url:
+        for dialect in ALL:
+            with pytest.raises(BadEngineReply, match="lists no models; correct the address"), LLMInferencer(dialect, base_url=url) as llm:
+                llm.generate("hi")
 
 
 def test_a_connection_that_is_not_taken_is_a_timeout(attach: Attach) -> None:

@@ -904,6 +904,12 @@ def test_every_reference_in_openapi_leads_somewhere(vllm: Stand) -> None:
         product.resolve_ref(doc, ref)
 
 
+def test_openapi_tells_this_servers_cap() -> None:
+    doc = product.create_app(product.Settings(max_tokens_cap=77)).openapi()
+    schema = doc["paths"][f"{API}/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert schema["properties"]["max_tokens"]["anyOf"][0] == {"type": "integer", "minimum": 1, "maximum": 77}
+
+
 def test_openapi_names_every_field_with_its_range(vllm: Stand) -> None:
     doc = vllm.client.get("/openapi.json").json()
     for path, _, schema, _ in openapi_examples(doc):
@@ -1007,6 +1013,11 @@ def test_a_taken_port_is_said_so() -> None:
         for host in ("127.0.0.1", "0.0.0.0"):
             done = run("--serve", "--host", host, "--port", str(port), "--engine", "ollama")
             assert done.returncode == 1 and str(port) in done.stderr and "--port" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_host_that_is_not_ours_is_said_so() -> None:
+    done = run("--serve", "--host", "203.0.113.7", "--engine", "ollama")
+    assert done.returncode == 1 and "an address of this machine" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -1222,6 +1233,15 @@ def test_api_test_uses_the_key_and_fails_without_it(call: Call, keyed: Stand) ->
 def test_api_test_against_nothing_says_how_to_start(call: Call) -> None:
     status, said = call("--api-test", "--port", str(free_port()))
     assert status == 1 and "--serve" in said
+
+
+def test_api_test_against_a_server_that_lists_no_models_says_so(call: Call, vllm: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def busy(hub: Any) -> Any:
+        raise product.Busy("too many", "later")
+
+    monkeypatch.setattr(product.Hub, "models", busy)
+    status, said = call("--api-test", "--base-url", vllm.url)
+    assert status == 1 and "to GET /v1/models" in said and "Traceback" not in said
 
 
 def test_api_test_against_something_else_fails(call: Call, fake: Fake) -> None:

@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -287,6 +288,49 @@ def test_a_cut_answer_says_so_itself(stand: Stand) -> None:
     assert stand.events(CHAT, model=stand.model, messages=HI, response_format=CITY, max_tokens=1)[-1] == "[DONE]"
 
 
+@pytest.mark.parametrize("schema", [
+    {"properties": {"a": {"type": "string"}}}, {"items": {"type": "string"}}, {"title": "integer"}, {"required": ["a"]}, {"description": "string", "type": "object"},
+])  # fmt: skip
+def test_a_response_formats_schema_is_json_schema(stand: Stand, schema: dict[str, Any]) -> None:
+    """Not the short form of our own routes, which these could be as well."""
+    stand.engine.answer = lambda ask: '{"a":"b"}'
+    reply = stand.post(CHAT, model=stand.model, messages=HI, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+    (ask,) = stand.engine.asked()[:1]
+    assert (ask["format"] if stand.engine.dialect == "ollama" else ask["response_format"]["json_schema"]["schema"]) == schema
+    assert reply.status_code == 200, reply.text
+
+
+def test_a_named_functions_call_is_no_answer_to_check(all_stands: dict[str, Stand]) -> None:
+    """vLLM says "stop" behind it."""
+    stand = all_stands["vllm"]
+    stand.engine.reset()
+    stand.engine.capabilities = [*{*stand.engine.capabilities, "tools"}]
+    call = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": '{"city":"Paris"}'}}
+    message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    whole = {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+    delta = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [{"index": 0, "delta": message, "finish_reason": "stop"}]}
+    asked = {"model": stand.model, "messages": HI, "tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "get_weather"}}, "response_format": CITY}
+    stand.engine.script(Reply(headers={"content-type": "application/json"}, pieces=[json.dumps(whole).encode()]))
+    reply = stand.post(CHAT, **asked)
+    assert reply.status_code == 200 and reply.json()["choices"][0]["message"]["tool_calls"] == [call], reply.text
+    events = [b"data: " + json.dumps(delta).encode() + b"\n\n", b"data: [DONE]\n\n"]
+    stand.engine.script(Reply(headers={"content-type": "text/event-stream"}, pieces=events, chunked=True))
+    assert stand.events(CHAT, **asked)[-1] == "[DONE]"
+
+
+@pytest.mark.parametrize("usage", ["3", {"prompt_tokens": None, "completion_tokens": "3"}, {"prompt_tokens": -1}, {"prompt_tokens": 1.5}, {"completion_tokens": 3}, 7, [1]])
+def test_malformed_usage_is_told(relayed: Stand, usage: Any) -> None:
+    answer = json.loads(b"".join(default_answer(relayed).pieces)) | {"usage": usage}
+    relayed.engine.script(Reply(headers={"content-type": "application/json"}, pieces=[json.dumps(answer).encode()]))
+    refused_v1(relayed.post(CHAT, model=relayed.model, messages=HI), "bad_engine_reply")
+
+
+def test_a_check_that_finds_the_engine_failing_says_so(relayed: Stand) -> None:
+    """What the engine refuses in the middle of a constrained answer is a ValueError too, and no answer that does not fit."""
+    relayed.engine.script(Reply(headers={"content-type": "application/json"}, pieces=[b'{"error":{"message":"json schema too odd","code":400}}']))
+    assert "does not fit" not in refused_v1(relayed.post(CHAT, model=relayed.model, messages=HI, response_format=CITY), "invalid_request")
+
+
 @pytest.mark.parametrize("other", ["grammar", "json_schema", "regex", "ebnf", "structured_outputs"])
 def test_two_constraints_are_refused(relayed: Stand, other: str) -> None:
     value: Any = {"grammar": 'root ::= "a"', "json_schema": {"type": "object"}, "regex": "a", "ebnf": 'root ::= "a"', "structured_outputs": {"regex": "a"}}[other]
@@ -347,6 +391,21 @@ def test_what_means_nothing_to_embeddings_is_refused(all_stands: dict[str, Stand
 @pytest.mark.parametrize("name", ["unix:/etc/passwd", "file:/etc/passwd", "http:/evil/x", "a/b:/c", "x:"])
 def test_a_model_name_that_is_a_place_is_refused(stand: Stand, name: str) -> None:
     refused_v1(stand.post("/v1/embeddings", model=name, input="a"), "invalid_request")
+
+
+def test_no_model_has_no_name(stand: Stand) -> None:
+    refused_v1(stand.client.get("/v1/models/"), "model_not_found")
+
+
+@pytest.mark.parametrize("dialect", RELAYED)
+def test_only_sglang_takes_an_adapter_behind_a_models_name(dialect: Dialect, all_stands: dict[str, Stand]) -> None:
+    stand = all_stands[dialect]
+    stand.engine.reset()
+    reply = stand.post(CHAT, model=f"{stand.model}:adapter", messages=HI)
+    if dialect == "sglang":
+        assert reply.status_code == 200
+    else:
+        refused_v1(reply, "model_not_found")
 
 
 def test_models(stand: Stand, client: openai.OpenAI) -> None:
@@ -539,7 +598,8 @@ def test_a_late_failure_raises_in_the_client(stand: Stand, client: openai.OpenAI
 @pytest.mark.parametrize("event", [
     b'data: {"error":{"message":"EngineCore died","code":500}}\n\n', b'data: {"error": {"message": "EngineCore died", "code": 500}}\n\n', b'data: { "error": {"message": "EngineCore died"}}\n\n',
     b'error: {"code":500,"message":"EngineCore died"}\n\n', b'data: {"object":"error","message":"EngineCore died","code":500}\n\n',
-], ids=["tight", "spaced", "loose", "llama.cpp", "object"])  # fmt: skip
+    b'data: {"id":"x","choices":[],"error":{"message":"EngineCore died"}}\n\n', b'data: {"id": "x", "object": "error", "message": "EngineCore died"}\n\n',
+], ids=["tight", "spaced", "loose", "llama.cpp", "object", "not first", "object, spaced"])  # fmt: skip
 def test_an_error_event_is_never_a_clean_end(relayed: Stand, event: bytes) -> None:
     """Whatever follows it, [DONE] included: vLLM sends one after its error."""
     whole = default_stream(relayed)
@@ -579,6 +639,23 @@ def test_a_cut_stream_that_speaks_of_the_end_is_still_cut(relayed: Stand) -> Non
     whole = default_stream(relayed)
     text = scripted_text(relayed, Reply(headers=whole.headers, pieces=whole.pieces[:-3], end="clean", chunked=True))
     assert json.loads(text.strip().rpartition("\n\n")[2].removeprefix("data: "))["error"]["code"] == "bad_engine_reply"
+
+
+@pytest.mark.parametrize("space", [b"", b" "])
+def test_an_aborted_stream_is_no_answer(relayed: Stand, space: bytes) -> None:
+    whole = default_stream(relayed)
+    said = re.sub(rb'"finish_reason": ?"\w+"', b'"finish_reason":%s"abort"' % space, b"".join(whole.pieces))
+    text = scripted_text(relayed, Reply(headers=whole.headers, pieces=[said], chunked=True))
+    assert "[DONE]" not in text and "engine_unavailable" in text
+
+
+def test_nothing_follows_the_end(relayed: Stand) -> None:
+    """In whatever form the end comes, and whether the engine ends the reply behind it or not."""
+    whole = default_stream(relayed)
+    events = b"".join(whole.pieces).rpartition(b"data: [DONE]")[0]
+    for tail in (b"data:[DONE]\n\n", b"data: [DONE]\n\ndata: {\"id\":\"late\"}\n\n", b"data: [DONE]\r\n\r\n: bye\n\n"):
+        text = scripted_text(relayed, Reply(headers=whole.headers, pieces=[events, tail], chunked=True, end="stall"))
+        assert text.endswith('\n\ndata: [DONE]\n\n') and "late" not in text and text.count("[DONE]") == 1
 
 
 def test_a_stream_without_a_finish_is_cut(relayed: Stand) -> None:
@@ -820,6 +897,13 @@ def test_large_answers_come_through(stand: Stand) -> None:
     stand.engine.text = f"{'long' * 40} " * 4_000
     for each in (stand.post(CHAT, model=stand.model, messages=HI).json()["choices"][0]["message"]["content"], text_of(strict_chunks(stand.events(CHAT, model=stand.model, messages=HI)))):
         assert each == stand.engine.text
+
+
+def test_an_endless_answer_that_is_checked_is_bounded() -> None:
+    answer = product.RelayedAnswer({"type": "object"})
+    with pytest.raises(product.BadEngineReply, match="32 MiB"):
+        for _ in range(40):
+            answer.take({"choices": [{"index": 0, "delta": {"content": "x" * (1 << 20)}}]})
 
 
 def test_an_endless_event_is_bounded(relayed: Stand, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,6 +241,23 @@ def test_workers_share_an_engine_and_are_replaced() -> None:
         until(lambda: not alive(both))
 
 
+def test_workers_of_a_silent_engine_can_be_stopped() -> None:
+    """Nobody listens before there is an engine to ask, and SIGTERM is a clean end then too."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = free_port()
+        where = ["--host", "127.0.0.1", "--port", str(port), "--engine", "vllm", "--base-url", f"127.0.0.1:{silent.getsockname()[1]}"]
+        argv = [sys.executable, str(ROOT / "llm_inference.py"), "--serve", "--workers", "2", *where]
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_env()) as process:
+            silent.settimeout(30)
+            kept = silent.accept()[0]
+            with pytest.raises(OSError):
+                socket.create_connection(("127.0.0.1", port), 1)
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=30)
+        kept.close()
+    assert process.returncode == 0 and "Traceback" not in err, err
+
+
 def test_workers_outlive_neither_their_parent_nor_a_dead_engine() -> None:
     with Command("--engine", "llamacpp", "--workers", "2") as command:
         until(lambda: len(workers(command)) == 2)
@@ -405,8 +422,11 @@ def test_leaving_a_route_asked_in_process_stops_the_engine() -> None:
 
 
 @pytest.mark.parametrize(("argv", "says"), [
-    (["--workers", "3"], "--workers is for --serve"), (["--no-auth"], "--no-auth is for --serve"), (["--python", "/x"], "--python is for --serve"),
-    (["--serve", "--json"], "--json is for the self-test"), (["--serve", "--replicas", "2"], "--replicas is for --ray"), (["serve"], "'serve'"),
+    (["--workers", "3"], "--workers means nothing to the self-test; it is for --serve"), (["--no-auth"], "it is for --serve"), (["--python", "/x"], "--serve"),
+    (["--port", "9"], "it is for --serve and --serve --ray and --api-test"), (["--api-key", "x"], "--api-key"), (["--host", "::1"], "--host"),
+    (["--api-test", "--timeout", "5"], "--timeout means nothing to --api-test"), (["--api-test", "--verbose"], "--verbose"), (["--api-test", "--engine-api-key", "x"], "--engine-api-key"),
+    (["--serve", "--json"], "it is for the self-test"), (["--serve", "--replicas", "2"], "it is for --serve --ray"), (["--", "--x"], "'--x' means nothing"),
+    (["--serve", "--ray", "--workers", "2"], "--workers means nothing to --serve --ray"),
     (["--serve", "--alias", "x=foo/bar"], "no such engine"), (["--serve", "--alias", "x=foo"], "not name=engine/model"),
 ])  # fmt: skip
 def test_a_flag_that_would_do_nothing_is_refused(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -414,7 +434,7 @@ def test_a_flag_that_would_do_nothing_is_refused(argv: list[str], says: str, cap
     assert says in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["--timeout", "-1"], ["--timeout", "nan"], ["--timeout", "0"], ["--cors-origin", "foo"], ["--cors-origin", "https://a/b"]])
+@pytest.mark.parametrize("argv", [["--timeout", "-1"], ["--timeout", "nan"], ["--timeout", "0"], ["--cors-origin", "foo"], ["--cors-origin", "https://a/b"], ["stray"], ["--work", "2"]])
 def test_a_value_out_of_range_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         product.main(["--serve", *argv])

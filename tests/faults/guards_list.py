@@ -37,7 +37,7 @@ GUARDS: dict[str, Guard] = {
     "the queue is bounded": Guard("if self.gate.locked() and self.waiting >= self.settings.queue:", "if False:", "overload", ""),
     "a line is bounded": Guard("    LIMIT = 8 << 20", "    LIMIT = 8 << 30", "network", "engine:endless vllm api"),
     "a reply is bounded": Guard("limit: int = 32 << 20)", "limit: int = 32 << 30)", "network", "engine:endless vllm v1"),
-    "a relayed stream has its end": Guard("if not (ended and finished):  # after [DONE]", "if False:  # after [DONE]", "network", "engine:early end vllm v1"),
+    "a relayed stream has its end": Guard("            raise BadEngineReply(f\"{engine.engine_type}'s stream ended early\"", "            return\n            raise BadEngineReply(f\"{engine.engine_type}'s stream ended early\"", "network", "engine:early end vllm v1"),
     "a stream has its finish": Guard("        finish: str | None = None\n        usage, timing", '        finish: str | None = "stop"\n        usage, timing', "network", "engine:early end ollama api"),
     "relayed events are looked at": Guard("                    check_events(engine, data)", "                    pass", "network", "engine:garbage inside vllm v1"),
     "an aborted answer is none": Guard('    raise EngineUnavailable(f"the engine ended the answer with', '    return "stop"\n    raise EngineUnavailable(f"the engine ended the answer with', "network", "engine:aborted vllm api"),
