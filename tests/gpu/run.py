@@ -114,12 +114,12 @@ class Run:
             yield f"http://127.0.0.1:{port}"
 
     @contextlib.contextmanager
-    def ours(self, engine_url: str) -> Iterator[tuple[str, int]]:
+    def ours(self, engine_url: str, serve_args: str) -> Iterator[tuple[str, int]]:
         """Our server in front of it; its base URL and process id."""
         port = free_port()
         command = [sys.executable, str(ROOT / "llm_inference.py"), "--serve", "--engine", self.args.engine, "--base-url", engine_url]
         log = self.logs / f"{self.args.engine}-ours-{port}.log"
-        where = ["--host", "127.0.0.1", "--port", str(port), "--no-auth", *self.args.serve_args.split()]
+        where = ["--host", "127.0.0.1", "--port", str(port), "--no-auth", *serve_args.split()]
         with ended([*command, *where], log, dict(os.environ)) as process:
             wait_until(f"http://127.0.0.1:{port}/ready", process, log, 60)
             yield f"http://127.0.0.1:{port}", process.pid
@@ -187,20 +187,22 @@ def load(run: Run) -> Json:
     dummy = [] if args.load_model == "small" else ["--load-format", "dummy"]
     began = time.monotonic()
     found: Json = {"model": args.load_model, "lengths": args.lengths, "cases": {}}
-    with run.server(model, run.arguments(args.load_memory, *dummy, eager=args.eager_load)) as url, run.ours(url) as (our_url, our_pid):
+    with run.server(model, run.arguments(args.load_memory, *dummy, eager=args.eager_load)) as url, contextlib.ExitStack() as stack:
+        servers = {f"ours {words}".strip(): stack.enter_context(run.ours(url, words)) for words in args.serve_args or [""]}
+        targets = [("engine", url, 0), *((name, base, pid) for name, (base, pid) in servers.items())]
+        targets += [("engine again", url, 0)] if args.control else []
         found |= {"start_s": round(time.monotonic() - began, 1), "gpu_mib": gpu_used()}
-        for streams in args.streams:
+        for streams, count in zip(args.streams, args.rounds * len(args.streams), strict=False):
             rounds: list[Json] = []
-            for number in range(-1, args.rounds):  # the first one warms up
-                targets = [("engine", url), ("ours", our_url)]
+            for number in range(-1, count):  # the first one warms up
                 one: Json = {}
-                for name, base in targets if number % 2 else reversed(targets):
-                    cpu = cpu_seconds(our_pid)
+                for name, base, pid in targets if number % 2 else reversed(targets):
+                    cpu = cpu_seconds(pid) if pid else 0.0
                     one[name] = one_load(args, base, model.name, streams, len(rounds) * 10 + len(one) + 1000 * streams, warm_up=number < 0)
-                    one["our_cpu_s"] = round(cpu_seconds(our_pid) - cpu, 2) if name == "ours" else one.get("our_cpu_s")
+                    one[name]["our_cpu_s"] = round(cpu_seconds(pid) - cpu, 2) if pid else 0.0
                 if number >= 0:
                     rounds.append(one)
-                    found["cases"][str(streams)] = compared(rounds)
+                    found["cases"][str(streams)] = {name: compared(rounds, name) for name, _, _ in targets[1:]}
                     save(args, part_name(args, "load"), found)
         if args.prompts:
             found["http_batch"] = http_batch(run, url)
@@ -272,10 +274,10 @@ def one_load(args: argparse.Namespace, url: str, model: str, streams: int, seed:
     return result
 
 
-def compared(rounds: list[Json]) -> Json:
-    """Ours beside the engine's own, round by round and in the median."""
-    ratios = [one["ours"]["tokens_per_s"] / one["engine"]["tokens_per_s"] for one in rounds if one["engine"]["tokens_per_s"]]
-    first = [(one["ours"]["first_token_p50_ms"], one["engine"]["first_token_p50_ms"]) for one in rounds]
+def compared(rounds: list[Json], name: str) -> Json:
+    """One of our servers beside the engine's own, round by round and in the median."""
+    ratios = [one[name]["tokens_per_s"] / one["engine"]["tokens_per_s"] for one in rounds if one["engine"]["tokens_per_s"]]
+    first = [(one[name]["first_token_p50_ms"], one["engine"]["first_token_p50_ms"]) for one in rounds]
     later = [ours - engines for ours, engines in first if ours and engines]
 
     def median(who: str, what: str) -> float | None:
@@ -285,9 +287,11 @@ def compared(rounds: list[Json]) -> Json:
     return {
         "ratio": round(statistics.median(ratios), 4) if ratios else None, "ratios": [round(ratio, 4) for ratio in ratios],
         "first_token_later_ms": round(statistics.median(later), 2) if later else None, "first_token_later_ms_each": [round(ms, 2) for ms in later],
-        **{f"{who} {what}": median(who, what) for who in ("engine", "ours") for what in ("tokens_per_s", "first_token_p50_ms", "first_token_p99_ms")},
-        "our CPU us a token": round(1e6 * sum(one["our_cpu_s"] for one in rounds) / max(1, sum(one["ours"]["tokens"] for one in rounds)), 2),
-        "errors": sum(one[who]["errors"] for one in rounds for who in ("engine", "ours")), "rounds": rounds,
+        **{f"{who} {what}": median(side, what) for who, side in (("engine", "engine"), ("ours", name))
+           for what in ("tokens_per_s", "first_token_p50_ms", "first_token_p99_ms")},
+        "our CPU us a token": round(1e6 * sum(one[name]["our_cpu_s"] for one in rounds) / max(1, sum(one[name]["tokens"] for one in rounds)), 2),
+        "errors": sum(one[side]["errors"] for one in rounds for side in ("engine", name)),
+        "rounds": [{"engine": one["engine"], "ours": one[name]} for one in rounds],
     }  # fmt: skip
 
 
@@ -526,12 +530,13 @@ def main() -> int:
     parser.add_argument("--load-memory", type=float, default=0.6)
     parser.add_argument("--eager-load", action="store_true", help="load without CUDA graphs")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64, 256])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, nargs="+", default=[3], help="one number for all, or one for each of --streams")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 96, 128, 160])
     parser.add_argument("--processes", type=int, default=4, help="of the load generator")
     parser.add_argument("--prompts", type=int, default=10_000, help="short prompts of the batch")
     parser.add_argument("--passes", type=int, default=2, help="of the offline batch")
-    parser.add_argument("--serve-args", default="", help="further arguments of our server under load, in one word, --workers 4 say")
+    parser.add_argument("--serve-args", action="append", help="arguments of our server under load, in one word; repeated: one server each, in turn")
+    parser.add_argument("--control", action="store_true", help="load the engine a second time in each round, in our place: what its own spread is")
     parser.add_argument("--bare", action="store_true", help="the batch by a bare client too")
     parser.add_argument("--batch-tokens", type=int, default=16)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[256, 1024])
