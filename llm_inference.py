@@ -388,16 +388,19 @@ def explain(exc: ValidationError) -> str:
     return ", or ".join(dict.fromkeys(lines))
 
 
+def invalid(exc: ValidationError, given: Iterable[str], known: Sequence[str]) -> InvalidRequest:
+    """What `explain` says, with a guess at the field that was meant."""
+    near = [match for name in given if name not in known for match in difflib.get_close_matches(name, known, n=1)]
+    return InvalidRequest(explain(exc), f"did you mean {near[0]}?" if near else "correct the named field")
+
+
 def make_request(**fields: Any) -> GenerateRequest:
     """Check the fields together. Raises InvalidRequest with each field and its range."""
     given = {name: value for name, value in fields.items() if value is not None}
     try:
         request = GenerateRequest(**given)
     except ValidationError as exc:
-        names = [f.name for f in dataclasses.fields(GenerateRequest)]
-        unknown = [n for n in given if n not in names]
-        near = [m for n in unknown for m in difflib.get_close_matches(n, names, n=1)]
-        raise InvalidRequest(explain(exc), f"did you mean {near[0]}?" if near else "correct the named field") from None
+        raise invalid(exc, given, [f.name for f in dataclasses.fields(GenerateRequest)]) from None
     asked = [name for name in CONSTRAINTS if given.get(name) is not None]
     if len(asked) > 1:
         raise InvalidRequest(f"{' and '.join(asked)} were given together", "give one constraint at most")
@@ -3771,22 +3774,12 @@ class Hub:
 
     def _parse(self, shape: type, body: bytes) -> Any:
         """A body checked against its shape. Raises InvalidRequest with the field and its range, never with the input."""
-        parse_object(body)
+        given = parse_object(body)
         adapter = self.adapters.get(shape) or self.adapters.setdefault(shape, TypeAdapter(shape))
         try:
             return adapter.validate_json(body)
         except ValidationError as exc:
-            unknown = [
-                str(e["loc"][0])
-                for e in exc.errors(include_url=False)
-                if e["type"] in ("unexpected_keyword_argument", "extra_forbidden") and len(e["loc"]) == 1
-            ]
-            near = (
-                [m for name in unknown[:1] for m in difflib.get_close_matches(name, (f.name for f in dataclasses.fields(shape)), n=1)]
-                if shape is not V1Fields
-                else []
-            )
-            raise InvalidRequest(explain(exc), f"did you mean {near[0]}?" if near else "correct the named field") from None
+            raise invalid(exc, given, () if shape is V1Fields else [f.name for f in dataclasses.fields(shape)]) from None
 
     def capped(self, max_tokens: int | None) -> int | None:
         """`max_tokens` under the server's cap. Raises InvalidRequest above it."""

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Packs what a GPU machine without a network needs to run run.py: both engines, our module's packages, the model.
 #
-#   bash tests/gpu/prepare.sh DIR MODEL      MODEL: what `python tests/engines.py model` made; writes DIR/parts/bundle.000 … of 50 MB each (560 MB)
+#   bash tests/gpu/prepare.sh DIR MODEL      MODEL: what `python tests/engines.py model` made; writes DIR/parts/bundle.000 … of 49 MB each (six)
 #
 # On the GPU machine (Python 3.12 with torch 2.11.0 for CUDA 13, and nvcc), where the parts are:
 #
-#   cat bundle.* | tar x && for name in vllm sglang ours; do tar xzf $name.tar.gz; done
+#   cat bundle.* | tar x && for name in vllm sglang ours smollm2; do tar xJf $name.tar.xz & done; wait
 #
 # makes smollm2/, and site/vllm, site/sglang and site/ours, one for PYTHONPATH each: the engines' pins exclude one another.
 # Kept is what a Hopper card and a Llama need; SGLang's FlashAttention kernels alone would be a gigabyte.
@@ -66,7 +66,7 @@ length = json.loads((folder / "config.json").read_text())["max_position_embeddin
 path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}, indent=2))
 EOF
 
-for name in vllm sglang ours; do tar c "site/$name" | gzip -5 >$name.tar.gz; done
+for name in site/vllm site/sglang site/ours smollm2; do tar c "$name" | xz -T0 -5 >"$(basename "$name").tar.xz"; done
 rm -f parts/*
-tar c {vllm,sglang,ours}.tar.gz smollm2 | split -b 50M -d -a 3 - parts/bundle.
+tar c {vllm,sglang,ours,smollm2}.tar.xz | split -b 49M -d -a 3 - parts/bundle.
 ls -l parts
