@@ -3981,9 +3981,9 @@ class Exchange:
                 self.hub.metrics.record(self, scope["path"], status)
 
     def leave(self) -> None:
-        """Nobody is left to answer: end the work."""
-        self.gone = True
-        if self.task is not None:
+        """Nobody is left to answer: end the work, once."""
+        if self.task is not None and not self.gone:
+            self.gone = True
             self.task.cancel()
 
     async def fail(self, error: InferenceError) -> int:
