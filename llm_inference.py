@@ -390,7 +390,8 @@ def explain(exc: ValidationError) -> str:
 
 def invalid(exc: ValidationError, given: Iterable[str], known: Sequence[str]) -> InvalidRequest:
     """What `explain` says, with a guess at the field that was meant."""
-    near = [match for name in given if name not in known for match in difflib.get_close_matches(name, known, n=1)]
+    unknown = [name for name in given if name not in known][:3]
+    near = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
     return InvalidRequest(explain(exc), f"did you mean {near[0]}?" if near else "correct the named field")
 
 
@@ -4017,7 +4018,6 @@ class Exchange:
         async with contextlib.aclosing(parts):
             part: bytes | None = await anext(parts, None)
             self.first_event = time.monotonic()
-            await self.head(200, b"text/event-stream; charset=utf-8", (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
             loop = asyncio.get_running_loop()
             sent, sending, idle = loop.time(), True, self.hub.settings.deadlines.idle
 
@@ -4027,18 +4027,23 @@ class Exchange:
                     if sending and loop.time() - sent >= idle:
                         self.leave()
                     elif not sending and loop.time() - sent >= KEEP_ALIVE_COMMENT:
-                        await self.send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
+                        try:
+                            await asyncio.wait_for(self.send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True}), idle)
+                        except TimeoutError:
+                            self.leave()
 
             comments = loop.create_task(keep_alive())
             try:
+                await self.head(200, b"text/event-stream; charset=utf-8", (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
                 while part is not None:
                     self.sent, sending, sent = part, True, loop.time()
                     await self.send({"type": "http.response.body", "body": part, "more_body": True})
                     sent, sending = loop.time(), False
                     part = await anext(parts, None)
+                sent, sending = loop.time(), True
+                await self.send({"type": "http.response.body", "body": b""})
             finally:
                 comments.cancel()
-        await self.send({"type": "http.response.body", "body": b""})
 
 
 @functools.cache
@@ -4219,8 +4224,8 @@ class V1Exchange(Exchange):
         ignored = [name for name in body if name in HARMLESS]
         if ignored:
             self.extra.append((b"x-ignored-fields", ", ".join(ignored).encode()))
-        asked = {name: value for name, value in body.items() if name not in HARMLESS}
-        request = await asyncio.to_thread(lambda: llm.plain_request(**from_openai(asked, self.engine)))
+        wanted = {name: value for name, value in body.items() if name not in HARMLESS}
+        request = await asyncio.to_thread(lambda: llm.plain_request(**from_openai(wanted, self.engine)))
         base = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{self.request_id}", "created": int(time.time()), "model": body["model"]}
         if body.get("stream"):
             usage = bool((body.get("stream_options") or {}).get("include_usage"))

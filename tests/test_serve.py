@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,39 @@ def test_a_client_that_does_not_read_is_gone(own: bool, path: str, body: dict[st
             with contextlib.suppress(ConnectionResetError):
                 while client.recv(1 << 20):
                     pass
+
+
+@pytest.mark.parametrize("stuck", ["http.response.start", b"data: 1\n\n", b": keep-alive\n\n", b""], ids=["head", "event", "comment", "end"])
+def test_nothing_that_a_client_does_not_read_is_waited_for(stuck: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under any server: whichever message it is that does not go out."""
+    monkeypatch.setattr(product, "KEEP_ALIVE_COMMENT", 0.1)
+    hub, ended = product.Hub(product.Settings(engine="vllm", base_url="127.0.0.1:9", deadlines=product.Deadlines(idle=0.2))), []
+
+    class One(product.Exchange):
+        async def work(self, body: bytes) -> None:
+            await self.events(self.parts())
+
+        async def parts(self) -> AsyncGenerator[bytes, None]:
+            try:
+                yield b"data: 1\n\n"
+                await asyncio.sleep(60 if stuck == b": keep-alive\n\n" else 0)
+            finally:
+                ended.append(True)
+
+    async def ask() -> None:
+        said = [{"type": "http.request", "body": b"{}"}]
+
+        async def receive() -> dict[str, Any]:
+            return said.pop() if said else await asyncio.Future()
+
+        async def send(message: dict[str, Any]) -> None:
+            if stuck in (message["type"], message.get("body")):
+                await asyncio.Future()
+
+        await asyncio.wait_for(One(hub)({"type": "http", "path": "/x", "headers": []}, receive, send), 20)
+
+    asyncio.run(ask())
+    assert ended == [True] and hub.in_flight == 0
 
 
 def test_a_connection_that_asks_nothing_is_closed(port: int) -> None:
