@@ -3641,7 +3641,7 @@ class Hub:
         self.gate = asyncio.Semaphore(settings.max_in_flight)
         self.state = "starting"
         self.adapters: dict[type, TypeAdapter[Any]] = {}
-        self.parsing = asyncio.Lock()  # one large body at a time: they hold the GIL
+        self.parsing = concurrent.futures.ThreadPoolExecutor(1)  # large bodies, one at a time: they hold the GIL, and one thread's heap is enough for them
         self.here: tuple[float, frozenset[str]] = (-60.0, frozenset())  #: when the default engine was asked, and its models
         self.listed: tuple[float, list[tuple[str, ModelInfo]]] = (-60.0, [])
         self.born, self.metrics = time.time(), Metrics.open()
@@ -3770,12 +3770,11 @@ class Hub:
         """A body checked, a large one off the loop."""
         if len(body) < 65_536:
             return self._parse(shape, body)
-        async with self.parsing:
-            return await asyncio.to_thread(self._parse, shape, body)
+        return await asyncio.get_running_loop().run_in_executor(self.parsing, self._parse, shape, body)
 
     def _parse(self, shape: type, body: bytes) -> Any:
         """A body checked against its shape. Raises InvalidRequest with the field and its range, never with the input."""
-        given = parse_object(body)
+        given = list(parse_object(body))[:100]  # the names alone: a large body is not kept beside what is made of it
         adapter = self.adapters.get(shape) or self.adapters.setdefault(shape, TypeAdapter(shape))
         try:
             return adapter.validate_json(body)
@@ -5059,9 +5058,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     """A table by rich on a terminal, aligned plain text elsewhere."""
     if sys.stdout.isatty() and importlib.util.find_spec("rich"):
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        shown = Table(*columns, title=title, title_justify="left")
+        shown = Table(*(Column(name, overflow="fold") for name in columns), title=title, title_justify="left")
         for row in rows:
             shown.add_row(*row, style="green" if row[-1].startswith("ok") else None)
         Console().print(shown)
@@ -5073,10 +5072,10 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def with_bars(values: Sequence[float | None], form: str, width: int = 12) -> list[str]:
-    """The figures as text, on a terminal each with a bar as long as its part of the largest; "-" for none."""
+    """The figures as text, on a wide terminal each with a bar as long as its part of the largest; "-" for none."""
     largest = max((value or 0.0 for value in values), default=0.0)
     texts = [form.format(value) if value else "-" for value in values]
-    if not sys.stdout.isatty() or not largest:
+    if not sys.stdout.isatty() or not largest or shutil.get_terminal_size().columns < 120:
         return texts
     column = max(map(len, texts))
     return [f"{text.rjust(column)} {'█' * max(1, round(width * value / largest))}" if value else text for text, value in zip(texts, values, strict=True)]

@@ -28,7 +28,9 @@ MEMORY = 4  # times what the bodies in flight weigh: read, decoded, checked, wri
 
 
 def constant(engine: Engine, seen: Seen) -> Reply | None:
-    """Every engine answers everything with the same good answer, whatever it was asked."""
+    """Every engine answers everything with the same good answer, whatever it was asked; but Ollama makes one vector a text."""
+    if seen.path == "/api/embed":
+        return None
     kept: dict[tuple[str, bool], Reply] = engine.__dict__.setdefault("kept", {})
     stream = b'"stream":true' in seen.body
     key = (seen.path, stream)

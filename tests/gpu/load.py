@@ -5,6 +5,9 @@
 Every stream asks one question after the other. The answers' lengths are `--lengths` in a turned order, so that the streams do not
 go in step but all have the same work; `ignore_eos` makes the engine keep to them, and an answer of another length is an error.
 Each prompt begins differently, so that no engine finds it in its prefix cache. Prints one line of JSON.
+
+With several `--url` the streams are dealt out to them and run together, so that what the engine does at that time is the same for all:
+`by_url` has each one's figures. Two ways to one engine are compared closest like that.
 """
 
 from __future__ import annotations
@@ -35,19 +38,25 @@ class Seen:
     errors: list[str] = field(default_factory=list)
     tokens: int = 0
 
+    def add(self, other: Seen) -> None:
+        self.first += other.first
+        self.ends += other.ends
+        self.errors += other.errors
+        self.tokens += other.tokens
+
 
 def prompt(seed: int) -> str:
     return " ".join(random.Random(seed).choices(WORDS, k=60))
 
 
-async def answer(session: aiohttp.ClientSession, args: argparse.Namespace, seed: int, tokens: int, seen: Seen) -> None:
+async def answer(session: aiohttp.ClientSession, args: argparse.Namespace, url: str, seed: int, tokens: int, seen: Seen) -> None:
     """One streamed answer, read to its end."""
     body = {
         "model": args.model, "messages": [{"role": "user", "content": prompt(seed)}], "max_tokens": tokens, "temperature": 1.0, "ignore_eos": True,
         "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
     began, first, last = time.perf_counter(), 0.0, b""
-    async with session.post(args.url + "/v1/chat/completions", json=body) as reply:
+    async with session.post(url + "/v1/chat/completions", json=body) as reply:
         if reply.status != 200:
             seen.errors.append(f"{reply.status}: {(await reply.text())[:300]}")
             return
@@ -67,25 +76,27 @@ async def answer(session: aiohttp.ClientSession, args: argparse.Namespace, seed:
     seen.tokens += made
 
 
-async def stream(session: aiohttp.ClientSession, args: argparse.Namespace, number: int, seen: Seen) -> None:
+async def stream(session: aiohttp.ClientSession, args: argparse.Namespace, number: int, seen: list[Seen]) -> None:
     """One client: the lengths in an order of its own."""
+    which = number // args.processes % len(args.url)
     await asyncio.sleep(max(0.0, args.begin - time.time()) + args.ramp * number / args.streams)
     for turn in range(len(args.lengths)):
         try:
-            await answer(session, args, args.seed * 1_000_000 + number * 1000 + turn, args.lengths[(number + turn) % len(args.lengths)], seen)
+            seed, tokens = args.seed * 1_000_000 + number * 1000 + turn, args.lengths[(number + turn) % len(args.lengths)]
+            await answer(session, args, args.url[which], seed, tokens, seen[which])
         except (aiohttp.ClientError, OSError, ValueError) as exc:
-            seen.errors.append(repr(exc)[:300])
+            seen[which].errors.append(repr(exc)[:300])
 
 
-async def some_streams(args: argparse.Namespace, numbers: list[int]) -> Seen:
-    seen = Seen()
+async def some_streams(args: argparse.Namespace, numbers: list[int]) -> list[Seen]:
+    seen = [Seen() for _ in args.url]
     timeout = aiohttp.ClientTimeout(total=args.timeout)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
         await asyncio.gather(*(stream(session, args, number, seen) for number in numbers))
     return seen
 
 
-def one_process(args: argparse.Namespace, numbers: list[int]) -> Seen:
+def one_process(args: argparse.Namespace, numbers: list[int]) -> list[Seen]:
     return asyncio.run(some_streams(args, numbers))
 
 
@@ -93,23 +104,31 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     shares = [share for n in range(args.processes) if (share := list(range(n, args.streams, args.processes)))]
     args.begin = time.time() + 1.5  # until every process has started
     with ProcessPoolExecutor(len(shares), mp_context=get_context("spawn")) as pool:
-        seen = [work.result() for work in [pool.submit(one_process, args, share) for share in shares]]
-    first = sorted(1e3 * seconds for one in seen for seconds in one.first)
-    errors = [error for one in seen for error in one.errors]
-    seconds = max((end for one in seen for end in one.ends), default=args.begin) - args.begin
-    tokens = sum(one.tokens for one in seen)
+        done = [work.result() for work in [pool.submit(one_process, args, share) for share in shares]]
+    by_url, everything = [Seen() for _ in args.url], Seen()
+    for process in done:
+        for which, one in enumerate(process):
+            by_url[which].add(one)
+            everything.add(one)
+    result = {"streams": args.streams, **figures(everything, args.begin)}
+    return result if len(by_url) == 1 else result | {"by_url": [figures(one, args.begin) for one in by_url]}
+
+
+def figures(seen: Seen, begin: float) -> dict[str, Any]:
+    first = sorted(1e3 * seconds for seconds in seen.first)
+    seconds = max(seen.ends, default=begin) - begin
     return {
-        "streams": args.streams, "answers": len(first), "tokens": tokens, "seconds": round(seconds, 3),
-        "tokens_per_s": round(tokens / seconds, 1) if seconds else 0.0,
+        "answers": len(first), "tokens": seen.tokens, "seconds": round(seconds, 3),
+        "tokens_per_s": round(seen.tokens / seconds, 1) if seconds else 0.0,
         "first_token_p50_ms": round(statistics.median(first), 2) if first else None,
         "first_token_p99_ms": round(first[min(len(first) - 1, int(0.99 * len(first)))], 2) if first else None,
-        "errors": len(errors), "first_errors": errors[:3],
+        "errors": len(seen.errors), "first_errors": seen.errors[:3],
     }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", required=True)
+    parser.add_argument("--url", required=True, nargs="+")
     parser.add_argument("--model", required=True)
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="tokens of the answers that each stream asks for")

@@ -204,6 +204,9 @@ def load(run: Run) -> Json:
                     rounds.append(one)
                     found["cases"][str(streams)] = {name: compared(rounds, name) for name, _, _ in targets[1:]}
                     save(args, part_name(args, "load"), found)
+        for name, base, _ in targets[1:] if args.mixed else ():
+            found.setdefault("mixed", {})[name] = mixed(args, [url, base], model.name)
+            save(args, part_name(args, "load"), found)
         if args.prompts:
             found["http_batch"] = http_batch(run, url)
     return found
@@ -263,15 +266,27 @@ PARTS: dict[str, Callable[[Run], Json]] = {"suites": suites, "started": started,
 
 
 # Load and batch ----------------------------------------------------------------------------------
-def one_load(args: argparse.Namespace, url: str, model: str, streams: int, seed: int, warm_up: bool) -> Json:
+def one_load(args: argparse.Namespace, url: str | list[str], model: str, streams: int, seed: int, warm_up: bool) -> Json:
     lengths = args.lengths[:1] if warm_up else args.lengths
-    command = [sys.executable, str(HERE / "load.py"), "--url", url, "--model", model, "--streams", str(streams), "--seed", str(seed)]
+    urls = [url] if isinstance(url, str) else url
+    command = [sys.executable, str(HERE / "load.py"), "--url", *urls, "--model", model, "--streams", str(streams), "--seed", str(seed)]
     command += ["--processes", str(args.processes), "--lengths", *map(str, lengths)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode:
         raise RuntimeError(f"load.py: {done.stderr[-1500:]}")
     result: Json = json.loads(done.stdout)
     return result
+
+
+def mixed(args: argparse.Namespace, urls: list[str], model: str) -> Json:
+    """64 streams, half of them to each address at the same time: the engine's own spread is the same for both."""
+    rounds = [one_load(args, urls if number % 2 else urls[::-1], model, 64, 100_000 + number, warm_up=False)["by_url"] for number in range(args.mixed)]
+    sides = [one if number % 2 else one[::-1] for number, one in enumerate(rounds)]
+    later = [round(other["first_token_p50_ms"] - engine["first_token_p50_ms"], 2) for engine, other in sides]
+    ratios = [round(other["tokens_per_s"] / engine["tokens_per_s"], 4) for engine, other in sides]
+    return {"streams": 64, "first_token_later_ms": statistics.median(later), "first_token_later_ms_each": later, "ratio": statistics.median(ratios),
+            "ratios": ratios, "engine first_token_p50_ms": statistics.median(engine["first_token_p50_ms"] for engine, _ in sides),
+            "errors": sum(one["errors"] for pair in sides for one in pair)}  # fmt: skip
 
 
 def compared(rounds: list[Json], name: str) -> Json:
@@ -537,6 +552,7 @@ def main() -> int:
     parser.add_argument("--passes", type=int, default=2, help="of the offline batch")
     parser.add_argument("--serve-args", action="append", help="arguments of our server under load, in one word; repeated: one server each, in turn")
     parser.add_argument("--control", action="store_true", help="load the engine a second time in each round, in our place: what its own spread is")
+    parser.add_argument("--mixed", type=int, default=0, help="rounds in which 64 streams are split between the engine and each of the others")
     parser.add_argument("--bare", action="store_true", help="the batch by a bare client too")
     parser.add_argument("--batch-tokens", type=int, default=16)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[256, 1024])

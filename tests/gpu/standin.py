@@ -41,9 +41,18 @@ http {{
 CASES = ((16, 0.0105, 60), (64, 0.0105, 60), (64, 0.0085, 120), (256, 0.015, 60))
 
 
-def load(port: int, streams: int, *more: str) -> Any:
-    command = [sys.executable, str(HERE / "load.py"), "--url", f"http://127.0.0.1:{port}", "--model", "m", "--streams", str(streams), "--processes", "1", *more]
+def load(where: int | list[str], streams: int, *more: str) -> Any:
+    urls = where if isinstance(where, list) else [f"http://127.0.0.1:{where}"]
+    command = [sys.executable, str(HERE / "load.py"), "--url", *urls, "--model", "m", "--streams", str(streams), "--processes", "1", *more]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def beside(engine: int, port: int, streams: int, number: int) -> float:
+    """How much later the first token is in ms, with half of the streams at the engine and half at `port` at the same time."""
+    urls = [f"http://127.0.0.1:{engine}", f"http://127.0.0.1:{port}"]
+    one = load(urls[:: 1 if number % 2 else -1], streams)["by_url"]
+    direct, through = one if number % 2 else one[::-1]
+    return round(through["first_token_p50_ms"] - direct["first_token_p50_ms"], 2)
 
 
 def case(streams: int, step: float, cost: float, rounds: int, modules: dict[str, Path]) -> dict[str, Any]:
@@ -67,9 +76,11 @@ def case(streams: int, step: float, cost: float, rounds: int, modules: dict[str,
         for port in ports.values():
             load(port, streams, "--lengths", "4", "8")  # warms up
         seen = [{name: load(port, streams) for name, port in ports.items()} for _ in range(rounds)]
+        together = {name: [beside(engine, port, streams, number) for number in range(rounds)] for name, port in ports.items()}
     found: dict[str, Any] = {"streams": streams, "step_s": step, "token_cost_us": cost, "rounds": rounds}
     for name in ports:
         found[name] = {key: statistics.median(one[name][key] for one in seen) for key in ("tokens_per_s", "first_token_p50_ms")} | {"errors": sum(one[name]["errors"] for one in seen)}
+        found[name] |= {"mixed_later_ms": statistics.median(together[name]), "mixed_later_ms_each": together[name]}
         if name != "engine":
             ratios = [round(one[name]["tokens_per_s"] / one["engine"]["tokens_per_s"], 3) for one in seen]
             later = [round(one[name]["first_token_p50_ms"] - one["engine"]["first_token_p50_ms"], 1) for one in seen]
