@@ -1488,8 +1488,13 @@ class EngineChild:
         return run_dir
 
     def _log_file(self) -> Path:
+        def written(log: Path) -> float:
+            with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+                return log.stat().st_mtime
+            return 0.0
+
         logs = writable(cache_dir() / "logs")
-        for old in sorted(logs.glob("*.log"), key=lambda p: p.stat().st_mtime)[:-20]:
+        for old in sorted(logs.glob("*.log"), key=written)[:-20]:
             old.unlink(missing_ok=True)
         return logs / f"{self.name}-{os.getpid()}-{self.port}.log"
 
@@ -2070,6 +2075,12 @@ class HTTPAdapter(BaseLLMAdapter):
         found = await portal.run(self._fetch(await self.target(), path, self.deadlines, body, (401, 403, 429, *range(500, 600))))
         return found if isinstance(found, dict) else {}
 
+    async def _fetch_models(self, path: str) -> dict[str, Any]:
+        """What the engine lists. Raises BadEngineReply where no engine answers."""
+        if listed := await self._fetch_json(path):
+            return listed
+        raise BadEngineReply(f"what answers for {self.engine_type} lists no models", "correct the address")
+
     async def _send(self, method: str, target: Target, path: str, body: bytes | None, deadline: Deadline, connect: float) -> Reply:
         headers = {**target.headers, "accept-encoding": "identity", HOP: INSTANCE}
         if not self.keep_alive:
@@ -2441,9 +2452,7 @@ class OpenAIAdapter(HTTPAdapter):
         return None
 
     async def models(self) -> list[ModelInfo]:
-        listed = await self._fetch_json("/v1/models")
-        if not listed:
-            raise BadEngineReply(f"what answers for {self.engine_type} lists no models", "correct the address")
+        listed = await self._fetch_models("/v1/models")
         with self._well_formed():
             return [
                 ModelInfo(name=m["id"], context_length=m.get("max_model_len") or (m.get("meta") or {}).get("n_ctx"), size=(m.get("meta") or {}).get("size"))
@@ -3024,9 +3033,7 @@ class OllamaAdapter(HTTPAdapter):
         return next((m.get("context_length") for m in models if m.get("name") in (model, f"{model}:latest")), None)
 
     async def models(self) -> list[ModelInfo]:
-        listed = await self._fetch_json("/api/tags")
-        if not listed:
-            raise BadEngineReply("what answers for ollama lists no models", "correct the address")
+        listed = await self._fetch_models("/api/tags")
         with self._well_formed():
             return [
                 ModelInfo(
@@ -3098,8 +3105,6 @@ async def answer_that_fits(ask: Callable[[], Coroutine[Any, Any, T]], check: Cal
         answer = await ask()
         try:
             return answer, await asyncio.to_thread(check, answer)
-        except InferenceError:  # of which one is a ValueError too
-            raise
         except ValueError as exc:
             problem = str(exc)[:300]
             logger.info("an answer does not fit")
@@ -3563,8 +3568,6 @@ async def check_stream(check: Callable[[], None]) -> None:
     """At a streamed answer's end, before [DONE] is passed on. Raises StructuredOutputInvalid where `check` raises ValueError."""
     try:
         await asyncio.to_thread(check)
-    except InferenceError:
-        raise
     except ValueError as exc:
         raise StructuredOutputInvalid(f"the streamed answer does not fit: {str(exc)[:300]}", "ask again, or take a larger model") from exc
 
@@ -4142,17 +4145,24 @@ class V1Exchange(Exchange):
         else:
             await self._translate(llm, body)
 
+    def _tell_ignored(self, names: Sequence[str]) -> None:
+        if names:
+            self.extra.append((b"x-ignored-fields", ", ".join(names).encode()))
+
     async def _relay(self, engine: OpenAIAdapter, body: dict[str, Any]) -> None:
         body, ignored = await engine.relay(self.path, body)
-        if ignored:
-            self.extra.append((b"x-ignored-fields", ", ".join(ignored).encode()))
+        self._tell_ignored(ignored)
         schema = answer_schema(body)
         if body.get("stream"):
             await self.events(self._relayed(engine, to_json(body), None if schema is None else RelayedAnswer(schema)))
             return
-        ask = functools.partial(engine.whole, self.path, to_json(body))
-        data = await ask() if schema is None else (await answer_that_fits(ask, lambda data: RelayedAnswer(schema, engine.payload(data)).check()))[0]
-        payload = engine.payload(data)
+        raw = to_json(body)
+
+        async def ask() -> tuple[bytes, dict[str, Any]]:
+            data = await engine.whole(self.path, raw)
+            return data, engine.payload(data)
+
+        data, payload = await ask() if schema is None else (await answer_that_fits(ask, lambda reply: RelayedAnswer(schema, reply[1]).check()))[0]
         found = payload.get("data" if self.path == "/v1/embeddings" else "choices")
         if not isinstance(found, list) or not found or not isinstance(found[0], dict):
             raise BadEngineReply(f"{engine.engine_type} answered with something else than a completion", "check the engine")
@@ -4203,8 +4213,7 @@ class V1Exchange(Exchange):
     async def _embed(self, engine: BaseLLMAdapter, body: dict[str, Any]) -> None:
         if left := [n for n in body if n not in ("model", "input", "encoding_format", *HARMLESS)]:
             raise UnsupportedFeature(f"{engine.engine_type} would ignore {', '.join(left)[:200]}", "leave it out")
-        if ignored := [name for name in body if name in HARMLESS]:
-            self.extra.append((b"x-ignored-fields", ", ".join(ignored).encode()))
+        self._tell_ignored([name for name in body if name in HARMLESS])
         texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise InvalidRequest("input: neither a text nor a list of texts", "token ids are not taken by this engine")
@@ -4220,9 +4229,7 @@ class V1Exchange(Exchange):
     async def _translate(self, llm: LLMInferencer, body: dict[str, Any]) -> None:
         """For engines with an API of their own: OpenAI's body as a GenerateRequest, and the answer as OpenAI's object."""
         chat = self.path == "/v1/chat/completions"
-        ignored = [name for name in body if name in HARMLESS]
-        if ignored:
-            self.extra.append((b"x-ignored-fields", ", ".join(ignored).encode()))
+        self._tell_ignored([name for name in body if name in HARMLESS])
         wanted = {name: value for name, value in body.items() if name not in HARMLESS}
         request = await asyncio.to_thread(lambda: llm.plain_request(**from_openai(wanted, self.engine)))
         base = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{self.request_id}", "created": int(time.time()), "model": body["model"]}

@@ -444,6 +444,17 @@ def parent_ends(how: str) -> None:
     os.rmdir(temporary)
 
 
+def test_a_log_that_another_process_removes_meanwhile_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link to nowhere is listed, and then not there, as such a log is."""
+    monkeypatch.setattr(llm_inference, "cache_dir", lambda: tmp_path)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "gone.log").symlink_to(tmp_path / "nowhere")
+    for number in range(25):
+        (tmp_path / "logs" / f"{number}.log").touch()
+    assert llm_inference.EngineChild("llamacpp")._log_file().parent == tmp_path / "logs"
+    assert len(list((tmp_path / "logs").iterdir())) == 20
+
+
 @pytest.mark.parametrize("how", ["returns", "SIGINT", "SIGKILL"])
 def test_no_engine_outlives_its_parent_three_times(how: str) -> None:
     with ThreadPoolExecutor(3) as pool:

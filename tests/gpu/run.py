@@ -204,8 +204,8 @@ def load(run: Run) -> Json:
                     rounds.append(one)
                     found["cases"][str(streams)] = {name: compared(rounds, name) for name, _, _ in targets[1:]}
                     save(args, part_name(args, "load"), found)
-        for name, base, _ in targets[1:] if args.mixed else ():
-            found.setdefault("mixed", {})[name] = mixed(args, [url, base], model.name)
+        for at, (name, base, _) in enumerate(targets[1:] if args.mixed else ()):
+            found.setdefault("mixed", {})[name] = mixed(args, [url, base], model.name, 100_000 + 1000 * at)
             save(args, part_name(args, "load"), found)
         if args.prompts:
             found["http_batch"] = http_batch(run, url)
@@ -278,9 +278,9 @@ def one_load(args: argparse.Namespace, url: str | list[str], model: str, streams
     return result
 
 
-def mixed(args: argparse.Namespace, urls: list[str], model: str) -> Json:
+def mixed(args: argparse.Namespace, urls: list[str], model: str, seed: int) -> Json:
     """64 streams, half of them to each address at the same time: the engine's own spread is the same for both."""
-    rounds = [one_load(args, urls if number % 2 else urls[::-1], model, 64, 100_000 + number, warm_up=False)["by_url"] for number in range(args.mixed)]
+    rounds = [one_load(args, urls if number % 2 else urls[::-1], model, 64, seed + number, warm_up=False)["by_url"] for number in range(args.mixed)]
     sides = [one if number % 2 else one[::-1] for number, one in enumerate(rounds)]
     later = [round(other["first_token_p50_ms"] - engine["first_token_p50_ms"], 2) for engine, other in sides]
     ratios = [round(other["tokens_per_s"] / engine["tokens_per_s"], 4) for engine, other in sides]
