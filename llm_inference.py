@@ -31,6 +31,7 @@ import errno
 import functools
 import hashlib
 import hmac
+import importlib.metadata
 import importlib.util
 import inspect
 import ipaddress
@@ -727,17 +728,17 @@ def pattern_cost(pattern: str) -> int:
 _matchers: dict[str, Callable[[str], bool]] = {}
 
 
-def matcher(pattern: str) -> Callable[[str], bool]:
+def matcher(pattern: str, field: str = "pattern") -> Callable[[str], bool]:
     """Does the pattern occur in a string? Linear time: Rust's regex crate, which refuses look-around and back-references."""
     if re.search(r"(?<!\\)(?:\\\\)*\(\?[a-zA-Z-]*x", pattern):
-        raise InvalidRequest("pattern: the flag x (free spacing) is not taken", "write it without spaces and comments")
+        raise InvalidRequest(f"{field}: the flag x (free spacing) is not taken", "write it without spaces and comments")
     if pattern_cost(pattern) > MAX_PATTERN_COST:
-        raise InvalidRequest(f"pattern: its length and counts come to more than {MAX_PATTERN_COST}", "write a shorter one")
+        raise InvalidRequest(f"{field}: its length and counts come to more than {MAX_PATTERN_COST}", "write a shorter one")
     if pattern not in _matchers:
         try:
             check = pydantic_core.SchemaValidator(pydantic_core.core_schema.str_schema(pattern=pattern, regex_engine="rust-regex"))
         except pydantic_core.SchemaError:
-            raise InvalidRequest("pattern: not a regular expression without look-around and back-references", "see docs.rs/regex") from None
+            raise InvalidRequest(f"{field}: not a regular expression without look-around and back-references", "see docs.rs/regex") from None
         if len(_matchers) > 256:
             _matchers.clear()
         _matchers[pattern] = check.isinstance_python
@@ -746,8 +747,8 @@ def matcher(pattern: str) -> Callable[[str], bool]:
 
 def full_matcher(regex: str) -> Callable[[str], bool]:
     """Does the regex match a whole string?"""
-    matcher(regex)  # by itself too: `a)|(?:b` is a regex between our brackets alone
-    return matcher(f"^(?:{regex})$")
+    matcher(regex, "regex")  # by itself too: `a)|(?:b` is a regex between our brackets alone
+    return matcher(f"^(?:{regex})$", "regex")
 
 
 class SchemaCheck:
@@ -1058,7 +1059,10 @@ class Wire(ABC):
 
     @staticmethod
     def open(uds: str | None) -> "Wire":
-        return (AiohttpWire if importlib.util.find_spec("aiohttp") else HttpxWire)(uds)
+        for package, wire in (("aiohttp", AiohttpWire), ("httpx", HttpxWire)):
+            if importlib.util.find_spec(package):
+                return wire(uds)
+        raise EngineNotInstalled("neither aiohttp nor httpx is installed", "pip install httpx, or -r requirements.txt")
 
 
 class AiohttpWire(Wire):
@@ -2264,6 +2268,7 @@ class HTTPAdapter(BaseLLMAdapter):
 _ENGINE_SAYS: tuple[tuple[str, type[InferenceError], str], ...] = (
     (r"Context size has been exceeded", EngineOverloaded,  # llama.cpp, in mid-answer: a prompt that does not fit alone is told otherwise
      "its callers share one context, which is full: ask again, or start it with --no-kv-unified"),
+    (r"the prompt has \d+ tokens, the context length is", ContextTooLong, "shorten the prompt, or serve the model with a longer context"),
     (r"context (length|size|window)|exceed_context_size|longer than the model's context|maximum context", ContextTooLong,
      "shorten the prompt or lower max_tokens"),
     (r"out of memory|requires more system memory|insufficient memory|failed to allocate", OutOfMemory, "take a smaller or quantized model, or free memory"),
@@ -2750,7 +2755,8 @@ class LlamaCppAdapter(OpenAIAdapter):
         if not await self._owned(get, "llamacpp"):
             return None
         props = await get("/props")
-        return str(props.get("build_info", "")) if isinstance(props, dict) else ""
+        build = str(props.get("build_info", "")) if isinstance(props, dict) else ""
+        return "" if build == "b0-unknown" else build  # what a build without git's history says
 
     def _constrain(self, request: GenerateRequest) -> dict[str, Any]:
         if request.choice is not None:
@@ -2783,6 +2789,10 @@ class LlamaCppAdapter(OpenAIAdapter):
         lost = set() if (props.get("chat_template_caps") or {}).get("supports_tools") else {"tools", "tool_choice", "tool_messages"}
         lost |= set() if "enable_thinking" in str(props.get("chat_template")) else {"think"}
         lost |= set() if (props.get("modalities") or {}).get("vision") else {"images"}
+        try:
+            await self._fetch(await self.target(), "/v1/embeddings", self.deadlines, {"input": []}, (501,))
+        except UnsupportedFeature:  # it was started without --embeddings
+            lost.add("embed")
         return lost
 
     def __init__(self, model_name: str | None = None, **options: Any) -> None:
@@ -2809,7 +2819,10 @@ class LlamaCppAdapter(OpenAIAdapter):
             await self._pulled()
         else:
             check_gguf(path)
-        return await super()._start_child()
+        target = await super()._start_child()
+        if not self.version and not self.python:
+            self.version = f"xllamacpp {importlib.metadata.version('xllamacpp')}"
+        return target
 
     async def _pulled(self) -> Path:
         progress = Progress(f"pulling {DEFAULT_GGUF}")
@@ -3337,7 +3350,7 @@ class LLMInferencer:
         return {"engine_type": engine.engine_type, "healthy": True, "how": engine.how, "version": engine.version, "models": models}
 
     async def aclose(self) -> None:
-        """End what was started and close what was opened."""
+        """End what was started and close what was opened. A verb asked after that connects, or starts, anew."""
         if self._engine is not None:
             await self._engine.close()
 
@@ -3647,7 +3660,8 @@ class Hub:
         self.parsing = concurrent.futures.ThreadPoolExecutor(1)  # large bodies, one at a time: they hold the GIL, and one thread's heap is enough for them
         self.here: tuple[float, frozenset[str]] = (-60.0, frozenset())  #: when the default engine was asked, and its models
         self.listed: tuple[float, list[tuple[str, ModelInfo]]] = (-60.0, [])
-        self.born, self.metrics = time.time(), Metrics.open()
+        self.born = time.time()
+        self.metrics: Metrics | None = None  #: create_app's, which shows them
         self.direct: dict[str, Callable[[], Exchange]] = {}  #: what answers a POST, for our own server's short way
 
     async def watch_default(self) -> None:
@@ -4412,10 +4426,11 @@ def _responses(good: Any, *failures: tuple[int, str]) -> dict[int | str, dict[st
     return {200: one("the answer", {"request_id": nobody, "code": 200, "msg": "success", "data": good}), **failed}
 
 
-_NO_KEY = (401, "unauthorized: no API key, or a wrong one; send the header Authorization: Bearer KEY (--api-key, or the key printed at start)")
+NO_KEY, SEND_KEY = "no API key, or a wrong one", "send the header Authorization: Bearer KEY (--api-key, or the key printed at start)"
+_UNAUTHORIZED = (401, f"unauthorized: {NO_KEY}; {SEND_KEY}")
 _FAILURES = (
     (400, "invalid_request: max_tokens: Input should be greater than or equal to 1; correct the named field"),
-    _NO_KEY,
+    _UNAUTHORIZED,
     (429, "busy: 256 requests in flight and 256 waiting; ask again later"),
     (500, "engine_unavailable: no ollama answers at 127.0.0.1:11434; start it: ollama serve"),
 )
@@ -4492,7 +4507,7 @@ def create_router(llm: LLMInferencer | None = None, settings: Settings | None = 
         "/engines",
         summary="Which engines are reachable, and what each can do",
         responses=_responses(
-            [{"engine_type": "llamacpp", "reachable": True, "version": "b0", "models": ["SmolLM2-135M-Instruct.Q4_1"], "features": ["schema"]}], _NO_KEY
+            [{"engine_type": "llamacpp", "reachable": True, "version": "b0", "models": ["SmolLM2-135M-Instruct.Q4_1"], "features": ["schema"]}], _UNAUTHORIZED
         ),
     )
     async def engines() -> Response:
@@ -4502,7 +4517,7 @@ def create_router(llm: LLMInferencer | None = None, settings: Settings | None = 
         "/models",
         summary="The models of every engine that answers",
         responses=_responses(
-            [{"engine_type": "llamacpp", "name": "SmolLM2-135M-Instruct.Q4_1", "context_length": 4096, "size": 96576768, "capabilities": []}], _NO_KEY
+            [{"engine_type": "llamacpp", "name": "SmolLM2-135M-Instruct.Q4_1", "context_length": 4096, "size": 96576768, "capabilities": []}], _UNAUTHORIZED
         ),
     )
     async def models() -> Response:
@@ -4531,7 +4546,7 @@ def create_v1_router(hub: Hub) -> Any:
     from fastapi import APIRouter, Request
     from fastapi.responses import JSONResponse, Response
 
-    failures = (Unauthorized("no API key, or a wrong one"), ModelNotFound("no such model", "see /v1/models"), EngineUnavailable("no ollama answers"))
+    failures = (Unauthorized(NO_KEY), ModelNotFound("no such model", "see /v1/models"), EngineUnavailable("no ollama answers"))
     shown: dict[int | str, dict[str, Any]] = {
         error.v1[0]: {"description": error.kind, "content": {"application/json": {"example": error_object(error)}}} for error in failures
     }
@@ -4753,8 +4768,8 @@ class Guard:
             refuse_hop(headers)
             if sum(name == b"host" for name, _ in scope["headers"]) > 1:
                 raise InvalidRequest("header: more than one Host", "send one")
-            if path not in PUBLIC and not self._allowed(scope, headers):  # a preflight is CORSMiddleware's, which stands before
-                raise Unauthorized("no API key, or a wrong one", "send the header Authorization: Bearer KEY (--api-key, or the key printed at start)")
+            if path not in PUBLIC and (why := self._refusal(scope, headers)):  # a preflight is CORSMiddleware's, which stands before
+                raise Unauthorized(why, SEND_KEY)
         except InferenceError as error:
             logger.info("- %s refused: %s", repr(path)[:100], error.kind)
             await self._refuse(error, path, send)
@@ -4777,28 +4792,36 @@ class Guard:
         await send({"type": "http.response.start", "status": error.status, "headers": [(name.encode(), value.encode()) for name, value in named.items()]})
         await send({"type": "http.response.body", "body": body})
 
-    def _allowed(self, scope: Scope, headers: Mapping[bytes, bytes]) -> bool:
+    def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> str:
+        """Why the call is not let in; "" where it is."""
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         key = given.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
         if scheme.lower() == b"basic" and is_page(scope["path"]) and headers.get(b"sec-fetch-site", b"none") in (b"none", b"same-origin"):
             with contextlib.suppress(ValueError):  # what a browser's own dialogue asks for; a page elsewhere cannot use it
                 key = base64.b64decode(given, validate=True).partition(b":")[2]
-        if key and sum(hmac.compare_digest(hashlib.sha256(key).digest(), digest) for digest in self.digests):
-            return True
-        return self.hub.settings.no_auth or not self.hub.settings.api_keys and is_loopback_call(scope, headers, self.hub.settings.cors_origins)
+        if self.hub.settings.no_auth or key and sum(hmac.compare_digest(hashlib.sha256(key).digest(), digest) for digest in self.digests):
+            return ""
+        if self.hub.settings.api_keys:
+            return NO_KEY
+        foreign = what_is_foreign(scope, headers, self.hub.settings.cors_origins)
+        return foreign and f"{NO_KEY} (this machine's own calls to localhost need none, but {foreign})"
 
 
-def is_loopback_call(scope: Scope, headers: Mapping[bytes, bytes], trusted: Sequence[str] = ()) -> bool:
-    """From this machine, by a loopback name (a page elsewhere could rebind its own), and through no proxy."""
+def what_is_foreign(scope: Scope, headers: Mapping[bytes, bytes], trusted: Sequence[str] = ()) -> str:
+    """What a call has that no call of this machine's own has; "" for one from here, by a loopback name, and through no proxy."""
     host = re.sub(r":\d+$", "", headers.get(b"host", b"").decode("latin-1")).lower()
     peer = (scope.get("client") or ("",))[0]
     origin, site = headers.get(b"origin", b"").decode("latin-1"), headers.get(b"sec-fetch-site", b"none")
     own = {f"{scheme}://{headers.get(b'host', b'').decode('latin-1')}" for scheme in ("http", "https")}
     if origin not in trusted and (site not in (b"none", b"same-origin") or origin and origin not in own):
-        return False  # a page that this machine's browser shows: a "simple" POST asks no CORS question
+        return "a page of another origin sent this one"  # this machine's browser shows it: a "simple" POST asks no CORS question
     if scope.get("http_version") == "1.0" or any(map(FORWARDED.fullmatch, headers)):
-        return False  # a proxy's that says so; one that says nothing (nginx since 1.29.7) cannot be told from this machine: the banner warns
-    return is_loopback(peer) and (host == "localhost" or is_loopback(host.strip("[]")))
+        return "this one came through a proxy, or by HTTP/1.0"  # a proxy that says nothing (nginx since 1.29.7) cannot be told: the banner warns
+    if not is_loopback(peer):
+        return "this one is from elsewhere"
+    if host != "localhost" and not is_loopback(host.strip("[]")):
+        return "this one's Host is neither localhost nor 127.0.0.1"  # a page elsewhere could rebind its own name to us
+    return ""
 
 
 @functools.lru_cache(1024)
@@ -4822,6 +4845,7 @@ def create_app(settings: Settings | None = None, llm: LLMInferencer | None = Non
 
         make = functools.partial(FastAPIOffline, static_url=ASSETS)
     hub = Hub(settings or Settings(), llm)
+    hub.metrics = Metrics.open()
     page = ChatPage(hub)
 
     @contextlib.asynccontextmanager
@@ -5252,6 +5276,7 @@ def run_server(settings: Settings, sockets: list[socket.socket]) -> None:
             if parent and sig == signal.SIGINT:
                 return  # Ctrl-C reaches the whole group; our parent tells us
             hub.draining = True  # readiness goes first, then the listening socket; a second signal does not wait
+            logging.getLogger("uvicorn.error").disabled = self.should_exit  # nor is it told what that cut short: it was asked for
             self.force_exit, self.should_exit = self.should_exit, True
 
     if parent:

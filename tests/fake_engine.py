@@ -29,7 +29,7 @@ Json = dict[str, Any]
 Call = tuple[str, Json]
 WIRE = Path(__file__).parent / "wire"
 TEXT = "北京是中国的首都，a city of hills 🚲."
-VERSIONS: dict[Dialect, str] = {"ollama": "0.33.0", "vllm": "0.32.0", "sglang": "0.5.21", "llamacpp": "b0-unknown"}
+VERSIONS: dict[Dialect, str] = {"ollama": "0.33.0", "vllm": "0.32.0", "sglang": "0.5.21", "llamacpp": "b6714-d2ee056e"}
 RECORDED: dict[Dialect, dict[str, str]] = {  # stream headers, unknown path, unreadable body, no key
     "ollama": {"stream": "06_chat_stream", "404": "unknown_path", "400": "malformed_json", "401": ""},
     "vllm": {"stream": "chat_stream", "404": "get_nope", "400": "err_malformed_json", "401": "key_none"},

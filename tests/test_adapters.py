@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.server
+import importlib.util
 import json
 import socket
 import threading
@@ -402,6 +403,13 @@ def test_ollama_pulls_and_others_say_that_they_do_not(fake: Make, attach: Attach
 
 
 # Finding an engine -------------------------------------------------------------------------------
+def test_without_a_package_for_http_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None if name in ("aiohttp", "httpx") else find(name, package))
+    with pytest.raises(EngineNotInstalled, match="pip install httpx"):
+        LLMInferencer("vllm", base_url="http://127.0.0.1:9").generate("hi")
+
+
 @pytest.mark.parametrize("dialect", ALL)
 @pytest.mark.parametrize("form", ["{url}", "{host}", "{url}/", "{url}/v1", "{host}/v1/"])
 def test_attach_by_base_url_in_any_form(dialect: Dialect, form: str, fake: Make, attach: Attach) -> None:

@@ -735,8 +735,9 @@ def test_a_loopback_caller_needs_no_key_where_none_is_configured(vllm: Stand, he
 
 @pytest.mark.parametrize("headers", KEYLESS_NO, ids=str)
 def test_who_may_come_from_elsewhere_needs_the_made_key(vllm: Stand, headers: dict[str, str]) -> None:
-    refused(vllm.client.get(f"{API}/models", headers=headers), "unauthorized")
-    refused_v1(vllm.client.get("/v1/models", headers=headers), "unauthorized")
+    why = "this one's Host is neither localhost nor 127.0.0.1" if "host" in headers else "this one came through a proxy"
+    assert why in refused(vllm.client.get(f"{API}/models", headers=headers), "unauthorized")
+    assert why in refused_v1(vllm.client.get("/v1/models", headers=headers), "unauthorized")
     assert vllm.client.get(f"{API}/models", headers={**headers, "authorization": f"Bearer {vllm.hub.settings.made_key}"}).status_code == 200
 
 
@@ -1129,6 +1130,7 @@ def test_a_second_signal_forces(fake: Fake) -> None:
         server.process.send_signal(signal.SIGINT)
         server.process.wait(5)
         fake.wait(lambda: fake.live == 0)
+        assert "Shutting down" in server.said and "Traceback" not in server.said
 
 
 def refuses(port: int) -> bool:

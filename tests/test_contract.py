@@ -217,6 +217,7 @@ def test_a_cancelled_task_closes_the_upstream(faked: Engine) -> None:
             await task
         await asyncio.to_thread(fake.wait, lambda: fake.live == 0 and fake.cut == cut + 1)
 
+    faked.llm.generate(PROMPT)  # what is asked of an engine once is asked
     for work in (lambda: faked.llm.acomplete(PROMPT), lambda: collect(faked.llm.astream(PROMPT))):
         run(main(work))
     assert faked.llm.generate(PROMPT) == fake.text

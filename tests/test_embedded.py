@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -106,6 +107,11 @@ def gguf(embedded: LLMInferencer) -> Path:
     return llm_inference.pull_default_model()
 
 
+async def features(llm: LLMInferencer) -> frozenset[str]:
+    engine = await llm.engine()
+    return await engine.features(await engine.model_for(None))
+
+
 # Answers -----------------------------------------------------------------------------------------
 def test_the_first_answer(embedded: LLMInferencer) -> None:
     done = embedded.complete("Say hello.", temperature=0, max_tokens=8)
@@ -113,6 +119,7 @@ def test_the_first_answer(embedded: LLMInferencer) -> None:
     assert done.timing.source == "engine" and (done.timing.tokens_per_second or 0) > 0
     health = embedded.health()
     assert health["healthy"] and health["how"] == "started by us" and health["models"] == [done.model_name]
+    assert re.fullmatch(r"b[1-9]\d+-\w+|xllamacpp \d[\w.]+", health["version"])
     (model,) = embedded.models()
     assert model.context_length and model.size
 
@@ -120,6 +127,7 @@ def test_the_first_answer(embedded: LLMInferencer) -> None:
 def test_what_the_embedded_model_cannot_do_is_refused(embedded: LLMInferencer) -> None:
     with pytest.raises(UnsupportedFeature):
         embedded.embed("text")
+    assert "embed" not in asyncio.run(features(embedded))  # nor does it say that it can
     with pytest.raises(UnsupportedFeature, match="think"):
         embedded.generate("?", think=True)
     with pytest.raises(UnsupportedFeature, match="tools"):
