@@ -101,7 +101,8 @@ def one_process(args: argparse.Namespace, numbers: list[int]) -> list[Seen]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    shares = [share for n in range(args.processes) if (share := list(range(n, args.streams, args.processes)))]
+    args.processes = min(args.processes, args.streams // len(args.url))  # each has a stream to every address
+    shares = [list(range(n, args.streams, args.processes)) for n in range(args.processes)]
     args.begin = time.time() + 1.5  # until every process has started
     with ProcessPoolExecutor(len(shares), mp_context=get_context("spawn")) as pool:
         done = [work.result() for work in [pool.submit(one_process, args, share) for share in shares]]

@@ -192,7 +192,7 @@ def load(run: Run) -> Json:
         targets = [("engine", url, 0), *((name, base, pid) for name, (base, pid) in servers.items())]
         targets += [("engine again", url, 0)] if args.control else []
         found |= {"start_s": round(time.monotonic() - began, 1), "gpu_mib": gpu_used()}
-        for streams, count in zip(args.streams, args.rounds * len(args.streams), strict=False):
+        for streams, count in zip(args.streams, args.rounds, strict=True):
             rounds: list[Json] = []
             for number in range(-1, count):  # the first one warms up
                 one: Json = {}
@@ -204,9 +204,11 @@ def load(run: Run) -> Json:
                     rounds.append(one)
                     found["cases"][str(streams)] = {name: compared(rounds, name) for name, _, _ in targets[1:]}
                     save(args, part_name(args, "load"), found)
-        for at, (name, base, _) in enumerate(targets[1:] if args.mixed else ()):
-            found.setdefault("mixed", {})[name] = mixed(args, [url, base], model.name, 100_000 + 1000 * at)
-            save(args, part_name(args, "load"), found)
+        for streams, count in zip(args.streams, args.at_once, strict=True):
+            for at, (name, base, _) in enumerate(targets[1:] if count else ()):
+                one = at_once(args, [url, base], model.name, streams, count, 100_000 + 10_000 * at + 10 * streams)
+                found.setdefault("at once", {}).setdefault(str(streams), {})[name] = one
+                save(args, part_name(args, "load"), found)
         if args.prompts:
             found["http_batch"] = http_batch(run, url)
     return found
@@ -278,13 +280,13 @@ def one_load(args: argparse.Namespace, url: str | list[str], model: str, streams
     return result
 
 
-def mixed(args: argparse.Namespace, urls: list[str], model: str, seed: int) -> Json:
-    """64 streams, half of them to each address at the same time: the engine's own spread is the same for both."""
-    rounds = [one_load(args, urls if number % 2 else urls[::-1], model, 64, seed + number, warm_up=False)["by_url"] for number in range(args.mixed)]
+def at_once(args: argparse.Namespace, urls: list[str], model: str, streams: int, count: int, seed: int) -> Json:
+    """So many streams to each of the two addresses at the same time: the engine's own spread is the same for both."""
+    rounds = [one_load(args, urls if number % 2 else urls[::-1], model, 2 * streams, seed + number, warm_up=False)["by_url"] for number in range(count)]
     sides = [one if number % 2 else one[::-1] for number, one in enumerate(rounds)]
     later = [round(other["first_token_p50_ms"] - engine["first_token_p50_ms"], 2) for engine, other in sides]
     ratios = [round(other["tokens_per_s"] / engine["tokens_per_s"], 4) for engine, other in sides]
-    return {"streams": 64, "first_token_later_ms": statistics.median(later), "first_token_later_ms_each": later, "ratio": statistics.median(ratios),
+    return {"streams": f"{streams} each", "first_token_later_ms": statistics.median(later), "first_token_later_ms_each": later, "ratio": statistics.median(ratios),
             "ratios": ratios, "engine first_token_p50_ms": statistics.median(engine["first_token_p50_ms"] for engine, _ in sides),
             "errors": sum(one["errors"] for pair in sides for one in pair)}  # fmt: skip
 
@@ -545,24 +547,30 @@ def main() -> int:
     parser.add_argument("--load-memory", type=float, default=0.6)
     parser.add_argument("--eager-load", action="store_true", help="load without CUDA graphs")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64, 256])
-    parser.add_argument("--rounds", type=int, nargs="+", default=[3], help="one number for all, or one for each of --streams")
+    parser.add_argument("--rounds", type=int, nargs="+", default=[3], help="one number for all, or one for each of --streams; 0: the warm-up alone")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 96, 128, 160])
     parser.add_argument("--processes", type=int, default=4, help="of the load generator")
     parser.add_argument("--prompts", type=int, default=10_000, help="short prompts of the batch")
     parser.add_argument("--passes", type=int, default=2, help="of the offline batch")
     parser.add_argument("--serve-args", action="append", help="arguments of our server under load, in one word; repeated: one server each, in turn")
     parser.add_argument("--control", action="store_true", help="load the engine a second time in each round, in our place: what its own spread is")
-    parser.add_argument("--mixed", type=int, default=0, help="rounds in which 64 streams are split between the engine and each of the others")
+    parser.add_argument("--at-once", type=int, nargs="+", default=[0], metavar="ROUNDS",
+                        help="further rounds, as --rounds, in which so many streams ask the engine while as many ask one of the others")  # fmt: skip
     parser.add_argument("--bare", action="store_true", help="the batch by a bare client too")
     parser.add_argument("--batch-tokens", type=int, default=16)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--orphan-rounds", type=int, default=3)
     args = parser.parse_args()
+    for name in ("rounds", "at_once"):
+        if len(counts := getattr(args, name)) not in (1, len(args.streams)):
+            parser.error(f"--{name.replace('_', '-')}: {len(counts)} numbers for {len(args.streams)} of --streams; give one, or one for each")
+        setattr(args, name, counts * (len(args.streams) // len(counts)))
     run, bad = Run(args), 0
-    save(args, "about", {"gpu": smi("--query-gpu=name,memory.total,driver_version"), "cores": os.cpu_count(), "versions": versions(args, run.env),
-                         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"), "engine_args": args.engine_args})  # fmt: skip
+    gpu = smi("--query-gpu=name,memory.total,driver_version")
+    save(args, "about", {"gpu": gpu, "cores": os.cpu_count(), "versions": versions(args, run.env)})
     for part in args.parts.split(","):
         began = time.monotonic()
+        about = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"), "engine_args": args.engine_args}
         try:
             result = PARTS[part](run)
         except Exception as exc:
@@ -571,7 +579,7 @@ def main() -> int:
         finally:
             for child in list(EngineChild._all.values()):
                 child.stop()
-        save(args, part_name(args, part), result | {"part_s": round(time.monotonic() - began, 1)})
+        save(args, part_name(args, part), result | about | {"part_s": round(time.monotonic() - began, 1)})
         print(f"{args.engine} {part}: {'FAILED' if 'failed' in result else 'done'}, {time.monotonic() - began:.0f} s", flush=True)
     return 1 if bad else 0
 
