@@ -611,6 +611,9 @@ def test_a_new_engine_is_a_subclass_in_the_map(monkeypatch: pytest.MonkeyPatch) 
     ("ValueError: Loaded weights leave no GPU memory for the KV cache under --mem-fraction-static=0.004. Raise --mem-fraction-static above 0.011", "out_of_memory"),
     ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.18 GiB of which 1.2 GiB is free.", "out_of_memory"),
     ("ValueError: Free memory on device cuda:0 (60.1/79.2 GiB) on startup is less than desired GPU memory utilization (0.9, 71.3 GiB).", "out_of_memory"),
+    ("RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 1073479680 bytes.", "out_of_memory"),
+    ("ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when initializing the engine", "out_of_memory"),
+    ("safetensors._safetensors_rust.SafetensorError: Error while deserializing header: incomplete metadata, file not fully covered", "model_not_found"),
     ("RuntimeError: Failed to infer device type, please set the environment variable", "engine_unavailable"),
 ])  # fmt: skip
 def test_what_a_failed_start_says(line: str, kind: str, tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_a_frozen_engine_is_ended(make: Make, kind: str, monkeypatch: pytest.Mon
 def told(llm: LLMInferencer, kind: str, mend: str) -> None:
     """It fails as `kind`, says what to do, shows Python callers the log, and nothing of it stays."""
     with pytest.raises(InferenceError) as caught:
-        llm.generate("hi")
+        llm.generate("hi", max_tokens=1)
     error = caught.value
     assert (error.kind, mend in error.mend) == (kind, True), str(error)
     assert str(Path.home()) not in error.message, "callers over HTTP see the message"
@@ -190,11 +190,11 @@ def test_a_port_that_is_taken(make: Make, kind: str) -> None:
         told(make(None, "--port", str(other.getsockname()[1])), "engine_unavailable", "port")
 
 
-def test_too_little_memory_for_the_weights(make: Make, kind: str, tmp_path: Path) -> None:
+def test_too_little_memory(make: Make, kind: str, tmp_path: Path) -> None:
     if kind == "sglang":
         pytest.skip("under ulimit -v its scheduler hangs in a thread that cannot be started: only a GPU shows this one")
-    small = tmp_path / "python"
-    small.write_text(f'#!/bin/sh\nulimit -v 3500000\nexec {engines.install(kind)} "$@"\n')
+    small = tmp_path / "python"  # its worker takes 2.1 GB before the weights, 2.4 with them, 3.4 with the cache
+    small.write_text(f'#!/bin/sh\nulimit -v 2800000\nexec {engines.install(kind)} "$@"\n')
     small.chmod(0o755)
     told(make(python=str(small)), "out_of_memory", "smaller")
 
