@@ -2273,6 +2273,8 @@ _ENGINE_SAYS: tuple[tuple[str, type[InferenceError], str], ...] = (
      "shorten the prompt or lower max_tokens"),
     (r"out of memory|requires more system memory|insufficient memory|failed to allocate", OutOfMemory, "take a smaller or quantized model, or free memory"),
     (r"model .{1,200}(not found|does not exist)|no such model", ModelNotFound, "see models(); pull or serve it first"),
+    (r"not support embeddings", UnsupportedFeature,
+     "start it with --embeddings --pooling mean; the embedded one with launch_args embedding=true pooling_type=1"),
     (r"is not supported yet", UnsupportedFeature, "write it in another way, or take another engine"),
     (r"option \".*\" must be|failed to parse (messages|tools)|invalid format|failed to parse grammar|grammar error|"
      r"compile (regex|json|ebnf)|unrecognized schema|json schema", InvalidRequest,

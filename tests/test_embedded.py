@@ -125,13 +125,20 @@ def test_the_first_answer(embedded: LLMInferencer) -> None:
 
 
 def test_what_the_embedded_model_cannot_do_is_refused(embedded: LLMInferencer) -> None:
-    with pytest.raises(UnsupportedFeature):
+    with pytest.raises(UnsupportedFeature, match="embedding=true pooling_type=1"):
         embedded.embed("text")
     assert "embed" not in asyncio.run(features(embedded))  # nor does it say that it can
     with pytest.raises(UnsupportedFeature, match="think"):
         embedded.generate("?", think=True)
     with pytest.raises(UnsupportedFeature, match="tools"):
         embedded.generate("?", tools=[{"type": "function", "function": {"name": "f"}}])
+
+
+def test_embeddings_where_it_is_started_for_them(own: Callable[..., LLMInferencer]) -> None:
+    llm = own(launch_args=["embedding=true", "pooling_type=1"])
+    one, other = llm.embed(["a cat", "a dog"])
+    assert len(one) == len(other) == 576 and one != other
+    assert "embed" in asyncio.run(features(llm)) and llm.generate("hi", max_tokens=2)
 
 
 def test_one_seed_one_answer(embedded: LLMInferencer) -> None:
