@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
 import sys
@@ -201,3 +202,14 @@ def chunks(llm: LLMInferencer, prompt: str | Sequence[Any] = PROMPT, **options: 
     """Every chunk of a streamed answer."""
     asked, build = llm.request(prompt, **options)
     return [chunk for burst in run(collect(llm.bursts(asked, build))) for chunk in burst]
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes packages look as if they were not installed."""
+    find = importlib.util.find_spec
+
+    def hide(*names: str) -> None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None if name in names else find(name, package))
+
+    return hide

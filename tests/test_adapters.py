@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.server
-import importlib.util
 import json
 import socket
 import threading
@@ -403,9 +402,8 @@ def test_ollama_pulls_and_others_say_that_they_do_not(fake: Make, attach: Attach
 
 
 # Finding an engine -------------------------------------------------------------------------------
-def test_without_a_package_for_http_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None if name in ("aiohttp", "httpx") else find(name, package))
+def test_without_a_package_for_http_the_error_names_it(without: Callable[..., None]) -> None:
+    without("aiohttp", "httpx")
     with pytest.raises(EngineNotInstalled, match="pip install httpx"):
         LLMInferencer("vllm", base_url="http://127.0.0.1:9").generate("hi")
 

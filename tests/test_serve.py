@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -14,7 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -408,9 +407,8 @@ def test_a_browser_gives_the_key_as_password() -> None:
         refused(stand.client.post("/api/v1/llm/chat", headers=basic("right"), json={"messages": HI}), "unauthorized")
 
 
-def test_without_gradio_the_page_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None if name == "gradio" else find(name, package))
+def test_without_gradio_the_page_says_what_it_needs(without: Callable[..., None]) -> None:
+    without("gradio")
     with Stand("vllm") as stand:
         for path in ("/ui", "/ui/", "/ui/gradio_api/upload"):
             assert "pip install gradio" in refused(stand.client.get(path), "not_found")

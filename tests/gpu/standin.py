@@ -14,13 +14,13 @@ import os
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from run import ended, free_port, wait_until
+from load import LENGTHS
+from run import at_once, ended, free_port, one_load, wait_until
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -41,21 +41,15 @@ http {{
 CASES = ((16, 0.0105, 60), (64, 0.0105, 60), (64, 0.0085, 120), (256, 0.015, 60))
 
 
-def load(where: int | list[str], streams: int, *more: str) -> Any:
-    urls = where if isinstance(where, list) else [f"http://127.0.0.1:{where}"]
-    command = [sys.executable, str(HERE / "load.py"), "--url", *urls, "--model", "m", "--streams", str(streams), "--processes", "1", *more]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def beside(engine: int, port: int, streams: int, number: int) -> float:
-    """How much later the first token is in ms, with half of the streams at the engine and half at `port` at the same time."""
-    urls = [f"http://127.0.0.1:{engine}", f"http://127.0.0.1:{port}"]
-    one = load(urls[:: 1 if number % 2 else -1], streams)["by_url"]
-    direct, through = one if number % 2 else one[::-1]
-    return round(through["first_token_p50_ms"] - direct["first_token_p50_ms"], 2)
+def generator(lengths: tuple[int, ...] = LENGTHS) -> argparse.Namespace:
+    """What run.py's loads are told: one process, for the machine has two cores."""
+    return argparse.Namespace(lengths=list(lengths), processes=1)
 
 
 def case(streams: int, step: float, cost: float, rounds: int, modules: dict[str, Path]) -> dict[str, Any]:
+    def url(port: int) -> str:
+        return f"http://127.0.0.1:{port}"
+
     engine, nginx = free_port(), shutil.which("nginx") or shutil.which("/usr/sbin/nginx")
     ports = {"engine": engine} | {name: free_port() for name in modules} | ({"nginx": free_port()} if nginx else {})
     with contextlib.ExitStack() as stack:
@@ -64,23 +58,23 @@ def case(streams: int, step: float, cost: float, rounds: int, modules: dict[str,
         def start(name: str, path: str, *command: str) -> None:
             log = work / f"{name}.log"
             process = stack.enter_context(ended(list(command), log, dict(os.environ)))
-            wait_until(f"http://127.0.0.1:{ports[name]}{path}", process, log, 60)
+            wait_until(url(ports[name]) + path, process, log, 60)
 
         start("engine", "/version", sys.executable, str(HERE / "steps.py"), "--port", str(engine), "--step", str(step), "--token-cost", str(cost))
         if nginx:
             (work / "nginx.conf").write_text(NGINX.format(dir=work, engine=engine, port=ports["nginx"]))
             start("nginx", "/version", nginx, "-c", str(work / "nginx.conf"))
         for name, module in modules.items():
-            where = ["--base-url", f"http://127.0.0.1:{engine}", "--host", "127.0.0.1", "--port", str(ports[name]), "--no-auth"]
+            where = ["--base-url", url(engine), "--host", "127.0.0.1", "--port", str(ports[name]), "--no-auth"]
             start(name, "/ready", sys.executable, str(module), "--serve", "--engine", "vllm", *where)
         for port in ports.values():
-            load(port, streams, "--lengths", "4", "8")  # warms up
-        seen = [{name: load(port, streams) for name, port in ports.items()} for _ in range(rounds)]
-        together = {name: [beside(engine, port, streams, number) for number in range(rounds)] for name, port in ports.items()}
+            one_load(generator((4, 8)), url(port), "m", streams, seed=1, warm_up=False)  # warms up
+        seen = [{name: one_load(generator(), url(port), "m", streams, seed=1, warm_up=False) for name, port in ports.items()} for _ in range(rounds)]
+        together = {name: at_once(generator(), [url(engine), url(port)], "m", streams // 2, rounds, seed=1) for name, port in ports.items()}
     found: dict[str, Any] = {"streams": streams, "step_s": step, "token_cost_us": cost, "rounds": rounds}
     for name in ports:
         found[name] = {key: statistics.median(one[name][key] for one in seen) for key in ("tokens_per_s", "first_token_p50_ms")} | {"errors": sum(one[name]["errors"] for one in seen)}
-        found[name] |= {"mixed_later_ms": statistics.median(together[name]), "mixed_later_ms_each": together[name]}
+        found[name] |= {"mixed_later_ms": together[name]["first_token_later_ms"], "mixed_later_ms_each": together[name]["first_token_later_ms_each"]}
         if name != "engine":
             ratios = [round(one[name]["tokens_per_s"] / one["engine"]["tokens_per_s"], 3) for one in seen]
             later = [round(one[name]["first_token_p50_ms"] - one["engine"]["first_token_p50_ms"], 1) for one in seen]
