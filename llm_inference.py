@@ -3299,25 +3299,26 @@ class LLMInferencer:
         """The answers in the order of `prompts`, at most `concurrency` at once; an item's error stands in its place."""
         if concurrency < 1:
             raise InvalidRequest(f"concurrency: {concurrency}", "1 or more")
-        gate, progress, finished = asyncio.Semaphore(concurrency), Progress("batch"), 0
+        answers: list[Any] = [None] * len(prompts)
+        waiting, progress, finished = iter(enumerate(prompts)), Progress("batch"), 0
 
-        async def one(prompt: Prompt) -> Completion | InferenceError:
+        async def work() -> None:
             nonlocal finished
-            async with gate:
+            for place, prompt in waiting:
                 try:
-                    return await self.acomplete(prompt, **options)
+                    answers[place] = await self.acomplete(prompt, **options)
                 except InferenceError as exc:
-                    return exc
-                finally:
-                    finished += 1
-                    progress.show(bar(finished, len(prompts)))
+                    answers[place] = exc
+                finished += 1
+                progress.show(bar(finished, len(prompts)))
 
-        tasks = [asyncio.ensure_future(one(prompt)) for prompt in prompts]
+        workers = [asyncio.ensure_future(work()) for _ in range(min(concurrency, len(prompts)))]
         try:
-            answers = await asyncio.gather(*tasks)
-        finally:  # an error that is none of ours ends the others too
-            for task in tasks:
-                task.cancel()
+            await asyncio.gather(*workers)
+        finally:  # an error that is none of ours ends the others too, and is told once they have ended
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
         progress.done(f"{finished} answers") if progress.shown else None
         return answers
 

@@ -835,20 +835,29 @@ def test_a_connection_that_is_not_taken_is_a_timeout(attach: Attach) -> None:
 # What ends, ends ---------------------------------------------------------------------------------
 def test_a_batch_that_breaks_leaves_nothing_running(fake: Make, attach: Attach) -> None:
     class Picky(pydantic.BaseModel):
-        a: int
+        text: str
 
-        @pydantic.field_validator("a")
+        @pydantic.field_validator("text")
         @classmethod
-        def refuse(cls, value: int) -> int:
-            raise KeyError("mine")
+        def refuse(cls, value: str) -> str:
+            if value == "bad":
+                raise KeyError("mine")
+            return value
+
+    async def main() -> None:
+        llm = attach(engine)
+        await llm.agenerate("hi")  # connected: what runs from here on is the batch's
+        before = asyncio.all_tasks()
+        with pytest.raises(KeyError):
+            await llm.abatch(["long", "bad"] * 6, concurrency=2, schema=Picky)
+        assert asyncio.all_tasks() == before
 
     engine = fake("vllm")
-    engine.answer, engine.pace = lambda ask: '{"a": 1}', 0.02
-    with pytest.raises(KeyError):
-        attach(engine).batch(["x"] * 12, concurrency=2, schema=Picky)
-    asked = len(engine.asked)
+    engine.answer = lambda ask: json.dumps({"text": "bad" if ask["messages"][-1]["content"] == "bad" else "word " * 100})
+    engine.pace = 0.02
+    run(main())
     engine.wait(lambda: engine.live == 0)
-    assert len(engine.asked) == asked < 12
+    assert len(engine.asked) <= 3
 
 
 def test_closing_while_it_is_reached_is_an_error_and_no_cancellation(attach: Attach) -> None:
