@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import signal
 import sys
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ CHAT = {"ollama": "/api/chat", "vllm": "/v1/chat/completions", "sglang": "/v1/ch
 PROMPT = "Count from one to twenty, in words."
 _KEPT = ("LLM_INFERENCE_TEST_CACHE",)
 _OURS = ("OLLAMA_", "VLLM_", "SGLANG_", "LLAMACPP_", "LLM_INFERENCE_")
+
+
+def pytest_configure() -> None:
+    """Ctrl-C works in what the tests start, too where they run in a shell's background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def clear_environment(monkeypatch: pytest.MonkeyPatch) -> None:

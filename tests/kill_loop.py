@@ -80,6 +80,7 @@ def main() -> int:
     options.add_argument("--rounds", type=int, default=100)
     options.add_argument("--out", type=Path)
     args = options.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, and the parents would too
     spent = {end: [one_round(end, args.engine) for _ in range(n, args.rounds, len(ENDS))] for n, end in enumerate(ENDS)}
     result = {end: {"n": len(all_), "worst_s": round(max(all_), 3), "later_than_2_s": sum(s > 2 for s in all_)} for end, all_ in spent.items() if all_}
     print(json.dumps(result, indent=1))
