@@ -3454,12 +3454,9 @@ def _checked(request: GenerateRequest, done: Completion, build: Builder) -> Any:
 
 
 def bar(done: int, total: int, width: int = 24) -> str:
-    filled = round(width * done / total) if total else 0
-    return (
-        f"{'█' * filled}{'·' * (width - filled)} {done}/{total}"
-        if total < 1 << 20
-        else f"{'█' * filled}{'·' * (width - filled)} {done >> 20}/{total >> 20} MiB"
-    )
+    """A count, or bytes where there are many."""
+    filled = "█" * (round(width * done / total) if total else 0)
+    return f"{filled:·<{width}} " + (f"{done}/{total}" if total < 1 << 20 else f"{done >> 20}/{total >> 20} MiB")
 
 
 # 11 HTTP API -------------------------------------------------------------------------------------
@@ -3751,9 +3748,8 @@ class Hub:
                     features = sorted(await engine.features(health["models"][0]) if health["models"] else engine.capabilities)
                 except InferenceError as exc:  # it is too busy to say, which is no reason to tell nothing of the others
                     health["error"] = exc.message
-            return (
-                {"engine_type": name, "reachable": health.pop("healthy"), "default": llm is self.default, "features": features} | health | {"engine_type": name}
-            )
+            known = {"engine_type": name, "reachable": health.pop("healthy"), "default": llm is self.default, "features": features}
+            return known | health | {"engine_type": name}  # which is "auto" in the health of a default that was not found
 
         return list(await asyncio.gather(*(one(name) for name in LLMInferencer.ENGINE_MAP)))
 
