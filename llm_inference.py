@@ -1192,14 +1192,25 @@ class Portal:
 
     def iterate(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
         """The items, one by one; leaving early closes the generator."""
+        steps: list[Any] = []
+
+        async def step() -> T:
+            steps[:] = [asyncio.current_task()]
+            return await anext(items)
+
+        async def end() -> None:
+            if steps:  # Ctrl-C has cancelled the last one, which may have a connection to close first
+                await asyncio.wait(steps)
+            await items.aclose()
+
         try:
             while True:
                 try:
-                    yield self.call(items.__anext__())  # type: ignore[arg-type]
+                    yield self.call(step())
                 except StopAsyncIteration:
                     return
         finally:
-            self.call(items.aclose())
+            self.call(end())
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work` there from any loop."""

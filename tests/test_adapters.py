@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import http.server
 import json
+import os
+import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -858,6 +860,24 @@ def test_a_batch_that_breaks_leaves_nothing_running(fake: Make, attach: Attach) 
     run(main())
     engine.wait(lambda: engine.live == 0)
     assert len(engine.asked) <= 3
+
+
+def test_ctrl_c_in_a_stream_that_takes_a_moment_to_end_is_ctrl_c() -> None:
+    """httpx closes a connection in several steps, and a generator that is at work cannot be closed."""
+    ended = []
+
+    async def answer() -> AsyncGenerator[str, None]:
+        try:
+            yield "one"
+            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.2)
+            ended.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(llm_inference.portal.iterate(answer()))
+    assert ended
 
 
 def test_closing_while_it_is_reached_is_an_error_and_no_cancellation(attach: Attach) -> None:
