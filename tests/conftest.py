@@ -1,7 +1,8 @@
 """Fixtures of all tests: a clean environment, fake engines, and the engines of the contract suite.
 
 Real servers are used where LLM_TEST_VLLM_URL, LLM_TEST_SGLANG_URL or LLM_TEST_OLLAMA_URL name one (LLM_TEST_OLLAMA_MODEL:
-its model); everything else needs loopback, tests/requirements.txt and the embedded model alone.
+its model); everything else needs loopback, tests/requirements.txt and the embedded model alone. LLM_TEST_WIRE=httpx: as
+without aiohttp.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fake_engine import Dialect, FakeEngine, Json, Reply, Seen, recorded
 
-from llm_inference import Chunk, LLMInferencer
+from llm_inference import Chunk, HttpxWire, LLMInferencer, Wire
 
 T = TypeVar("T")
 ALL: tuple[Dialect, ...] = ("ollama", "vllm", "sglang", "llamacpp")
@@ -35,8 +36,9 @@ _OURS = ("OLLAMA_", "VLLM_", "SGLANG_", "LLAMACPP_", "LLM_INFERENCE_")
 
 
 def pytest_configure() -> None:
-    """Ctrl-C works in what the tests start, too where they run in a shell's background, which ignores it."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, and what the tests start would too
+    if os.environ.get("LLM_TEST_WIRE") == "httpx":  # as where the five packages alone are installed
+        Wire.open = staticmethod(HttpxWire)  # type: ignore[method-assign]
 
 
 def clear_environment(monkeypatch: pytest.MonkeyPatch) -> None:
