@@ -48,6 +48,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import urllib.parse
 import uuid
 import weakref
 from abc import ABC, abstractmethod
@@ -4635,9 +4636,12 @@ class ChatPage:
     #: what the page needs of gradio's routes: none of those that take a file, an address or code
     ROUTES = re.compile(r"/ui/?|/ui/(theme\.css|(assets|static)/[\w./-]+|gradio_api/(heartbeat/\w+|run/predict|queue/join|queue/data|cancel|reset))")
 
+    PATIENCE = 5.0  #: seconds in which a reader must have come
+
     def __init__(self, hub: Hub) -> None:
         self.hub, self.loading, self.running = hub, asyncio.Lock(), contextlib.AsyncExitStack()
         self.app: Any = None
+        self.readers: list[str] = []  #: the sessions whose answers are being read
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         from starlette.responses import JSONResponse
@@ -4657,7 +4661,15 @@ class ChatPage:
                 app = await asyncio.to_thread(self._build)
                 await self.running.enter_async_context(app.router.lifespan_context(app))
                 self.app = app
-        await self.app(scope, receive, send)
+        if not scope["path"].endswith("/queue/data"):
+            await self.app(scope, receive, send)
+            return
+        reader = urllib.parse.parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
+        self.readers.append(reader)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.readers.remove(reader)
 
     async def close(self) -> None:
         await self.running.aclose()
@@ -4665,6 +4677,15 @@ class ChatPage:
     def _build(self) -> Any:
         import gradio as gr
         from fastapi import FastAPI
+
+        async def answer(message: str, history: list[dict[str, Any]], request: gr.Request, *chosen: Any) -> AsyncGenerator[list[dict[str, Any]], None]:
+            """Ends where nobody has come to read it: gradio ends what a reader leaves, and nothing else."""
+            began = time.monotonic()
+            async with contextlib.aclosing(self._answer(message, history, *chosen)) as turns:
+                async for lines in turns:
+                    yield lines
+                    if request.session_hash not in self.readers and time.monotonic() - began > self.PATIENCE:
+                        return
 
         with gr.Blocks(title="llm_inference", analytics_enabled=False, fill_height=True) as page:
             model = gr.Dropdown([], label="Engine and model", interactive=True)
@@ -4679,7 +4700,7 @@ class ChatPage:
                 schema = gr.Textbox(label="Schema: the answer is JSON that was checked", lines=2, placeholder='{"city": "string", "population": "number"}')
             shown = gr.Chatbot(height="60vh", label="Answers", buttons=["copy"], placeholder="Ask something.", render=False)
             gr.ChatInterface(
-                self._answer, chatbot=shown, additional_inputs=[model, system, *sampling, schema], concurrency_limit=None, analytics_enabled=False,
+                answer, chatbot=shown, additional_inputs=[model, system, *sampling, schema], concurrency_limit=None, analytics_enabled=False,
                 api_visibility="private", show_progress="hidden")  # fmt: skip
             page.load(self._choices, None, model, api_visibility="private")
         return gr.mount_gradio_app(FastAPI(), page, path="/ui", footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False)

@@ -19,6 +19,7 @@ if not shutil.which("chromedriver"):
     pytest.skip("apt-get install chromium chromium-driver fonts-noto-cjk", allow_module_level=True)
 
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
@@ -45,7 +46,7 @@ class Page:
         return "\n".join(str(self.driver.execute_script("return arguments[0].innerText", e)) for e in self.all(css))
 
     def wait(self, true: Any, timeout: float = 30) -> Any:
-        return WebDriverWait(self.driver, timeout, 0.1).until(lambda _: true())
+        return WebDriverWait(self.driver, timeout, 0.1, [StaleElementReferenceException]).until(lambda _: true())
 
     def wide(self) -> bool:
         """Whether the page must be scrolled sideways."""
