@@ -1190,6 +1190,8 @@ class Portal:
         except BaseException:
             future.cancel()
             raise
+        finally:
+            del future  # it holds its error, whose traceback holds this frame: a cycle that would keep the request
 
     def iterate(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
         """The items, one by one; leaving early closes the generator."""
@@ -1201,7 +1203,7 @@ class Portal:
 
         async def end() -> None:
             if steps:  # Ctrl-C has cancelled the last one, which may have a connection to close first
-                await asyncio.wait(steps)
+                await asyncio.wait([steps.pop()])
             await items.aclose()
 
         try:
@@ -1245,7 +1247,7 @@ class Once:
                 raise EngineUnavailable("it was closed meanwhile", "ask again") from None
             raise
         finally:
-            del task  # it holds its error, whose traceback holds this frame: a cycle that would keep the request
+            del task  # as in Portal.call
 
     def _done(self, key: Any, task: asyncio.Task[Any]) -> None:
         self._tasks.pop(key, None)
