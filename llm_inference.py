@@ -3316,13 +3316,16 @@ class LLMInferencer:
         answers: list[Any] = [None] * len(prompts)
         waiting, progress, finished = iter(enumerate(prompts)), Progress("batch"), 0
 
+        async def one(prompt: Prompt) -> Completion | InferenceError:
+            try:
+                return await self.acomplete(prompt, **options)
+            except InferenceError as exc:  # caught where no name leads to `answers`: with its traceback it would keep them all
+                return exc
+
         async def work() -> None:
             nonlocal finished
             for place, prompt in waiting:
-                try:
-                    answers[place] = await self.acomplete(prompt, **options)
-                except InferenceError as exc:
-                    answers[place] = exc
+                answers[place] = await one(prompt)
                 finished += 1
                 progress.show(bar(finished, len(prompts)))
 

@@ -882,7 +882,7 @@ def test_ctrl_c_in_a_stream_that_takes_a_moment_to_end_is_ctrl_c() -> None:
     assert ended
 
 
-@pytest.mark.parametrize("verb", ["generate", "stream", "structured_generate", "agenerate", "astream"])
+@pytest.mark.parametrize("verb", ["generate", "stream", "structured_generate", "batch", "agenerate", "astream"])
 def test_an_error_keeps_no_request_alive(verb: str, fake: Make, attach: Attach) -> None:
     """As in test_api.py, for the Python verbs."""
 
@@ -891,8 +891,8 @@ def test_an_error_keeps_no_request_alive(verb: str, fake: Make, attach: Attach) 
 
     def fails() -> None:
         with contextlib.suppress(InferenceError):
-            list(getattr(llm, verb)("x", **({"schema": {"a": "string"}} if verb == "structured_generate" else {})))
-            pytest.fail("it answered")
+            answer = list(getattr(llm, verb)("x", **({"schema": {"a": "string"}} if verb == "structured_generate" else {})))
+            assert verb == "batch" and isinstance(answer[0], InferenceError)
 
     async def fails_there() -> None:  # caught there, for asyncio.run makes such a cycle itself
         with contextlib.suppress(InferenceError):
