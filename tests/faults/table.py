@@ -15,7 +15,7 @@ WORDS: dict[str, tuple[str, str, str, str]] = {  # what and its pass mark, in Ch
     "hostile_bodies": ("恶意请求体(变异、hypothesis、schemathesis)", "意外 500 为 0,信封之外为 0,内存有界", "hostile bodies (mutations, hypothesis, schemathesis)", "0 unexpected 500, 0 outside the envelope, memory bounded"),
     "gate": ("无钥匙:路由 × 路径 × Host × 请求头变异", "放行 0", "unauthenticated route × path × Host × header mutations", "0 through"),
     "places": ("地点注入(URL、路径、CR/LF、$ref)", "诱饵命中 0,越界打开 0", "place injection (URLs, paths, CR/LF, $refs)", "0 canary hits, 0 outside opens"),
-    "overload": ("开环负载至容量的 10 倍", "有效吞吐 ≥ 峰值 90 %,拒绝 p99 ≤ 20 ms,挂起 0", "open-loop load to 10 × capacity", "goodput ≥ 90 % of peak, refusals p99 ≤ 20 ms, 0 hung"),
+    "overload": ("开环负载至容量的 10 倍", "有效吞吐 ≥ 峰值 90 %,拒绝 p99 ≤ 20 ms + 同时的空转 p99,挂起 0", "open-loop load to 10 × capacity", "goodput ≥ 90 % of peak, refusals p99 ≤ 20 ms + the idle p99 beside it, 0 hung"),
     "engine_killed": ("引擎被 kill -9(含内嵌引擎)", "1 秒内有类型的错误,随后恢复", "engine killed -9 (the embedded one too)", "typed within 1 s; recovered"),
     "engine_frozen": ("引擎被冻结(SIGSTOP)", "空闲期限内有类型的错误,随后恢复", "engine frozen (SIGSTOP)", "typed at the idle deadline; recovered"),
     "parent_killed": ("我们自己被 kill -9 / 中断 / 返回", "2 秒后遗孤为 0", "we are killed -9, interrupted, or return", "0 orphans after 2 s"),
