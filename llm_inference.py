@@ -1369,7 +1369,7 @@ def writable(folder: Path) -> Path:
 #: a line of an engine's log that tells of an error: after its prefixes an exception's name or the word, or llama.cpp's level E
 _ERROR_LINE = re.compile(
     r"^(?:\([^)]*\) |ERROR |[\d:.-]+ |\[[^]]*\] )*"
-    r"((?:[\w./-]+: )?\s*(?:[\w.]*(?:Error|Exception)\b|Value error|error\b|cannot open).*|E .*)",
+    r"((?:[\w./-]+(?: [\w./-]+)?: )?\s*(?:[\w.]*(?:Error|Exception)\b|Value error|error\b|cannot open).*|E .*)",
     re.MULTILINE,
 )
 

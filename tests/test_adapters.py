@@ -616,6 +616,7 @@ def test_a_new_engine_is_a_subclass_in_the_map(monkeypatch: pytest.MonkeyPatch) 
     ("RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 1073479680 bytes.", "out_of_memory"),
     ("ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when initializing the engine", "out_of_memory"),
     ("safetensors._safetensors_rust.SafetensorError: Error while deserializing header: incomplete metadata, file not fully covered", "model_not_found"),
+    ("sglang serve: error: unrecognized arguments: --no-such-flag", "invalid_request"),
     ("RuntimeError: Failed to infer device type, please set the environment variable", "engine_unavailable"),
 ])  # fmt: skip
 def test_what_a_failed_start_says(line: str, kind: str, tmp_path: Path) -> None:
