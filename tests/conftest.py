@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib.util
 import json
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fake_engine import Dialect, FakeEngine, Json, Reply, Seen, recorded
 
-from llm_inference import Chunk, HttpxWire, LLMInferencer, Wire
+from llm_inference import Chunk, HttpxWire, InferenceError, LLMInferencer, Wire
 
 T = TypeVar("T")
 ALL: tuple[Dialect, ...] = ("ollama", "vllm", "sglang", "llamacpp")
@@ -221,3 +223,30 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None if name in names else find(name, package))
 
     return hide
+
+
+#: replies that are errors: before the answer, and in its middle
+BROKEN = (
+    Reply(status=500, headers={"content-type": "application/json"}, pieces=[b'{"error":"boom"}']),
+    Reply(headers={"content-type": "text/event-stream"}, pieces=[b"data: {}\n\n"]),
+)
+
+
+@contextlib.contextmanager
+def no_error_stays() -> Iterator[None]:
+    """The errors that are raised in here go without the collector, and with them the requests that their frames hold."""
+
+    def alive() -> set[int]:
+        return {id(each) for each in gc.get_objects() if isinstance(each, InferenceError)}
+
+    gc.collect()
+    before = alive()  # of other tests
+    gc.disable()
+    try:
+        yield
+        deadline = time.monotonic() + 10
+        while not alive() <= before:  # a loop lets go of its last step a moment later
+            assert time.monotonic() < deadline, "an error is kept"
+            time.sleep(0.01)
+    finally:
+        gc.enable()

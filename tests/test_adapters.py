@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import http.server
 import json
 import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pydantic
 import pytest
-from conftest import ALL, CHAT, Attach, Fake, chunks, collect, run
+from conftest import ALL, BROKEN, CHAT, Attach, Fake, chunks, collect, no_error_stays, run
 from fake_engine import Dialect, Reply
 
 import llm_inference
@@ -887,9 +885,6 @@ def test_ctrl_c_in_a_stream_that_takes_a_moment_to_end_is_ctrl_c() -> None:
 def test_an_error_keeps_no_request_alive(verb: str, fake: Make, attach: Attach) -> None:
     """As in test_api.py, for the Python verbs."""
 
-    def alive() -> set[int]:
-        return {id(each) for each in gc.get_objects() if isinstance(each, InferenceError)}
-
     def fails() -> None:
         with contextlib.suppress(InferenceError):
             answer = list(getattr(llm, verb)("x", **({"schema": {"a": "string"}} if verb == "structured_generate" else {})))
@@ -903,23 +898,10 @@ def test_an_error_keeps_no_request_alive(verb: str, fake: Make, attach: Attach) 
     engine = fake("vllm")
     llm = attach(engine)
     llm.generate("warm")
-    broken = (
-        Reply(status=500, headers={"content-type": "application/json"}, pieces=[b'{"error":"boom"}']),
-        Reply(headers={"content-type": "text/event-stream"}, pieces=[b"data: {}\n\n"]),
-    )
-    gc.collect()
-    before = alive()
-    gc.disable()
-    try:
-        for reply in broken:
+    with no_error_stays():
+        for reply in BROKEN:
             engine.reply(reply)
             run(fails_there()) if verb.startswith("a") else fails()
-        deadline = time.monotonic() + 10
-        while not alive() <= before:  # the loop lets go of its last step a moment later
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
-        gc.enable()
 
 
 def test_closing_while_it_is_reached_is_an_error_and_no_cancellation(attach: Attach) -> None:

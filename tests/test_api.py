@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import http.client
 import json
 import os
@@ -20,6 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
+from conftest import BROKEN, no_error_stays
 from fake_engine import TEXT, Reply
 from serving import (
     API,
@@ -1253,25 +1253,11 @@ def test_api_test_against_something_else_fails(call: Call, fake: Fake) -> None:
 # Nothing stays ----------------------------------------------------------------------------------
 def test_an_error_keeps_no_request_alive(stand: Stand) -> None:
     """An error that a frame's own name holds is a cycle, and keeps the body until the collector comes: 400 MB in 64 large requests."""
-    broken = (
-        Reply(status=500, headers={"content-type": "application/json"}, pieces=[b'{"error":"boom"}']),
-        Reply(headers={"content-type": "text/event-stream"}, pieces=[b"data: {}\n\n"]),
-    )
-
-    def alive() -> set[int]:
-        return {id(each) for each in gc.get_objects() if isinstance(each, product.InferenceError)}
-
     stand.post("/generate", prompt="warm")
-    gc.collect()
-    before = alive()  # of other tests
-    gc.disable()
-    try:
+    with no_error_stays():
         for body in ({"temperature": 9}, {"max_tokens": 10**6}, {"model_name": "none/such"}):
             assert stand.post("/generate", prompt="x", **body).status_code >= 400
         for stream in (False, True):
-            for reply in broken:
+            for reply in BROKEN:
                 stand.engine.script(reply)
                 assert stand.post("/generate", prompt="x", stream=stream).status_code >= 400
-        until(lambda: alive() <= before)
-    finally:
-        gc.enable()

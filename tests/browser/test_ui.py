@@ -124,23 +124,23 @@ def test_leaving_ends_the_generation(server: tuple[str, Fake], silent: bool) -> 
     engine.wait(lambda: engine.live == 0)
 
 
-def test_what_nobody_comes_to_read_is_ended(server: tuple[str, Fake], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("listens", [True, False])
+def test_what_nobody_comes_to_read_is_ended(server: tuple[str, Fake], listens: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     url, engine = server
     monkeypatch.setattr(product.ChatPage, "PATIENCE", 1.0)
-    for listens in (True, False):
-        engine.reset().pace, engine.text = 0.05, "word " * 2000
-        with chromium() as page:
-            opened(page, url)
-            choose(page, "vllm/")
-            if not listens:
-                monkeypatch.setattr(product.ChatPage, "ROUTES", re.compile(product.ChatPage.ROUTES.pattern.replace("queue/data|", "")))
-            ask(page, "Go on for ever.")
-            engine.wait(lambda: engine.live == 1)
-            if listens:
-                page.wait(lambda: answers(page).count("word") > 60)  # for three times as long as a reader may take to come
-                assert engine.live == 1
-            else:
-                engine.wait(lambda: engine.live == 0, 15)
+    engine.reset().pace, engine.text = 0.05, "word " * 2000
+    with chromium() as page:
+        opened(page, url)
+        choose(page, "vllm/")
+        if not listens:
+            monkeypatch.setattr(product.ChatPage, "ROUTES", re.compile(product.ChatPage.ROUTES.pattern.replace("queue/data|", "")))
+        ask(page, "Go on for ever.")
+        engine.wait(lambda: engine.live == 1)
+        if listens:
+            page.wait(lambda: answers(page).count("word") > 60)  # for three times as long as a reader may take to come
+            assert engine.live == 1
+        else:
+            engine.wait(lambda: engine.live == 0, 15)
 
 
 def test_markdown_is_shown_and_html_is_not_run(server: tuple[str, Fake], tmp_path: Path) -> None:
