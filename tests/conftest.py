@@ -31,14 +31,21 @@ from llm_inference import Chunk, HttpxWire, InferenceError, LLMInferencer, Wire
 
 T = TypeVar("T")
 ALL: tuple[Dialect, ...] = ("ollama", "vllm", "sglang", "llamacpp")
-CHAT = {"ollama": "/api/chat", "vllm": "/v1/chat/completions", "sglang": "/v1/chat/completions", "llamacpp": "/v1/chat/completions"}
+CHAT = {
+    "ollama": "/api/chat",
+    "vllm": "/v1/chat/completions",
+    "sglang": "/v1/chat/completions",
+    "llamacpp": "/v1/chat/completions",
+}
 PROMPT = "Count from one to twenty, in words."
 _KEPT = ("LLM_INFERENCE_TEST_CACHE",)
 _OURS = ("OLLAMA_", "VLLM_", "SGLANG_", "LLAMACPP_", "LLM_INFERENCE_")
 
 
 def pytest_configure() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, and what the tests start would too
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background ignores it, and what the tests start would too
     if os.environ.get("LLM_TEST_WIRE") == "httpx":  # as where the five packages alone are installed
         Wire.open = staticmethod(HttpxWire)  # type: ignore[method-assign]
 
@@ -59,7 +66,11 @@ class Fake(FakeEngine):
 
     def __init__(self, dialect: Dialect, **options: Any) -> None:
         super().__init__(dialect, **options)
-        self.flags: Json = {"tool_call_parser": "qwen", "reasoning_parser": None, "enable_deterministic_inference": False}
+        self.flags: Json = {
+            "tool_call_parser": "qwen",
+            "reasoning_parser": None,
+            "enable_deterministic_inference": False,
+        }
 
     @property
     def chat(self) -> str:
@@ -68,7 +79,11 @@ class Fake(FakeEngine):
     @property
     def asked(self) -> list[Seen]:
         """The requests for a generation, in their order."""
-        return [seen for seen in list(self.requests) if seen.method == "POST" and seen.path in (self.chat, "/api/generate", "/v1/completions")]
+        return [
+            seen
+            for seen in list(self.requests)
+            if seen.method == "POST" and seen.path in (self.chat, "/api/generate", "/v1/completions")
+        ]
 
     @property
     def body(self) -> Json:
@@ -172,14 +187,25 @@ def real_server() -> Iterator[Callable[[str], LLMInferencer]]:
         name = f"LLM_TEST_{kind.upper()}_URL"
         if not (url := os.environ.get(name)):
             pytest.skip(f"no real {kind}: set {name}")
-        return made.setdefault(kind, LLMInferencer(kind, os.environ.get(f"LLM_TEST_{kind.upper()}_MODEL"), base_url=url))
+        return made.setdefault(
+            kind, LLMInferencer(kind, os.environ.get(f"LLM_TEST_{kind.upper()}_MODEL"), base_url=url)
+        )
 
     yield find
     for llm in made.values():
         llm.close()
 
 
-ENGINES = ("llamacpp-real", "ollama-fake", "vllm-fake", "sglang-fake", "llamacpp-fake", "vllm-real", "sglang-real", "ollama-real")
+ENGINES = (
+    "llamacpp-real",
+    "ollama-fake",
+    "vllm-fake",
+    "sglang-fake",
+    "llamacpp-fake",
+    "vllm-real",
+    "sglang-real",
+    "ollama-real",
+)
 
 
 @pytest.fixture(params=ENGINES)
@@ -190,7 +216,10 @@ def engine(request: pytest.FixtureRequest, fake: Callable[..., Fake], attach: At
     if how == "fake":
         made = fake(kind)
         return Engine(name, attach(made), made)
-    return Engine(name, request.getfixturevalue("embedded") if kind == "llamacpp" else request.getfixturevalue("real_server")(kind))
+    return Engine(
+        name,
+        request.getfixturevalue("embedded") if kind == "llamacpp" else request.getfixturevalue("real_server")(kind),
+    )
 
 
 @pytest.fixture(params=ALL)
@@ -220,7 +249,9 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     find = importlib.util.find_spec
 
     def hide(*names: str) -> None:
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None if name in names else find(name, package))
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, package=None: None if name in names else find(name, package)
+        )
 
     return hide
 

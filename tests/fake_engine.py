@@ -1,9 +1,9 @@
 """A scripted Ollama, vLLM, SGLang or llama.cpp over real sockets, in a thread of the test process.
 
-    with FakeEngine("vllm") as engine:
-        engine.replay("chat_stream")                             # the next generation: that transcript of tests/wire/vllm/
-        engine.script(Reply(pieces=[b"data: {"], end="reset"))   # the one after that; all others get default answers,
-        engine.wait(lambda: engine.live == 0)                    # which are recorded ones with other words in them
+with FakeEngine("vllm") as engine:
+    engine.replay("chat_stream")                             # the next generation: that transcript of tests/wire/vllm/
+    engine.script(Reply(pieces=[b"data: {"], end="reset"))   # the one after that; all others get default answers,
+    engine.wait(lambda: engine.live == 0)                    # which are recorded ones with other words in them
 """
 
 from __future__ import annotations
@@ -34,7 +34,13 @@ RECORDED: dict[Dialect, dict[str, str]] = {  # stream headers, unknown path, unr
     "ollama": {"stream": "06_chat_stream", "404": "unknown_path", "400": "malformed_json", "401": ""},
     "vllm": {"stream": "chat_stream", "404": "get_nope", "400": "err_malformed_json", "401": "key_none"},
     "sglang": {"stream": "chat_stream", "404": "get_nope", "400": "err_malformed_json", "401": "key_none"},
-    "llamacpp": {"stream": "chat_stream", "404": "post_nope", "400": "malformed", "401": "keyed_nokey_post_v1_chat_completions"}}
+    "llamacpp": {
+        "stream": "chat_stream",
+        "404": "post_nope",
+        "400": "malformed",
+        "401": "keyed_nokey_post_v1_chat_completions",
+    },
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +53,9 @@ class Reply:
     end: Literal["clean", "reset", "eof", "stall"] = "clean"
     gap: float = 0.0  # seconds between two pieces
     delay: float = 0.0  # seconds before the head
-    chunked: bool | None = None  # None: unless it is one piece that ends cleanly; False without a length: until the close
+    chunked: bool | None = (
+        None  # None: unless it is one piece that ends cleanly; False without a length: until the close
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,13 +84,23 @@ def recorded(dialect: Dialect, name: str) -> Reply:
         head, _, start = answer["raw_head"].partition("\r\n\r\n")
         parts = (start, answer["raw_response_after_kill"])  # the first was recorded up to the middle of an event
         events = [event for part in parts for event in re.findall(r"data: .*?\n\n", part, re.DOTALL)]
-        answer = {"status": 200, "headers": [line.split(": ", 1) for line in head.split("\r\n")[1:]], "body": "".join(events)}
+        answer = {
+            "status": 200,
+            "headers": [line.split(": ", 1) for line in head.split("\r\n")[1:]],
+            "body": "".join(events),
+        }
     elif "examples" in answer:  # many requests at once: the one that was refused
         answer = next(example for status, example in answer["examples"].items() if status != "200")
     headers = {name.lower(): value for name, value in answer.get("headers", [])}
     was_chunked = "transfer-encoding" in headers
     asked_to_close = "close" in str(whole.get("request", {}).get("headers"))
-    for framing in ("date", "content-length", "transfer-encoding", "keep-alive", *(["connection"] if asked_to_close else [])):
+    for framing in (
+        "date",
+        "content-length",
+        "transfer-encoding",
+        "keep-alive",
+        *(["connection"] if asked_to_close else []),
+    ):
         headers.pop(framing, None)
     if "exception" in answer:  # the server died: no answer, or a head and nothing more
         return Reply(status=answer.get("status", 0), headers=headers, end="eof")
@@ -92,8 +110,13 @@ def recorded(dialect: Dialect, name: str) -> Reply:
     pieces = [chunk["data"] for chunk in chunks] if isinstance(chunks, list) else [text]
     if was_chunked and not isinstance(chunks, list):
         pieces = re.findall(r".+?(?:\n\n|\Z)", text, re.DOTALL)
-    return Reply(status=answer["status"], headers=headers, pieces=[piece.encode() for piece in pieces], chunked=was_chunked,
-                 end="clean" if answer.get("terminating_zero_chunk", True) else "eof")
+    return Reply(
+        status=answer["status"],
+        headers=headers,
+        pieces=[piece.encode() for piece in pieces],
+        chunked=was_chunked,
+        end="clean" if answer.get("terminating_zero_chunk", True) else "eof",
+    )
 
 
 def dumps(value: object) -> bytes:
@@ -134,7 +157,9 @@ class Said:
 
 
 class FakeEngine:
-    def __init__(self, dialect: Dialect, *, version: str | None = None, model: str = "m", uds: str | None = None) -> None:
+    def __init__(
+        self, dialect: Dialect, *, version: str | None = None, model: str = "m", uds: str | None = None
+    ) -> None:
         self.dialect: Dialect = dialect
         self.version = version or VERSIONS[dialect]
         self.model = model
@@ -163,7 +188,9 @@ class FakeEngine:
 
     def start(self) -> Self:
         ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._main(ready)), name=f"fake-{self.dialect}", daemon=True)
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._main(ready)), name=f"fake-{self.dialect}", daemon=True
+        )
         self._thread.start()
         assert ready.wait(10), "the fake engine did not start"
         return self
@@ -310,21 +337,31 @@ class FakeEngine:
                 if only == path or (only is None and generates):
                     del self._queue[index]
                     return reply, generates
-        guarded = {"vllm": path.startswith("/v1/"), "sglang": path not in ("/health", "/ready"),
-                   "llamacpp": path not in ("/health", "/v1/health")}.get(self.dialect, False)
+        guarded = {
+            "vllm": path.startswith("/v1/"),
+            "sglang": path not in ("/health", "/ready"),
+            "llamacpp": path not in ("/health", "/v1/health"),
+        }.get(self.dialect, False)
         scheme, _, key = seen.headers.get("authorization", "").partition(" ")
         if guarded and self.api_key and (scheme.lower(), key) != ("bearer", self.api_key):
             return self._recorded("401"), 0
         if seen.method in ("GET", "HEAD"):
             return self._info(path), 0
         routes: dict[str, Callable[[Json], Reply]] = {
-            "/v1/chat/completions": functools.partial(self._openai, True), "/v1/completions": functools.partial(self._openai, False),
-            "/v1/embeddings": self._embeddings}
+            "/v1/chat/completions": functools.partial(self._openai, True),
+            "/v1/completions": functools.partial(self._openai, False),
+            "/v1/embeddings": self._embeddings,
+        }
         if self.dialect in ("vllm", "sglang"):
             routes["/tokenize"] = self._tokenize
         if self.dialect == "ollama":
-            routes = {"/api/show": self._show, "/api/embed": self._embed, "/api/pull": self._pull,
-                      "/api/chat": functools.partial(self._native, True), "/api/generate": functools.partial(self._native, False)}
+            routes = {
+                "/api/show": self._show,
+                "/api/embed": self._embed,
+                "/api/pull": self._pull,
+                "/api/chat": functools.partial(self._native, True),
+                "/api/generate": functools.partial(self._native, False),
+            }
         if path not in routes:
             return self._recorded("404"), 0
         try:
@@ -336,7 +373,9 @@ class FakeEngine:
             return self._json({"error": f"model '{name}' not found"}, 404), 0
         if self.dialect == "vllm" and name and name not in self.models:
             error = f"The model `{name}` does not exist. Valid aliases: {', '.join(self.models)}."
-            return self._json({"error": {"message": error, "type": "NotFoundError", "param": "model", "code": 404}}, 404), 0
+            return self._json(
+                {"error": {"message": error, "type": "NotFoundError", "param": "model", "code": 404}}, 404
+            ), 0
         reply = routes[path](ask)
         return reply, generates * (reply.status == 200)
 
@@ -370,7 +409,9 @@ class FakeEngine:
             case "ollama", "/api/tags":
                 one = self._like("02_tags")["models"][0] | {"capabilities": self._able()}
                 one["details"]["context_length"] = self.context
-                return self._json({"models": [{**one, "name": each, "model": each} for each in map(tagged, self.models)]})
+                return self._json(
+                    {"models": [{**one, "name": each, "model": each} for each in map(tagged, self.models)]}
+                )
             case "ollama", "/api/ps":
                 one = self._like("04_ps_loaded")["models"][0] | {"context_length": self.context}
                 return self._json({"models": [{**one, "name": tagged(name), "model": tagged(name)}]})
@@ -383,15 +424,30 @@ class FakeEngine:
                 one = self._like("get_v1_models")["data"][0] | {"id": name, "max_model_len": self.context}
                 return self._json({"object": "list", "data": [one]})
             case "sglang", "/model_info" | "/get_model_info":
-                own = {"served_model_name": name, "tool_call_parser": "qwen" if tools else None, "has_image_understanding": sight}
+                own = {
+                    "served_model_name": name,
+                    "tool_call_parser": "qwen" if tools else None,
+                    "has_image_understanding": sight,
+                }
                 return self._json(self._like("get_model_info", **own))
             case "sglang", "/server_info" | "/get_server_info":  # 5 of the real one's 528 fields
-                return self._json({"served_model_name": name, "is_embedding": False, "status": "ready", "version": self.version,
-                                   "max_req_input_len": self.context - 6})
+                return self._json(
+                    {
+                        "served_model_name": name,
+                        "is_embedding": False,
+                        "status": "ready",
+                        "version": self.version,
+                        "max_req_input_len": self.context - 6,
+                    }
+                )
             case "llamacpp", "/v1/models":
                 body = self._like("get_v1_models")
                 body["models"][0] |= {"name": name, "model": name}
-                body["data"][0] |= {"id": name, "aliases": [name], "meta": {**body["data"][0]["meta"], "n_ctx": self.context}}
+                body["data"][0] |= {
+                    "id": name,
+                    "aliases": [name],
+                    "meta": {**body["data"][0]["meta"], "n_ctx": self.context},
+                }
                 return self._json(body)
             case "llamacpp", "/props":
                 body = self._like("tooltpl_props" if tools else "get_props", build_info=self.version, model_alias=name)
@@ -401,7 +457,10 @@ class FakeEngine:
 
     def _say(self, ask: Json, limit: int) -> Said:
         prompt = ask.get("messages", ask.get("prompt"))
-        thinks = ask.get("think") is not False and (ask.get("chat_template_kwargs") or {}).get("enable_thinking") is not False
+        thinks = (
+            ask.get("think") is not False
+            and (ask.get("chat_template_kwargs") or {}).get("enable_thinking") is not False
+        )
         call, reasoning = self._call(ask), split(self.reasoning) if thinks else []
         pieces = [] if call else split(self.answer(ask) if self.answer else self.text)
         if cut := 0 < limit < len(reasoning) + len(pieces):
@@ -413,17 +472,27 @@ class FakeEngine:
         tools = {tool["function"]["name"]: tool["function"] for tool in ask.get("tools") or []}
         choice = ask.get("tool_choice")
         forced = choice == "required" or isinstance(choice, dict)
-        if not tools or choice == "none" or not (forced or self.tool_call) or (not forced and ask["messages"][-1]["role"] == "tool"):
+        if (
+            not tools
+            or choice == "none"
+            or not (forced or self.tool_call)
+            or (not forced and ask["messages"][-1]["role"] == "tool")
+        ):
             return None
         name = choice["function"]["name"] if isinstance(choice, dict) else next(iter(tools))
         samples = {"number": 1.5, "integer": 7, "boolean": True, "array": [], "object": {}}
         wanted = tools[name].get("parameters", {}).get("properties", {})
-        return self.tool_call or (name, {key: samples.get(str(shape.get("type")), "Paris") for key, shape in wanted.items()})
+        return self.tool_call or (
+            name,
+            {key: samples.get(str(shape.get("type")), "Paris") for key, shape in wanted.items()},
+        )
 
     def _vectors(self, ask: Json) -> tuple[list[list[float]], int]:
         texts = [ask["input"]] if isinstance(ask["input"], str) else ask["input"]
         size = ask.get("dimensions") or 8
-        return [[(len(str(text)) + i) / 100 for i in range(size)] for text in texts], sum(len(split(str(text))) for text in texts)
+        return [[(len(str(text)) + i) / 100 for i in range(size)] for text in texts], sum(
+            len(split(str(text))) for text in texts
+        )
 
     # ------------------------------------------------------------------------------------------------------- Ollama's own
 
@@ -431,14 +500,30 @@ class FakeEngine:
         return self.capabilities + (["thinking"] if self.reasoning and "thinking" not in self.capabilities else [])
 
     def _show(self, ask: Json) -> Reply:
-        info = {"general.architecture": "llama", "general.parameter_count": 134515008, "llama.context_length": self.context}
-        return self._json({"modelfile": "", "parameters": "", "template": "", "details": self._like("02_tags")["models"][0]["details"],
-                           "model_info": info, "tensors": [], "capabilities": self._able(), "modified_at": "2026-11-22T11:14:18Z"})
+        info = {
+            "general.architecture": "llama",
+            "general.parameter_count": 134515008,
+            "llama.context_length": self.context,
+        }
+        return self._json(
+            {
+                "modelfile": "",
+                "parameters": "",
+                "template": "",
+                "details": self._like("02_tags")["models"][0]["details"],
+                "model_info": info,
+                "tensors": [],
+                "capabilities": self._able(),
+                "modified_at": "2026-11-22T11:14:18Z",
+            }
+        )
 
     def _native(self, chat: bool, ask: Json) -> Reply:
         name = ask["model"]
-        for wanted, able, says in (("tools", "tools", f"registry.example/library/{name} does not support tools"),
-                                   ("think", "thinking", f'"{name}" does not support thinking')):
+        for wanted, able, says in (
+            ("tools", "tools", f"registry.example/library/{name} does not support tools"),
+            ("think", "thinking", f'"{name}" does not support thinking'),
+        ):
             if ask.get(wanted) and able not in self._able():
                 return self._json({"error": says}, 400)
         said = self._say(ask, (ask.get("options") or {}).get("num_predict") or 0)
@@ -451,7 +536,12 @@ class FakeEngine:
             if call:
                 function = {"index": 0, "name": call[0], "arguments": call[1]}
                 words["tool_calls"] = [{"id": f"call_{next(self._serial):08x}", "function": function}]
-            return {**(end or {"done": False}), "model": name, "created_at": last["created_at"], **({"message": words} if chat else words)}
+            return {
+                **(end or {"done": False}),
+                "model": name,
+                "created_at": last["created_at"],
+                **({"message": words} if chat else words),
+            }
 
         if ask.get("stream") is False:
             body = line("".join(said.pieces), "".join(said.reasoning), said.call, last)
@@ -468,9 +558,19 @@ class FakeEngine:
     def _pull(self, ask: Json) -> Reply:
         self.models.append(ask.get("model") or ask["name"])
         layer = {"status": "pulling 941f309b54ca", "digest": f"sha256:941f309b54ca{'0' * 52}", "total": 98362744}
-        steps = [{"status": "pulling manifest"}, layer, *({**layer, "completed": 24590686 * part} for part in (1, 2, 3, 4)),
-                 {"status": "verifying sha256 digest"}, {"status": "writing manifest"}, {"status": "success"}]
-        return self._json(steps[-1]) if ask.get("stream") is False else self._stream([dumps(step) + b"\n" for step in steps])
+        steps = [
+            {"status": "pulling manifest"},
+            layer,
+            *({**layer, "completed": 24590686 * part} for part in (1, 2, 3, 4)),
+            {"status": "verifying sha256 digest"},
+            {"status": "writing manifest"},
+            {"status": "success"},
+        ]
+        return (
+            self._json(steps[-1])
+            if ask.get("stream") is False
+            else self._stream([dumps(step) + b"\n" for step in steps])
+        )
 
     # ------------------------------------------------------------------------------------- OpenAI's, as the three speak it
 
@@ -481,10 +581,20 @@ class FakeEngine:
         if said.call and not (vllm and isinstance(ask.get("tool_choice"), dict)):  # vLLM: a named tool just stops
             finish = "tool_calls"
         prefix = {"sglang": "", "llamacpp": "chatcmpl-"}.get(self.dialect, "chatcmpl-" if chat else "cmpl-")
-        stamp = {"id": f"{prefix}{next(self._serial):016x}", "created": int(time.time()),
-                 "model": self.model if llama else ask.get("model") or self.model}
-        body = self._like(("post_v1_" if llama else "") + ("chat" if chat and not llama else "chat_completions" if chat else "completions"))
-        counts = {"prompt_tokens": said.asked, "completion_tokens": said.tokens, "total_tokens": said.asked + said.tokens}
+        stamp = {
+            "id": f"{prefix}{next(self._serial):016x}",
+            "created": int(time.time()),
+            "model": self.model if llama else ask.get("model") or self.model,
+        }
+        body = self._like(
+            ("post_v1_" if llama else "")
+            + ("chat" if chat and not llama else "chat_completions" if chat else "completions")
+        )
+        counts = {
+            "prompt_tokens": said.asked,
+            "completion_tokens": said.tokens,
+            "total_tokens": said.asked + said.tokens,
+        }
         counts |= {"reasoning_tokens": len(said.reasoning)} if self.dialect == "sglang" else {}
         body["usage"] |= counts
         if ask.get("stream"):
@@ -496,25 +606,42 @@ class FakeEngine:
             words |= {"reasoning" if vllm else "reasoning_content": "".join(said.reasoning)} if said.reasoning else {}
             if said.call:
                 tool = self._tool(said.call[0], dumps(said.call[1]).decode())
-                words["tool_calls"] = [tool if self.dialect == "sglang" else {key: tool[key] for key in tool if key != "index"}]
+                words["tool_calls"] = [
+                    tool if self.dialect == "sglang" else {key: tool[key] for key in tool if key != "index"}
+                ]
         else:
             choice["text"] = "".join(said.pieces)
-        choice |= {"finish_reason": finish} | ({"matched_stop": None if finish == "length" else 2} if "matched_stop" in choice else {})
+        choice |= {"finish_reason": finish} | (
+            {"matched_stop": None if finish == "length" else 2} if "matched_stop" in choice else {}
+        )
         return self._json({**body, **stamp}, wait=self.pace * said.tokens)
 
     def _tool(self, name: str, arguments: str) -> Json:
         own = {"vllm": "chatcmpl-tool-", "sglang": "call_"}.get(self.dialect, "")
-        return {"id": f"{own}{next(self._serial):016x}", "index": 0, "type": "function",
-                "function": {"name": name, "arguments": arguments}}
+        return {
+            "id": f"{own}{next(self._serial):016x}",
+            "index": 0,
+            "type": "function",
+            "function": {"name": name, "arguments": arguments},
+        }
 
     def _tool_deltas(self, call: Call) -> list[Json]:
         text, first = json.dumps(call[1], ensure_ascii=False), self._tool(call[0], "")
-        later: list[Json] = [{"index": 0, "function": {"arguments": text[at : at + 5]}} for at in range(0, len(text), 5)]
+        later: list[Json] = [
+            {"index": 0, "function": {"arguments": text[at : at + 5]}} for at in range(0, len(text), 5)
+        ]
         if self.dialect == "sglang":
-            later = [{"id": None, "type": "function", **each, "function": {"name": None, **each["function"]}} for each in later]
+            later = [
+                {"id": None, "type": "function", **each, "function": {"name": None, **each["function"]}}
+                for each in later
+            ]
         if self.dialect == "vllm":
             del first["function"]["arguments"]
-        around = {"sglang": {"role": None, "content": None, "reasoning_content": None}, "vllm": {"content": None}, "llamacpp": {}}
+        around = {
+            "sglang": {"role": None, "content": None, "reasoning_content": None},
+            "vllm": {"content": None},
+            "llamacpp": {},
+        }
         return [{**around[self.dialect], "tool_calls": [each]} for each in (first, *later)]
 
     def _events(self, chat: bool, ask: Json, said: Said, finish: str, stamp: Json, whole: Json) -> Reply:
@@ -526,7 +653,12 @@ class FakeEngine:
             *events, tail = [json.loads(piece[6:]) for piece in self._recorded(name).pieces if b"[DONE]" not in piece]
             head, middle, last = events[0], events[1], events[-1]
         else:  # llama.cpp's completions stream was not recorded: its whole answer, with the counts on the last chunk always
-            middle, last, tail, usage_asked = {key: whole[key] for key in whole.keys() - {"usage", "timings"}}, whole, {}, False
+            middle, last, tail, usage_asked = (
+                {key: whole[key] for key in whole.keys() - {"usage", "timings"}},
+                whole,
+                {},
+                False,
+            )
         if not usage_asked:  # what rides on the usage chunk then rides on the finish
             last |= {key: tail[key] for key in ("system_fingerprint", "timings") if key in tail}
 
@@ -546,7 +678,9 @@ class FakeEngine:
         chunks = [chunk(head, {})] if chat else []
         chunks += [*(chunk(middle, words) for words in parts), chunk(last, closing, finish)]
         if usage_asked:
-            chunks.append({**tail, **stamp, "usage": tail["usage"] | {key: whole["usage"][key] for key in tail["usage"]}})
+            chunks.append(
+                {**tail, **stamp, "usage": tail["usage"] | {key: whole["usage"][key] for key in tail["usage"]}}
+            )
         return self._stream([b"data: " + dumps(each) + b"\n\n" for each in chunks] + [b"data: [DONE]\n\n"])
 
     def _embeddings(self, ask: Json) -> Reply:
@@ -554,5 +688,9 @@ class FakeEngine:
         packed = [base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode() for vector in vectors]
         shown = packed if ask.get("encoding_format") == "base64" else vectors
         data = [{"object": "embedding", "index": index, "embedding": each} for index, each in enumerate(shown)]
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens} | ({} if self.dialect == "llamacpp" else {"completion_tokens": 0})
-        return self._json({"object": "list", "model": ask.get("model") or self.model, "data": data, "usage": usage}, wait=self.pace)
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens} | (
+            {} if self.dialect == "llamacpp" else {"completion_tokens": 0}
+        )
+        return self._json(
+            {"object": "list", "model": ask.get("model") or self.model, "data": data, "usage": usage}, wait=self.pace
+        )

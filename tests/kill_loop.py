@@ -55,12 +55,24 @@ def options_for(engine: str) -> dict[str, Any]:
     spec, model = engines.ENGINES[engine], str(engines.hf_model())
     arguments = spec.arguments.replace("--model-path {model}", "").replace("--model {model}", "").split()
     environment = engines.ENVIRONMENT | spec.environment
-    return {"engine_type": engine, "model_name": model, "python": str(engines.install(engine)), "launch_args": arguments, "launch_env": environment}
+    return {
+        "engine_type": engine,
+        "model_name": model,
+        "python": str(engines.install(engine)),
+        "launch_args": arguments,
+        "launch_env": environment,
+    }
 
 
 def one_round(end: str, engine: str = "llamacpp") -> float:
     """Seconds from the parent's end to the end of its last descendant; 10 means never."""
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, json.dumps(options_for(engine))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, json.dumps(options_for(engine))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     assert parent.stdin is not None and parent.stdout is not None and parent.stdout.readline() == "up\n"
     left = descendants(parent.pid)
     assert len(left) == 2 if engine == "llamacpp" else len(left) >= 4, "the watcher, the engine and its workers"
@@ -84,7 +96,11 @@ def main() -> int:
     options.add_argument("--out", type=Path)
     args = options.parse_args()
     spent = {end: [one_round(end, args.engine) for _ in range(n, args.rounds, len(ENDS))] for n, end in enumerate(ENDS)}
-    result = {end: {"n": len(all_), "worst_s": round(max(all_), 3), "later_than_2_s": sum(s > 2 for s in all_)} for end, all_ in spent.items() if all_}
+    result = {
+        end: {"n": len(all_), "worst_s": round(max(all_), 3), "later_than_2_s": sum(s > 2 for s in all_)}
+        for end, all_ in spent.items()
+        if all_
+    }
     print(json.dumps(result, indent=1))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")

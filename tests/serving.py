@@ -48,7 +48,9 @@ SOON = 2.0  # seconds; the promise is one, and this machine has other work
 def serving(app: Any, ready: str | None = "/ready", **config: Any) -> Iterator[str]:
     """Any ASGI app behind uvicorn on a free loopback port; the URL, once `ready` says something else than "starting"."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=3, **config))
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=3, **config)
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -78,7 +80,11 @@ class Fake(FakeEngine):
     def _info(self, path: str) -> Reply:
         reply = super()._info(path)
         if self.dialect == "sglang" and path in ("/server_info", "/get_server_info"):
-            flags = {"tool_call_parser": "qwen" if "tools" in self.capabilities else None, "reasoning_parser": "qwen3", "enable_deterministic_inference": True}
+            flags = {
+                "tool_call_parser": "qwen" if "tools" in self.capabilities else None,
+                "reasoning_parser": "qwen3",
+                "enable_deterministic_inference": True,
+            }
             return self._json({**json.loads(reply.pieces[0]), **flags})
         return reply
 
@@ -91,13 +97,23 @@ class Fake(FakeEngine):
 
     def asked(self) -> list[Json]:
         """The bodies of the generations so far."""
-        return [seen.json for seen in self.requests if seen.method == "POST" and seen.path not in ("/api/show", "/tokenize")]
+        return [
+            seen.json for seen in self.requests if seen.method == "POST" and seen.path not in ("/api/show", "/tokenize")
+        ]
 
 
 class Stand:
     """The whole app in front of one fake engine (or, with `url`, any server), and the ways to ask it."""
 
-    def __init__(self, dialect: Dialect = "vllm", *, capabilities: Sequence[str] = (), reasoning: str = "", engine: Fake | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        dialect: Dialect = "vllm",
+        *,
+        capabilities: Sequence[str] = (),
+        reasoning: str = "",
+        engine: Fake | None = None,
+        **settings: Any,
+    ) -> None:
         self.engine = engine or Fake(dialect)
         self.engine.capabilities += [each for each in capabilities if each not in self.engine.capabilities]
         self.engine.reasoning = reasoning
@@ -124,7 +140,11 @@ class Stand:
         return self.client.post(path if path.startswith("/v1") else API + path, json=body, headers=_headers)
 
     def raw(self, path: str, body: bytes, **headers: str) -> httpx.Response:
-        return self.client.post(path if path.startswith("/v1") else API + path, content=body, headers={"content-type": "application/json", **headers})
+        return self.client.post(
+            path if path.startswith("/v1") else API + path,
+            content=body,
+            headers={"content-type": "application/json", **headers},
+        )
 
     def events(self, path: str, **body: Any) -> list[Any]:
         """The payloads of a streamed answer, "[DONE]" as it is."""
@@ -136,7 +156,12 @@ class Stand:
     def leaving(self, path: str, **body: Any) -> Iterator[http.client.HTTPConnection]:
         """A client that has asked and not yet read anything; it may hang up (`close`) whenever it wants."""
         with contextlib.closing(hang_up(self.url)) as client:
-            client.request("POST", path if path.startswith("/v1") else API + path, json.dumps(body), {"content-type": "application/json"})
+            client.request(
+                "POST",
+                path if path.startswith("/v1") else API + path,
+                json.dumps(body),
+                {"content-type": "application/json"},
+            )
             yield client
 
 
@@ -169,7 +194,11 @@ def refused(reply: httpx.Response, kind: str, status: int | None = None) -> str:
     """The message of an envelope of that kind, as the contract has it."""
     body, error = enveloped(reply.json()), KINDS[kind]
     assert body["msg"].startswith(f"{kind}: "), body
-    assert (body["code"], reply.status_code, reply.headers["x-error-kind"]) == (error.code, status or error.http or error.code, kind), (body, reply.status_code)
+    assert (body["code"], reply.status_code, reply.headers["x-error-kind"]) == (
+        error.code,
+        status or error.http or error.code,
+        kind,
+    ), (body, reply.status_code)
     assert body["data"] is None
     assert reply.headers["content-type"].startswith("application/json")
     return str(body["msg"])
@@ -180,7 +209,12 @@ def refused_v1(reply: httpx.Response, kind: str) -> str:
     status, of_type = KINDS[kind].v1
     error = reply.json()["error"]
     assert set(reply.json()) == {"error"} and set(error) == {"message", "type", "param", "code"}
-    assert (reply.status_code, error["type"], error["code"], reply.headers["x-error-kind"]) == (status, of_type, kind, kind), reply.text
+    assert (reply.status_code, error["type"], error["code"], reply.headers["x-error-kind"]) == (
+        status,
+        of_type,
+        kind,
+        kind,
+    ), reply.text
     return str(error["message"])
 
 
@@ -201,7 +235,14 @@ def clean_env(**more: str) -> dict[str, str]:
 
 
 def run(*args: str, timeout: float = 60, script: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(script or ROOT / "llm_inference.py"), *args], capture_output=True, text=True, timeout=timeout, env=clean_env(**env), check=False)
+    return subprocess.run(
+        [sys.executable, str(script or ROOT / "llm_inference.py"), *args],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=clean_env(**env),
+        check=False,
+    )
 
 
 def free_port() -> int:
@@ -212,11 +253,34 @@ def free_port() -> int:
 class Command:
     """`python llm_inference.py --serve …` (or a script with the same command line), ended by its pid."""
 
-    def __init__(self, *args: str, script: Path | None = None, python: str = sys.executable, env: dict[str, str] | None = None, ready: bool = True) -> None:
+    def __init__(
+        self,
+        *args: str,
+        script: Path | None = None,
+        python: str = sys.executable,
+        env: dict[str, str] | None = None,
+        ready: bool = True,
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        argv = [python, str(script or ROOT / "llm_inference.py"), "--serve", "--port", str(self.port), "--host", "127.0.0.1", *args]
-        self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=clean_env(**(env or {})))
+        argv = [
+            python,
+            str(script or ROOT / "llm_inference.py"),
+            "--serve",
+            "--port",
+            str(self.port),
+            "--host",
+            "127.0.0.1",
+            *args,
+        ]
+        self.process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=clean_env(**(env or {})),
+        )
         self.said = ""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -304,5 +368,8 @@ def vllm(all_stands: dict[str, Stand]) -> Stand:
 @pytest.fixture(scope="session")
 def real() -> Iterator[httpx.Client]:
     """The real command with the real embedded engine and model."""
-    with Command("--engine", "llamacpp") as command, httpx.Client(base_url=command.url, timeout=120, trust_env=False) as client:
+    with (
+        Command("--engine", "llamacpp") as command,
+        httpx.Client(base_url=command.url, timeout=120, trust_env=False) as client,
+    ):
         yield client

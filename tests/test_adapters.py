@@ -39,7 +39,14 @@ from llm_inference import (
 Make = Callable[..., Fake]
 MESSAGES = [{"role": "user", "content": "hi"}]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
-TOOL: dict[str, Any] = {"type": "function", "function": {"name": "get_weather", "description": "d", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "d",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
 OTHER: dict[str, Any] = {"type": "function", "function": {"name": "get_time", "parameters": {"type": "object"}}}
 NAMED = {"type": "function", "function": {"name": "get_time"}}
 OPENAI: tuple[Dialect, ...] = ("vllm", "sglang", "llamacpp")
@@ -48,7 +55,14 @@ OPENAI: tuple[Dialect, ...] = ("vllm", "sglang", "llamacpp")
 def base(dialect: Dialect, *, stream: bool = False) -> dict[str, Any]:
     """What is sent when nothing is asked for. SGLang's and llama.cpp's whole answers are streams, folded."""
     if dialect == "ollama":
-        return {"model": "m:latest", "messages": MESSAGES, "stream": stream, "truncate": False, "shift": False, "options": {}}
+        return {
+            "model": "m:latest",
+            "messages": MESSAGES,
+            "stream": stream,
+            "truncate": False,
+            "shift": False,
+            "options": {},
+        }
     streamed = {"stream": True, "stream_options": {"include_usage": True}}
     return {"model": "m", "messages": MESSAGES, **(streamed if stream or dialect != "vllm" else {})}
 
@@ -75,7 +89,9 @@ PLAIN: dict[str, tuple[Any, Any, Any]] = {  # field: value, what an OpenAI engin
 
 @pytest.mark.parametrize("dialect", ALL)
 @pytest.mark.parametrize("field", PLAIN)
-def test_a_sampling_field_is_sent_under_the_engines_name_and_nothing_else_is(dialect: Dialect, field: str, fake: Make, attach: Attach) -> None:
+def test_a_sampling_field_is_sent_under_the_engines_name_and_nothing_else_is(
+    dialect: Dialect, field: str, fake: Make, attach: Attach
+) -> None:
     engine = fake(dialect)
     engine.flags["enable_deterministic_inference"] = True
     value, openai, options = PLAIN[field]
@@ -109,7 +125,10 @@ def test_stop_is_a_list_in_the_order_given(dialect: Dialect, fake: Make, attach:
 @pytest.mark.parametrize("dialect", ALL)
 def test_logprobs(dialect: Dialect, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
-    assert sent(engine, attach(engine), logprobs=True, top_logprobs=3) == base(dialect) | {"logprobs": True, "top_logprobs": 3}
+    assert sent(engine, attach(engine), logprobs=True, top_logprobs=3) == base(dialect) | {
+        "logprobs": True,
+        "top_logprobs": 3,
+    }
 
 
 def test_an_old_ollama_has_no_logprobs(fake: Make, attach: Attach) -> None:
@@ -122,7 +141,11 @@ def test_an_old_ollama_has_no_logprobs(fake: Make, attach: Attach) -> None:
 @pytest.mark.parametrize("dialect", ALL)
 def test_engine_options_are_sent_verbatim_over_everything_else(dialect: Dialect, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
-    options: dict[str, Any] = {"options": {"num_ctx": 4096, "temperature": 1}, "keep_alive": "1m"} if dialect == "ollama" else {"ignore_eos": True, "temperature": 1}
+    options: dict[str, Any] = (
+        {"options": {"num_ctx": 4096, "temperature": 1}, "keep_alive": "1m"}
+        if dialect == "ollama"
+        else {"ignore_eos": True, "temperature": 1}
+    )
     body = sent(engine, attach(engine), temperature=0.5, max_tokens=3, engine_options=options)
     if dialect == "ollama":
         assert body["options"] == {"num_predict": 3, "num_ctx": 4096, "temperature": 1} and body["keep_alive"] == "1m"
@@ -133,7 +156,10 @@ def test_engine_options_are_sent_verbatim_over_everything_else(dialect: Dialect,
 @pytest.mark.parametrize("dialect", ALL)
 def test_the_callers_values_are_not_changed(dialect: Dialect, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
-    given: dict[str, Any] = {"tools": [TOOL], "engine_options": {"options": {"num_ctx": 1}} if dialect == "ollama" else {"x": {}}}
+    given: dict[str, Any] = {
+        "tools": [TOOL],
+        "engine_options": {"options": {"num_ctx": 1}} if dialect == "ollama" else {"x": {}},
+    }
     before, messages = json.dumps(given), [*MESSAGES, {"role": "assistant", "content": "ok"}, *MESSAGES]
     for _ in range(2):
         attach(engine).complete(messages, temperature=0, **given)
@@ -142,7 +168,9 @@ def test_the_callers_values_are_not_changed(dialect: Dialect, fake: Make, attach
 
 # Constraints -------------------------------------------------------------------------------------
 def schema_form(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}}
+    return {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    }
 
 
 NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}  # or the answer could be lost in the reasoning
@@ -169,7 +197,13 @@ CONSTRAINED: list[tuple[Dialect, str, dict[str, Any], dict[str, Any], str]] = [ 
 
 @pytest.mark.parametrize(("dialect", "version", "asked", "expected", "answer"), CONSTRAINED, ids=lambda v: str(v)[:30])
 def test_a_constraint_is_translated_exactly(
-    dialect: Dialect, version: str, asked: dict[str, Any], expected: dict[str, Any], answer: str, fake: Make, attach: Attach
+    dialect: Dialect,
+    version: str,
+    asked: dict[str, Any],
+    expected: dict[str, Any],
+    answer: str,
+    fake: Make,
+    attach: Attach,
 ) -> None:
     engine = fake(dialect, version=version or None)
     engine.answer = lambda ask: answer
@@ -180,14 +214,21 @@ def test_a_constraint_is_translated_exactly(
 
 def test_llama_cpps_regex_is_a_lark_terminal(fake: Make, attach: Attach) -> None:
     engine = fake("llamacpp")
-    for regex, answer, inside in ((r"a/b", "a/b", r"/a\/b/"), (r"a\/b", "a/b", r"/a\/b/"), ("a\nb", "a\nb", r"/a\nb/"), (r"a\\/b", r"a\/b", r"/a\\\/b/")):
+    for regex, answer, inside in (
+        (r"a/b", "a/b", r"/a\/b/"),
+        (r"a\/b", "a/b", r"/a\/b/"),
+        ("a\nb", "a\nb", r"/a\nb/"),
+        (r"a\\/b", r"a\/b", r"/a\\\/b/"),
+    ):
         engine.answer = lambda ask, answer=answer: answer
         attach(engine).complete("hi", regex=regex)
         assert engine.body["grammar"] == "%llguidance {}\nstart: " + inside
 
 
 @pytest.mark.parametrize("field", ["regex", "grammar"])
-def test_ollama_refuses_what_it_has_no_field_for_and_says_what_would_work(field: str, fake: Make, attach: Attach) -> None:
+def test_ollama_refuses_what_it_has_no_field_for_and_says_what_would_work(
+    field: str, fake: Make, attach: Attach
+) -> None:
     engine = fake("ollama")
     with pytest.raises(UnsupportedFeature, match=field) as caught:
         attach(engine).complete("hi", **{field: "a"})
@@ -230,7 +271,10 @@ def test_tools_as_they_are(dialect: Dialect, fake: Make, attach: Attach) -> None
     engine = fake(dialect)
     body = sent(engine, attach(engine), tools=[TOOL, OTHER])
     assert body == base(dialect) | {"tools": [TOOL, OTHER]}
-    assert sent(engine, attach(engine), tools=[TOOL], tool_choice="auto") == base(dialect) | {"tools": [TOOL], "tool_choice": "auto"}
+    assert sent(engine, attach(engine), tools=[TOOL], tool_choice="auto") == base(dialect) | {
+        "tools": [TOOL],
+        "tool_choice": "auto",
+    }
 
 
 @pytest.mark.parametrize("dialect", ALL)
@@ -242,14 +286,22 @@ def test_tool_choice_none_is_no_tools(dialect: Dialect, fake: Make, attach: Atta
 def test_sglang_enforces_a_forced_tools_schema_with_strict_only(fake: Make, attach: Attach) -> None:
     engine = fake("sglang")
     strict = [{**t, "function": {**t["function"], "strict": True}} for t in (TOOL, OTHER)]
-    assert sent(engine, attach(engine), tools=[TOOL, OTHER], tool_choice="required") == base("sglang") | {"tools": strict, "tool_choice": "required"}
+    assert sent(engine, attach(engine), tools=[TOOL, OTHER], tool_choice="required") == base("sglang") | {
+        "tools": strict,
+        "tool_choice": "required",
+    }
 
 
 @pytest.mark.parametrize("dialect", ["sglang", "llamacpp"])
-def test_a_named_function_is_offered_alone_where_another_might_be_called(dialect: Dialect, fake: Make, attach: Attach) -> None:
+def test_a_named_function_is_offered_alone_where_another_might_be_called(
+    dialect: Dialect, fake: Make, attach: Attach
+) -> None:
     engine = fake(dialect)
     alone = {**OTHER, "function": {**OTHER["function"], "strict": True}}
-    assert sent(engine, attach(engine), tools=[TOOL, OTHER], tool_choice=NAMED) == base(dialect) | {"tools": [alone], "tool_choice": "required"}
+    assert sent(engine, attach(engine), tools=[TOOL, OTHER], tool_choice=NAMED) == base(dialect) | {
+        "tools": [alone],
+        "tool_choice": "required",
+    }
 
 
 def test_vllm_is_sent_a_named_function(fake: Make, attach: Attach) -> None:
@@ -275,11 +327,26 @@ def test_ollama_gets_tools_and_no_tool_choice(fake: Make, attach: Attach) -> Non
 
 
 IMAGE = "data:image/png;base64,iVBORw0KGgo="
-SEEN = [{"role": "user", "content": [{"type": "text", "text": "what "}, {"type": "image_url", "image_url": {"url": IMAGE, "detail": "auto"}}, {"type": "text", "text": "is it?"}]}]
+SEEN = [
+    {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": "what "},
+            {"type": "image_url", "image_url": {"url": IMAGE, "detail": "auto"}},
+            {"type": "text", "text": "is it?"},
+        ],
+    }
+]
 CALLED = [
     {"role": "developer", "content": "be brief"},
     {"role": "user", "content": "weather?"},
-    {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "北京"}'}}]},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "北京"}'}}
+        ],
+    },
     {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
 ]
 
@@ -287,7 +354,9 @@ CALLED = [
 def test_ollama_gets_images_as_bare_base64(fake: Make, attach: Attach) -> None:
     engine = fake("ollama")
     engine.capabilities = ["completion", "vision"]
-    assert sent(engine, attach(engine), SEEN)["messages"] == [{"role": "user", "content": "what is it?", "images": ["iVBORw0KGgo="]}]
+    assert sent(engine, attach(engine), SEEN)["messages"] == [
+        {"role": "user", "content": "what is it?", "images": ["iVBORw0KGgo="]}
+    ]
 
 
 def test_ollama_gets_tool_messages_in_its_own_shape(fake: Make, attach: Attach) -> None:
@@ -295,7 +364,11 @@ def test_ollama_gets_tool_messages_in_its_own_shape(fake: Make, attach: Attach) 
     assert sent(engine, attach(engine), CALLED, tools=[TOOL])["messages"] == [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "weather?"},
-        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "get_weather", "arguments": {"city": "北京"}}}]},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"function": {"name": "get_weather", "arguments": {"city": "北京"}}}],
+        },
         {"role": "tool", "content": "sunny", "tool_name": "get_weather"},
     ]
 
@@ -311,14 +384,22 @@ def test_openai_engines_get_the_messages_as_they_are(dialect: Dialect, fake: Mak
 @pytest.mark.parametrize("arguments", ["{", "not json", "[1", '{"a": NaN}'])
 def test_arguments_in_the_history_that_are_no_json_are_the_callers(arguments: str, fake: Make, attach: Attach) -> None:
     engine = fake("ollama")
-    messages = [*CALLED[:2], {"role": "assistant", "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": arguments}}]}]
+    messages = [
+        *CALLED[:2],
+        {
+            "role": "assistant",
+            "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": arguments}}],
+        },
+    ]
     with pytest.raises(InvalidRequest, match="arguments"):
         attach(engine).complete(messages)
     assert engine.asked == []
 
 
 @pytest.mark.parametrize("dialect", ["ollama", "llamacpp"])
-def test_an_image_for_a_model_that_cannot_see_is_refused_even_under_ignore(dialect: Dialect, fake: Make, attach: Attach) -> None:
+def test_an_image_for_a_model_that_cannot_see_is_refused_even_under_ignore(
+    dialect: Dialect, fake: Make, attach: Attach
+) -> None:
     engine = fake(dialect)
     for how in ("error", "ignore"):
         with pytest.raises(UnsupportedFeature, match="images"):
@@ -333,7 +414,13 @@ def test_thinking_on_each_engine(fake: Make, attach: Attach) -> None:
     for think in (True, False, "low"):
         assert sent(ollama, attach(ollama), think=think) == base("ollama") | {"think": think}
         for tokens in ([1, 2], [1]):  # the rendered prompt differs: the template looks at it
-            vllm.script(Reply(headers={"content-type": "application/json"}, pieces=[json.dumps({"count": 1, "tokens": tokens}).encode()]), "/tokenize")
+            vllm.script(
+                Reply(
+                    headers={"content-type": "application/json"},
+                    pieces=[json.dumps({"count": 1, "tokens": tokens}).encode()],
+                ),
+                "/tokenize",
+            )
         for engine in (vllm, sglang):
             expected: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": bool(think)}}
             if isinstance(think, str):
@@ -349,8 +436,17 @@ def test_thinking_is_refused_where_the_model_does_not(dialect: Dialect, fake: Ma
     assert engine.asked == []
 
 
-@pytest.mark.parametrize(("field", "value", "flag"), [("seed", 1, "--enable-deterministic-inference"), ("think", True, "--reasoning-parser"), ("tools", [TOOL], "--tool-call-parser")])
-def test_sglang_refuses_what_it_was_not_started_for_and_names_the_flag(field: str, value: Any, flag: str, fake: Make, attach: Attach) -> None:
+@pytest.mark.parametrize(
+    ("field", "value", "flag"),
+    [
+        ("seed", 1, "--enable-deterministic-inference"),
+        ("think", True, "--reasoning-parser"),
+        ("tools", [TOOL], "--tool-call-parser"),
+    ],
+)
+def test_sglang_refuses_what_it_was_not_started_for_and_names_the_flag(
+    field: str, value: Any, flag: str, fake: Make, attach: Attach
+) -> None:
     engine = fake("sglang")
     engine.flags, engine.capabilities = {}, ["completion"]
     with pytest.raises(UnsupportedFeature, match=field) as caught:
@@ -367,12 +463,26 @@ def test_embeddings(dialect: Dialect, fake: Make, attach: Attach) -> None:
     assert [round(vector[0], 2) for vector in vectors] == [0.01, 0.02] and len(vectors[0]) == 8
     seen = engine.requests[-1]
     if dialect == "ollama":
-        assert (seen.path, seen.json) == ("/api/embed", {"model": "m:latest", "input": ["a", "北京"], "truncate": False})
+        assert (seen.path, seen.json) == (
+            "/api/embed",
+            {"model": "m:latest", "input": ["a", "北京"], "truncate": False},
+        )
     else:
-        assert (seen.path, seen.json) == ("/v1/embeddings", {"model": "m", "input": ["a", "北京"], "encoding_format": "float"})
+        assert (seen.path, seen.json) == (
+            "/v1/embeddings",
+            {"model": "m", "input": ["a", "北京"], "encoding_format": "float"},
+        )
 
 
-@pytest.mark.parametrize(("dialect", "name"), [("ollama", "13_embed_string"), ("vllm", "embeddings"), ("sglang", "embeddings"), ("llamacpp", "plain_post_v1_embeddings")])
+@pytest.mark.parametrize(
+    ("dialect", "name"),
+    [
+        ("ollama", "13_embed_string"),
+        ("vllm", "embeddings"),
+        ("sglang", "embeddings"),
+        ("llamacpp", "plain_post_v1_embeddings"),
+    ],
+)
 def test_a_chat_server_has_no_embeddings(dialect: Dialect, name: str, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
     engine.replay(name)
@@ -415,11 +525,19 @@ def test_without_a_package_for_http_the_error_names_it(without: Callable[..., No
 def test_attach_by_base_url_in_any_form(dialect: Dialect, form: str, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
     llm = attach(dialect, base_url=form.format(url=engine.base_url, host=engine.base_url.removeprefix("http://")))
-    assert llm.health() == {"engine_type": dialect, "healthy": True, "how": "attached by base_url", "version": engine.version, "models": [m.name for m in llm.models()]}
+    assert llm.health() == {
+        "engine_type": dialect,
+        "healthy": True,
+        "how": "attached by base_url",
+        "version": engine.version,
+        "models": [m.name for m in llm.models()],
+    }
 
 
 @pytest.mark.parametrize("dialect", ALL)
-def test_attach_by_the_environment(dialect: Dialect, fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attach_by_the_environment(
+    dialect: Dialect, fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, other = fake(dialect), fake(dialect)
     name = LLMInferencer.ENGINE_MAP[dialect].url_env  # type: ignore[attr-defined]
     assert name in ("OLLAMA_HOST", "VLLM_BASE_URL", "SGLANG_BASE_URL", "LLAMACPP_BASE_URL")
@@ -430,7 +548,9 @@ def test_attach_by_the_environment(dialect: Dialect, fake: Make, attach: Attach,
 
 
 @pytest.mark.parametrize("dialect", ALL)
-def test_the_default_port_is_taken_only_from_the_engine_itself(dialect: Dialect, fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_port_is_taken_only_from_the_engine_itself(
+    dialect: Dialect, fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cls = LLMInferencer.ENGINE_MAP[dialect]
     engine = fake(dialect)
     monkeypatch.setattr(cls, "default_url", engine.base_url)
@@ -446,7 +566,9 @@ def test_the_default_port_is_taken_only_from_the_engine_itself(dialect: Dialect,
 
 @pytest.mark.parametrize("dialect", ALL)
 @pytest.mark.parametrize("other", ALL)
-def test_a_base_url_of_another_engine_is_told_apart(dialect: Dialect, other: Dialect, fake: Make, attach: Attach) -> None:
+def test_a_base_url_of_another_engine_is_told_apart(
+    dialect: Dialect, other: Dialect, fake: Make, attach: Attach
+) -> None:
     if dialect == other:
         return
     wrong = fake(other)
@@ -456,7 +578,9 @@ def test_a_base_url_of_another_engine_is_told_apart(dialect: Dialect, other: Dia
 
 
 @pytest.mark.parametrize("dialect", ALL)
-def test_nobody_there_is_told_with_what_would_start_it(dialect: Dialect, fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_there_is_told_with_what_would_start_it(
+    dialect: Dialect, fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gone = fake(dialect)
     gone.stop()
     cls = LLMInferencer.ENGINE_MAP[dialect]
@@ -471,7 +595,9 @@ def test_nobody_there_is_told_with_what_would_start_it(dialect: Dialect, fake: M
 
 
 @pytest.mark.parametrize("dialect", ["ollama", "vllm", "sglang"])
-def test_an_engine_that_is_not_installed_says_how_to_install_it(dialect: Dialect, fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_is_not_installed_says_how_to_install_it(
+    dialect: Dialect, fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gone = fake(dialect)
     gone.stop()
     cls = LLMInferencer.ENGINE_MAP[dialect]
@@ -505,7 +631,9 @@ def test_auto_without_any_engine_says_so(fake: Make, attach: Attach, monkeypatch
 
 # Keys and headers --------------------------------------------------------------------------------
 @pytest.mark.parametrize("dialect", ALL)
-def test_a_key_goes_out_as_bearer(dialect: Dialect, fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_goes_out_as_bearer(
+    dialect: Dialect, fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = fake(dialect)
     engine.api_key = "sekret"
     attach(engine, api_key="sekret").generate("hi")
@@ -656,7 +784,10 @@ def test_llama_cpp_has_no_levels_of_thinking(fake: Make, attach: Attach) -> None
 def test_a_grammar_that_was_cut_is_no_answer(fake: Make, attach: Attach) -> None:
     engine = fake("vllm")
     llm = attach(engine)
-    cut = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "abc"}, "finish_reason": "length"}], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+    cut = {
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "abc"}, "finish_reason": "length"}],
+        "usage": {"prompt_tokens": 1, "completion_tokens": 1},
+    }
     llm.generate("hi")
     for _ in range(2):
         engine.script(answers(cut))
@@ -682,16 +813,35 @@ def test_ollamas_calls_that_all_say_they_are_the_first_stay_apart(fake: Make, at
     engine.capabilities = ["completion", "tools"]
 
     def line(**more: Any) -> bytes:
-        return json.dumps({"model": "m", "message": {"role": "assistant", "content": ""}, "done": False, **more}).encode() + b"\n"
+        return (
+            json.dumps({"model": "m", "message": {"role": "assistant", "content": ""}, "done": False, **more}).encode()
+            + b"\n"
+        )
 
     def called(name: str, city: str) -> bytes:
-        return line(message={"role": "assistant", "content": "", "tool_calls": [{"id": name, "function": {"index": 0, "name": "get_weather", "arguments": {"city": city}}}]})
+        return line(
+            message={
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [
+                    {"id": name, "function": {"index": 0, "name": "get_weather", "arguments": {"city": city}}}
+                ],
+            }
+        )
 
     llm = attach(engine)
     llm.complete("hi", tools=[TOOL])
-    engine.script(Reply(headers={"content-type": "application/x-ndjson"}, pieces=[called("c1", "Rome"), called("c2", "Oslo"), line(done=True, done_reason="stop")]))
+    engine.script(
+        Reply(
+            headers={"content-type": "application/x-ndjson"},
+            pieces=[called("c1", "Rome"), called("c2", "Oslo"), line(done=True, done_reason="stop")],
+        )
+    )
     done = llm_inference.Completion.from_chunks(chunks(llm, "hi", tools=[TOOL]))
-    assert [json.loads(call["function"]["arguments"]) for call in done.tool_calls] == [{"city": "Rome"}, {"city": "Oslo"}]
+    assert [json.loads(call["function"]["arguments"]) for call in done.tool_calls] == [
+        {"city": "Rome"},
+        {"city": "Oslo"},
+    ]
 
 
 # An engine that fails now has not lost what it can do --------------------------------------------
@@ -739,10 +889,16 @@ def test_a_list_of_models_that_is_none_is_told(said: Any, fake: Make, attach: At
 
 @pytest.mark.parametrize("vectors", [None, [], [[]], [[1.0], [2.0]], [["1.0"]], [None], "x"], ids=str)
 @pytest.mark.parametrize(("dialect", "path"), [("ollama", "/api/embed"), ("vllm", "/v1/embeddings")])
-def test_embeddings_without_vectors_are_told(dialect: Dialect, path: str, vectors: Any, fake: Make, attach: Attach) -> None:
+def test_embeddings_without_vectors_are_told(
+    dialect: Dialect, path: str, vectors: Any, fake: Make, attach: Attach
+) -> None:
     engine = fake(dialect)
     engine.capabilities = ["completion", "embedding"]
-    data = [{"index": n, "embedding": vector} for n, vector in enumerate(vectors)] if isinstance(vectors, list) else vectors
+    data = (
+        [{"index": n, "embedding": vector} for n, vector in enumerate(vectors)]
+        if isinstance(vectors, list)
+        else vectors
+    )
     said = {} if vectors is None else {"embeddings": vectors} if dialect == "ollama" else {"data": data}
     engine.script(answers(said), path)
     with pytest.raises(BadEngineReply, match="malformed"):
@@ -803,7 +959,9 @@ def test_a_wrong_setting_is_told_by_its_name(fake: Make, attach: Attach, monkeyp
 @pytest.mark.parametrize(("base_url", "says"), [
     ("http://no-such-host.invalid:8000", "name is not known"), ("127.0.0.1:70000", "no such port"), ("http://127.0.0.1:0/v1", "no such port"),
 ])  # fmt: skip
-def test_an_address_that_cannot_be_right_is_told(base_url: str, says: str, wire: Any, attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_that_cannot_be_right_is_told(
+    base_url: str, says: str, wire: Any, attach: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unknown(*args: Any, **named: Any) -> Any:
         raise socket.gaierror(-2, "Name or service not known")
 
@@ -816,7 +974,10 @@ def test_an_address_that_cannot_be_right_is_told(base_url: str, says: str, wire:
 def test_a_page_is_no_engine(attach: Attach) -> None:
     with http_server(lambda path: b"<html>hello</html>") as url:
         for dialect in ALL:
-            with pytest.raises(BadEngineReply, match="lists no models; correct the address"), LLMInferencer(dialect, base_url=url) as llm:
+            with (
+                pytest.raises(BadEngineReply, match="lists no models; correct the address"),
+                LLMInferencer(dialect, base_url=url) as llm,
+            ):
                 llm.generate("hi")
 
 
@@ -832,7 +993,9 @@ def test_a_connection_that_is_not_taken_is_a_timeout(attach: Attach) -> None:
             wire = llm_inference.AiohttpWire if module == "aiohttp" else llm_inference.HttpxWire
             with pytest.MonkeyPatch.context() as patch, pytest.raises(EngineTimeout, match="connect"):
                 patch.setattr(llm_inference.Wire, "open", staticmethod(wire))
-                attach("vllm", base_url=f"http://127.0.0.1:{full.getsockname()[1]}", deadlines=Deadlines(connect=0.3)).generate("hi")
+                attach(
+                    "vllm", base_url=f"http://127.0.0.1:{full.getsockname()[1]}", deadlines=Deadlines(connect=0.3)
+                ).generate("hi")
 
 
 # What ends, ends ---------------------------------------------------------------------------------
@@ -856,7 +1019,9 @@ def test_a_batch_that_breaks_leaves_nothing_running(fake: Make, attach: Attach) 
         assert asyncio.all_tasks() == before
 
     engine = fake("vllm")
-    engine.answer = lambda ask: json.dumps({"text": "bad" if ask["messages"][-1]["content"] == "bad" else "word " * 100})
+    engine.answer = lambda ask: json.dumps(
+        {"text": "bad" if ask["messages"][-1]["content"] == "bad" else "word " * 100}
+    )
     engine.pace = 0.02
     run(main())
     engine.wait(lambda: engine.live == 0)
@@ -887,7 +1052,9 @@ def test_an_error_keeps_no_request_alive(verb: str, fake: Make, attach: Attach) 
 
     def fails() -> None:
         with contextlib.suppress(InferenceError):
-            answer = list(getattr(llm, verb)("x", **({"schema": {"a": "string"}} if verb == "structured_generate" else {})))
+            answer = list(
+                getattr(llm, verb)("x", **({"schema": {"a": "string"}} if verb == "structured_generate" else {}))
+            )
             assert verb == "batch" and isinstance(answer[0], InferenceError)
 
     async def fails_there() -> None:  # caught there, for asyncio.run makes such a cycle itself

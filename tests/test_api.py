@@ -129,7 +129,11 @@ def check_stream(events: list[Any]) -> dict[str, Any]:
     assert len({item["request_id"] for item in items}) == 1
     assert ["finish_reason" in item["data"] for item in items] == [False] * (len(items) - 1) + [True]
     last: dict[str, Any] = items[-1]["data"]
-    assert {"usage", "timing"} <= set(last) and set(last["usage"]) == {"prompt_tokens", "completion_tokens", "total_tokens"}
+    assert {"usage", "timing"} <= set(last) and set(last["usage"]) == {
+        "prompt_tokens",
+        "completion_tokens",
+        "total_tokens",
+    }
     for item in items[:-1]:
         assert set(item["data"]) <= {"delta", "reasoning_delta", "tool_call_delta", "logprobs"} and item["data"]
     return last
@@ -174,7 +178,13 @@ def test_reasoning_comes_under_its_own_name() -> None:
             assert "".join(e["data"].get("delta", "") for e in events[:-1]) == TEXT
 
 
-TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
 
 
 def test_tool_calls_whole_and_streamed(stand: Stand) -> None:
@@ -182,7 +192,11 @@ def test_tool_calls_whole_and_streamed(stand: Stand) -> None:
     data = good(stand.post("/chat", messages=HI, tools=[TOOL]))
     (call,) = data["tool_calls"]
     assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("get_weather", {"city": "巴黎"})
-    assert data["finish_reason"] == "tool_calls" and data["message"]["tool_calls"] == data["tool_calls"] and data["text"] == ""
+    assert (
+        data["finish_reason"] == "tool_calls"
+        and data["message"]["tool_calls"] == data["tool_calls"]
+        and data["text"] == ""
+    )
     events = stand.events("/chat", messages=HI, tools=[TOOL])
     assert check_stream(events)["finish_reason"] == "tool_calls"
     deltas = [each for e in events[:-1] for each in e["data"].get("tool_call_delta", ())]
@@ -191,7 +205,11 @@ def test_tool_calls_whole_and_streamed(stand: Stand) -> None:
 
 @pytest.mark.parametrize("end", ["eof", "reset"])
 def test_a_late_failure_is_an_envelope_and_no_done(stand: Stand, end: Any) -> None:
-    first = stand.engine._native(True, {"model": "m", "messages": HI}) if stand.engine.dialect == "ollama" else stand.engine._openai(True, {"messages": HI, "stream": True})
+    first = (
+        stand.engine._native(True, {"model": "m", "messages": HI})
+        if stand.engine.dialect == "ollama"
+        else stand.engine._openai(True, {"messages": HI, "stream": True})
+    )
     stand.engine.script(Reply(headers=first.headers, pieces=first.pieces[:4], end=end, gap=0.05))
     events = payloads(stand.post("/chat", messages=HI, stream=True))
     *before, last = events
@@ -215,10 +233,18 @@ def test_a_whole_answer_that_does_not_fit_is_asked_for_once_more(stand: Stand) -
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_early_failure_has_its_real_status(stand: Stand, stream: bool) -> None:
-    assert "did you mean" in refused(stand.post("/chat", messages=HI, stream=stream, engine_type="vlm"), "unknown_engine")
-    stand.engine.script(Reply(status=500, headers={"content-type": "application/json"}, pieces=[b'{"error":"CUDA out of memory"}']))
+    assert "did you mean" in refused(
+        stand.post("/chat", messages=HI, stream=stream, engine_type="vlm"), "unknown_engine"
+    )
+    stand.engine.script(
+        Reply(status=500, headers={"content-type": "application/json"}, pieces=[b'{"error":"CUDA out of memory"}'])
+    )
     refused(stand.post("/chat", messages=HI, stream=stream), "out_of_memory")
-    stand.engine.script(Reply(status=503, headers={"content-type": "application/json"}, pieces=[b'{"error":"maximum pending requests"}']))
+    stand.engine.script(
+        Reply(
+            status=503, headers={"content-type": "application/json"}, pieces=[b'{"error":"maximum pending requests"}']
+        )
+    )
     assert refused(stand.post("/chat", messages=HI, stream=stream), "engine_overloaded")
     stand.engine.script(Reply(pieces=[b"<html>hello</html>"], headers={"content-type": "text/html"}))
     refused(stand.post("/chat", messages=HI, stream=stream), "bad_engine_reply")
@@ -259,7 +285,13 @@ def test_every_answer_is_an_envelope(vllm: Stand, monkeypatch: pytest.MonkeyPatc
     for path in ("/nope", API, f"{API}/nope", f"{API}/generate/", "/api/v1", "/"):
         message = refused(vllm.client.get(path), "not_found")
         assert "; " in message, "what to do is missing"
-    for method, path in (("GET", "/generate"), ("PUT", "/chat"), ("DELETE", "/structured-generate"), ("POST", "/engines"), ("PATCH", "/models")):
+    for method, path in (
+        ("GET", "/generate"),
+        ("PUT", "/chat"),
+        ("DELETE", "/structured-generate"),
+        ("POST", "/engines"),
+        ("PATCH", "/models"),
+    ):
         reply = vllm.client.request(method, API + path)
         refused(reply, "method_not_allowed")
         assert reply.headers["allow"]
@@ -271,7 +303,11 @@ def test_every_answer_is_an_envelope(vllm: Stand, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(vllm.hub, "engines", broken)
     monkeypatch.setattr(vllm.hub, "route", broken)
-    for reply in (vllm.client.get(API + "/engines"), vllm.post("/chat", messages=HI), vllm.post("/chat", messages=HI, stream=True)):
+    for reply in (
+        vllm.client.get(API + "/engines"),
+        vllm.post("/chat", messages=HI),
+        vllm.post("/chat", messages=HI, stream=True),
+    ):
         assert MARK not in refused(reply, "internal_error")
 
 
@@ -288,12 +324,22 @@ def test_what_lies_outside_the_router_fails_in_an_envelope_too(vllm: Stand) -> N
 
 
 STATUS = {
-    "invalid_request": (400, 400, 400, "invalid_request_error"), "unsupported_feature": (400, 400, 400, "invalid_request_error"),
-    "context_too_long": (400, 400, 400, "invalid_request_error"), "unknown_engine": (400, 400, 400, "invalid_request_error"),
-    "model_not_found": (400, 400, 404, "not_found_error"), "payload_too_large": (400, 413, 413, None), "busy": (400, 429, 429, None),
-    "unauthorized": (400, 401, 401, None), "engine_unavailable": (500, 500, 503, None), "engine_not_installed": (500, 500, 503, None),
-    "engine_overloaded": (500, 500, 503, None), "engine_timeout": (500, 500, 504, None), "out_of_memory": (500, 500, 502, None),
-    "bad_engine_reply": (500, 500, 502, None), "structured_output_invalid": (500, 500, 502, None), "internal_error": (500, 500, 500, None),
+    "invalid_request": (400, 400, 400, "invalid_request_error"),
+    "unsupported_feature": (400, 400, 400, "invalid_request_error"),
+    "context_too_long": (400, 400, 400, "invalid_request_error"),
+    "unknown_engine": (400, 400, 400, "invalid_request_error"),
+    "model_not_found": (400, 400, 404, "not_found_error"),
+    "payload_too_large": (400, 413, 413, None),
+    "busy": (400, 429, 429, None),
+    "unauthorized": (400, 401, 401, None),
+    "engine_unavailable": (500, 500, 503, None),
+    "engine_not_installed": (500, 500, 503, None),
+    "engine_overloaded": (500, 500, 503, None),
+    "engine_timeout": (500, 500, 504, None),
+    "out_of_memory": (500, 500, 502, None),
+    "bad_engine_reply": (500, 500, 502, None),
+    "structured_output_invalid": (500, 500, 502, None),
+    "internal_error": (500, 500, 500, None),
 }
 
 
@@ -323,12 +369,18 @@ def test_the_request_id_goes_on_to_the_engine(vllm: Stand) -> None:
     assert vllm.engine.requests[-1].headers["x-request-id"] == reply.json()["request_id"]
 
 
-@pytest.mark.parametrize("given", ["6f9619ff-8b86-4d01-b42d-00cf4fc964ff", "6F9619FF-8B86-4D01-B42D-00CF4FC964FF", MARK, ""])
+@pytest.mark.parametrize(
+    "given", ["6f9619ff-8b86-4d01-b42d-00cf4fc964ff", "6F9619FF-8B86-4D01-B42D-00CF4FC964FF", MARK, ""]
+)
 def test_a_request_id_is_accepted_where_it_is_a_uuid(vllm: Stand, given: str) -> None:
     reply = vllm.client.post(API + "/chat", json={"messages": HI}, headers={"x-request-id": given})
     accepted = given.strip() if given == given.lower() and "-8b86-" in given else None
     assert (reply.json()["request_id"] == given.strip()) is bool(accepted)
-    assert vllm.engine.requests[-1].headers["x-request-id"] == reply.json()["request_id"] == enveloped(reply.json())["request_id"]
+    assert (
+        vllm.engine.requests[-1].headers["x-request-id"]
+        == reply.json()["request_id"]
+        == enveloped(reply.json())["request_id"]
+    )
 
 
 # ----------------------------------------------------------------------------------------------- strict bodies
@@ -390,7 +442,11 @@ def test_no_schema_breaks_us(vllm: Stand, schema: Any) -> None:
     for answer in ('"text"', "1.5", "[1]", '{"a":1}'):
         vllm.engine.answer = lambda ask, answer=answer: answer  # type: ignore[misc]
         reply = vllm.post("/structured-generate", prompt="hi", schema=schema)
-        assert reply.status_code == 200 or reply.headers["x-error-kind"] in ("invalid_request", "unsupported_feature", "structured_output_invalid"), reply.text
+        assert reply.status_code == 200 or reply.headers["x-error-kind"] in (
+            "invalid_request",
+            "unsupported_feature",
+            "structured_output_invalid",
+        ), reply.text
 
 
 def test_prompt_or_messages_is_required(vllm: Stand) -> None:
@@ -406,18 +462,39 @@ def test_prompt_or_messages_is_required(vllm: Stand) -> None:
 
 
 def test_null_means_not_given(vllm: Stand) -> None:
-    nothing = dict.fromkeys(("engine_type", "model_name", "max_tokens", "temperature", "stop", "schema", "tools", "seed"))
+    nothing = dict.fromkeys(
+        ("engine_type", "model_name", "max_tokens", "temperature", "stop", "schema", "tools", "seed")
+    )
     good(vllm.post("/generate", prompt="hi", **nothing))
 
 
-@pytest.mark.parametrize(("wrong", "right"), [("max_token", "max_tokens"), ("temprature", "temperature"), ("modelname", "model_name"), ("strem", "stream")])
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("max_token", "max_tokens"), ("temprature", "temperature"), ("modelname", "model_name"), ("strem", "stream")],
+)
 @pytest.mark.parametrize("route", ROUTES)
 def test_an_unknown_field_is_refused_with_the_near_one(vllm: Stand, route: str, wrong: str, right: str) -> None:
     message = refused(vllm.post(route, **body_of(route), **{wrong: 1}), "invalid_request")
     assert wrong in message and f"did you mean {right}" in message
 
 
-@pytest.mark.parametrize("name", ["engine_options", "base_url", "api_key", "launch", "python", "launch_args", "model", "raw", "deadlines", "headers", "template", "__class__"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "engine_options",
+        "base_url",
+        "api_key",
+        "launch",
+        "python",
+        "launch_args",
+        "model",
+        "raw",
+        "deadlines",
+        "headers",
+        "template",
+        "__class__",
+    ],
+)
 def test_what_is_for_python_or_the_operator_is_refused(vllm: Stand, name: str) -> None:
     reply = vllm.post("/generate", prompt="hi", **{name: {MARK: 1}})
     assert name in refused(reply, "invalid_request") and MARK not in reply.text and not vllm.engine.asked()
@@ -437,7 +514,12 @@ def test_an_unknown_fields_name_is_input_too(vllm: Stand) -> None:
 ], ids=lambda raw: repr(raw[:30]))  # fmt: skip
 def test_what_is_not_strict_json_is_refused(vllm: Stand, path: str, raw: bytes) -> None:
     if path in ("/chat", "/v1/chat/completions"):
-        raw = raw.replace(b'"prompt":"hi"', b'"model":"vllm/m","messages":[{"role":"user","content":"hi"}]' if path[1] == "v" else b'"messages":[{"role":"user","content":"hi"}]')
+        raw = raw.replace(
+            b'"prompt":"hi"',
+            b'"model":"vllm/m","messages":[{"role":"user","content":"hi"}]'
+            if path[1] == "v"
+            else b'"messages":[{"role":"user","content":"hi"}]',
+        )
     reply = vllm.raw(path, raw)
     (refused_v1 if path[1] == "v" else refused)(reply, "invalid_request")
     assert not vllm.engine.asked()
@@ -446,8 +528,16 @@ def test_what_is_not_strict_json_is_refused(vllm: Stand, path: str, raw: bytes) 
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
 def test_depth_is_limited(vllm: Stand, path: str) -> None:
     refuse = refused_v1 if path[1] == "v" else refused
-    for opened, closed, levels in ((b"[", b"]", 65), (b'{"a":', b"}", 65), (b"[", b"]", 100_000), (b'{"a":', b"}", 100_000)):
-        refuse(vllm.raw(path, b'{"prompt":"hi","model":"vllm/m","x":' + opened * levels + b"1" + closed * levels + b"}"), "invalid_request")
+    for opened, closed, levels in (
+        (b"[", b"]", 65),
+        (b'{"a":', b"}", 65),
+        (b"[", b"]", 100_000),
+        (b'{"a":', b"}", 100_000),
+    ):
+        refuse(
+            vllm.raw(path, b'{"prompt":"hi","model":"vllm/m","x":' + opened * levels + b"1" + closed * levels + b"}"),
+            "invalid_request",
+        )
     refuse(vllm.raw(path, b"[" * 1_000_000), "invalid_request")
 
 
@@ -461,7 +551,9 @@ def test_a_body_over_4_mib_is_refused(vllm: Stand, path: str) -> None:
     limit = 4 << 20
     refuse(vllm.raw(path, b" " * (limit + 1)), "payload_too_large")
     url = path if path[1] == "v" else API + path
-    refuse(vllm.client.post(url, content=(b" " * (1 << 16) for _ in range(65))), "payload_too_large")  # chunked, no length told
+    refuse(
+        vllm.client.post(url, content=(b" " * (1 << 16) for _ in range(65))), "payload_too_large"
+    )  # chunked, no length told
     refuse(vllm.raw(path, b" " * limit), "invalid_request")  # as large as it may be: read, and no JSON
 
 
@@ -483,7 +575,9 @@ def test_the_cap_on_max_tokens_is_the_operators(vllm: Stand) -> None:
     assert vllm.post("/generate", prompt="hi", max_tokens=8192).status_code == 200
     with Stand("vllm", max_tokens_cap=16) as stand:
         assert "16" in refused(stand.post("/generate", prompt="hi", max_tokens=17), "invalid_request")
-        assert "16" in refused_v1(stand.post("/v1/chat/completions", model="m", messages=HI, max_completion_tokens=17), "invalid_request")
+        assert "16" in refused_v1(
+            stand.post("/v1/chat/completions", model="m", messages=HI, max_completion_tokens=17), "invalid_request"
+        )
         good(stand.post("/generate", prompt="hi"))
         assert stand.engine.asked()[-1]["max_tokens"] == 16
 
@@ -512,7 +606,11 @@ GONE = ["/generate", "/v1/chat/completions"]
 def test_a_client_that_leaves_before_the_first_token(stand: Stand, path: str, stream: bool) -> None:
     cut = stand.engine.cut
     stand.engine.script(Reply(delay=60))
-    with stand.leaving(path, model=stand.model, messages=HI, stream=stream) if path in GONE[1:] else stand.leaving(path, prompt="hi", stream=stream):
+    with (
+        stand.leaving(path, model=stand.model, messages=HI, stream=stream)
+        if path in GONE[1:]
+        else stand.leaving(path, prompt="hi", stream=stream)
+    ):
         stand.engine.wait(lambda: stand.engine.live == 1)
     gone(stand)
     assert stand.engine.cut == cut + 1
@@ -521,7 +619,9 @@ def test_a_client_that_leaves_before_the_first_token(stand: Stand, path: str, st
 @pytest.mark.parametrize("path", GONE)
 def test_a_client_that_leaves_in_the_middle(stand: Stand, path: str) -> None:
     cut, stand.engine.pace, stand.engine.text = stand.engine.cut, 0.05, "word " * 2000
-    with stand.leaving(path, stream=True, **({"model": stand.model, "messages": HI} if path in GONE[1:] else {"prompt": "hi"})) as client:
+    with stand.leaving(
+        path, stream=True, **({"model": stand.model, "messages": HI} if path in GONE[1:] else {"prompt": "hi"})
+    ) as client:
         assert client.getresponse().read(100)
     gone(stand)
     assert stand.engine.cut == cut + 1
@@ -602,7 +702,9 @@ def test_one_too_many_is_told_when_to_come_back() -> None:
             reply = stand.post("/v1/chat/completions", model="m", messages=HI)
             refused_v1(reply, "busy")
             assert int(reply.headers["retry-after"]) >= 1
-            assert stand.client.get("/health").status_code == 200 and stand.client.get("/ready").json()["in_flight"] == 1
+            assert (
+                stand.client.get("/health").status_code == 200 and stand.client.get("/ready").json()["in_flight"] == 1
+            )
         good(stand.post("/chat", messages=HI))
 
 
@@ -642,7 +744,11 @@ def test_engines_tells_who_is_reachable(stand: Stand) -> None:
 
 def test_models_tells_what_is_there(stand: Stand) -> None:
     (found,) = good(stand.client.get(f"{API}/models"))
-    assert found["engine_type"] == stand.engine.dialect and found["name"].partition(":")[0] == "m" and found["context_length"] == 8192
+    assert (
+        found["engine_type"] == stand.engine.dialect
+        and found["name"].partition(":")[0] == "m"
+        and found["context_length"] == 8192
+    )
 
 
 @pytest.mark.parametrize(("where", "engine"), [
@@ -655,7 +761,16 @@ def test_a_request_goes_where_it_says(two: Stand, where: dict[str, str], engine:
     assert check_stream(two.events("/chat", messages=HI, **where))
 
 
-@pytest.mark.parametrize("where", [{"model_name": "nope/m"}, {"model_name": "Qwen/Qwen-7B"}, {"model_name": "nope"}, {"model_name": "vllm/nope"}, {"engine_type": "sglang", "model_name": "nope"}])
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"model_name": "nope/m"},
+        {"model_name": "Qwen/Qwen-7B"},
+        {"model_name": "nope"},
+        {"model_name": "vllm/nope"},
+        {"engine_type": "sglang", "model_name": "nope"},
+    ],
+)
 def test_a_slash_names_an_engine_only_where_there_is_one(two: Stand, where: dict[str, str]) -> None:
     name = where["model_name"].removeprefix("vllm/")
     assert name in refused(two.post("/chat", messages=HI, **where), "model_not_found")
@@ -672,7 +787,12 @@ def two(all_stands: dict[str, Stand], monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 def test_no_request_starts_a_process(vllm: Stand) -> None:
     before = descendants(os.getpid())
-    for where in ({"engine_type": "llamacpp"}, {"engine_type": "llamacpp", "stream": True}, {"model_name": "llamacpp/SmolLM2-135M-Instruct.Q4_1"}, {"engine_type": "ollama"}):
+    for where in (
+        {"engine_type": "llamacpp"},
+        {"engine_type": "llamacpp", "stream": True},
+        {"model_name": "llamacpp/SmolLM2-135M-Instruct.Q4_1"},
+        {"engine_type": "ollama"},
+    ):
         refused(vllm.post("/chat", messages=HI, **where), "engine_unavailable")
     refused_v1(vllm.post("/v1/chat/completions", model="llamacpp/x", messages=HI), "engine_unavailable")
     for path in (f"{API}/engines", f"{API}/models", "/v1/models"):
@@ -720,7 +840,15 @@ def test_a_server_on_an_engines_default_port_does_not_wait_for_itself(monkeypatc
 
 # ----------------------------------------------------------------------------------------------- who gets in
 
-KEYLESS_OK = [{}, {"host": "localhost"}, {"host": "localhost:8000"}, {"host": "127.0.0.1:1"}, {"host": "[::1]:8000"}, {"host": "[::1]"}, {"host": "LOCALHOST"}]
+KEYLESS_OK = [
+    {},
+    {"host": "localhost"},
+    {"host": "localhost:8000"},
+    {"host": "127.0.0.1:1"},
+    {"host": "[::1]:8000"},
+    {"host": "[::1]"},
+    {"host": "LOCALHOST"},
+]
 KEYLESS_NO = [
     {"host": "evil.example"}, {"host": "evil.example:80"}, {"host": "127.0.0.1.evil.example"}, {"host": "localhost.evil.example"}, {"host": "10.0.0.1"}, {"host": ""},
     {"host": "127.0.0.1@evil.example"}, {"host": "evil.example#127.0.0.1"}, {"x-forwarded-for": "127.0.0.1"}, {"forwarded": "for=127.0.0.1"}, {"x-real-ip": "127.0.0.1"},
@@ -738,7 +866,12 @@ def test_who_may_come_from_elsewhere_needs_the_made_key(vllm: Stand, headers: di
     why = "this one's Host is neither localhost nor 127.0.0.1" if "host" in headers else "this one came through a proxy"
     assert why in refused(vllm.client.get(f"{API}/models", headers=headers), "unauthorized")
     assert why in refused_v1(vllm.client.get("/v1/models", headers=headers), "unauthorized")
-    assert vllm.client.get(f"{API}/models", headers={**headers, "authorization": f"Bearer {vllm.hub.settings.made_key}"}).status_code == 200
+    assert (
+        vllm.client.get(
+            f"{API}/models", headers={**headers, "authorization": f"Bearer {vllm.hub.settings.made_key}"}
+        ).status_code
+        == 200
+    )
 
 
 @pytest.fixture(scope="module")
@@ -763,7 +896,13 @@ def test_nobody_gets_in_without_the_configured_key(keyed: Stand, headers: Any) -
     reply = keyed.client.get(f"{API}/models?api_key=first", headers=headers)
     refused(reply, "unauthorized")
     assert reply.headers["www-authenticate"] == "Bearer"
-    refused(keyed.client.get(f"{API}/models", headers={**headers, **({} if headers else {"authorization": f"Bearer {keyed.hub.settings.made_key}"})}), "unauthorized")
+    refused(
+        keyed.client.get(
+            f"{API}/models",
+            headers={**headers, **({} if headers else {"authorization": f"Bearer {keyed.hub.settings.made_key}"})},
+        ),
+        "unauthorized",
+    )
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/docs", "/redoc", "/openapi.json"])
@@ -788,7 +927,14 @@ def test_no_engine_is_asked_without_the_key(keyed: Stand, path: str) -> None:
     keyed.engine.reset()
     for stream in (False, True):
         (refused_v1 if path.startswith("/v1") else refused)(keyed.post(path, **body, stream=stream), "unauthorized")
-    for odd in (f"/{API}{path}", f"{API}{path}/", f"{API}{path}?x=1", f"{API.upper()}{path}", f"{API}/.{path}", f"{API}%2f{path[1:]}"):
+    for odd in (
+        f"/{API}{path}",
+        f"{API}{path}/",
+        f"{API}{path}?x=1",
+        f"{API.upper()}{path}",
+        f"{API}/.{path}",
+        f"{API}%2f{path[1:]}",
+    ):
         assert keyed.client.post(odd, json=body).status_code == 401
     assert not keyed.engine.asked()
 
@@ -811,23 +957,38 @@ def test_health_tells_nothing_that_is_secret(keyed: Stand) -> None:
 
 def test_without_origins_there_is_no_cors(vllm: Stand) -> None:
     for method in ("GET", "OPTIONS"):
-        reply = vllm.client.request(method, f"{API}/models", headers={"origin": "https://page.example", "access-control-request-method": "POST"})
+        reply = vllm.client.request(
+            method, f"{API}/models", headers={"origin": "https://page.example", "access-control-request-method": "POST"}
+        )
         assert not [name for name in reply.headers if name.startswith("access-control")]
 
 
 def test_cors_is_for_the_configured_origins_alone() -> None:
     with Stand("vllm", cors_origins=("https://page.example",), api_keys=("k",)) as stand:
-        preflight = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+        preflight = {
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization,content-type",
+        }
         reply = stand.client.options(f"{API}/chat", headers={"origin": "https://page.example", **preflight})
         assert reply.status_code == 200 and reply.headers["access-control-allow-origin"] == "https://page.example"
         assert "authorization" in reply.headers["access-control-allow-headers"].lower()
         for headers in ({}, {"authorization": "Bearer k"}):  # a page must be able to read its refusal
-            reply = stand.client.post(f"{API}/chat", json={"messages": HI}, headers={"origin": "https://page.example", **headers})
+            reply = stand.client.post(
+                f"{API}/chat", json={"messages": HI}, headers={"origin": "https://page.example", **headers}
+            )
             assert reply.headers["access-control-allow-origin"] == "https://page.example"
             assert "x-error-kind" in reply.headers["access-control-expose-headers"].lower()
         for origin in ("https://evil.example", "http://page.example", "https://page.example.evil.example", "null"):
-            assert "access-control-allow-origin" not in stand.client.options(f"{API}/chat", headers={"origin": origin, **preflight}).headers
-            assert "access-control-allow-origin" not in stand.client.get(f"{API}/models", headers={"origin": origin, "authorization": "Bearer k"}).headers
+            assert (
+                "access-control-allow-origin"
+                not in stand.client.options(f"{API}/chat", headers={"origin": origin, **preflight}).headers
+            )
+            assert (
+                "access-control-allow-origin"
+                not in stand.client.get(
+                    f"{API}/models", headers={"origin": origin, "authorization": "Bearer k"}
+                ).headers
+            )
 
 
 # ----------------------------------------------------------------------------------------------- OpenAPI and pages
@@ -843,7 +1004,9 @@ def test_openapi_examples_validate(vllm: Stand) -> None:
     doc = vllm.client.get("/openapi.json").json()
     posts = [(path, method) for path, item in doc["paths"].items() for method in item if method == "post"]
     found = openapi_examples(doc)
-    assert [(path, method) for path, method, *_ in found] == posts and {API + route for route in ROUTES} <= {path for path, *_ in found}
+    assert [(path, method) for path, method, *_ in found] == posts and {API + route for route in ROUTES} <= {
+        path for path, *_ in found
+    }
     check = product.SchemaCheck(doc)
     for path, _, schema, example in found:
         assert example, path
@@ -861,9 +1024,16 @@ def test_openapi_examples_validate(vllm: Stand) -> None:
 def test_every_route_shows_its_errors(vllm: Stand) -> None:
     for path, item in vllm.client.get("/openapi.json").json()["paths"].items():
         for operation in item.values() if path.startswith((API, "/v1")) else ():
-            shown = {status: answer["content"]["application/json"]["example"] for status, answer in operation["responses"].items() if status >= "400"}
+            shown = {
+                status: answer["content"]["application/json"]["example"]
+                for status, answer in operation["responses"].items()
+                if status >= "400"
+            }
             assert "401" in shown, path
-            assert all(set(e["error"]) == {"message", "type", "param", "code"} if path.startswith("/v1") else enveloped(e) for e in shown.values()), path
+            assert all(
+                set(e["error"]) == {"message", "type", "param", "code"} if path.startswith("/v1") else enveloped(e)
+                for e in shown.values()
+            ), path
 
 
 def test_the_pages_fall_back_to_the_cdn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -876,7 +1046,14 @@ def test_the_pages_fall_back_to_the_cdn(monkeypatch: pytest.MonkeyPatch) -> None
                 if not module:
                     for name in ("swagger-ui-bundle.js", "swagger-ui.css", "redoc.standalone.js", "favicon.png"):
                         assert stand.client.get(f"{product.ASSETS}/{name}").status_code == 200
-                    for odd in ("", "/", "/x", "/../../v1/models", "/swagger-ui.css/", "/swagger-ui.css/../../../v1/models"):
+                    for odd in (
+                        "",
+                        "/",
+                        "/x",
+                        "/../../v1/models",
+                        "/swagger-ui.css/",
+                        "/swagger-ui.css/../../../v1/models",
+                    ):
                         with contextlib.closing(hang_up(stand.url)) as client:
                             client.request("GET", product.ASSETS + odd)  # as it stands
                             assert client.getresponse().status == 401
@@ -884,7 +1061,9 @@ def test_the_pages_fall_back_to_the_cdn(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_openapi_promises_no_422(vllm: Stand) -> None:
     doc = vllm.client.get("/openapi.json").json()
-    assert not [path for path, item in doc["paths"].items() for operation in item.values() if "422" in operation["responses"]]
+    assert not [
+        path for path, item in doc["paths"].items() for operation in item.values() if "422" in operation["responses"]
+    ]
 
 
 def test_every_reference_in_openapi_leads_somewhere(vllm: Stand) -> None:
@@ -916,8 +1095,21 @@ def test_openapi_names_every_field_with_its_range(vllm: Stand) -> None:
     for path, _, schema, _ in openapi_examples(doc):
         if path.startswith(API):
             fields = schema["properties"]
-            assert {"engine_type", "model_name", "max_tokens", "temperature", "stream", "stop", "schema", "on_unsupported"} <= set(fields)
-            assert schema["additionalProperties"] is False and "engine_options" not in fields and "2" in json.dumps(fields["temperature"])
+            assert {
+                "engine_type",
+                "model_name",
+                "max_tokens",
+                "temperature",
+                "stream",
+                "stop",
+                "schema",
+                "on_unsupported",
+            } <= set(fields)
+            assert (
+                schema["additionalProperties"] is False
+                and "engine_options" not in fields
+                and "2" in json.dumps(fields["temperature"])
+            )
 
 
 def test_openapi_examples_run_as_they_stand(real: httpx.Client) -> None:
@@ -944,6 +1136,7 @@ def test_many_callers_get_their_own_answers(stand: Stand) -> None:
     stand.engine.answer = lambda ask: ask["messages"][-1]["content"]
     nonces = [f"nonce {n}" for n in range(40)]
     with ThreadPoolExecutor(8) as pool:
+
         def ask(nonce: str) -> bool:
             whole = good(stand.post("/generate", prompt=nonce))["text"]
             streamed = "".join(e["data"].get("delta", "") for e in stand.events("/generate", prompt=nonce)[:-1])
@@ -989,7 +1182,20 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 def test_help_reads_well(call: Call) -> None:
     status, said = call("--help")
     assert status == 0
-    for word in ("--serve", "--api-test", "--host", "--port", "--engine", "--model", "--base-url", "--api-key", "--json", "8000", "OLLAMA_HOST", "LLAMACPP_MODEL"):
+    for word in (
+        "--serve",
+        "--api-test",
+        "--host",
+        "--port",
+        "--engine",
+        "--model",
+        "--base-url",
+        "--api-key",
+        "--json",
+        "8000",
+        "OLLAMA_HOST",
+        "LLAMACPP_MODEL",
+    ):
         assert word in said
 
 
@@ -1002,7 +1208,9 @@ def test_a_bad_command_line_says_what_is_wrong(call: Call, args: list[str], says
     assert status == 2 and says in said
 
 
-@pytest.mark.parametrize(("args", "says"), [(["--port", "70000"], "port"), (["--max-in-flight", "0"], "--max-in-flight")])
+@pytest.mark.parametrize(
+    ("args", "says"), [(["--port", "70000"], "port"), (["--max-in-flight", "0"], "--max-in-flight")]
+)
 def test_a_number_out_of_range_starts_no_server(args: list[str], says: str) -> None:
     done = run("--serve", *args, timeout=6)
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
@@ -1013,7 +1221,12 @@ def test_a_taken_port_is_said_so() -> None:
         port = taken.getsockname()[1]
         for host in ("127.0.0.1", "0.0.0.0"):
             done = run("--serve", "--host", host, "--port", str(port), "--engine", "ollama")
-            assert done.returncode == 1 and str(port) in done.stderr and "--port" in done.stderr and "Traceback" not in done.stderr
+            assert (
+                done.returncode == 1
+                and str(port) in done.stderr
+                and "--port" in done.stderr
+                and "Traceback" not in done.stderr
+            )
 
 
 def test_a_host_that_is_not_ours_is_said_so() -> None:
@@ -1025,12 +1238,21 @@ def test_a_host_that_is_not_ours_is_said_so() -> None:
 def life() -> Iterator[dict[str, Any]]:
     """A server that was started, asked twice and stopped by SIGTERM."""
     with Fake("vllm") as engine, attached(engine) as server:
-        ids = [httpx.post(f"{server.url}{API}/generate", json=body, trust_env=False).json()["request_id"] for body in ({"prompt": "hi"}, {})]
+        ids = [
+            httpx.post(f"{server.url}{API}/generate", json=body, trust_env=False).json()["request_id"]
+            for body in ({"prompt": "hi"}, {})
+        ]
         yield {"status": server.end(), "said": server.said, "url": server.url, "ids": ids}
 
 
 def test_the_banner_tells_where_to_go(life: dict[str, Any]) -> None:
-    for word in (f"{life['url']}{API}/generate", f"{life['url']}/docs", f"{life['url']}/redoc", f"{life['url']}/v1", "vllm"):
+    for word in (
+        f"{life['url']}{API}/generate",
+        f"{life['url']}/docs",
+        f"{life['url']}/redoc",
+        f"{life['url']}/v1",
+        "vllm",
+    ):
         assert word in life["said"]
 
 
@@ -1039,7 +1261,9 @@ def test_sigterm_is_a_clean_end(life: dict[str, Any]) -> None:
 
 
 def test_one_line_is_logged_for_a_request(life: dict[str, Any]) -> None:
-    for request_id, words in zip(life["ids"], (("vllm", "m", "200", f"{API}/generate"), ("400", f"{API}/generate")), strict=True):
+    for request_id, words in zip(
+        life["ids"], (("vllm", "m", "200", f"{API}/generate"), ("400", f"{API}/generate")), strict=True
+    ):
         (line,) = [line for line in life["said"].splitlines() if request_id in line]
         assert all(word in line for word in words)
 
@@ -1050,18 +1274,36 @@ def test_the_made_key_is_printed_where_it_is_needed_and_logged_nowhere(fake: Fak
         key = line.split()[2]
         elsewhere = {"host": "elsewhere.example"}
         ask = {"prompt": MARK}
-        assert httpx.post(f"{server.url}{API}/generate", json=ask, headers=elsewhere, trust_env=False).status_code == 401
-        assert httpx.post(f"{server.url}{API}/generate", json=ask, headers={**elsewhere, "x-api-key": key}, trust_env=False).status_code == 200
+        assert (
+            httpx.post(f"{server.url}{API}/generate", json=ask, headers=elsewhere, trust_env=False).status_code == 401
+        )
+        assert (
+            httpx.post(
+                f"{server.url}{API}/generate", json=ask, headers={**elsewhere, "x-api-key": key}, trust_env=False
+            ).status_code
+            == 200
+        )
         server.end()
         assert server.said.count(key) == 1 and MARK not in server.said
 
 
 def test_keys_and_defaults_come_from_the_environment(fake: Fake) -> None:
-    env = {"LLM_INFERENCE_API_KEY": "one, two", "LLM_INFERENCE_ENGINE": "vllm", "LLM_INFERENCE_MODEL": "m", "VLLM_BASE_URL": fake.base_url.removeprefix("http://"), "VLLM_API_KEY": "theirs"}
+    env = {
+        "LLM_INFERENCE_API_KEY": "one, two",
+        "LLM_INFERENCE_ENGINE": "vllm",
+        "LLM_INFERENCE_MODEL": "m",
+        "VLLM_BASE_URL": fake.base_url.removeprefix("http://"),
+        "VLLM_API_KEY": "theirs",
+    }
     fake.api_key = "theirs"
     with Command(env=env) as server:
         for key, status in (("one", 200), ("two", 200), ("three", 401)):
-            assert httpx.post(f"{server.url}{API}/generate", json={"prompt": "hi"}, headers={"x-api-key": key}, trust_env=False).status_code == status
+            assert (
+                httpx.post(
+                    f"{server.url}{API}/generate", json={"prompt": "hi"}, headers={"x-api-key": key}, trust_env=False
+                ).status_code
+                == status
+            )
         assert fake.requests[-1].headers["authorization"] == "Bearer theirs"
 
 
@@ -1080,13 +1322,19 @@ def test_a_stopping_server_lets_its_streams_finish(fake: Fake) -> None:
 
 def test_a_stopping_server_refuses_what_is_new(fake: Fake) -> None:
     fake.pace, fake.text = 0.1, "word " * 20
-    with attached(fake) as server, httpx.Client(trust_env=False, timeout=20) as client, contextlib.closing(hang_up(server.url)) as kept:
+    with (
+        attached(fake) as server,
+        httpx.Client(trust_env=False, timeout=20) as client,
+        contextlib.closing(hang_up(server.url)) as kept,
+    ):
         kept.request("GET", "/health")
         kept.getresponse().read()
         with client.stream("POST", f"{server.url}{API}/generate", json={"prompt": "hi", "stream": True}) as reply:
             next(reply.iter_lines())
             server.process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(httpx.TransportError, OSError, http.client.HTTPException):  # closed, or refused with 503
+            with contextlib.suppress(
+                httpx.TransportError, OSError, http.client.HTTPException
+            ):  # closed, or refused with 503
                 until(lambda: httpx.get(server.url + "/ready", trust_env=False).status_code == 503)
             with contextlib.suppress(OSError, http.client.HTTPException):
                 kept.request("POST", f"{API}/generate", json.dumps({"prompt": "hi"}))
@@ -1171,7 +1419,12 @@ def test_a_server_gets_ready_when_its_engine_comes_late() -> None:
 
 def test_the_self_test_in_json() -> None:
     with contextlib.ExitStack() as stack:
-        env = {"OLLAMA_HOST": "ollama", "VLLM_BASE_URL": "vllm", "SGLANG_BASE_URL": "sglang", "LLAMACPP_BASE_URL": "llamacpp"}
+        env = {
+            "OLLAMA_HOST": "ollama",
+            "VLLM_BASE_URL": "vllm",
+            "SGLANG_BASE_URL": "sglang",
+            "LLAMACPP_BASE_URL": "llamacpp",
+        }
         done = run("--json", **{name: stack.enter_context(Fake(dialect)).base_url for name, dialect in env.items()})
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -1189,9 +1442,15 @@ def test_the_self_test_on_a_terminal_has_bars() -> None:
     ours, theirs = os.openpty()
     with Fake("vllm") as engine, Fake("ollama") as other:
         engine.pace = 0.02
-        env = {name: value for name, value in os.environ.items() if not name.startswith(OURS)} | {"VLLM_BASE_URL": engine.base_url, "OLLAMA_HOST": other.base_url}
+        env = {name: value for name, value in os.environ.items() if not name.startswith(OURS)} | {
+            "VLLM_BASE_URL": engine.base_url,
+            "OLLAMA_HOST": other.base_url,
+        }
         program = subprocess.Popen(
-            [sys.executable, str(ROOT / "llm_inference.py")], stdout=theirs, stderr=subprocess.DEVNULL, env=env | {"COLUMNS": "160", "SGLANG_BASE_URL": "127.0.0.1:1"}
+            [sys.executable, str(ROOT / "llm_inference.py")],
+            stdout=theirs,
+            stderr=subprocess.DEVNULL,
+            env=env | {"COLUMNS": "160", "SGLANG_BASE_URL": "127.0.0.1:1"},
         )
         os.close(theirs)
         said = b""
@@ -1200,9 +1459,17 @@ def test_the_self_test_on_a_terminal_has_bars() -> None:
                 said += data
         os.close(ours)
         assert program.wait(60) == 0
-    rows = {line.split("│")[1].strip(): line for line in re.sub(r"\x1b\[[\d;]*m", "", said.decode()).splitlines() if line.count("│") > 5}
+    rows = {
+        line.split("│")[1].strip(): line
+        for line in re.sub(r"\x1b\[[\d;]*m", "", said.decode()).splitlines()
+        if line.count("│") > 5
+    }
     speeds = {name: row.split("│")[6].count("█") for name, row in rows.items()}
-    assert max(speeds.values()) == 12 and 0 < min(speeds[name] for name in ("vllm", "ollama")) <= 12 and not speeds["sglang"], said.decode()
+    assert (
+        max(speeds.values()) == 12
+        and 0 < min(speeds[name] for name in ("vllm", "ollama")) <= 12
+        and not speeds["sglang"]
+    ), said.decode()
 
 
 def test_the_self_test_fails_where_nobody_answers(call: Call) -> None:
@@ -1237,7 +1504,9 @@ def test_api_test_against_nothing_says_how_to_start(call: Call) -> None:
     assert status == 1 and "--serve" in said
 
 
-def test_api_test_against_a_server_that_lists_no_models_says_so(call: Call, vllm: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_api_test_against_a_server_that_lists_no_models_says_so(
+    call: Call, vllm: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def busy(hub: Any) -> Any:
         raise product.Busy("too many", "later")
 

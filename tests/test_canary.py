@@ -17,7 +17,12 @@ watching = 0  # the thread that is watched
 
 
 def audit(event: str, args: tuple[Any, ...]) -> None:
-    if watching == threading.get_ident() and event in ("open", "socket.connect", "socket.getaddrinfo", "urllib.Request"):
+    if watching == threading.get_ident() and event in (
+        "open",
+        "socket.connect",
+        "socket.getaddrinfo",
+        "urllib.Request",
+    ):
         opened.append(f"{event} {args[:2]!r}")
 
 
@@ -30,7 +35,19 @@ def probes(place: str, count: int) -> list[dict[str, Any]]:
     )  # fmt: skip
     found = []
     for _ in range(count):
-        target = dice.choice((f"http://{place}/x", f"//{place}/x", f"http://{place}/x#/a", "file:///etc/passwd", "/etc/passwd", "../../etc/passwd", "etc/passwd#", f"ftp://{place}/", "urn:x"))
+        target = dice.choice(
+            (
+                f"http://{place}/x",
+                f"//{place}/x",
+                f"http://{place}/x#/a",
+                "file:///etc/passwd",
+                "/etc/passwd",
+                "../../etc/passwd",
+                "etc/passwd#",
+                f"ftp://{place}/",
+                "urn:x",
+            )
+        )
         schema: dict[str, Any] = {dice.choice(WHERE): target}
         if dice.random() < 0.5:
             schema["type"] = dice.choice(("object", "string", "array"))

@@ -64,8 +64,25 @@ def verdict(side: sides.Side, name: str) -> str:
 DROPPED = ("top_p", "top_k", "min_p", "seed", "stop, a text", "stop, a list", "stop inside a stream", "presence_penalty", "frequency_penalty",
            "repetition_penalty", "logprobs", "top_logprobs", "tools, tool_choice auto", "images", "/v1 n",
            "/v1 structured_outputs", "/v1 logit_bias")  # fmt: skip
-WE_REFUSE = ("an unknown field", "/v1 an unknown field", "/v1 guided_json", "/v1 regex", "/v1 format", "/v1 a remote image URL", "a broken regex", "two constraints at once")
-WE_CHECK = ("schema", "schema inside a stream", "any JSON object", "choice", "regex", "/v1 response_format json_schema", "/v1 response_format json_schema, streamed")
+WE_REFUSE = (
+    "an unknown field",
+    "/v1 an unknown field",
+    "/v1 guided_json",
+    "/v1 regex",
+    "/v1 format",
+    "/v1 a remote image URL",
+    "a broken regex",
+    "two constraints at once",
+)
+WE_CHECK = (
+    "schema",
+    "schema inside a stream",
+    "any JSON object",
+    "choice",
+    "regex",
+    "/v1 response_format json_schema",
+    "/v1 response_format json_schema, streamed",
+)
 
 
 @pytest.mark.parametrize("name", DROPPED)
@@ -83,7 +100,16 @@ def test_a_wrong_answer_of_the_engine_is_no_answer_of_ours(side: sides.Side, nam
     assert verdict(side, name) == (judge.DROPPED if side.bare else judge.FAILED)
 
 
-@pytest.mark.parametrize("name", ["max_tokens", "temperature", "a cut answer says `length`", "a stream spells the whole answer", "/v1 stream_options"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "max_tokens",
+        "temperature",
+        "a cut answer says `length`",
+        "a stream spells the whole answer",
+        "/v1 stream_options",
+    ],
+)
 def test_the_judge_sees_what_is_kept(side: sides.Side, name: str) -> None:
     assert verdict(side, name) == judge.HONOURED
 
@@ -111,10 +137,22 @@ def test_wrong_json_is_counted_as_wrong(fake: Callable[..., Fake], attach: Attac
     assert bare["wrong"] == 1
 
 
-def test_the_command_fails_on_a_drop_and_writes_what_it_saw(fake: Callable[..., Fake], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_fails_on_a_drop_and_writes_what_it_saw(
+    fake: Callable[..., Fake], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     engine, out = fake("vllm"), tmp_path / "vllm.json"
     engine.answer = heedless
-    line = ["--engine", "vllm", "--base-url", engine.base_url, "--bare", "--only", "an unknown field", "--json", str(out)]
+    line = [
+        "--engine",
+        "vllm",
+        "--base-url",
+        engine.base_url,
+        "--bare",
+        "--only",
+        "an unknown field",
+        "--json",
+        str(out),
+    ]
     assert command.main(line) == 0  # only the bare engine drops it
     assert "DROPPED" in capsys.readouterr().out
     shown = table.markdown([json.loads(out.read_text())])
@@ -123,8 +161,17 @@ def test_the_command_fails_on_a_drop_and_writes_what_it_saw(fake: Callable[..., 
 
 
 def test_recorded_drops_are_read_from_the_transcripts() -> None:
-    verdicts = {(engine, cell.feature): cell.verdict for engine in ("ollama", "sglang") for cell in recorded.recorded_cells(engine)}
-    assert verdicts["sglang", "/v1 guided_json"] == verdicts["ollama", "/v1 n"] == verdicts["ollama", "a prompt that does not fit"] == judge.DROPPED
+    verdicts = {
+        (engine, cell.feature): cell.verdict
+        for engine in ("ollama", "sglang")
+        for cell in recorded.recorded_cells(engine)
+    }
+    assert (
+        verdicts["sglang", "/v1 guided_json"]
+        == verdicts["ollama", "/v1 n"]
+        == verdicts["ollama", "a prompt that does not fit"]
+        == judge.DROPPED
+    )
     assert verdicts["sglang", "/v1 n"] == judge.HONOURED
     assert verdicts["ollama", "images"] == judge.REFUSED
 

@@ -90,7 +90,9 @@ def test_a_completion_says_who_answered_and_how_long_it_took(engine: Engine) -> 
 def test_generate_is_chat_with_one_users_message(engine: Engine) -> None:
     message = [{"role": "user", "content": PROMPT}]
     assert engine.llm.generate(PROMPT, **GREEDY) == engine.llm.chat(message, **GREEDY)
-    assert engine.llm.chat([{"role": "user", "content": [{"type": "text", "text": PROMPT}]}], **GREEDY) == engine.llm.chat(message, **GREEDY)
+    assert engine.llm.chat(
+        [{"role": "user", "content": [{"type": "text", "text": PROMPT}]}], **GREEDY
+    ) == engine.llm.chat(message, **GREEDY)
 
 
 def test_the_bytes_may_come_in_any_pieces(faked: Engine) -> None:
@@ -100,7 +102,20 @@ def test_the_bytes_may_come_in_any_pieces(faked: Engine) -> None:
         assert "".join(faked.llm.stream(PROMPT)) == faked.fake.text == faked.llm.generate(PROMPT)
 
 
-@pytest.mark.parametrize("text", ["\u2028\u2029\u0085 \x0b\x0c", "data: [DONE]\n\ndata: {", '{"error": "x"}', "\\n\\u0000", "\x00\x1f", "🚲" * 50, " ", "\r\n\r\n", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\u2028\u2029\u0085 \x0b\x0c",
+        "data: [DONE]\n\ndata: {",
+        '{"error": "x"}',
+        "\\n\\u0000",
+        "\x00\x1f",
+        "🚲" * 50,
+        " ",
+        "\r\n\r\n",
+        "",
+    ],
+)
 def test_any_text_comes_out_as_it_was_said(faked: Engine, text: str) -> None:
     faked.says(text)
     assert faked.llm.generate(PROMPT) == text == "".join(faked.llm.stream(PROMPT))
@@ -116,7 +131,12 @@ REFUSED: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("fields", REFUSED, ids=str)
 def test_a_bad_request_is_refused_before_any_byte_is_sent(engine: Engine, fields: dict[str, Any]) -> None:
-    for verb in (engine.llm.generate, engine.llm.stream, lambda p, **f: chunks(engine.llm, p, **f), lambda p, **f: run(engine.llm.agenerate(p, **f))):
+    for verb in (
+        engine.llm.generate,
+        engine.llm.stream,
+        lambda p, **f: chunks(engine.llm, p, **f),
+        lambda p, **f: run(engine.llm.agenerate(p, **f)),
+    ):
         with pytest.raises(InvalidRequest) as caught:
             verb(PROMPT, **fields)
         assert mendable(caught.value).code == 400
@@ -240,7 +260,11 @@ def test_the_synchronous_verbs_work_inside_a_running_loop(engine: Engine) -> Non
     expected = engine.llm.generate(PROMPT, **GREEDY)
 
     async def notebook() -> list[str]:
-        return [engine.llm.generate(PROMPT, **GREEDY), "".join(engine.llm.stream(PROMPT, **GREEDY)), await engine.llm.agenerate(PROMPT, **GREEDY)]
+        return [
+            engine.llm.generate(PROMPT, **GREEDY),
+            "".join(engine.llm.stream(PROMPT, **GREEDY)),
+            await engine.llm.agenerate(PROMPT, **GREEDY),
+        ]
 
     assert run(notebook()) == [expected] * 3
 
@@ -270,7 +294,14 @@ def test_answers_of_many_threads_are_not_mixed(engine: Engine) -> None:
         return
     words = ["red", "blue", "green", "grey", "北京", "上海"]
     with ThreadPoolExecutor(6) as pool:
-        assert list(pool.map(lambda word: engine.llm.structured_generate("Say a word.", choice=[word], max_tokens=16), words)) == words
+        assert (
+            list(
+                pool.map(
+                    lambda word: engine.llm.structured_generate("Say a word.", choice=[word], max_tokens=16), words
+                )
+            )
+            == words
+        )
 
 
 # Batch -------------------------------------------------------------------------------------------
@@ -282,7 +313,11 @@ def test_a_batch_keeps_order_and_puts_errors_in_their_place(engine: Engine) -> N
     assert [isinstance(answer, InvalidRequest) for answer in answers] == [False, True, False, True, False]
     assert all(isinstance(answer, Completion) and answer.text for answer in answers[::2])
     if engine.fake is not None:
-        assert [answer.text for answer in answers if isinstance(answer, Completion)] == ["re: one", "re: two", "re: three"]
+        assert [answer.text for answer in answers if isinstance(answer, Completion)] == [
+            "re: one",
+            "re: two",
+            "re: three",
+        ]
     assert engine.llm.batch([]) == []
 
 
@@ -310,7 +345,17 @@ class Verdict(BaseModel):
 
 FORMS: list[tuple[str, Any, str, Any]] = [
     ("short form", {"ok": "boolean"}, '{"ok": true}', dict),
-    ("JSON Schema", {"type": "object", "properties": {"mood": {"enum": ["good", "bad"]}}, "required": ["mood"], "additionalProperties": False}, '{"mood": "bad"}', dict),
+    (
+        "JSON Schema",
+        {
+            "type": "object",
+            "properties": {"mood": {"enum": ["good", "bad"]}},
+            "required": ["mood"],
+            "additionalProperties": False,
+        },
+        '{"mood": "bad"}',
+        dict,
+    ),
     ("Pydantic model", Verdict, '{"ok": false, "mood": "good"}', Verdict),
     ("a type", Annotated[list[bool], Field(min_length=1, max_length=3)], "[true]", list),
     ("an enumeration", {"enum": ["北京", "上海"]}, '"北京"', str),
@@ -349,13 +394,42 @@ def test_a_choice_gives_one_of_them(engine: Engine) -> None:
     assert "".join(engine.llm.stream("A colour?", choice=["red", "blue"], max_tokens=8)) in ("red", "blue")
 
 
-@pytest.mark.parametrize("tricky", ['say "hi"', "back\\slash", "line\nbreak", "a.b*c", "(x)|[y]", "北京 🚲", "tab\there", "it's {fine}", "form\x0cfeed", "a/b", "%s \\n", "\x07bell"])
+@pytest.mark.parametrize(
+    "tricky",
+    [
+        'say "hi"',
+        "back\\slash",
+        "line\nbreak",
+        "a.b*c",
+        "(x)|[y]",
+        "北京 🚲",
+        "tab\there",
+        "it's {fine}",
+        "form\x0cfeed",
+        "a/b",
+        "%s \\n",
+        "\x07bell",
+    ],
+)
 def test_a_choice_may_be_any_text(engine: Engine, tricky: str) -> None:
     engine.says(json.dumps(tricky) if engine.kind == "ollama" else tricky)
     assert engine.llm.structured_generate("Say it.", choice=[tricky], max_tokens=32) == tricky
 
 
-@pytest.mark.parametrize(("regex", "answer"), [("[0-9]{3}", "123"), ("(yes|no)", "yes"), (r"\d\d/\d\d", "12/34"), ("[a-c]-[北上]", "a-北"), ("a\nb", "a\nb"), ('"[ab]"', '"a"'), (r"\\[x/]", "\\x"), ("(?i)ok", "OK"), ("x{2}y?z*", "xxyz")])
+@pytest.mark.parametrize(
+    ("regex", "answer"),
+    [
+        ("[0-9]{3}", "123"),
+        ("(yes|no)", "yes"),
+        (r"\d\d/\d\d", "12/34"),
+        ("[a-c]-[北上]", "a-北"),
+        ("a\nb", "a\nb"),
+        ('"[ab]"', '"a"'),
+        (r"\\[x/]", "\\x"),
+        ("(?i)ok", "OK"),
+        ("x{2}y?z*", "xxyz"),
+    ],
+)
 def test_a_regex_is_matched_or_refused(engine: Engine, regex: str, answer: str) -> None:
     engine.says(answer)
     try:
@@ -412,7 +486,11 @@ def test_a_choice_that_is_none_of_them_is_an_error(faked: Engine, wrong: str) ->
 def test_a_senseless_schema_is_refused_and_not_an_internal_error(faked: Engine) -> None:
     faked.says('{"a": 5}')
     gc.collect()  # else what earlier tests left may be collected at the recursion's end, where its finalizers have no stack left
-    for schema in ({"$ref": "#"}, {"type": "object", "required": 5}, {"type": "object", "properties": {"a": {"type": "integer", "minimum": "x"}}}):
+    for schema in (
+        {"$ref": "#"},
+        {"type": "object", "required": 5},
+        {"type": "object", "properties": {"a": {"type": "integer", "minimum": "x"}}},
+    ):
         with pytest.raises(InferenceError):
             faked.llm.structured_generate("?", schema=schema)
 
@@ -420,13 +498,25 @@ def test_a_senseless_schema_is_refused_and_not_an_internal_error(faked: Engine) 
 # Tools -------------------------------------------------------------------------------------------
 WEATHER: dict[str, Any] = {
     "type": "function",
-    "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"], "additionalProperties": False}},
+    "function": {
+        "name": "get_weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
 }
 TIME: dict[str, Any] = {"type": "function", "function": {"name": "get_time"}}
-ARGUMENTS = {"city": "北京 \"n\"", "days": 7}
+ARGUMENTS = {"city": '北京 "n"', "days": 7}
 
 
-@pytest.mark.parametrize("choice", [None, "auto", "required", {"type": "function", "function": {"name": "get_weather"}}], ids=["default", "auto", "required", "named"])
+@pytest.mark.parametrize(
+    "choice",
+    [None, "auto", "required", {"type": "function", "function": {"name": "get_weather"}}],
+    ids=["default", "auto", "required", "named"],
+)
 def test_a_tool_call_comes_out_whole_and_streamed(faked: Engine, choice: Any) -> None:
     assert faked.fake is not None
     if faked.kind == "ollama" and choice not in (None, "auto"):
@@ -436,11 +526,19 @@ def test_a_tool_call_comes_out_whole_and_streamed(faked: Engine, choice: Any) ->
     faked.fake.tool_call = ("get_weather", ARGUMENTS)
     done = faked.llm.complete("?", tools=[WEATHER, TIME], tool_choice=choice)
     (call,) = done.tool_calls
-    assert (call["type"], call["function"]["name"], json.loads(call["function"]["arguments"])) == ("function", "get_weather", ARGUMENTS)
+    assert (call["type"], call["function"]["name"], json.loads(call["function"]["arguments"])) == (
+        "function",
+        "get_weather",
+        ARGUMENTS,
+    )
     assert call["id"] and done.finish_reason == "tool_calls" and done.text == ""
     streamed = chunks(faked.llm, "?", tools=[WEATHER, TIME], tool_choice=choice)
     (again,) = join_tool_calls(delta for chunk in streamed for delta in chunk.tool_calls)
-    assert again["function"]["name"] == "get_weather" and json.loads(again["function"]["arguments"]) == ARGUMENTS and again["id"]
+    assert (
+        again["function"]["name"] == "get_weather"
+        and json.loads(again["function"]["arguments"]) == ARGUMENTS
+        and again["id"]
+    )
     assert [chunk.finish_reason for chunk in streamed if chunk.finish_reason] == ["tool_calls"]
 
 
@@ -449,7 +547,11 @@ def test_the_answer_to_a_tool_goes_in(faked: Engine) -> None:
     faked.fake.tool_call = ("get_weather", ARGUMENTS)
     question = [{"role": "user", "content": "weather?"}]
     (call,) = faked.llm.complete(question, tools=[WEATHER]).tool_calls
-    history = [*question, {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "tool_call_id": call["id"], "content": "sunny"}]
+    history = [
+        *question,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": call["id"], "content": "sunny"},
+    ]
     done = faked.llm.complete(history, tools=[WEATHER])
     assert (done.text, done.finish_reason, done.tool_calls) == (faked.fake.text, "stop", ())
     said = faked.fake.body["messages"][1]["tool_calls"][0]["function"]["arguments"]
@@ -463,7 +565,16 @@ def test_tools_with_choice_none_give_words(faked: Engine) -> None:
     assert (done.text, done.tool_calls) == (faked.fake.text, ())
 
 
-@pytest.mark.parametrize("call", [("get_weather", {"city": 5}), ("get_weather", {}), ("get_weather", {"city": "x", "more": 1}), ("no_such_tool", {"city": "x"})], ids=str)
+@pytest.mark.parametrize(
+    "call",
+    [
+        ("get_weather", {"city": 5}),
+        ("get_weather", {}),
+        ("get_weather", {"city": "x", "more": 1}),
+        ("no_such_tool", {"city": "x"}),
+    ],
+    ids=str,
+)
 def test_a_call_that_does_not_fit_its_tool_is_asked_for_again_and_then_an_error(faked: Engine, call: Any) -> None:
     assert faked.fake is not None
     faked.fake.tool_call = call
@@ -478,7 +589,13 @@ def test_arguments_that_are_a_json_string_are_no_arguments(fake: Make, attach: A
     """vLLM without `strict` was seen to answer `"\\"Paris\\""`."""
     engine = fake("vllm")
     engine.say("hermes_required", "hermes_required")
-    tool = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}
+    tool = {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    }
     with pytest.raises(StructuredOutputInvalid):
         attach(engine).complete("?", tools=[tool], tool_choice="required")
 
@@ -507,7 +624,9 @@ def test_recorded_tool_streams_are_read(dialect: Dialect, name: str, fake: Make,
         if got[-1].finish_reason != "length":
             json.loads(call["function"]["arguments"])
     assert [chunk.finish_reason for chunk in got[:-1]] == [None] * (len(got) - 1)
-    assert got[-1].finish_reason == ("length" if got[-1].finish_reason == "length" else "tool_calls" if calls else "stop")
+    assert got[-1].finish_reason == (
+        "length" if got[-1].finish_reason == "length" else "tool_calls" if calls else "stop"
+    )
 
 
 # Reasoning ---------------------------------------------------------------------------------------
@@ -530,7 +649,15 @@ def test_a_constrained_answer_is_not_lost_in_the_reasoning(faked: Engine) -> Non
     assert done.result == {"ok": True} and done.reasoning == ""
 
 
-@pytest.mark.parametrize(("dialect", "name"), [("sglang", "reasoning"), ("sglang", "reasoning_stream"), ("ollama", "16_thinking_model_default"), ("ollama", "16_thinking_model_stream")])
+@pytest.mark.parametrize(
+    ("dialect", "name"),
+    [
+        ("sglang", "reasoning"),
+        ("sglang", "reasoning_stream"),
+        ("ollama", "16_thinking_model_default"),
+        ("ollama", "16_thinking_model_stream"),
+    ],
+)
 def test_recorded_reasoning_is_read(dialect: Dialect, name: str, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
     engine.say(name)
@@ -579,7 +706,9 @@ SAID: list[tuple[Dialect, str, type[InferenceError]]] = [
 
 @pytest.mark.parametrize(("dialect", "name", "error"), SAID, ids=lambda v: v if isinstance(v, str) else v.kind)
 @pytest.mark.parametrize("how", ["whole", "streamed"])
-def test_a_recorded_error_is_one_of_ours(dialect: Dialect, name: str, error: type[InferenceError], how: str, fake: Make, attach: Attach) -> None:
+def test_a_recorded_error_is_one_of_ours(
+    dialect: Dialect, name: str, error: type[InferenceError], how: str, fake: Make, attach: Attach
+) -> None:
     engine = fake(dialect)
     engine.say(name)
     llm = attach(engine)
@@ -654,7 +783,14 @@ def test_a_piece_cut_in_the_middle_is_never_a_clean_end(faked: Engine, end: Any)
 def test_a_whole_answer_that_ends_early_is_an_error(faked: Engine, end: Any) -> None:
     assert faked.fake is not None
     for pieces in ([], [b'{"mod'], [b'data: {"id"']):
-        faked.fake.reply(Reply(headers={"content-type": "application/json", "content-length": "900"}, pieces=pieces, end=end, chunked=False))
+        faked.fake.reply(
+            Reply(
+                headers={"content-type": "application/json", "content-length": "900"},
+                pieces=pieces,
+                end=end,
+                chunked=False,
+            )
+        )
         with pytest.raises((BadEngineReply, EngineUnavailable)) as caught:
             faked.llm.generate(PROMPT)
         mendable(caught.value)
@@ -712,7 +848,9 @@ def test_garbage_as_a_whole_answer_is_a_bad_reply(faked: Engine) -> None:
     ("ollama", "24_token_repeat_chat_nonstream", BadEngineReply), ("sglang", "kill9_scheduler_stream", BadEngineReply), ("sglang", "term_midstream_stream", None),
     ("sglang", "rf_bad_schema_stream", InvalidRequest), ("sglang", "abort_chat_stream", InferenceError), ("sglang", "abort_chat", InferenceError),
 ])  # fmt: skip
-def test_a_recorded_late_failure_is_an_error(dialect: Dialect, name: str, error: type[InferenceError] | None, fake: Make, attach: Attach) -> None:
+def test_a_recorded_late_failure_is_an_error(
+    dialect: Dialect, name: str, error: type[InferenceError] | None, fake: Make, attach: Attach
+) -> None:
     """Also where the engine itself says [DONE] after it, or ends with a finish reason that is no finish."""
     engine = fake(dialect)
     engine.say(name)
@@ -725,7 +863,15 @@ def test_a_recorded_late_failure_is_an_error(dialect: Dialect, name: str, error:
     mendable(caught.value)
 
 
-@pytest.mark.parametrize("event", [b'data: {"error": {"message": "boom", "code": 500}}\n\n', b'data: {"error": "boom"}\n\n', b'error: {"code": 500, "message": "boom"}\n\n', b'data: {"object": "error", "message": "boom", "code": 500}\n\n'])
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'data: {"error": {"message": "boom", "code": 500}}\n\n',
+        b'data: {"error": "boom"}\n\n',
+        b'error: {"code": 500, "message": "boom"}\n\n',
+        b'data: {"object": "error", "message": "boom", "code": 500}\n\n',
+    ],
+)
 def test_an_error_event_is_an_error_although_done_follows(faked: Engine, event: bytes) -> None:
     fake, whole = faked.fake, shorter(faked)
     assert fake is not None
@@ -740,7 +886,13 @@ def test_vllms_dead_engine_is_unavailable_although_done_follows(fake: Make, atta
     engine = fake("vllm")
     *_, killed, done = recorded("vllm", "kill9_enginecore_midstream").pieces
     whole = engine.stream_reply()
-    engine.reply(Reply(headers=whole.headers, pieces=[*whole.pieces[:3], killed[killed.index(b'data: {"error"'):], done], chunked=True))
+    engine.reply(
+        Reply(
+            headers=whole.headers,
+            pieces=[*whole.pieces[:3], killed[killed.index(b'data: {"error"') :], done],
+            chunked=True,
+        )
+    )
     with pytest.raises(EngineUnavailable, match="EngineCore") as caught:
         list(attach(engine).stream(PROMPT))
     assert mendable(caught.value).retryable
@@ -751,7 +903,10 @@ def test_what_came_before_an_error_is_passed_on(faked: Engine) -> None:
     fake, whole = faked.fake, shorter(faked)
     assert fake is not None
     error = b'{"error": "boom"}\n' if faked.kind == "ollama" else b'data: {"error": {"message": "boom"}}\n\n'
-    for reply in (Reply(headers=whole.headers, pieces=[*whole.pieces[:3], error], chunked=True), Reply(headers=whole.headers, pieces=[b"".join(whole.pieces[:3]) + error], chunked=True)):
+    for reply in (
+        Reply(headers=whole.headers, pieces=[*whole.pieces[:3], error], chunked=True),
+        Reply(headers=whole.headers, pieces=[b"".join(whole.pieces[:3]) + error], chunked=True),
+    ):
         fake.reply(reply)
         got = []
         with pytest.raises(BadEngineReply, match="boom"):
@@ -850,7 +1005,10 @@ def test_close_and_use_again(faked: Engine) -> None:
 def test_the_recorded_answers_are_read_to_the_byte(fake: Make, attach: Attach) -> None:
     """Every recorded chat answer that is whole reads as its own transcript says."""
     seen: Counter[str] = Counter()
-    for dialect, names in {"ollama": ["06_chat_nonstream", "06_chat_natural_stop", "11_content_empty"], "vllm": ["chat", "chat_stop", "content_parts_text", "logit_bias"]}.items():
+    for dialect, names in {
+        "ollama": ["06_chat_nonstream", "06_chat_natural_stop", "11_content_empty"],
+        "vllm": ["chat", "chat_stop", "content_parts_text", "logit_bias"],
+    }.items():
         engine = fake(dialect)
         llm = attach(engine)
         for name in names:
@@ -858,9 +1016,15 @@ def test_the_recorded_answers_are_read_to_the_byte(fake: Make, attach: Attach) -
             engine.say(name)
             done = llm.complete(PROMPT)
             if dialect == "ollama":
-                assert (done.text, done.usage.completion_tokens) == (body["message"]["content"], body.get("eval_count", 0))
+                assert (done.text, done.usage.completion_tokens) == (
+                    body["message"]["content"],
+                    body.get("eval_count", 0),
+                )
             else:
-                assert (done.text, done.usage.as_dict()["total_tokens"]) == (body["choices"][0]["message"]["content"], body["usage"]["total_tokens"])
+                assert (done.text, done.usage.as_dict()["total_tokens"]) == (
+                    body["choices"][0]["message"]["content"],
+                    body["usage"]["total_tokens"],
+                )
             seen[dialect] += 1
     assert dict(seen) == {"ollama": 3, "vllm": 4}
 
@@ -902,7 +1066,9 @@ def test_behind_sglang_router_what_cannot_be_known_is_refused(fake: Make, attach
     """sglang-router 0.3.2 passes neither /server_info nor /model_info nor /tokenize: what a template shows is told by the prompt's number of tokens."""
     engine = fake("sglang")
     engine.capabilities += ["tools", "vision"]
-    engine._info = lambda path: engine._json({"detail": "Not Found"}, 404) if "info" in path else type(engine)._info(engine, path)  # type: ignore[method-assign]
+    engine._info = lambda path: (
+        engine._json({"detail": "Not Found"}, 404) if "info" in path else type(engine)._info(engine, path)
+    )  # type: ignore[method-assign]
     for _ in range(4):
         engine.script(engine._json({"detail": "Not Found"}, 404), "/tokenize")
     llm = attach(engine)

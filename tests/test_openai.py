@@ -66,7 +66,10 @@ def real_server(request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
     url = os.environ.get("LLM_TEST_VLLM_URL")
     if not url:
         pytest.skip("LLM_TEST_VLLM_URL names no server")
-    with Command("--engine", "vllm", "--base-url", url) as command, httpx.Client(base_url=command.url, timeout=120, trust_env=False) as found:
+    with (
+        Command("--engine", "vllm", "--base-url", url) as command,
+        httpx.Client(base_url=command.url, timeout=120, trust_env=False) as found,
+    ):
         yield found
 
 
@@ -111,8 +114,18 @@ def text_of(chunks: list[ChatCompletionChunk]) -> str:
 def test_chat_whole(stand: Stand, client: openai.OpenAI) -> None:
     done = client.chat.completions.create(model=stand.model, messages=HI)
     (choice,) = done.choices
-    assert (choice.message.content, choice.message.role, choice.finish_reason, done.object) == (TEXT, "assistant", "stop", "chat.completion")
-    assert done.usage and done.usage.total_tokens == done.usage.prompt_tokens + done.usage.completion_tokens > 0 and done.id and done.created
+    assert (choice.message.content, choice.message.role, choice.finish_reason, done.object) == (
+        TEXT,
+        "assistant",
+        "stop",
+        "chat.completion",
+    )
+    assert (
+        done.usage
+        and done.usage.total_tokens == done.usage.prompt_tokens + done.usage.completion_tokens > 0
+        and done.id
+        and done.created
+    )
 
 
 def test_chat_streamed(stand: Stand, client: openai.OpenAI) -> None:
@@ -123,8 +136,17 @@ def test_chat_streamed(stand: Stand, client: openai.OpenAI) -> None:
 
 
 def test_chat_streamed_with_usage(stand: Stand, client: openai.OpenAI) -> None:
-    chunks = list(client.chat.completions.create(model=stand.model, messages=HI, stream=True, stream_options={"include_usage": True}))
-    assert text_of(chunks) == TEXT and chunks[-1].usage and chunks[-1].choices == [] and chunks[-1].usage.completion_tokens > 0
+    chunks = list(
+        client.chat.completions.create(
+            model=stand.model, messages=HI, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert (
+        text_of(chunks) == TEXT
+        and chunks[-1].usage
+        and chunks[-1].choices == []
+        and chunks[-1].usage.completion_tokens > 0
+    )
     assert not any(c.usage for c in chunks[:-1])
 
 
@@ -154,7 +176,9 @@ def test_the_other_three_pass_openais_strict_types(stand: Stand) -> None:
     closed(Completion, stand.post("/v1/completions", model=stand.model, prompt="hi").json())
     for event in stand.events("/v1/completions", model=stand.model, prompt="hi")[:-1]:
         for choice in event["choices"]:
-            choice["finish_reason"] = choice["finish_reason"] or "stop"  # null before the end, as OpenAI sends it, is not in its type
+            choice["finish_reason"] = (
+                choice["finish_reason"] or "stop"
+            )  # null before the end, as OpenAI sends it, is not in its type
         closed(Completion, event)
     closed(CreateEmbeddingResponse, stand.post("/v1/embeddings", model=stand.model, input=["a", "b"]).json())
     for each in stand.client.get("/v1/models").json()["data"]:
@@ -164,25 +188,50 @@ def test_the_other_three_pass_openais_strict_types(stand: Stand) -> None:
 def test_the_real_engines_answers_pass_openais_strict_types(real_server: httpx.Client, real_model: str) -> None:
     ask = {"model": real_model, "messages": HI, "max_tokens": 8, "temperature": 0}
     closed(ChatCompletion, real_server.post(CHAT, json=ask).json())
-    assert strict_chunks(payloads(real_server.post(CHAT, json={**ask, "stream": True, "stream_options": {"include_usage": True}})))
-    closed(Completion, real_server.post("/v1/completions", json={"model": real_model, "prompt": "hi", "max_tokens": 4}).json())
+    assert strict_chunks(
+        payloads(real_server.post(CHAT, json={**ask, "stream": True, "stream_options": {"include_usage": True}}))
+    )
+    closed(
+        Completion,
+        real_server.post("/v1/completions", json={"model": real_model, "prompt": "hi", "max_tokens": 4}).json(),
+    )
 
 
 def test_the_real_engine(official: openai.OpenAI, real_model: str) -> None:
     ask: Any = {"model": real_model, "messages": HI, "max_tokens": 12, "temperature": 0}
     whole = official.chat.completions.create(**ask).choices[0].message.content
     assert whole and text_of(list(official.chat.completions.create(**ask, stream=True))) == whole
-    parsed = official.chat.completions.parse(model=real_model, messages=[{"role": "user", "content": "The capital of France, as JSON."}], response_format=Capital, max_tokens=200, temperature=0)
+    parsed = official.chat.completions.parse(
+        model=real_model,
+        messages=[{"role": "user", "content": "The capital of France, as JSON."}],
+        response_format=Capital,
+        max_tokens=200,
+        temperature=0,
+    )
     assert isinstance(parsed.choices[0].message.parsed, Capital)
-    assert official.completions.create(model=real_model, prompt="The capital of France is", max_tokens=4).choices[0].text
+    assert (
+        official.completions.create(model=real_model, prompt="The capital of France is", max_tokens=4).choices[0].text
+    )
     assert official.models.retrieve(real_model).id == real_model
 
 
 def test_temperature_and_the_like_reach_the_engine(stand: Stand, client: openai.OpenAI) -> None:
-    client.chat.completions.create(model=stand.model, messages=HI, temperature=0.3, top_p=0.5, max_tokens=7, stop=["x"], seed=4, presence_penalty=0.1, frequency_penalty=0.2)
+    client.chat.completions.create(
+        model=stand.model,
+        messages=HI,
+        temperature=0.3,
+        top_p=0.5,
+        max_tokens=7,
+        stop=["x"],
+        seed=4,
+        presence_penalty=0.1,
+        frequency_penalty=0.2,
+    )
     (ask,) = stand.engine.asked()
     found = ask["options"] if stand.engine.dialect == "ollama" else ask
-    assert [found[name] for name in ("temperature", "top_p", "stop", "seed", "presence_penalty", "frequency_penalty")] == [0.3, 0.5, ["x"], 4, 0.1, 0.2]
+    assert [
+        found[name] for name in ("temperature", "top_p", "stop", "seed", "presence_penalty", "frequency_penalty")
+    ] == [0.3, 0.5, ["x"], 4, 0.1, 0.2]
     assert found.get("max_tokens", found.get("num_predict")) == 7
 
 
@@ -201,7 +250,11 @@ def test_tools_whole(stand: Stand, client: openai.OpenAI) -> None:
     (choice,) = client.chat.completions.create(model=stand.model, messages=HI, tools=[WEATHER]).choices
     assert choice.finish_reason == "tool_calls" and choice.message.tool_calls
     (call,) = choice.message.tool_calls
-    assert call.type == "function" and call.id and (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "巴黎"})
+    assert (
+        call.type == "function"
+        and call.id
+        and (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "巴黎"})
+    )
 
 
 def test_tools_streamed(stand: Stand, client: openai.OpenAI) -> None:
@@ -221,7 +274,10 @@ def test_a_tools_result_goes_back(stand: Stand, client: openai.OpenAI) -> None:
     assert asked.tool_calls
     history: Any = [*HI, asked, {"role": "tool", "tool_call_id": asked.tool_calls[0].id, "content": "sunny"}]
     stand.engine.tool_call = None
-    assert client.chat.completions.create(model=stand.model, messages=history, tools=[WEATHER]).choices[0].message.content == TEXT
+    assert (
+        client.chat.completions.create(model=stand.model, messages=history, tools=[WEATHER]).choices[0].message.content
+        == TEXT
+    )
     last = stand.engine.asked()[-1]["messages"]
     assert [m["role"] for m in last] == ["user", "assistant", "tool"] and last[2]["content"] == "sunny"
 
@@ -250,11 +306,18 @@ def test_json_object(stand: Stand, client: openai.OpenAI) -> None:
     stand.engine.answer = lambda ask: '{"a":1}'
     client.chat.completions.create(model=stand.model, messages=HI, response_format={"type": "json_object"})
     (ask,) = stand.engine.asked()
-    assert ask["format"] == "json" if stand.engine.dialect == "ollama" else ask["response_format"] == {"type": "json_object"}
+    assert (
+        ask["format"] == "json"
+        if stand.engine.dialect == "ollama"
+        else ask["response_format"] == {"type": "json_object"}
+    )
 
 
 CITY = {"type": "json_schema", "json_schema": {"name": "city", "schema": City.model_json_schema()}}
-GOOD, WRONG = '{"city":"Paris","population":2.1}', '{"city":"Paris"}'  # what an engine that ignores or mistakes the schema may say
+GOOD, WRONG = (
+    '{"city":"Paris","population":2.1}',
+    '{"city":"Paris"}',
+)  # what an engine that ignores or mistakes the schema may say
 
 
 def test_an_answer_that_does_not_fit_is_asked_for_once_more(stand: Stand) -> None:
@@ -267,8 +330,12 @@ def test_an_answer_that_does_not_fit_is_asked_for_once_more(stand: Stand) -> Non
 @pytest.mark.parametrize("text", [WRONG, "no JSON", '{"city":"Paris","population":"many"}'])
 def test_an_answer_that_never_fits_is_an_error(stand: Stand, text: str) -> None:
     stand.engine.answer = lambda ask: text
-    assert "does not fit" in refused_v1(stand.post(CHAT, model=stand.model, messages=HI, response_format=CITY), "structured_output_invalid")
-    reply = stand.post(CHAT, model=stand.model, messages=HI, response_format=CITY, stream=True)  # an error event, or where all came at once no stream at all
+    assert "does not fit" in refused_v1(
+        stand.post(CHAT, model=stand.model, messages=HI, response_format=CITY), "structured_output_invalid"
+    )
+    reply = stand.post(
+        CHAT, model=stand.model, messages=HI, response_format=CITY, stream=True
+    )  # an error event, or where all came at once no stream at all
     last = payloads(reply)[-1] if reply.status_code == 200 else reply.json()
     assert last["error"]["code"] == "structured_output_invalid" and "[DONE]" not in reply.text
     stand.engine.answer = lambda ask: GOOD
@@ -277,14 +344,21 @@ def test_an_answer_that_never_fits_is_an_error(stand: Stand, text: str) -> None:
 
 def test_json_object_is_checked_too(stand: Stand) -> None:
     stand.engine.answer = lambda ask: "[1]"
-    refused_v1(stand.post(CHAT, model=stand.model, messages=HI, response_format={"type": "json_object"}), "structured_output_invalid")
+    refused_v1(
+        stand.post(CHAT, model=stand.model, messages=HI, response_format={"type": "json_object"}),
+        "structured_output_invalid",
+    )
 
 
 def test_a_cut_answer_says_so_itself(stand: Stand) -> None:
     """OpenAI's own client raises LengthFinishReasonError for it."""
     stand.engine.answer = lambda ask: GOOD.replace(",", ", ")
     reply = stand.post(CHAT, model=stand.model, messages=HI, response_format=CITY, max_tokens=1)
-    assert reply.status_code == 200 and reply.json()["choices"][0]["finish_reason"] == "length" and len(stand.engine.asked()) == 1
+    assert (
+        reply.status_code == 200
+        and reply.json()["choices"][0]["finish_reason"] == "length"
+        and len(stand.engine.asked()) == 1
+    )
     assert stand.events(CHAT, model=stand.model, messages=HI, response_format=CITY, max_tokens=1)[-1] == "[DONE]"
 
 
@@ -294,9 +368,16 @@ def test_a_cut_answer_says_so_itself(stand: Stand) -> None:
 def test_a_response_formats_schema_is_json_schema(stand: Stand, schema: dict[str, Any]) -> None:
     """Not the short form of our own routes, which these could be as well."""
     stand.engine.answer = lambda ask: '{"a":"b"}'
-    reply = stand.post(CHAT, model=stand.model, messages=HI, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+    reply = stand.post(
+        CHAT,
+        model=stand.model,
+        messages=HI,
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+    )
     (ask,) = stand.engine.asked()[:1]
-    assert (ask["format"] if stand.engine.dialect == "ollama" else ask["response_format"]["json_schema"]["schema"]) == schema
+    assert (
+        ask["format"] if stand.engine.dialect == "ollama" else ask["response_format"]["json_schema"]["schema"]
+    ) == schema
     assert reply.status_code == 200, reply.text
 
 
@@ -307,9 +388,27 @@ def test_a_named_functions_call_is_no_answer_to_check(all_stands: dict[str, Stan
     stand.engine.capabilities = [*{*stand.engine.capabilities, "tools"}]
     call = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": '{"city":"Paris"}'}}
     message = {"role": "assistant", "content": "", "tool_calls": [call]}
-    whole = {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
-    delta = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [{"index": 0, "delta": message, "finish_reason": "stop"}]}
-    asked = {"model": stand.model, "messages": HI, "tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "get_weather"}}, "response_format": CITY}
+    whole = {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "m",
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+    }
+    delta = {
+        "id": "x",
+        "object": "chat.completion.chunk",
+        "created": 1,
+        "model": "m",
+        "choices": [{"index": 0, "delta": message, "finish_reason": "stop"}],
+    }
+    asked = {
+        "model": stand.model,
+        "messages": HI,
+        "tools": [WEATHER],
+        "tool_choice": {"type": "function", "function": {"name": "get_weather"}},
+        "response_format": CITY,
+    }
     stand.engine.script(Reply(headers={"content-type": "application/json"}, pieces=[json.dumps(whole).encode()]))
     reply = stand.post(CHAT, **asked)
     assert reply.status_code == 200 and reply.json()["choices"][0]["message"]["tool_calls"] == [call], reply.text
@@ -318,7 +417,18 @@ def test_a_named_functions_call_is_no_answer_to_check(all_stands: dict[str, Stan
     assert stand.events(CHAT, **asked)[-1] == "[DONE]"
 
 
-@pytest.mark.parametrize("usage", ["3", {"prompt_tokens": None, "completion_tokens": "3"}, {"prompt_tokens": -1}, {"prompt_tokens": 1.5}, {"completion_tokens": 3}, 7, [1]])
+@pytest.mark.parametrize(
+    "usage",
+    [
+        "3",
+        {"prompt_tokens": None, "completion_tokens": "3"},
+        {"prompt_tokens": -1},
+        {"prompt_tokens": 1.5},
+        {"completion_tokens": 3},
+        7,
+        [1],
+    ],
+)
 def test_malformed_usage_is_told(relayed: Stand, usage: Any) -> None:
     answer = json.loads(b"".join(default_answer(relayed).pieces)) | {"usage": usage}
     relayed.engine.script(Reply(headers={"content-type": "application/json"}, pieces=[json.dumps(answer).encode()]))
@@ -327,13 +437,26 @@ def test_malformed_usage_is_told(relayed: Stand, usage: Any) -> None:
 
 def test_a_check_that_finds_the_engine_failing_says_so(relayed: Stand) -> None:
     """What the engine refuses in the middle of a constrained answer is a ValueError too, and no answer that does not fit."""
-    relayed.engine.script(Reply(headers={"content-type": "application/json"}, pieces=[b'{"error":{"message":"json schema too odd","code":400}}']))
-    assert "does not fit" not in refused_v1(relayed.post(CHAT, model=relayed.model, messages=HI, response_format=CITY), "invalid_request")
+    relayed.engine.script(
+        Reply(
+            headers={"content-type": "application/json"},
+            pieces=[b'{"error":{"message":"json schema too odd","code":400}}'],
+        )
+    )
+    assert "does not fit" not in refused_v1(
+        relayed.post(CHAT, model=relayed.model, messages=HI, response_format=CITY), "invalid_request"
+    )
 
 
 @pytest.mark.parametrize("other", ["grammar", "json_schema", "regex", "ebnf", "structured_outputs"])
 def test_two_constraints_are_refused(relayed: Stand, other: str) -> None:
-    value: Any = {"grammar": 'root ::= "a"', "json_schema": {"type": "object"}, "regex": "a", "ebnf": 'root ::= "a"', "structured_outputs": {"regex": "a"}}[other]
+    value: Any = {
+        "grammar": 'root ::= "a"',
+        "json_schema": {"type": "object"},
+        "regex": "a",
+        "ebnf": 'root ::= "a"',
+        "structured_outputs": {"regex": "a"},
+    }[other]
     reply = relayed.post(CHAT, model=relayed.model, messages=HI, response_format=CITY, **{other: value})
     assert reply.status_code == 400 and other in refused_v1(reply, reply.headers["x-error-kind"])
     assert not relayed.engine.asked()
@@ -368,7 +491,11 @@ def test_embeddings_as_floats_and_as_the_client_asks(stand: Stand, client: opena
         done = client.embeddings.create(model=stand.model, input=["a", "bcd"], **more)
         assert [each.index for each in done.data] == [0, 1] and done.usage.prompt_tokens > 0 and done.object == "list"
         for each, vector in zip(done.data, wanted, strict=True):
-            found = each.embedding if not isinstance(each.embedding, str) else list(struct.unpack(f"<{len(vector)}f", base64.b64decode(each.embedding)))
+            found = (
+                each.embedding
+                if not isinstance(each.embedding, str)
+                else list(struct.unpack(f"<{len(vector)}f", base64.b64decode(each.embedding)))
+            )
             assert found == pytest.approx(vector)
     assert client.embeddings.create(model=stand.model, input="one").data[0].embedding
 
@@ -383,7 +510,12 @@ def test_bad_embedding_inputs(stand: Stand) -> None:
 
 def test_what_means_nothing_to_embeddings_is_refused(all_stands: dict[str, Stand]) -> None:
     for stand in all_stands.values():
-        for field, value in (("stream", True), ("max_tokens", 5), ("tool_choice", "none"), ("messages", [{"role": "user", "content": "x"}])):
+        for field, value in (
+            ("stream", True),
+            ("max_tokens", 5),
+            ("tool_choice", "none"),
+            ("messages", [{"role": "user", "content": "x"}]),
+        ):
             reply = stand.post("/v1/embeddings", model=stand.model, input="a", **{field: value})
             assert reply.status_code == 400 and field in reply.json()["error"]["message"], (stand.engine.dialect, field)
 
@@ -445,7 +577,9 @@ def test_those_who_come_first_together_ask_once(dialect: Dialect) -> None:
     for at_once in (1, 16):
         with Stand(dialect) as stand:
             with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-                replies = [pool.submit(stand.post, CHAT, model=stand.model, messages=HI, max_tokens=5) for _ in range(at_once)]
+                replies = [
+                    pool.submit(stand.post, CHAT, model=stand.model, messages=HI, max_tokens=5) for _ in range(at_once)
+                ]
             assert {reply.result().status_code for reply in replies} == {200}
             asked.append(questions(stand))
     assert asked[1] <= asked[0] + 2, asked
@@ -476,7 +610,11 @@ def test_a_wrong_key_is_an_authentication_error() -> None:
         with client_of(stand.url, "right") as client:
             assert client.models.list().data
         with client_of(stand.url, "wrong") as client:
-            for call in (lambda: client.models.list(), lambda: client.chat.completions.create(model="m", messages=HI), lambda: client.embeddings.create(model="m", input="a")):
+            for call in (
+                lambda: client.models.list(),
+                lambda: client.chat.completions.create(model="m", messages=HI),
+                lambda: client.embeddings.create(model="m", input="a"),
+            ):
                 with pytest.raises(openai.AuthenticationError) as info:
                     call()
                 assert info.value.code == "unauthorized" and info.value.type == "authentication_error"
@@ -540,7 +678,9 @@ def test_a_bad_field_is_a_bad_request_error_of_the_client(client: openai.OpenAI,
 def test_what_is_missing_is_named(stand: Stand) -> None:
     for path, needed in ((CHAT, "messages"), ("/v1/completions", "prompt"), ("/v1/embeddings", "input")):
         assert needed in refused_v1(stand.post(path, model=stand.model), "invalid_request")
-        assert "model" in refused_v1(stand.post(path, **{needed: HI if needed == "messages" else "hi"}), "invalid_request")
+        assert "model" in refused_v1(
+            stand.post(path, **{needed: HI if needed == "messages" else "hi"}), "invalid_request"
+        )
 
 
 def test_other_paths_and_methods_speak_openai_too(stand: Stand) -> None:
@@ -559,14 +699,26 @@ def test_other_paths_and_methods_speak_openai_too(stand: Stand) -> None:
     (Reply(pieces=[b"\x1f\x8b\x08"], headers={"content-encoding": "gzip"}), openai.InternalServerError, "bad_engine_reply"),
 ], ids=["busy", "memory", "context", "html", "error under 200", "early end", "redirect", "gzip"])  # fmt: skip
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_engines_failure_before_the_first_byte(stand: Stand, client: openai.OpenAI, reply: Reply, error: type[openai.APIStatusError], kind: str, stream: bool) -> None:
+def test_an_engines_failure_before_the_first_byte(
+    stand: Stand, client: openai.OpenAI, reply: Reply, error: type[openai.APIStatusError], kind: str, stream: bool
+) -> None:
     stand.engine.script(reply)
     with pytest.raises(error) as info:
         client.chat.completions.create(model=stand.model, messages=HI, stream=stream)
     assert info.value.code == kind
 
 
-@pytest.mark.parametrize("said", [b'{ "error" : {"message":"boom"}}', b'{"object":"error","message":"boom","code":500}', b"{}", b'{"choices":[', b'{"choices":[]}', b'{"id":"x","choices":"y"}'])
+@pytest.mark.parametrize(
+    "said",
+    [
+        b'{ "error" : {"message":"boom"}}',
+        b'{"object":"error","message":"boom","code":500}',
+        b"{}",
+        b'{"choices":[',
+        b'{"choices":[]}',
+        b'{"id":"x","choices":"y"}',
+    ],
+)
 def test_what_is_no_completion_is_not_passed_on_as_one(all_stands: dict[str, Stand], said: bytes) -> None:
     stand = all_stands["vllm"]
     stand.engine.reset().script(Reply(pieces=[said], headers={"content-type": "application/json"}))
@@ -591,8 +743,14 @@ def test_a_late_failure_raises_in_the_client(stand: Stand, client: openai.OpenAI
     with pytest.raises(openai.APIError):
         for _ in client.chat.completions.create(model=stand.model, messages=HI, stream=True):
             pass
-    reply = scripted_text(stand, Reply(headers=whole.headers, pieces=whole.pieces[:keep], end=end, chunked=True, gap=0.02))
-    assert "[DONE]" not in reply and json.loads(reply.strip().rpartition("\n\n")[2].removeprefix("data: "))["error"]["code"] == "bad_engine_reply"
+    reply = scripted_text(
+        stand, Reply(headers=whole.headers, pieces=whole.pieces[:keep], end=end, chunked=True, gap=0.02)
+    )
+    assert (
+        "[DONE]" not in reply
+        and json.loads(reply.strip().rpartition("\n\n")[2].removeprefix("data: "))["error"]["code"]
+        == "bad_engine_reply"
+    )
 
 
 @pytest.mark.parametrize("event", [
@@ -625,12 +783,16 @@ def test_an_error_event_is_an_event_of_its_own(relayed: Stand) -> None:
                 pass
 
 
-@pytest.mark.parametrize("event", [b"data: not json at all\n\n", b"garbage\n\n", b"<html>502</html>\n\n", b'data: {"id":"x"\n\n'])
+@pytest.mark.parametrize(
+    "event", [b"data: not json at all\n\n", b"garbage\n\n", b"<html>502</html>\n\n", b'data: {"id":"x"\n\n']
+)
 def test_garbage_in_a_stream_is_never_a_clean_end(all_stands: dict[str, Stand], event: bytes) -> None:
     stand = all_stands["vllm"]
     stand.engine.reset()
     whole = default_stream(stand)
-    text = scripted_text(stand, Reply(headers=whole.headers, pieces=[*whole.pieces[:3], event, *whole.pieces[3:]], chunked=True))
+    text = scripted_text(
+        stand, Reply(headers=whole.headers, pieces=[*whole.pieces[:3], event, *whole.pieces[3:]], chunked=True)
+    )
     assert "[DONE]" not in text and '"error"' in text.rpartition("data: ")[2]
 
 
@@ -653,15 +815,17 @@ def test_nothing_follows_the_end(relayed: Stand) -> None:
     """In whatever form the end comes, and whether the engine ends the reply behind it or not."""
     whole = default_stream(relayed)
     events = b"".join(whole.pieces).rpartition(b"data: [DONE]")[0]
-    for tail in (b"data:[DONE]\n\n", b"data: [DONE]\n\ndata: {\"id\":\"late\"}\n\n", b"data: [DONE]\r\n\r\n: bye\n\n"):
+    for tail in (b"data:[DONE]\n\n", b'data: [DONE]\n\ndata: {"id":"late"}\n\n', b"data: [DONE]\r\n\r\n: bye\n\n"):
         text = scripted_text(relayed, Reply(headers=whole.headers, pieces=[events, tail], chunked=True, end="stall"))
-        assert text.endswith('\n\ndata: [DONE]\n\n') and "late" not in text and text.count("[DONE]") == 1
+        assert text.endswith("\n\ndata: [DONE]\n\n") and "late" not in text and text.count("[DONE]") == 1
 
 
 def test_a_stream_without_a_finish_is_cut(relayed: Stand) -> None:
     """[DONE] after half an answer: no choice has said why it ended."""
     whole = default_stream(relayed)
-    text = scripted_text(relayed, Reply(headers=whole.headers, pieces=[*whole.pieces[:3], b"data: [DONE]\n\n"], chunked=True))
+    text = scripted_text(
+        relayed, Reply(headers=whole.headers, pieces=[*whole.pieces[:3], b"data: [DONE]\n\n"], chunked=True)
+    )
     assert "[DONE]" not in text
 
 
@@ -705,6 +869,7 @@ def test_a_cancelled_task_closes_the_upstream(stand: Stand) -> None:
 
     async def leave(stream: bool) -> None:
         async with openai.AsyncOpenAI(base_url=f"{stand.url}/v1", api_key="any", max_retries=0) as client:
+
             async def ask() -> None:
                 answer = await client.chat.completions.create(model=stand.model, messages=HI, stream=stream)
                 if stream:
@@ -735,12 +900,17 @@ def test_a_client_timeout_closes_the_upstream(stand: Stand) -> None:
 
 
 def test_harmless_fields_are_named_and_left_out(stand: Stand, client: openai.OpenAI) -> None:
-    reply = client.chat.completions.with_raw_response.create(model=stand.model, messages=HI, user="u", metadata={"a": "b"}, store=False, service_tier="auto")
+    reply = client.chat.completions.with_raw_response.create(
+        model=stand.model, messages=HI, user="u", metadata={"a": "b"}, store=False, service_tier="auto"
+    )
     assert set(reply.headers["x-ignored-fields"].split(", ")) == {"user", "metadata", "store", "service_tier"}
     assert not {"user", "metadata", "store", "service_tier"} & set(stand.engine.asked()[0])
     stream = client.chat.completions.with_raw_response.create(model=stand.model, messages=HI, user="u", stream=True)
     assert stream.headers["x-ignored-fields"] == "user"
-    assert "x-ignored-fields" not in client.chat.completions.with_raw_response.create(model=stand.model, messages=HI).headers
+    assert (
+        "x-ignored-fields"
+        not in client.chat.completions.with_raw_response.create(model=stand.model, messages=HI).headers
+    )
 
 
 @pytest.mark.parametrize("field", [
@@ -753,16 +923,32 @@ def test_a_field_that_would_be_ignored_or_reach_too_far_is_refused(stand: Stand,
 
 
 def test_one_engines_constraint_is_not_anothers(all_stands: dict[str, Stand]) -> None:
-    for dialect, field in (("sglang", "structured_outputs"), ("llamacpp", "structured_outputs"), ("ollama", "structured_outputs"), ("vllm", "regex"), ("vllm", "ebnf"), ("llamacpp", "regex"), ("vllm", "grammar"), ("ollama", "n")):
+    for dialect, field in (
+        ("sglang", "structured_outputs"),
+        ("llamacpp", "structured_outputs"),
+        ("ollama", "structured_outputs"),
+        ("vllm", "regex"),
+        ("vllm", "ebnf"),
+        ("llamacpp", "regex"),
+        ("vllm", "grammar"),
+        ("ollama", "n"),
+    ):
         stand = all_stands[dialect]
         stand.engine.reset()
         bad: Any = 2 if field == "n" else "a+" if field != "structured_outputs" else {"regex": "a+"}
-        assert field in refused_v1(stand.post(CHAT, model=stand.model, messages=HI, **{field: bad}), "unsupported_feature")
+        assert field in refused_v1(
+            stand.post(CHAT, model=stand.model, messages=HI, **{field: bad}), "unsupported_feature"
+        )
         assert not stand.engine.asked()
 
 
 def test_one_engines_constraint_is_its_own(all_stands: dict[str, Stand]) -> None:
-    for dialect, field, value in (("vllm", "structured_outputs", {"regex": "a+"}), ("sglang", "regex", "a+"), ("sglang", "ebnf", "root ::= 'a'"), ("llamacpp", "grammar", 'root ::= "a"')):
+    for dialect, field, value in (
+        ("vllm", "structured_outputs", {"regex": "a+"}),
+        ("sglang", "regex", "a+"),
+        ("sglang", "ebnf", "root ::= 'a'"),
+        ("llamacpp", "grammar", 'root ::= "a"'),
+    ):
         stand = all_stands[dialect]
         stand.engine.reset()
         assert stand.post(CHAT, model=stand.model, messages=HI, **{field: value}).status_code == 200
@@ -790,7 +976,9 @@ def test_a_place_in_a_shape_that_vllm_takes_too_is_refused(all_stands: dict[str,
 
 
 def no_place(stand: Stand, part: Any) -> None:
-    reply = stand.post(CHAT, model=stand.model, messages=[{"role": "user", "content": [{"type": "text", "text": "what?"}, part]}])
+    reply = stand.post(
+        CHAT, model=stand.model, messages=[{"role": "user", "content": [{"type": "text", "text": "what?"}, part]}]
+    )
     assert reply.status_code == 400 and reply.json()["error"]["type"] == "invalid_request_error"
     assert not stand.engine.asked()
 
@@ -799,7 +987,11 @@ def test_a_place_in_an_embeddings_input_is_refused(all_stands: dict[str, Stand])
     """SGLang takes {"text", "image"} there."""
     relayed = all_stands["sglang"]
     relayed.engine.reset()
-    for bad in ([{"image": "http://127.0.0.1:9/x.png"}], [{"text": "x", "image": "/etc/passwd"}], {"image": "http://127.0.0.1:9/x.png"}):
+    for bad in (
+        [{"image": "http://127.0.0.1:9/x.png"}],
+        [{"text": "x", "image": "/etc/passwd"}],
+        {"image": "http://127.0.0.1:9/x.png"},
+    ):
         refused_v1(relayed.post("/v1/embeddings", model=relayed.model, input=bad), "invalid_request")
     assert not relayed.engine.asked()
 
@@ -808,7 +1000,12 @@ def test_a_place_in_an_embeddings_input_is_refused(all_stands: dict[str, Stand])
 def test_an_image_as_data_is_passed(dialect: Dialect) -> None:
     with Stand(dialect, capabilities=["vision"]) as stand, client_of(stand.url) as client:
         content: Any = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": PIXEL}}]
-        assert client.chat.completions.create(model=stand.model, messages=[{"role": "user", "content": content}]).choices[0].message.content == TEXT
+        assert (
+            client.chat.completions.create(model=stand.model, messages=[{"role": "user", "content": content}])
+            .choices[0]
+            .message.content
+            == TEXT
+        )
         assert PIXEL.partition(",")[2] in json.dumps(stand.engine.asked()[-1]["messages"])
 
 
@@ -817,7 +1014,9 @@ def test_an_image_for_a_model_that_is_blind_is_refused(dialect: Dialect, all_sta
     stand = all_stands[dialect]
     stand.engine.reset()
     content = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": PIXEL}}]
-    assert "image" in refused_v1(stand.post(CHAT, model=stand.model, messages=[{"role": "user", "content": content}]), "unsupported_feature")
+    assert "image" in refused_v1(
+        stand.post(CHAT, model=stand.model, messages=[{"role": "user", "content": content}]), "unsupported_feature"
+    )
     assert not stand.engine.asked()
 
 
@@ -827,15 +1026,23 @@ def test_reasoning_comes_under_one_name(dialect: Dialect, slice_: int) -> None:
     with Stand(dialect, reasoning="let me think") as stand:
         stand.engine.slice = slice_
         message = stand.post(CHAT, model=stand.model, messages=HI).json()["choices"][0]["message"]
-        assert message["reasoning"] == "let me think" and message["content"] == TEXT and "reasoning_content" not in message
+        assert (
+            message["reasoning"] == "let me think" and message["content"] == TEXT and "reasoning_content" not in message
+        )
         deltas = [c["delta"] for e in stand.events(CHAT, model=stand.model, messages=HI)[:-1] for c in e["choices"]]
-        assert "".join(d.get("reasoning") or "" for d in deltas) == "let me think" and "".join(d.get("content") or "" for d in deltas) == TEXT
+        assert (
+            "".join(d.get("reasoning") or "" for d in deltas) == "let me think"
+            and "".join(d.get("content") or "" for d in deltas) == TEXT
+        )
         assert not any("reasoning_content" in d for d in deltas)
 
 
 def test_the_renaming_of_reasoning_leaves_words_alone(relayed: Stand) -> None:
     relayed.engine.text = 'the key "reasoning_content": is a word here'
-    assert relayed.post(CHAT, model=relayed.model, messages=HI).json()["choices"][0]["message"]["content"] == relayed.engine.text
+    assert (
+        relayed.post(CHAT, model=relayed.model, messages=HI).json()["choices"][0]["message"]["content"]
+        == relayed.engine.text
+    )
     assert text_of(strict_chunks(relayed.events(CHAT, model=relayed.model, messages=HI))) == relayed.engine.text
 
 
@@ -858,7 +1065,7 @@ def test_vllms_answer_comes_through_whole(all_stands: dict[str, Stand]) -> None:
 
 @pytest.mark.parametrize("slice_", [0, 1, 7])
 def test_a_stream_comes_through_whole_and_in_order(relayed: Stand, slice_: int) -> None:
-    relayed.engine.text = "a\u2028b\u0085c 北京 🚲 \\n \" end"
+    relayed.engine.text = 'a\u2028b\u0085c 北京 🚲 \\n " end'
     whole = default_stream(relayed)
     theirs = b"".join(whole.pieces)
     relayed.engine.slice = slice_
@@ -873,12 +1080,23 @@ def test_ollamas_stream_survives_any_cut(all_stands: dict[str, Stand]) -> None:
     assert text_of(strict_chunks(stand.events(CHAT, model=stand.model, messages=HI))) == stand.engine.text
 
 
-@pytest.mark.parametrize("change", [lambda p: p.replace(b"\n", b"\r\n"), lambda p: b": hello\n\n" + p, lambda p: b"data:" + p[6:], lambda p: b"event: message\nid: 1\n" + p], ids=["crlf", "comments", "tight", "event and id"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: p.replace(b"\n", b"\r\n"),
+        lambda p: b": hello\n\n" + p,
+        lambda p: b"data:" + p[6:],
+        lambda p: b"event: message\nid: 1\n" + p,
+    ],
+    ids=["crlf", "comments", "tight", "event and id"],
+)
 def test_every_standard_form_of_an_event_comes_through(relayed: Stand, change: Callable[[bytes], bytes]) -> None:
     """CRLF is what sse-starlette sends; a proxy in front of the engine may add comments."""
     whole = default_stream(relayed)
     for relayed.engine.slice in (0, 1):
-        relayed.engine.script(Reply(headers=whole.headers, pieces=[change(piece) for piece in whole.pieces], chunked=True))
+        relayed.engine.script(
+            Reply(headers=whole.headers, pieces=[change(piece) for piece in whole.pieces], chunked=True)
+        )
         with client_of(relayed.url) as client:
             assert text_of(list(client.chat.completions.create(model=relayed.model, messages=HI, stream=True))) == TEXT
 
@@ -895,7 +1113,10 @@ def test_a_token_that_arrives_alone_leaves_at_once(stand: Stand) -> None:
 
 def test_large_answers_come_through(stand: Stand) -> None:
     stand.engine.text = f"{'long' * 40} " * 4_000
-    for each in (stand.post(CHAT, model=stand.model, messages=HI).json()["choices"][0]["message"]["content"], text_of(strict_chunks(stand.events(CHAT, model=stand.model, messages=HI)))):
+    for each in (
+        stand.post(CHAT, model=stand.model, messages=HI).json()["choices"][0]["message"]["content"],
+        text_of(strict_chunks(stand.events(CHAT, model=stand.model, messages=HI))),
+    ):
         assert each == stand.engine.text
 
 
@@ -908,7 +1129,10 @@ def test_an_endless_answer_that_is_checked_is_bounded() -> None:
 
 def test_an_endless_event_is_bounded(relayed: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product.LineReader, "LIMIT", 1 << 16)
-    text = scripted_text(relayed, Reply(headers={"content-type": "text/event-stream"}, pieces=[b"data: " + b"x" * (1 << 14)] * 16, chunked=True))
+    text = scripted_text(
+        relayed,
+        Reply(headers={"content-type": "text/event-stream"}, pieces=[b"data: " + b"x" * (1 << 14)] * 16, chunked=True),
+    )
     assert "bad_engine_reply" in text and len(text) < 1 << 12
 
 
@@ -918,7 +1142,9 @@ def test_the_engines_key_and_headers_stay_with_us(all_stands: dict[str, Stand]) 
     with stand, client_of(stand.url, "ours", default_headers={"x-secret": "s", "cookie": "c=1"}) as client:
         client.chat.completions.create(model="m", messages=HI, extra_headers={"x-forwarded-for": "1.2.3.4"})
         seen = stand.engine.requests[-1]
-        assert seen.headers["authorization"] == "Bearer theirs" and not {"x-secret", "cookie", "x-forwarded-for"} & set(seen.headers)
+        assert seen.headers["authorization"] == "Bearer theirs" and not {"x-secret", "cookie", "x-forwarded-for"} & set(
+            seen.headers
+        )
         assert b"ours" not in seen.body
 
 
@@ -927,8 +1153,11 @@ def test_many_streams_at_once_get_their_own_words(stand: Stand) -> None:
 
     async def ask() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{stand.url}/v1", api_key="any", max_retries=0) as client:
+
             async def one(n: int) -> str:
-                stream = await client.chat.completions.create(model=stand.model, messages=[{"role": "user", "content": f"nonce {n}"}], stream=True)
+                stream = await client.chat.completions.create(
+                    model=stand.model, messages=[{"role": "user", "content": f"nonce {n}"}], stream=True
+                )
                 return text_of([chunk async for chunk in stream])
 
             return await asyncio.gather(*(one(n) for n in range(32)))
@@ -941,10 +1170,18 @@ def test_the_strict_types_are_strict() -> None:
         closed(ChatCompletion, {"id": 1, "choices": [], "created": 1, "model": "m", "object": "chat.completion"})
 
 
-@pytest.mark.parametrize("event", [b'{"choices":{"message":"bm"}}', b'{"choices":["x"]}', b'{"choices":7}', b'{"choices":[{"finish_reason":{}}]}'])
+@pytest.mark.parametrize(
+    "event",
+    [b'{"choices":{"message":"bm"}}', b'{"choices":["x"]}', b'{"choices":7}', b'{"choices":[{"finish_reason":{}}]}'],
+)
 def test_a_malformed_event_in_a_relayed_stream_is_told(stand: Stand, event: bytes) -> None:
     if stand.engine.dialect == "ollama":
         pytest.skip("translated, not relayed")
-    stand.engine.script(Reply(headers={"content-type": "text/event-stream"}, pieces=[b"data:" + event + b"\n\n", b"data: [DONE]\n\n"]))  # without the blank: not the form that passes unparsed
+    stand.engine.script(
+        Reply(headers={"content-type": "text/event-stream"}, pieces=[b"data:" + event + b"\n\n", b"data: [DONE]\n\n"])
+    )  # without the blank: not the form that passes unparsed
     reply = stand.post("/v1/chat/completions", model=stand.model, messages=HI, stream=True)
-    assert reply.headers.get("x-error-kind", "") in ("bad_engine_reply", "engine_unavailable") and reply.status_code in (502, 503), reply.text
+    assert reply.headers.get("x-error-kind", "") in (
+        "bad_engine_reply",
+        "engine_unavailable",
+    ) and reply.status_code in (502, 503), reply.text

@@ -18,7 +18,11 @@ pytestmark = pytest.mark.usefixtures("alone")
 
 README = (ROOT / "README.md").read_text()
 HALVES = dict(zip(("zh", "en"), README.split("\n# English\n"), strict=True))
-ELSEWHERE = ("vllm", "langchain", "instructor")  # what these blocks need is not in tests/requirements.txt: tests/integration, tests/test_start.py
+ELSEWHERE = (
+    "vllm",
+    "langchain",
+    "instructor",
+)  # what these blocks need is not in tests/requirements.txt: tests/integration, tests/test_start.py
 
 
 def blocks(half: str, language: str) -> list[str]:
@@ -55,9 +59,23 @@ def test_both_halves_have_the_same_sections_and_tables() -> None:
 @pytest.mark.parametrize("half", HALVES)
 def test_the_python_runs(half: str, port: str) -> None:
     """One after the other in one process, as a reader would paste them into a notebook."""
-    found = [block for block in blocks(half, "python") if not any(word in block for word in ELSEWHERE if f'"{word}' in block or f"import {word}" in block or f"from {word}" in block)]
+    found = [
+        block
+        for block in blocks(half, "python")
+        if not any(
+            word in block
+            for word in ELSEWHERE
+            if f'"{word}' in block or f"import {word}" in block or f"from {word}" in block
+        )
+    ]
     assert len(found) >= 4
-    done = subprocess.run([sys.executable, "-c", "\n".join(found).replace("8001", port)], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(found).replace("8001", port)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+    )
     assert done.returncode == 0 and done.stdout.strip().endswith("hi"), done.stderr
 
 
@@ -67,7 +85,9 @@ def test_every_curl_is_answered(half: str, port: str) -> None:
     commands = re.findall(r"^curl .*?(?:[^\\]$)", block, re.MULTILINE | re.DOTALL)
     assert len(commands) == 7
     for command in commands:
-        said = subprocess.run(command.replace("8001", port), shell=True, capture_output=True, text=True, check=True, timeout=120).stdout
+        said = subprocess.run(
+            command.replace("8001", port), shell=True, capture_output=True, text=True, check=True, timeout=120
+        ).stdout
         if "/metrics" in command:
             assert "llm_requests_total" in said
         elif '"stream"' in command:
@@ -79,7 +99,12 @@ def test_every_curl_is_answered(half: str, port: str) -> None:
 def test_every_flag_is_there() -> None:
     known = {flag for action in product.parser()._actions for flag in action.option_strings}
     for name, half in HALVES.items():
-        commands = "\n".join(line for block in blocks(name, "bash") for line in block.splitlines() if line.startswith("python llm_inference.py"))
+        commands = "\n".join(
+            line
+            for block in blocks(name, "bash")
+            for line in block.splitlines()
+            if line.startswith("python llm_inference.py")
+        )
         shown = set(re.findall(r"(?<![\w-])--[a-z-]+", commands.replace("-- --tensor-parallel-size 2", "")))
         settings = re.search(r"^\| `--engine`.*?\n\n", half, re.MULTILINE | re.DOTALL)
         assert settings and shown <= known

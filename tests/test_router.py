@@ -138,7 +138,9 @@ def test_a_router_under_a_prefix_and_twice(engine: Fake) -> None:
     app.mount("/b", sub)
     with serving(app, ready=None) as url:
         for prefix in ("/a", "/b"):
-            assert good(httpx.post(f"{url}{prefix}{API}/generate", json={"prompt": "hi"}, trust_env=False))["text"] == TEXT
+            assert (
+                good(httpx.post(f"{url}{prefix}{API}/generate", json={"prompt": "hi"}, trust_env=False))["text"] == TEXT
+            )
 
 
 def test_a_router_needs_no_lifespan(engine: Fake) -> None:
@@ -156,7 +158,15 @@ def test_a_router_needs_no_lifespan(engine: Fake) -> None:
 
 def test_the_openapi_page_of_the_host_has_our_routes_whole(host: Host) -> None:
     doc = TestClient(host.app).get("/openapi.json").json()
-    assert {"/own", "/items", f"{API}/generate", f"{API}/chat", f"{API}/structured-generate", f"{API}/engines", f"{API}/models"} <= set(doc["paths"])
+    assert {
+        "/own",
+        "/items",
+        f"{API}/generate",
+        f"{API}/chat",
+        f"{API}/structured-generate",
+        f"{API}/engines",
+        f"{API}/models",
+    } <= set(doc["paths"])
 
     def refs(node: Any) -> Iterator[str]:
         if isinstance(node, dict):
@@ -197,7 +207,9 @@ def test_importing_changes_nothing_either() -> None:
         heavy = {"fastapi", "uvicorn", "httpx", "aiohttp", "requests", "xllamacpp", "vllm", "sglang", "ollama", "torch", "openai", "rich"} & set(sys.modules)
         assert not heavy, heavy
     """
-    done = product.subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = product.subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -232,7 +244,9 @@ def keyed(request: Request) -> None:
         raise HTTPException(401, "the host wants its key", {"www-authenticate": "Host"})
 
 
-@pytest.mark.parametrize("path", [f"{API}/generate", f"{API}/chat", f"{API}/structured-generate", f"{API}/engines", f"{API}/models"])
+@pytest.mark.parametrize(
+    "path", [f"{API}/generate", f"{API}/chat", f"{API}/structured-generate", f"{API}/engines", f"{API}/models"]
+)
 def test_the_hosts_dependency_guards_every_route(engine: Fake, path: str) -> None:
     host = Host(engine, [Depends(keyed)])
     method = "GET" if path.endswith(("engines", "models")) else "POST"
@@ -245,12 +259,26 @@ def test_the_hosts_dependency_guards_every_route(engine: Fake, path: str) -> Non
     good(client.request(method, path, json=body, headers={"x-host-key": "k"}))
 
 
-@pytest.mark.parametrize(("status", "kind"), [(400, "invalid_request"), (401, "unauthorized"), (403, "unauthorized"), (404, "not_found"), (409, "invalid_request"), (429, "busy"), (500, "internal_error"), (503, "not_ready")])
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, "invalid_request"),
+        (401, "unauthorized"),
+        (403, "unauthorized"),
+        (404, "not_found"),
+        (409, "invalid_request"),
+        (429, "busy"),
+        (500, "internal_error"),
+        (503, "not_ready"),
+    ],
+)
 def test_whatever_a_dependency_raises_is_an_envelope(engine: Fake, status: int, kind: str) -> None:
     def refuses() -> None:
         raise HTTPException(status, {"why": "host's own words"}, {"retry-after": "7"})
 
-    reply = TestClient(Host(engine, [Depends(refuses)]).app, raise_server_exceptions=False).post(f"{API}/generate", json={"prompt": "hi"})
+    reply = TestClient(Host(engine, [Depends(refuses)]).app, raise_server_exceptions=False).post(
+        f"{API}/generate", json={"prompt": "hi"}
+    )
     assert "host's own words" in refused(reply, kind, status) and reply.headers["retry-after"] == "7"
 
 
@@ -267,7 +295,9 @@ def test_a_dependency_that_breaks_is_an_envelope(engine: Fake) -> None:
     def breaks() -> None:
         raise RuntimeError("SECRET")
 
-    reply = TestClient(Host(engine, [Depends(breaks)]).app, raise_server_exceptions=False).post(f"{API}/generate", json={"prompt": "hi"})
+    reply = TestClient(Host(engine, [Depends(breaks)]).app, raise_server_exceptions=False).post(
+        f"{API}/generate", json={"prompt": "hi"}
+    )
     assert "SECRET" not in refused(reply, "internal_error")
 
 
@@ -276,7 +306,9 @@ def test_a_dependency_that_has_read_the_body_leaves_it_to_us(engine: Fake) -> No
         await request.body()
 
     with serving(Host(engine, [Depends(reads)]).app, ready=None) as url:
-        assert good(httpx.post(f"{url}{API}/generate", json={"prompt": "hi"}, trust_env=False, timeout=3))["text"] == TEXT
+        assert (
+            good(httpx.post(f"{url}{API}/generate", json={"prompt": "hi"}, trust_env=False, timeout=3))["text"] == TEXT
+        )
 
 
 def test_a_client_that_leaves_a_host_with_middleware(host: Host, engine: Fake) -> None:
@@ -291,7 +323,7 @@ def test_a_client_that_leaves_a_host_with_middleware(host: Host, engine: Fake) -
 
 # ----------------------------------------------------------------------------------------------- a new engine
 
-ECHO = '''
+ECHO = """
     from collections.abc import AsyncGenerator
     from llm_inference import BaseLLMAdapter, Chunk, GenerateRequest, LLMInferencer, main
 
@@ -309,7 +341,7 @@ ECHO = '''
     if __name__ == "__main__":
         LLMInferencer.ENGINE_MAP["echo"] = Echo
         raise SystemExit(main())
-'''
+"""
 
 
 class Echo(BaseLLMAdapter):
@@ -329,7 +361,10 @@ def echo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def echoing(echo: None) -> Iterator[httpx.Client]:
-    with serving(product.create_app(Settings(engine="echo"))) as url, httpx.Client(base_url=url, trust_env=False) as client:
+    with (
+        serving(product.create_app(Settings(engine="echo"))) as url,
+        httpx.Client(base_url=url, trust_env=False) as client,
+    ):
         yield client
 
 
@@ -352,18 +387,31 @@ def test_a_new_engine_works_in_python() -> None:
     assert asyncio.run(LLMInferencer(model_name="echo/x").agenerate("a b")) == "ab"
 
 
-@pytest.mark.parametrize("where", [{}, {"engine_type": "echo"}, {"model_name": "echo/echo"}, {"engine_type": "echo", "model_name": "any"}])
+@pytest.mark.parametrize(
+    "where", [{}, {"engine_type": "echo"}, {"model_name": "echo/echo"}, {"engine_type": "echo", "model_name": "any"}]
+)
 def test_a_new_engine_works_over_http(echoing: httpx.Client, where: dict[str, str]) -> None:
     data = good(echoing.post(f"{API}/generate", json={"prompt": "a b c", **where}))
     assert (data["text"], data["engine_type"]) == ("abc", "echo")
-    events = payloads(echoing.post(f"{API}/chat", json={"messages": [{"role": "user", "content": "a b c"}], "stream": True, **where}))
-    assert events[-1] == "[DONE]" and [e["data"].get("delta") for e in events[:-1]] == ["a", "b", "c", None] and events[-2]["data"]["finish_reason"] == "stop"
+    events = payloads(
+        echoing.post(f"{API}/chat", json={"messages": [{"role": "user", "content": "a b c"}], "stream": True, **where})
+    )
+    assert (
+        events[-1] == "[DONE]"
+        and [e["data"].get("delta") for e in events[:-1]] == ["a", "b", "c", None]
+        and events[-2]["data"]["finish_reason"] == "stop"
+    )
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_nobody_asked_for_is_not_asked_of_an_engine_that_cannot(echoing: httpx.Client, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+def test_what_nobody_asked_for_is_not_asked_of_an_engine_that_cannot(
+    echoing: httpx.Client, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
     monkeypatch.setattr(Echo, "capabilities", frozenset())
-    for path, body in ((f"{API}/generate", {"prompt": "a b"}), ("/v1/chat/completions", {"model": "echo", "messages": HI})):
+    for path, body in (
+        (f"{API}/generate", {"prompt": "a b"}),
+        ("/v1/chat/completions", {"model": "echo", "messages": HI}),
+    ):
         reply = echoing.post(path, json={**body, "stream": stream})
         assert reply.status_code == 200, reply.text
 
@@ -372,23 +420,32 @@ def test_a_new_engine_is_listed(echoing: httpx.Client) -> None:
     assert "echo" in [e["engine_type"] for e in good(echoing.get(f"{API}/engines")) if e["reachable"]]
     assert ("echo", "echo") in [(m["engine_type"], m["name"]) for m in good(echoing.get(f"{API}/models"))]
     assert "echo/echo" in [m["id"] for m in echoing.get("/v1/models").json()["data"]]
-    assert "echo" in refused(echoing.post(f"{API}/chat", json={"messages": HI, "engine_type": "ecko"}), "unknown_engine")
+    assert "echo" in refused(
+        echoing.post(f"{API}/chat", json={"messages": HI, "engine_type": "ecko"}), "unknown_engine"
+    )
 
 
 def test_a_new_engine_is_on_the_openapi_page(echoing: httpx.Client) -> None:
     doc = echoing.get("/openapi.json").json()
-    field = doc["paths"][f"{API}/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]["engine_type"]
+    field = doc["paths"][f"{API}/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"][
+        "properties"
+    ]["engine_type"]
     assert "echo" in json.dumps(field)
 
 
 def test_a_new_engine_refuses_what_it_cannot_do(echoing: httpx.Client) -> None:
     assert "seed" in refused(echoing.post(f"{API}/generate", json={"prompt": "a", "seed": 1}), "unsupported_feature")
-    assert good(echoing.post(f"{API}/generate", json={"prompt": "a", "seed": 1, "on_unsupported": "ignore"}))["ignored"] == ["seed"]
+    assert good(echoing.post(f"{API}/generate", json={"prompt": "a", "seed": 1, "on_unsupported": "ignore"}))[
+        "ignored"
+    ] == ["seed"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_new_engine_speaks_openai(echoing: httpx.Client, stream: bool) -> None:
-    reply = echoing.post("/v1/chat/completions", json={"model": "echo/echo", "messages": [{"role": "user", "content": "a b"}], "stream": stream})
+    reply = echoing.post(
+        "/v1/chat/completions",
+        json={"model": "echo/echo", "messages": [{"role": "user", "content": "a b"}], "stream": stream},
+    )
     assert reply.status_code == 200, reply.text
     if stream:
         assert reply.text.endswith("data: [DONE]\n\n")
@@ -409,7 +466,10 @@ def test_a_new_engines_failure_is_typed(echoing: httpx.Client, monkeypatch: pyte
     assert "SECRET" not in refused(echoing.post(f"{API}/generate", json={"prompt": "a"}), "internal_error")
     monkeypatch.setattr(Echo, "_stream", stops)
     refused(echoing.post(f"{API}/generate", json={"prompt": "a"}), "bad_engine_reply")
-    for path, body in ((f"{API}/generate", {"prompt": "a"}), ("/v1/chat/completions", {"model": "echo", "messages": HI})):
+    for path, body in (
+        (f"{API}/generate", {"prompt": "a"}),
+        ("/v1/chat/completions", {"model": "echo", "messages": HI}),
+    ):
         text = echoing.post(path, json={**body, "stream": True}).text
         assert "[DONE]" not in text and "bad_engine_reply" in text
 

@@ -23,7 +23,23 @@ from fake_engine import Reply
 from fastapi import BackgroundTasks, Depends, FastAPI
 from fastapi.testclient import TestClient
 from pydantic import TypeAdapter
-from serving import API, ROOT, TEXT, Command, Fake, Stand, clean_env, descendants, enveloped, free_port, refused, refused_v1, run, serving, until
+from serving import (
+    API,
+    ROOT,
+    TEXT,
+    Command,
+    Fake,
+    Stand,
+    clean_env,
+    descendants,
+    enveloped,
+    free_port,
+    refused,
+    refused_v1,
+    run,
+    serving,
+    until,
+)
 
 import llm_inference as product
 
@@ -51,7 +67,11 @@ def port(request: pytest.FixtureRequest, limited: Stand) -> Iterator[int]:
         protocol = product.limited_protocol(limited.hub.settings)
     assert request.param in str(protocol.__mro__[1].__module__)
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(limited.app, http=protocol, log_config=None, lifespan="off", h11_max_incomplete_event_size=1 << 17))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            limited.app, http=protocol, log_config=None, lifespan="off", h11_max_incomplete_event_size=1 << 17
+        )
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     until(lambda: server.started)
@@ -94,10 +114,16 @@ def test_what_is_too_long_or_too_slow(port: int, parts: tuple[bytes, ...], statu
 CHUNKED = START + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
-@pytest.mark.parametrize("endless", [b"0\r\n" + b"X-A: b\r\n" * 20_000, b"0\r\nX-A: " + b"b" * 160_000, b"1;x=" + b"y" * 160_000], ids=["fields", "value", "extension"])
+@pytest.mark.parametrize(
+    "endless",
+    [b"0\r\n" + b"X-A: b\r\n" * 20_000, b"0\r\nX-A: " + b"b" * 160_000, b"1;x=" + b"y" * 160_000],
+    ids=["fields", "value", "extension"],
+)
 def test_what_follows_a_body_has_an_end(port: int, endless: bytes) -> None:
     """Trailers and chunks' extensions, which no deadline of ours would bound in size. h11 has limits of its own, and says 400."""
-    status, body = said(port, CHUNKED, b"2\r\n{ \r\n", *[endless[at : at + 8192] for at in range(0, len(endless), 8192)])
+    status, body = said(
+        port, CHUNKED, b"2\r\n{ \r\n", *[endless[at : at + 8192] for at in range(0, len(endless), 8192)]
+    )
     assert (status, body["msg"].partition(":")[0]) in ((431, "header_too_large"), (400, "invalid_request"))
 
 
@@ -105,22 +131,36 @@ def test_a_body_in_the_smallest_chunks_and_a_trailer_pass(port: int, limited: St
     limited.engine.reset()
     body = json.dumps({"messages": [{"role": "user", "content": "x" * 20_000}]}).encode()
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
-    status, answer = said(port, CHUNKED.replace(b"\r\n", b"\r\nConnection: close\r\n", 1), chunks, b"0\r\nAuthorization: Bearer x\r\n\r\n")
+    status, answer = said(
+        port, CHUNKED.replace(b"\r\n", b"\r\nConnection: close\r\n", 1), chunks, b"0\r\nAuthorization: Bearer x\r\n\r\n"
+    )
     assert (status, answer["data"]["text"]) == (200, TEXT)
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["--serve", "a host's uvicorn"])
-@pytest.mark.parametrize("path, body", [(f"{API}/chat", {"messages": HI}), (CHAT, {"messages": HI, "model": "vllm/fake"})], ids=["ours", "openai"])
+@pytest.mark.parametrize(
+    "path, body",
+    [(f"{API}/chat", {"messages": HI}), (CHAT, {"messages": HI, "model": "vllm/fake"})],
+    ids=["ours", "openai"],
+)
 def test_a_client_that_does_not_read_is_gone(own: bool, path: str, body: dict[str, Any]) -> None:
     """Neither a place nor a generation is kept for it; --serve ends its connection too."""
     with Stand("vllm", deadlines=product.Deadlines(idle=0.5)) as stand, contextlib.ExitStack() as stack:
         stand.engine.text = "word " * 60_000
-        url = stack.enter_context(serving(stand.app, http=product.limited_protocol(stand.hub.settings))) if own else stand.url
+        url = (
+            stack.enter_context(serving(stand.app, http=product.limited_protocol(stand.hub.settings)))
+            if own
+            else stand.url
+        )
         client = stack.enter_context(contextlib.closing(socket.socket()))
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", int(url.rpartition(":")[2])))
-        asked = json.dumps(body | {"model": stand.model} if "model" in body else body)[:-1].encode() + b', "stream": true}'
-        client.sendall(b"POST %s HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n" % (path.encode(), len(asked)) + asked)
+        asked = (
+            json.dumps(body | {"model": stand.model} if "model" in body else body)[:-1].encode() + b', "stream": true}'
+        )
+        client.sendall(
+            b"POST %s HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n" % (path.encode(), len(asked)) + asked
+        )
         until(lambda: stand.hub.in_flight == 1)
         until(lambda: stand.hub.in_flight == 0)
         stand.engine.wait(lambda: stand.engine.live == 0)
@@ -131,11 +171,16 @@ def test_a_client_that_does_not_read_is_gone(own: bool, path: str, body: dict[st
                     pass
 
 
-@pytest.mark.parametrize("stuck", ["http.response.start", b"data: 1\n\n", b": keep-alive\n\n", b""], ids=["head", "event", "comment", "end"])
+@pytest.mark.parametrize(
+    "stuck", ["http.response.start", b"data: 1\n\n", b": keep-alive\n\n", b""], ids=["head", "event", "comment", "end"]
+)
 def test_nothing_that_a_client_does_not_read_is_waited_for(stuck: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under any server: whichever message it is that does not go out."""
     monkeypatch.setattr(product, "KEEP_ALIVE_COMMENT", 0.1)
-    hub, ended = product.Hub(product.Settings(engine="vllm", base_url="127.0.0.1:9", deadlines=product.Deadlines(idle=0.2))), []
+    hub, ended = (
+        product.Hub(product.Settings(engine="vllm", base_url="127.0.0.1:9", deadlines=product.Deadlines(idle=0.2))),
+        [],
+    )
 
     class One(product.Exchange):
         async def work(self, body: bytes) -> None:
@@ -197,7 +242,10 @@ def test_requests_in_pieces_and_in_a_row_pass(port: int, limited: Stand) -> None
 
 def counted(url: str) -> dict[str, float]:
     page = httpx.get(url + "/metrics", trust_env=False).text
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in page.splitlines() if not line.startswith("#"))}
+    return {
+        name: float(value)
+        for name, _, value in (line.rpartition(" ") for line in page.splitlines() if not line.startswith("#"))
+    }
 
 
 def test_metrics() -> None:
@@ -211,7 +259,10 @@ def test_metrics() -> None:
         assert found[f'llm_requests_total{{{route},status="200"}}'] == 2
         assert found['llm_requests_total{engine="-",route="/api/v1/llm/chat",status="400"}'] == 1
         assert found['llm_errors_total{engine="-",kind="invalid_request"}'] == 2
-        assert found[f"llm_first_token_seconds_count{{{route}}}"] == 1 and found[f"llm_request_seconds_count{{{route}}}"] == 2
+        assert (
+            found[f"llm_first_token_seconds_count{{{route}}}"] == 1
+            and found[f"llm_request_seconds_count{{{route}}}"] == 2
+        )
         assert found['llm_tokens_total{engine="vllm",kind="completion"}'] > 0 and found["llm_engine_up"] == 1
         assert found["llm_requests_in_flight"] == found["llm_requests_waiting"] == 0
         stand.engine.pace, stand.engine.text = 0.05, "word " * 200
@@ -224,7 +275,9 @@ def test_metrics() -> None:
 def test_metrics_ask_for_the_key() -> None:
     with Stand("vllm", api_keys=("k",)) as stand:
         refused(httpx.get(stand.url + "/metrics", trust_env=False), "unauthorized")
-        assert httpx.get(stand.url + "/metrics", headers={"authorization": "Bearer k"}, trust_env=False).status_code == 200
+        assert (
+            httpx.get(stand.url + "/metrics", headers={"authorization": "Bearer k"}, trust_env=False).status_code == 200
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ --workers
@@ -242,7 +295,11 @@ def proc(pid: int, name: str) -> str:
 
 
 def workers(command: Command) -> set[int]:
-    started = [line.split("worker ")[1].split()[0] for line in command.said.splitlines() if " worker " in line and line.endswith("started")]
+    started = [
+        line.split("worker ")[1].split()[0]
+        for line in command.said.splitlines()
+        if " worker " in line and line.endswith("started")
+    ]
     return alive(set(map(int, started)))
 
 
@@ -252,7 +309,9 @@ def engines(pids: set[int]) -> set[int]:
 
 def ask(command: Command) -> bool:
     with contextlib.suppress(httpx.TransportError):
-        reply = httpx.post(command.url + "/api/v1/llm/chat", json={"messages": HI, "max_tokens": 4}, trust_env=False, timeout=60)
+        reply = httpx.post(
+            command.url + "/api/v1/llm/chat", json={"messages": HI, "max_tokens": 4}, trust_env=False, timeout=60
+        )
         return reply.status_code == 200
     return False
 
@@ -277,9 +336,20 @@ def test_workers_of_a_silent_engine_can_be_stopped() -> None:
     """Nobody listens before there is an engine to ask, and SIGTERM is a clean end then too."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = free_port()
-        where = ["--host", "127.0.0.1", "--port", str(port), "--engine", "vllm", "--base-url", f"127.0.0.1:{silent.getsockname()[1]}"]
+        where = [
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--engine",
+            "vllm",
+            "--base-url",
+            f"127.0.0.1:{silent.getsockname()[1]}",
+        ]
         argv = [sys.executable, str(ROOT / "llm_inference.py"), "--serve", "--workers", "2", *where]
-        with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_env()) as process:
+        with subprocess.Popen(
+            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_env()
+        ) as process:
             silent.settimeout(30)
             kept = silent.accept()[0]
             with pytest.raises(OSError):
@@ -331,11 +401,17 @@ def test_a_page_of_our_own_needs_none(limited: Stand) -> None:
 
 
 def test_two_hosts_are_refused(port: int) -> None:
-    status, body = said(port, b"GET /api/v1/llm/models HTTP/1.1\r\nHost: evil.example\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    status, body = said(
+        port, b"GET /api/v1/llm/models HTTP/1.1\r\nHost: evil.example\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    )
     assert status == 400 and enveloped(body)["msg"].startswith("invalid_request")
 
 
-AWAY = {"type": "object", "properties": {"a": {"type": "string"}}, "$defs": {"unused": {"$ref": "http://127.0.0.1:9/x"}}}
+AWAY = {
+    "type": "object",
+    "properties": {"a": {"type": "string"}},
+    "$defs": {"unused": {"$ref": "http://127.0.0.1:9/x"}},
+}
 
 
 @pytest.mark.parametrize("fields", [
@@ -367,7 +443,9 @@ def test_commas_inside_a_text_are_no_values(limited: Stand) -> None:
 
 def stream_of(stand: Stand, *pieces: bytes, end: str = "clean") -> None:
     whole = stand.engine.reset()._openai(True, {"messages": HI, "stream": True, "model": "m"})
-    stand.engine.script(Reply(headers=whole.headers, pieces=[*whole.pieces[:3], *pieces, *whole.pieces[3:]], end=end, chunked=True))  # type: ignore[arg-type]
+    stand.engine.script(
+        Reply(headers=whole.headers, pieces=[*whole.pieces[:3], *pieces, *whole.pieces[3:]], end=end, chunked=True)
+    )  # type: ignore[arg-type]
 
 
 def test_a_break_after_the_end_is_no_error(limited: Stand) -> None:
@@ -400,9 +478,21 @@ def test_a_browser_gives_the_key_as_password() -> None:
         assert refused(closed, "unauthorized") and closed.headers["www-authenticate"].startswith("Basic ")
         assert stand.client.get("/ui/", headers=basic("right")).status_code != 401
         assert stand.client.get("/ui/", headers=basic("right") | {"sec-fetch-site": "same-origin"}).status_code != 401
-        for headers in (basic("wrong", "right"), basic("right") | {"sec-fetch-site": "cross-site"}, {"authorization": "Basic right"}, {"authorization": "Basic !"}, basic("")):
+        for headers in (
+            basic("wrong", "right"),
+            basic("right") | {"sec-fetch-site": "cross-site"},
+            {"authorization": "Basic right"},
+            {"authorization": "Basic !"},
+            basic(""),
+        ):
             refused(stand.client.get("/ui/", headers=headers), "unauthorized")
-        for path in ("/api/v1/llm/models", "/metrics", "/uix", "//ui/", "/ui/../metrics"):  # a page elsewhere could ride on a password that a browser keeps
+        for path in (
+            "/api/v1/llm/models",
+            "/metrics",
+            "/uix",
+            "//ui/",
+            "/ui/../metrics",
+        ):  # a page elsewhere could ride on a password that a browser keeps
             assert stand.client.get(path, headers=basic("right")).status_code == 401
         refused(stand.client.post("/api/v1/llm/chat", headers=basic("right"), json={"messages": HI}), "unauthorized")
 
@@ -428,7 +518,10 @@ def test_a_route_of_ours_asked_in_process() -> None:
             return [event async for event in product.asked(exchange, "/api/v1/llm/chat", {"stream": True, **body})]
 
         events = asyncio.run(ask(messages=HI))
-        assert "".join(event["data"].get("delta", "") for event in events) == TEXT and events[-1]["data"]["finish_reason"] == "stop"
+        assert (
+            "".join(event["data"].get("delta", "") for event in events) == TEXT
+            and events[-1]["data"]["finish_reason"] == "stop"
+        )
         [refusal] = asyncio.run(ask(messages=[]))
         assert refusal["code"] == 400 and refusal["msg"].startswith("invalid_request: messages")
 
@@ -438,7 +531,9 @@ def test_leaving_a_route_asked_in_process_stops_the_engine() -> None:
         stand.engine.pace, stand.engine.text = 0.05, "word " * 2000
 
         async def leave() -> None:
-            events = product.asked(stand.hub.direct["/api/v1/llm/chat"](), "/api/v1/llm/chat", {"stream": True, "messages": HI})
+            events = product.asked(
+                stand.hub.direct["/api/v1/llm/chat"](), "/api/v1/llm/chat", {"stream": True, "messages": HI}
+            )
             async with contextlib.aclosing(events):
                 await anext(events)
                 assert stand.engine.live == 1
@@ -460,12 +555,25 @@ def test_leaving_a_route_asked_in_process_stops_the_engine() -> None:
     (["--serve", "--ray", "--workers", "2"], "--workers means nothing to --serve --ray"),
     (["--serve", "--alias", "x=foo/bar"], "no such engine"), (["--serve", "--alias", "x=foo"], "not name=engine/model"),
 ])  # fmt: skip
-def test_a_flag_that_would_do_nothing_is_refused(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flag_that_would_do_nothing_is_refused(
+    argv: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert product.main(argv) == 2
     assert says in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["--timeout", "-1"], ["--timeout", "nan"], ["--timeout", "0"], ["--cors-origin", "foo"], ["--cors-origin", "https://a/b"], ["stray"], ["--work", "2"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--timeout", "-1"],
+        ["--timeout", "nan"],
+        ["--timeout", "0"],
+        ["--cors-origin", "foo"],
+        ["--cors-origin", "https://a/b"],
+        ["stray"],
+        ["--work", "2"],
+    ],
+)
 def test_a_value_out_of_range_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         product.main(["--serve", *argv])
@@ -475,8 +583,25 @@ def test_a_value_out_of_range_is_refused(argv: list[str], capsys: pytest.Capture
 def test_of_two_servers_on_one_port_one_is_told() -> None:
     """Both are started before either has bound: an engine that nobody can reach may take long to find."""
     port = free_port()
-    argv = [sys.executable, str(ROOT / "llm_inference.py"), "--serve", "--host", "127.0.0.1", "--port", str(port), "--engine", "vllm", "--base-url", "http://127.0.0.1:9"]
-    both = [subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=clean_env()) for _ in range(2)]
+    argv = [
+        sys.executable,
+        str(ROOT / "llm_inference.py"),
+        "--serve",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--engine",
+        "vllm",
+        "--base-url",
+        "http://127.0.0.1:9",
+    ]
+    both = [
+        subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=clean_env()
+        )
+        for _ in range(2)
+    ]
     try:
         until(lambda: any(process.poll() is not None for process in both), 30)
         loser = next(process for process in both if process.poll() is not None)
@@ -489,6 +614,7 @@ def test_of_two_servers_on_one_port_one_is_told() -> None:
 
 def test_the_api_test_knows_what_it_tests() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
+
         def answer() -> None:
             connection, _ = listener.accept()
             with connection:
@@ -531,7 +657,10 @@ def test_both_tries_are_counted(limited: Stand) -> None:
         return reply["data"] and reply["data"]["usage"]["completion_tokens"], counted() - before
 
     def counted() -> float:
-        return limited.hub.metrics.registry.get_sample_value("llm_tokens_total", {"engine": "vllm", "kind": "completion"}) or 0.0  # type: ignore[union-attr]
+        return (
+            limited.hub.metrics.registry.get_sample_value("llm_tokens_total", {"engine": "vllm", "kind": "completion"})
+            or 0.0
+        )  # type: ignore[union-attr]
 
     one, two, failed = ask('{"a": 1}'), ask("not JSON", '{"a": 1}'), ask("not JSON", "not JSON")
     limited.engine.reset()
@@ -576,7 +705,10 @@ def test_a_host_dependencys_background_tasks_run() -> None:
 
     with Stand("vllm") as stand:
         host = FastAPI()
-        host.include_router(product.create_router(product.LLMInferencer("vllm", base_url=stand.engine.base_url)), dependencies=[Depends(bill)])
+        host.include_router(
+            product.create_router(product.LLMInferencer("vllm", base_url=stand.engine.base_url)),
+            dependencies=[Depends(bill)],
+        )
         with TestClient(host) as client:
             assert client.post(f"{product.API}/generate", json={"prompt": "hi"}).status_code == 200
     assert ran == ["billed"]
@@ -587,12 +719,17 @@ def test_a_hosts_own_mistake_is_no_callers() -> None:
         TypeAdapter(int).validate_python("x")
 
     host = FastAPI()
-    host.include_router(product.create_router(product.LLMInferencer("vllm", base_url="http://127.0.0.1:9")), dependencies=[Depends(mistaken)])
+    host.include_router(
+        product.create_router(product.LLMInferencer("vllm", base_url="http://127.0.0.1:9")),
+        dependencies=[Depends(mistaken)],
+    )
     with TestClient(host, raise_server_exceptions=False) as client:
         assert client.post(f"{product.API}/generate", json={"prompt": "hi"}).status_code == 500
 
 
-@pytest.mark.parametrize("field", [{"structured_outputs": {"json": '{"$ref": "http://evil/x"}'}}, {"structured_outputs": "x"}])
+@pytest.mark.parametrize(
+    "field", [{"structured_outputs": {"json": '{"$ref": "http://evil/x"}'}}, {"structured_outputs": "x"}]
+)
 def test_a_schema_as_text_is_not_passed_by(limited: Stand, field: dict[str, Any]) -> None:
     limited.engine.reset()
     refused_v1(limited.post(CHAT, model="m", messages=HI, **field), "invalid_request")
@@ -609,15 +746,24 @@ def test_an_alias_is_not_put_before_the_engine_that_is_named() -> None:
 def test_an_answer_may_speak_of_the_end(limited: Stand) -> None:
     limited.engine.reset()
     chunk = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m"}
-    said = [{"delta": {"content": "It ends with data: [DONE] as its last line."}, "finish_reason": None}, {"delta": {}, "finish_reason": "stop"}]
+    said = [
+        {"delta": {"content": "It ends with data: [DONE] as its last line."}, "finish_reason": None},
+        {"delta": {}, "finish_reason": "stop"},
+    ]
     pieces = [b"data: " + json.dumps(chunk | {"choices": [{"index": 0, **part}]}).encode() + b"\n\n" for part in said]
-    limited.engine.script(Reply(headers={"content-type": "text/event-stream"}, pieces=[*pieces, b"data: [DONE]\n\n"], gap=0.05))
+    limited.engine.script(
+        Reply(headers={"content-type": "text/event-stream"}, pieces=[*pieces, b"data: [DONE]\n\n"], gap=0.05)
+    )
     assert limited.events(CHAT, model="m", messages=HI)[-1] == "[DONE]"
 
 
 def test_ollama_takes_its_own_message_back_and_refuses_logprobs_of_a_prompt() -> None:
     with Stand("ollama") as stand:
-        back = [*HI, {"role": "assistant", "content": "x", "reasoning": "hm", "refusal": None}, {"role": "user", "content": "and?"}]
+        back = [
+            *HI,
+            {"role": "assistant", "content": "x", "reasoning": "hm", "refusal": None},
+            {"role": "user", "content": "and?"},
+        ]
         assert stand.post(CHAT, model="m", messages=back).status_code == 200
         refused_v1(stand.post("/v1/completions", model="m", prompt="x", logprobs=True), "unsupported_feature")
         stand.engine.capabilities.append("embedding")
@@ -627,7 +773,11 @@ def test_ollama_takes_its_own_message_back_and_refuses_logprobs_of_a_prompt() ->
 @pytest.mark.parametrize("usage", [{"completion_tokens": 3}, "x"])
 def test_a_malformed_whole_answer_is_the_engines(limited: Stand, usage: Any) -> None:
     limited.engine.reset()
-    answer = {"id": "x", "choices": [{"index": 0, "message": {"role": "assistant", "content": "x"}, "finish_reason": "stop"}], "usage": usage}
+    answer = {
+        "id": "x",
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "x"}, "finish_reason": "stop"}],
+        "usage": usage,
+    }
     limited.engine.script(Reply(headers={"content-type": "application/json"}, pieces=[json.dumps(answer).encode()]))
     refused_v1(limited.post(CHAT, model="m", messages=HI), "bad_engine_reply")
 
@@ -636,7 +786,14 @@ def test_one_busy_engine_hides_no_other() -> None:
     with Stand("vllm") as stand:
         until(lambda: stand.client.get("/ready").status_code == 200)
         for path in ("/tokenize", CHAT):
-            stand.engine.script(Reply(status=503, headers={"content-type": "application/json"}, pieces=[b'{"error": {"message": "overloaded"}}']), path)
+            stand.engine.script(
+                Reply(
+                    status=503,
+                    headers={"content-type": "application/json"},
+                    pieces=[b'{"error": {"message": "overloaded"}}'],
+                ),
+                path,
+            )
         told = stand.client.get(f"{product.API}/engines").json()
     assert told["code"] == 200 and next(engine for engine in told["data"] if engine["engine_type"] == "vllm")["error"]
 
@@ -648,7 +805,16 @@ def test_more_answers_than_a_request_may_ask_for(limited: Stand) -> None:
     assert not limited.engine.asked()
 
 
-@pytest.mark.parametrize("argv", [["--api-key", ""], ["--api-key", ","], ["--alias", "my model=vllm/m"], ["--alias", "=vllm/m"], ["--ray", "--workers", "4"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--api-key", ""],
+        ["--api-key", ","],
+        ["--alias", "my model=vllm/m"],
+        ["--alias", "=vllm/m"],
+        ["--ray", "--workers", "4"],
+    ],
+)
 def test_a_flag_that_says_nothing_usable_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert product.main(["--serve", *argv]) == 2
     assert "invalid_request" in capsys.readouterr().err

@@ -47,10 +47,16 @@ def make(kind: str) -> Iterator[Make]:
     """Makes inferencers that start the engine in its test environment."""
     made: list[LLMInferencer] = []
 
-    def one(model: Path | str | None = None, *more: str, env: dict[str, str] | None = None, **options: Any) -> LLMInferencer:
+    def one(
+        model: Path | str | None = None, *more: str, env: dict[str, str] | None = None, **options: Any
+    ) -> LLMInferencer:
         options = {"python": str(engines.install(kind)), "launch": True} | options
         env = engines.ENVIRONMENT | engines.ENGINES[kind].environment | (env or {})
-        made.append(LLMInferencer(kind, str(model or engines.hf_model()), launch_args=[*ARGS[kind], *more], launch_env=env, **options))
+        made.append(
+            LLMInferencer(
+                kind, str(model or engines.hf_model()), launch_args=[*ARGS[kind], *more], launch_env=env, **options
+            )
+        )
         return made[-1]
 
     yield one

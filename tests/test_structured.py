@@ -63,11 +63,17 @@ SHORT: list[tuple[Any, Any]] = [
     ({"city": "string", "population": "number"}, obj(city=STRING, population=NUMBER)),
     ({"tags": ["string"]}, obj(tags={"type": "array", "items": STRING})),
     ({"at": {"lat": "number"}}, obj(at=obj(lat=NUMBER))),
-    ({"a": [{"b": ["integer"]}]}, obj(a={"type": "array", "items": obj(b={"type": "array", "items": {"type": "integer"}})})),
+    (
+        {"a": [{"b": ["integer"]}]},
+        obj(a={"type": "array", "items": obj(b={"type": "array", "items": {"type": "integer"}})}),
+    ),
     ({"城市": "string"}, obj(城市=STRING)),
     ({"kind": {"enum": ["a", "b"]}}, obj(kind={"enum": ["a", "b"]})),
     ({"age": {"type": "integer", "minimum": 0}}, obj(age={"type": "integer", "minimum": 0})),
-    ({"ok": "boolean", "none": "null", "any": "object"}, obj(ok={"type": "boolean"}, none={"type": "null"}, any={"type": "object"})),
+    (
+        {"ok": "boolean", "none": "null", "any": "object"},
+        obj(ok={"type": "boolean"}, none={"type": "null"}, any={"type": "object"}),
+    ),
     ({"type": "string", "name": "string"}, obj(type=STRING, name=STRING)),  # a field called type beside another field
     ({"items": ["string"]}, obj(items={"type": "array", "items": STRING})),
     ({"properties": "string", "required": "boolean"}, obj(properties=STRING, required={"type": "boolean"})),
@@ -95,13 +101,30 @@ def test_no_schema_means_any_object(nothing: Any) -> None:
     assert normalize_schema(nothing) == ({"type": "object"}, None)
 
 
-@pytest.mark.parametrize("schema", [{"type": "string", "description": "string"}, {"type": "string", "title": "string", "format": "string"}])
+@pytest.mark.parametrize(
+    "schema", [{"type": "string", "description": "string"}, {"type": "string", "title": "string", "format": "string"}]
+)
 def test_what_could_be_either_form_is_refused(schema: Any) -> None:
     with pytest.raises(InvalidRequest, match="short form"):
         normalize_schema(schema)
 
 
-@pytest.mark.parametrize("schema", [{"city": "text"}, {"city": 1}, {"city": []}, {"city": ["string", "number"]}, {"city": None}, {"city": {}}, {"a": {"b": "str"}}, "string", 5, [1], {"city": ["text"]}])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"city": "text"},
+        {"city": 1},
+        {"city": []},
+        {"city": ["string", "number"]},
+        {"city": None},
+        {"city": {}},
+        {"a": {"b": "str"}},
+        "string",
+        5,
+        [1],
+        {"city": ["text"]},
+    ],
+)
 def test_what_is_neither_form_is_refused(schema: Any) -> None:
     with pytest.raises(InvalidRequest, match="schema"):
         normalize_schema(schema)
@@ -135,7 +158,12 @@ def test_what_has_no_schema_is_refused(kind: Any) -> None:
 
 
 # The check ---------------------------------------------------------------------------------------
-NODE = {"type": "object", "properties": {"v": {"type": "integer"}, "next": {"$ref": "#/$defs/node"}}, "required": ["v"], "additionalProperties": False}
+NODE = {
+    "type": "object",
+    "properties": {"v": {"type": "integer"}, "next": {"$ref": "#/$defs/node"}},
+    "required": ["v"],
+    "additionalProperties": False,
+}
 TABLE: list[tuple[Any, list[Any], list[Any]]] = [
     ({"type": "string"}, ["", "北京"], [1, None, True, [], {}]),
     ({"type": "number"}, [0, -1.5, 1e300], ["1", True, None]),
@@ -185,10 +213,19 @@ TABLE: list[tuple[Any, list[Any], list[Any]]] = [
     ({"properties": {"self": {"$ref": "#"}}, "additionalProperties": False}, [{}, {"self": {"self": {}}}], [{"self": {"x": 1}}]),
     (True, [1, "a", None], []),
 ]  # fmt: skip
-CELLS = [(schema, value, good) for schema, goods, bads in TABLE for good, values in ((True, goods), (False, bads)) for value in values]
+CELLS = [
+    (schema, value, good)
+    for schema, goods, bads in TABLE
+    for good, values in ((True, goods), (False, bads))
+    for value in values
+]
 
 
-@pytest.mark.parametrize(("schema", "value", "good"), CELLS, ids=lambda v: "" if isinstance(v, bool) else json.dumps(v, ensure_ascii=False)[:40])
+@pytest.mark.parametrize(
+    ("schema", "value", "good"),
+    CELLS,
+    ids=lambda v: "" if isinstance(v, bool) else json.dumps(v, ensure_ascii=False)[:40],
+)
 def test_a_value_fits_or_not(schema: Any, value: Any, good: bool) -> None:
     check_limits(schema)
     assert fits(schema, value) is good
@@ -211,9 +248,26 @@ def test_the_table_is_right() -> None:
             assert reference(schema).is_valid(value) is good, (schema, value)
 
 
-@pytest.mark.parametrize("keyword", ["unevaluatedProperties", "unevaluatedItems", "dependentRequired", "dependentSchemas", "contains", "minContains", "$dynamicRef", "$anchor", "additionalItems", "madeUp"])
+@pytest.mark.parametrize(
+    "keyword",
+    [
+        "unevaluatedProperties",
+        "unevaluatedItems",
+        "dependentRequired",
+        "dependentSchemas",
+        "contains",
+        "minContains",
+        "$dynamicRef",
+        "$anchor",
+        "additionalItems",
+        "madeUp",
+    ],
+)
 def test_a_keyword_that_would_not_be_checked_is_refused_by_name(keyword: str) -> None:
-    for schema in ({"type": "object", "properties": {"a": {"type": "array", keyword: {}}}}, {"type": "object", keyword: {}}):
+    for schema in (
+        {"type": "object", "properties": {"a": {"type": "array", keyword: {}}}},
+        {"type": "object", keyword: {}},
+    ):
         with pytest.raises((UnsupportedFeature, InvalidRequest)) as caught:
             normalize_schema(schema)
         assert keyword[:5] in str(caught.value)
@@ -277,11 +331,33 @@ def test_the_check_agrees_with_the_reference_implementation() -> None:
 
 
 # Hostile schemas ---------------------------------------------------------------------------------
-PLACES = ["http://127.0.0.1:9/s.json", "https://example.com/s", "file:///etc/passwd", "/etc/passwd", "s.json", "s.json#/a", "urn:x:y", "//h/s", "#anchor", "ftp://h/x", "#/../x", ""]
+PLACES = [
+    "http://127.0.0.1:9/s.json",
+    "https://example.com/s",
+    "file:///etc/passwd",
+    "/etc/passwd",
+    "s.json",
+    "s.json#/a",
+    "urn:x:y",
+    "//h/s",
+    "#anchor",
+    "ftp://h/x",
+    "#/../x",
+    "",
+]
 
 
 @pytest.mark.parametrize("ref", PLACES)
-@pytest.mark.parametrize("wrap", [lambda r: r, lambda r: {"type": "object", "properties": {"a": r}}, lambda r: {"anyOf": [r]}, lambda r: {"$ref": "#/$defs/a", "$defs": {"a": r}}], ids="abcd")
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda r: r,
+        lambda r: {"type": "object", "properties": {"a": r}},
+        lambda r: {"anyOf": [r]},
+        lambda r: {"$ref": "#/$defs/a", "$defs": {"a": r}},
+    ],
+    ids="abcd",
+)
 def test_no_reference_leaves_the_schema(ref: str, wrap: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     import builtins
     import socket
@@ -296,7 +372,10 @@ def test_no_reference_leaves_the_schema(ref: str, wrap: Callable[[Any], Any], mo
 
 
 def ladder(rungs: int, width: int = 2) -> dict[str, Any]:
-    defs: dict[str, Any] = {f"d{n}": {"type": "object", "properties": {str(w): {"$ref": f"#/$defs/d{n + 1}"} for w in range(width)}} for n in range(rungs)}
+    defs: dict[str, Any] = {
+        f"d{n}": {"type": "object", "properties": {str(w): {"$ref": f"#/$defs/d{n + 1}"} for w in range(width)}}
+        for n in range(rungs)
+    }
     return {"$ref": "#/$defs/d0", "$defs": {**defs, f"d{rungs}": {"type": "string"}}}
 
 
@@ -362,7 +441,14 @@ def test_a_keyword_with_a_senseless_value_is_refused_or_harmless(keyword: str) -
     assert not wrong, f"{keyword}: " + "; ".join(wrong)
 
 
-CATASTROPHIC = ["^(a+)+$", "^(a|a)*$", "^(a|aa)+$", "(.*)*x", "^([a-zA-Z0-9])(([-.]|[_]+)?([a-zA-Z0-9]+))*(@){1}$", "(x+x+)+y"]
+CATASTROPHIC = [
+    "^(a+)+$",
+    "^(a|a)*$",
+    "^(a|aa)+$",
+    "(.*)*x",
+    "^([a-zA-Z0-9])(([-.]|[_]+)?([a-zA-Z0-9]+))*(@){1}$",
+    "(x+x+)+y",
+]
 
 
 @pytest.mark.parametrize("pattern", CATASTROPHIC)
@@ -402,7 +488,9 @@ def answer(text: str, **constraint: Any) -> Any:
     return check_answer(make_request(messages=[{"role": "user", "content": "x"}], **constraint), text)
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"a": 1', "null", "[]", "NaN", "{} {}", "```json\n{}\n```", '{"a": NaN}', "{'a': 1}"])
+@pytest.mark.parametrize(
+    "text", ["", "{", '{"a": 1', "null", "[]", "NaN", "{} {}", "```json\n{}\n```", '{"a": NaN}', "{'a': 1}"]
+)
 def test_what_is_no_json_object_is_no_answer(text: str) -> None:
     with pytest.raises(ValueError):
         answer(text, schema={"type": "object"})
@@ -425,7 +513,18 @@ def test_a_choice_is_exactly_one_of_them() -> None:
             answer(wrong, choice=["red", "blue"])
 
 
-@pytest.mark.parametrize(("regex", "good", "bad"), [("[0-9]{3}", "123", "1234"), ("a|b", "b", "ab"), ("a|b", "a", "ax"), (".*", "x", "x\ny"), ("(?i)yes", "YES", "no"), ("^a$", "a", "aa"), ("a" * 4096, "a" * 4096, "a")])
+@pytest.mark.parametrize(
+    ("regex", "good", "bad"),
+    [
+        ("[0-9]{3}", "123", "1234"),
+        ("a|b", "b", "ab"),
+        ("a|b", "a", "ax"),
+        (".*", "x", "x\ny"),
+        ("(?i)yes", "YES", "no"),
+        ("^a$", "a", "aa"),
+        ("a" * 4096, "a" * 4096, "a"),
+    ],
+)
 def test_a_regex_matches_the_whole_answer(regex: str, good: str, bad: str) -> None:
     assert answer(good, regex=regex) == good
     for wrong in (bad, good + "\n", "\n" + good):
@@ -439,14 +538,22 @@ def test_a_bad_regex_is_the_callers_mistake_before_anything_is_sent(regex: str) 
         LLMInferencer("vllm", base_url="http://127.0.0.1:9").request("x", regex=regex)
 
 
-@pytest.mark.parametrize("parameters", [{"$ref": "http://127.0.0.1:9/x"}, ladder(28), nested(200), {"type": "wrong"}, {"properties": 5}], ids="abcde")
+@pytest.mark.parametrize(
+    "parameters",
+    [{"$ref": "http://127.0.0.1:9/x"}, ladder(28), nested(200), {"type": "wrong"}, {"properties": 5}],
+    ids="abcde",
+)
 def test_a_tools_schema_is_as_hostile_as_any(parameters: Any) -> None:
     llm = LLMInferencer("vllm", base_url="http://127.0.0.1:9")
     with bounded_cpu(), pytest.raises((InvalidRequest, UnsupportedFeature)):
         llm.request("x", tools=[{"type": "function", "function": {"name": "f", "parameters": parameters}}])
 
 
-@pytest.mark.parametrize("tools", [5, "x", [5], [[]], [{"function": 5}], [{"function": {"parameters": 5}}], [{"function": None}], {"a": 1}], ids=str)
+@pytest.mark.parametrize(
+    "tools",
+    [5, "x", [5], [[]], [{"function": 5}], [{"function": {"parameters": 5}}], [{"function": None}], {"a": 1}],
+    ids=str,
+)
 def test_tools_of_any_shape_are_refused_by_one_of_ours(tools: Any) -> None:
     with pytest.raises(InferenceError):
         LLMInferencer("vllm", base_url="http://127.0.0.1:9").request("x", tools=tools)
@@ -459,7 +566,10 @@ def test_a_budget_of_steps_ends_a_check() -> None:
         SchemaCheck(schema)(value)
 
 
-@pytest.mark.parametrize("pattern", ["[ab]*a[ab]{0000000019000}c", "[ab]*a[ab]{ 19000 }c", "(?x)[ab]*a[ab]{ #\n 19000}c", "(?ix) a", "(a{5000}){,2}"])
+@pytest.mark.parametrize(
+    "pattern",
+    ["[ab]*a[ab]{0000000019000}c", "[ab]*a[ab]{ 19000 }c", "(?x)[ab]*a[ab]{ #\n 19000}c", "(?ix) a", "(a{5000}){,2}"],
+)
 def test_a_count_cannot_be_hidden(pattern: str) -> None:
     with pytest.raises(InvalidRequest, match="pattern"):
         llm_inference.matcher(pattern)
@@ -484,4 +594,7 @@ def test_an_engine_that_says_back_a_long_text_costs_no_more_than_a_short_one() -
 
     short, long = cost("no such model " + "a-" * 400), cost("a-" * 40_000)
     assert long <= 20 * short + 0.05
-    assert llm_inference.without_places("see 10.0.0.1:80, host.lan:8000 and /etc/pass/wd " + "x" * 2000) == "see <address>, <address> and <path>"
+    assert (
+        llm_inference.without_places("see 10.0.0.1:80, host.lan:8000 and /etc/pass/wd " + "x" * 2000)
+        == "see <address>, <address> and <path>"
+    )

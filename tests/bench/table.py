@@ -60,13 +60,28 @@ WORDS = {
     ),
 }  # fmt: skip
 GOALS = {
-    "v1 whole": ("`/v1` whole, CPU ms a request (16 / 256 connections)", "`/v1` 完整回答，每请求 CPU ms（16 / 256 连接）"),
+    "v1 whole": (
+        "`/v1` whole, CPU ms a request (16 / 256 connections)",
+        "`/v1` 完整回答，每请求 CPU ms（16 / 256 连接）",
+    ),
     "v1 stream": ("`/v1` streamed, CPU µs a token (16 / 256)", "`/v1` 流式，每 token CPU µs（16 / 256）"),
     "v1 ratio": ("`/v1` streamed, times vllm-router (16 / 256)", "`/v1` 流式，为 vllm-router 的倍数（16 / 256）"),
-    "api whole": ("`/api/v1/llm/chat` whole, CPU ms a request (16 / 256)", "`/api/v1/llm/chat` 完整回答，每请求 CPU ms（16 / 256）"),
-    "api stream": ("`/api/v1/llm/chat` streamed, CPU µs a token (16 / 256)", "`/api/v1/llm/chat` 流式，每 token CPU µs（16 / 256）"),
-    "verbs": ("Python verbs, ms of CPU more than a bare call (sync / async)", "Python 接口比裸调用多出的 CPU ms（同步 / 异步）"),
-    "late": ("{streams} streams on one core: latest token, ms beyond the engine's own", "{streams} 个流、一个核：最迟的 token 比引擎自身晚 ms"),
+    "api whole": (
+        "`/api/v1/llm/chat` whole, CPU ms a request (16 / 256)",
+        "`/api/v1/llm/chat` 完整回答，每请求 CPU ms（16 / 256）",
+    ),
+    "api stream": (
+        "`/api/v1/llm/chat` streamed, CPU µs a token (16 / 256)",
+        "`/api/v1/llm/chat` 流式，每 token CPU µs（16 / 256）",
+    ),
+    "verbs": (
+        "Python verbs, ms of CPU more than a bare call (sync / async)",
+        "Python 接口比裸调用多出的 CPU ms（同步 / 异步）",
+    ),
+    "late": (
+        "{streams} streams on one core: latest token, ms beyond the engine's own",
+        "{streams} 个流、一个核：最迟的 token 比引擎自身晚 ms",
+    ),
     "errors": ("… errors", "…… 错误数"),
     "memory": ("… KiB a stream", "…… 每流 KiB"),
     "rss": ("idle server, MB RSS", "空闲服务器内存 MB"),
@@ -111,9 +126,19 @@ class Tables:
             both = [self.cases.get((target, streamed, conns)) for conns in (16, 256)]
             cost = "token_us" if streamed else "cpu_ms"
             row = [number(case and case[cost]) for case in both] + [number(case and case["rps"]) for case in both]
-            row += [f"{number(case['p50_ms'], 2)} / {number(case['p99_ms'], 2)}" if case and case["p50_ms"] else "—" for case in both]
+            row += [
+                f"{number(case['p50_ms'], 2)} / {number(case['p99_ms'], 2)}" if case and case["p50_ms"] else "—"
+                for case in both
+            ]
             here = [case for case in both if case]
-            rows.append([self.name(target), *row, number(max(case["rss_mib"] for case in here)), str(sum(case["errors"] for case in here))])
+            rows.append(
+                [
+                    self.name(target),
+                    *row,
+                    number(max(case["rss_mib"] for case in here)),
+                    str(sum(case["errors"] for case in here)),
+                ]
+            )
         title = self.word("streamed" if streamed else "whole", tokens=self.results["tokens"])
         return f"**{title}**\n\n{grid(self.head('tokens' if streamed else 'conns'), rows)}"
 
@@ -126,18 +151,29 @@ class Tables:
         return f"**{self.word('paced', streams=int(self.results['paced'][0]['streams']))}**\n\n{grid(self.head('paced'), rows)}"
 
     def lone(self) -> str:
-        rows = [[self.name(one["target"]), number(one["p50_ms"]), number(one["p99_ms"])] for one in self.results["lone"]]
+        rows = [
+            [self.name(one["target"]), number(one["p50_ms"]), number(one["p99_ms"])] for one in self.results["lone"]
+        ]
         return f"**{self.word('lone')}**\n\n{grid(self.head('lone'), rows)}"
 
     def verbs(self) -> str:
         found = self.results["verbs"]
         pairs = (("chat", "http.client"), ("achat", "aiohttp"), ("achat x16", "aiohttp x16"))
-        rows = [[f"`{mine}`", number(found[mine]), f"{number(found[bare])} ({bare})", number(found[mine] - found[bare])] for mine, bare in pairs]
-        rows += [[f"`{mine}`, {self.results['tokens']} tokens", number(found[mine]), "—", "—"] for mine in ("stream", "astream")]
+        rows = [
+            [f"`{mine}`", number(found[mine]), f"{number(found[bare])} ({bare})", number(found[mine] - found[bare])]
+            for mine, bare in pairs
+        ]
+        rows += [
+            [f"`{mine}`, {self.results['tokens']} tokens", number(found[mine]), "—", "—"]
+            for mine in ("stream", "astream")
+        ]
         return f"**{self.word('verbs')}**\n\n{grid(self.head('verbs'), rows)}"
 
     def starts(self) -> str:
-        rows = [[self.name(s["target"]), number(s["ready_cpu_s"]), number(s["idle_rss_mib"]), number(s["sockets_left"])] for s in self.results["starts"]]
+        rows = [
+            [self.name(s["target"]), number(s["ready_cpu_s"]), number(s["idle_rss_mib"]), number(s["sockets_left"])]
+            for s in self.results["starts"]
+        ]
         if found := self.results.get("import"):
             rows.append(["`import llm_inference`", number(found["cpu_s"]), number(found["rss_mib"]), "—"])
         return f"**{self.word('starts')}**\n\n{grid(self.head('starts'), rows)}"
@@ -150,13 +186,23 @@ class Tables:
             known = [value for value in values if value is not None]
             if known:
                 held = all(value <= limit for value in known)
-                rows.append([GOALS[key][self.which].format(**fields), number(limit), " / ".join(number(value) for value in known), "✓" if held else "✗"])
+                rows.append(
+                    [
+                        GOALS[key][self.which].format(**fields),
+                        number(limit),
+                        " / ".join(number(value) for value in known),
+                        "✓" if held else "✗",
+                    ]
+                )
 
         both = (16, 256)
         if self.cases:
             add("v1 whole", 0.6, *(self.value("v1", False, conns, "cpu_ms") for conns in both))
             add("v1 stream", 12, *(self.value("v1", True, conns, "token_us") for conns in both))
-            pairs = [(self.value("v1", True, conns, "token_us"), self.value("vllm-router", True, conns, "token_us")) for conns in both]
+            pairs = [
+                (self.value("v1", True, conns, "token_us"), self.value("vllm-router", True, conns, "token_us"))
+                for conns in both
+            ]
             add("v1 ratio", 1.5, *(mine / rust if mine and rust else None for mine, rust in pairs))
             add("api whole", 0.7, *(self.value("api", False, conns, "cpu_ms") for conns in both))
             add("api stream", 20, *(self.value("api", True, conns, "token_us") for conns in both))
@@ -177,7 +223,13 @@ class Tables:
     def note(self) -> str:
         shares = [case["others_share"] for case in self.results.get("cases", [])]
         busy = sorted(shares)[len(shares) // 2] if shares else 0.0
-        told = (f", and other work ({busy:.1f} cores in the median)", f"，另有其他负载（中位数 {busy:.1f} 核）")[self.which] if busy > 0.15 else ""
+        told = (
+            (f", and other work ({busy:.1f} cores in the median)", f"，另有其他负载（中位数 {busy:.1f} 核）")[
+                self.which
+            ]
+            if busy > 0.15
+            else ""
+        )
         machine = self.results["machine"]
         where = {"cpu": machine["cpu"], "cores": machine["cores"], "python": machine["versions"]["python"]}
         return self.word("note", when=self.results["when"], rounds=self.results["rounds"], others=told, **where)
@@ -203,7 +255,9 @@ def main() -> int:
         print(made, end="")
         return 0
     text = args.into.read_text()
-    new, times = re.subn(r"(<!-- bench -->\n).*?(<!-- /bench -->)", lambda found: f"{found[1]}{made}{found[2]}", text, flags=re.DOTALL)
+    new, times = re.subn(
+        r"(<!-- bench -->\n).*?(<!-- /bench -->)", lambda found: f"{found[1]}{made}{found[2]}", text, flags=re.DOTALL
+    )
     if not times:
         raise SystemExit(f"{args.into} has no lines <!-- bench --> and <!-- /bench -->")
     args.into.write_text(new)

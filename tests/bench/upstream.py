@@ -21,7 +21,13 @@ from typing import Any, ClassVar, cast
 TEXT = "Paris is the capital of France, and it has been for a long time."
 OPENAI: dict[str, Any] = {"id": "chatcmpl-5f0c6c1e9d0b4d0f8a7c", "created": 1700000000, "model": "m"}
 OLLAMA: dict[str, Any] = {"model": "m", "created_at": "2026-01-01T00:00:00.000000000Z"}
-COUNTS = {"total_duration": 10**6, "load_duration": 10**3, "prompt_eval_count": 12, "prompt_eval_duration": 10**4, "eval_duration": 10**6}
+COUNTS = {
+    "total_duration": 10**6,
+    "load_duration": 10**3,
+    "prompt_eval_count": 12,
+    "prompt_eval_duration": 10**4,
+    "eval_duration": 10**6,
+}
 STAMP = "@00000000.000000"  # a paced piece, until the time is known; the others are numbered, for LiteLLM refuses an answer that repeats itself
 
 
@@ -33,12 +39,30 @@ def whole(path: str) -> bytes:
     """The answer to a whole call."""
     match path:
         case "/v1/chat/completions":
-            choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": TEXT}, "logprobs": None, "finish_reason": "stop"}
+            choice: dict[str, Any] = {
+                "index": 0,
+                "message": {"role": "assistant", "content": TEXT},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
             answer = OPENAI | {"object": "chat.completion", "choices": [choice], "usage": usage(16)}
         case "/v1/completions":
-            answer = OPENAI | {"object": "text_completion", "choices": [{"index": 0, "text": TEXT, "finish_reason": "stop"}], "usage": usage(16)}
+            answer = OPENAI | {
+                "object": "text_completion",
+                "choices": [{"index": 0, "text": TEXT, "finish_reason": "stop"}],
+                "usage": usage(16),
+            }
         case "/api/chat":
-            answer = OLLAMA | COUNTS | {"message": {"role": "assistant", "content": TEXT}, "done": True, "done_reason": "stop", "eval_count": 16}
+            answer = (
+                OLLAMA
+                | COUNTS
+                | {
+                    "message": {"role": "assistant", "content": TEXT},
+                    "done": True,
+                    "done_reason": "stop",
+                    "eval_count": 16,
+                }
+            )
         case _:
             answer = OLLAMA | COUNTS | {"response": TEXT, "done": True, "done_reason": "stop", "eval_count": 16}
     return json.dumps(answer, separators=(",", ":")).encode()
@@ -51,9 +75,15 @@ def piece(path: str, text: str, first: bool = False, finish: str | None = None, 
         what = {"delta": role | {"content": text}} if "chat" in path else {"text": text}
         kind = "chat.completion.chunk" if "chat" in path else "text_completion"
         choice = {"index": 0, **what, "logprobs": None, "finish_reason": finish, "token_ids": None}
-        event = b"data: %s\n\n" % json.dumps(OPENAI | {"object": kind, "choices": [choice]}, separators=(",", ":")).encode()
+        event = (
+            b"data: %s\n\n" % json.dumps(OPENAI | {"object": kind, "choices": [choice]}, separators=(",", ":")).encode()
+        )
     else:
-        line = OLLAMA | ({"message": {"role": "assistant", "content": text}} if path == "/api/chat" else {"response": text}) | {"done": finish is not None}
+        line = (
+            OLLAMA
+            | ({"message": {"role": "assistant", "content": text}} if path == "/api/chat" else {"response": text})
+            | {"done": finish is not None}
+        )
         line |= {"done_reason": finish, **COUNTS, "eval_count": tokens} if finish else {}
         event = json.dumps(line, separators=(",", ":")).encode() + b"\n"
     return chunk(event)
@@ -70,20 +100,39 @@ class Stream:
         kind = b"text/event-stream; charset=utf-8" if path.startswith("/v1/") else b"application/x-ndjson"
         self.head = b"HTTP/1.1 200 OK\r\ncontent-type: %s\r\ntransfer-encoding: chunked\r\n\r\n" % kind
         texts = [STAMP if paced else f"@{n:08}.{n:06}" for n in range(tokens)]
-        self.pieces = [piece(path, text, first=n == 0) for n, text in enumerate(texts[:-1])] + [piece(path, texts[-1], finish="stop", tokens=tokens)]
-        event = OPENAI | {"object": "chat.completion.chunk" if "chat" in path else "text_completion", "choices": [], "usage": usage(tokens)}
-        self.usage = chunk(b"data: %s\n\n" % json.dumps(event, separators=(",", ":")).encode()) if path.startswith("/v1/") else b""
+        self.pieces = [piece(path, text, first=n == 0) for n, text in enumerate(texts[:-1])] + [
+            piece(path, texts[-1], finish="stop", tokens=tokens)
+        ]
+        event = OPENAI | {
+            "object": "chat.completion.chunk" if "chat" in path else "text_completion",
+            "choices": [],
+            "usage": usage(tokens),
+        }
+        self.usage = (
+            chunk(b"data: %s\n\n" % json.dumps(event, separators=(",", ":")).encode())
+            if path.startswith("/v1/")
+            else b""
+        )
         self.end = (chunk(b"data: [DONE]\n\n") if path.startswith("/v1/") else b"") + b"0\r\n\r\n"
 
 
 FACTS: dict[str, dict[str, Any]] = {
     "/health": {},
     "/version": {"version": "0.32.0"},
-    "/v1/models": {"object": "list", "data": [{"id": "m", "object": "model", "created": 1700000000, "owned_by": "vllm", "max_model_len": 32768}]},
+    "/v1/models": {
+        "object": "list",
+        "data": [{"id": "m", "object": "model", "created": 1700000000, "owned_by": "vllm", "max_model_len": 32768}],
+    },
     "/api/version": {"version": "0.33.0"},
-    "/api/tags": {"models": [{"name": "m", "model": "m", "size": 1, "digest": "0" * 64, "details": {"family": "llama"}}]},
+    "/api/tags": {
+        "models": [{"name": "m", "model": "m", "size": 1, "digest": "0" * 64, "details": {"family": "llama"}}]
+    },
     "/api/ps": {"models": [{"name": "m", "model": "m", "size": 1, "digest": "0" * 64, "context_length": 32768}]},
-    "/api/show": {"capabilities": ["completion"], "details": {"family": "llama"}, "model_info": {"llama.context_length": 32768}},
+    "/api/show": {
+        "capabilities": ["completion"],
+        "details": {"family": "llama"},
+        "model_info": {"llama.context_length": 32768},
+    },
 }
 GENERATIONS = ("/v1/chat/completions", "/v1/completions", "/api/chat", "/api/generate")
 
@@ -157,7 +206,11 @@ class Engine(asyncio.Protocol):
         if path not in self.wholes:
             name = path.decode()
             facts = self.stats if name == "/stats" else FACTS.get(name)
-            self.transport.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n" if facts is None else respond(json.dumps(facts).encode()))
+            self.transport.write(
+                b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
+                if facts is None
+                else respond(json.dumps(facts).encode())
+            )
             return
         self.stats["begun"] += 1
         flat = body.replace(b" ", b"")

@@ -67,7 +67,9 @@ def measure(url: str, module: Any, calls: int, rounds: int) -> dict[str, float]:
         aio = module.LLMInferencer("vllm", "m", base_url=url)
 
         async def abare(_: int) -> None:
-            async with client.post(url + PATH, data=json.dumps(BODY), headers={"content-type": "application/json"}) as reply:
+            async with client.post(
+                url + PATH, data=json.dumps(BODY), headers={"content-type": "application/json"}
+            ) as reply:
                 json.loads(await reply.read())["choices"][0]["message"]["content"]
 
         async def achat(_: int) -> None:

@@ -1,7 +1,7 @@
 """Beside Xinference's basic inference: the same GGUF file, the same binding (xllamacpp), the same settings and load.
 
-    python -m tests.bench.xinference --install     # once: Xinference into an environment of its own
-    python -m tests.bench.xinference               # writes tests/bench/xinference.json and prints the table
+python -m tests.bench.xinference --install     # once: Xinference into an environment of its own
+python -m tests.bench.xinference               # writes tests/bench/xinference.json and prints the table
 """
 
 import argparse
@@ -29,7 +29,14 @@ HOME = PEER_HOME / "xinference"
 CONTEXT, PARALLEL, TOKENS = 4096, 2, 64
 PROMPT = "Write a long story about a lighthouse keeper and the sea."
 #: what --serve gives its embedded engine, said to Xinference in its own words (its own default is a thread for every core)
-SAME = {"n_ctx": CONTEXT * PARALLEL, "n_parallel": PARALLEL, "kv_unified": False, "cache_idle_slots": False, "n_threads": llm_inference.free_cores(), "warmup": False}
+SAME = {
+    "n_ctx": CONTEXT * PARALLEL,
+    "n_parallel": PARALLEL,
+    "kv_unified": False,
+    "cache_idle_slots": False,
+    "n_threads": llm_inference.free_cores(),
+    "warmup": False,
+}
 MODEL = {
     "version": 2, "model_name": "smollm2", "model_lang": ["en"], "model_ability": ["chat"], "context_length": CONTEXT, "model_family": "smollm2",
     "chat_template": "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI "
@@ -41,14 +48,40 @@ MODEL = {
 
 def ours(gguf: Path) -> tuple[Process, str]:
     port = free_port()
-    command = [sys.executable, str(PROGRAM), "--serve", "--engine", "llamacpp", "--host", "127.0.0.1", "--port", str(port)]
-    return Process("ours", command, port=port, ready="/ready", env={"LLAMACPP_MODEL": str(gguf)}), f"llamacpp/{gguf.stem}"
+    command = [
+        sys.executable,
+        str(PROGRAM),
+        "--serve",
+        "--engine",
+        "llamacpp",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    return Process(
+        "ours", command, port=port, ready="/ready", env={"LLAMACPP_MODEL": str(gguf)}
+    ), f"llamacpp/{gguf.stem}"
 
 
 def xinference(gguf: Path, home: str) -> tuple[Process, str]:
     port = free_port()
-    command = [str(HOME / "bin" / "xinference-local"), "--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
-    return Process("xinference", command, port=port, ready="/v1/models", env={"XINFERENCE_HOME": home, "HF_HUB_OFFLINE": "1", "XINFERENCE_AUTH_ADVANCED": "false"}), "smollm2"
+    command = [
+        str(HOME / "bin" / "xinference-local"),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--log-level",
+        "error",
+    ]
+    return Process(
+        "xinference",
+        command,
+        port=port,
+        ready="/v1/models",
+        env={"XINFERENCE_HOME": home, "HF_HUB_OFFLINE": "1", "XINFERENCE_AUTH_ADVANCED": "false"},
+    ), "smollm2"
 
 
 def post(url: str, body: Any) -> Any:
@@ -62,7 +95,13 @@ def post(url: str, body: Any) -> Any:
 
 def launch(url: str, gguf: Path) -> None:
     """Register the file and load it."""
-    spec = {"model_format": "ggufv2", "model_size_in_billions": 1, "quantizations": ["Q4_1"], "quantization": "Q4_1", "model_id": "local/smollm2"}
+    spec = {
+        "model_format": "ggufv2",
+        "model_size_in_billions": 1,
+        "quantizations": ["Q4_1"],
+        "quantization": "Q4_1",
+        "model_id": "local/smollm2",
+    }
     spec |= {"model_file_name_template": gguf.name, "model_uri": f"file://{gguf.parent}"}
     post(url + "/v1/model_registrations/LLM", {"model": json.dumps(MODEL | {"model_specs": [spec]}), "persist": False})
     post(url + "/v1/models", {"model_uid": "smollm2", "model_name": "smollm2", "model_engine": "llama.cpp", "model_format": "ggufv2",
@@ -75,14 +114,20 @@ async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any])
     async with session.post(url, json=body | {"stream": True}) as reply:
         assert reply.status == 200, await reply.text()
         async for line in reply.content:
-            if line.startswith(b"data: {") and (json.loads(line[6:])["choices"] or [{}])[0].get("delta", {}).get("content"):
+            if line.startswith(b"data: {") and (json.loads(line[6:])["choices"] or [{}])[0].get("delta", {}).get(
+                "content"
+            ):
                 first, pieces = first or time.perf_counter() - began, pieces + 1
     return first, time.perf_counter() - began, pieces
 
 
 async def first_answer(url: str, model: str) -> None:
     async with aiohttp.ClientSession() as session:
-        await stream(session, url + "/v1/chat/completions", {"model": model, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 4})
+        await stream(
+            session,
+            url + "/v1/chat/completions",
+            {"model": model, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 4},
+        )
 
 
 async def load(url: str, model: str, rounds: int) -> dict[str, float]:
@@ -155,12 +200,20 @@ def main() -> int:
         for name, runs in found.items():
             with tempfile.TemporaryDirectory() as home:
                 runs.append(one(name, gguf, args.rounds, home))
-    results: dict[str, Any] = {name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()}
+    results: dict[str, Any] = {
+        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()
+    }
     if results["ours"]["prompt_tokens"] != results["xinference"]["prompt_tokens"]:
         raise SystemExit("the two did not get the same prompt: their chat templates differ")
     versions = {name: subprocess.run([str(HOME / "bin" / "pip"), "show", name], capture_output=True, text=True, check=True).stdout.splitlines()[1].partition(": ")[2]
                 for name in ("xinference", "xllamacpp")}  # fmt: skip
-    results |= {"when": time.strftime("%Y-%m-%d %H:%M"), "machine": machine(), "versions": versions, "settings": SAME, "repeat": args.repeat}
+    results |= {
+        "when": time.strftime("%Y-%m-%d %H:%M"),
+        "machine": machine(),
+        "versions": versions,
+        "settings": SAME,
+        "repeat": args.repeat,
+    }
     args.out.write_text(json.dumps(rounded(results), indent=1) + "\n")
     print(table(results))
     return 0

@@ -64,7 +64,11 @@ class Page:
                 self.failed.append(message["params"]["response"]["url"])
 
     def errors(self) -> list[str]:
-        return [e["message"] for e in self.driver.get_log("browser") if e["level"] == "SEVERE" and "favicon" not in e["message"]]
+        return [
+            e["message"]
+            for e in self.driver.get_log("browser")
+            if e["level"] == "SEVERE" and "favicon" not in e["message"]
+        ]
 
     def shot(self, path: Any) -> None:
         self.driver.save_screenshot(str(path))
@@ -74,7 +78,16 @@ class Page:
 def chromium(size: tuple[int, int] = DESKTOP) -> Iterator[Page]:
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars", "--lang=en", "--no-proxy-server", OFFLINE):
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--lang=en",
+        "--no-proxy-server",
+        OFFLINE,
+    ):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))

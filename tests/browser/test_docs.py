@@ -30,9 +30,16 @@ def test_an_example_runs_from_the_page(tmp_path: Path) -> None:
     with Stand("vllm") as stand, chromium() as page:
         page.open(stand.url + "/docs")
         page.wait(lambda: page.all("#operations-llm-generate_api_v1_llm_generate_post"))
-        for css in ("#operations-llm-generate_api_v1_llm_generate_post .opblock-summary-control", ".try-out__btn", "button.execute"):
+        for css in (
+            "#operations-llm-generate_api_v1_llm_generate_post .opblock-summary-control",
+            ".try-out__btn",
+            "button.execute",
+        ):
             page.wait(lambda css=css: page.all(css))  # type: ignore[misc]
-            page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'}); arguments[0].click()", page.driver.find_element(By.CSS_SELECTOR, css))
+            page.driver.execute_script(
+                "arguments[0].scrollIntoView({block: 'center'}); arguments[0].click()",
+                page.driver.find_element(By.CSS_SELECTOR, css),
+            )
         page.wait(lambda: '"msg": "success"' in page.text(".live-responses-table"))
         page.shot(Path(os.environ.get("LLM_TEST_SHOTS", tmp_path)) / "docs-executed.png")
         assert stand.engine.asked()[0]["messages"][-1]["content"] == "用一句话介绍北京。"

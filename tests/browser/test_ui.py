@@ -20,7 +20,9 @@ from serving import Fake, serving, until  # noqa: E402
 
 import llm_inference as product  # noqa: E402
 
-MARKDOWN = "# 标题\n\n**粗体** 和 `code`\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n<script>document.title = 'stolen'</script>"
+MARKDOWN = (
+    "# 标题\n\n**粗体** 和 `code`\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n<script>document.title = 'stolen'</script>"
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,9 @@ def server() -> Iterator[tuple[str, Fake]]:
         patch.setenv("VLLM_BASE_URL", engine.base_url)
         app = product.create_app(product.Settings(engine="llamacpp"))
         with serving(app) as url:
-            assert "vllm" in httpx.get(url + "/api/v1/llm/models", trust_env=False).text  # attached to now, for the tests' own environment is cleared
+            assert (
+                "vllm" in httpx.get(url + "/api/v1/llm/models", trust_env=False).text
+            )  # attached to now, for the tests' own environment is cleared
             yield url, engine
             until(lambda: app.state.hub.in_flight == 0)
 
@@ -41,7 +45,9 @@ def shot(page: Page, tmp_path: Path, name: str) -> None:
 
 def opened(page: Page, url: str) -> None:
     page.open(url + "/ui")
-    page.wait(lambda: page.all("textarea") and any("llamacpp/" in str(box.get_attribute("value")) for box in model_box(page)))
+    page.wait(
+        lambda: page.all("textarea") and any("llamacpp/" in str(box.get_attribute("value")) for box in model_box(page))
+    )
 
 
 def model_box(page: Page) -> list[Any]:
@@ -75,7 +81,9 @@ def settings(page: Page) -> None:
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE])
-def test_a_question_is_answered_with_its_figures(server: tuple[str, Fake], size: tuple[int, int], tmp_path: Path) -> None:
+def test_a_question_is_answered_with_its_figures(
+    server: tuple[str, Fake], size: tuple[int, int], tmp_path: Path
+) -> None:
     with chromium(size) as page:
         opened(page, server[0])
         ask(page, "请用一句话介绍北京。 What is the capital of France?")
@@ -125,7 +133,9 @@ def test_leaving_ends_the_generation(server: tuple[str, Fake], silent: bool) -> 
 
 
 @pytest.mark.parametrize("listens", [True, False])
-def test_what_nobody_comes_to_read_is_ended(server: tuple[str, Fake], listens: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_nobody_comes_to_read_is_ended(
+    server: tuple[str, Fake], listens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url, engine = server
     monkeypatch.setattr(product.ChatPage, "PATIENCE", 1.0)
     engine.reset().pace, engine.text = 0.05, "word " * 2000
@@ -133,7 +143,9 @@ def test_what_nobody_comes_to_read_is_ended(server: tuple[str, Fake], listens: b
         opened(page, url)
         choose(page, "vllm/")
         if not listens:
-            monkeypatch.setattr(product.ChatPage, "ROUTES", re.compile(product.ChatPage.ROUTES.pattern.replace("queue/data|", "")))
+            monkeypatch.setattr(
+                product.ChatPage, "ROUTES", re.compile(product.ChatPage.ROUTES.pattern.replace("queue/data|", ""))
+            )
         ask(page, "Go on for ever.")
         engine.wait(lambda: engine.live == 1)
         if listens:
@@ -156,7 +168,11 @@ def test_markdown_is_shown_and_html_is_not_run(server: tuple[str, Fake], tmp_pat
         shot(page, tmp_path, "markdown")
         assert page.driver.title != "stolen" and not page.all(".message script")
         asked = engine.asked()[-1]
-        assert asked["messages"][0] == {"role": "system", "content": "Be brief."} and asked["temperature"] == 0.7 and asked["max_tokens"] == 512
+        assert (
+            asked["messages"][0] == {"role": "system", "content": "Be brief."}
+            and asked["temperature"] == 0.7
+            and asked["max_tokens"] == 512
+        )
 
 
 def test_a_schema_shows_the_checked_json(server: tuple[str, Fake], tmp_path: Path) -> None:
@@ -181,7 +197,19 @@ def test_an_error_is_shown_with_its_mend(server: tuple[str, Fake], tmp_path: Pat
         shot(page, tmp_path, "error")
 
 
-@pytest.mark.parametrize("path", ["upload", "file=/etc/passwd", "proxy=http://127.0.0.1/", "vibe-edit", "run/other", "info", "../gradio_api/upload", "queue/join/../../upload"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "upload",
+        "file=/etc/passwd",
+        "proxy=http://127.0.0.1/",
+        "vibe-edit",
+        "run/other",
+        "info",
+        "../gradio_api/upload",
+        "queue/join/../../upload",
+    ],
+)
 def test_no_other_route_of_gradio_is_there(server: tuple[str, Fake], path: str) -> None:
     for method in ("GET", "POST"):
         reply = httpx.request(method, f"{server[0]}/ui/gradio_api/{path}", json={}, trust_env=False)
@@ -191,5 +219,3 @@ def test_no_other_route_of_gradio_is_there(server: tuple[str, Fake], path: str) 
 def test_a_file_of_this_machine_is_no_asset(server: tuple[str, Fake]) -> None:
     for path in ("assets/../../../../etc/passwd", "static/%2e%2e/%2e%2e/routes.py", "assets//etc/passwd"):
         assert httpx.get(f"{server[0]}/ui/{path}", trust_env=False).status_code in (403, 404)
-
-

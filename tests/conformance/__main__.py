@@ -19,7 +19,13 @@ from llm_inference import LLMInferencer
 from . import features, judge, validity
 from .sides import Json, Side, bare_side, through_us
 
-MARKS = {judge.HONOURED: "+", judge.REFUSED: "r", judge.DROPPED: "DROPPED", judge.UNDECIDED: "?", judge.FAILED: "failed"}
+MARKS = {
+    judge.HONOURED: "+",
+    judge.REFUSED: "r",
+    judge.DROPPED: "DROPPED",
+    judge.UNDECIDED: "?",
+    judge.FAILED: "failed",
+}
 
 
 def ask_all(side: Side, rows: Sequence[judge.Feature]) -> list[judge.Cell]:
@@ -38,7 +44,9 @@ def chosen(short: bool, only: str) -> list[judge.Feature]:
 
 def measure(side: Side, prompts: int) -> Json:
     found = validity.measure(side, prompts)
-    print(f"\nJSON validity, {found['answers']} answers in {found['seconds']} s: {found['valid']} valid, {found['honest error']} honest errors, {found['wrong']} wrong")
+    print(
+        f"\nJSON validity, {found['answers']} answers in {found['seconds']} s: {found['valid']} valid, {found['honest error']} honest errors, {found['wrong']} wrong"
+    )
     for error in found["errors"]:
         print(f"  {error['verdict']:14}{error['schema']}, prompt {error['prompt']}: {error['why']}")
     return found
@@ -57,21 +65,30 @@ def merged(path: Path, new: Json) -> Json:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.conformance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--engine", required=True, choices=list(LLMInferencer.ENGINE_MAP))
     parser.add_argument("--base-url", help="the engine's server; llamacpp is started where it is left out")
     parser.add_argument("--model")
     parser.add_argument("--bare", action="store_true", help="ask the bare engine too")
     parser.add_argument("--short", action="store_true", help="the rows of the run in CI")
     parser.add_argument("--only", default="", help="the rows with this in their name")
-    parser.add_argument("--validity", type=int, default=0, metavar="N", help="also the fifty schemas with N prompts (1 to 4) each")
+    parser.add_argument(
+        "--validity", type=int, default=0, metavar="N", help="also the fifty schemas with N prompts (1 to 4) each"
+    )
     parser.add_argument("--json", type=Path, help="write the results there, over what the file has")
     args = parser.parse_args(argv)
     started, llm = time.monotonic(), LLMInferencer(args.engine, args.model, base_url=args.base_url)
     try:
         with through_us(llm) as us:
             rows = chosen(args.short, args.only)
-            result: Json = {"engine": args.engine, "version": us.version, "model": us.model, "date": datetime.date.today().isoformat()}
+            result: Json = {
+                "engine": args.engine,
+                "version": us.version,
+                "model": us.model,
+                "date": datetime.date.today().isoformat(),
+            }
             result["us"] = judge.as_json(ask_all(us, rows))
             if args.bare:
                 result["bare"] = judge.as_json(ask_all(bare_side(us), rows))

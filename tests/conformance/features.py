@@ -17,7 +17,20 @@ from functools import partial
 from typing import Any
 
 from . import schemas
-from .judge import DROPPED, FAILED, FEATURES, HONOURED, REFUSED, Decide, Dropped, Feature, Refusal, Undecidable, check, feature
+from .judge import (
+    DROPPED,
+    FAILED,
+    FEATURES,
+    HONOURED,
+    REFUSED,
+    Decide,
+    Dropped,
+    Feature,
+    Refusal,
+    Undecidable,
+    check,
+    feature,
+)
 from .sides import Answer, Json, OnV1, Side, response_format
 
 STORY = "Tell me a story about a fox."
@@ -93,7 +106,10 @@ def temperature(side: Side) -> None:
     ask = partial(side.ask, STORY, max_tokens=TOKENS, temperature=0.0)
     first = ask().text
     equal(first, ask, "0 is not deterministic")
-    check(len({first, *(side.ask(STORY, max_tokens=TOKENS, temperature=1.5).text for _ in range(2))}) > 1, "1.5 gives the text of 0")
+    check(
+        len({first, *(side.ask(STORY, max_tokens=TOKENS, temperature=1.5).text for _ in range(2))}) > 1,
+        "1.5 gives the text of 0",
+    )
 
 
 def greedy_like(side: Side, **fields: Any) -> None:
@@ -136,7 +152,9 @@ def stop_cuts(side: Side, listed: bool, stream: bool) -> None:
     stop = " ".join(words[4:6])
     given = ["zebra", stop] if listed else stop
     got = equal(
-        whole[: whole.index(stop)], lambda: side.ask(STORY, max_tokens=TOKENS, temperature=0.0, stop=given, stream=stream), f"stop {stop!r}"
+        whole[: whole.index(stop)],
+        lambda: side.ask(STORY, max_tokens=TOKENS, temperature=0.0, stop=given, stream=stream),
+        f"stop {stop!r}",
     )
     check(got.finish == "stop", f"finish_reason {got.finish!r}")
 
@@ -166,7 +184,8 @@ def penalty_shows(side: Side, name: str, high: float, low: float) -> str:
     penalty may not turn the greedy choice."""
     for prompt in (HELLO, "Say hello many times: hello hello hello", STORY):
         most, least = (
-            [side.ask(prompt, max_tokens=TOKENS, temperature=0.0, **{name: value}).text for _ in range(2)] for value in (high, low)
+            [side.ask(prompt, max_tokens=TOKENS, temperature=0.0, **{name: value}).text for _ in range(2)]
+            for value in (high, low)
         )
         if most[0] == most[1] != least[0] == least[1] and repetitions(most[0]) <= repetitions(least[0]):
             return f"{repetitions(most[0])} repeated words at {high}, {repetitions(least[0])} at {low}"
@@ -217,7 +236,10 @@ def logprobs_stream(side: Side) -> None:
 
 
 def tool(name: str, description: str, **properties: Json) -> Json:
-    return {"type": "function", "function": {"name": name, "description": description, "parameters": schemas.obj(**properties)}}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": description, "parameters": schemas.obj(**properties)},
+    }
 
 
 WEATHER = tool("get_weather", "The weather of a city", city=schemas.text(10), unit={"enum": ["celsius", "fahrenheit"]})
@@ -253,8 +275,13 @@ def tools_auto(side: Side) -> str:
     if got.calls:
         return called(side, got, WEATHER)
     plain = side.ask(ASK_WEATHER, max_tokens=1, temperature=0.0)
-    check(got.prompt_tokens > plain.prompt_tokens, f"the model never sees the tools: {plain.prompt_tokens} prompt tokens with and without them")
-    return f"no call, but the model sees the tools: {got.prompt_tokens} prompt tokens, {plain.prompt_tokens} without them"
+    check(
+        got.prompt_tokens > plain.prompt_tokens,
+        f"the model never sees the tools: {plain.prompt_tokens} prompt tokens with and without them",
+    )
+    return (
+        f"no call, but the model sees the tools: {got.prompt_tokens} prompt tokens, {plain.prompt_tokens} without them"
+    )
 
 
 @feature("tool_choice none", "tool")
@@ -272,7 +299,11 @@ def tools_required(side: Side) -> str:
 @feature("tool_choice, a named function", "tool")
 def tools_named(side: Side) -> str:
     choice = {"type": "function", "function": {"name": "add"}}
-    return called(side, side.ask(ASK_WEATHER, tools=[WEATHER, ADD], tool_choice=choice, max_tokens=CALL_TOKENS, temperature=0.0), ADD)
+    return called(
+        side,
+        side.ask(ASK_WEATHER, tools=[WEATHER, ADD], tool_choice=choice, max_tokens=CALL_TOKENS, temperature=0.0),
+        ADD,
+    )
 
 
 @feature("tool arguments, strict", "tool|strict")
@@ -284,7 +315,9 @@ def tools_strict(side: Side) -> str:
 
 @feature("tool calls inside a stream", "tool")
 def tools_stream(side: Side) -> str:
-    got = side.ask(ASK_WEATHER, tools=[WEATHER], tool_choice="required", max_tokens=CALL_TOKENS, temperature=0.0, stream=True)
+    got = side.ask(
+        ASK_WEATHER, tools=[WEATHER], tool_choice="required", max_tokens=CALL_TOKENS, temperature=0.0, stream=True
+    )
     return called(side, got, WEATHER)
 
 
@@ -293,7 +326,11 @@ def tool_history(side: Side) -> None:
     """An earlier call's arguments reach the model: longer ones lengthen the prompt."""
 
     def size(city: str) -> int:
-        call = {"id": "call00001", "type": "function", "function": {"name": "get_weather", "arguments": json.dumps({"city": city})}}
+        call = {
+            "id": "call00001",
+            "type": "function",
+            "function": {"name": "get_weather", "arguments": json.dumps({"city": city})},
+        }
         messages = [
             {"role": "user", "content": ASK_WEATHER},
             {"role": "assistant", "content": "", "tool_calls": [call]},
@@ -302,7 +339,10 @@ def tool_history(side: Side) -> None:
         return side.ask(messages, max_tokens=1, temperature=0.0).prompt_tokens
 
     small, large = size("Rome"), size("one of the towns that lie along the upper Rhine between Basel and Mainz")
-    check(large > small, f"the model never sees the call: {small} prompt tokens with short arguments, {large} with long ones")
+    check(
+        large > small,
+        f"the model never sees the call: {small} prompt tokens with short arguments, {large} with long ones",
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- reasoning
@@ -326,7 +366,9 @@ def think_off(side: Side) -> str:
 # --------------------------------------------------------------------------------------------------------------- constraints
 
 
-def constrained(side: Side, prompt: str, tokens: int = schemas.TOKENS, opening: str | None = None, **fields: Any) -> Answer:
+def constrained(
+    side: Side, prompt: str, tokens: int = schemas.TOKENS, opening: str | None = None, **fields: Any
+) -> Answer:
     """A constrained answer that was not cut. A weak model rambles inside a constraint that lets it, and is asked again;
     a constraint that does not (no `opening`), or an answer that does not begin with it, was ignored."""
     failed: Refusal | None = None
@@ -357,8 +399,17 @@ def outcome(side: Side, schema: Json, prompt: str, tokens: int = schemas.TOKENS)
 
 def schema_row(names: tuple[str, ...], side: Side) -> str:
     with ThreadPoolExecutor(side.parallel) as pool:
-        found = dict(zip(names, pool.map(lambda name: outcome(side, schemas.SCHEMAS[name], schemas.PROMPTS[0]), names), strict=True))
-    named = {verdict: [name for name, (each, _) in found.items() if each == verdict] for verdict in (HONOURED, REFUSED, FAILED, DROPPED)}
+        found = dict(
+            zip(
+                names,
+                pool.map(lambda name: outcome(side, schemas.SCHEMAS[name], schemas.PROMPTS[0]), names),
+                strict=True,
+            )
+        )
+    named = {
+        verdict: [name for name, (each, _) in found.items() if each == verdict]
+        for verdict in (HONOURED, REFUSED, FAILED, DROPPED)
+    }
     tally = ", ".join(
         f"{len(which)} {word}" + (f" ({'; '.join(which[:8])})" if verdict != HONOURED else "")
         for (verdict, which), word in zip(named.items(), ("valid", "refused", "honest errors", "wrong"), strict=True)
@@ -414,7 +465,18 @@ def any_object(side: Side) -> str:
     return fitting({"type": "object"}, constrained(side, ANY_JSON, tokens=48, opening="{", schema={}))
 
 
-CHOICES = ("it's", 'say "hi"', "北京市", "a\\b/c", "x|y (z)* [1]?", "two\nlines", "🚲 bike", " padded ", "$5.00 ^", "{}")
+CHOICES = (
+    "it's",
+    'say "hi"',
+    "北京市",
+    "a\\b/c",
+    "x|y (z)* [1]?",
+    "two\nlines",
+    "🚲 bike",
+    " padded ",
+    "$5.00 ^",
+    "{}",
+)
 
 
 @feature("choice", "choice")
@@ -433,7 +495,14 @@ def choice_special(side: Side) -> str:
     return f"{len(CHOICES)} of them"
 
 
-REGEXES = (r"[A-Z]{3}-[0-9]{4}", r"cat|dog", r"\d{1,3}(\.\d{1,2})?", r"https?://[a-z]{1,8}\.(com|org)/", r"[一-龥]{2,4}", r'"[a-z]{1,6}"')
+REGEXES = (
+    r"[A-Z]{3}-[0-9]{4}",
+    r"cat|dog",
+    r"\d{1,3}(\.\d{1,2})?",
+    r"https?://[a-z]{1,8}\.(com|org)/",
+    r"[一-龥]{2,4}",
+    r'"[a-z]{1,6}"',
+)
 
 
 @feature("regex", "regex")
@@ -508,7 +577,9 @@ def png() -> str:
 
 
 def picture(url: str) -> list[Json]:
-    return [{"role": "user", "content": [{"type": "text", "text": STORY}, {"type": "image_url", "image_url": {"url": url}}]}]
+    return [
+        {"role": "user", "content": [{"type": "text", "text": STORY}, {"type": "image_url", "image_url": {"url": url}}]}
+    ]
 
 
 @feature("images", "image|multimodal")
@@ -516,7 +587,10 @@ def images(side: Side) -> str:
     """A picture that the model sees lengthens the prompt by more than its few words."""
     got = side.ask(picture(png()), max_tokens=2, temperature=0.0)
     plain = side.ask(STORY, max_tokens=2, temperature=0.0)
-    check(got.prompt_tokens > plain.prompt_tokens + 8, f"{got.prompt_tokens} prompt tokens with it, {plain.prompt_tokens} without")
+    check(
+        got.prompt_tokens > plain.prompt_tokens + 8,
+        f"{got.prompt_tokens} prompt tokens with it, {plain.prompt_tokens} without",
+    )
     return f"{got.prompt_tokens} prompt tokens with it, {plain.prompt_tokens} without"
 
 
@@ -567,7 +641,13 @@ def unknown_field(side: Side) -> None:
 def ignore_names(side: Side) -> str:
     if side.bare:
         raise Undecidable("a field of ours")
-    given: tuple[Json, ...] = ({"think": True}, {"seed": 1}, {"regex": "[a-z]{3}"}, {"grammar": GRAMMAR}, {"tools": [WEATHER]})
+    given: tuple[Json, ...] = (
+        {"think": True},
+        {"seed": 1},
+        {"regex": "[a-z]{3}"},
+        {"grammar": GRAMMAR},
+        {"tools": [WEATHER]},
+    )
     for fields in given:
         got = side.ask(STORY, max_tokens=12, temperature=0.0, on_unsupported="ignore", **fields)
         if got.ignored:
@@ -580,7 +660,12 @@ def ignore_names(side: Side) -> str:
 
 
 def chat(side: Side, prompt: str = STORY, tokens: int = TOKENS, **body: Any) -> Answer:
-    return side.v1(messages=[{"role": "user", "content": prompt}], max_tokens=tokens, temperature=body.pop("temperature", 0.0), **body)
+    return side.v1(
+        messages=[{"role": "user", "content": prompt}],
+        max_tokens=tokens,
+        temperature=body.pop("temperature", 0.0),
+        **body,
+    )
 
 
 def on_v1(row: Feature) -> Decide:
@@ -592,7 +677,11 @@ AGAIN = ("stop, a list", "stop inside a stream", "top_p", "top_k", "min_p", "see
          "tools, tool_choice auto", "tool_choice none", "tool_choice required", "tool_choice, a named function", "tool arguments, strict", "tool calls inside a stream", "tool calls in the history",
          "a wrong model name", "an unknown field")  # fmt: skip
 for _row in [row for row in FEATURES if row.name in AGAIN]:
-    FEATURES.append(Feature(f"/v1 {_row.name}", on_v1(_row), _row.named, short=_row.name in ("an unknown field", "tool_choice required")))
+    FEATURES.append(
+        Feature(
+            f"/v1 {_row.name}", on_v1(_row), _row.named, short=_row.name in ("an unknown field", "tool_choice required")
+        )
+    )
 
 
 @feature("/v1 max_completion_tokens", "max_completion_tokens")
@@ -658,7 +747,14 @@ DIALECTS: tuple[tuple[str, Any], ...] = (
     ("regex", "red|blue"), ("ebnf", 'root ::= "red" | "blue"'), ("grammar", 'root ::= "red" | "blue"'), ("json_schema", FIXED), ("format", FIXED),
 )  # fmt: skip
 for _name, _value in DIALECTS:
-    FEATURES.append(Feature(f"/v1 {_name}", partial(other_dialect, _name, _value, "red|blue"), _name, short=_name in ("guided_json", "regex", "format")))
+    FEATURES.append(
+        Feature(
+            f"/v1 {_name}",
+            partial(other_dialect, _name, _value, "red|blue"),
+            _name,
+            short=_name in ("guided_json", "regex", "format"),
+        )
+    )
 
 
 @feature("/v1 a remote image URL", "image|multimodal|messages")
@@ -687,7 +783,10 @@ def v1_functions(side: Side) -> None:
 @feature("/v1 reasoning_effort", "reasoning_effort|think", short=False)
 def v1_reasoning_effort(side: Side) -> None:
     got, plain = chat(side, tokens=8, reasoning_effort="high"), chat(side, tokens=1)
-    check(bool(got.reasoning) or got.prompt_tokens != plain.prompt_tokens, "no reasoning, and the same prompt as without it")
+    check(
+        bool(got.reasoning) or got.prompt_tokens != plain.prompt_tokens,
+        "no reasoning, and the same prompt as without it",
+    )
 
 
 @feature("/v1 min_tokens", "min_tokens", short=False)
@@ -742,7 +841,10 @@ def completions_echo(side: Side) -> None:
 @feature("/v1/completions suffix", "suffix", short=False)
 def completions_suffix(side: Side) -> None:
     plain, got = complete(side), complete(side, suffix=" and that was the end of the lazy dog.")
-    check(got.prompt_tokens > plain.prompt_tokens, f"the model never sees it: {plain.prompt_tokens} prompt tokens with and without it")
+    check(
+        got.prompt_tokens > plain.prompt_tokens,
+        f"the model never sees it: {plain.prompt_tokens} prompt tokens with and without it",
+    )
 
 
 @feature("/v1/completions best_of", "best_of", short=False)
@@ -765,4 +867,3 @@ def completions_response_format(side: Side) -> str:
 def completions_tools(side: Side) -> None:
     plain, got = complete(side), complete(side, tools=[WEATHER], tool_choice="required")
     check(bool(got.calls) or got.prompt_tokens > plain.prompt_tokens, f"the model never sees them: {short(got)}")
-

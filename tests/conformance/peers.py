@@ -33,10 +33,15 @@ from . import features, judge
 from .__main__ import ask_all, merged
 from .sides import HTTP, Bare, Json, Us, through_us
 
-PROVIDERS = {"llamacpp": "openai", "vllm": "hosted_vllm"}  #: LiteLLM's names; "openai" is what it documents for any server of OpenAI's dialect
+PROVIDERS = {
+    "llamacpp": "openai",
+    "vllm": "hosted_vllm",
+}  #: LiteLLM's names; "openai" is what it documents for any server of OpenAI's dialect
 NAMES = {row.name for row in features.FEATURES}
 #: a row that is there for /v1 too is asked once; the last is a field of ours
-ROWS = [row for row in features.FEATURES if f"/v1 {row.name}" not in NAMES and not row.name.startswith("on_unsupported")]
+ROWS = [
+    row for row in features.FEATURES if f"/v1 {row.name}" not in NAMES and not row.name.startswith("on_unsupported")
+]
 
 
 class Peer(Bare):
@@ -55,7 +60,9 @@ def engine(kind: str) -> Iterator[tuple[str, Path | None]]:
             yield server.base_url, None
         return
     gguf, port = pull_default_model(), free_port()
-    command, env = LlamaCppAdapter(launch_args=(f"port={port}",))._command(SimpleNamespace(uds="127.0.0.1", key=bench.KEY))  # type: ignore[arg-type]
+    command, env = LlamaCppAdapter(launch_args=(f"port={port}",))._command(
+        SimpleNamespace(uds="127.0.0.1", key=bench.KEY)
+    )  # type: ignore[arg-type]
     with Process("llamacpp", command, port=port, env=env) as process:
         yield process.url, gguf
 
@@ -65,10 +72,24 @@ def litellm(us: Us, settings: Json) -> Iterator[tuple[str, str]]:
     port, target = free_port(), us.llm._engine._target  # type: ignore[union-attr]
     where = {"model": f"{PROVIDERS[us.engine]}/{us.model}", "api_base": target.url + "/v1", "api_key": bench.KEY}
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as config:
-        json.dump({"model_list": [{"model_name": us.model, "litellm_params": where}], "litellm_settings": settings}, config)
+        json.dump(
+            {"model_list": [{"model_name": us.model, "litellm_params": where}], "litellm_settings": settings}, config
+        )
         config.flush()
-        command = [str(bench.peer_program("litellm")), "--config", config.name, "--host", "127.0.0.1", "--port", str(port)]
-        env = {"LITELLM_MASTER_KEY": bench.KEY, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "False"}  # it stays on this machine
+        command = [
+            str(bench.peer_program("litellm")),
+            "--config",
+            config.name,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ]
+        env = {
+            "LITELLM_MASTER_KEY": bench.KEY,
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+            "LITELLM_TELEMETRY": "False",
+        }  # it stays on this machine
         with Process("litellm", command, port=port, ready="/health/liveliness", env=env) as process:
             yield process.url, us.model
 
@@ -84,10 +105,14 @@ def xinference_server(gguf: Path) -> Iterator[tuple[str, str]]:
 
 def version(package: str) -> str:
     code = f"from importlib.metadata import version; print(version({package!r}))"
-    return subprocess.run([str(bench.PEER_HOME / package / "bin" / "python"), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [str(bench.PEER_HOME / package / "bin" / "python"), "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
-def ask_peers(us: Us, gguf: Path | None, rows: Sequence[judge.Feature], names: Sequence[str]) -> Iterator[tuple[str, Json | list[Json]]]:
+def ask_peers(
+    us: Us, gguf: Path | None, rows: Sequence[judge.Feature], names: Sequence[str]
+) -> Iterator[tuple[str, Json | list[Json]]]:
     starts = {
         "us": contextlib.nullcontext((us.http.url, f"{us.engine}/{us.model}")),
         "bare": contextlib.nullcontext((us.llm._engine._target.url, us.model)),  # type: ignore[union-attr]
@@ -103,7 +128,11 @@ def ask_peers(us: Us, gguf: Path | None, rows: Sequence[judge.Feature], names: S
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.conformance.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.conformance.peers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--engine", required=True, choices=list(PROVIDERS))
     parser.add_argument("--sides", default="us,bare,litellm,litellm-validating,xinference", help="by commas")
     parser.add_argument("--only", default="", help="the rows with this in their name")
@@ -114,7 +143,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         llm = LLMInferencer(args.engine, base_url=url, api_key=bench.KEY)
         try:
             with through_us(llm) as us:
-                result: Json = {"engine": args.engine, "version": us.version, "model": us.model, "date": datetime.date.today().isoformat()}
+                result: Json = {
+                    "engine": args.engine,
+                    "version": us.version,
+                    "model": us.model,
+                    "date": datetime.date.today().isoformat(),
+                }
                 result |= ask_peers(us, gguf, rows, args.sides.split(","))
                 result["peers"] = {name: version(name) for name in ("litellm", "xinference") if name in result}
         finally:

@@ -68,7 +68,9 @@ def has_call(asked: Json, answer: Answer) -> bool:
 
 def call_fits(asked: Json, answer: Answer) -> bool:
     schema = asked["tools"][0]["function"]["parameters"]
-    return has_call(asked, answer) and all(fits(schema, spelled(call["function"]["arguments"])) for call in answer.calls)
+    return has_call(asked, answer) and all(
+        fits(schema, spelled(call["function"]["arguments"])) for call in answer.calls
+    )
 
 
 def whole_prompt(tokens: int, asked: Json, answer: Answer) -> bool:
@@ -77,7 +79,11 @@ def whole_prompt(tokens: int, asked: Json, answer: Answer) -> bool:
 
 def suffix_seen(asked: Json, answer: Answer) -> bool:
     plain, _, came = transcript("sglang", "completions")
-    return answer.prompt_tokens > read_whole(json.loads(came)).prompt_tokens if plain["prompt"] == asked["prompt"] else True
+    return (
+        answer.prompt_tokens > read_whole(json.loads(came)).prompt_tokens
+        if plain["prompt"] == asked["prompt"]
+        else True
+    )
 
 
 def same_twice(asked: Json, answer: Answer) -> bool:

@@ -38,7 +38,10 @@ def nested(depth: int) -> Json:
     return obj(leaf=whole()) if depth == 0 else obj(inner=nested(depth - 1))
 
 
-TREE: Json = {"$ref": "#/$defs/node", "$defs": {"node": obj(name=text(6), children=array({"$ref": "#/$defs/node"}, 0, 1))}}
+TREE: Json = {
+    "$ref": "#/$defs/node",
+    "$defs": {"node": obj(name=text(6), children=array({"$ref": "#/$defs/node"}, 0, 1))},
+}
 
 SCHEMAS: dict[str, Json] = {
     "flat object": obj(city=text(), population=whole(1, 40_000_000)),
@@ -65,9 +68,14 @@ SCHEMAS: dict[str, Json] = {
     "pattern: not anchored": obj(code=text(10, pattern="[0-9]")),
     "anyOf of scalars": obj(value={"anyOf": [whole(), {"type": "boolean"}, {"type": "null"}]}),
     "anyOf of objects": {"anyOf": [obj(cat=text(6)), obj(dog=text(6))]},
-    "oneOf by constants": {"oneOf": [obj(kind={"const": "a"}, n=whole()), obj(kind={"const": "b"}, ok={"type": "boolean"})]},
+    "oneOf by constants": {
+        "oneOf": [obj(kind={"const": "a"}, n=whole()), obj(kind={"const": "b"}, ok={"type": "boolean"})]
+    },
     "allOf": obj(n={"allOf": [{"type": "integer", "minimum": 3}, {"maximum": 8}]}),
-    "$ref and $defs": {**obj(home={"$ref": "#/$defs/at"}, work={"$ref": "#/$defs/at"}), "$defs": {"at": obj(street=text(8), no=whole())}},
+    "$ref and $defs": {
+        **obj(home={"$ref": "#/$defs/at"}, work={"$ref": "#/$defs/at"}),
+        "$defs": {"at": obj(street=text(8), no=whole())},
+    },
     "recursive $ref": TREE,
     "nullable": obj(nick={"type": ["string", "null"], "maxLength": 8}),
     "booleans": obj(a={"type": "boolean"}, b={"type": "boolean"}),
@@ -80,19 +88,44 @@ SCHEMAS: dict[str, Json] = {
     "enum with special characters": obj(x={"enum": ['say "hi"', "a\\b", "two\nlines", "x|y", "北京"]}),
     "optional properties": {**obj(a=whole(), b=whole(), c=whole()), "required": ["b"]},
     "typed map": {"type": "object", "additionalProperties": whole(), "minProperties": 1, "maxProperties": 2},
-    "patternProperties": {"type": "object", "patternProperties": {"^k[0-9]$": whole()}, "additionalProperties": False, "minProperties": 1, "maxProperties": 2},
-    "propertyNames": {"type": "object", "propertyNames": {"enum": ["x", "y"]}, "additionalProperties": whole(), "maxProperties": 2},
+    "patternProperties": {
+        "type": "object",
+        "patternProperties": {"^k[0-9]$": whole()},
+        "additionalProperties": False,
+        "minProperties": 1,
+        "maxProperties": 2,
+    },
+    "propertyNames": {
+        "type": "object",
+        "propertyNames": {"enum": ["x", "y"]},
+        "additionalProperties": whole(),
+        "maxProperties": 2,
+    },
     "not": obj(n={"type": "integer", "minimum": 0, "maximum": 3, "not": {"const": 2}}),
-    "if, then, else": {**obj(big={"type": "boolean"}, n=whole()), "if": {"properties": {"big": {"const": True}}}, "then": {"properties": {"n": {"minimum": 50}}}},
+    "if, then, else": {
+        **obj(big={"type": "boolean"}, n=whole()),
+        "if": {"properties": {"big": {"const": True}}},
+        "then": {"properties": {"n": {"minimum": 50}}},
+    },
     "a text": text(20),
     "an enum": {"enum": ["yes", "no"]},
     "an integer": whole(1, 6),
     "escaped JSON pointer": {**obj(x={"$ref": "#/definitions/a~1b"}), "definitions": {"a/b": whole()}},
-    "annotations": {**obj(day={"type": "string", "format": "date", "maxLength": 10, "title": "Day", "examples": ["2026-11-22"]}), "description": "A day"},
+    "annotations": {
+        **obj(day={"type": "string", "format": "date", "maxLength": 10, "title": "Day", "examples": ["2026-11-22"]}),
+        "description": "A day",
+    },
     "enum of 200": obj(code={"enum": [f"C{n:03}" for n in range(200)]}),
     "a long object": obj(**{f"f{n}": {"type": "boolean"} for n in range(8)}),
 }
-SHORT = ("enum of all types", "pattern: date", "Chinese enum", "$ref and $defs", "quotes and backslashes in names", "multiple of 5")
+SHORT = (
+    "enum of all types",
+    "pattern: date",
+    "Chinese enum",
+    "$ref and $defs",
+    "quotes and backslashes in names",
+    "multiple of 5",
+)
 
 
 def fits(schema: Json, value: Any) -> bool:

@@ -145,7 +145,11 @@ class Bare(Side):
     NAMES: Mapping[str, Mapping[str, str]] = {"llamacpp": {"repetition_penalty": "repeat_penalty"}}
     #: where the engine takes a constraint that OpenAI has no field for
     CONSTRAINTS: Mapping[str, Mapping[str, str]] = {
-        "vllm": {"choice": "structured_outputs.choice", "regex": "structured_outputs.regex", "grammar": "structured_outputs.grammar"},
+        "vllm": {
+            "choice": "structured_outputs.choice",
+            "regex": "structured_outputs.regex",
+            "grammar": "structured_outputs.grammar",
+        },
         "sglang": {"regex": "regex", "grammar": "ebnf"},
         "llamacpp": {"grammar": "grammar"},
     }
@@ -208,7 +212,10 @@ class BareOllama(Bare):
     @staticmethod
     def _read(payload: Json) -> Answer:
         message = payload["message"]
-        calls = tuple({**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}} for call in message.get("tool_calls", ()))
+        calls = tuple(
+            {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+            for call in message.get("tool_calls", ())
+        )
         return Answer(
             text=message["content"], texts=(message["content"],), finish=payload.get("done_reason", ""), reasoning=message.get("thinking", ""), calls=calls,
             logprobs=tuple(payload.get("logprobs") or ()), prompt_tokens=payload.get("prompt_eval_count", 0), tokens=payload.get("eval_count", 0))  # fmt: skip
@@ -223,7 +230,11 @@ def bare_side(us: Us) -> Bare:
 
 
 def response_format(schema: Json) -> Json:
-    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}} if schema else {"type": "json_object"}
+    return (
+        {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+        if schema
+        else {"type": "json_object"}
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- OpenAI's wire
@@ -238,7 +249,9 @@ class HTTP:
     uds: str | None = None
 
     def __post_init__(self) -> None:
-        no_reuse = httpx.Limits(max_keepalive_connections=0)  # llama.cpp closes a connection after a stream, and does not say so
+        no_reuse = httpx.Limits(
+            max_keepalive_connections=0
+        )  # llama.cpp closes a connection after a stream, and does not say so
         transport = httpx.HTTPTransport(uds=self.uds, limits=no_reuse)
         self.client = httpx.Client(transport=transport, timeout=TIMEOUT, headers=dict(self.headers), trust_env=False)
 
@@ -285,12 +298,20 @@ def read_whole(payload: Json, ignored: tuple[str, ...] = ()) -> Answer:
 
 def _logprobs(choice: Json) -> tuple[Json, ...]:
     given = choice.get("logprobs") or {}
-    return tuple(given.get("content") or ({"token": token, "logprob": p} for token, p in zip(given.get("tokens", ()), given.get("token_logprobs", ()), strict=True)))
+    return tuple(
+        given.get("content")
+        or (
+            {"token": token, "logprob": p}
+            for token, p in zip(given.get("tokens", ()), given.get("token_logprobs", ()), strict=True)
+        )
+    )
 
 
 def read_events(text: str) -> Answer:
     """A stream, put together. An error event is a Refusal; a stream that nothing ends is one too."""
-    events = [line.removeprefix("data: ") for line in text.replace("\r\n", "\n").split("\n") if line.startswith("data: ")]
+    events = [
+        line.removeprefix("data: ") for line in text.replace("\r\n", "\n").split("\n") if line.startswith("data: ")
+    ]
     payloads = [json.loads(event) for event in events if event != "[DONE]"]
     for payload in payloads:
         if payload.get("error") is not None:

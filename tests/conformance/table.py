@@ -15,7 +15,15 @@ from .sides import Json
 SHOWN = {HONOURED: "✓", REFUSED: "refused", DROPPED: "**dropped**", UNDECIDED: "–", FAILED: "error"}
 COUNTED = {FAILED: "another error", DROPPED: "dropped in silence"}
 Column = tuple[str, dict[str, str]]  #: head, and the verdicts by feature
-NAMES = {"ollama": "Ollama", "vllm": "vLLM", "sglang": "SGLang", "llamacpp": "llama.cpp", "litellm": "LiteLLM", "litellm-validating": "LiteLLM, validating", "xinference": "Xinference"}
+NAMES = {
+    "ollama": "Ollama",
+    "vllm": "vLLM",
+    "sglang": "SGLang",
+    "llamacpp": "llama.cpp",
+    "litellm": "LiteLLM",
+    "litellm-validating": "LiteLLM, validating",
+    "xinference": "Xinference",
+}
 
 
 def verdicts(cells: Iterable[Json]) -> dict[str, str]:
@@ -65,14 +73,27 @@ def peers(result: Json) -> str:
     heads = {"us": "llm_inference", "bare": f"{NAMES[result['engine']]}, bare"}
     heads |= {name: NAMES.get(name, name) for name in ("litellm", "litellm-validating", "xinference")}
     table = {name: verdicts(result[name]) for name in heads if name in result}
-    asked = [row.name for row in FEATURES if any(cells.get(row.name, UNDECIDED) != UNDECIDED for cells in table.values())]
-    lines = [line([f"/v1 on {NAMES[result['engine']]}, {len(asked)} questions", *(heads[name] for name in table)]), line(["---"] * (len(table) + 1))]
-    tally = {verdict: [[cells[name] for name in asked].count(verdict) for cells in table.values()] for verdict in VERDICTS}
-    lines += [line([f"**{COUNTED.get(verdict, verdict)}**", *map(str, numbers)]) for verdict, numbers in tally.items() if any(numbers)]
+    asked = [
+        row.name for row in FEATURES if any(cells.get(row.name, UNDECIDED) != UNDECIDED for cells in table.values())
+    ]
+    lines = [
+        line([f"/v1 on {NAMES[result['engine']]}, {len(asked)} questions", *(heads[name] for name in table)]),
+        line(["---"] * (len(table) + 1)),
+    ]
+    tally = {
+        verdict: [[cells[name] for name in asked].count(verdict) for cells in table.values()] for verdict in VERDICTS
+    }
+    lines += [
+        line([f"**{COUNTED.get(verdict, verdict)}**", *map(str, numbers)])
+        for verdict, numbers in tally.items()
+        if any(numbers)
+    ]
     dropped = [name for name in asked if any(cells[name] == DROPPED for cells in table.values())]
     lines += [line([name.removeprefix("/v1 "), *(SHOWN[cells[name]] for cells in table.values())]) for name in dropped]
     versions = ", ".join(f"{NAMES[name]} {version}" for name, version in result["peers"].items())
-    return "\n".join([*lines, "", below(result).replace(f", {result['model']}", f", {versions}, {result['model']}", 1), ""])
+    return "\n".join(
+        [*lines, "", below(result).replace(f", {result['model']}", f", {versions}, {result['model']}", 1), ""]
+    )
 
 
 def main(files: Sequence[str]) -> int:
@@ -84,7 +105,9 @@ def main(files: Sequence[str]) -> int:
     for result in results:
         if "peers" in result:
             print(peers(result))
-    print("\n✓ honoured · refused: by an error that names it · error: one that is no refusal · –: cannot be told apart here · empty: not asked.")
+    print(
+        "\n✓ honoured · refused: by an error that names it · error: one that is no refusal · –: cannot be told apart here · empty: not asked."
+    )
     return 0
 
 

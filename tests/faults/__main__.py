@@ -31,16 +31,35 @@ def run_row(name: str, full: bool) -> dict[str, Any]:
         result = asyncio.run(all_rows()[name](full)).as_json()  # type: ignore[arg-type]
     except Exception as exc:
         traceback.print_exc()
-        result = {"n": 0, "bad": 1, "figures": {}, "first_bad": [f"{type(exc).__name__}: {exc}"[:500]], "kinds_of_bad": {}}
+        result = {
+            "n": 0,
+            "bad": 1,
+            "figures": {},
+            "first_bad": [f"{type(exc).__name__}: {exc}"[:500]],
+            "kinds_of_bad": {},
+        }
     if not result["n"]:
         result["bad"] = max(1, result["bad"])  # a row that tried nothing has shown nothing
     return {**result, "seconds": round(time.monotonic() - began, 1), "full": full}
 
 
 def machine() -> dict[str, Any]:
-    cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.machine())
+    cpu = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
     source = hashlib.sha256(PRODUCT.read_bytes()).hexdigest()[:12]
-    return {"llm_inference.py": source, "when": datetime.now().astimezone().isoformat(timespec="minutes"), "cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version()}
+    return {
+        "llm_inference.py": source,
+        "when": datetime.now().astimezone().isoformat(timespec="minutes"),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
 
 
 def main() -> int:
@@ -48,18 +67,25 @@ def main() -> int:
     options = argparse.ArgumentParser(prog="python -m tests.faults", description=(__doc__ or "").splitlines()[0])
     options.add_argument("--row", action="append", choices=list(rows), help="only this one (repeatable)")
     options.add_argument("--full", action="store_true", help="the long form")
-    options.add_argument("--json", type=Path, help="where the results go; rows that are not run now keep what they had there")
+    options.add_argument(
+        "--json", type=Path, help="where the results go; rows that are not run now keep what they had there"
+    )
     args = options.parse_args()
     results: dict[str, Any] = json.loads(args.json.read_text()) if args.json and args.json.exists() else {"rows": {}}
     red = []
     for name in args.row or list(rows):
         result = run_row(name, args.full)
-        if result["bad"] and not args.full:  # a busy machine misses deadlines of a second; a fault is there the second time too
+        if (
+            result["bad"] and not args.full
+        ):  # a busy machine misses deadlines of a second; a fault is there the second time too
             print(f"again {name:15} {result['bad']:5} of {result['n']:6}   {result['first_bad'][:3]}", flush=True)
             result = run_row(name, args.full)
         results["rows"][name] = result
         red += [name] if result["bad"] else []
-        print(f"{'RED  ' if result['bad'] else 'ok   '} {name:15} {result['bad']:5} of {result['n']:6}   {result['seconds']:6.1f} s   {json.dumps(result['figures'], ensure_ascii=False)[:400]}", flush=True)
+        print(
+            f"{'RED  ' if result['bad'] else 'ok   '} {name:15} {result['bad']:5} of {result['n']:6}   {result['seconds']:6.1f} s   {json.dumps(result['figures'], ensure_ascii=False)[:400]}",
+            flush=True,
+        )
         for what in result["first_bad"]:
             print(f"        {what}", flush=True)
         results["machine"] = machine()

@@ -32,7 +32,15 @@ from .rig import (
     words_for,
 )
 
-POINTS = ("half a body", "just sent", "in the queue", "the engine thinks", "the engine's head is here", "in mid-answer", "answer unread")
+POINTS = (
+    "half a body",
+    "just sent",
+    "in the queue",
+    "the engine thinks",
+    "the engine's head is here",
+    "in mid-answer",
+    "answer unread",
+)
 LEAVE_WITHIN = 1.0
 
 
@@ -81,7 +89,10 @@ async def leave_all(world: World, found: Result, point: str, dialect: Any, strea
         writer.write(raw[:-20] if point == "half a body" else raw)
         await writer.drain()
     if point in ("the engine thinks", "the engine's head is here", "in mid-answer", "answer unread"):
-        found.need(await until(lambda: engine.live >= n, 5), f"{point}, {dialect}: only {engine.live} of {n} requests reached the engine")
+        found.need(
+            await until(lambda: engine.live >= n, 5),
+            f"{point}, {dialect}: only {engine.live} of {n} requests reached the engine",
+        )
     if point == "in mid-answer" and stream:
         for link in links:
             with contextlib.suppress(TimeoutError):
@@ -103,7 +114,9 @@ async def leave_all(world: World, found: Result, point: str, dialect: Any, strea
     if point == "in the queue":
         found.need(await until_waiting(world, 0), f"{point}: the queue still holds somebody who left")
     found.n += n
-    found.bad += [f"{point}, {dialect}, {'stream' if stream else 'whole'}: upstream connection open after {LEAVE_WITHIN:g} s"] * (0 if gone else still)
+    found.bad += [
+        f"{point}, {dialect}, {'stream' if stream else 'whole'}: upstream connection open after {LEAVE_WITHIN:g} s"
+    ] * (0 if gone else still)
     if not gone:
         await until(lambda: engine.live <= holders, 5)
     return seconds
@@ -126,7 +139,9 @@ async def client_leaves(full: bool, off: str | None = None, focus: str = "") -> 
     points = [point for point in POINTS if focus in point]
     worst: dict[str, float] = {}
     async with World(off=off) as world:
-        for point, dialect, stream in itertools.product([p for p in points if p != "in the queue"], DIALECTS if not focus else ("vllm", "ollama"), (False, True)):
+        for point, dialect, stream in itertools.product(
+            [p for p in points if p != "in the queue"], DIALECTS if not focus else ("vllm", "ollama"), (False, True)
+        ):
             worst[point] = max(worst.get(point, 0.0), await leave_all(world, found, point, dialect, stream, each))
         for engine in world.engines.values():
             engine.how = None
@@ -141,7 +156,10 @@ async def client_leaves(full: bool, off: str | None = None, focus: str = "") -> 
                     _, writer = await holder.open()
                     writer.write(request_bytes(API, asking(dialect, nonce(), v1=False, stream=True)))
                     await until(lambda e=engine: e.live == 1, 5)  # type: ignore[misc]
-                    worst["in the queue"] = max(worst.get("in the queue", 0.0), await leave_all(world, found, "in the queue", dialect, stream, each))
+                    worst["in the queue"] = max(
+                        worst.get("in the queue", 0.0),
+                        await leave_all(world, found, "in the queue", dialect, stream, each),
+                    )
                 await until(lambda e=engine: e.live == 0, 5)  # type: ignore[misc]
                 engine.how = None
             await healthy(world, found, "afterwards")
@@ -221,7 +239,10 @@ async def slow_clients(full: bool, off: str | None = None, focus: str = "") -> R
         "slow header": (LIMITS["header_timeout"], lambda port: send_then_wait(port, b"", give_up, head)),
         "header, then silence": (LIMITS["body_timeout"], lambda port: send_then_wait(port, head, give_up)),
         "slow body": (LIMITS["body_timeout"], lambda port: send_then_wait(port, head, give_up, body)),
-        "half a head, half-closed": (LIMITS["header_timeout"], lambda port: send_then_wait(port, head[:30], give_up, half_close=True)),
+        "half a head, half-closed": (
+            LIMITS["header_timeout"],
+            lambda port: send_then_wait(port, head[:30], give_up, half_close=True),
+        ),
         "idle": (LIMITS["keep_alive"], lambda port: idle_after_answer(port, give_up)),
     }
     kinds = {name: kind for name, kind in kinds.items() if focus in name}
@@ -250,7 +271,9 @@ async def slow_clients(full: bool, off: str | None = None, focus: str = "") -> R
         await asyncio.gather(*beside)
         found.need(good and all(good), f"{good.count(False)} of {len(good)} good clients were not served")
         found.figures |= {"good clients": f"{good.count(True)} of {len(good)}", "limits_s": LIMITS}
-        found.figures["p99_past_limit_s"] = {name: round(quantile(values, 0.99), 2) for name, values in late.items() if values}
+        found.figures["p99_past_limit_s"] = {
+            name: round(quantile(values, 0.99), 2) for name, values in late.items() if values
+        }
         await world.census(found)
     return found
 
@@ -274,4 +297,3 @@ async def send_then_wait(port: int, raw: bytes, give_up: float, slowly: bytes = 
     await asyncio.gather(heard, return_exceptions=True)
     writer.transport.abort()
     return seconds
-

@@ -52,7 +52,9 @@ async def in_mid_answer(port: int, body: Any, path: str, strike: Any) -> tuple[s
         with contextlib.suppress(TimeoutError):
             rest = await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 10)
             text = (head + rest).decode(errors="replace")
-            kind = next((kind for kind in serving.KINDS if f'"{kind}"' in text or f'"msg":"{kind}:' in text), "!no typed error")
+            kind = next(
+                (kind for kind in serving.KINDS if f'"{kind}"' in text or f'"msg":"{kind}:' in text), "!no typed error"
+            )
             return ("!an error, and [DONE]" if "[DONE]" in text else kind), time.monotonic() - began
         return "!hung", time.monotonic() - began
 
@@ -65,7 +67,13 @@ async def engine_ends(full: bool, off: str | None, signal_number: int, rounds: i
     for dialect in DIALECTS:
         engine = EngineProcess(dialect, 0.05)
         engine.start()
-        server = Server("--engine", dialect, off=off, settings={"deadlines": DEADLINES}, env={URL_ENV[dialect]: f"http://127.0.0.1:{engine.port}"})
+        server = Server(
+            "--engine",
+            dialect,
+            off=off,
+            settings={"deadlines": DEADLINES},
+            env={URL_ENV[dialect]: f"http://127.0.0.1:{engine.port}"},
+        )
         try:
             await asyncio.to_thread(server.__enter__)
             for number in range(rounds):
@@ -73,17 +81,29 @@ async def engine_ends(full: bool, off: str | None, signal_number: int, rounds: i
                 path, body = (V1 if v1 else API), asking(dialect, "hi", v1=v1, stream=True)
                 kind, seconds = await in_mid_answer(server.port, body, path, lambda e=engine: e.send(signal_number))
                 slowest = max(slowest, seconds)
-                found.check(kind in kinds and seconds <= within, f"{dialect}, {'v1' if v1 else 'api'}: {kind} after {seconds:.2f} s")
-                answer = await ask(server.port, path, asking(dialect, "hi", v1=v1, stream=True))  # the engine is still away
+                found.check(
+                    kind in kinds and seconds <= within,
+                    f"{dialect}, {'v1' if v1 else 'api'}: {kind} after {seconds:.2f} s",
+                )
+                answer = await ask(
+                    server.port, path, asking(dialect, "hi", v1=v1, stream=True)
+                )  # the engine is still away
                 kind, _ = judge(answer, v1=v1, stream=True)
-                found.need(kind in kinds and answer.seconds <= within, f"{dialect}, while it is away: {kind} after {answer.seconds:.2f} s")
+                found.need(
+                    kind in kinds and answer.seconds <= within,
+                    f"{dialect}, while it is away: {kind} after {answer.seconds:.2f} s",
+                )
                 if frozen:
                     engine.send(signal.SIGCONT)
                 else:
                     engine.kill()
                     engine.start()
                 began = time.monotonic()
-                while (kind := judge(await ask(server.port, path, asking(dialect, "hi", v1=v1, stream=False)), v1=v1, stream=False)[0]) != "good" and time.monotonic() - began < 5:  # noqa: ASYNC110
+                while (
+                    kind := judge(
+                        await ask(server.port, path, asking(dialect, "hi", v1=v1, stream=False)), v1=v1, stream=False
+                    )[0]
+                ) != "good" and time.monotonic() - began < 5:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
                 recovered.append(time.monotonic() - began)
                 found.need(kind == "good", f"{dialect}: not recovered within 5 s: {kind}")
@@ -123,7 +143,9 @@ async def embedded_killed(rounds: int, found: Result) -> None:
         await asyncio.to_thread(server.__enter__)
         body = {"prompt": "Count from one to one hundred, in words.", "max_tokens": 300, "stream": True}
         for _ in range(rounds):
-            kind, seconds = await in_mid_answer(server.port, body, "/api/v1/llm/generate", lambda: os.kill(embedded_engine(server), signal.SIGKILL))
+            kind, seconds = await in_mid_answer(
+                server.port, body, "/api/v1/llm/generate", lambda: os.kill(embedded_engine(server), signal.SIGKILL)
+            )
             found.check(kind in BROKEN and seconds <= TYPED_WITHIN, f"embedded: {kind} after {seconds:.2f} s")
             began = time.monotonic()
             while time.monotonic() - began < 30:

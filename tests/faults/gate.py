@@ -78,7 +78,9 @@ def through(answer: Answer, target: str, method: str) -> str:
     return f"{answer.status} {answer.note} {answer.body[:60]!r}"
 
 
-def written(target: str, body: Json | None, headers: Mapping[str, str], method: str, *, twice: tuple[str, str] | None = None) -> bytes:
+def written(
+    target: str, body: Json | None, headers: Mapping[str, str], method: str, *, twice: tuple[str, str] | None = None
+) -> bytes:
     raw = request_bytes(target, body, headers, method)
     return raw.replace(b"\r\n", f"\r\n{twice[0]}: {twice[1]}\r\n".encode("latin-1"), 1) if twice else raw
 
@@ -94,8 +96,19 @@ async def gate(full: bool, off: str | None = None, focus: str = "") -> Result:
 
 
 async def keyed(full: bool, off: str | None, found: Result) -> None:
-    cells = [(route, path, keys, method) for route in ROUTES for path in paths_like(route) for keys in wrong_keys() for method in (ROUTES[route][0],)]
-    cells += [(route, route, keys, method) for route in ROUTES for keys in wrong_keys() for method in ("HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE", "GET", "POST", "post", "CONNECT", "X")]
+    cells = [
+        (route, path, keys, method)
+        for route in ROUTES
+        for path in paths_like(route)
+        for keys in wrong_keys()
+        for method in (ROUTES[route][0],)
+    ]
+    cells += [
+        (route, route, keys, method)
+        for route in ROUTES
+        for keys in wrong_keys()
+        for method in ("HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE", "GET", "POST", "post", "CONNECT", "X")
+    ]
     random.Random(3).shuffle(cells)
     world = World("--api-key", KEY, off=off)
     world.key = {"authorization": f"Bearer {KEY}"}
@@ -112,7 +125,9 @@ async def keyed(full: bool, off: str | None, found: Result) -> None:
         await at_once(cells if full else cells[:1500], one, 16)
         found.need(world.generations() == before, f"{world.generations() - before} requests reached an engine")
         async with Link(world.port) as link:
-            answer = await link.ask(request_bytes("/api/v1/llm/chat", ROUTES["/api/v1/llm/chat"][1], {"authorization": f"Bearer {KEY}"}))
+            answer = await link.ask(
+                request_bytes("/api/v1/llm/chat", ROUTES["/api/v1/llm/chat"][1], {"authorization": f"Bearer {KEY}"})
+            )
         found.need(answer.status == 200, f"with the key: {answer.status}")
         await world.census(found)
 
@@ -136,9 +151,16 @@ async def keyless(full: bool, off: str | None, found: Result, focus: str = "") -
             cells += [(route, {"host": "evil.example", **more}, None) for route in ROUTES for more in FORWARDED]
             cells += [(route, {"host": good}, ("host", "evil.example")) for route in ROUTES for good in LOOPBACK_HOSTS]
         if focus in ("", "forwarded"):
-            cells += [(route, {"host": host, **more}, None) for route in ROUTES for host in LOOPBACK_HOSTS for more in FORWARDED]
+            cells += [
+                (route, {"host": host, **more}, None)
+                for route in ROUTES
+                for host in LOOPBACK_HOSTS
+                for more in FORWARDED
+            ]
         if focus in ("", "page"):
-            cells += [(route, {"host": host, **more}, None) for route in ROUTES for host in LOOPBACK_HOSTS for more in PAGES]
+            cells += [
+                (route, {"host": host, **more}, None) for route in ROUTES for host in LOOPBACK_HOSTS for more in PAGES
+            ]
 
         async def one(cell: tuple[str, dict[str, str], tuple[str, str] | None]) -> None:
             route, headers, twice = cell
@@ -151,10 +173,13 @@ async def keyless(full: bool, off: str | None, found: Result, focus: str = "") -
         random.Random(4).shuffle(cells)
         await at_once(cells if full or focus else cells[:700], one, 16)
         if outside and focus in ("", "host"):
+
             async def from_outside(cell: tuple[str, dict[str, str]]) -> None:
                 route, keys = cell
                 async with Link(world.port, outside) as link:
-                    answer = await link.ask(written(route, ROUTES[route][1], {**keys, "host": "localhost"}, ROUTES[route][0]), 5)
+                    answer = await link.ask(
+                        written(route, ROUTES[route][1], {**keys, "host": "localhost"}, ROUTES[route][0]), 5
+                    )
                 wrong = through(answer, route, ROUTES[route][0])
                 found.check(not wrong, f"from {outside}: {route} {keys}: {wrong}")
 
@@ -163,6 +188,10 @@ async def keyless(full: bool, off: str | None, found: Result, focus: str = "") -
         found.need(world.generations() == before, f"{world.generations() - before} requests reached an engine")
         for host in LOOPBACK_HOSTS:
             async with Link(world.port) as link:
-                answer = await link.ask(request_bytes("/api/v1/llm/chat", asking(DIALECTS[1], "x", v1=False, stream=False), {"host": host}))
-            found.need(answer.status == 200, f"a plain loopback call by {host}: {answer.status} {json.dumps(answer.headers)}")
+                answer = await link.ask(
+                    request_bytes("/api/v1/llm/chat", asking(DIALECTS[1], "x", v1=False, stream=False), {"host": host})
+                )
+            found.need(
+                answer.status == 200, f"a plain loopback call by {host}: {answer.status} {json.dumps(answer.headers)}"
+            )
         await world.census(found)

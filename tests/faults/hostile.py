@@ -10,14 +10,47 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from .rig import API, V1, Engine, Json, Link, Reply, Result, Seen, World, ask, at_once, quantile, request_bytes, serving, until, wrong_error
+from .rig import (
+    API,
+    V1,
+    Engine,
+    Json,
+    Link,
+    Reply,
+    Result,
+    Seen,
+    World,
+    ask,
+    at_once,
+    quantile,
+    request_bytes,
+    serving,
+    until,
+    wrong_error,
+)
 
 PATHS = ("/api/v1/llm/generate", API, "/api/v1/llm/structured-generate", V1, "/v1/completions", "/v1/embeddings")
 VALID: dict[str, Json] = {
     "/api/v1/llm/generate": {"prompt": "hi", "max_tokens": 8, "temperature": 0.5, "stop": ["x"], "seed": 1},
-    API: {"engine_type": "vllm", "model_name": "m", "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}], "top_p": 0.5, "stream": True},
-    "/api/v1/llm/structured-generate": {"prompt": "hi", "schema": {"city": "string", "tags": ["string"]}, "max_tokens": 8},
-    V1: {"model": "vllm/m", "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "max_tokens": 8, "n": 1, "response_format": {"type": "json_object"}},
+    API: {
+        "engine_type": "vllm",
+        "model_name": "m",
+        "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}],
+        "top_p": 0.5,
+        "stream": True,
+    },
+    "/api/v1/llm/structured-generate": {
+        "prompt": "hi",
+        "schema": {"city": "string", "tags": ["string"]},
+        "max_tokens": 8,
+    },
+    V1: {
+        "model": "vllm/m",
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+        "max_tokens": 8,
+        "n": 1,
+        "response_format": {"type": "json_object"},
+    },
     "/v1/completions": {"model": "ollama/m", "prompt": "hi", "max_tokens": 8, "stop": "x", "stream": False},
     "/v1/embeddings": {"model": "vllm/m", "input": ["a", "b"]},
 }
@@ -35,8 +68,16 @@ def constant(engine: Engine, seen: Seen) -> Reply | None:
     stream = b'"stream":true' in seen.body
     key = (seen.path, stream)
     if key not in kept:
-        ask_for: Json = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "prompt": "hi", "input": "hi", "stream": stream}
-        kept[key] = engine.usual(Seen(method="POST", path=seen.path, headers=seen.headers, body=json.dumps(ask_for).encode()))
+        ask_for: Json = {
+            "model": "m",
+            "messages": [{"role": "user", "content": "hi"}],
+            "prompt": "hi",
+            "input": "hi",
+            "stream": stream,
+        }
+        kept[key] = engine.usual(
+            Seen(method="POST", path=seen.path, headers=seen.headers, body=json.dumps(ask_for).encode())
+        )
     return kept[key]
 
 
@@ -83,15 +124,53 @@ def refused_bodies() -> Iterator[tuple[str, str, bytes, set[str]]]:
                             ("stop", f'"{"x" * 300}"'), ("stop", '[""]')):  # fmt: skip
             body = json.dumps({key: v for key, v in valid.items() if key != name})
             yield f"{name} {value[:10]}", path, f'{body[:-1]}, "{name}": {value}}}'.encode(), invalid
-    for model in ("http://127.0.0.1:1/x", "../../etc/passwd", "/etc/passwd", "a//b", "m\r\nx: y", "m x", "m?x=1", "m#", "\\\\host\\share", "%2e%2e", "a" * 300, ""):
+    for model in (
+        "http://127.0.0.1:1/x",
+        "../../etc/passwd",
+        "/etc/passwd",
+        "a//b",
+        "m\r\nx: y",
+        "m x",
+        "m?x=1",
+        "m#",
+        "\\\\host\\share",
+        "%2e%2e",
+        "a" * 300,
+        "",
+    ):
         yield "model name", API, json.dumps({**VALID[API], "model_name": model}).encode(), invalid
         yield "model name", V1, json.dumps({**VALID[V1], "model": model}).encode(), invalid | {"model_not_found"}
     for schema in (ladder(16), ladder(30)):
-        yield "laddered $refs", "/api/v1/llm/structured-generate", json.dumps({"prompt": "x", "schema": schema}).encode(), invalid
-        yield "laddered $refs", V1, json.dumps({**VALID[V1], "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}}).encode(), invalid
+        yield (
+            "laddered $refs",
+            "/api/v1/llm/structured-generate",
+            json.dumps({"prompt": "x", "schema": schema}).encode(),
+            invalid,
+        )
+        yield (
+            "laddered $refs",
+            V1,
+            json.dumps(
+                {
+                    **VALID[V1],
+                    "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+                }
+            ).encode(),
+            invalid,
+        )
     for pattern in ("(a{1000}){1000}", "(?=a)b", r"(a)\1", "((a{100}){100}){100}", "("):
-        yield f"pattern {pattern}", "/api/v1/llm/structured-generate", json.dumps({"prompt": "x", "schema": {"type": "string", "pattern": pattern}}).encode(), invalid
-    yield "schema too large", "/api/v1/llm/structured-generate", json.dumps({"prompt": "x", "schema": {f"f{n}": "string" for n in range(20_000)}}).encode(), invalid
+        yield (
+            f"pattern {pattern}",
+            "/api/v1/llm/structured-generate",
+            json.dumps({"prompt": "x", "schema": {"type": "string", "pattern": pattern}}).encode(),
+            invalid,
+        )
+    yield (
+        "schema too large",
+        "/api/v1/llm/structured-generate",
+        json.dumps({"prompt": "x", "schema": {f"f{n}": "string" for n in range(20_000)}}).encode(),
+        invalid,
+    )
     yield "n", V1, json.dumps({**VALID[V1], "n": 129}).encode(), invalid
 
 
@@ -126,11 +205,23 @@ def mutated(rng: random.Random) -> tuple[str, bytes]:
         if how < 0.4:
             body = put_somewhere(body, rng)
         elif isinstance(body, dict):
-            body = {**body, rng.choice(NAMES): rng.choice(POISON)} if how < 0.8 else {key: body[key] for key in body if rng.random() < 0.7}
+            body = (
+                {**body, rng.choice(NAMES): rng.choice(POISON)}
+                if how < 0.8
+                else {key: body[key] for key in body if rng.random() < 0.7}
+            )
     data = json.dumps(body).encode()
     if rng.random() < 0.35:
         at = rng.randrange(len(data) or 1)
-        data = rng.choice((data[:at], data[:at] + rng.randbytes(rng.randrange(1, 5)) + data[at + 1 :], data[:at] + data[at : at + 9] * 3 + data[at:], data[::-1], data * 2))
+        data = rng.choice(
+            (
+                data[:at],
+                data[:at] + rng.randbytes(rng.randrange(1, 5)) + data[at + 1 :],
+                data[:at] + data[at : at + 9] * 3 + data[at:],
+                data[::-1],
+                data * 2,
+            )
+        )
     return path, data
 
 
@@ -205,7 +296,12 @@ async def mutations(world: World, found: Result, many: int, seed: int) -> None:
                 found.check(not wrong, f"{path} {body[:300]!r}: {wrong}")
 
     await asyncio.gather(*(worker() for _ in range(12)))
-    found.figures |= {"mutations": many, "statuses": {str(key): statuses[key] for key in sorted(statuses)}, "mutation_p99_ms": round(1e3 * quantile(times, 0.99), 1), "mutation_max_s": round(max(times), 2)}
+    found.figures |= {
+        "mutations": many,
+        "statuses": {str(key): statuses[key] for key in sorted(statuses)},
+        "mutation_p99_ms": round(1e3 * quantile(times, 0.99), 1),
+        "mutation_max_s": round(max(times), 2),
+    }
 
 
 async def invented(world: World, found: Result, many: int) -> None:
@@ -218,8 +314,21 @@ async def invented(world: World, found: Result, many: int) -> None:
         return
     made: list[tuple[str, bytes]] = []
     leaf = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
-    value = st.recursive(leaf, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=5), inner, max_size=4), max_leaves=12)
-    quiet = settings(max_examples=many // 2, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    value = st.recursive(
+        leaf,
+        lambda inner: (
+            st.lists(inner, max_size=4)
+            | st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=5), inner, max_size=4)
+        ),
+        max_leaves=12,
+    )
+    quiet = settings(
+        max_examples=many // 2,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
 
     @seed(3)
     @quiet
@@ -254,7 +363,13 @@ def from_openapi(port: int, many: int) -> list[tuple[str, bytes]] | None:
     made: list[tuple[str, bytes]] = []
     for operation, mode in itertools.product(operations, (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)):
         examples = max(2, many // len(operations) // 2)
-        quiet = settings(max_examples=examples, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+        quiet = settings(
+            max_examples=examples,
+            database=None,
+            deadline=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
 
         def keep(case: Any) -> None:
             if isinstance(case.body, (dict, list, str, int, float, bool, type(None))):
@@ -286,6 +401,7 @@ async def heavy(world: World, found: Result, rounds: int) -> None:
 
     probe = asyncio.ensure_future(beside())
     for name, body in [shape for shape in shapes.items() for _ in range(rounds)]:
+
         async def one(path: str, name: str = name, body: bytes = body) -> None:
             wrong = verdict(path, answer := await ask(world.port, path, body, timeout=60))
             found.check(not wrong, f"4 MiB of {name} on {path}: {wrong}")
@@ -296,8 +412,14 @@ async def heavy(world: World, found: Result, rounds: int) -> None:
     await probe
     peak = (await asyncio.to_thread(world.server.census))["peak"]
     bound = MEMORY * 8 * (4 << 20)
-    found.figures |= {"heavy_peak_growth_MB": round((peak - start) / 1e6, 1), "heavy_bound_MB": round(bound / 1e6, 1), "others_wait_max_s": round(max(waits), 2)}
-    found.need(peak - start <= bound, f"memory grew by {(peak - start) / 1e6:.0f} MB, the bound is {bound / 1e6:.0f} MB")
+    found.figures |= {
+        "heavy_peak_growth_MB": round((peak - start) / 1e6, 1),
+        "heavy_bound_MB": round(bound / 1e6, 1),
+        "others_wait_max_s": round(max(waits), 2),
+    }
+    found.need(
+        peak - start <= bound, f"memory grew by {(peak - start) / 1e6:.0f} MB, the bound is {bound / 1e6:.0f} MB"
+    )
     found.need(max(waits) < 1.0, f"/health waited {max(waits):.1f} s beside large bodies")
 
 
@@ -312,7 +434,8 @@ async def headers(world: World, found: Result) -> None:
         "length and chunks": b"POST /api/v1/llm/chat HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
         "a negative length": b"POST /api/v1/llm/chat HTTP/1.1\r\nhost: a\r\ncontent-length: -1\r\n\r\n",
         "a huge length": b"POST /api/v1/llm/chat HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 99999999999\r\n\r\n{",
-        "chunks without end": b"POST /api/v1/llm/chat HTTP/1.1\r\nhost: 127.0.0.1\r\ntransfer-encoding: chunked\r\n\r\n" + (b"100000\r\n" + b"x" * 0x100000 + b"\r\n") * 6,
+        "chunks without end": b"POST /api/v1/llm/chat HTTP/1.1\r\nhost: 127.0.0.1\r\ntransfer-encoding: chunked\r\n\r\n"
+        + (b"100000\r\n" + b"x" * 0x100000 + b"\r\n") * 6,
         "no HTTP": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 9,
         "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     }
@@ -321,8 +444,12 @@ async def headers(world: World, found: Result) -> None:
         async with Link(world.port) as link:
             answer = await link.ask(raw, 5)
         fine = answer.status in (400, 408, 413, 431, 411, 501, 505) or (not answer.status and answer.note != "hung")
-        found.check(fine, f"{name}: {answer.status} {answer.note} {answer.body[:80]!r} after {time.monotonic() - began:.1f} s")
+        found.check(
+            fine, f"{name}: {answer.status} {answer.note} {answer.body[:80]!r} after {time.monotonic() - began:.1f} s"
+        )
     alive = await ask(world.port, "/health", method="GET")
     found.check(alive.status == 200, "the server does not live")
-    ours = await ask(world.port, API, VALID[API], headers={"x-llm-inference-hop": alive.headers.get("x-llm-inference", "")})
+    ours = await ask(
+        world.port, API, VALID[API], headers={"x-llm-inference-hop": alive.headers.get("x-llm-inference", "")}
+    )
     found.check(ours.status == 400, f"a request that this server sent itself: {ours.status}")

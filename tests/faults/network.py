@@ -10,7 +10,24 @@ import random
 import re
 
 from .clients import healthy
-from .rig import API, DIALECTS, V1, Engine, Reply, Result, Seen, World, ask, asking, at_once, first_half, judge, nonce, quantile, words_for
+from .rig import (
+    API,
+    DIALECTS,
+    V1,
+    Engine,
+    Reply,
+    Result,
+    Seen,
+    World,
+    ask,
+    asking,
+    at_once,
+    first_half,
+    judge,
+    nonce,
+    quantile,
+    words_for,
+)
 
 DEADLINES = {"connect": 1.0, "first_token": 1.0, "idle": 1.0, "total": 2.0}
 GRACE = 0.5
@@ -32,12 +49,17 @@ def blown(usual: Reply, size: int) -> Reply:
 
 def without_finish(usual: Reply) -> Reply:
     """All the text, and no word that it is over."""
-    kept = [re.sub(rb'"(finish_reason|done_reason)": ?"\w+"', rb'"\1":null', piece).replace(b'"done":true', b'"done":false') for piece in usual.pieces]
+    kept = [
+        re.sub(rb'"(finish_reason|done_reason)": ?"\w+"', rb'"\1":null', piece).replace(b'"done":true', b'"done":false')
+        for piece in usual.pieces
+    ]
     return dataclasses.replace(usual, pieces=kept)
 
 
 def error_event(usual: Reply, dialect: str) -> Reply:
-    body = b'{"error":"boom"}' if dialect == "ollama" else b'{"error":{"message":"boom","type":"server_error","code":500}}'
+    body = (
+        b'{"error":"boom"}' if dialect == "ollama" else b'{"error":{"message":"boom","type":"server_error","code":500}}'
+    )
     if len(usual.pieces) == 1:
         return dataclasses.replace(usual, pieces=[body])
     event = body + b"\n" if dialect == "ollama" else b"data: " + body + b"\n\n"
@@ -47,11 +69,16 @@ def error_event(usual: Reply, dialect: str) -> Reply:
 
 def garbage(usual: Reply) -> Reply:
     half = first_half(usual)
-    return dataclasses.replace(half, pieces=[*half.pieces, b"\x00\xff\xfe <html>\n\n", *usual.pieces[len(half.pieces) :]])
+    return dataclasses.replace(
+        half, pieces=[*half.pieces, b"\x00\xff\xfe <html>\n\n", *usual.pieces[len(half.pieces) :]]
+    )
 
 
 def aborted(usual: Reply) -> Reply:
-    return dataclasses.replace(usual, pieces=[re.sub(rb'"(finish_reason|done_reason)": ?"\w+"', rb'"\1":"abort"', piece) for piece in usual.pieces])
+    return dataclasses.replace(
+        usual,
+        pieces=[re.sub(rb'"(finish_reason|done_reason)": ?"\w+"', rb'"\1":"abort"', piece) for piece in usual.pieces],
+    )
 
 
 def mistake(name: str, engine: Engine, usual: Reply) -> Reply:
@@ -65,7 +92,10 @@ def mistake(name: str, engine: Engine, usual: Reply) -> Reply:
         case "redirect":
             return Reply(status=302, headers={"location": f"{engine.base_url}/elsewhere"}, pieces=[b""])
         case "gzip bomb":
-            return Reply(headers={"content-type": "application/json", "content-encoding": "gzip"}, pieces=[gzip.compress(bytes(50 << 20))])
+            return Reply(
+                headers={"content-type": "application/json", "content-encoding": "gzip"},
+                pieces=[gzip.compress(bytes(50 << 20))],
+            )
         case "endless":
             return blown(usual, (33 << 20) if whole else (9 << 20))
         case "error under 200":
@@ -104,10 +134,18 @@ def misbehave(engine: Engine, seen: Seen) -> Reply | None:
 
 
 def network_cases(full: bool, focus: str) -> list[tuple[str, str, bool, bool]]:
-    faults = list(PASSING) + [f"{kind}@{place}" for kind in STRIKING for place in PLACES] + [f"engine:{name}" for name in MISTAKES]
+    faults = (
+        list(PASSING)
+        + [f"{kind}@{place}" for kind in STRIKING for place in PLACES]
+        + [f"engine:{name}" for name in MISTAKES]
+    )
     if not full:  # every fault, at every second place
         faults = [fault for number, fault in enumerate(faults) if "@" not in fault or number % 2]
-    cells = [(f, d, v1, s) for f, d, v1, s in itertools.product(faults, DIALECTS, (False, True), (False, True)) if focus in f"{f} {d} {'v1' if v1 else 'api'}"]
+    cells = [
+        (f, d, v1, s)
+        for f, d, v1, s in itertools.product(faults, DIALECTS, (False, True), (False, True))
+        if focus in f"{f} {d} {'v1' if v1 else 'api'}"
+    ]
     cells = cells * (4 if full and not focus else 1)
     random.Random(7).shuffle(cells)
     return cells
@@ -126,16 +164,25 @@ async def network(full: bool, off: str | None = None, focus: str = "") -> Result
             nonlocal struck
             fault, dialect, v1, stream = cell
             name = nonce()
-            answer = await ask(world.port, V1 if v1 else API, asking(dialect, f"[[{fault}]] {name}", v1=v1, stream=stream), timeout=8)
+            answer = await ask(
+                world.port, V1 if v1 else API, asking(dialect, f"[[{fault}]] {name}", v1=v1, stream=stream), timeout=8
+            )
             kind, text = judge(answer, v1=v1, stream=stream)
             hit = fault.startswith("engine:") or name in world.proxies.applied
             struck += hit
             wanted = wanted_kinds(fault, stream, hit)
             if hit:
                 times.append(answer.seconds)
-            limit = (DEADLINES["idle"] if stream else DEADLINES["total"]) + GRACE + (0.8 if fault in PASSING or "endless" in fault else 0.0)
+            limit = (
+                (DEADLINES["idle"] if stream else DEADLINES["total"])
+                + GRACE
+                + (0.8 if fault in PASSING or "endless" in fault else 0.0)
+            )
             what = f"{fault}, {dialect}, {'v1' if v1 else 'api'}, {'stream' if stream else 'whole'}"
-            found.check(kind in wanted and (kind != "good" or text == words_for(name)), f"{what}: {kind} {text[:30]!r}, wanted {'/'.join(sorted(wanted))}")
+            found.check(
+                kind in wanted and (kind != "good" or text == words_for(name)),
+                f"{what}: {kind} {text[:30]!r}, wanted {'/'.join(sorted(wanted))}",
+            )
             found.need(words_for(name).startswith(text), f"{what}: other words: {text[:60]!r}")
             found.need(answer.seconds <= limit, f"{what}: {kind} after {answer.seconds:.2f} s")
 
@@ -146,7 +193,13 @@ async def network(full: bool, off: str | None = None, focus: str = "") -> Result
         for engine in world.engines.values():
             engine.how = None
         await healthy(world, found, "after the faults")
-        found.figures |= {"struck": struck, "slowest_s": round(max(times, default=0), 2), "p50_s": round(quantile(times, 0.5), 2), "deadlines_s": DEADLINES, "grace_s": GRACE}
+        found.figures |= {
+            "struck": struck,
+            "slowest_s": round(max(times, default=0), 2),
+            "p50_s": round(quantile(times, 0.5), 2),
+            "deadlines_s": DEADLINES,
+            "grace_s": GRACE,
+        }
         await world.census(found)
     return found
 
@@ -158,7 +211,9 @@ def wanted_kinds(fault: str, stream: bool, hit: bool) -> set[str]:
     kind, _, place = fault.partition("@")
     if kind in PASSING or not hit:  # a reply that was shorter than the place
         return {"good"}
-    if place.startswith("t"):  # a broken end of a chunked reply is waited for; and after [DONE] nothing of the answer is missing
+    if place.startswith(
+        "t"
+    ):  # a broken end of a chunked reply is waited for; and after [DONE] nothing of the answer is missing
         return EXPECTED[kind] | {"engine_timeout"} | ({"good"} if stream else set())
     return EXPECTED[kind]
 
@@ -187,7 +242,11 @@ async def whole_port(world: World, found: Result, mode: str, times: int) -> None
 async def storm(full: bool, off: str | None = None, focus: str = "") -> Result:
     """Faults at random, clients that leave, and good requests, all at once: nobody gets another's answer, the good ones are answered."""
     found, seconds, rng = Result(), 600.0 if full else 6.0, random.Random(11)
-    faults = [f"{kind}@{place}" for kind in STRIKING for place in PLACES] + [*PASSING] + [f"engine:{name}" for name in MISTAKES if name not in ("endless", "gzip bomb")]
+    faults = (
+        [f"{kind}@{place}" for kind in STRIKING for place in PLACES]
+        + [*PASSING]
+        + [f"engine:{name}" for name in MISTAKES if name not in ("endless", "gzip bomb")]
+    )
     good = good_done = left = 0
     async with World(off=off, proxied=True, settings={"deadlines": DEADLINES}) as world:
         for engine in world.engines.values():
@@ -202,13 +261,21 @@ async def storm(full: bool, off: str | None = None, focus: str = "") -> Result:
                 dialect, v1, stream, name = rng.choice(DIALECTS), rng.random() < 0.5, rng.random() < 0.5, nonce()
                 leaves = rng.random() < 0.1
                 prompt = f"[[{fault}]] {name}" if fault else name
-                answer = await ask(world.port, V1 if v1 else API, asking(dialect, prompt, v1=v1, stream=stream), timeout=rng.random() * 0.05 if leaves else 8)
+                answer = await ask(
+                    world.port,
+                    V1 if v1 else API,
+                    asking(dialect, prompt, v1=v1, stream=stream),
+                    timeout=rng.random() * 0.05 if leaves else 8,
+                )
                 if leaves:
                     left += 1
                     continue
                 kind, text = judge(answer, v1=v1, stream=stream)
                 found.check(words_for(name).startswith(text), f"another caller's words: {text[:60]!r}")
-                found.need(not kind.startswith("!"), f"{fault or 'no fault'}, {dialect}, {'v1' if v1 else 'api'}, {'stream' if stream else 'whole'}: {kind}")
+                found.need(
+                    not kind.startswith("!"),
+                    f"{fault or 'no fault'}, {dialect}, {'v1' if v1 else 'api'}, {'stream' if stream else 'whole'}: {kind}",
+                )
                 if not fault:
                     good += 1
                     good_done += (kind, text) == ("good", words_for(name))
@@ -216,9 +283,14 @@ async def storm(full: bool, off: str | None = None, focus: str = "") -> Result:
         await asyncio.gather(*(caller(number) for number in range(16)))
         share = good_done / good if good else 0.0
         found.need(share >= 0.999, f"only {good_done} of {good} valid requests were answered")
-        found.figures |= {"seconds": seconds, "valid": f"{good_done} of {good}", "valid_share": round(share, 5), "left": left, "answers to the wrong caller": sum("another caller" in b for b in found.bad)}
+        found.figures |= {
+            "seconds": seconds,
+            "valid": f"{good_done} of {good}",
+            "valid_share": round(share, 5),
+            "left": left,
+            "answers to the wrong caller": sum("another caller" in b for b in found.bad),
+        }
         for engine in world.engines.values():
             engine.how = None
         await world.census(found)
     return found
-

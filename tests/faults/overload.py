@@ -9,7 +9,23 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 
-from .rig import API, DIALECTS, V1, Json, Link, Reply, Result, World, ask, asking, judge, nonce, quantile, request_bytes, words_for
+from .rig import (
+    API,
+    DIALECTS,
+    V1,
+    Json,
+    Link,
+    Reply,
+    Result,
+    World,
+    ask,
+    asking,
+    judge,
+    nonce,
+    quantile,
+    request_bytes,
+    words_for,
+)
 
 SERVICE = 0.1  # seconds an answer takes the engine
 SEATS = 8
@@ -88,7 +104,9 @@ async def overload(full: bool, off: str | None = None, focus: str = "") -> Resul
 
         def steady(engine, seen):  # type: ignore[no-untyped-def]
             usual = engine.usual(seen)
-            return Reply(status=usual.status, headers=usual.headers, pieces=[b"".join(usual.pieces)], delay=SERVICE, chunked=True)
+            return Reply(
+                status=usual.status, headers=usual.headers, pieces=[b"".join(usual.pieces)], delay=SERVICE, chunked=True
+            )
 
         engine.how = steady
         peak_time, time_each = (8.0, 60.0) if full else (2.0, 5.0)
@@ -102,10 +120,17 @@ async def overload(full: bool, off: str | None = None, focus: str = "") -> Resul
             goodput = kinds["good"] / seconds
             p99, beside = quantile(refused, 0.99), found.figures["yardstick_p99_ms"] / 1e3
             found.n += len(told)
-            found.bad += [f"{kind} at {times} x" for kind in kinds.elements() if kind.startswith("!") or kind not in ("good", "busy")]
+            found.bad += [
+                f"{kind} at {times} x"
+                for kind in kinds.elements()
+                if kind.startswith("!") or kind not in ("good", "busy")
+            ]
             found.need(goodput >= 0.9 * peak, f"goodput {goodput:.1f}/s at {times} x, the peak was {peak:.1f}/s")
             found.need(refused, f"nobody was refused at {times} x capacity")
-            found.need(not full or p99 <= REFUSAL_P99 + beside, f"refusals at {times} x: p99 {1e3 * p99:.1f} ms beside a yardstick of {1e3 * beside:.1f} ms")
+            found.need(
+                not full or p99 <= REFUSAL_P99 + beside,
+                f"refusals at {times} x: p99 {1e3 * p99:.1f} ms beside a yardstick of {1e3 * beside:.1f} ms",
+            )
             waits = [took for kind, took in told if kind == "good"]
             found.need(max(waits, default=0) < 1.0, f"a good answer at {times} x took {max(waits, default=0):.1f} s")
             found.figures[f"{times}x"] = {
@@ -140,7 +165,10 @@ async def soak(full: bool, off: str | None = None, focus: str = "") -> Result:
                     answer = await link.ask(request_bytes(V1 if v1 else API, body))
                     kind, text = judge(answer, v1=v1, stream=stream)
                     fine = kind == "invalid_request" if turn % 17 == 0 else (kind, text) == ("good", words_for(name))
-                    found.check(fine, f"{dialect} {'v1' if v1 else 'api'} {'stream' if stream else 'whole'}: {kind} {text[:30]!r}")
+                    found.check(
+                        fine,
+                        f"{dialect} {'v1' if v1 else 'api'} {'stream' if stream else 'whole'}: {kind} {text[:30]!r}",
+                    )
                     done += 1
 
         async def load(period: float) -> None:
@@ -161,6 +189,9 @@ async def soak(full: bool, off: str | None = None, focus: str = "") -> Result:
             "requests": done, "seconds": seconds, "fds": fds, "rss_MB": [round(each / 1e6, 1) for each in rss], "fds_per_100k": round(fd_slope, 2), "MB_per_100k": round(per_100k, 2)}  # fmt: skip
         growth = (rss[-1] - rss[0]) / 1e6
         # a short run is too short for a slope: one page of noise is then megabytes per 100,000
-        found.need(per_100k <= 0.5 if full else growth <= 2.0, f"memory: {per_100k:.2f} MB per 100,000 requests ({growth:+.1f} MB)")
+        found.need(
+            per_100k <= 0.5 if full else growth <= 2.0,
+            f"memory: {per_100k:.2f} MB per 100,000 requests ({growth:+.1f} MB)",
+        )
         await world.census(found)
     return found

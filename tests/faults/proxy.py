@@ -94,7 +94,7 @@ class Proxies:
         self.ports[name], self._servers[name] = server.sockets[0].getsockname()[1], server
 
     def set_mode(self, name: str, mode: str) -> None:
-        """"" (pass), "limit", "hole", "refuse": of connections that come from now on."""
+        """ "" (pass), "limit", "hole", "refuse": of connections that come from now on."""
         asyncio.run_coroutine_threadsafe(self._set_mode(name, mode), self._loop).result(10)
 
     async def _set_mode(self, name: str, mode: str) -> None:
@@ -131,7 +131,14 @@ class Proxies:
 class Exchange:
     """One connection and its engine's: requests pass as they are, replies as the request's fault has it."""
 
-    def __init__(self, owner: Proxies, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, up_reader: asyncio.StreamReader, upstream: asyncio.StreamWriter) -> None:
+    def __init__(
+        self,
+        owner: Proxies,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        up_reader: asyncio.StreamReader,
+        upstream: asyncio.StreamWriter,
+    ) -> None:
         self.owner, self.reader, self.writer, self.up_reader, self.upstream = owner, reader, writer, up_reader, upstream
         self.asked, self.reply, self.sent = b"", b"", 0
         self.fault: Fault | None = None
@@ -150,7 +157,12 @@ class Exchange:
             self.asked += data
             if self.fault is None and (found := MARK.search(self.asked)):
                 nonce = NONCE.search(self.asked)
-                self.fault = Fault(found[1].decode(), (found[2] or b"").decode(), int(found[3] or 0), nonce[0].decode() if nonce else "")
+                self.fault = Fault(
+                    found[1].decode(),
+                    (found[2] or b"").decode(),
+                    int(found[3] or 0),
+                    nonce[0].decode() if nonce else "",
+                )
             self.upstream.write(data)
             await self.upstream.drain()
 

@@ -37,7 +37,12 @@ from fake_engine import TEXT, Dialect, Json, Reply, Seen  # noqa: E402
 from .proxy import Proxies  # noqa: E402
 
 DIALECTS: tuple[Dialect, ...] = ("ollama", "vllm", "sglang", "llamacpp")
-URL_ENV = {"ollama": "OLLAMA_HOST", "vllm": "VLLM_BASE_URL", "sglang": "SGLANG_BASE_URL", "llamacpp": "LLAMACPP_BASE_URL"}
+URL_ENV = {
+    "ollama": "OLLAMA_HOST",
+    "vllm": "VLLM_BASE_URL",
+    "sglang": "SGLANG_BASE_URL",
+    "llamacpp": "LLAMACPP_BASE_URL",
+}
 API, V1 = "/api/v1/llm/chat", "/v1/chat/completions"
 HUNG = 10.0  # seconds after which the client gives an answer up, where a row says nothing else
 NONCE = re.compile(r"nonce-[0-9a-f]{12}")
@@ -63,7 +68,13 @@ class Result:
 
     def as_json(self) -> Json:
         kinds = collections.Counter(re.sub(r"\d+(\.\d+)?", "#", what)[:120] for what in self.bad)
-        return {"n": self.n, "bad": len(self.bad), "figures": self.figures, "first_bad": self.bad[:8], "kinds_of_bad": dict(kinds.most_common(20))}
+        return {
+            "n": self.n,
+            "bad": len(self.bad),
+            "figures": self.figures,
+            "first_bad": self.bad[:8],
+            "kinds_of_bad": dict(kinds.most_common(20)),
+        }
 
 
 # -------------------------------------------------------------------------------------------------------------- engines
@@ -103,10 +114,20 @@ class Engine(serving.Fake):
 class Server(serving.Command):
     """The real command, by way of server.py: with a guard switched off, with other settings, and with a control socket."""
 
-    def __init__(self, *args: str, env: dict[str, str] | None = None, off: str | None = None, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        *args: str,
+        env: dict[str, str] | None = None,
+        off: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self._dir = tempfile.TemporaryDirectory(prefix="faults-")
         self.control = f"{self._dir.name}/control"
-        more = {"FAULTS_CONTROL": self.control, "FAULTS_OFF": off or "", "FAULTS_SETTINGS": json.dumps(dict(settings or {}))}
+        more = {
+            "FAULTS_CONTROL": self.control,
+            "FAULTS_OFF": off or "",
+            "FAULTS_SETTINGS": json.dumps(dict(settings or {})),
+        }
         self.unexpected = 0  #: how often the log has "unexpected error"
         super().__init__(*args, script=HERE / "server.py", env={**(env or {}), **more})
 
@@ -136,7 +157,14 @@ LASTING = ("tasks", "threads", "fds", "children", "sockets")
 class World:
     """Four engines, four proxies, one server; `vllm` is its default engine."""
 
-    def __init__(self, *args: str, off: str | None = None, settings: Mapping[str, Any] | None = None, proxied: bool = False, **env: str) -> None:
+    def __init__(
+        self,
+        *args: str,
+        off: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        proxied: bool = False,
+        **env: str,
+    ) -> None:
         self.args, self.off, self.settings, self.proxied, self.env = args, off, settings, proxied, env
         self.engines = {dialect: Engine(dialect) for dialect in DIALECTS}
         self._stack = contextlib.ExitStack()
@@ -159,7 +187,9 @@ class World:
             self.proxies = self._stack.enter_context(Proxies(ports))
             ports = self.proxies.ports
         urls = {URL_ENV[dialect]: f"http://127.0.0.1:{port}" for dialect, port in ports.items()}
-        self.server = self._stack.enter_context(Server("--engine", "vllm", *self.args, off=self.off, settings=self.settings, env={**urls, **self.env}))
+        self.server = self._stack.enter_context(
+            Server("--engine", "vllm", *self.args, off=self.off, settings=self.settings, env={**urls, **self.env})
+        )
         self.port = self.server.port
 
     async def _warm(self) -> None:
@@ -196,7 +226,9 @@ class World:
         """Tasks, threads, fds, children and sockets come back to where they were."""
         now, more = await self.at_rest()
         found.figures["census"] = more or "back to where it was"
-        found.need(not more, f"census: more than before: {more}" + (f" {now['thread_names']}" if "threads" in more else ""))
+        found.need(
+            not more, f"census: more than before: {more}" + (f" {now['thread_names']}" if "threads" in more else "")
+        )
         found.need(not self.server.unexpected, f"the log has {self.server.unexpected} unexpected errors")
 
 
@@ -227,12 +259,19 @@ def asking(dialect: str, prompt: str, *, v1: bool, stream: bool, **more: Any) ->
     return {"engine_type": dialect, "messages": messages, "max_tokens": 400, "stream": stream, **more}
 
 
-def request_bytes(path: str, body: bytes | Json | None, headers: Mapping[str, str] | None = None, method: str = "POST") -> bytes:
+def request_bytes(
+    path: str, body: bytes | Json | None, headers: Mapping[str, str] | None = None, method: str = "POST"
+) -> bytes:
     data = json.dumps(body).encode() if isinstance(body, dict) else body or b""
     head = {"host": "127.0.0.1", "content-type": "application/json", **(headers or {})}
     if data:
         head.setdefault("content-length", str(len(data)))
-    return f"{method} {path} HTTP/1.1\r\n{''.join(f'{name}: {value}{chr(13)}{chr(10)}' for name, value in head.items())}\r\n".encode("latin-1") + data
+    return (
+        f"{method} {path} HTTP/1.1\r\n{''.join(f'{name}: {value}{chr(13)}{chr(10)}' for name, value in head.items())}\r\n".encode(
+            "latin-1"
+        )
+        + data
+    )
 
 
 class Link:
@@ -271,7 +310,9 @@ class Link:
                         await writer.drain()
                 lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
                 status = int(lines[0].split()[1])
-                headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:-2])}
+                headers = {
+                    name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:-2])
+                }
                 if bare or status in (204, 304):
                     whole = True
                 elif "chunked" in headers.get("transfer-encoding", ""):
@@ -298,8 +339,16 @@ class Link:
         return Answer(status, headers, b"".join(parts), whole, time.monotonic() - began, note)
 
 
-async def ask(port: int, path: str, body: bytes | Json | None = None, *, headers: Mapping[str, str] | None = None, method: str = "POST",
-              timeout: float = HUNG, host: str = "127.0.0.1") -> Answer:
+async def ask(
+    port: int,
+    path: str,
+    body: bytes | Json | None = None,
+    *,
+    headers: Mapping[str, str] | None = None,
+    method: str = "POST",
+    timeout: float = HUNG,
+    host: str = "127.0.0.1",
+) -> Answer:
     """One request over a connection of its own."""
     async with Link(port, host) as link:
         return await link.ask(request_bytes(path, body, headers, method), timeout)
@@ -389,7 +438,13 @@ def judge_stream(answer: Answer, v1: bool) -> tuple[str, str]:
         except (ValueError, KeyError, TypeError, AttributeError):
             return ("!cut in silence" if event is events[-1] else "!an event that cannot be read"), ""
     if kind:
-        return ("!an error, and [DONE]", "") if done else (kind, text) if kind in serving.KINDS else (f"!unknown kind {kind}", "")
+        return (
+            ("!an error, and [DONE]", "")
+            if done
+            else (kind, text)
+            if kind in serving.KINDS
+            else (f"!unknown kind {kind}", "")
+        )
     if not answer.whole or not done or finish is None:
         return "!cut in silence", ""
     return "good", text
@@ -402,10 +457,21 @@ def wrong_error(body: Any, v1: bool, kind: str, status: int) -> str:
     error = serving.KINDS[kind]
     if v1:
         inner = body.get("error") if isinstance(body, dict) else None
-        good = isinstance(inner, dict) and set(inner) == {"message", "type", "param", "code"} and inner["code"] == kind and status in (error.v1[0], error.http)
+        good = (
+            isinstance(inner, dict)
+            and set(inner) == {"message", "type", "param", "code"}
+            and inner["code"] == kind
+            and status in (error.v1[0], error.http)
+        )
     else:
         good = isinstance(body, dict) and list(body) == ["request_id", "code", "msg", "data"] and body["data"] is None
-        good = good and body["msg"].startswith(f"{kind}: ") and body["code"] == error.code and status == (error.http or error.code) and is_uuid(body["request_id"])
+        good = (
+            good
+            and body["msg"].startswith(f"{kind}: ")
+            and body["code"] == error.code
+            and status == (error.http or error.code)
+            and is_uuid(body["request_id"])
+        )
     return "" if good else f"!{status} {kind} outside the envelope"
 
 

@@ -89,7 +89,11 @@ def main() -> int:
         def settings_from(args: Any) -> Any:
             settings = read(args)
             limits = dataclasses.replace(settings.deadlines, **more.get("deadlines", {}))
-            return dataclasses.replace(settings, **{name: value for name, value in more.items() if name in known - {"deadlines"}}, deadlines=limits)
+            return dataclasses.replace(
+                settings,
+                **{name: value for name, value in more.items() if name in known - {"deadlines"}},
+                deadlines=limits,
+            )
 
         async def started(self: uvicorn.Server, sockets: Any = None) -> None:
             loops[:] = [asyncio.get_running_loop(), product.portal.loop]

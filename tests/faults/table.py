@@ -58,7 +58,11 @@ def remark(name: str, figures: dict[str, Any]) -> str:
 
 def table(results: dict[str, Any], lang: str) -> str:
     zh = lang == "zh"
-    lines = ["| 什么 | n | 不合格 | 通过标准 | 旁证 | |", "| --- | --: | --: | --- | --- | :-: |"] if zh else ["| what | n | bad | pass | beside it | |", "| --- | --: | --: | --- | --- | :-: |"]
+    lines = (
+        ["| 什么 | n | 不合格 | 通过标准 | 旁证 | |", "| --- | --: | --: | --- | --- | :-: |"]
+        if zh
+        else ["| what | n | bad | pass | beside it | |", "| --- | --: | --: | --- | --- | :-: |"]
+    )
     for name, words in WORDS.items():
         if (row := results["rows"].get(name)) is None:
             continue
@@ -70,7 +74,9 @@ def table(results: dict[str, Any], lang: str) -> str:
         lines.append(f"| {what} | {row['n']:,} | {row['bad']} | {mark} | {beside} | {'✗' if row['bad'] else '✓'} |")
     told = results["machine"]
     short = [name for name, row in results["rows"].items() if not row["full"]]
-    tail = f"\n{told['when']}, {told['cpu']}, {told['cores']} {'核' if zh else 'cores'}, Python {told['python']}." + (f" {'短跑' if zh else 'Short form'}: {', '.join(short)}." if short else "")
+    tail = f"\n{told['when']}, {told['cpu']}, {told['cores']} {'核' if zh else 'cores'}, Python {told['python']}." + (
+        f" {'短跑' if zh else 'Short form'}: {', '.join(short)}." if short else ""
+    )
     return "\n".join(lines) + "\n" + tail
 
 

@@ -49,7 +49,9 @@ def prompt(seed: int) -> str:
     return " ".join(random.Random(seed).choices(WORDS, k=60))
 
 
-async def answer(session: aiohttp.ClientSession, args: argparse.Namespace, url: str, seed: int, tokens: int, seen: Seen) -> None:
+async def answer(
+    session: aiohttp.ClientSession, args: argparse.Namespace, url: str, seed: int, tokens: int, seen: Seen
+) -> None:
     """One streamed answer, read to its end."""
     body = {
         "model": args.model, "messages": [{"role": "user", "content": prompt(seed)}], "max_tokens": tokens, "temperature": 1.0, "ignore_eos": True,
@@ -82,7 +84,10 @@ async def stream(session: aiohttp.ClientSession, args: argparse.Namespace, numbe
     await asyncio.sleep(max(0.0, args.begin - time.time()) + args.ramp * number / args.streams)
     for turn in range(len(args.lengths)):
         try:
-            seed, tokens = args.seed * 1_000_000 + number * 1000 + turn, args.lengths[(number + turn) % len(args.lengths)]
+            seed, tokens = (
+                args.seed * 1_000_000 + number * 1000 + turn,
+                args.lengths[(number + turn) % len(args.lengths)],
+            )
             await answer(session, args, args.url[which], seed, tokens, seen[which])
         except (aiohttp.ClientError, OSError, ValueError) as exc:
             seen[which].errors.append(repr(exc)[:300])
@@ -132,7 +137,9 @@ def main() -> None:
     parser.add_argument("--url", required=True, nargs="+")
     parser.add_argument("--model", required=True)
     parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="tokens of the answers that each stream asks for")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=list(LENGTHS), help="tokens of the answers that each stream asks for"
+    )
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--ramp", type=float, default=0.5, help="seconds over which the streams are begun")
     parser.add_argument("--seed", type=int, default=1)

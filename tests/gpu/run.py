@@ -42,7 +42,9 @@ from offline import questions  # noqa: E402
 from llm_inference import EngineChild, InferenceError, LLMInferencer  # noqa: E402
 
 Json = dict[str, Any]
-CAPITAL = [{"role": "user", "content": "Name the capital of France."}]  # asked as "What is …", the first two tokens are a tie in bfloat16
+CAPITAL = [
+    {"role": "user", "content": "Name the capital of France."}
+]  # asked as "What is …", the first two tokens are a tie in bfloat16
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,14 @@ class Run:
         if not folder.exists():
             folder.mkdir(parents=True)
             config = json.loads((self.args.model / "config.json").read_text())
-            (folder / "config.json").write_text(json.dumps(config | SHAPES[shape] | {"head_dim": 128, "tie_word_embeddings": False}))
-            for path in [*self.args.model.glob("*token*"), *self.args.model.glob("*.jinja"), *self.args.model.glob("generation_config.json")]:
+            (folder / "config.json").write_text(
+                json.dumps(config | SHAPES[shape] | {"head_dim": 128, "tie_word_embeddings": False})
+            )
+            for path in [
+                *self.args.model.glob("*token*"),
+                *self.args.model.glob("*.jinja"),
+                *self.args.model.glob("generation_config.json"),
+            ]:
                 shutil.copy(path, folder)
         return folder
 
@@ -117,7 +125,15 @@ class Run:
     def ours(self, engine_url: str, serve_args: str) -> Iterator[tuple[str, int]]:
         """Our server in front of it; its base URL and process id."""
         port = free_port()
-        command = [sys.executable, str(ROOT / "llm_inference.py"), "--serve", "--engine", self.args.engine, "--base-url", engine_url]
+        command = [
+            sys.executable,
+            str(ROOT / "llm_inference.py"),
+            "--serve",
+            "--engine",
+            self.args.engine,
+            "--base-url",
+            engine_url,
+        ]
         log = self.logs / f"{self.args.engine}-ours-{port}.log"
         where = ["--host", "127.0.0.1", "--port", str(port), "--no-auth", *serve_args.split()]
         with ended([*command, *where], log, dict(os.environ)) as process:
@@ -137,12 +153,32 @@ def suites(run: Run) -> Json:
             answer = llm.chat(CAPITAL, max_tokens=20, temperature=0.0)
         tests = [str(ROOT / "tests" / f"test_{name}.py") for name in ("contract", "conformance", "openai")]
         chosen = ["-k", f"{engine}-real or (a_real_server and {engine})"]
-        command = [sys.executable, "-m", "pytest", *tests, "-q", "-rfs", "-p", "no:cacheprovider", f"--junitxml={report}", *chosen]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            *tests,
+            "-q",
+            "-rfs",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={report}",
+            *chosen,
+        ]
         with (run.logs / f"{engine}-suites.log").open("wb") as out:
-            subprocess.run(command, cwd=ROOT, env=os.environ | {f"LLM_TEST_{engine.upper()}_URL": url}, stdout=out, stderr=out, timeout=900)
+            subprocess.run(
+                command,
+                cwd=ROOT,
+                env=os.environ | {f"LLM_TEST_{engine.upper()}_URL": url},
+                stdout=out,
+                stderr=out,
+                timeout=900,
+            )
     cases = list(ElementTree.parse(report).iter("testcase"))
     failed = {f"{case.get('classname')}::{case.get('name')}": said for case in cases if (said := failure(case))}
-    skipped = {str(case.get("name")): str(skip.get("message")) for case in cases if (skip := case.find("skipped")) is not None}
+    skipped = {
+        str(case.get("name")): str(skip.get("message")) for case in cases if (skip := case.find("skipped")) is not None
+    }
     return {"start_s": round(ready, 1), "capital_of_france": answer, "tests": len(cases), "passed": len(cases) - len(failed) - len(skipped),
             "failures": failed, "skipped": skipped, "seconds": round(sum(float(case.get("time", 0)) for case in cases), 1)}  # fmt: skip
 
@@ -168,14 +204,21 @@ def memory(run: Run) -> Json:
         "kv cache, no room at all": (run.args.model, run.arguments(0.004)),
     }
     if run.args.engine == "vllm":
-        cases["kv cache, a context too long"] = (run.dummy("long"), run.arguments(0.3, *dummy, run.kind.context, "2000000"))
+        cases["kv cache, a context too long"] = (
+            run.dummy("long"),
+            run.arguments(0.3, *dummy, run.kind.context, "2000000"),
+        )
         cases["another program has the memory"] = (run.args.model, run.arguments(0.99))
     found: Json = {}
     for name, (model, arguments) in cases.items():
         began = time.monotonic()
         hold = held_memory(run) if name.startswith("another") else contextlib.nullcontext()
         with hold, contextlib.closing(LLMInferencer(**run.options(model, arguments))) as llm:
-            found[name] = {"arguments": " ".join(arguments), "gpu_mib_before": gpu_used(), **what_fails(llm, run.logs / f"{run.args.engine}-memory.log")}
+            found[name] = {
+                "arguments": " ".join(arguments),
+                "gpu_mib_before": gpu_used(),
+                **what_fails(llm, run.logs / f"{run.args.engine}-memory.log"),
+            }
             found[name]["seconds"] = round(time.monotonic() - began, 1)
         save(run.args, "memory", found)
     return found
@@ -187,8 +230,13 @@ def load(run: Run) -> Json:
     dummy = [] if args.load_model == "small" else ["--load-format", "dummy"]
     began = time.monotonic()
     found: Json = {"model": args.load_model, "lengths": args.lengths, "cases": {}}
-    with run.server(model, run.arguments(args.load_memory, *dummy, eager=args.eager_load)) as url, contextlib.ExitStack() as stack:
-        servers = {f"ours {words}".strip(): stack.enter_context(run.ours(url, words)) for words in args.serve_args or [""]}
+    with (
+        run.server(model, run.arguments(args.load_memory, *dummy, eager=args.eager_load)) as url,
+        contextlib.ExitStack() as stack,
+    ):
+        servers = {
+            f"ours {words}".strip(): stack.enter_context(run.ours(url, words)) for words in args.serve_args or [""]
+        }
         targets = [("engine", url, 0), *((name, base, pid) for name, (base, pid) in servers.items())]
         targets += [("engine again", url, 0)] if args.control else []
         found |= {"start_s": round(time.monotonic() - began, 1), "gpu_mib": gpu_used()}
@@ -198,7 +246,14 @@ def load(run: Run) -> Json:
                 one: Json = {}
                 for name, base, pid in targets if number % 2 else reversed(targets):
                     cpu = cpu_seconds(pid) if pid else 0.0
-                    one[name] = one_load(args, base, model.name, streams, len(rounds) * 10 + len(one) + 1000 * streams, warm_up=number < 0)
+                    one[name] = one_load(
+                        args,
+                        base,
+                        model.name,
+                        streams,
+                        len(rounds) * 10 + len(one) + 1000 * streams,
+                        warm_up=number < 0,
+                    )
                     one[name]["our_cpu_s"] = round(cpu_seconds(pid) - cpu, 2) if pid else 0.0
                 if number >= 0:
                     rounds.append(one)
@@ -231,7 +286,13 @@ def offline(run: Run) -> Json:
         raise RuntimeError(f"no result; the end of its log:\n{tail(log)}")
     passes = json.loads(result[1])
     best = min(one["seconds"] for one in passes)
-    return {"model": args.load_model, "prompts": args.prompts, "passes": passes, "seconds": best, "all_s": round(time.monotonic() - began, 1)}
+    return {
+        "model": args.load_model,
+        "prompts": args.prompts,
+        "passes": passes,
+        "seconds": best,
+        "all_s": round(time.monotonic() - began, 1),
+    }
 
 
 def orphans(run: Run) -> Json:
@@ -264,14 +325,34 @@ def orphans(run: Run) -> Json:
     return {"rounds": rounds}
 
 
-PARTS: dict[str, Callable[[Run], Json]] = {"suites": suites, "started": started, "memory": memory, "load": load, "offline": offline, "orphans": orphans}
+PARTS: dict[str, Callable[[Run], Json]] = {
+    "suites": suites,
+    "started": started,
+    "memory": memory,
+    "load": load,
+    "offline": offline,
+    "orphans": orphans,
+}
 
 
 # Load and batch ----------------------------------------------------------------------------------
-def one_load(args: argparse.Namespace, url: str | list[str], model: str, streams: int, seed: int, warm_up: bool) -> Json:
+def one_load(
+    args: argparse.Namespace, url: str | list[str], model: str, streams: int, seed: int, warm_up: bool
+) -> Json:
     lengths = args.lengths[:1] if warm_up else args.lengths
     urls = [url] if isinstance(url, str) else url
-    command = [sys.executable, str(HERE / "load.py"), "--url", *urls, "--model", model, "--streams", str(streams), "--seed", str(seed)]
+    command = [
+        sys.executable,
+        str(HERE / "load.py"),
+        "--url",
+        *urls,
+        "--model",
+        model,
+        "--streams",
+        str(streams),
+        "--seed",
+        str(seed),
+    ]
     command += ["--processes", str(args.processes), "--lengths", *map(str, lengths)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode:
@@ -282,7 +363,10 @@ def one_load(args: argparse.Namespace, url: str | list[str], model: str, streams
 
 def at_once(args: argparse.Namespace, urls: list[str], model: str, streams: int, count: int, seed: int) -> Json:
     """So many streams to each of the two addresses at the same time: the engine's own spread is the same for both."""
-    rounds = [one_load(args, urls if number % 2 else urls[::-1], model, 2 * streams, seed + number, warm_up=False)["by_url"] for number in range(count)]
+    rounds = [
+        one_load(args, urls if number % 2 else urls[::-1], model, 2 * streams, seed + number, warm_up=False)["by_url"]
+        for number in range(count)
+    ]
     sides = [one if number % 2 else one[::-1] for number, one in enumerate(rounds)]
     later = [round(other["first_token_p50_ms"] - engine["first_token_p50_ms"], 2) for engine, other in sides]
     ratios = [round(other["tokens_per_s"] / engine["tokens_per_s"], 4) for engine, other in sides]
@@ -293,7 +377,9 @@ def at_once(args: argparse.Namespace, urls: list[str], model: str, streams: int,
 
 def compared(rounds: list[Json], name: str) -> Json:
     """One of our servers beside the engine's own, round by round and in the median."""
-    ratios = [one[name]["tokens_per_s"] / one["engine"]["tokens_per_s"] for one in rounds if one["engine"]["tokens_per_s"]]
+    ratios = [
+        one[name]["tokens_per_s"] / one["engine"]["tokens_per_s"] for one in rounds if one["engine"]["tokens_per_s"]
+    ]
     first = [(one[name]["first_token_p50_ms"], one["engine"]["first_token_p50_ms"]) for one in rounds]
     later = [ours - engines for ours, engines in first if ours and engines]
 
@@ -340,10 +426,18 @@ async def bare_batch(url: str, model: str, prompts: list[str], tokens: int, conc
     import aiohttp
 
     gate = asyncio.Semaphore(concurrency)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=600)) as session:
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=600)
+    ) as session:
 
         async def one(prompt: str) -> int:
-            body = {"model": model, "messages": [{"role": "user", "content": prompt}], "max_tokens": tokens, "temperature": 0.0, "ignore_eos": True}
+            body = {
+                "model": model,
+                "messages": [{"role": "user", "content": prompt}],
+                "max_tokens": tokens,
+                "temperature": 0.0,
+                "ignore_eos": True,
+            }
             async with gate, session.post(url + "/v1/chat/completions", json=body) as reply:
                 return int((await reply.json())["usage"]["completion_tokens"])
 
@@ -374,7 +468,11 @@ def what_fails(llm: LLMInferencer, copy: Path) -> Json:
         log = Path(match[1]).read_text(errors="replace") if match else ""
         with copy.open("a") as out:
             out.write(log[-60_000:])
-        told = [line[:400] for line in log.splitlines() if re.search(r"memory", line, re.I) and re.search(r"Error|not |No |less|larger|Exception", line, re.I)]
+        told = [
+            line[:400]
+            for line in log.splitlines()
+            if re.search(r"memory", line, re.I) and re.search(r"Error|not |No |less|larger|Exception", line, re.I)
+        ]
         said = {"kind": exc.kind, "reason": exc.reason, "mend": exc.mend, "retryable": exc.retryable}
         return said | {"log_lines": told[-8:], "log_end": (exc.detail or "").splitlines()[-6:]}
 
@@ -383,7 +481,13 @@ def what_fails(llm: LLMInferencer, copy: Path) -> Json:
 def held_memory(run: Run) -> Iterator[None]:
     """Another program that has 4 GiB of the GPU's memory."""
     code = "import sys, torch\nkept = torch.zeros(1 << 32, dtype=torch.uint8, device='cuda')\nprint('up', flush=True)\nsys.stdin.readline()\n"
-    other = subprocess.Popen([run.args.python, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | run.env)
+    other = subprocess.Popen(
+        [run.args.python, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | run.env,
+    )
     try:
         assert other.stdout is not None
         other.stdout.readline()
@@ -398,7 +502,9 @@ def held_memory(run: Run) -> Iterator[None]:
 def ended(command: list[str], log: Path, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """The program while the block runs; then it and whatever it started are ended."""
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, cwd=log.parent, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, cwd=log.parent, start_new_session=True
+        )
     try:
         yield process
     finally:
@@ -437,7 +543,9 @@ def cpu_seconds(pid: int) -> float:
     """Of the process and its children, --workers say."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") + sum(cpu_seconds(int(child)) for child in children)
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") + sum(
+        cpu_seconds(int(child)) for child in children
+    )
 
 
 def wait_for(test: Callable[[], bool], seconds: float) -> float | None:
@@ -464,7 +572,13 @@ def wait_until(url: str, process: subprocess.Popen[bytes], log: Path, patience: 
 
 def smi(query: str) -> list[str]:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(["nvidia-smi", query, "--format=csv,noheader,nounits"], stdout=subprocess.PIPE, text=True, timeout=20, check=True)
+        done = subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader,nounits"],
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=20,
+            check=True,
+        )
         return done.stdout.splitlines()
     return []
 
@@ -476,7 +590,9 @@ def gpu_used() -> int | None:
 
 
 def gpu_processes() -> list[int]:
-    return [int(line.split(",")[0]) for line in smi("--query-compute-apps=pid,used_memory") if line.split(",")[0].isdigit()]
+    return [
+        int(line.split(",")[0]) for line in smi("--query-compute-apps=pid,used_memory") if line.split(",")[0].isdigit()
+    ]
 
 
 def off_the_gpu(pids: set[int]) -> bool:
@@ -525,7 +641,9 @@ def save(args: argparse.Namespace, part: str, result: Json) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         everything = json.loads(args.out.read_text()) if args.out.exists() else {}
         parts = everything.setdefault(args.engine, {})
-        parts[part] = {**parts.get(part, {}), **result} if "failed" in result else result  # what it had found before it failed is kept
+        parts[part] = (
+            {**parts.get(part, {}), **result} if "failed" in result else result
+        )  # what it had found before it failed is kept
         args.out.with_suffix(".new").write_text(json.dumps(everything, indent=1, ensure_ascii=False) + "\n")
         args.out.with_suffix(".new").replace(args.out)
 
@@ -534,26 +652,62 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", required=True, choices=KINDS)
     parser.add_argument("--python", default=sys.executable, help="the interpreter that has the engine")
-    parser.add_argument("--model", required=True, type=lambda name: Path(name).resolve(), help="the folder of SmolLM2-135M-Instruct in Hugging Face's format")
+    parser.add_argument(
+        "--model",
+        required=True,
+        type=lambda name: Path(name).resolve(),
+        help="the folder of SmolLM2-135M-Instruct in Hugging Face's format",
+    )
     parser.add_argument("--parts", default=",".join(PARTS), help="some of: " + ",".join(PARTS))
     parser.add_argument("--out", type=Path, default=HERE / "results.json")
-    parser.add_argument("--work", type=lambda name: Path(name).resolve(), default=Path("/tmp/llm_inference-gpu"), help="for logs and dummy models")
-    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="the engine's environment (repeatable)")
+    parser.add_argument(
+        "--work",
+        type=lambda name: Path(name).resolve(),
+        default=Path("/tmp/llm_inference-gpu"),
+        help="for logs and dummy models",
+    )
+    parser.add_argument(
+        "--env", action="append", default=[], metavar="NAME=VALUE", help="the engine's environment (repeatable)"
+    )
     parser.add_argument("--engine-args", default="", help="further arguments of the engine, in one word")
     parser.add_argument("--graph-args", default="", help="… where it runs with CUDA graphs, for load and offline batch")
-    parser.add_argument("--no-gpu", dest="gpu", action="store_false", help="for a rehearsal on a CPU: no share of the GPU's memory is given")
+    parser.add_argument(
+        "--no-gpu",
+        dest="gpu",
+        action="store_false",
+        help="for a rehearsal on a CPU: no share of the GPU's memory is given",
+    )
     parser.add_argument("--patience", type=float, default=240.0, help="seconds for an engine's start")
-    parser.add_argument("--load-model", choices=("small", "large"), default="large", help="SmolLM2, or dummy weights of 7.4 B parameters")
+    parser.add_argument(
+        "--load-model",
+        choices=("small", "large"),
+        default="large",
+        help="SmolLM2, or dummy weights of 7.4 B parameters",
+    )
     parser.add_argument("--load-memory", type=float, default=0.6)
     parser.add_argument("--eager-load", action="store_true", help="load without CUDA graphs")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64, 256])
-    parser.add_argument("--rounds", type=int, nargs="+", default=[3], help="one number for all, or one for each of --streams; 0: the warm-up alone")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        nargs="+",
+        default=[3],
+        help="one number for all, or one for each of --streams; 0: the warm-up alone",
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 96, 128, 160])
     parser.add_argument("--processes", type=int, default=4, help="of the load generator")
     parser.add_argument("--prompts", type=int, default=10_000, help="short prompts of the batch")
     parser.add_argument("--passes", type=int, default=2, help="of the offline batch")
-    parser.add_argument("--serve-args", action="append", help="arguments of our server under load, in one word; repeated: one server each, in turn")
-    parser.add_argument("--control", action="store_true", help="load the engine a second time in each round, in our place: what its own spread is")
+    parser.add_argument(
+        "--serve-args",
+        action="append",
+        help="arguments of our server under load, in one word; repeated: one server each, in turn",
+    )
+    parser.add_argument(
+        "--control",
+        action="store_true",
+        help="load the engine a second time in each round, in our place: what its own spread is",
+    )
     parser.add_argument("--at-once", type=int, nargs="+", default=[0], metavar="ROUNDS",
                         help="further rounds, as --rounds, in which so many streams ask the engine while as many ask one of the others")  # fmt: skip
     parser.add_argument("--bare", action="store_true", help="the batch by a bare client too")
@@ -563,14 +717,19 @@ def main() -> int:
     args = parser.parse_args()
     for name in ("rounds", "at_once"):
         if len(counts := getattr(args, name)) not in (1, len(args.streams)):
-            parser.error(f"--{name.replace('_', '-')}: {len(counts)} numbers for {len(args.streams)} of --streams; give one, or one for each")
+            parser.error(
+                f"--{name.replace('_', '-')}: {len(counts)} numbers for {len(args.streams)} of --streams; give one, or one for each"
+            )
         setattr(args, name, counts * (len(args.streams) // len(counts)))
     run, bad = Run(args), 0
     gpu = smi("--query-gpu=name,memory.total,driver_version")
     save(args, "about", {"gpu": gpu, "cores": os.cpu_count(), "versions": versions(args, run.env)})
     for part in args.parts.split(","):
         began = time.monotonic()
-        about = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"), "engine_args": args.engine_args}
+        about = {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
+            "engine_args": args.engine_args,
+        }
         try:
             result = PARTS[part](run)
         except Exception as exc:
@@ -580,7 +739,10 @@ def main() -> int:
             for child in list(EngineChild._all.values()):
                 child.stop()
         save(args, part_name(args, part), result | about | {"part_s": round(time.monotonic() - began, 1)})
-        print(f"{args.engine} {part}: {'FAILED' if 'failed' in result else 'done'}, {time.monotonic() - began:.0f} s", flush=True)
+        print(
+            f"{args.engine} {part}: {'FAILED' if 'failed' in result else 'done'}, {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
     return 1 if bad else 0
 
 

@@ -60,7 +60,18 @@ def case(streams: int, step: float, cost: float, rounds: int, modules: dict[str,
             process = stack.enter_context(ended(list(command), log, dict(os.environ)))
             wait_until(url(ports[name]) + path, process, log, 60)
 
-        start("engine", "/version", sys.executable, str(HERE / "steps.py"), "--port", str(engine), "--step", str(step), "--token-cost", str(cost))
+        start(
+            "engine",
+            "/version",
+            sys.executable,
+            str(HERE / "steps.py"),
+            "--port",
+            str(engine),
+            "--step",
+            str(step),
+            "--token-cost",
+            str(cost),
+        )
         if nginx:
             (work / "nginx.conf").write_text(NGINX.format(dir=work, engine=engine, port=ports["nginx"]))
             start("nginx", "/version", nginx, "-c", str(work / "nginx.conf"))
@@ -69,16 +80,35 @@ def case(streams: int, step: float, cost: float, rounds: int, modules: dict[str,
             start(name, "/ready", sys.executable, str(module), "--serve", "--engine", "vllm", *where)
         for port in ports.values():
             one_load(generator((4, 8)), url(port), "m", streams, seed=1, warm_up=False)  # warms up
-        seen = [{name: one_load(generator(), url(port), "m", streams, seed=1, warm_up=False) for name, port in ports.items()} for _ in range(rounds)]
-        together = {name: at_once(generator(), [url(engine), url(port)], "m", streams // 2, rounds, seed=1) for name, port in ports.items()}
+        seen = [
+            {
+                name: one_load(generator(), url(port), "m", streams, seed=1, warm_up=False)
+                for name, port in ports.items()
+            }
+            for _ in range(rounds)
+        ]
+        together = {
+            name: at_once(generator(), [url(engine), url(port)], "m", streams // 2, rounds, seed=1)
+            for name, port in ports.items()
+        }
     found: dict[str, Any] = {"streams": streams, "step_s": step, "token_cost_us": cost, "rounds": rounds}
     for name in ports:
-        found[name] = {key: statistics.median(one[name][key] for one in seen) for key in ("tokens_per_s", "first_token_p50_ms")} | {"errors": sum(one[name]["errors"] for one in seen)}
-        found[name] |= {"mixed_later_ms": together[name]["first_token_later_ms"], "mixed_later_ms_each": together[name]["first_token_later_ms_each"]}
+        found[name] = {
+            key: statistics.median(one[name][key] for one in seen) for key in ("tokens_per_s", "first_token_p50_ms")
+        } | {"errors": sum(one[name]["errors"] for one in seen)}
+        found[name] |= {
+            "mixed_later_ms": together[name]["first_token_later_ms"],
+            "mixed_later_ms_each": together[name]["first_token_later_ms_each"],
+        }
         if name != "engine":
             ratios = [round(one[name]["tokens_per_s"] / one["engine"]["tokens_per_s"], 3) for one in seen]
             later = [round(one[name]["first_token_p50_ms"] - one["engine"]["first_token_p50_ms"], 1) for one in seen]
-            found[name] |= {"ratio": statistics.median(ratios), "ratios": ratios, "first_token_later_ms": statistics.median(later), "later_ms": later}
+            found[name] |= {
+                "ratio": statistics.median(ratios),
+                "ratios": ratios,
+                "first_token_later_ms": statistics.median(later),
+                "later_ms": later,
+            }
     return found
 
 

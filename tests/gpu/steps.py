@@ -101,7 +101,9 @@ class Connection(asyncio.Protocol):
             self.task = asyncio.ensure_future(self.answer(json.loads(body[:size])["max_tokens"]))
             return
         said = json.dumps(INFO.get(path, {})).encode()
-        self.transport.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(said), said))
+        self.transport.write(
+            b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(said), said)
+        )
 
     async def answer(self, length: int) -> None:
         for _ in range(TURNS):
@@ -109,7 +111,9 @@ class Connection(asyncio.Protocol):
             await asyncio.sleep(0)
         answer = Answer(length)
         self.engine.add(answer)
-        self.transport.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+        self.transport.write(
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+        )
         left = length
         while left:
             left = await answer.tokens.get()

@@ -26,9 +26,13 @@ def url() -> Iterator[str]:
 def test_langchain(url: str) -> None:
     from langchain_openai import ChatOpenAI
 
-    llm = ChatOpenAI(base_url=url, api_key="none", model="llamacpp/SmolLM2-135M-Instruct.Q4_1", temperature=0, max_tokens=24)
+    llm = ChatOpenAI(
+        base_url=url, api_key="none", model="llamacpp/SmolLM2-135M-Instruct.Q4_1", temperature=0, max_tokens=24
+    )
     assert "Paris" in llm.invoke("What is the capital of France? Answer in one short sentence.").text
-    assert "Paris" in "".join(piece.text for piece in llm.stream("What is the capital of France? Answer in one short sentence."))
+    assert "Paris" in "".join(
+        piece.text for piece in llm.stream("What is the capital of France? Answer in one short sentence.")
+    )
 
 
 def test_instructor(url: str) -> None:
@@ -42,7 +46,9 @@ def test_instructor(url: str) -> None:
 
     client = instructor.from_openai(openai.OpenAI(base_url=url, api_key="none"), mode=instructor.Mode.JSON_SCHEMA)
     ask = [{"role": "user", "content": "Paris is the capital of France."}]
-    found = client.chat.completions.create(model="llamacpp/SmolLM2-135M-Instruct.Q4_1", messages=ask, response_model=City, max_tokens=64, temperature=0)
+    found = client.chat.completions.create(
+        model="llamacpp/SmolLM2-135M-Instruct.Q4_1", messages=ask, response_model=City, max_tokens=64, temperature=0
+    )
     assert isinstance(found, City) and found.city
 
 
@@ -51,4 +57,11 @@ def test_openai(url: str) -> None:
 
     client = openai.OpenAI(base_url=url, api_key="none")
     ask = [{"role": "user", "content": "What is the capital of France? Answer in one short sentence."}]
-    assert "Paris" in client.chat.completions.create(model="llamacpp/SmolLM2-135M-Instruct.Q4_1", messages=ask, max_tokens=24, temperature=0).choices[0].message.content
+    assert (
+        "Paris"
+        in client.chat.completions.create(
+            model="llamacpp/SmolLM2-135M-Instruct.Q4_1", messages=ask, max_tokens=24, temperature=0
+        )
+        .choices[0]
+        .message.content
+    )

@@ -16,7 +16,12 @@ from typing import Any, Self
 import aiohttp
 
 MESSAGES = [{"role": "user", "content": "Count from one to twenty, in words."}]
-ROUTES = [("/api/v1/llm/chat", False), ("/v1/chat/completions", True), ("/api/v1/llm/chat", True), ("/v1/chat/completions", False)]  # path, streamed?
+ROUTES = [
+    ("/api/v1/llm/chat", False),
+    ("/v1/chat/completions", True),
+    ("/api/v1/llm/chat", True),
+    ("/v1/chat/completions", False),
+]  # path, streamed?
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,9 @@ class Answer:
 class Load:
     """`clients` at a time, each asking again as soon as it was answered: whole and streamed, on our routes and on OpenAI's, in turn."""
 
-    def __init__(self, url: str, model: str, *, key: str = "", clients: int = 16, max_tokens: int = 64, pause: float = 0.0) -> None:
+    def __init__(
+        self, url: str, model: str, *, key: str = "", clients: int = 16, max_tokens: int = 64, pause: float = 0.0
+    ) -> None:
         self.url, self.model, self.clients, self.max_tokens, self.pause = url, model, clients, max_tokens, pause
         self.headers = {"authorization": f"Bearer {key}"} if key else {}
         self.answers: list[Answer] = []
@@ -52,7 +59,9 @@ class Load:
 
     async def _main(self) -> None:
         timeout = aiohttp.ClientTimeout(total=150)
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout, headers=self.headers) as session:
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), timeout=timeout, headers=self.headers
+        ) as session:
             await asyncio.gather(*(self._client(session, number) for number in range(self.clients)))
 
     async def _client(self, session: aiohttp.ClientSession, number: int) -> None:

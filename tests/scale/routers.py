@@ -46,7 +46,10 @@ class Kind:
     tuned: tuple[str, ...] = ()
 
 
-ROUTERS = {"vllm": Kind(("vllm-router",)), "sglang": Kind(("sglang-router", "launch"), ("--health-check-endpoint", "/ready"))}  # SGLang's /health generates a token: slow when it is busy
+ROUTERS = {
+    "vllm": Kind(("vllm-router",)),
+    "sglang": Kind(("sglang-router", "launch"), ("--health-check-endpoint", "/ready")),
+}  # SGLang's /health generates a token: slow when it is busy
 
 
 def tuned(engine: str) -> list[str]:
@@ -75,8 +78,24 @@ def version(engine: str) -> str:
 @contextlib.contextmanager
 def router(engine: str, urls: list[str], more: list[str]) -> Iterator[str]:
     port = free_port()
-    command = [*program(engine), "--worker-urls", *urls, "--host", "127.0.0.1", "--port", str(port), "--policy", "round_robin"]
-    command += ["--log-level", "warn" if engine == "sglang" else "warning", "--prometheus-port", str(free_port()), *more]
+    command = [
+        *program(engine),
+        "--worker-urls",
+        *urls,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--policy",
+        "round_robin",
+    ]
+    command += [
+        "--log-level",
+        "warn" if engine == "sglang" else "warning",
+        "--prometheus-port",
+        str(free_port()),
+        *more,
+    ]
     log = Path(tempfile.gettempdir()) / f"scale-router-{port}.log"
     with log.open("wb") as out:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
@@ -103,8 +122,18 @@ def router(engine: str, urls: list[str], more: list[str]) -> Iterator[str]:
 
 # ------------------------------------------------------------------------------------------------------ what passes
 
-CITY = {"type": "object", "properties": {"city": {"type": "string"}, "population": {"type": "integer"}}, "required": ["city", "population"]}
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "population": {"type": "integer"}},
+    "required": ["city", "population"],
+}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
 HI = [{"role": "user", "content": "Name a city."}]
 ASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "whole": ("/api/v1/llm/chat", {"messages": HI, "max_tokens": 8}),
@@ -141,15 +170,35 @@ MORE = {
 }  # fmt: skip
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo=", "detail": "low"}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
-HISTORY = [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "t"}, PICTURE], "name": "u"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "tool_call_id": "c1", "content": "20"}]
+HISTORY = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": [{"type": "text", "text": "t"}, PICTURE], "name": "u"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c1", "content": "20"},
+]
 
 
 def wide(engine: str) -> dict[str, tuple[str, dict[str, Any]]]:
     chat, text = "/v1/chat/completions", "/v1/completions"
     return {
-        "/v1 every field": (chat, EVERY | MORE[engine] | {"messages": HI, "logprobs": True, "top_logprobs": 2, "chat_template_kwargs": {"enable_thinking": False}}),
-        "/v1 history": (chat, {"messages": HISTORY, "tools": [TOOL], "parallel_tool_calls": False} if engine == "vllm" else {"messages": HISTORY, "tools": [TOOL]}),
-        "/v1/completions every field": (text, EVERY | {k: v for k, v in MORE[engine].items() if k != "regex"} | {"prompt": "x", "logprobs": 2, "echo": True}),
+        "/v1 every field": (
+            chat,
+            EVERY
+            | MORE[engine]
+            | {"messages": HI, "logprobs": True, "top_logprobs": 2, "chat_template_kwargs": {"enable_thinking": False}},
+        ),
+        "/v1 history": (
+            chat,
+            {"messages": HISTORY, "tools": [TOOL], "parallel_tool_calls": False}
+            if engine == "vllm"
+            else {"messages": HISTORY, "tools": [TOOL]},
+        ),
+        "/v1/completions every field": (
+            text,
+            EVERY
+            | {k: v for k, v in MORE[engine].items() if k != "regex"}
+            | {"prompt": "x", "logprobs": 2, "echo": True},
+        ),
     }
 
 
@@ -174,13 +223,20 @@ def compare(engine: str, direct: str, routed: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     heard: dict[str, dict[str, str]] = {}
     for where, url in (("direct", direct), ("routed", routed)):
-        with Command("--engine", engine, "--base-url", url) as ours, httpx.Client(base_url=ours.url, timeout=120, trust_env=False) as client:
+        with (
+            Command("--engine", engine, "--base-url", url) as ours,
+            httpx.Client(base_url=ours.url, timeout=120, trust_env=False) as client,
+        ):
             about = next(e for e in client.get("/api/v1/llm/engines").json()["data"] if e["engine_type"] == engine)
             found[where] = {name: about.get(name) for name in ("version", "models", "features")}
             model = about["models"][0]
             heard[where] = {name: outcome(client, model, *ask) for name, ask in ASKS.items()}
     found["same"] = [name for name in ASKS if heard["direct"][name] == heard["routed"][name]]
-    found["different"] = {name: [heard["direct"][name], heard["routed"][name]] for name in ASKS if heard["direct"][name] != heard["routed"][name]}
+    found["different"] = {
+        name: [heard["direct"][name], heard["routed"][name]]
+        for name in ASKS
+        if heard["direct"][name] != heard["routed"][name]
+    }
     found["direct_outcomes"] = heard["direct"]
     return found
 
@@ -194,11 +250,17 @@ def bodies(engine: str) -> dict[str, Any]:
     with Scripted(engine) as fake, router(engine, [fake.base_url], tuned(engine)) as url:  # type: ignore[arg-type]
         seen: dict[str, dict[str, Any]] = {}
         for where in (fake.base_url, url):
-            with Command("--engine", engine, "--base-url", where) as ours, httpx.Client(base_url=ours.url, timeout=30, trust_env=False) as client:
+            with (
+                Command("--engine", engine, "--base-url", where) as ours,
+                httpx.Client(base_url=ours.url, timeout=30, trust_env=False) as client,
+            ):
                 for name, ask in asks.items():
                     fake.requests.clear()
                     outcome(client, fake.model, *ask)
-                    seen.setdefault(name, {})[where] = next((request.json for request in fake.requests if request.path.startswith("/v1/") and request.body), {})
+                    seen.setdefault(name, {})[where] = next(
+                        (request.json for request in fake.requests if request.path.startswith("/v1/") and request.body),
+                        {},
+                    )
     for name, two in seen.items():
         direct, routed = two[fake.base_url], two[url]
         if not (direct and routed):
@@ -207,8 +269,16 @@ def bodies(engine: str) -> dict[str, Any]:
         for where, value in leaves(direct).items():
             if leaves(routed).get(where) != value:
                 lost.setdefault(name, {})[where] = [value, leaves(routed).get(where)]
-        added |= {where: value for where, value in leaves(routed).items() if where not in leaves(direct) and value is not None}
-    return {"compared": len(seen), "taken_away_or_changed": lost, "added": added, "asked_direct_alone": refused, "asked_neither_way": neither}
+        added |= {
+            where: value for where, value in leaves(routed).items() if where not in leaves(direct) and value is not None
+        }
+    return {
+        "compared": len(seen),
+        "taken_away_or_changed": lost,
+        "added": added,
+        "asked_direct_alone": refused,
+        "asked_neither_way": neither,
+    }
 
 
 def leaves(value: Any, where: str = "") -> dict[str, Any]:
@@ -251,7 +321,11 @@ class Server:
         if self.fake:
             return float(self.fake.live)
         text = httpx.get(self.url + "/metrics", trust_env=False, timeout=10).text
-        lines = [line for line in text.splitlines() if line.startswith(("vllm:num_requests_running", "sglang:num_running_reqs"))]
+        lines = [
+            line
+            for line in text.splitlines()
+            if line.startswith(("vllm:num_requests_running", "sglang:num_running_reqs"))
+        ]
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
 
@@ -277,7 +351,9 @@ def client_gone(ours: Command, servers: list[Server], model: str) -> dict[str, A
     return {"engine_idle_after_s": took}
 
 
-def killed(engine: str, servers: list[Server], more: list[str], name: str, clients: int, max_tokens: int, bring_back: bool) -> None:
+def killed(
+    engine: str, servers: list[Server], more: list[str], name: str, clients: int, max_tokens: int, bring_back: bool
+) -> None:
     with router(engine, [server.url for server in servers], more) as url:
         with Command("--engine", engine, "--base-url", url) as ours:
             with Load(ours.url, servers[0].model, clients=clients, max_tokens=max_tokens) as load:
@@ -296,7 +372,12 @@ def killed(engine: str, servers: list[Server], more: list[str], name: str, clien
             figures = told(load.answers, at)
             if bring_back:
                 figures["used_again_after_s"] = round(back, 1)
-    record("routers", f"{engine}: {name}", figures | {"router": f"{ROUTERS[engine].program[0]} {version(engine)}", "settings": " ".join(more) or "defaults"})
+    record(
+        "routers",
+        f"{engine}: {name}",
+        figures
+        | {"router": f"{ROUTERS[engine].program[0]} {version(engine)}", "settings": " ".join(more) or "defaults"},
+    )
 
 
 @contextlib.contextmanager
@@ -337,12 +418,30 @@ def main() -> None:
                         record("routers", f"{args.engine}: what passes, {kind}", compare(args.engine, two[0].url, url))
                     if "gone" in parts:
                         with Command("--engine", args.engine, "--base-url", url) as ours:
-                            record("routers", f"{args.engine}: client gone, {kind}", client_gone(ours, two, two[0].model))
+                            record(
+                                "routers", f"{args.engine}: client gone, {kind}", client_gone(ours, two, two[0].model)
+                            )
             if "tuned" in parts:
-                killed(args.engine, two, tuned(args.engine), f"one of two killed -9, tuned, {kind}", 16 if args.fake else 8, 64 if args.fake else 24, args.fake)
+                killed(
+                    args.engine,
+                    two,
+                    tuned(args.engine),
+                    f"one of two killed -9, tuned, {kind}",
+                    16 if args.fake else 8,
+                    64 if args.fake else 24,
+                    args.fake,
+                )
     if "defaults" in parts:
         with servers(args.engine, args.fake) as two:
-            killed(args.engine, two, [], f"one of two killed -9, the router's defaults, {kind}", 16 if args.fake else 8, 64 if args.fake else 24, args.fake)
+            killed(
+                args.engine,
+                two,
+                [],
+                f"one of two killed -9, the router's defaults, {kind}",
+                16 if args.fake else 8,
+                64 if args.fake else 24,
+                args.fake,
+            )
 
 
 if __name__ == "__main__":

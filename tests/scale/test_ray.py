@@ -47,14 +47,24 @@ class Cluster:
         from ray.cluster_utils import Cluster as Nodes
 
         self.port, other = free_port(), free_port()
-        os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(other), "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+        os.environ |= {
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(other),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        }
         self.small = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
         self.engine = Fake("vllm").start()
         self.nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 2, **self.small})
         self.second = self.nodes.add_node(num_cpus=1, **self.small)
         os.environ["RAY_ADDRESS"] = self.nodes.address
         self.url, self.second_url = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{other}"
-        self.settings = product.Settings(engine="vllm", base_url=self.engine.base_url, api_keys=(KEY,), deadlines=product.Deadlines(total=60, idle=30))
+        self.settings = product.Settings(
+            engine="vllm",
+            base_url=self.engine.base_url,
+            api_keys=(KEY,),
+            deadlines=product.Deadlines(total=60, idle=30),
+        )
         began = time.monotonic()
         product.deploy(self.settings, host="127.0.0.1", port=self.port, replicas=2)
         record("ray", "deploy", {"ready_after_s": round(time.monotonic() - began, 1), "ray": ray.__version__})
@@ -126,16 +136,25 @@ def test_both_nodes_have_a_replica_and_answer(cluster: Cluster) -> None:
         reply = httpx.post(url + "/api/v1/llm/generate", json=ASK, headers=AUTH, trust_env=False)
         assert good(reply)["text"] == cluster.engine.text
         assert reply.headers.get_list("x-request-id") == [reply.json()["request_id"]]
-    reply = cluster.client.post("/v1/chat/completions", json={"model": "m", "messages": [{"role": "user", "content": "hi"}]})
+    reply = cluster.client.post(
+        "/v1/chat/completions", json={"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+    )
     assert reply.json()["choices"][0]["message"]["content"] == cluster.engine.text
     assert cluster.client.get("/ready").status_code == cluster.client.get("/docs").status_code == 200
 
 
 def test_errors_are_ours(cluster: Cluster) -> None:
-    refused(httpx.post(cluster.url + "/api/v1/llm/generate", json=ASK, trust_env=False), "unauthorized")  # loopback needs the key too
+    refused(
+        httpx.post(cluster.url + "/api/v1/llm/generate", json=ASK, trust_env=False), "unauthorized"
+    )  # loopback needs the key too
     refused(cluster.client.post("/api/v1/llm/generate", json={"prompt": ""}), "invalid_request")
     refused(cluster.client.get("/nowhere"), "not_found")
-    refused_v1(cluster.client.post("/v1/chat/completions", json={"model": "nope", "messages": [{"role": "user", "content": "hi"}]}), "model_not_found")
+    refused_v1(
+        cluster.client.post(
+            "/v1/chat/completions", json={"model": "nope", "messages": [{"role": "user", "content": "hi"}]}
+        ),
+        "model_not_found",
+    )
 
 
 def test_tokens_come_one_by_one(cluster: Cluster) -> None:
@@ -155,7 +174,12 @@ def test_client_gone_engine_stops(cluster: Cluster, stream: bool, path: str) -> 
     for number in range(5):
         url = cluster.url if path == "head" else cluster.second_url
         client = http.client.HTTPConnection("127.0.0.1", int(url.rpartition(":")[2]), timeout=20)
-        headers = {**AUTH, "content-type": "application/json", "x-request-disconnect-disabled": "1", "x-request-timeout-seconds": "0.001"}  # Ray's: ignored
+        headers = {
+            **AUTH,
+            "content-type": "application/json",
+            "x-request-disconnect-disabled": "1",
+            "x-request-timeout-seconds": "0.001",
+        }  # Ray's: ignored
         client.request("POST", "/api/v1/llm/generate", json.dumps(ASK | {"stream": stream}), headers)
         cluster.engine.wait(lambda: cluster.engine.live == 1)
         time.sleep(0.1 * number)
@@ -163,13 +187,21 @@ def test_client_gone_engine_stops(cluster: Cluster, stream: bool, path: str) -> 
         client.close()
         cluster.engine.wait(lambda: cluster.engine.live == 0, 10)
         took.append(time.monotonic() - gone)
-    record("ray", f"client gone, {'streamed' if stream else 'whole'}, {path} node's proxy", {"upstream_closed_within_s": round(max(took), 3), "of": len(took)})
+    record(
+        "ray",
+        f"client gone, {'streamed' if stream else 'whole'}, {path} node's proxy",
+        {"upstream_closed_within_s": round(max(took), 3), "of": len(took)},
+    )
     assert max(took) < 2.0
 
 
 @pytest.mark.parametrize(
     ("change", "why"),
-    [({"api_keys": ()}, "API key"), ({"base_url": "http://127.0.0.1:9"}, "runs already"), ({"launch_args": ("--x",)}, "starts no engine")],
+    [
+        ({"api_keys": ()}, "API key"),
+        ({"base_url": "http://127.0.0.1:9"}, "runs already"),
+        ({"launch_args": ("--x",)}, "starts no engine"),
+    ],
 )
 def test_refused_before_anything_starts(cluster: Cluster, change: dict[str, Any], why: str) -> None:
     with pytest.raises(product.InvalidRequest, match=why):
@@ -191,7 +223,9 @@ def test_a_rolling_update_loses_nothing(cluster: Cluster) -> None:
     before = cluster.replicas()
     with loaded(cluster) as load:
         at = time.monotonic()
-        product.deploy(dataclasses.replace(cluster.settings, max_tokens_cap=4096), host="127.0.0.1", port=cluster.port, replicas=2)
+        product.deploy(
+            dataclasses.replace(cluster.settings, max_tokens_cap=4096), host="127.0.0.1", port=cluster.port, replicas=2
+        )
         until(lambda: cluster.whole_again(before), 60)
         took = time.monotonic() - at
         time.sleep(1)
@@ -209,7 +243,12 @@ def test_an_update_that_finds_no_engine_leaves_the_old_replicas(cluster: Cluster
 
     def update() -> None:
         try:
-            product.deploy(dataclasses.replace(cluster.settings, base_url=doomed.base_url), host="127.0.0.1", port=cluster.port, replicas=2)
+            product.deploy(
+                dataclasses.replace(cluster.settings, base_url=doomed.base_url),
+                host="127.0.0.1",
+                port=cluster.port,
+                replicas=2,
+            )
         except BaseException as exc:
             failed.append(exc)
 
@@ -223,13 +262,19 @@ def test_an_update_that_finds_no_engine_leaves_the_old_replicas(cluster: Cluster
         thread.join(120)
         took = time.monotonic() - at
     survivors = cluster.replicas() & before
-    record("ray", "update whose engine is gone", told(load.answers, at) | {"refused_after_s": round(took, 1), "old_replicas_left": len(survivors)})
+    record(
+        "ray",
+        "update whose engine is gone",
+        told(load.answers, at) | {"refused_after_s": round(took, 1), "old_replicas_left": len(survivors)},
+    )
     assert survivors and all(answer.said == "ok" for answer in load.answers), load.answers
     assert isinstance(failed[0], product.EngineUnavailable), failed
     product.deploy(cluster.settings, host="127.0.0.1", port=cluster.port, replicas=2)
 
 
-def hurt(cluster: Cluster, name: str, victims: set[int], number: signal.Signals = signal.SIGKILL, patience: float = 90) -> dict[str, Any]:
+def hurt(
+    cluster: Cluster, name: str, victims: set[int], number: signal.Signals = signal.SIGKILL, patience: float = 90
+) -> dict[str, Any]:
     gone = cluster.replicas() & victims
     with loaded(cluster) as load:
         time.sleep(1)
@@ -249,7 +294,11 @@ def test_replica_killed_under_load(cluster: Cluster) -> None:
     for node in (cluster.second, cluster.nodes.head_node):
         until(lambda: cluster.whole_again(set()), 60)
         victims = cluster.replicas(node) or cluster.replicas(cluster.nodes.head_node)
-        figures = hurt(cluster, f"one replica killed -9, {'the other' if node is cluster.second else 'the same'} node", {min(victims)})
+        figures = hurt(
+            cluster,
+            f"one replica killed -9, {'the other' if node is cluster.second else 'the same'} node",
+            {min(victims)},
+        )
         assert figures["lost_beyond_in_flight"] == 0 and figures["untyped"] == 0, figures
         assert figures["in_flight_ended_as"].keys() & {"not_ready", "not_ready (streamed)"}, figures
 
@@ -270,7 +319,9 @@ def test_node_killed_under_load(cluster: Cluster) -> None:
 
 def test_node_frozen_under_load(cluster: Cluster) -> None:
     """As a machine without power: no connection is closed, nothing answers."""
-    product.deploy(dataclasses.replace(cluster.settings, max_tokens_cap=4097), host="127.0.0.1", port=cluster.port, replicas=2)
+    product.deploy(
+        dataclasses.replace(cluster.settings, max_tokens_cap=4097), host="127.0.0.1", port=cluster.port, replicas=2
+    )
     until(lambda: cluster.whole_again(set()) and bool(cluster.replicas(cluster.second)), 60)
     victims = cluster.of(cluster.second)
     try:
@@ -295,7 +346,9 @@ def test_our_limit_answers_before_rays(cluster: Cluster) -> None:
         replies = list(pool.map(lambda _: cluster.client.post("/api/v1/llm/generate", json=ASK), range(60)))
     kinds = [reply.headers.get("x-error-kind", "ok") for reply in replies]
     record("ray", "60 at once, places for 3", {kind: kinds.count(kind) for kind in set(kinds)})
-    assert set(kinds) == {"ok", "busy"} and all(reply.headers["retry-after"] for reply in replies if reply.status_code == 429)
+    assert set(kinds) == {"ok", "busy"} and all(
+        reply.headers["retry-after"] for reply in replies if reply.status_code == 429
+    )
 
 
 def test_replicas_grow_with_the_load(cluster: Cluster) -> None:
@@ -328,14 +381,32 @@ def test_removed_while_a_stream_runs(cluster: Cluster) -> None:
     reader.join(30)
     assert ended and ended[0][-1] == "[DONE]"
     refused(cluster.client.post("/api/v1/llm/generate", json=ASK), "not_ready", 503)
-    refused_v1(cluster.client.post("/v1/chat/completions", json={"model": "m", "messages": [{"role": "user", "content": "hi"}]}), "not_ready")
+    refused_v1(
+        cluster.client.post(
+            "/v1/chat/completions", json={"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+        ),
+        "not_ready",
+    )
 
 
 def test_the_command(cluster: Cluster) -> None:
     """`--serve --ray` deploys to the cluster that RAY_ADDRESS names, and removes what it deployed when it is told to stop."""
-    argv = [sys.executable, str(product.__file__), "--serve", "--ray", "--replicas", "2", "--engine", "vllm", "--base-url", cluster.engine.base_url]
+    argv = [
+        sys.executable,
+        str(product.__file__),
+        "--serve",
+        "--ray",
+        "--replicas",
+        "2",
+        "--engine",
+        "vllm",
+        "--base-url",
+        cluster.engine.base_url,
+    ]
     argv += ["--api-key", KEY, "--host", "127.0.0.1", "--port", str(cluster.port)]
-    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=clean_env())
+    process = subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=clean_env()
+    )
     try:
         assert process.stdout
         said = ""
@@ -383,10 +454,17 @@ def test_overhead(cluster: Cluster) -> None:
     from tests.bench import run as bench
 
     body = {"model": "m", "messages": bench.MESSAGES, "max_tokens": 256}
-    with bench.engine(bench.TOKENS) as upstream, Command("--engine", "vllm", "--base-url", upstream.url, "--api-key", bench.KEY) as direct:
+    with (
+        bench.engine(bench.TOKENS) as upstream,
+        Command("--engine", "vllm", "--base-url", upstream.url, "--api-key", bench.KEY) as direct,
+    ):
         settings = product.Settings(engine="vllm", base_url=upstream.url, api_keys=(bench.KEY,))
         product.deploy(settings, host="127.0.0.1", port=cluster.port, replicas=1)
-        through = Tree(cluster.url, cluster.of(cluster.nodes.head_node) | {pid for node in cluster.nodes.worker_nodes for pid in cluster.of(node)})
+        through = Tree(
+            cluster.url,
+            cluster.of(cluster.nodes.head_node)
+            | {pid for node in cluster.nodes.worker_nodes for pid in cluster.of(node)},
+        )
         figures: dict[str, Any] = {"rss_mib": round(through.rss())}
         for streamed in (False, True):
             asked = body | ({"stream": True} if streamed else {})
@@ -398,6 +476,9 @@ def test_overhead(cluster: Cluster) -> None:
             ours, rays = (sorted(found[what] for found in each)[1] for each in (one, other))
             name = "streamed token, CPU µs" if streamed else "whole answer, CPU ms"
             figures[name] = {"--serve": round(ours, 3), "through Ray": round(rays, 3), "ratio": round(rays / ours, 1)}
-            figures[name] |= {"per_s --serve": round(sorted(f["rps"] for f in one)[1]), "per_s Ray": round(sorted(f["rps"] for f in other)[1])}
+            figures[name] |= {
+                "per_s --serve": round(sorted(f["rps"] for f in one)[1]),
+                "per_s Ray": round(sorted(f["rps"] for f in other)[1]),
+            }
             assert not any(f["errors"] for f in (*one, *other)), (one, other)
     record("ray", "overhead", figures)
