@@ -5,41 +5,22 @@ its model); everything else needs loopback, tests/requirements.txt and the embed
 without aiohttp.
 """
 
-from __future__ import annotations
-
-import asyncio
 import contextlib
-import gc
 import importlib.util
-import json
 import os
 import signal
-import sys
-import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
+import httpx
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fake_engine import Dialect, FakeEngine, Json, Reply, Seen, recorded
-
-from llm_inference import Chunk, HttpxWire, InferenceError, LLMInferencer, Wire
-
-T = TypeVar("T")
-ALL: tuple[Dialect, ...] = ("ollama", "vllm", "sglang", "llamacpp")
-CHAT = {
-    "ollama": "/api/chat",
-    "vllm": "/v1/chat/completions",
-    "sglang": "/v1/chat/completions",
-    "llamacpp": "/v1/chat/completions",
-}
-PROMPT = "Count from one to twenty, in words."
-_KEPT = ("LLM_INFERENCE_TEST_CACHE",)
-_OURS = ("OLLAMA_", "VLLM_", "SGLANG_", "LLAMACPP_", "LLM_INFERENCE_")
+import llm_inference as product
+from llm_inference import HttpxWire, LLMInferencer, Wire
+from tests.fake_engine import DIALECTS, Dialect, FakeEngine
+from tests.harness import Command, Stand
+from tests.processes import is_setting
 
 
 def pytest_configure() -> None:
@@ -51,8 +32,9 @@ def pytest_configure() -> None:
 
 
 def clear_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [n for n in os.environ if n.startswith(_OURS) and n not in _KEPT]:
-        monkeypatch.delenv(name)
+    for name in list(os.environ):
+        if is_setting(name):
+            monkeypatch.delenv(name)
 
 
 @pytest.fixture(autouse=True)
@@ -61,66 +43,19 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     clear_environment(monkeypatch)
 
 
-class Fake(FakeEngine):
-    """A fake engine with the start flags of SGLang, and a view of the generations that it was asked for."""
-
-    def __init__(self, dialect: Dialect, **options: Any) -> None:
-        super().__init__(dialect, **options)
-        self.flags: Json = {
-            "tool_call_parser": "qwen",
-            "reasoning_parser": None,
-            "enable_deterministic_inference": False,
-        }
-
-    @property
-    def chat(self) -> str:
-        return CHAT[self.dialect]
-
-    @property
-    def asked(self) -> list[Seen]:
-        """The requests for a generation, in their order."""
-        return [
-            seen
-            for seen in list(self.requests)
-            if seen.method == "POST" and seen.path in (self.chat, "/api/generate", "/v1/completions")
-        ]
-
-    @property
-    def body(self) -> Json:
-        """What the last generation was asked with."""
-        asked: Json = self.asked[-1].json
-        return asked
-
-    def say(self, *names: str) -> None:
-        """The next chat calls get these recordings (a probe of the module's own does not use them up)."""
-        for name in names:
-            self.script(recorded(self.dialect, name), self.chat)
-
-    def reply(self, reply: Reply) -> None:
-        self.script(reply, self.chat)
-
-    def stream_reply(self) -> Reply:
-        """A recorded, whole, streamed answer."""
-        return recorded(self.dialect, "06_chat_stream" if self.dialect == "ollama" else "chat_stream_usage")
-
-    def _info(self, path: str) -> Reply:
-        reply = super()._info(path)
-        if path == "/server_info" and reply.status == 200:
-            reply = self._json({**json.loads(reply.pieces[0]), **self.flags})
-        return reply
-
-
 class Attach(Protocol):
-    def __call__(self, engine: Fake | Dialect, model_name: str | None = None, **options: Any) -> LLMInferencer: ...
+    def __call__(
+        self, engine: FakeEngine | Dialect, model_name: str | None = None, **options: Any
+    ) -> LLMInferencer: ...
 
 
 @pytest.fixture
-def fake() -> Iterator[Callable[..., Fake]]:
+def fake() -> Iterator[Callable[..., FakeEngine]]:
     """Makes running fake engines: `fake("vllm", version="0.10.2")`."""
     with contextlib.ExitStack() as stack:
 
-        def make(dialect: Dialect, **options: Any) -> Fake:
-            engine = Fake(dialect, **options)
+        def make(dialect: Dialect, **options: Any) -> FakeEngine:
+            engine = FakeEngine(dialect, **options)
             stack.enter_context(engine)
             return engine
 
@@ -128,14 +63,14 @@ def fake() -> Iterator[Callable[..., Fake]]:
 
 
 @pytest.fixture
-def attach(fake: Callable[..., Fake]) -> Iterator[Attach]:
+def attach(fake: Callable[..., FakeEngine]) -> Iterator[Attach]:
     """Makes inferencers: `attach(engine)`, or `attach("vllm", base_url=…)`."""
     made: list[LLMInferencer] = []
 
-    def make(engine: Fake | Dialect, model_name: str | None = None, **options: Any) -> LLMInferencer:
-        if isinstance(engine, Fake):
+    def make(engine: FakeEngine | Dialect, model_name: str | None = None, **options: Any) -> LLMInferencer:
+        if isinstance(engine, FakeEngine):
             options.setdefault("base_url", engine.base_url)
-        llm = LLMInferencer(engine.dialect if isinstance(engine, Fake) else engine, model_name, **options)
+        llm = LLMInferencer(engine.dialect if isinstance(engine, FakeEngine) else engine, model_name, **options)
         made.append(llm)
         return llm
 
@@ -161,13 +96,13 @@ class Engine:
 
     name: str
     llm: LLMInferencer
-    fake: Fake | None = None
+    fake: FakeEngine | None = None
 
     @property
     def kind(self) -> str:
         return self.name.partition("-")[0]
 
-    def says(self, *answers: str) -> None:
+    def answers(self, *answers: str) -> None:
         """A fake gives these answers in turn, the last one for ever; a real engine finds its own."""
         if self.fake is not None:
             left = list(answers)
@@ -209,7 +144,7 @@ ENGINES = (
 
 
 @pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest, fake: Callable[..., Fake], attach: Attach) -> Engine:
+def engine(request: pytest.FixtureRequest, fake: Callable[..., FakeEngine], attach: Attach) -> Engine:
     """One engine after the other, under the same laws."""
     name: str = request.param
     kind, _, how = name.partition("-")
@@ -222,25 +157,11 @@ def engine(request: pytest.FixtureRequest, fake: Callable[..., Fake], attach: At
     )
 
 
-@pytest.fixture(params=ALL)
-def faked(request: pytest.FixtureRequest, fake: Callable[..., Fake], attach: Attach) -> Engine:
+@pytest.fixture(params=DIALECTS)
+def faked(request: pytest.FixtureRequest, fake: Callable[..., FakeEngine], attach: Attach) -> Engine:
     """The four fakes alone, for laws that need a scripted engine."""
     made = fake(request.param)
     return Engine(f"{request.param}-fake", attach(made), made)
-
-
-def run(work: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(work)
-
-
-async def collect(items: AsyncGenerator[T, None]) -> list[T]:
-    return [item async for item in items]
-
-
-def chunks(llm: LLMInferencer, prompt: str | Sequence[Any] = PROMPT, **options: Any) -> list[Chunk]:
-    """Every chunk of a streamed answer."""
-    asked, build = llm.request(prompt, **options)
-    return [chunk for burst in run(collect(llm.bursts(asked, build))) for chunk in burst]
 
 
 @pytest.fixture
@@ -256,28 +177,43 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return hide
 
 
-#: replies that are errors: before the answer, and in its middle
-BROKEN = (
-    Reply(status=500, headers={"content-type": "application/json"}, pieces=[b'{"error":"boom"}']),
-    Reply(headers={"content-type": "text/event-stream"}, pieces=[b"data: {}\n\n"]),
-)
+# ------------------------------------------------------------------------------------------------ servers
 
 
-@contextlib.contextmanager
-def no_error_stays() -> Iterator[None]:
-    """The errors that are raised in here go without the collector, and with them the requests that their frames hold."""
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is on the engines' default ports, whatever runs on this machine."""
+    for adapter in (product.OllamaAdapter, product.VLLMAdapter, product.SGLangAdapter, product.LlamaCppAdapter):
+        monkeypatch.setattr(adapter, "default_url", "http://127.0.0.1:9")
+        monkeypatch.delenv(adapter.url_env, raising=False)
 
-    def alive() -> set[int]:
-        return {id(each) for each in gc.get_objects() if isinstance(each, InferenceError)}
 
-    gc.collect()
-    before = alive()  # of other tests
-    gc.disable()
-    try:
-        yield
-        deadline = time.monotonic() + 10
-        while not alive() <= before:  # a loop lets go of its last step a moment later
-            assert time.monotonic() < deadline, "an error is kept"
-            time.sleep(0.01)
-    finally:
-        gc.enable()
+@pytest.fixture(scope="session")
+def all_stands() -> Iterator[dict[str, Stand]]:
+    with contextlib.ExitStack() as stack:
+        yield {dialect: stack.enter_context(Stand(dialect)) for dialect in DIALECTS}
+
+
+@pytest.fixture(params=DIALECTS)
+def stand(request: pytest.FixtureRequest, all_stands: dict[str, Stand]) -> Stand:
+    """The app in front of each fake engine in turn."""
+    found = all_stands[request.param]
+    found.engine.reset()
+    return found
+
+
+@pytest.fixture
+def vllm(all_stands: dict[str, Stand]) -> Stand:
+    """The app in front of the fake vLLM, for what does not depend on the engine."""
+    all_stands["vllm"].engine.reset()
+    return all_stands["vllm"]
+
+
+@pytest.fixture(scope="session")
+def real() -> Iterator[httpx.Client]:
+    """The real command with the real embedded engine and model."""
+    with (
+        Command("--engine", "llamacpp") as command,
+        httpx.Client(base_url=command.url, timeout=120, trust_env=False) as client,
+    ):
+        yield client

@@ -6,9 +6,9 @@ For Linux on x86-64, Python 3.11, and a pip that finds the CPU build of torch.  
     with running("vllm") as server:
         requests.get(server.base_url + "/v1/models")
 
-    python tests/engines.py install vllm|sglang                     make the environment, print its python
-    python tests/engines.py model                                   convert the model, print its folder
-    python tests/engines.py serve vllm|sglang [-- ENGINE ARGUMENTS] print `BASE_URL http://127.0.0.1:PORT` once the engine is ready
+    python -m tests.engines install vllm|sglang                     make the environment, print its python
+    python -m tests.engines model                                   convert the model, print its folder
+    python -m tests.engines serve vllm|sglang [-- ENGINE ARGUMENTS] print `BASE_URL http://127.0.0.1:PORT` once the engine is ready
 
 `serve` stops everything and exits 0 on SIGTERM, on SIGINT, or when its standard input is a pipe that ends; it exits 1 when the engine does not start, or dies.
 """

@@ -1,15 +1,19 @@
-"""A scripted Ollama, vLLM, SGLang or llama.cpp over real sockets, in a thread of the test process.
+"""The one stand-in engine: a scripted Ollama, vLLM, SGLang or llama.cpp over real sockets, in a thread of the test process.
 
-with FakeEngine("vllm") as engine:
-    engine.replay("chat_stream")                             # the next generation: that transcript of tests/wire/vllm/
-    engine.script(Reply(pieces=[b"data: {"], end="reset"))   # the one after that; all others get default answers,
-    engine.wait(lambda: engine.live == 0)                    # which are recorded ones with other words in them
+    with FakeEngine("vllm") as engine:
+        engine.replay("chat_stream")                            # next generation: that transcript in tests/wire/vllm/
+        engine.script(Reply(pieces=[b"data: {"], end="reset"))  # the one after it; all others get default answers,
+        engine.wait(lambda: engine.live == 0)                   # which are recorded ones with other words in them
+
+After a hang-up it does what the real engines do: streams stop, and so do complete answers of Ollama and vLLM;
+llama.cpp and SGLang finish a complete (not streamed) answer that nobody will read, and `live` counts it until then.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import functools
 import http
 import itertools
@@ -27,7 +31,13 @@ from typing import Any, Literal, Self
 Dialect = Literal["ollama", "vllm", "sglang", "llamacpp"]
 Json = dict[str, Any]
 Call = tuple[str, Json]
+DIALECTS: tuple[Dialect, ...] = ("ollama", "vllm", "sglang", "llamacpp")
+OPENAI_DIALECTS: tuple[Dialect, ...] = ("vllm", "sglang", "llamacpp")
+CHAT: dict[Dialect, str] = {"ollama": "/api/chat"} | dict.fromkeys(OPENAI_DIALECTS, "/v1/chat/completions")
+NOT_GENERATIONS = ("/api/show", "/tokenize")  # POST routes that make no text
 WIRE = Path(__file__).parent / "wire"
+#: `flags` of an SGLang that was started with everything
+SGLANG_FLAGS: Json = {"tool_call_parser": "qwen", "reasoning_parser": "qwen3", "enable_deterministic_inference": True}
 TEXT = "北京是中国的首都，a city of hills 🚲."
 VERSIONS: dict[Dialect, str] = {"ollama": "0.33.0", "vllm": "0.32.0", "sglang": "0.5.21", "llamacpp": "b6714-d2ee056e"}
 RECORDED: dict[Dialect, dict[str, str]] = {  # stream headers, unknown path, unreadable body, no key
@@ -171,11 +181,17 @@ class FakeEngine:
         self.context = 8192
         self.text, self.answer, self.reasoning = TEXT, None, ""  # type: str, Callable[[Json], str] | None, str
         self.tool_call: Call | None = None
-        self.pace = 0.0  # seconds between two pieces of a default generation; a whole answer waits for all of them
+        self.flags: Json = {  # what SGLang was started with, as /server_info shows it
+            "tool_call_parser": "qwen",
+            "reasoning_parser": None,
+            "enable_deterministic_inference": False,
+        }
+        self.pace = 0.0  # seconds between two pieces of a default generation; a complete answer waits for all of them
         self.slice = 0  # when set, no write has more bytes of body than this: events and characters arrive in parts
         self.requests: list[Seen] = []
         self.live = self.begun = self.finished = self.cut = self.connections = 0
         self._queue: list[tuple[str | None, Reply]] = []
+        self._unread: set[asyncio.TimerHandle] = set()  # generations that go on after their client has hung up
         self._faults: list[Exception] = []
         self._changed = threading.Condition()
         self._serial = itertools.count(1)
@@ -203,6 +219,17 @@ class FakeEngine:
             self._loop.call_soon_threadsafe(self._stopped.set)
             self._thread.join(10)
             self._thread = None
+            self._unread.clear()
+            self._count(cut=self.live, live=-self.live)
+
+    def reset(self) -> Self:
+        """As new, for the next test: default answers, no requests, nothing running."""
+        self._loop.call_soon_threadsafe(self._drop_unread)
+        self.wait(lambda: self.live == 0)
+        self.text, self.answer, self.reasoning, self.tool_call, self.pace, self.slice = TEXT, None, "", None, 0.0, 0
+        self.requests.clear()
+        self._queue.clear()
+        return self
 
     async def _main(self, ready: threading.Event) -> None:
         self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
@@ -245,30 +272,68 @@ class FakeEngine:
         with self._changed:
             self._queue.append((path, reply))
 
+    def replay_chat(self, *names: str) -> None:
+        """The same for the next chat calls only: a probe of the module's own does not use a recording up."""
+        for name in names:
+            self.script_chat(recorded(self.dialect, name))
+
+    def script_chat(self, reply: Reply) -> None:
+        """The next chat call gets this."""
+        self.script(reply, self.chat)
+
+    def stream_reply(self) -> Reply:
+        """A recorded stream, complete."""
+        return recorded(self.dialect, "06_chat_stream" if self.dialect == "ollama" else "chat_stream_usage")
+
+    @property
+    def chat(self) -> str:
+        """The path of the dialect's chat route."""
+        return CHAT[self.dialect]
+
+    @property
+    def asked(self) -> list[Seen]:
+        """The requests for a text, in their order (no embeddings, no probes of the module)."""
+        routes = (self.chat, "/api/generate", "/v1/completions")
+        return [seen for seen in list(self.requests) if seen.method == "POST" and seen.path in routes]
+
+    @property
+    def bodies(self) -> list[Json]:
+        """Their bodies."""
+        return [seen.json for seen in self.asked]
+
+    @property
+    def body(self) -> Json:
+        """The last one's body."""
+        return self.bodies[-1]
+
     def _count(self, **more: int) -> None:
         with self._changed:
             for name, number in more.items():
                 setattr(self, name, getattr(self, name) + number)
             self._changed.notify_all()
 
-    # ------------------------------------------------------------------------------------------------------- connections
+    # ------------------------------------------------------------------------------------------------- connections
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         assert isinstance(reader, Reader)
         reader.task = asyncio.current_task()
         self._writers.add(writer)
         self._count(connections=1)
-        again, live = True, 0
+        again, live, ends = True, 0, 0.0
         try:
             while again and not reader.at_eof():
                 seen = await self._read(reader)
                 reply, live = self._reply(seen)
+                ends = self._ends(reply, seen) if live else 0.0
                 self._count(begun=live, live=live)
                 again = await self._send(writer, reply, seen, functools.partial(self._count, finished=live, live=-live))
                 live = 0
             writer.close()
         except (asyncio.CancelledError, asyncio.IncompleteReadError, ConnectionError):
             writer.transport.abort()  # the client is gone
+            if live and ends > self._loop.time() and not self._stopped.is_set():
+                self._finish_unread(ends)
+                live = 0
         except Exception as exc:  # a mistake of the test or of this file: raised when the engine is left
             self._faults.append(exc)
             writer.transport.abort()
@@ -276,6 +341,31 @@ class FakeEngine:
         finally:
             self._writers.discard(writer)
             self._count(connections=-1, cut=live, live=-live)
+
+    def _ends(self, reply: Reply, seen: Seen) -> float:
+        """When the generation is over if its client hangs up; 0 where that stops it (or where it hangs by script)."""
+        if self.dialect in ("ollama", "vllm") or reply.end == "stall":
+            return 0.0
+        with contextlib.suppress(ValueError):
+            if seen.json.get("stream"):
+                return 0.0
+        return self._loop.time() + reply.delay + reply.gap * (len(reply.pieces) - 1)
+
+    def _finish_unread(self, ends: float) -> None:
+        """A generation without a reader, which takes the engine's time until it ends."""
+
+        def finish() -> None:
+            self._unread.discard(timer)
+            self._count(finished=1, live=-1)
+
+        timer = self._loop.call_at(ends, finish)
+        self._unread.add(timer)
+
+    def _drop_unread(self) -> None:
+        for timer in self._unread:
+            timer.cancel()
+        self._count(cut=len(self._unread), live=-len(self._unread))
+        self._unread.clear()
 
     async def _read(self, reader: Reader) -> Seen:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
@@ -330,7 +420,7 @@ class FakeEngine:
     def _reply(self, seen: Seen) -> tuple[Reply, int]:
         """The answer, and 1 if it is a generation, else 0."""
         path = seen.path.partition("?")[0]
-        generates = int(seen.method == "POST" and path not in ("/api/show", "/tokenize"))
+        generates = int(seen.method == "POST" and path not in NOT_GENERATIONS)
         with self._changed:
             self.requests.append(seen)
             for index, (only, reply) in enumerate(self._queue):
@@ -430,7 +520,10 @@ class FakeEngine:
                     "has_image_understanding": sight,
                 }
                 return self._json(self._like("get_model_info", **own))
-            case "sglang", "/server_info" | "/get_server_info":  # 5 of the real one's 528 fields
+            case "sglang", "/server_info" | "/get_server_info":  # a few of the real one's 528 fields
+                flags = dict(self.flags)
+                if "tool_call_parser" in flags and not tools:
+                    flags["tool_call_parser"] = None
                 return self._json(
                     {
                         "served_model_name": name,
@@ -438,6 +531,7 @@ class FakeEngine:
                         "status": "ready",
                         "version": self.version,
                         "max_req_input_len": self.context - 6,
+                        **flags,
                     }
                 )
             case "llamacpp", "/v1/models":

@@ -1,6 +1,6 @@
 """A started engine never outlives its parent: start, answer, end the parent, and watch every descendant go.
 
-python tests/kill_loop.py [--engine llamacpp|vllm|sglang] [--rounds 100] [--out tests/results/kill_loop.json]
+python -m tests.kill_loop [--engine llamacpp|vllm|sglang] [--rounds 100] [--out tests/results/kill_loop.json]
 
 Each round's parent is ended by SIGKILL, SIGINT or a plain return, in turn. Figures are for an idle machine.
 """
@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import engines
+from tests import engines
+from tests.processes import ROOT, alive, descendants
 
 PARENT = """
 import json, signal, sys
@@ -29,23 +30,6 @@ print("up", flush=True)
 sys.stdin.readline()
 """
 ENDS = ("SIGKILL", "SIGINT", "return")
-
-
-def descendants(pid: int) -> list[int]:
-    found, todo = [], [pid]
-    while todo:
-        for task in Path(f"/proc/{todo.pop()}/task").iterdir():
-            children = [int(child) for child in (task / "children").read_text().split()]
-            found += children
-            todo += children
-    return found
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def options_for(engine: str) -> dict[str, Any]:
@@ -71,6 +55,7 @@ def one_round(end: str, engine: str = "llamacpp") -> float:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        cwd=ROOT,
         text=True,
     )
     assert parent.stdin is not None and parent.stdout is not None and parent.stdout.readline() == "up\n"

@@ -16,8 +16,6 @@ from typing import Any
 
 import pydantic
 import pytest
-from conftest import ALL, BROKEN, CHAT, Attach, Fake, chunks, collect, no_error_stays, run
-from fake_engine import Dialect, Reply
 
 import llm_inference
 from llm_inference import (
@@ -35,8 +33,11 @@ from llm_inference import (
     UnsupportedFeature,
     make_request,
 )
+from tests.conftest import Attach
+from tests.fake_engine import CHAT, DIALECTS, Dialect, FakeEngine, Reply
+from tests.harness import BROKEN, chunks, collect, no_error_stays
 
-Make = Callable[..., Fake]
+Make = Callable[..., FakeEngine]
 MESSAGES = [{"role": "user", "content": "hi"}]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
 TOOL: dict[str, Any] = {
@@ -67,7 +68,7 @@ def base(dialect: Dialect, *, stream: bool = False) -> dict[str, Any]:
     return {"model": "m", "messages": MESSAGES, **(streamed if stream or dialect != "vllm" else {})}
 
 
-def sent(engine: Fake, llm: LLMInferencer, prompt: Any = "hi", **fields: Any) -> dict[str, Any]:
+def sent(engine: FakeEngine, llm: LLMInferencer, prompt: Any = "hi", **fields: Any) -> dict[str, Any]:
     llm.complete(prompt, **fields)
     return engine.body
 
@@ -87,7 +88,7 @@ PLAIN: dict[str, tuple[Any, Any, Any]] = {  # field: value, what an OpenAI engin
 }
 
 
-@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("field", PLAIN)
 def test_a_sampling_field_is_sent_under_the_engines_name_and_nothing_else_is(
     dialect: Dialect, field: str, fake: Make, attach: Attach
@@ -105,7 +106,7 @@ def test_a_sampling_field_is_sent_under_the_engines_name_and_nothing_else_is(
     assert sent(engine, attach(engine), **{field: value}) == expected
 
 
-@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_nothing_asked_nothing_sent(dialect: Dialect, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
     llm = attach(engine)
@@ -115,14 +116,14 @@ def test_nothing_asked_nothing_sent(dialect: Dialect, fake: Make, attach: Attach
     assert [seen.path for seen in engine.asked] == [CHAT[dialect]] * 2
 
 
-@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_stop_is_a_list_in_the_order_given(dialect: Dialect, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
     body = sent(engine, attach(engine), stop=["b", "a"])
     assert (body["options"] if dialect == "ollama" else body)["stop"] == ["b", "a"]
 
 
-@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_logprobs(dialect: Dialect, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
     assert sent(engine, attach(engine), logprobs=True, top_logprobs=3) == base(dialect) | {
@@ -138,7 +139,7 @@ def test_an_old_ollama_has_no_logprobs(fake: Make, attach: Attach) -> None:
     assert engine.asked == []
 
 
-@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_engine_options_are_sent_verbatim_over_everything_else(dialect: Dialect, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
     options: dict[str, Any] = (
@@ -153,7 +154,7 @@ def test_engine_options_are_sent_verbatim_over_everything_else(dialect: Dialect,
         assert body == base(dialect) | {"max_tokens": 3} | options
 
 
-@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_the_callers_values_are_not_changed(dialect: Dialect, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
     given: dict[str, Any] = {
@@ -242,7 +243,7 @@ def test_a_lark_grammar_that_would_be_ignored_is_refused(fake: Make, attach: Att
     assert engine.asked == []
 
 
-@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_ignore_drops_and_names_what_is_not_there(dialect: Dialect, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
     engine.capabilities = ["completion"]
@@ -277,7 +278,7 @@ def test_tools_as_they_are(dialect: Dialect, fake: Make, attach: Attach) -> None
     }
 
 
-@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_tool_choice_none_is_no_tools(dialect: Dialect, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
     assert sent(engine, attach(engine), tools=[TOOL], tool_choice="none") == base(dialect)
@@ -428,7 +429,7 @@ def test_thinking_on_each_engine(fake: Make, attach: Attach) -> None:
             assert sent(engine, attach(engine), think=think) == base(engine.dialect) | expected
 
 
-@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_thinking_is_refused_where_the_model_does_not(dialect: Dialect, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
     with pytest.raises(UnsupportedFeature, match="think"):
@@ -455,7 +456,7 @@ def test_sglang_refuses_what_it_was_not_started_for_and_names_the_flag(
 
 
 # Embeddings, models, pull ------------------------------------------------------------------------
-@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_embeddings(dialect: Dialect, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
     engine.capabilities = ["embedding"]
@@ -490,7 +491,7 @@ def test_a_chat_server_has_no_embeddings(dialect: Dialect, name: str, fake: Make
         attach(engine).embed("a")
 
 
-@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_models(dialect: Dialect, fake: Make, attach: Attach) -> None:
     engine = fake(dialect, model="smol")
     engine.context = 4321
@@ -520,7 +521,7 @@ def test_without_a_package_for_http_the_error_names_it(without: Callable[..., No
         LLMInferencer("vllm", base_url="http://127.0.0.1:9").generate("hi")
 
 
-@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("form", ["{url}", "{host}", "{url}/", "{url}/v1", "{host}/v1/"])
 def test_attach_by_base_url_in_any_form(dialect: Dialect, form: str, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
@@ -534,7 +535,7 @@ def test_attach_by_base_url_in_any_form(dialect: Dialect, form: str, fake: Make,
     }
 
 
-@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_attach_by_the_environment(
     dialect: Dialect, fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -547,7 +548,7 @@ def test_attach_by_the_environment(
     assert other.asked and not engine.asked
 
 
-@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_the_default_port_is_taken_only_from_the_engine_itself(
     dialect: Dialect, fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -555,7 +556,7 @@ def test_the_default_port_is_taken_only_from_the_engine_itself(
     engine = fake(dialect)
     monkeypatch.setattr(cls, "default_url", engine.base_url)
     assert attach(dialect).health()["how"] == f"found on port {engine.port}"
-    for other in ALL:
+    for other in DIALECTS:
         if other != dialect:
             wrong = fake(other)
             monkeypatch.setattr(cls, "default_url", wrong.base_url)
@@ -564,8 +565,8 @@ def test_the_default_port_is_taken_only_from_the_engine_itself(
             assert wrong.asked == []
 
 
-@pytest.mark.parametrize("dialect", ALL)
-@pytest.mark.parametrize("other", ALL)
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("other", DIALECTS)
 def test_a_base_url_of_another_engine_is_told_apart(
     dialect: Dialect, other: Dialect, fake: Make, attach: Attach
 ) -> None:
@@ -577,7 +578,7 @@ def test_a_base_url_of_another_engine_is_told_apart(
     assert other in str(caught.value) and wrong.asked == []
 
 
-@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_nobody_there_is_told_with_what_would_start_it(
     dialect: Dialect, fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -622,15 +623,15 @@ def test_auto_takes_the_first_that_answers(fake: Make, attach: Attach, monkeypat
 def test_auto_without_any_engine_says_so(fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = fake("vllm")
     gone.stop()
-    for dialect in ALL:
+    for dialect in DIALECTS:
         monkeypatch.setattr(LLMInferencer.ENGINE_MAP[dialect], "default_url", gone.base_url)
     with pytest.raises(EngineUnavailable) as caught:
         attach("auto", launch=False).generate("hi")  # type: ignore[arg-type]
-    assert all(dialect in caught.value.mend for dialect in ALL)
+    assert all(dialect in caught.value.mend for dialect in DIALECTS)
 
 
 # Keys and headers --------------------------------------------------------------------------------
-@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_key_goes_out_as_bearer(
     dialect: Dialect, fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -653,7 +654,7 @@ def test_a_refused_key_is_told_and_not_shown(dialect: Dialect, key: str | None, 
     assert caught.value.mend and caught.value.code == 500
 
 
-@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_no_key_no_header_and_no_compression(dialect: Dialect, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
     attach(engine).generate("hi")
@@ -668,13 +669,13 @@ def test_no_proxy_and_no_redirect_is_followed(fake: Make, attach: Attach, monkey
         monkeypatch.setenv(name, proxy.base_url)
     llm = attach(engine)
     assert llm.generate("hi") == engine.text and proxy.requests == []
-    engine.reply(Reply(status=307, headers={"location": f"{proxy.base_url}/v1/chat/completions"}, pieces=[b""]))
+    engine.script_chat(Reply(status=307, headers={"location": f"{proxy.base_url}/v1/chat/completions"}, pieces=[b""]))
     with pytest.raises(InferenceError):
         llm.generate("hi")
     assert proxy.requests == []
 
 
-@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_questions_about_the_engine_are_asked_once(dialect: Dialect, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
     llm = attach(engine, "m")
@@ -685,7 +686,7 @@ def test_questions_about_the_engine_are_asked_once(dialect: Dialect, fake: Make,
     assert len(engine.requests) == before + 3
 
 
-@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_an_engine_that_restarts_is_found_again(dialect: Dialect, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
     llm = attach(engine)
@@ -764,14 +765,14 @@ def test_a_seed_of_zero_is_a_seed(fake: Make, attach: Attach) -> None:
     with pytest.raises(UnsupportedFeature, match="seed"):
         llm.complete("hi", seed=0)
     with pytest.raises(UnsupportedFeature, match="seed"):
-        run(llm._engine.relay("/v1/chat/completions", {"model": "m", "messages": MESSAGES, "seed": 0}))  # type: ignore[union-attr]
+        asyncio.run(llm._engine.relay("/v1/chat/completions", {"model": "m", "messages": MESSAGES, "seed": 0}))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("field", [{"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning_effort": "none"}])
 def test_not_to_think_is_asked_of_the_template_too(field: dict[str, Any], fake: Make, attach: Attach) -> None:
     engine = attach(fake("vllm"))._engine
     with pytest.raises(UnsupportedFeature, match="think"):
-        run(engine.relay("/v1/chat/completions", {"model": "m", "messages": MESSAGES, **field}))  # type: ignore[union-attr]
+        asyncio.run(engine.relay("/v1/chat/completions", {"model": "m", "messages": MESSAGES, **field}))  # type: ignore[union-attr]
 
 
 def test_llama_cpp_has_no_levels_of_thinking(fake: Make, attach: Attach) -> None:
@@ -973,7 +974,7 @@ def test_an_address_that_cannot_be_right_is_told(
 
 def test_a_page_is_no_engine(attach: Attach) -> None:
     with http_server(lambda path: b"<html>hello</html>") as url:
-        for dialect in ALL:
+        for dialect in DIALECTS:
             with (
                 pytest.raises(BadEngineReply, match="lists no models; correct the address"),
                 LLMInferencer(dialect, base_url=url) as llm,
@@ -1023,7 +1024,7 @@ def test_a_batch_that_breaks_leaves_nothing_running(fake: Make, attach: Attach) 
         {"text": "bad" if ask["messages"][-1]["content"] == "bad" else "word " * 100}
     )
     engine.pace = 0.02
-    run(main())
+    asyncio.run(main())
     engine.wait(lambda: engine.live == 0)
     assert len(engine.asked) <= 3
 
@@ -1067,8 +1068,8 @@ def test_an_error_keeps_no_request_alive(verb: str, fake: Make, attach: Attach) 
     llm.generate("warm")
     with no_error_stays():
         for reply in BROKEN:
-            engine.reply(reply)
-            run(fails_there()) if verb.startswith("a") else fails()
+            engine.script_chat(reply)
+            asyncio.run(fails_there()) if verb.startswith("a") else fails()
 
 
 def test_closing_while_it_is_reached_is_an_error_and_no_cancellation(attach: Attach) -> None:
@@ -1082,7 +1083,7 @@ def test_closing_while_it_is_reached_is_an_error_and_no_cancellation(attach: Att
                 await asking
             connection.close()
 
-    run(main())
+    asyncio.run(main())
 
 
 def test_two_who_need_a_new_wire_get_the_same() -> None:
@@ -1093,4 +1094,4 @@ def test_two_who_need_a_new_wire_get_the_same() -> None:
         assert one is other
         await held.close_wire()
 
-    run(main())
+    asyncio.run(main())

@@ -19,33 +19,29 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import BROKEN, no_error_stays
-from fake_engine import TEXT, Reply
-from serving import (
+
+import llm_inference as product
+from tests.fake_engine import TEXT, FakeEngine, Reply
+from tests.harness import (
     API,
+    BROKEN,
     KINDS,
-    OURS,
-    ROOT,
     SOON,
     Command,
-    Fake,
     Stand,
-    descendants,
     enveloped,
-    free_port,
     good,
     hang_up,
+    no_error_stays,
     payloads,
     refused,
     refused_v1,
-    run,
+    run_command,
     serving,
     until,
 )
+from tests.processes import ROOT, descendants, free_port, neutral_environment
 
-import llm_inference as product
-
-pytest_plugins = ("serving",)
 pytestmark = pytest.mark.usefixtures("alone")
 
 MARK = "x-nobody-may-echo-this-x"
@@ -79,7 +75,7 @@ def test_generate_answers_whole(stand: Stand) -> None:
 def test_generate_is_chat_with_one_user_message(stand: Stand) -> None:
     good(stand.post("/generate", prompt="hi"))
     good(stand.post("/chat", messages=HI))
-    one, other = stand.engine.asked()
+    one, other = stand.engine.bodies
     assert one == other and one["messages"] == HI
 
 
@@ -228,7 +224,7 @@ def test_a_streamed_answer_that_does_not_fit_ends_as_an_error(stand: Stand) -> N
 def test_a_whole_answer_that_does_not_fit_is_asked_for_once_more(stand: Stand) -> None:
     answers_json(stand, {"city": 7})
     refused(stand.post("/structured-generate", prompt="hi", schema=CITY), "structured_output_invalid")
-    assert len(stand.engine.asked()) == 2
+    assert len(stand.engine.bodies) == 2
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -407,7 +403,7 @@ def test_a_bad_field_is_named_and_never_echoed(vllm: Stand, field: str, bad: Any
     assert reply.status_code == 400, reply.text
     message = refused(reply, reply.headers["x-error-kind"])
     assert field in message and MARK not in reply.text and len(message) < 600
-    assert not vllm.engine.asked()
+    assert not vllm.engine.bodies
 
 
 @pytest.mark.parametrize(("field", "bad", "words"), [
@@ -427,7 +423,7 @@ def test_the_message_names_the_range(vllm: Stand, field: str, bad: Any, words: s
 ], ids=lambda messages: str(messages)[:60])  # fmt: skip
 def test_bad_messages_are_refused(vllm: Stand, messages: Any) -> None:
     reply = vllm.post("/chat", messages=messages)
-    assert "messages" in refused(reply, "invalid_request") and MARK not in reply.text and not vllm.engine.asked()
+    assert "messages" in refused(reply, "invalid_request") and MARK not in reply.text and not vllm.engine.bodies
 
 
 @pytest.mark.parametrize("schema", [
@@ -497,7 +493,7 @@ def test_an_unknown_field_is_refused_with_the_near_one(vllm: Stand, route: str, 
 )
 def test_what_is_for_python_or_the_operator_is_refused(vllm: Stand, name: str) -> None:
     reply = vllm.post("/generate", prompt="hi", **{name: {MARK: 1}})
-    assert name in refused(reply, "invalid_request") and MARK not in reply.text and not vllm.engine.asked()
+    assert name in refused(reply, "invalid_request") and MARK not in reply.text and not vllm.engine.bodies
 
 
 def test_an_unknown_fields_name_is_input_too(vllm: Stand) -> None:
@@ -522,7 +518,7 @@ def test_what_is_not_strict_json_is_refused(vllm: Stand, path: str, raw: bytes) 
         )
     reply = vllm.raw(path, raw)
     (refused_v1 if path[1] == "v" else refused)(reply, "invalid_request")
-    assert not vllm.engine.asked()
+    assert not vllm.engine.bodies
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
@@ -579,14 +575,14 @@ def test_the_cap_on_max_tokens_is_the_operators(vllm: Stand) -> None:
             stand.post("/v1/chat/completions", model="m", messages=HI, max_completion_tokens=17), "invalid_request"
         )
         good(stand.post("/generate", prompt="hi"))
-        assert stand.engine.asked()[-1]["max_tokens"] == 16
+        assert stand.engine.bodies[-1]["max_tokens"] == 16
 
 
 def test_what_the_engine_cannot_do_is_refused_or_named(all_stands: dict[str, Stand]) -> None:
     stand = all_stands["ollama"]
     stand.engine.reset()
     assert "regex" in refused(stand.post("/generate", prompt="hi", regex="a+"), "unsupported_feature")
-    assert not stand.engine.asked()
+    assert not stand.engine.bodies
     assert good(stand.post("/generate", prompt="hi", think=True, on_unsupported="ignore"))["ignored"] == ["think"]
 
 
@@ -662,7 +658,7 @@ def test_a_client_that_leaves_during_the_second_ask(vllm: Stand) -> None:
     vllm.engine.script(Reply(headers=bad.headers, pieces=bad.pieces))
     vllm.engine.script(Reply(delay=60))
     with vllm.leaving("/structured-generate", prompt="hi", schema=CITY):
-        vllm.engine.wait(lambda: len(vllm.engine.asked()) == 2)
+        vllm.engine.wait(lambda: len(vllm.engine.bodies) == 2)
     gone(vllm)
     assert vllm.engine.cut == cut + 1
 
@@ -718,7 +714,7 @@ def test_the_queue_waits_and_forgets_who_left() -> None:
             second = pool.submit(stand.post, "/generate", prompt="second")
             until(lambda: stand.hub.waiting == 1)
         assert good(second.result())
-        assert [ask["messages"][0]["content"] for ask in stand.engine.asked()] == ["hi", "second"]
+        assert [ask["messages"][0]["content"] for ask in stand.engine.bodies] == ["hi", "second"]
 
 
 def test_a_bad_request_gives_its_place_back() -> None:
@@ -807,17 +803,17 @@ PLACES = ["http://127.0.0.1:9/x", "https://evil.example/m", "file:///etc/passwd"
 @pytest.mark.parametrize("name", PLACES)
 def test_a_model_name_is_never_a_place(vllm: Stand, name: str) -> None:
     reply = vllm.post("/chat", messages=HI, model_name=name)
-    assert "model_name" in refused(reply, "invalid_request") and not vllm.engine.asked()
+    assert "model_name" in refused(reply, "invalid_request") and not vllm.engine.bodies
     refused_v1(vllm.post("/v1/chat/completions", model=name, messages=HI), "invalid_request")
-    assert not vllm.engine.asked()
+    assert not vllm.engine.bodies
 
 
 def test_a_server_does_not_serve_from_itself(vllm: Stand) -> None:
     refused(vllm.post("/chat", {product.HOP: product.INSTANCE}, messages=HI), "invalid_request")
-    assert not vllm.engine.asked()
+    assert not vllm.engine.bodies
     with pytest.raises(product.InferenceError):
         product.LLMInferencer("vllm", base_url=vllm.url).generate("hi")
-    assert not vllm.engine.asked()
+    assert not vllm.engine.bodies
 
 
 def test_a_server_on_an_engines_default_port_is_not_that_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -826,7 +822,7 @@ def test_a_server_on_an_engines_default_port_is_not_that_engine(monkeypatch: pyt
         monkeypatch.setattr(product.VLLMAdapter, "default_url", stand.url)
         with pytest.raises(product.EngineUnavailable):
             product.LLMInferencer("vllm", launch=False).generate("hi")
-        assert not stand.engine.asked()
+        assert not stand.engine.bodies
 
 
 def test_a_server_on_an_engines_default_port_does_not_wait_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -936,13 +932,13 @@ def test_no_engine_is_asked_without_the_key(keyed: Stand, path: str) -> None:
         f"{API}%2f{path[1:]}",
     ):
         assert keyed.client.post(odd, json=body).status_code == 401
-    assert not keyed.engine.asked()
+    assert not keyed.engine.bodies
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "HEAD", "OPTIONS", "DELETE", "TRACE", "PROPFIND"])
 def test_every_method_is_closed(keyed: Stand, method: str) -> None:
     reply = keyed.client.request(method, f"{API}/generate", json={"prompt": "hi"})
-    assert reply.status_code == 401 and not keyed.engine.asked()
+    assert reply.status_code == 401 and not keyed.engine.bodies
 
 
 def test_no_auth_is_the_explicit_way_out() -> None:
@@ -1150,12 +1146,12 @@ def test_many_callers_get_their_own_answers(stand: Stand) -> None:
 
 
 @pytest.fixture
-def fake() -> Iterator[Fake]:
-    with Fake("vllm") as found:
+def fake() -> Iterator[FakeEngine]:
+    with FakeEngine("vllm") as found:
         yield found
 
 
-def attached(engine: Fake, *args: str, **more: Any) -> Command:
+def attached(engine: FakeEngine, *args: str, **more: Any) -> Command:
     return Command("--engine", engine.dialect, "--base-url", engine.base_url, *args, **more)
 
 
@@ -1212,7 +1208,7 @@ def test_a_bad_command_line_says_what_is_wrong(call: Call, args: list[str], says
     ("args", "says"), [(["--port", "70000"], "port"), (["--max-in-flight", "0"], "--max-in-flight")]
 )
 def test_a_number_out_of_range_starts_no_server(args: list[str], says: str) -> None:
-    done = run("--serve", *args, timeout=6)
+    done = run_command("--serve", *args, timeout=6)
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
 
 
@@ -1220,7 +1216,7 @@ def test_a_taken_port_is_said_so() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for host in ("127.0.0.1", "0.0.0.0"):
-            done = run("--serve", "--host", host, "--port", str(port), "--engine", "ollama")
+            done = run_command("--serve", "--host", host, "--port", str(port), "--engine", "ollama")
             assert (
                 done.returncode == 1
                 and str(port) in done.stderr
@@ -1230,14 +1226,14 @@ def test_a_taken_port_is_said_so() -> None:
 
 
 def test_a_host_that_is_not_ours_is_said_so() -> None:
-    done = run("--serve", "--host", "203.0.113.7", "--engine", "ollama")
+    done = run_command("--serve", "--host", "203.0.113.7", "--engine", "ollama")
     assert done.returncode == 1 and "an address of this machine" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.fixture(scope="module")
 def life() -> Iterator[dict[str, Any]]:
     """A server that was started, asked twice and stopped by SIGTERM."""
-    with Fake("vllm") as engine, attached(engine) as server:
+    with FakeEngine("vllm") as engine, attached(engine) as server:
         ids = [
             httpx.post(f"{server.url}{API}/generate", json=body, trust_env=False).json()["request_id"]
             for body in ({"prompt": "hi"}, {})
@@ -1268,7 +1264,7 @@ def test_one_line_is_logged_for_a_request(life: dict[str, Any]) -> None:
         assert all(word in line for word in words)
 
 
-def test_the_made_key_is_printed_where_it_is_needed_and_logged_nowhere(fake: Fake) -> None:
+def test_the_made_key_is_printed_where_it_is_needed_and_logged_nowhere(fake: FakeEngine) -> None:
     with attached(fake, "--host", "0.0.0.0") as server:
         (line,) = [line for line in server.said.splitlines() if "API key" in line]
         key = line.split()[2]
@@ -1287,7 +1283,7 @@ def test_the_made_key_is_printed_where_it_is_needed_and_logged_nowhere(fake: Fak
         assert server.said.count(key) == 1 and MARK not in server.said
 
 
-def test_keys_and_defaults_come_from_the_environment(fake: Fake) -> None:
+def test_keys_and_defaults_come_from_the_environment(fake: FakeEngine) -> None:
     env = {
         "LLM_INFERENCE_API_KEY": "one, two",
         "LLM_INFERENCE_ENGINE": "vllm",
@@ -1307,7 +1303,7 @@ def test_keys_and_defaults_come_from_the_environment(fake: Fake) -> None:
         assert fake.requests[-1].headers["authorization"] == "Bearer theirs"
 
 
-def test_a_stopping_server_lets_its_streams_finish(fake: Fake) -> None:
+def test_a_stopping_server_lets_its_streams_finish(fake: FakeEngine) -> None:
     fake.pace, fake.text = 0.1, "word " * 15
     with attached(fake) as server, httpx.Client(trust_env=False, timeout=20) as client:
         with client.stream("POST", f"{server.url}{API}/generate", json={"prompt": "hi", "stream": True}) as reply:
@@ -1320,7 +1316,7 @@ def test_a_stopping_server_lets_its_streams_finish(fake: Fake) -> None:
         assert "Traceback" not in server.said
 
 
-def test_a_stopping_server_refuses_what_is_new(fake: Fake) -> None:
+def test_a_stopping_server_refuses_what_is_new(fake: FakeEngine) -> None:
     fake.pace, fake.text = 0.1, "word " * 20
     with (
         attached(fake) as server,
@@ -1339,10 +1335,10 @@ def test_a_stopping_server_refuses_what_is_new(fake: Fake) -> None:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 kept.request("POST", f"{API}/generate", json.dumps({"prompt": "hi"}))
                 assert kept.getresponse().status == 503
-        assert len(fake.asked()) == 1
+        assert len(fake.bodies) == 1
 
 
-def test_a_stopping_server_ends_an_endless_stream_with_an_error_event(fake: Fake) -> None:
+def test_a_stopping_server_ends_an_endless_stream_with_an_error_event(fake: FakeEngine) -> None:
     fake.pace, fake.text = 0.2, "word " * 1000
     with attached(fake) as server, httpx.Client(trust_env=False, timeout=40) as client:
         with client.stream("POST", f"{server.url}{API}/generate", json={"prompt": "hi", "stream": True}) as reply:
@@ -1357,7 +1353,7 @@ def test_a_stopping_server_ends_an_endless_stream_with_an_error_event(fake: Fake
         assert enveloped(last)["code"] == 500 and last["data"] is None
 
 
-def test_a_stopping_server_does_not_wait_for_a_client_that_does_not_read(fake: Fake) -> None:
+def test_a_stopping_server_does_not_wait_for_a_client_that_does_not_read(fake: FakeEngine) -> None:
     fake.text = "word " * 60_000
     with attached(fake) as server, contextlib.closing(hang_up(server.url)) as client:
         client.request("POST", f"{API}/generate", json.dumps({"prompt": "hi", "stream": True}))
@@ -1368,7 +1364,7 @@ def test_a_stopping_server_does_not_wait_for_a_client_that_does_not_read(fake: F
         assert "Traceback" not in server.said
 
 
-def test_a_second_signal_forces(fake: Fake) -> None:
+def test_a_second_signal_forces(fake: FakeEngine) -> None:
     fake.script(Reply(delay=60))
     with attached(fake) as server, contextlib.closing(hang_up(server.url)) as client:
         client.request("POST", f"{API}/generate", json.dumps({"prompt": "hi"}))
@@ -1408,7 +1404,7 @@ def test_ready_tells_the_engine_that_is_missing() -> None:
 
 
 def test_a_server_gets_ready_when_its_engine_comes_late() -> None:
-    late = Fake("vllm").start()
+    late = FakeEngine("vllm").start()
     late.stop()
     with attached(late, ready=False) as server, httpx.Client(base_url=server.url, trust_env=False) as client:
         until(lambda: client.get("/ready").json()["status"] != "starting")
@@ -1425,7 +1421,9 @@ def test_the_self_test_in_json() -> None:
             "SGLANG_BASE_URL": "sglang",
             "LLAMACPP_BASE_URL": "llamacpp",
         }
-        done = run("--json", **{name: stack.enter_context(Fake(dialect)).base_url for name, dialect in env.items()})
+        done = run_command(
+            "--json", **{name: stack.enter_context(FakeEngine(dialect)).base_url for name, dialect in env.items()}
+        )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert [each["engine_type"] for each in found] == list(env.values())
@@ -1433,16 +1431,16 @@ def test_the_self_test_in_json() -> None:
         assert each["ok"] and each["text"] == TEXT and each["how"] and each["version"] and each["model"]
 
 
-def test_the_self_test_as_text(call: Call, fake: Fake) -> None:
+def test_the_self_test_as_text(call: Call, fake: FakeEngine) -> None:
     status, said = call("--engine", "vllm", VLLM_BASE_URL=fake.base_url)
     assert status == 0 and TEXT in said and "\x1b" not in said and "1 of 1" in said
 
 
 def test_the_self_test_on_a_terminal_has_bars() -> None:
     ours, theirs = os.openpty()
-    with Fake("vllm") as engine, Fake("ollama") as other:
+    with FakeEngine("vllm") as engine, FakeEngine("ollama") as other:
         engine.pace = 0.02
-        env = {name: value for name, value in os.environ.items() if not name.startswith(OURS)} | {
+        env = neutral_environment() | {
             "VLLM_BASE_URL": engine.base_url,
             "OLLAMA_HOST": other.base_url,
         }
@@ -1486,7 +1484,7 @@ def test_the_self_test_names_a_wrong_engine(call: Call) -> None:
 
 
 def test_api_test_passes_on_the_real_embedded_engine(real: httpx.Client) -> None:
-    done = run("--api-test", "--host", "127.0.0.1", "--port", str(real.base_url.port), timeout=120)
+    done = run_command("--api-test", "--host", "127.0.0.1", "--port", str(real.base_url.port), timeout=120)
     assert done.returncode == 0, done.stdout
     assert " 0 failed" in done.stdout and "\x1b" not in done.stdout
 
@@ -1515,7 +1513,7 @@ def test_api_test_against_a_server_that_lists_no_models_says_so(
     assert status == 1 and "to GET /v1/models" in said and "Traceback" not in said
 
 
-def test_api_test_against_something_else_fails(call: Call, fake: Fake) -> None:
+def test_api_test_against_something_else_fails(call: Call, fake: FakeEngine) -> None:
     assert call("--api-test", "--port", str(fake.port))[0] == 1
 
 

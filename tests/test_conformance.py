@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conformance import __main__ as command
-from conformance import features, judge, recorded, schemas, sides, table, validity
-from conftest import Attach, Fake
 
 from llm_inference import LLMInferencer
+from tests.conformance import __main__ as command
+from tests.conformance import features, judge, recorded, schemas, sides, table, validity
+from tests.conftest import Attach
+from tests.fake_engine import FakeEngine
 
 ROWS = {row.name: row for row in features.FEATURES}
 
@@ -51,7 +52,7 @@ def heedless(ask: dict[str, Any]) -> str:
 @pytest.fixture(scope="module", params=["through us", "bare"])
 def side(request: pytest.FixtureRequest) -> Iterator[sides.Side]:
     """A vLLM that heeds the temperature and max_tokens alone, through us and bare."""
-    with Fake("vllm") as engine, sides.through_us(LLMInferencer("vllm", base_url=engine.base_url)) as us:
+    with FakeEngine("vllm") as engine, sides.through_us(LLMInferencer("vllm", base_url=engine.base_url)) as us:
         engine.answer = heedless
         yield us if request.param == "through us" else sides.bare_side(us)
         us.llm.close()
@@ -114,7 +115,7 @@ def test_the_judge_sees_what_is_kept(side: sides.Side, name: str) -> None:
     assert verdict(side, name) == judge.HONOURED
 
 
-def test_a_sampler_without_chance_decides_nothing(fake: Callable[..., Fake], attach: Attach) -> None:
+def test_a_sampler_without_chance_decides_nothing(fake: Callable[..., FakeEngine], attach: Attach) -> None:
     with sides.through_us(attach(fake("vllm"))) as us:
         assert verdict(us, "top_k") == judge.UNDECIDED
         assert verdict(us, "temperature") == judge.DROPPED
@@ -128,7 +129,7 @@ def test_an_error_that_does_not_name_the_field_is_no_refusal() -> None:
     assert judge.decide(row, None).verdict == judge.FAILED  # type: ignore[arg-type]
 
 
-def test_wrong_json_is_counted_as_wrong(fake: Callable[..., Fake], attach: Attach) -> None:
+def test_wrong_json_is_counted_as_wrong(fake: Callable[..., FakeEngine], attach: Attach) -> None:
     engine = fake("vllm")
     engine.answer = lambda ask: '{"city": "Paris", "population": "many"}'
     with sides.through_us(attach(engine)) as us:
@@ -138,7 +139,7 @@ def test_wrong_json_is_counted_as_wrong(fake: Callable[..., Fake], attach: Attac
 
 
 def test_the_command_fails_on_a_drop_and_writes_what_it_saw(
-    fake: Callable[..., Fake], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fake: Callable[..., FakeEngine], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engine, out = fake("vllm"), tmp_path / "vllm.json"
     engine.answer = heedless

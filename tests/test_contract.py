@@ -16,8 +16,6 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import pytest
-from conftest import PROMPT, Attach, Engine, Fake, chunks, collect, run
-from fake_engine import Dialect, Reply, dumps, recorded
 from pydantic import BaseModel, Field
 
 from llm_inference import (
@@ -36,8 +34,11 @@ from llm_inference import (
     UnsupportedFeature,
     join_tool_calls,
 )
+from tests.conftest import Attach, Engine
+from tests.fake_engine import Dialect, FakeEngine, Reply, dumps, recorded
+from tests.harness import PROMPT, chunks, collect
 
-Make = Callable[..., Fake]
+Make = Callable[..., FakeEngine]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 6}
 
 
@@ -117,7 +118,7 @@ def test_the_bytes_may_come_in_any_pieces(faked: Engine) -> None:
     ],
 )
 def test_any_text_comes_out_as_it_was_said(faked: Engine, text: str) -> None:
-    faked.says(text)
+    faked.answers(text)
     assert faked.llm.generate(PROMPT) == text == "".join(faked.llm.stream(PROMPT))
 
 
@@ -135,7 +136,7 @@ def test_a_bad_request_is_refused_before_any_byte_is_sent(engine: Engine, fields
         engine.llm.generate,
         engine.llm.stream,
         lambda p, **f: chunks(engine.llm, p, **f),
-        lambda p, **f: run(engine.llm.agenerate(p, **f)),
+        lambda p, **f: asyncio.run(engine.llm.agenerate(p, **f)),
     ):
         with pytest.raises(InvalidRequest) as caught:
             verb(PROMPT, **fields)
@@ -156,8 +157,8 @@ def test_what_an_engine_cannot_do_is_refused_before_a_generation(engine: Engine)
     image = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}]
     asks: dict[str, dict[str, Any]] = {"regex": {"regex": "a"}, "grammar": {"grammar": 'root ::= "a"'}, "think": {"think": True}, "seed": {"seed": 1},
                                        "tools": {"tools": [tool]}, "images": {}, "tool_choice": {"tools": [tool], "tool_choice": "required"}}  # fmt: skip
-    adapter = run(engine.llm.engine())
-    lacks = asks.keys() - run(adapter.features(run(adapter.model_for(None))))
+    adapter = asyncio.run(engine.llm.engine())
+    lacks = asks.keys() - asyncio.run(adapter.features(asyncio.run(adapter.model_for(None))))
     assert lacks, "an engine that can do everything?"
     for feature in lacks:
         prompt = [{"role": "user", "content": image}] if feature == "images" else PROMPT
@@ -188,10 +189,10 @@ def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(engine: Engine) 
 
 
 # Leaving early -----------------------------------------------------------------------------------
-def endless(fake: Fake) -> None:
+def endless(fake: FakeEngine) -> None:
     """The next answer begins and never ends."""
     whole = fake.stream_reply()
-    fake.reply(Reply(headers=whole.headers, pieces=whole.pieces[:3], end="stall"))
+    fake.script_chat(Reply(headers=whole.headers, pieces=whole.pieces[:3], end="stall"))
 
 
 def test_leaving_a_stream_early_closes_the_upstream(engine: Engine) -> None:
@@ -205,7 +206,7 @@ def test_leaving_a_stream_early_closes_the_upstream(engine: Engine) -> None:
                     async with contextlib.aclosing(engine.llm.astream(PROMPT)) as pieces:
                         return await anext(pieces)
 
-                assert run(first())
+                assert asyncio.run(first())
             elif leave == "break":
                 for _ in engine.llm.stream(PROMPT):
                     break
@@ -240,19 +241,19 @@ def test_a_cancelled_task_closes_the_upstream(faked: Engine) -> None:
 
     faked.llm.generate(PROMPT)  # what is asked of an engine once is asked
     for work in (lambda: faked.llm.acomplete(PROMPT), lambda: collect(faked.llm.astream(PROMPT))):
-        run(main(work))
+        asyncio.run(main(work))
     assert faked.llm.generate(PROMPT) == fake.text
 
 
 # One code path, every way of calling -------------------------------------------------------------
 def test_every_verb_has_a_twin_that_says_the_same(engine: Engine) -> None:
     llm, message = engine.llm, [{"role": "user", "content": PROMPT}]
-    assert run(llm.agenerate(PROMPT, **GREEDY)) == llm.generate(PROMPT, **GREEDY)
-    assert run(llm.achat(message, **GREEDY)) == llm.chat(message, **GREEDY)
-    assert "".join(run(collect(llm.astream(PROMPT, **GREEDY)))) == "".join(llm.stream(PROMPT, **GREEDY))
-    assert run(llm.acomplete(PROMPT, **GREEDY)).usage == llm.complete(PROMPT, **GREEDY).usage
-    assert run(llm.amodels()) == llm.models() != []
-    assert run(llm.ahealth()) == llm.health()
+    assert asyncio.run(llm.agenerate(PROMPT, **GREEDY)) == llm.generate(PROMPT, **GREEDY)
+    assert asyncio.run(llm.achat(message, **GREEDY)) == llm.chat(message, **GREEDY)
+    assert "".join(asyncio.run(collect(llm.astream(PROMPT, **GREEDY)))) == "".join(llm.stream(PROMPT, **GREEDY))
+    assert asyncio.run(llm.acomplete(PROMPT, **GREEDY)).usage == llm.complete(PROMPT, **GREEDY).usage
+    assert asyncio.run(llm.amodels()) == llm.models() != []
+    assert asyncio.run(llm.ahealth()) == llm.health()
     assert llm.health()["healthy"] is True and llm.health()["models"] == [m.name for m in llm.models()]
 
 
@@ -266,17 +267,19 @@ def test_the_synchronous_verbs_work_inside_a_running_loop(engine: Engine) -> Non
             await engine.llm.agenerate(PROMPT, **GREEDY),
         ]
 
-    assert run(notebook()) == [expected] * 3
+    assert asyncio.run(notebook()) == [expected] * 3
 
 
 def test_several_loops_one_after_another(engine: Engine) -> None:
-    answers = [run(engine.llm.agenerate(PROMPT, **GREEDY)) for _ in range(4)]
+    answers = [asyncio.run(engine.llm.agenerate(PROMPT, **GREEDY)) for _ in range(4)]
     assert len(set(answers)) == 1 and answers[0]
 
 
 def test_several_loops_at_once(engine: Engine) -> None:
     with ThreadPoolExecutor(3) as pool:
-        answers = list(pool.map(lambda _: run(engine.llm.agenerate(PROMPT, temperature=0, max_tokens=4)), range(6)))
+        answers = list(
+            pool.map(lambda _: asyncio.run(engine.llm.agenerate(PROMPT, temperature=0, max_tokens=4)), range(6))
+        )
     assert len(answers) == 6 and all(answers)
 
 
@@ -332,7 +335,7 @@ def test_a_batch_is_bounded(faked: Engine) -> None:
 
 def test_an_engine_that_fails_once_spoils_one_item_of_a_batch(faked: Engine) -> None:
     assert faked.fake is not None
-    faked.fake.reply(Reply(status=500, pieces=[b"oops"]))
+    faked.fake.script_chat(Reply(status=500, pieces=[b"oops"]))
     answers = faked.llm.batch(["a", "b", "c", "d"], concurrency=1)
     assert [isinstance(answer, BadEngineReply) for answer in answers] == [True, False, False, False]
 
@@ -365,30 +368,30 @@ FORMS: list[tuple[str, Any, str, Any]] = [
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: str(form[0]))
 def test_structured_generate_gives_a_checked_value(engine: Engine, form: tuple[str, Any, str, Any]) -> None:
     _, schema, answer, kind = form
-    engine.says(answer)
+    engine.answers(answer)
     options: dict[str, Any] = {"temperature": 0, "max_tokens": 64, "schema": schema}
     value = engine.llm.structured_generate("Is the sky blue?", **options)
     assert isinstance(value, kind)
     assert chunks(engine.llm, "Is the sky blue?", **options)[-1].result == value
     if engine.fake is not None:
         assert (value.model_dump() if isinstance(value, BaseModel) else value) == json.loads(answer)
-        assert run(engine.llm.astructured_generate("Is the sky blue?", **options)) == value
+        assert asyncio.run(engine.llm.astructured_generate("Is the sky blue?", **options)) == value
         done = engine.llm.complete("Is the sky blue?", **options)
         assert done.result == value and done.enforced_by == "engine"
 
 
 def test_a_list_of_integers_is_one(faked: Engine) -> None:
-    faked.says("[1, 2]")
+    faked.answers("[1, 2]")
     assert faked.llm.structured_generate("Count.", schema=list[int]) == [1, 2]
 
 
 def test_no_schema_means_any_object(faked: Engine) -> None:
-    faked.says('{"any": ["thing"]}')
+    faked.answers('{"any": ["thing"]}')
     assert faked.llm.structured_generate("Anything.") == {"any": ["thing"]}
 
 
 def test_a_choice_gives_one_of_them(engine: Engine) -> None:
-    engine.says(engine.text_of("blue"))
+    engine.answers(engine.text_of("blue"))
     for _ in range(2):
         assert engine.llm.structured_generate("A colour?", choice=["red", "blue"], max_tokens=8) in ("red", "blue")
     assert "".join(engine.llm.stream("A colour?", choice=["red", "blue"], max_tokens=8)) in ("red", "blue")
@@ -412,7 +415,7 @@ def test_a_choice_gives_one_of_them(engine: Engine) -> None:
     ],
 )
 def test_a_choice_may_be_any_text(engine: Engine, tricky: str) -> None:
-    engine.says(json.dumps(tricky) if engine.kind == "ollama" else tricky)
+    engine.answers(json.dumps(tricky) if engine.kind == "ollama" else tricky)
     assert engine.llm.structured_generate("Say it.", choice=[tricky], max_tokens=32) == tricky
 
 
@@ -431,7 +434,7 @@ def test_a_choice_may_be_any_text(engine: Engine, tricky: str) -> None:
     ],
 )
 def test_a_regex_is_matched_or_refused(engine: Engine, regex: str, answer: str) -> None:
-    engine.says(answer)
+    engine.answers(answer)
     try:
         value = engine.llm.structured_generate("A code?", regex=regex, max_tokens=16)
     except UnsupportedFeature as exc:
@@ -441,7 +444,7 @@ def test_a_regex_is_matched_or_refused(engine: Engine, regex: str, answer: str) 
 
 
 def test_a_grammar_is_kept_or_refused(engine: Engine) -> None:
-    engine.says("yes")
+    engine.answers("yes")
     if engine.kind == "ollama":
         with pytest.raises(UnsupportedFeature, match="grammar"):
             engine.llm.structured_generate("Sure?", grammar='root ::= "yes" | "no"')
@@ -452,7 +455,7 @@ def test_a_grammar_is_kept_or_refused(engine: Engine) -> None:
 @pytest.mark.parametrize("bad", ['{"ok": 1}', '{"ok": true', "yes", "", '{"ok": true, "more": 1}', "```json\n{}\n```"])
 def test_an_answer_that_does_not_fit_twice_is_an_error_with_the_raw_text(faked: Engine, bad: str) -> None:
     assert faked.fake is not None
-    faked.says(bad)
+    faked.answers(bad)
     with pytest.raises(StructuredOutputInvalid) as caught:
         faked.llm.structured_generate("?", schema={"ok": "boolean"})
     assert mendable(caught.value).text == bad and len(faked.fake.asked) == 2
@@ -463,14 +466,14 @@ def test_an_answer_that_does_not_fit_twice_is_an_error_with_the_raw_text(faked: 
 
 def test_an_answer_that_does_not_fit_once_is_asked_for_again(faked: Engine) -> None:
     assert faked.fake is not None
-    faked.says('{"ok": 1}', '{"ok": true}')
+    faked.answers('{"ok": 1}', '{"ok": true}')
     assert faked.llm.structured_generate("?", schema={"ok": "boolean"}) == {"ok": True}
     first, second = (seen.json for seen in faked.fake.asked)
     assert first["messages"] == second["messages"]
 
 
 def test_an_answer_cut_by_max_tokens_is_no_value(engine: Engine) -> None:
-    engine.says('{"text": "a b c d e f g"}')
+    engine.answers('{"text": "a b c d e f g"}')
     with pytest.raises(StructuredOutputInvalid, match="max_tokens") as caught:
         engine.llm.structured_generate("Write a long story.", schema={"text": "string", "more": "string"}, max_tokens=3)
     assert mendable(caught.value).text is not None  # a small model's three tokens may be none that can be seen
@@ -478,13 +481,13 @@ def test_an_answer_cut_by_max_tokens_is_no_value(engine: Engine) -> None:
 
 @pytest.mark.parametrize("wrong", ["green", "Red", "red or blue", ""])
 def test_a_choice_that_is_none_of_them_is_an_error(faked: Engine, wrong: str) -> None:
-    faked.says(faked.text_of(wrong))
+    faked.answers(faked.text_of(wrong))
     with pytest.raises(StructuredOutputInvalid):
         faked.llm.structured_generate("?", choice=["red", "blue"])
 
 
 def test_a_senseless_schema_is_refused_and_not_an_internal_error(faked: Engine) -> None:
-    faked.says('{"a": 5}')
+    faked.answers('{"a": 5}')
     gc.collect()  # else what earlier tests left may be collected at the recursion's end, where its finalizers have no stack left
     for schema in (
         {"$ref": "#"},
@@ -588,7 +591,7 @@ def test_a_call_that_does_not_fit_its_tool_is_asked_for_again_and_then_an_error(
 def test_arguments_that_are_a_json_string_are_no_arguments(fake: Make, attach: Attach) -> None:
     """vLLM without `strict` was seen to answer `"\\"Paris\\""`."""
     engine = fake("vllm")
-    engine.say("hermes_required", "hermes_required")
+    engine.replay_chat("hermes_required", "hermes_required")
     tool = {
         "type": "function",
         "function": {
@@ -605,7 +608,7 @@ def test_a_required_call_that_does_not_come_is_an_error(fake: Make, attach: Atta
     for dialect in dialects:
         engine = fake(dialect)
         for _ in range(2):
-            engine.reply(recorded("vllm", "chat") if dialect == "vllm" else engine.stream_reply())
+            engine.script_chat(recorded("vllm", "chat") if dialect == "vllm" else engine.stream_reply())
         with pytest.raises(StructuredOutputInvalid, match="no call"):
             attach(engine).complete("?", tools=[WEATHER], tool_choice="required")
 
@@ -615,7 +618,7 @@ def test_a_required_call_that_does_not_come_is_an_error(fake: Make, attach: Atta
 def test_recorded_tool_streams_are_read(dialect: Dialect, name: str, fake: Make, attach: Attach) -> None:
     """Whatever was recorded: whole calls with a name and JSON arguments, or words, and one finish at the end."""
     engine = fake(dialect)
-    engine.say(name)
+    engine.replay_chat(name)
     got = chunks(attach(engine), "?")
     calls = join_tool_calls(delta for chunk in got for delta in chunk.tool_calls)
     assert calls or "".join(chunk.text for chunk in got)
@@ -644,7 +647,7 @@ def test_a_constrained_answer_is_not_lost_in_the_reasoning(faked: Engine) -> Non
     """With a constraint and nothing said about thinking, the engine is told not to think."""
     assert faked.fake is not None
     faked.fake.reasoning = "let me think about this for long"
-    faked.says('{"ok": true}')
+    faked.answers('{"ok": true}')
     done = faked.llm.complete("?", schema={"ok": "boolean"}, max_tokens=6)
     assert done.result == {"ok": True} and done.reasoning == ""
 
@@ -660,7 +663,7 @@ def test_a_constrained_answer_is_not_lost_in_the_reasoning(faked: Engine) -> Non
 )
 def test_recorded_reasoning_is_read(dialect: Dialect, name: str, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
-    engine.say(name)
+    engine.replay_chat(name)
     llm = attach(engine)
     if "stream" in name:
         assert any(chunk.reasoning for chunk in chunks(llm))
@@ -710,7 +713,7 @@ def test_a_recorded_error_is_one_of_ours(
     dialect: Dialect, name: str, error: type[InferenceError], how: str, fake: Make, attach: Attach
 ) -> None:
     engine = fake(dialect)
-    engine.say(name)
+    engine.replay_chat(name)
     llm = attach(engine)
     with pytest.raises(InferenceError) as caught:
         llm.generate(PROMPT) if how == "whole" else list(llm.stream(PROMPT))
@@ -725,7 +728,7 @@ def test_ollama_is_asked_again_for_the_numbers_that_it_does_not_tell(fake: Make,
     for how in ("whole", "streamed"):
         engine = fake("ollama")
         engine.context = 512
-        engine.say("19_ctx_chat_shift_false", "19_ctx_chat_truncate_false")
+        engine.replay_chat("19_ctx_chat_shift_false", "19_ctx_chat_truncate_false")
         llm = attach(engine)
         with pytest.raises(ContextTooLong, match=r"4010.*512"):
             llm.generate(PROMPT) if how == "whole" else list(llm.stream(PROMPT))
@@ -742,7 +745,7 @@ def test_any_status_is_one_of_ours(faked: Engine, status: int, body: bytes, erro
     assert faked.fake is not None
     faked.llm.models()
     for ask in (faked.llm.generate, lambda p: list(faked.llm.stream(p))):
-        faked.fake.reply(Reply(status=status, pieces=[body]))
+        faked.fake.script_chat(Reply(status=status, pieces=[body]))
         with pytest.raises(InferenceError) as caught:
             ask(PROMPT)
         assert mendable(caught.value).kind == error, caught.value
@@ -760,11 +763,11 @@ def test_a_stream_that_ends_early_is_never_a_clean_end(faked: Engine, end: Any) 
     fake, whole = faked.fake, shorter(faked)
     assert fake is not None
     for kept in range(len(whole.pieces)):
-        fake.reply(Reply(headers=whole.headers, pieces=whole.pieces[:kept], end=end, chunked=True))
+        fake.script_chat(Reply(headers=whole.headers, pieces=whole.pieces[:kept], end=end, chunked=True))
         with pytest.raises((BadEngineReply, EngineUnavailable)) as caught:
             list(faked.llm.stream(PROMPT))
         mendable(caught.value)
-    fake.reply(whole)
+    fake.script_chat(whole)
     assert list(faked.llm.stream(PROMPT))
 
 
@@ -774,7 +777,7 @@ def test_a_piece_cut_in_the_middle_is_never_a_clean_end(faked: Engine, end: Any)
     assert fake is not None
     for kept in range(len(whole.pieces)):
         *before, torn = whole.pieces[: kept + 1]
-        fake.reply(Reply(headers=whole.headers, pieces=[*before, torn[: len(torn) // 2]], end=end, chunked=True))
+        fake.script_chat(Reply(headers=whole.headers, pieces=[*before, torn[: len(torn) // 2]], end=end, chunked=True))
         with pytest.raises((BadEngineReply, EngineUnavailable)):
             list(faked.llm.stream(PROMPT))
 
@@ -783,7 +786,7 @@ def test_a_piece_cut_in_the_middle_is_never_a_clean_end(faked: Engine, end: Any)
 def test_a_whole_answer_that_ends_early_is_an_error(faked: Engine, end: Any) -> None:
     assert faked.fake is not None
     for pieces in ([], [b'{"mod'], [b'data: {"id"']):
-        faked.fake.reply(
+        faked.fake.script_chat(
             Reply(
                 headers={"content-type": "application/json", "content-length": "900"},
                 pieces=pieces,
@@ -799,7 +802,7 @@ def test_a_whole_answer_that_ends_early_is_an_error(faked: Engine, end: Any) -> 
 def test_the_connection_lost_before_the_head(faked: Engine) -> None:
     assert faked.fake is not None
     for end in ("eof", "reset"):
-        faked.fake.reply(Reply(status=0, end=end))  # type: ignore[arg-type]
+        faked.fake.script_chat(Reply(status=0, end=end))  # type: ignore[arg-type]
         with pytest.raises(EngineUnavailable) as caught:
             faked.llm.generate(PROMPT)
         assert mendable(caught.value).retryable
@@ -817,7 +820,9 @@ def test_garbage_in_a_stream_is_a_bad_reply(faked: Engine) -> None:
     fake, whole, wrong = faked.fake, shorter(faked), []
     assert fake is not None
     for garbage in NDGARBAGE if faked.kind == "ollama" else GARBAGE:
-        fake.reply(Reply(headers=whole.headers, pieces=[*whole.pieces[:2], garbage, *whole.pieces[2:]], chunked=True))
+        fake.script_chat(
+            Reply(headers=whole.headers, pieces=[*whole.pieces[:2], garbage, *whole.pieces[2:]], chunked=True)
+        )
         try:
             said: Any = chunks(faked.llm)
         except InferenceError as exc:
@@ -837,7 +842,7 @@ WHOLE_GARBAGE = [b"", b"{", b"[]", b"null", b"5", b'"x"', b"<html></html>", b"{}
 def test_garbage_as_a_whole_answer_is_a_bad_reply(faked: Engine) -> None:
     assert faked.fake is not None
     for garbage in WHOLE_GARBAGE:
-        faked.fake.reply(Reply(headers={"content-type": "application/json"}, pieces=[garbage]))
+        faked.fake.script_chat(Reply(headers={"content-type": "application/json"}, pieces=[garbage]))
         with pytest.raises(BadEngineReply) as caught:
             faked.llm.generate(PROMPT)
         mendable(caught.value)
@@ -853,7 +858,7 @@ def test_a_recorded_late_failure_is_an_error(
 ) -> None:
     """Also where the engine itself says [DONE] after it, or ends with a finish reason that is no finish."""
     engine = fake(dialect)
-    engine.say(name)
+    engine.replay_chat(name)
     llm = attach(engine)
     if error is None:
         assert chunks(llm)[-1].finish_reason in ("stop", "length")
@@ -877,7 +882,7 @@ def test_an_error_event_is_an_error_although_done_follows(faked: Engine, event: 
     assert fake is not None
     if faked.kind == "ollama":
         event = b'{"error": "boom"}\n'
-    fake.reply(Reply(headers=whole.headers, pieces=[*whole.pieces[:3], event, whole.pieces[-1]], chunked=True))
+    fake.script_chat(Reply(headers=whole.headers, pieces=[*whole.pieces[:3], event, whole.pieces[-1]], chunked=True))
     with pytest.raises(BadEngineReply, match="boom"):
         list(faked.llm.stream(PROMPT))
 
@@ -886,7 +891,7 @@ def test_vllms_dead_engine_is_unavailable_although_done_follows(fake: Make, atta
     engine = fake("vllm")
     *_, killed, done = recorded("vllm", "kill9_enginecore_midstream").pieces
     whole = engine.stream_reply()
-    engine.reply(
+    engine.script_chat(
         Reply(
             headers=whole.headers,
             pieces=[*whole.pieces[:3], killed[killed.index(b'data: {"error"') :], done],
@@ -907,7 +912,7 @@ def test_what_came_before_an_error_is_passed_on(faked: Engine) -> None:
         Reply(headers=whole.headers, pieces=[*whole.pieces[:3], error], chunked=True),
         Reply(headers=whole.headers, pieces=[b"".join(whole.pieces[:3]) + error], chunked=True),
     ):
-        fake.reply(reply)
+        fake.script_chat(reply)
         got = []
         with pytest.raises(BadEngineReply, match="boom"):
             for piece in faked.llm.stream(PROMPT):
@@ -930,7 +935,7 @@ def test_an_engine_that_stalls_runs_into_a_deadline(dialect: Dialect, fake: Make
         llm = attach(engine, deadlines=deadlines)
         llm.models()
         cut, started = engine.cut, time.monotonic()
-        engine.reply(reply)
+        engine.script_chat(reply)
         with pytest.raises(EngineTimeout, match=limit) as caught:
             list(llm.stream(PROMPT))
         assert time.monotonic() - started < 4, f"{limit}: long after its deadline"
@@ -944,7 +949,7 @@ def test_a_whole_answer_has_a_deadline_too(faked: Engine, attach: Attach) -> Non
     for deadlines in (Deadlines(first_token=0.2, total=8), Deadlines(first_token=8, total=0.2)):
         llm = attach(fake, deadlines=deadlines)
         llm.models()
-        fake.reply(Reply(delay=60))
+        fake.script_chat(Reply(delay=60))
         with pytest.raises(EngineTimeout):
             llm.generate(PROMPT)
         fake.wait(lambda: fake.live == 0)
@@ -968,7 +973,7 @@ def test_nothing_is_asked_again_after_the_request_went_out(faked: Engine) -> Non
     fake = faked.fake
     assert fake is not None
     for status in (500, 503):
-        fake.reply(Reply(status=status, pieces=[b"x"]))
+        fake.script_chat(Reply(status=status, pieces=[b"x"]))
         before = len(fake.asked)
         with pytest.raises(InferenceError):
             faked.llm.generate(PROMPT)
@@ -979,7 +984,7 @@ def test_a_connection_is_not_leaked_by_failures(faked: Engine) -> None:
     fake, whole = faked.fake, shorter(faked)
     assert fake is not None
     for _ in range(20):
-        fake.reply(Reply(headers=whole.headers, pieces=[b"data: {\n\n", b"{\n"], end="stall"))
+        fake.script_chat(Reply(headers=whole.headers, pieces=[b"data: {\n\n", b"{\n"], end="stall"))
         with contextlib.suppress(InferenceError):
             list(faked.llm.stream(PROMPT))
     fake.wait(lambda: fake.live == 0 and fake.connections <= 2)
@@ -999,7 +1004,7 @@ def test_close_and_use_again(faked: Engine) -> None:
         async with faked.llm as llm:
             return await llm.agenerate(PROMPT)
 
-    assert run(main()) == faked.fake.text
+    assert asyncio.run(main()) == faked.fake.text
 
 
 def test_the_recorded_answers_are_read_to_the_byte(fake: Make, attach: Attach) -> None:
@@ -1013,7 +1018,7 @@ def test_the_recorded_answers_are_read_to_the_byte(fake: Make, attach: Attach) -
         llm = attach(engine)
         for name in names:
             body = json.loads(recorded(dialect, name).pieces[0])  # type: ignore[arg-type]
-            engine.say(name)
+            engine.replay_chat(name)
             done = llm.complete(PROMPT)
             if dialect == "ollama":
                 assert (done.text, done.usage.completion_tokens) == (

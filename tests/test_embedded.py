@@ -35,6 +35,7 @@ from llm_inference import (
     ModelNotFound,
     UnsupportedFeature,
 )
+from tests.harness import until
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,14 +81,6 @@ def engines(pid: int = 0) -> list[int]:
         for child in below(pid or os.getpid())
         if "xllamacpp" in command(child) and "PR_SET_CHILD_SUBREAPER" not in command(child)
     ]
-
-
-def until(true: Callable[[], Any], seconds: float = 10.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := true()):
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.02)
-    return value
 
 
 def gone(processes: dict[int, str]) -> bool:

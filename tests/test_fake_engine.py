@@ -5,25 +5,16 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-import sys
 import threading
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from fake_engine import TEXT, WIRE, Dialect, FakeEngine, Reply, recorded
+from tests.fake_engine import CHAT, DIALECTS, OPENAI_DIALECTS, TEXT, WIRE, Dialect, FakeEngine, Reply, recorded
 
-ALL: list[Dialect] = ["ollama", "vllm", "sglang", "llamacpp"]
-OPENAI: list[Dialect] = ["vllm", "sglang", "llamacpp"]
-CHAT = {
-    "ollama": "/api/chat",
-    "vllm": "/v1/chat/completions",
-    "sglang": "/v1/chat/completions",
-    "llamacpp": "/v1/chat/completions",
-}
 TOOL = {
     "type": "function",
     "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
@@ -157,7 +148,7 @@ def test_information_has_the_recorded_keys(dialect: Dialect, name: str, path: st
 
 
 def test_every_recording_replays_to_the_byte() -> None:
-    for dialect in ALL:
+    for dialect in DIALECTS:
         with FakeEngine(dialect) as engine:
             for path in sorted((WIRE / dialect).glob("*.json")):
                 whole = json.loads(path.read_bytes())
@@ -177,7 +168,7 @@ def test_every_recording_replays_to_the_byte() -> None:
                 engine.requests.clear()
 
 
-@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_text_reasoning_tools_and_length(dialect: Dialect) -> None:
     field = {"ollama": "thinking", "vllm": "reasoning"}.get(dialect, "reasoning_content")
     with FakeEngine(dialect) as engine:
@@ -218,25 +209,58 @@ def test_text_reasoning_tools_and_length(dialect: Dialect) -> None:
         assert json.loads("".join(fragments)) == engine.tool_call[1]
 
 
-@pytest.mark.parametrize("dialect", ALL)
-@pytest.mark.parametrize("streamed", [True, False])
-def test_a_client_that_leaves_is_counted_and_its_generation_ends(dialect: Dialect, streamed: bool) -> None:
+@pytest.mark.parametrize(
+    ("dialect", "streamed"),
+    [*((dialect, True) for dialect in DIALECTS), ("ollama", False), ("vllm", False)],
+)
+def test_a_generation_stops_when_its_client_hangs_up(dialect: Dialect, streamed: bool) -> None:
     with FakeEngine(dialect) as engine:
         engine.pace = 0.2
-        client = http.client.HTTPConnection("127.0.0.1", engine.port, timeout=5)
-        client.request("POST", CHAT[dialect], json.dumps(ask(stream=streamed)))
-        engine.wait(lambda: engine.live == 1)
-        if streamed:
-            client.getresponse().read(20)
-        assert (engine.begun, engine.finished, engine.cut, engine.connections) == (1, 0, 0, 1)
-        client.sock.shutdown(socket.SHUT_RDWR)
+        with hanging_up(engine, streamed):
+            assert (engine.begun, engine.finished, engine.cut, engine.connections) == (1, 0, 0, 1)
         engine.wait(lambda: engine.live == 0, timeout=0.15)  # sooner than the next piece
-        client.close()
         assert (engine.begun, engine.finished, engine.cut) == (1, 0, 1)
         engine.wait(lambda: engine.connections == 0)
         engine.pace = 0
         post(engine, ask())
         assert (engine.begun, engine.finished, engine.cut) == (2, 1, 1)
+
+
+@pytest.mark.parametrize("dialect", ["sglang", "llamacpp"])
+def test_a_complete_answer_is_finished_after_the_client_has_hung_up(dialect: Dialect) -> None:
+    with FakeEngine(dialect) as engine:
+        engine.pace = 0.05
+        with hanging_up(engine, streamed=False):
+            pass
+        engine.wait(lambda: engine.connections == 0)
+        assert (engine.begun, engine.live, engine.finished, engine.cut) == (1, 1, 0, 0)
+        engine.wait(lambda: engine.live == 0)
+        assert (engine.finished, engine.cut) == (1, 0)
+
+
+@pytest.mark.parametrize("end", ["reset", "stop"])
+def test_a_reset_or_stopped_engine_works_on_nothing(end: str) -> None:
+    with FakeEngine("llamacpp") as engine:
+        engine.pace = 60.0
+        with hanging_up(engine, streamed=False):
+            pass
+        engine.wait(lambda: engine.connections == 0)
+        assert engine.live == 1
+        getattr(engine, end)()
+        assert (engine.live, engine.finished, engine.cut) == (0, 0, 1)
+
+
+@contextmanager
+def hanging_up(engine: FakeEngine, streamed: bool) -> Iterator[None]:
+    """A client that hangs up at the end of the block; before it, its generation runs."""
+    client = http.client.HTTPConnection("127.0.0.1", engine.port, timeout=5)
+    client.request("POST", engine.chat, json.dumps(ask(stream=streamed)))
+    engine.wait(lambda: engine.live == 1)
+    if streamed:
+        client.getresponse().read(20)
+    yield
+    client.sock.shutdown(socket.SHUT_RDWR)
+    client.close()
 
 
 def test_ends_of_a_script() -> None:
@@ -290,7 +314,7 @@ def test_connections_are_kept_and_bodies_may_be_chunked() -> None:
 
 def test_keys_sockets_restarts_and_nothing_left_behind(tmp_path: Path) -> None:
     before = threading.active_count()
-    for dialect in OPENAI:
+    for dialect in OPENAI_DIALECTS:
         with FakeEngine(dialect) as engine:
             engine.api_key = "k"
             assert call(engine, "POST", CHAT[dialect], ask())[0] == 401

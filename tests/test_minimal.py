@@ -9,11 +9,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serving import ROOT, Command, Fake, clean_env, payloads
 
 import llm_inference as product
+from tests.fake_engine import FakeEngine
+from tests.harness import Command, clean_env, payloads
+from tests.processes import ROOT
 
-pytest_plugins = ("serving",)
 FIVE = ("pydantic", "fastapi", "uvicorn", "requests", "httpx")
 ABSENT = ("aiohttp", "httpx_aiohttp", "uvloop", "httptools", "xllamacpp", "rich", "ollama", "vllm", "sglang", "openai")
 
@@ -35,7 +36,7 @@ def test_the_five_packages_are_enough(tmp_path: Path) -> None:
     python(five, "-m", "pip", "install", "-q", "--disable-pip-version-check", *FIVE)
     script = f"import importlib.util as u; assert not [n for n in {ABSENT!r} if u.find_spec(n)]; import llm_inference; print(llm_inference.__version__)"
     assert python(five, "-c", script).strip() == product.__version__
-    with Fake("vllm") as engine:
+    with FakeEngine("vllm") as engine:
         engine.answer = lambda ask: '{"city":"Paris","country":"France"}'
         asks = """if True:
             from llm_inference import LLMInferencer

@@ -16,15 +16,14 @@ from typing import Any, Literal
 import httpx
 import openai
 import pytest
-from fake_engine import TEXT, Dialect, Reply
 from openai.types import Completion, CreateEmbeddingResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel, ValidationError
-from serving import ALL, SOON, Command, Stand, payloads, refused_v1, until
 
 import llm_inference as product
+from tests.fake_engine import DIALECTS, TEXT, Dialect, Reply
+from tests.harness import SOON, Command, Stand, payloads, refused_v1, until
 
-pytest_plugins = ("serving",)
 pytestmark = pytest.mark.usefixtures("alone")
 
 RELAYED: list[Dialect] = ["vllm", "sglang", "llamacpp"]
@@ -227,7 +226,7 @@ def test_temperature_and_the_like_reach_the_engine(stand: Stand, client: openai.
         presence_penalty=0.1,
         frequency_penalty=0.2,
     )
-    (ask,) = stand.engine.asked()
+    (ask,) = stand.engine.bodies
     found = ask["options"] if stand.engine.dialect == "ollama" else ask
     assert [
         found[name] for name in ("temperature", "top_p", "stop", "seed", "presence_penalty", "frequency_penalty")
@@ -278,7 +277,7 @@ def test_a_tools_result_goes_back(stand: Stand, client: openai.OpenAI) -> None:
         client.chat.completions.create(model=stand.model, messages=history, tools=[WEATHER]).choices[0].message.content
         == TEXT
     )
-    last = stand.engine.asked()[-1]["messages"]
+    last = stand.engine.bodies[-1]["messages"]
     assert [m["role"] for m in last] == ["user", "assistant", "tool"] and last[2]["content"] == "sunny"
 
 
@@ -297,7 +296,7 @@ def test_parse_into_a_pydantic_model(stand: Stand, client: openai.OpenAI) -> Non
     stand.engine.answer = lambda ask: '{"city":"Paris","population":2.1}'
     done = client.chat.completions.parse(model=stand.model, messages=HI, response_format=City)
     assert done.choices[0].message.parsed == City(city="Paris", population=2.1)
-    (ask,) = stand.engine.asked()
+    (ask,) = stand.engine.bodies
     wanted = ask["format"] if stand.engine.dialect == "ollama" else ask["response_format"]["json_schema"]["schema"]
     assert set(wanted["properties"]) == {"city", "population"}
 
@@ -305,7 +304,7 @@ def test_parse_into_a_pydantic_model(stand: Stand, client: openai.OpenAI) -> Non
 def test_json_object(stand: Stand, client: openai.OpenAI) -> None:
     stand.engine.answer = lambda ask: '{"a":1}'
     client.chat.completions.create(model=stand.model, messages=HI, response_format={"type": "json_object"})
-    (ask,) = stand.engine.asked()
+    (ask,) = stand.engine.bodies
     assert (
         ask["format"] == "json"
         if stand.engine.dialect == "ollama"
@@ -324,7 +323,7 @@ def test_an_answer_that_does_not_fit_is_asked_for_once_more(stand: Stand) -> Non
     said = iter([WRONG, GOOD])
     stand.engine.answer = lambda ask: next(said)
     reply = stand.post(CHAT, model=stand.model, messages=HI, response_format=CITY)
-    assert reply.json()["choices"][0]["message"]["content"] == GOOD and len(stand.engine.asked()) == 2
+    assert reply.json()["choices"][0]["message"]["content"] == GOOD and len(stand.engine.bodies) == 2
 
 
 @pytest.mark.parametrize("text", [WRONG, "no JSON", '{"city":"Paris","population":"many"}'])
@@ -357,7 +356,7 @@ def test_a_cut_answer_says_so_itself(stand: Stand) -> None:
     assert (
         reply.status_code == 200
         and reply.json()["choices"][0]["finish_reason"] == "length"
-        and len(stand.engine.asked()) == 1
+        and len(stand.engine.bodies) == 1
     )
     assert stand.events(CHAT, model=stand.model, messages=HI, response_format=CITY, max_tokens=1)[-1] == "[DONE]"
 
@@ -374,7 +373,7 @@ def test_a_response_formats_schema_is_json_schema(stand: Stand, schema: dict[str
         messages=HI,
         response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
     )
-    (ask,) = stand.engine.asked()[:1]
+    (ask,) = stand.engine.bodies[:1]
     assert (
         ask["format"] if stand.engine.dialect == "ollama" else ask["response_format"]["json_schema"]["schema"]
     ) == schema
@@ -459,7 +458,7 @@ def test_two_constraints_are_refused(relayed: Stand, other: str) -> None:
     }[other]
     reply = relayed.post(CHAT, model=relayed.model, messages=HI, response_format=CITY, **{other: value})
     assert reply.status_code == 400 and other in refused_v1(reply, reply.headers["x-error-kind"])
-    assert not relayed.engine.asked()
+    assert not relayed.engine.bodies
 
 
 @pytest.mark.parametrize("form", [
@@ -470,7 +469,7 @@ def test_a_bad_response_format_is_refused(stand: Stand, form: Any) -> None:
     reply = stand.post(CHAT, model=stand.model, messages=HI, response_format=form)
     assert "response_format" in refused_v1(reply, reply.headers["x-error-kind"]) or "schema" in reply.text
     assert reply.status_code == 400
-    assert not stand.engine.asked()
+    assert not stand.engine.bodies
 
 
 # ----------------------------------------------------------------------------------------------- the other three
@@ -481,7 +480,7 @@ def test_completions(stand: Stand, client: openai.OpenAI) -> None:
     assert done.object == "text_completion" and done.choices[0].text == TEXT and done.choices[0].finish_reason == "stop"
     pieces = list(client.completions.create(model=stand.model, prompt="The capital", stream=True))
     assert "".join(c.choices[0].text for c in pieces if c.choices) == TEXT
-    assert stand.engine.asked()[0]["prompt"] == "The capital"  # raw: no chat template
+    assert stand.engine.bodies[0]["prompt"] == "The capital"  # raw: no chat template
 
 
 def test_embeddings_as_floats_and_as_the_client_asks(stand: Stand, client: openai.OpenAI) -> None:
@@ -557,7 +556,7 @@ def test_every_listed_name_can_be_asked(stand: Stand, client: openai.OpenAI) -> 
 
 def questions(stand: Stand) -> int:
     """What the engine was asked beside generations."""
-    return len(stand.engine.requests) - len(stand.engine.asked())
+    return len(stand.engine.requests) - len(stand.engine.bodies)
 
 
 @pytest.mark.parametrize(("path", "named"), [(CHAT, {"model": "m"}), ("/chat", {"model_name": "m"}), ("/chat", {})])
@@ -567,11 +566,11 @@ def test_a_request_is_one_request_to_the_engine(stand: Stand, path: str, named: 
         assert stand.post(path, messages=HI, **named).status_code == 200
         if not number:
             stand.engine.reset()
-    assert len(stand.engine.asked()) == 20
+    assert len(stand.engine.bodies) == 20
     assert questions(stand) <= 2  # the watch over the engine asks now and then
 
 
-@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_those_who_come_first_together_ask_once(dialect: Dialect) -> None:
     asked = []
     for at_once in (1, 16):
@@ -595,10 +594,10 @@ def test_aliases_and_slashes(all_stands: dict[str, Stand], monkeypatch: pytest.M
         assert {m.id for m in client.models.list()} == {"vllm/Qwen/Qwen3", "sglang/m", "fast", "small"}
         for name in ("fast", "vllm/Qwen/Qwen3", "Qwen/Qwen3"):
             client.chat.completions.create(model=name, messages=HI)
-            assert stand.engine.asked()[-1]["model"] == "Qwen/Qwen3"
+            assert stand.engine.bodies[-1]["model"] == "Qwen/Qwen3"
         for name in ("small", "sglang/m", "m"):
             client.chat.completions.create(model=name, messages=HI)
-        assert len(sglang.asked()) == 3
+        assert len(sglang.bodies) == 3
         assert client.models.retrieve("fast").id == "fast"
 
 
@@ -639,7 +638,7 @@ BAD: list[dict[str, Any]] = [
 def test_a_bad_field_is_a_bad_request_and_goes_nowhere(stand: Stand, bad: dict[str, Any]) -> None:
     reply = stand.post(CHAT, **{"model": stand.model, "messages": HI, **bad})
     assert next(iter(bad)) in refused_v1(reply, "invalid_request")
-    assert not stand.engine.asked()
+    assert not stand.engine.bodies
 
 
 ODD: list[dict[str, Any]] = [
@@ -904,7 +903,7 @@ def test_harmless_fields_are_named_and_left_out(stand: Stand, client: openai.Ope
         model=stand.model, messages=HI, user="u", metadata={"a": "b"}, store=False, service_tier="auto"
     )
     assert set(reply.headers["x-ignored-fields"].split(", ")) == {"user", "metadata", "store", "service_tier"}
-    assert not {"user", "metadata", "store", "service_tier"} & set(stand.engine.asked()[0])
+    assert not {"user", "metadata", "store", "service_tier"} & set(stand.engine.bodies[0])
     stream = client.chat.completions.with_raw_response.create(model=stand.model, messages=HI, user="u", stream=True)
     assert stream.headers["x-ignored-fields"] == "user"
     assert (
@@ -919,7 +918,7 @@ def test_harmless_fields_are_named_and_left_out(stand: Stand, client: openai.Ope
 ])  # fmt: skip
 def test_a_field_that_would_be_ignored_or_reach_too_far_is_refused(stand: Stand, field: str) -> None:
     reply = stand.post(CHAT, model=stand.model, messages=HI, **{field: {"x": 1}})
-    assert field in refused_v1(reply, "unsupported_feature") and not stand.engine.asked()
+    assert field in refused_v1(reply, "unsupported_feature") and not stand.engine.bodies
 
 
 def test_one_engines_constraint_is_not_anothers(all_stands: dict[str, Stand]) -> None:
@@ -939,7 +938,7 @@ def test_one_engines_constraint_is_not_anothers(all_stands: dict[str, Stand]) ->
         assert field in refused_v1(
             stand.post(CHAT, model=stand.model, messages=HI, **{field: bad}), "unsupported_feature"
         )
-        assert not stand.engine.asked()
+        assert not stand.engine.bodies
 
 
 def test_one_engines_constraint_is_its_own(all_stands: dict[str, Stand]) -> None:
@@ -952,7 +951,7 @@ def test_one_engines_constraint_is_its_own(all_stands: dict[str, Stand]) -> None
         stand = all_stands[dialect]
         stand.engine.reset()
         assert stand.post(CHAT, model=stand.model, messages=HI, **{field: value}).status_code == 200
-        assert stand.engine.asked()[0][field] == value
+        assert stand.engine.bodies[0][field] == value
 
 
 @pytest.mark.parametrize("part", [
@@ -980,7 +979,7 @@ def no_place(stand: Stand, part: Any) -> None:
         CHAT, model=stand.model, messages=[{"role": "user", "content": [{"type": "text", "text": "what?"}, part]}]
     )
     assert reply.status_code == 400 and reply.json()["error"]["type"] == "invalid_request_error"
-    assert not stand.engine.asked()
+    assert not stand.engine.bodies
 
 
 def test_a_place_in_an_embeddings_input_is_refused(all_stands: dict[str, Stand]) -> None:
@@ -993,10 +992,10 @@ def test_a_place_in_an_embeddings_input_is_refused(all_stands: dict[str, Stand])
         {"image": "http://127.0.0.1:9/x.png"},
     ):
         refused_v1(relayed.post("/v1/embeddings", model=relayed.model, input=bad), "invalid_request")
-    assert not relayed.engine.asked()
+    assert not relayed.engine.bodies
 
 
-@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_an_image_as_data_is_passed(dialect: Dialect) -> None:
     with Stand(dialect, capabilities=["vision"]) as stand, client_of(stand.url) as client:
         content: Any = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": PIXEL}}]
@@ -1006,7 +1005,7 @@ def test_an_image_as_data_is_passed(dialect: Dialect) -> None:
             .message.content
             == TEXT
         )
-        assert PIXEL.partition(",")[2] in json.dumps(stand.engine.asked()[-1]["messages"])
+        assert PIXEL.partition(",")[2] in json.dumps(stand.engine.bodies[-1]["messages"])
 
 
 @pytest.mark.parametrize("dialect", ["ollama"])  # the others say so themselves
@@ -1017,10 +1016,10 @@ def test_an_image_for_a_model_that_is_blind_is_refused(dialect: Dialect, all_sta
     assert "image" in refused_v1(
         stand.post(CHAT, model=stand.model, messages=[{"role": "user", "content": content}]), "unsupported_feature"
     )
-    assert not stand.engine.asked()
+    assert not stand.engine.bodies
 
 
-@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("slice_", [0, 1])
 def test_reasoning_comes_under_one_name(dialect: Dialect, slice_: int) -> None:
     with Stand(dialect, reasoning="let me think") as stand:
@@ -1059,7 +1058,7 @@ def test_vllms_answer_comes_through_whole(all_stands: dict[str, Stand]) -> None:
             theirs = stand.engine._queue[-1][1].pieces[0]
             reply = stand.post(CHAT, model="m", messages=HI, n=2, logprobs=True, top_logprobs=3, tools=[WEATHER])
             assert reply.content == theirs
-    ask = stand.engine.asked()[-1]
+    ask = stand.engine.bodies[-1]
     assert (ask["n"], ask["logprobs"], ask["top_logprobs"]) == (2, True, 3)
 
 

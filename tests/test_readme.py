@@ -9,11 +9,11 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from serving import ROOT, Command
 
 import llm_inference as product
+from tests.harness import Command
+from tests.processes import ROOT
 
-pytest_plugins = ("serving",)
 pytestmark = pytest.mark.usefixtures("alone")
 
 README = (ROOT / "README.md").read_text()

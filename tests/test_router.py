@@ -18,25 +18,25 @@ from typing import Any, ClassVar
 
 import httpx
 import pytest
-from fake_engine import TEXT, Reply
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import PlainTextResponse
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
-from serving import API, ROOT, SOON, Command, Fake, enveloped, good, hang_up, payloads, refused, run, serving, until
 
 import llm_inference as product
 from llm_inference import BaseLLMAdapter, Chunk, GenerateRequest, LLMInferencer, Settings, create_router
+from tests.fake_engine import TEXT, FakeEngine, Reply
+from tests.harness import API, SOON, Command, enveloped, good, hang_up, payloads, refused, run_command, serving, until
+from tests.processes import ROOT
 
-pytest_plugins = ("serving",)
 pytestmark = pytest.mark.usefixtures("alone")
 
 HI = [{"role": "user", "content": "hi"}]
 
 
 @pytest.fixture
-def engine() -> Iterator[Fake]:
-    with Fake("vllm") as found:
+def engine() -> Iterator[FakeEngine]:
+    with FakeEngine("vllm") as found:
         yield found
 
 
@@ -47,7 +47,7 @@ class Item(BaseModel):
 class Host:
     """A platform with a 404 handler, a 500 handler, a middleware, a lifespan, a body model and a route of its own."""
 
-    def __init__(self, engine: Fake, dependencies: list[Any] | None = None) -> None:
+    def __init__(self, engine: FakeEngine, dependencies: list[Any] | None = None) -> None:
         self.lived: list[str] = []
 
         @contextlib.asynccontextmanager
@@ -88,7 +88,7 @@ class Host:
 
 
 @pytest.fixture
-def host(engine: Fake) -> Host:
+def host(engine: FakeEngine) -> Host:
     return Host(engine)
 
 
@@ -105,7 +105,7 @@ def test_the_hosts_own_answers_are_untouched(host: Host) -> None:
     assert host.lived == ["up", "down"]
 
 
-def test_our_routes_answer_in_the_envelope(host: Host, engine: Fake) -> None:
+def test_our_routes_answer_in_the_envelope(host: Host, engine: FakeEngine) -> None:
     with serving(host.app, ready=None) as url, httpx.Client(base_url=url, trust_env=False) as client:
         reply = client.post(f"{API}/chat", json={"messages": HI})
         assert good(reply)["text"] == TEXT and reply.headers["x-host"] == "yes"
@@ -123,13 +123,13 @@ def test_a_wrong_method_is_the_hosts_business(host: Host) -> None:
         assert (reply.status_code, reply.json()) == (405, {"detail": "Method Not Allowed"})
 
 
-def test_the_lifespan_of_the_host_closes_what_is_ours(host: Host, engine: Fake) -> None:
+def test_the_lifespan_of_the_host_closes_what_is_ours(host: Host, engine: FakeEngine) -> None:
     with serving(host.app, ready=None) as url:
         good(httpx.post(f"{url}{API}/generate", json={"prompt": "hi"}, trust_env=False))
     engine.wait(lambda: engine.connections == 0, SOON)
 
 
-def test_a_router_under_a_prefix_and_twice(engine: Fake) -> None:
+def test_a_router_under_a_prefix_and_twice(engine: FakeEngine) -> None:
     app = FastAPI()
     llm = LLMInferencer("vllm", base_url=engine.base_url)
     app.include_router(create_router(llm), prefix="/a")
@@ -143,7 +143,7 @@ def test_a_router_under_a_prefix_and_twice(engine: Fake) -> None:
             )
 
 
-def test_a_router_needs_no_lifespan(engine: Fake) -> None:
+def test_a_router_needs_no_lifespan(engine: FakeEngine) -> None:
     """httpx's ASGITransport, and test clients without `with`, run none."""
     app = FastAPI()
     app.include_router(create_router(settings=Settings(engine="vllm", base_url=engine.base_url)))
@@ -213,7 +213,7 @@ def test_importing_changes_nothing_either() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_two_hundred_starts_and_stops_leave_nothing_and_touch_nothing(engine: Fake) -> None:
+def test_two_hundred_starts_and_stops_leave_nothing_and_touch_nothing(engine: FakeEngine) -> None:
     def census() -> tuple[int, int]:
         return len(os.listdir("/proc/self/fd")), threading.active_count()
 
@@ -247,13 +247,13 @@ def keyed(request: Request) -> None:
 @pytest.mark.parametrize(
     "path", [f"{API}/generate", f"{API}/chat", f"{API}/structured-generate", f"{API}/engines", f"{API}/models"]
 )
-def test_the_hosts_dependency_guards_every_route(engine: Fake, path: str) -> None:
+def test_the_hosts_dependency_guards_every_route(engine: FakeEngine, path: str) -> None:
     host = Host(engine, [Depends(keyed)])
     method = "GET" if path.endswith(("engines", "models")) else "POST"
     client = TestClient(host.app)
     reply = client.request(method, path, json={"prompt": "hi"})
     assert "the host wants its key" in refused(reply, "unauthorized") and reply.headers["www-authenticate"] == "Host"
-    assert not engine.asked()
+    assert not engine.bodies
     body = {"messages": HI} if path.endswith("chat") else {"prompt": "hi"}
     engine.answer = lambda ask: "{}"
     good(client.request(method, path, json=body, headers={"x-host-key": "k"}))
@@ -272,7 +272,7 @@ def test_the_hosts_dependency_guards_every_route(engine: Fake, path: str) -> Non
         (503, "not_ready"),
     ],
 )
-def test_whatever_a_dependency_raises_is_an_envelope(engine: Fake, status: int, kind: str) -> None:
+def test_whatever_a_dependency_raises_is_an_envelope(engine: FakeEngine, status: int, kind: str) -> None:
     def refuses() -> None:
         raise HTTPException(status, {"why": "host's own words"}, {"retry-after": "7"})
 
@@ -282,7 +282,7 @@ def test_whatever_a_dependency_raises_is_an_envelope(engine: Fake, status: int, 
     assert "host's own words" in refused(reply, kind, status) and reply.headers["retry-after"] == "7"
 
 
-def test_a_dependency_with_parameters_is_checked_in_the_envelope(engine: Fake) -> None:
+def test_a_dependency_with_parameters_is_checked_in_the_envelope(engine: FakeEngine) -> None:
     def tenant(tenant: int) -> None: ...
 
     client = TestClient(Host(engine, [Depends(tenant)]).app)
@@ -291,7 +291,7 @@ def test_a_dependency_with_parameters_is_checked_in_the_envelope(engine: Fake) -
     good(client.post(f"{API}/generate?tenant=1", json={"prompt": "hi"}))
 
 
-def test_a_dependency_that_breaks_is_an_envelope(engine: Fake) -> None:
+def test_a_dependency_that_breaks_is_an_envelope(engine: FakeEngine) -> None:
     def breaks() -> None:
         raise RuntimeError("SECRET")
 
@@ -301,7 +301,7 @@ def test_a_dependency_that_breaks_is_an_envelope(engine: Fake) -> None:
     assert "SECRET" not in refused(reply, "internal_error")
 
 
-def test_a_dependency_that_has_read_the_body_leaves_it_to_us(engine: Fake) -> None:
+def test_a_dependency_that_has_read_the_body_leaves_it_to_us(engine: FakeEngine) -> None:
     async def reads(request: Request) -> None:
         await request.body()
 
@@ -311,7 +311,7 @@ def test_a_dependency_that_has_read_the_body_leaves_it_to_us(engine: Fake) -> No
         )
 
 
-def test_a_client_that_leaves_a_host_with_middleware(host: Host, engine: Fake) -> None:
+def test_a_client_that_leaves_a_host_with_middleware(host: Host, engine: FakeEngine) -> None:
     engine.pace, engine.text = 0.05, "word " * 2000
     with serving(host.app, ready=None) as url:
         for stream in (True, False):
@@ -475,11 +475,11 @@ def test_a_new_engines_failure_is_typed(echoing: httpx.Client, monkeypatch: pyte
 
 
 def test_a_new_engine_on_the_command_line(script: Path) -> None:
-    done = run("--engine", "echo", "--json", script=script)
+    done = run_command("--engine", "echo", "--json", script=script)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [each["text"].startswith("Whatisthecapital") for each in json.loads(done.stdout)] == [True]
-    assert "echo" in run("--help", script=script).stdout
-    assert "echo" in run("--engine", "nope", script=script).stdout
+    assert "echo" in run_command("--help", script=script).stdout
+    assert "echo" in run_command("--engine", "nope", script=script).stdout
 
 
 def test_a_new_engine_is_served_from_the_command_line(script: Path) -> None:

@@ -19,29 +19,14 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engine import Reply
 from fastapi import BackgroundTasks, Depends, FastAPI
 from fastapi.testclient import TestClient
 from pydantic import TypeAdapter
-from serving import (
-    API,
-    ROOT,
-    TEXT,
-    Command,
-    Fake,
-    Stand,
-    clean_env,
-    descendants,
-    enveloped,
-    free_port,
-    refused,
-    refused_v1,
-    run,
-    serving,
-    until,
-)
 
 import llm_inference as product
+from tests.fake_engine import TEXT, FakeEngine, Reply
+from tests.harness import API, Command, Stand, clean_env, enveloped, refused, refused_v1, run_command, serving, until
+from tests.processes import ROOT, descendants, free_port
 
 HI = [{"role": "user", "content": "hi"}]
 CHAT = "/v1/chat/completions"
@@ -421,7 +406,7 @@ AWAY = {
 def test_no_reference_leaves_a_relayed_schema(fields: dict[str, Any]) -> None:
     with Stand("vllm", capabilities=("tools",)) as stand:
         assert "$ref" in refused_v1(stand.post(CHAT, model=stand.model, messages=HI, **fields), "invalid_request")
-        assert not stand.engine.asked()
+        assert not stand.engine.bodies
 
 
 def test_no_reference_leaves_a_schema(limited: Stand) -> None:
@@ -623,11 +608,11 @@ def test_the_api_test_knows_what_it_tests() -> None:
 
         thread = threading.Thread(target=answer)
         thread.start()
-        done = run("--api-test", "--port", str(listener.getsockname()[1]))
+        done = run_command("--api-test", "--port", str(listener.getsockname()[1]))
         thread.join()
     assert done.returncode == 1 and "is not llm_inference" in done.stderr and "Traceback" not in done.stderr
     with Stand("vllm", api_keys=("k",)) as stand:
-        done = run("--api-test", "--base-url", stand.url)
+        done = run_command("--api-test", "--base-url", stand.url)
     assert done.returncode == 1 and "--api-key" in done.stderr
 
 
@@ -733,7 +718,7 @@ def test_a_hosts_own_mistake_is_no_callers() -> None:
 def test_a_schema_as_text_is_not_passed_by(limited: Stand, field: dict[str, Any]) -> None:
     limited.engine.reset()
     refused_v1(limited.post(CHAT, model="m", messages=HI, **field), "invalid_request")
-    assert not limited.engine.asked()
+    assert not limited.engine.bodies
 
 
 def test_an_alias_is_not_put_before_the_engine_that_is_named() -> None:
@@ -802,7 +787,7 @@ def test_more_answers_than_a_request_may_ask_for(limited: Stand) -> None:
     limited.engine.reset()
     refused_v1(limited.post("/v1/completions", model="m", prompt=["x"] * 65, n=2), "invalid_request")
     refused_v1(limited.post("/v1/completions", model="m", prompt=["x"] * 129), "invalid_request")
-    assert not limited.engine.asked()
+    assert not limited.engine.bodies
 
 
 @pytest.mark.parametrize(
@@ -847,7 +832,7 @@ if __name__ == "__main__":
 
 
 def test_the_keeper_starts_nothing_once_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Fake("vllm") as engine:
+    with FakeEngine("vllm") as engine:
         settings = product.Settings(engine="vllm", base_url=engine.base_url)
         reached, closing = list[bool](), threading.Event()
         target, close = product.VLLMAdapter.target, product.VLLMAdapter.close

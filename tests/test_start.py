@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import engines
 import pytest
-from kill_loop import alive, descendants
-from serving import until
 
 from llm_inference import EngineChild, InferenceError, LLMInferencer, main
+from tests import engines
+from tests.harness import until
+from tests.processes import alive, descendants
 
 WANTED = os.environ.get("LLM_TEST_START", "").split()
 ARGS = {

@@ -19,10 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .run import HERE, PROGRAM, machine, rounded, say
+from tests import engines
 
-sys.path.insert(0, str(HERE.parent))
-import engines
+from .run import HERE, PROGRAM, machine, rounded, say
 
 REQUIREMENTS = PROGRAM.parent / "requirements.txt"
 XLLAMACPP = f"xllamacpp=={importlib.metadata.version('xllamacpp')}"

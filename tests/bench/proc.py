@@ -5,7 +5,6 @@ import os
 import re
 import resource
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -13,15 +12,9 @@ import urllib.request
 from pathlib import Path
 from typing import Self
 
+from tests.processes import cpu_seconds, descendants, neutral_environment
+
 TICK = os.sysconf("SC_CLK_TCK")
-OURS = ("OLLAMA_", "VLLM_", "SGLANG_", "LLAMACPP_", "LLM_INFERENCE_", "OPENAI_")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def many_sockets() -> None:
@@ -53,7 +46,7 @@ class Process:
         self.url = f"http://127.0.0.1:{port}"
         self.log = Path(tempfile.gettempdir()) / f"bench-{os.getpid()}-{name.replace(' ', '-')}.log"
         self.command = ["taskset", "-c", str(core), *command] if core is not None else command
-        self.env = {key: value for key, value in os.environ.items() if not key.startswith(OURS)} | (env or {})
+        self.env = neutral_environment() | (env or {})
 
     def __enter__(self) -> Self:
         with self.log.open("wb") as log:
@@ -89,29 +82,18 @@ class Process:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(15)
                 break
-        for pid in pids[1:]:
+        for pid in pids - {self.pid}:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(OSError):
             self.log.unlink()
 
-    def tree(self) -> list[int]:
-        found, todo = [], [self.pid]
-        while todo:
-            found.append(pid := todo.pop())
-            with contextlib.suppress(OSError):
-                for task in Path(f"/proc/{pid}/task").iterdir():
-                    todo += [int(child) for child in (task / "children").read_text().split()]
-        return found
+    def tree(self) -> set[int]:
+        return {self.pid} | descendants(self.pid)
 
     def cpu(self) -> float:
         """User and system seconds of the tree."""
-        total = 0
-        for pid in self.tree():
-            with contextlib.suppress(OSError):
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                total += int(fields[11]) + int(fields[12])
-        return total / TICK
+        return cpu_seconds(self.tree())
 
     def rss(self) -> float:
         """MiB of the tree."""

@@ -27,7 +27,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from .proc import Process, free_port, machine_busy, many_sockets
+from tests.processes import free_port
+
+from .proc import Process, machine_busy, many_sockets
 
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE.parents[1] / "llm_inference.py"

@@ -19,11 +19,11 @@ from typing import Any
 
 import aiohttp
 
-from .proc import Process, free_port
-from .run import HERE, PEER_HOME, PROGRAM, machine, rounded, say
-
-sys.path.insert(0, str(PROGRAM.parent))
 import llm_inference
+from tests.processes import free_port
+
+from .proc import Process
+from .run import HERE, PEER_HOME, PROGRAM, machine, rounded, say
 
 HOME = PEER_HOME / "xinference"
 CONTEXT, PARALLEL, TOKENS = 4096, 2, 64

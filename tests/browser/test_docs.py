@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+from tests.browser.chromium import DESKTOP, PHONE, By, chromium
+from tests.harness import Stand
+
 pytest.importorskip("fastapi_offline")
-from chromium import DESKTOP, PHONE, By, chromium  # noqa: E402
-from serving import Stand  # noqa: E402
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE])
@@ -42,4 +41,4 @@ def test_an_example_runs_from_the_page(tmp_path: Path) -> None:
             )
         page.wait(lambda: '"msg": "success"' in page.text(".live-responses-table"))
         page.shot(Path(os.environ.get("LLM_TEST_SHOTS", tmp_path)) / "docs-executed.png")
-        assert stand.engine.asked()[0]["messages"][-1]["content"] == "用一句话介绍北京。"
+        assert stand.engine.bodies[0]["messages"][-1]["content"] == "用一句话介绍北京。"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ from typing import Any
 import httpx
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-pytest.importorskip("gradio", reason="pip install -r tests/browser/requirements.txt")
-from chromium import DESKTOP, PHONE, Page, chromium  # noqa: E402
-from fake_engine import Reply  # noqa: E402
-from serving import Fake, serving, until  # noqa: E402
+import llm_inference as product
+from tests.browser.chromium import DESKTOP, PHONE, Page, chromium
+from tests.fake_engine import FakeEngine, Reply
+from tests.harness import serving, until
 
-import llm_inference as product  # noqa: E402
+pytest.importorskip("gradio", reason="pip install -r tests/browser/requirements.txt")
+
 
 MARKDOWN = (
     "# 标题\n\n**粗体** 和 `code`\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n<script>document.title = 'stolen'</script>"
@@ -26,9 +25,9 @@ MARKDOWN = (
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[tuple[str, Fake]]:
+def server() -> Iterator[tuple[str, FakeEngine]]:
     """The embedded engine as the default one, and a fake vLLM where VLLM_BASE_URL says."""
-    with Fake("vllm") as engine, pytest.MonkeyPatch.context() as patch:
+    with FakeEngine("vllm") as engine, pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_BASE_URL", engine.base_url)
         app = product.create_app(product.Settings(engine="llamacpp"))
         with serving(app) as url:
@@ -82,7 +81,7 @@ def settings(page: Page) -> None:
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE])
 def test_a_question_is_answered_with_its_figures(
-    server: tuple[str, Fake], size: tuple[int, int], tmp_path: Path
+    server: tuple[str, FakeEngine], size: tuple[int, int], tmp_path: Path
 ) -> None:
     with chromium(size) as page:
         opened(page, server[0])
@@ -95,7 +94,7 @@ def test_a_question_is_answered_with_its_figures(
         assert not page.asked and not [url for url in page.failed if not url.endswith(missing)]
 
 
-def test_stop_ends_the_generation(server: tuple[str, Fake], tmp_path: Path) -> None:
+def test_stop_ends_the_generation(server: tuple[str, FakeEngine], tmp_path: Path) -> None:
     url, engine = server
     engine.reset().pace, engine.text = 0.05, "word " * 2000
     with chromium() as page:
@@ -114,12 +113,12 @@ def test_stop_ends_the_generation(server: tuple[str, Fake], tmp_path: Path) -> N
         engine.reset().text = "and again"  # the next turn carries the stopped one's words, and none of the figures
         ask(page, "Now shortly.")
         page.wait(lambda: "and again" in answers(page) and "tokens" in answers(page))
-        roles = [message["role"] for message in engine.asked()[-1]["messages"]]
-        assert roles == ["user", "assistant", "user"] and "word" in str(engine.asked()[-1]["messages"][1])
+        roles = [message["role"] for message in engine.bodies[-1]["messages"]]
+        assert roles == ["user", "assistant", "user"] and "word" in str(engine.bodies[-1]["messages"][1])
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["while it talks", "before the first token"])
-def test_leaving_ends_the_generation(server: tuple[str, Fake], silent: bool) -> None:
+def test_leaving_ends_the_generation(server: tuple[str, FakeEngine], silent: bool) -> None:
     url, engine = server
     engine.reset().pace, engine.text = 0.05, "word " * 2000
     if silent:
@@ -134,7 +133,7 @@ def test_leaving_ends_the_generation(server: tuple[str, Fake], silent: bool) -> 
 
 @pytest.mark.parametrize("listens", [True, False])
 def test_what_nobody_comes_to_read_is_ended(
-    server: tuple[str, Fake], listens: bool, monkeypatch: pytest.MonkeyPatch
+    server: tuple[str, FakeEngine], listens: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, engine = server
     monkeypatch.setattr(product.ChatPage, "PATIENCE", 1.0)
@@ -155,7 +154,7 @@ def test_what_nobody_comes_to_read_is_ended(
             engine.wait(lambda: engine.live == 0, 15)
 
 
-def test_markdown_is_shown_and_html_is_not_run(server: tuple[str, Fake], tmp_path: Path) -> None:
+def test_markdown_is_shown_and_html_is_not_run(server: tuple[str, FakeEngine], tmp_path: Path) -> None:
     url, engine = server
     engine.reset().text = MARKDOWN
     with chromium() as page:
@@ -167,7 +166,7 @@ def test_markdown_is_shown_and_html_is_not_run(server: tuple[str, Fake], tmp_pat
         page.wait(lambda: page.all(".message table") and page.all(".message h1") and page.all(".message strong"))
         shot(page, tmp_path, "markdown")
         assert page.driver.title != "stolen" and not page.all(".message script")
-        asked = engine.asked()[-1]
+        asked = engine.bodies[-1]
         assert (
             asked["messages"][0] == {"role": "system", "content": "Be brief."}
             and asked["temperature"] == 0.7
@@ -175,7 +174,7 @@ def test_markdown_is_shown_and_html_is_not_run(server: tuple[str, Fake], tmp_pat
         )
 
 
-def test_a_schema_shows_the_checked_json(server: tuple[str, Fake], tmp_path: Path) -> None:
+def test_a_schema_shows_the_checked_json(server: tuple[str, FakeEngine], tmp_path: Path) -> None:
     with chromium(PHONE) as page:
         opened(page, server[0])
         settings(page)
@@ -187,7 +186,7 @@ def test_a_schema_shows_the_checked_json(server: tuple[str, Fake], tmp_path: Pat
         assert '"country": "' in answers(page)
 
 
-def test_an_error_is_shown_with_its_mend(server: tuple[str, Fake], tmp_path: Path) -> None:
+def test_an_error_is_shown_with_its_mend(server: tuple[str, FakeEngine], tmp_path: Path) -> None:
     with chromium() as page:
         opened(page, server[0])
         settings(page)
@@ -210,12 +209,12 @@ def test_an_error_is_shown_with_its_mend(server: tuple[str, Fake], tmp_path: Pat
         "queue/join/../../upload",
     ],
 )
-def test_no_other_route_of_gradio_is_there(server: tuple[str, Fake], path: str) -> None:
+def test_no_other_route_of_gradio_is_there(server: tuple[str, FakeEngine], path: str) -> None:
     for method in ("GET", "POST"):
         reply = httpx.request(method, f"{server[0]}/ui/gradio_api/{path}", json={}, trust_env=False)
         assert reply.status_code == 404 and reply.headers["x-error-kind"] == "not_found"
 
 
-def test_a_file_of_this_machine_is_no_asset(server: tuple[str, Fake]) -> None:
+def test_a_file_of_this_machine_is_no_asset(server: tuple[str, FakeEngine]) -> None:
     for path in ("assets/../../../../etc/passwd", "static/%2e%2e/%2e%2e/routes.py", "assets//etc/passwd"):
         assert httpx.get(f"{server[0]}/ui/{path}", trust_env=False).status_code in (403, 404)

@@ -8,11 +8,3 @@
 `sides` ask (through us, or the bare engine), `features` are the questions and how an answer is judged, `judge` makes cells
 of them, `schemas` and `validity` hold the fifty schemas, `recorded` judges transcripts of engines that are not here.
 """
-
-import sys
-from pathlib import Path
-
-TESTS = Path(__file__).resolve().parent.parent
-for _folder in (str(TESTS.parent), str(TESTS)):  # where llm_inference, serving and fake_engine are
-    if _folder not in sys.path:
-        sys.path.insert(0, _folder)

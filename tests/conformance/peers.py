@@ -22,13 +22,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-from engines import running
-
 from llm_inference import LlamaCppAdapter, LLMInferencer, pull_default_model
+from tests.engines import running
+from tests.processes import free_port
 
 from ..bench import run as bench
 from ..bench import xinference
-from ..bench.proc import Process, free_port
+from ..bench.proc import Process
 from . import features, judge
 from .__main__ import ask_all, merged
 from .sides import HTTP, Bare, Json, Us, through_us

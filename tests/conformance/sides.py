@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-from serving import serving
 
 from llm_inference import Chunk, Completion, InferenceError, LLMInferencer, Settings, create_app
+from tests.harness import serving
 
 from .judge import Refusal, Undecidable
 

@@ -1,13 +1,21 @@
-"""A scripted engine in a process of its own, to be killed and frozen: `python engine_process.py DIALECT PORT PACE` prints its port."""
+"""A scripted engine in a process of its own, to be killed and frozen; it prints its port.
+
+python -m tests.faults.engine_process DIALECT PORT PACE
+"""
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fake_engine import FakeEngine
+from tests.fake_engine import FakeEngine
 
-engine = FakeEngine(sys.argv[1])  # type: ignore[arg-type]
-engine.port, engine.pace = int(sys.argv[2]), float(sys.argv[3])
-engine.start()
-print(engine.port, flush=True)
-sys.stdin.read()
+
+def main() -> None:
+    dialect, port, pace = sys.argv[1:]
+    engine = FakeEngine(dialect)  # type: ignore[arg-type]
+    engine.port, engine.pace = int(port), float(pace)
+    engine.start()
+    print(engine.port, flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

@@ -11,8 +11,11 @@ import sys
 import time
 from typing import Any
 
+from tests import kill_loop
+from tests.processes import ROOT, descendants
+
 from .network import BROKEN
-from .rig import API, DIALECTS, HERE, URL_ENV, V1, Link, Result, Server, ask, asking, judge, request_bytes, serving
+from .rig import API, DIALECTS, KINDS, URL_ENV, V1, Link, Result, Server, ask, asking, judge, request_bytes
 
 TYPED_WITHIN = 1.0
 DEADLINES = {"connect": 1.0, "first_token": 1.0, "idle": 1.0, "total": 20.0}
@@ -25,8 +28,8 @@ class EngineProcess:
         self.dialect, self.pace, self.port = dialect, pace, 0
 
     def start(self) -> None:
-        argv = [sys.executable, str(HERE / "engine_process.py"), self.dialect, str(self.port), str(self.pace)]
-        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        argv = [sys.executable, "-m", "tests.faults.engine_process", self.dialect, str(self.port), str(self.pace)]
+        self.process = subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout
         self.port = int(self.process.stdout.readline())
 
@@ -52,9 +55,7 @@ async def in_mid_answer(port: int, body: Any, path: str, strike: Any) -> tuple[s
         with contextlib.suppress(TimeoutError):
             rest = await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 10)
             text = (head + rest).decode(errors="replace")
-            kind = next(
-                (kind for kind in serving.KINDS if f'"{kind}"' in text or f'"msg":"{kind}:' in text), "!no typed error"
-            )
+            kind = next((kind for kind in KINDS if f'"{kind}"' in text or f'"msg":"{kind}:' in text), "!no typed error")
             return ("!an error, and [DONE]" if "[DONE]" in text else kind), time.monotonic() - began
         return "!hung", time.monotonic() - began
 
@@ -103,7 +104,7 @@ async def engine_ends(full: bool, off: str | None, signal_number: int, rounds: i
                     kind := judge(
                         await ask(server.port, path, asking(dialect, "hi", v1=v1, stream=False)), v1=v1, stream=False
                     )[0]
-                ) != "good" and time.monotonic() - began < 5:  # noqa: ASYNC110
+                ) != "good" and time.monotonic() - began < 5:
                     await asyncio.sleep(0.05)
                 recovered.append(time.monotonic() - began)
                 found.need(kind == "good", f"{dialect}: not recovered within 5 s: {kind}")
@@ -131,8 +132,8 @@ async def engine_frozen(full: bool, off: str | None = None, focus: str = "") -> 
 
 def embedded_engine(server: Server) -> int:
     """The process of the embedded engine: the server's grandchild, below its watcher."""
-    watchers = serving.descendants(server.process.pid)
-    return next(pid for pid in watchers if not serving.descendants(pid))
+    watchers = descendants(server.process.pid)
+    return next(pid for pid in watchers if not descendants(pid))
 
 
 async def embedded_killed(rounds: int, found: Result) -> None:
@@ -162,10 +163,7 @@ async def embedded_killed(rounds: int, found: Result) -> None:
 
 async def parent_killed(full: bool, off: str | None = None, focus: str = "") -> Result:
     """Our process is killed -9 (or interrupted, or returns) with the embedded engine under it: nothing is left after 2 s."""
-    import kill_loop
-
     found, rounds = Result(), 100 if full else 3
-    os.environ["PYTHONPATH"] = str(serving.ROOT)
     spent: dict[str, list[float]] = {}
     for number in range(rounds):
         end = kill_loop.ENDS[number % 3] if number % 2 else "SIGKILL"

@@ -1,7 +1,4 @@
-"""The guards of llm_inference.py, each with how to switch it off (a piece of the source, and what it becomes) and the row that must see it.
-
-server.py reads this without the package around it, so it imports nothing of ours.
-"""
+"""The guards of llm_inference.py, each with how to switch it off (a piece of the source, and what it becomes) and the row that must see it."""
 
 from __future__ import annotations
 

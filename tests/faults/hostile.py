@@ -12,6 +12,7 @@ from typing import Any
 
 from .rig import (
     API,
+    KINDS,
     V1,
     Engine,
     Json,
@@ -24,7 +25,6 @@ from .rig import (
     at_once,
     quantile,
     request_bytes,
-    serving,
     until,
     wrong_error,
 )
@@ -236,7 +236,7 @@ def verdict(path: str, answer: Any) -> str:
         wrong = wrong_error(json.loads(answer.body), path.startswith("/v1"), kind, answer.status)
     except ValueError:
         wrong = f"{answer.status} that is not JSON"
-    error = serving.KINDS.get(kind)
+    error = KINDS.get(kind)
     if not wrong and error is not None and error.code == 500 and kind not in MAY_FAIL:
         wrong = f"an unexpected 500: {answer.body[:160]!r}"
     return wrong

@@ -14,29 +14,22 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import re
 import secrets
 import socket
 import struct
-import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-sys.path.insert(0, os.environ.get("FAULTS_PRODUCT_DIR") or str(HERE.parent.parent))
-import serving  # noqa: E402
-from fake_engine import TEXT, Dialect, Json, Reply, Seen  # noqa: E402
+from tests.fake_engine import DIALECTS, NOT_GENERATIONS, SGLANG_FLAGS, TEXT, Dialect, FakeEngine, Json, Reply, Seen
+from tests.harness import KINDS, Command
 
-from .proxy import Proxies  # noqa: E402
+from .proxy import Proxies
 
-DIALECTS: tuple[Dialect, ...] = ("ollama", "vllm", "sglang", "llamacpp")
 URL_ENV = {
     "ollama": "OLLAMA_HOST",
     "vllm": "VLLM_BASE_URL",
@@ -86,11 +79,12 @@ def words_for(text: str) -> str:
     return f"{found[-1]} {TEXT} {found[-1]}" if found else TEXT
 
 
-class Engine(serving.Fake):
+class Engine(FakeEngine):
     """A fake engine that echoes nonces, and that a row can tell what to do with each generation."""
 
     def __init__(self, dialect: Dialect) -> None:
         super().__init__(dialect)
+        self.flags |= SGLANG_FLAGS
         self.requests = collections.deque(maxlen=4000)  # type: ignore[assignment]  # a long run must not fill memory
         self.how: Callable[[Engine, Seen], Reply | None] | None = None
         self.generations = 0
@@ -100,7 +94,7 @@ class Engine(serving.Fake):
         return super()._reply(seen)[0]
 
     def _reply(self, seen: Seen) -> tuple[Reply, int]:
-        if seen.method == "POST" and seen.path not in ("/api/show", "/tokenize", "/apply-template"):
+        if seen.method == "POST" and seen.path not in NOT_GENERATIONS:
             self.generations += 1
             if self.how is not None and (reply := self.how(self, seen)) is not None:
                 self.requests.append(seen)
@@ -111,7 +105,7 @@ class Engine(serving.Fake):
 # --------------------------------------------------------------------------------------------------------------- server
 
 
-class Server(serving.Command):
+class Server(Command):
     """The real command, by way of server.py: with a guard switched off, with other settings, and with a control socket."""
 
     def __init__(
@@ -129,7 +123,7 @@ class Server(serving.Command):
             "FAULTS_SETTINGS": json.dumps(dict(settings or {})),
         }
         self.unexpected = 0  #: how often the log has "unexpected error"
-        super().__init__(*args, script=HERE / "server.py", env={**(env or {}), **more})
+        super().__init__(*args, module="tests.faults.server", env={**(env or {}), **more})
 
     def _read(self) -> None:
         assert self.process.stdout
@@ -439,11 +433,7 @@ def judge_stream(answer: Answer, v1: bool) -> tuple[str, str]:
             return ("!cut in silence" if event is events[-1] else "!an event that cannot be read"), ""
     if kind:
         return (
-            ("!an error, and [DONE]", "")
-            if done
-            else (kind, text)
-            if kind in serving.KINDS
-            else (f"!unknown kind {kind}", "")
+            ("!an error, and [DONE]", "") if done else (kind, text) if kind in KINDS else (f"!unknown kind {kind}", "")
         )
     if not answer.whole or not done or finish is None:
         return "!cut in silence", ""
@@ -452,9 +442,9 @@ def judge_stream(answer: Answer, v1: bool) -> tuple[str, str]:
 
 def wrong_error(body: Any, v1: bool, kind: str, status: int) -> str:
     """What is wrong with an error's body, or nothing. Errors of HTTP itself (400 of the parser) are judged by the caller."""
-    if kind not in serving.KINDS:
+    if kind not in KINDS:
         return f"!{status} without a known kind ({kind})"
-    error = serving.KINDS[kind]
+    error = KINDS[kind]
     if v1:
         inner = body.get("error") if isinstance(body, dict) else None
         good = (

@@ -20,21 +20,20 @@ import threading
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-PRODUCT = Path(os.environ.get("FAULTS_PRODUCT_DIR") or HERE.parent.parent) / "llm_inference.py"
+from tests.processes import ROOT
+
+from .guards_list import switched_off
+
+PRODUCT = Path(os.environ.get("FAULTS_PRODUCT_DIR") or ROOT) / "llm_inference.py"
 OPENED: set[str] = set()  # what was opened, started or connected to, by Python's own audit
 loops: list[asyncio.AbstractEventLoop] = []
 
 
 def load(off: str, where: str) -> Any:
     """The product; with `off`, that guard's line replaced in a copy."""
-    folder = str(PRODUCT.parent)
     if off:
-        sys.path.insert(0, str(HERE))
-        guards = importlib.import_module("guards_list")
-        folder = where
-        (Path(where) / "llm_inference.py").write_text(guards.switched_off(PRODUCT.read_text(), off))
-    sys.path.insert(0, folder)
+        (Path(where) / "llm_inference.py").write_text(switched_off(PRODUCT.read_text(), off))
+        sys.path.insert(0, where)
     return importlib.import_module("llm_inference")
 
 

@@ -9,43 +9,33 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import engines
-from kill_loop import descendants, options_for
-
 from llm_inference import EngineChild, LLMInferencer
+from tests import engines
+from tests.kill_loop import options_for
+from tests.processes import cpu_seconds, descendants
 
 WINDOW, ROUNDS, NEVER = 0.3, 5, 60.0
 LONG = "The quick brown fox jumps over the lazy dog. " * 150
 MORE = {"sglang": ["--sleep-on-idle"]}  # or its scheduler spins when it has nothing to do
 
 
-def cpu(pids: list[int]) -> float:
-    """Seconds of CPU that these processes have taken."""
-    ticks = 0
-    for pid in pids:
-        ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-async def until_idle(pids: list[int]) -> float:
+async def until_idle(pids: set[int]) -> float:
     """Seconds until a window begins in which they take less than a quarter of a core."""
     began = time.monotonic()
     while time.monotonic() - began < NEVER:
-        start, used = time.monotonic(), cpu(pids)
+        start, used = time.monotonic(), cpu_seconds(pids)
         await asyncio.sleep(WINDOW)
-        if cpu(pids) - used < 0.25 * WINDOW:
+        if cpu_seconds(pids) - used < 0.25 * WINDOW:
             return start - began
     return NEVER
 
 
-async def stopped(llm: LLMInferencer, pids: list[int], how: str, when: str, turn: int) -> float:
+async def stopped(llm: LLMInferencer, pids: set[int], how: str, when: str, turn: int) -> float:
     """One request that is cancelled, and how long the engine goes on."""
     await until_idle(pids)
     prompt = f"{turn} {how} {LONG if when == 'prefill' else 'Tell me a story.'}"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Packs what a GPU machine without a network needs to run run.py: both engines, our module's packages, the model.
 #
-#   bash tests/gpu/prepare.sh DIR MODEL      MODEL: what `python tests/engines.py model` made; writes DIR/parts/bundle.000 … of 49 MB each (six)
+#   bash tests/gpu/prepare.sh DIR MODEL      MODEL: what `python -m tests.engines model` made; writes DIR/parts/bundle.000 … of 49 MB each (six)
 #
 # On the GPU machine (Python 3.12 with torch 2.11.0 for CUDA 13, and nvcc), where the parts are:
 #

@@ -1,6 +1,6 @@
 """A real vLLM or SGLang on a GPU, under our adapter: the laws, memory errors, load, offline batch, orphans. README.md says how to run it.
 
-    python tests/gpu/run.py --engine vllm --python ENGINE_PYTHON --model SMOLLM2_FOLDER --out tests/gpu/results.json
+    python -m tests.gpu.run --engine vllm --python ENGINE_PYTHON --model SMOLLM2_FOLDER --out tests/gpu/results.json
 
 One engine a run; each part writes its results into the file as soon as it has them, so that what fails costs no other part anything.
 """
@@ -19,7 +19,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,19 +26,17 @@ import time
 import traceback
 import urllib.request
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llm_inference import EngineChild, InferenceError, LLMInferencer
+from tests.gpu.offline import questions
+from tests.processes import ROOT, alive, descendants, free_port
+
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path.insert(0, str(ROOT))
-
-from offline import questions  # noqa: E402
-
-from llm_inference import EngineChild, InferenceError, LLMInferencer  # noqa: E402
 
 Json = dict[str, Any]
 CAPITAL = [
@@ -517,25 +514,7 @@ def ended(command: list[str], log: Path, env: dict[str, str]) -> Iterator[subpro
         process.wait()
 
 
-def descendants(pid: int) -> list[int]:
-    found, todo = [], [pid]
-    while todo:
-        with contextlib.suppress(OSError):
-            for task in Path(f"/proc/{todo.pop()}/task").iterdir():
-                children = [int(child) for child in (task / "children").read_text().split()]
-                found += children
-                todo += children
-    return found
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def none_alive(pids: list[int]) -> bool:
+def none_alive(pids: Collection[int]) -> bool:
     return not any(map(alive, pids))
 
 
@@ -597,11 +576,6 @@ def gpu_processes() -> list[int]:
 
 def off_the_gpu(pids: set[int]) -> bool:
     return pids.isdisjoint(gpu_processes())
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def our_path() -> str:

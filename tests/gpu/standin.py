@@ -1,6 +1,6 @@
 """Our server, and nginx as the yardstick, in front of `steps.py`: what each adds to the first token and takes from the tokens/s.
 
-    python tests/gpu/standin.py --out tests/gpu/standin.json [--also OTHER_COPY_OF/llm_inference.py]
+    python -m tests.gpu.standin --out tests/gpu/standin.json [--also OTHER_COPY_OF/llm_inference.py]
 
 Rounds are interleaved (the stand-in itself, ours, nginx, the other copy), and each is compared with the stand-in of its own round.
 """
@@ -19,11 +19,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from load import LENGTHS
-from run import at_once, ended, free_port, one_load, wait_until
+from tests.gpu.load import LENGTHS
+from tests.gpu.run import at_once, ended, one_load, wait_until
+from tests.processes import ROOT, free_port
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
 NGINX = """
 worker_processes 1; daemon off; pid {dir}/pid; error_log {dir}/error.log;
 events {{ worker_connections 4096; }}

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from serving import serving
-
 import llm_inference as product
+from tests.harness import serving
 
 pytest.importorskip("instructor")
 pytest.importorskip("langchain_openai")

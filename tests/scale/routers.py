@@ -24,11 +24,10 @@ from typing import Any
 
 import httpx
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import engines
-from serving import Command, Fake, free_port, until
-
+from tests import engines
+from tests.fake_engine import FakeEngine
+from tests.harness import Command, until
+from tests.processes import free_port
 from tests.scale.load import Load, record, told
 
 HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm_inference-tests"
@@ -292,7 +291,7 @@ def leaves(value: Any, where: str = "") -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------- one server killed
 
 
-class Scripted(Fake):
+class Scripted(FakeEngine):
     """A fake engine that closes on what is not HTTP/1.1: sglang-router asks by gRPC first."""
 
     async def _read(self, reader: Any) -> Any:
@@ -305,7 +304,7 @@ class Scripted(Fake):
 class Server:
     """One engine server: real, or a scripted one."""
 
-    def __init__(self, url: str, model: str, pid: int = 0, fake: Fake | None = None) -> None:
+    def __init__(self, url: str, model: str, pid: int = 0, fake: FakeEngine | None = None) -> None:
         self.url, self.model, self.pid, self.fake = url, model, pid, fake
 
     def kill(self) -> None:
@@ -367,7 +366,7 @@ def killed(
                     fake.requests.clear()
                     fake.start()
                     with contextlib.suppress(AssertionError):
-                        until(lambda: bool(fake.asked()), 75)
+                        until(lambda: bool(fake.bodies), 75)
                     back = time.monotonic() - back
             figures = told(load.answers, at)
             if bring_back:

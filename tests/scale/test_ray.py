@@ -25,15 +25,15 @@ from typing import Any
 import httpx
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from serving import Command, Fake, clean_env, descendants, free_port, good, payloads, refused, refused_v1, until
-
 import llm_inference as product
+from tests.fake_engine import FakeEngine
+from tests.harness import Command, clean_env, good, payloads, refused, refused_v1, until
+from tests.processes import descendants, free_port
+from tests.scale.load import Load, record, told
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("aiohttp")
-from scale.load import Load, record, told  # noqa: E402
+
 
 KEY = "sk-scale"
 AUTH = {"authorization": f"Bearer {KEY}"}
@@ -54,7 +54,7 @@ class Cluster:
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         }
         self.small = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
-        self.engine = Fake("vllm").start()
+        self.engine = FakeEngine("vllm").start()
         self.nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 2, **self.small})
         self.second = self.nodes.add_node(num_cpus=1, **self.small)
         os.environ["RAY_ADDRESS"] = self.nodes.address
@@ -238,7 +238,7 @@ def test_a_rolling_update_loses_nothing(cluster: Cluster) -> None:
 def test_an_update_that_finds_no_engine_leaves_the_old_replicas(cluster: Cluster) -> None:
     """Its engine was there when deploy() looked, and is gone when the replica does."""
     until(lambda: cluster.whole_again(set()), 60)
-    before, doomed = cluster.replicas(), Fake("vllm").start()
+    before, doomed = cluster.replicas(), FakeEngine("vllm").start()
     failed: list[BaseException] = []
 
     def update() -> None:
@@ -450,7 +450,6 @@ class Tree:
 
 @pytest.mark.skipif(not shutil.which("wrk"), reason="apt install wrk")
 def test_overhead(cluster: Cluster) -> None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from tests.bench import run as bench
 
     body = {"model": "m", "messages": bench.MESSAGES, "max_tokens": 256}

@@ -1,17 +1,16 @@
-"""The server under test: in a thread (`serving`, `Stand`), or as the real command (`Command`). A pytest plugin of fixtures too
-(PYTEST_DONT_REWRITE: the test modules import it before pytest does).
+"""What the tests share: the server under test in a thread (`serving`, `Stand`) or as the real command (`Command`), how its
+answers are read, and helpers on the library. conftest.py makes fixtures of them; fake_engine.py is the engine behind.
 
-    with Stand("vllm") as stand:                 # the whole app in front of a fake vLLM
+    with Stand("vllm") as stand:                 # the app with all its routes in front of a fake vLLM
         stand.post("/generate", prompt="hi")
         stand.engine.wait(lambda: stand.engine.live == 0)
 """
 
-from __future__ import annotations
-
+import asyncio
 import contextlib
+import gc
 import http.client
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -19,26 +18,27 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
-import pytest
 import uvicorn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fake_engine import TEXT, Dialect, FakeEngine, Json, Reply
-
 import llm_inference as product
+from tests.fake_engine import SGLANG_FLAGS, Dialect, FakeEngine, Json, Reply
+from tests.processes import ROOT, free_port, neutral_environment
 
-ROOT = Path(__file__).resolve().parent.parent
+T = TypeVar("T")
 API = "/api/v1/llm"
-ALL: list[Dialect] = ["ollama", "vllm", "sglang", "llamacpp"]
+PROMPT = "Count from one to twenty, in words."
 KINDS = {cls.kind: cls for cls in (product.InferenceError, *product.InferenceError.__subclasses__())}
-OURS = ("OLLAMA_HOST", "VLLM_", "SGLANG_", "LLAMACPP_", "LLM_INFERENCE_", "OPENAI_")
 SOON = 2.0  # seconds; the promise is one, and this machine has other work
+#: replies that are errors: before the answer, and in its middle
+BROKEN = (
+    Reply(status=500, headers={"content-type": "application/json"}, pieces=[b'{"error":"boom"}']),
+    Reply(headers={"content-type": "text/event-stream"}, pieces=[b"data: {}\n\n"]),
+)
 
 
 # ------------------------------------------------------------------------------------------------------ in a thread
@@ -67,39 +67,13 @@ def serving(app: Any, ready: str | None = "/ready", **config: Any) -> Iterator[s
         assert not thread.is_alive(), "the server did not end"
 
 
-def until(true: Any, timeout: float = 10.0) -> None:
+def until(condition: Callable[[], T], timeout: float = 10.0) -> T:
+    """Waits until the condition holds, and returns its value."""
     deadline = time.monotonic() + timeout
-    while not true():
+    while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {timeout} s"
         time.sleep(0.01)
-
-
-class Fake(FakeEngine):
-    """FakeEngine, with an SGLang whose /server_info tells its flags as the real one does; and `reset` between tests."""
-
-    def _info(self, path: str) -> Reply:
-        reply = super()._info(path)
-        if self.dialect == "sglang" and path in ("/server_info", "/get_server_info"):
-            flags = {
-                "tool_call_parser": "qwen" if "tools" in self.capabilities else None,
-                "reasoning_parser": "qwen3",
-                "enable_deterministic_inference": True,
-            }
-            return self._json({**json.loads(reply.pieces[0]), **flags})
-        return reply
-
-    def reset(self) -> Self:
-        self.wait(lambda: self.live == 0)
-        self.text, self.answer, self.reasoning, self.tool_call, self.pace, self.slice = TEXT, None, "", None, 0.0, 0
-        self.requests.clear()
-        self._queue.clear()
-        return self
-
-    def asked(self) -> list[Json]:
-        """The bodies of the generations so far."""
-        return [
-            seen.json for seen in self.requests if seen.method == "POST" and seen.path not in ("/api/show", "/tokenize")
-        ]
+    return value
 
 
 class Stand:
@@ -111,10 +85,11 @@ class Stand:
         *,
         capabilities: Sequence[str] = (),
         reasoning: str = "",
-        engine: Fake | None = None,
+        engine: FakeEngine | None = None,
         **settings: Any,
     ) -> None:
-        self.engine = engine or Fake(dialect)
+        self.engine = engine or FakeEngine(dialect)
+        self.engine.flags |= SGLANG_FLAGS
         self.engine.capabilities += [each for each in capabilities if each not in self.engine.capabilities]
         self.engine.reasoning = reasoning
         self.settings = settings
@@ -231,10 +206,13 @@ def enveloped(body: Any) -> Json:
 def clean_env(**more: str) -> dict[str, str]:
     """Ours, without what steers llm_inference, and with nobody on the engines' default ports."""
     nobody = dict.fromkeys(("OLLAMA_HOST", "VLLM_BASE_URL", "SGLANG_BASE_URL"), "127.0.0.1:9")
-    return {name: value for name, value in os.environ.items() if not name.startswith(OURS)} | nobody | more
+    return neutral_environment() | nobody | more
 
 
-def run(*args: str, timeout: float = 60, script: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+def run_command(
+    *args: str, timeout: float = 60, script: Path | None = None, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """The command line of llm_inference (or of a script with the same one), to its end."""
     return subprocess.run(
         [sys.executable, str(script or ROOT / "llm_inference.py"), *args],
         capture_output=True,
@@ -245,40 +223,29 @@ def run(*args: str, timeout: float = 60, script: Path | None = None, **env: str)
     )
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 class Command:
-    """`python llm_inference.py --serve …` (or a script with the same command line), ended by its pid."""
+    """`python llm_inference.py --serve …` (or a script or module with the same command line), ended by its pid."""
 
     def __init__(
         self,
         *args: str,
         script: Path | None = None,
+        module: str = "",
         python: str = sys.executable,
         env: dict[str, str] | None = None,
         ready: bool = True,
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        argv = [
-            python,
-            str(script or ROOT / "llm_inference.py"),
-            "--serve",
-            "--port",
-            str(self.port),
-            "--host",
-            "127.0.0.1",
-            *args,
-        ]
+        program = ["-m", module] if module else [str(script or ROOT / "llm_inference.py")]
+        argv = [python, *program, "--serve", "--port", str(self.port), "--host", "127.0.0.1", *args]
         self.process = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            cwd=ROOT if module else None,
             env=clean_env(**(env or {})),
         )
         self.said = ""
@@ -323,53 +290,34 @@ class Command:
         self._reader.join(5)
 
 
-def descendants(pid: int) -> set[int]:
-    """The live processes below this one (Linux)."""
-    found: set[int] = set()
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in map(int, task.read_text().split()):
-                found |= {child} | descendants(child)
-    return found
+# -------------------------------------------------------------------------------------------------- in the library
 
 
-# --------------------------------------------------------------------------------------------------------- fixtures
+async def collect(items: AsyncGenerator[T, None]) -> list[T]:
+    return [item async for item in items]
 
 
-@pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody is on the engines' default ports, whatever runs on this machine."""
-    for adapter in (product.OllamaAdapter, product.VLLMAdapter, product.SGLangAdapter, product.LlamaCppAdapter):
-        monkeypatch.setattr(adapter, "default_url", "http://127.0.0.1:9")
-        monkeypatch.delenv(adapter.url_env, raising=False)
+def chunks(llm: product.LLMInferencer, prompt: str | Sequence[Any] = PROMPT, **options: Any) -> list[product.Chunk]:
+    """Every chunk of a streamed answer."""
+    asked, build = llm.request(prompt, **options)
+    return [chunk for burst in asyncio.run(collect(llm.bursts(asked, build))) for chunk in burst]
 
 
-@pytest.fixture(scope="session")
-def all_stands() -> Iterator[dict[str, Stand]]:
-    with contextlib.ExitStack() as stack:
-        yield {dialect: stack.enter_context(Stand(dialect)) for dialect in ALL}
+@contextlib.contextmanager
+def no_error_stays() -> Iterator[None]:
+    """The errors raised in here are freed without the garbage collector, and with them the requests that their frames hold."""
 
+    def alive() -> set[int]:
+        return {id(each) for each in gc.get_objects() if isinstance(each, product.InferenceError)}
 
-@pytest.fixture(params=ALL)
-def stand(request: pytest.FixtureRequest, all_stands: dict[str, Stand]) -> Stand:
-    """The app in front of each fake engine in turn."""
-    found = all_stands[request.param]
-    found.engine.reset()
-    return found
-
-
-@pytest.fixture
-def vllm(all_stands: dict[str, Stand]) -> Stand:
-    """The app in front of the fake vLLM, for what does not depend on the engine."""
-    all_stands["vllm"].engine.reset()
-    return all_stands["vllm"]
-
-
-@pytest.fixture(scope="session")
-def real() -> Iterator[httpx.Client]:
-    """The real command with the real embedded engine and model."""
-    with (
-        Command("--engine", "llamacpp") as command,
-        httpx.Client(base_url=command.url, timeout=120, trust_env=False) as client,
-    ):
-        yield client
+    gc.collect()
+    before = alive()  # of other tests
+    gc.disable()
+    try:
+        yield
+        deadline = time.monotonic() + 10
+        while not alive() <= before:  # a loop lets go of its last step a moment later
+            assert time.monotonic() < deadline, "an error is kept"
+            time.sleep(0.01)
+    finally:
+        gc.enable()

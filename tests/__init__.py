@@ -1,0 +1,1 @@
+"""The tests of llm_inference; README.md here is the map."""
