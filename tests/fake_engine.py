@@ -1,4 +1,5 @@
-"""The one stand-in engine: a scripted Ollama, vLLM, SGLang or llama.cpp over real sockets, in a thread of the test process.
+"""The one stand-in engine: a scripted Ollama, vLLM, SGLang or llama.cpp over real sockets, in a thread of the test
+process.
 
     with FakeEngine("vllm") as engine:
         engine.replay("chat_stream")                            # next generation: that transcript in tests/wire/vllm/
@@ -84,7 +85,8 @@ class Seen:
 
 @functools.cache
 def recorded(dialect: Dialect, name: str) -> Reply:
-    """The answer of tests/wire/<dialect>/<name>.json (`name` may leave out a leading `06_` or `plain_`), cut as it came."""
+    """The answer of tests/wire/<dialect>/<name>.json (`name` may leave out a leading `06_` or `plain_`), cut as it
+    came."""
     near = [p for p in (WIRE / dialect).glob("*.json") if name in (p.stem, re.sub(r"^(\d\d|plain)_", "", p.stem))]
     if len(near) != 1:
         raise LookupError(f"{len(near)} recordings of {dialect} are called {name!r}")
@@ -379,7 +381,8 @@ class FakeEngine:
         return Seen(method=method, path=path, headers=headers, body=body)
 
     async def _send(self, writer: asyncio.StreamWriter, reply: Reply, seen: Seen, done: Callable[[], None]) -> bool:
-        """Whether the connection may be used again. `done` is told before the client can have the last byte; nothing waits then."""
+        """Whether the connection may be used again. `done` is told before the client can have the last byte; nothing
+        waits then."""
         await asyncio.sleep(reply.delay)
         headers = {name.lower(): value for name, value in reply.headers.items()}
         chunked = reply.chunked
@@ -415,7 +418,7 @@ class FakeEngine:
             writer.transport.abort()
         return reply.end == "clean" and reply.status > 0 and headers.get("connection", "").lower() != "close"
 
-    # ------------------------------------------------------------------------------------------------- what a request gets
+    # ----------------------------------------------------------------------------------- what a request gets
 
     def _reply(self, seen: Seen) -> tuple[Reply, int]:
         """The answer, and 1 if it is a generation, else 0."""
@@ -588,7 +591,7 @@ class FakeEngine:
             len(split(str(text))) for text in texts
         )
 
-    # ------------------------------------------------------------------------------------------------------- Ollama's own
+    # ------------------------------------------------------------------------------------------ Ollama's own
 
     def _able(self) -> list[str]:
         return self.capabilities + (["thinking"] if self.reasoning and "thinking" not in self.capabilities else [])
@@ -666,7 +669,7 @@ class FakeEngine:
             else self._stream([dumps(step) + b"\n" for step in steps])
         )
 
-    # ------------------------------------------------------------------------------------- OpenAI's, as the three speak it
+    # ----------------------------------------------------------------------- OpenAI's, as the three speak it
 
     def _openai(self, chat: bool, ask: Json) -> Reply:
         llama, vllm = self.dialect == "llamacpp", self.dialect == "vllm"
@@ -739,14 +742,16 @@ class FakeEngine:
         return [{**around[self.dialect], "tool_calls": [each]} for each in (first, *later)]
 
     def _events(self, chat: bool, ask: Json, said: Said, finish: str, stamp: Json, whole: Json) -> Reply:
-        """Recorded chunks with other words: a head (chat), one chunk a piece, the finish, and the usage where it was asked for."""
+        """Recorded chunks with other words: a head (chat), one chunk a piece, the finish, and the usage where it was
+        asked for."""
         sglang = self.dialect == "sglang"
         usage_asked = bool((ask.get("stream_options") or {}).get("include_usage"))
         if chat or self.dialect != "llamacpp":
             name = "chat_stream_usage" if chat else "completions_stream_usage" if sglang else "completions_stream"
             *events, tail = [json.loads(piece[6:]) for piece in self._recorded(name).pieces if b"[DONE]" not in piece]
             head, middle, last = events[0], events[1], events[-1]
-        else:  # llama.cpp's completions stream was not recorded: its whole answer, with the counts on the last chunk always
+        # llama.cpp's completions stream was not recorded: its whole answer, with the counts on the last chunk always
+        else:
             middle, last, tail, usage_asked = (
                 {key: whole[key] for key in whole.keys() - {"usage", "timings"}},
                 whole,

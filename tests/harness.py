@@ -1,5 +1,6 @@
-"""What the tests share: the server under test in a thread (`serving`, `Stand`) or as the real command (`Command`), how its
-answers are read, and helpers on the library. conftest.py makes fixtures of them; fake_engine.py is the engine behind.
+"""What the tests share: the server under test in a thread (`serving`, `Stand`) or as the real command (`Command`), how
+its answers are read, and helpers on the library. conftest.py makes fixtures of them; fake_engine.py is the engine
+behind.
 
     with Stand("vllm") as stand:                 # the app with all its routes in front of a fake vLLM
         stand.post("/generate", prompt="hi")
@@ -46,7 +47,8 @@ BROKEN = (
 
 @contextlib.contextmanager
 def serving(app: Any, ready: str | None = "/ready", **config: Any) -> Iterator[str]:
-    """Any ASGI app behind uvicorn on a free loopback port; the URL, once `ready` says something else than "starting"."""
+    """Any ASGI app behind uvicorn on a free loopback port; the URL, once `ready` says something else than
+    "starting"."""
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(
         uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=3, **config)
@@ -305,7 +307,8 @@ def chunks(llm: product.LLMInferencer, prompt: str | Sequence[Any] = PROMPT, **o
 
 @contextlib.contextmanager
 def no_error_stays() -> Iterator[None]:
-    """The errors raised in here are freed without the garbage collector, and with them the requests that their frames hold."""
+    """The errors raised in here are freed without the garbage collector, and with them the requests that their frames
+    hold."""
 
     def alive() -> set[int]:
         return {id(each) for each in gc.get_objects() if isinstance(each, product.InferenceError)}

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import socket
 from pathlib import Path
 
@@ -54,3 +55,11 @@ def cpu_seconds(pids: set[int]) -> float:
         with contextlib.suppress(OSError):
             ticks += sum(map(int, stat(pid)[11:13]))
     return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def cpu_name() -> str:
+    """What the kernel calls this machine's processor."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()

@@ -175,16 +175,26 @@ def schema_form(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}  # or the answer could be lost in the reasoning
-CONSTRAINED: list[tuple[Dialect, str, dict[str, Any], dict[str, Any], str]] = [  # engine, version, asked, sent, an answer that fits
+# engine, version, asked, sent, an answer that fits
+CONSTRAINED: list[tuple[Dialect, str, dict[str, Any], dict[str, Any], str]] = [
     *((d, "", {"schema": SCHEMA}, schema_form(SCHEMA) | NO_THINKING, '{"a": "x"}') for d in OPENAI),
     *((d, "", {"schema": {}}, {"response_format": {"type": "json_object"}} | NO_THINKING, "{}") for d in OPENAI),
     ("vllm", "0.10.2", {"schema": SCHEMA}, schema_form(SCHEMA) | NO_THINKING, '{"a": "x"}'),
     ("vllm", "0.10.2", {"choice": ["a", "b"]}, {"guided_choice": ["a", "b"]} | NO_THINKING, "a"),
     ("vllm", "0.10.2", {"regex": "[ab]"}, {"guided_regex": "[ab]"} | NO_THINKING, "a"),
     ("vllm", "0.10.2", {"grammar": 'root ::= "a"'}, {"guided_grammar": 'root ::= "a"'} | NO_THINKING, "a"),
-    *(("vllm", v, {"choice": ["a", "b"]}, {"structured_outputs": {"choice": ["a", "b"]}} | NO_THINKING, "a") for v in ("0.11.0", "0.32.0", "0.32.0+cpu")),
+    *(
+        ("vllm", v, {"choice": ["a", "b"]}, {"structured_outputs": {"choice": ["a", "b"]}} | NO_THINKING, "a")
+        for v in ("0.11.0", "0.32.0", "0.32.0+cpu")
+    ),
     ("vllm", "0.32.0", {"regex": "[ab]"}, {"structured_outputs": {"regex": "[ab]"}} | NO_THINKING, "a"),
-    ("vllm", "0.32.0", {"grammar": 'root ::= "a"'}, {"structured_outputs": {"grammar": 'root ::= "a"'}} | NO_THINKING, "a"),
+    (
+        "vllm",
+        "0.32.0",
+        {"grammar": 'root ::= "a"'},
+        {"structured_outputs": {"grammar": 'root ::= "a"'}} | NO_THINKING,
+        "a",
+    ),
     ("sglang", "", {"choice": ["a.b", "c|d"]}, {"regex": r"(a\.b|c\|d)"} | NO_THINKING, "a.b"),
     ("sglang", "", {"regex": "[ab]"}, {"regex": "[ab]"} | NO_THINKING, "a"),
     ("sglang", "", {"grammar": 'root ::= "a"'}, {"ebnf": 'root ::= "a"'} | NO_THINKING, "a"),
@@ -193,7 +203,7 @@ CONSTRAINED: list[tuple[Dialect, str, dict[str, Any], dict[str, Any], str]] = [ 
     ("ollama", "", {"schema": SCHEMA}, {"format": SCHEMA}, '{"a": "x"}'),
     ("ollama", "", {"schema": {}}, {"format": "json"}, "{}"),
     ("ollama", "", {"choice": ["a", "北"]}, {"format": {"type": "string", "enum": ["a", "北"]}}, '"北"'),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("dialect", "version", "asked", "expected", "answer"), CONSTRAINED, ids=lambda v: str(v)[:30])
@@ -699,7 +709,8 @@ def test_an_engine_that_restarts_is_found_again(dialect: Dialect, fake: Make, at
 
 
 def test_a_relaunched_engine_of_another_version_is_asked_anew(fake: Make, attach: Attach) -> None:
-    """An upgrade of vLLM behind the same address: the constraint must not go out under the name that the new one ignores."""
+    """An upgrade of vLLM behind the same address: the constraint must not go out under the name that the new one
+    ignores."""
     engine = fake("vllm", version="0.10.2")
     engine.answer = lambda ask: "a"
     llm = attach(engine)
@@ -735,17 +746,44 @@ def test_a_new_engine_is_a_subclass_in_the_map(monkeypatch: pytest.MonkeyPatch) 
     assert llm.complete("a", temperature=1, on_unsupported="ignore").ignored == ("temperature",)
 
 
-# Starts that fail, by the engines' own words (from real logs; those of the engines that run here are produced on purpose in test_start.py) ------
-@pytest.mark.parametrize(("line", "kind"), [
-    ("ValueError: Loaded weights leave no GPU memory for the KV cache under --mem-fraction-static=0.004. Raise --mem-fraction-static above 0.011", "out_of_memory"),
-    ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.18 GiB of which 1.2 GiB is free.", "out_of_memory"),
-    ("ValueError: Free memory on device cuda:0 (60.1/79.2 GiB) on startup is less than desired GPU memory utilization (0.9, 71.3 GiB).", "out_of_memory"),
-    ("RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 1073479680 bytes.", "out_of_memory"),
-    ("ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when initializing the engine", "out_of_memory"),
-    ("safetensors._safetensors_rust.SafetensorError: Error while deserializing header: incomplete metadata, file not fully covered", "model_not_found"),
-    ("sglang serve: error: unrecognized arguments: --no-such-flag", "invalid_request"),
-    ("RuntimeError: Failed to infer device type, please set the environment variable", "engine_unavailable"),
-])  # fmt: skip
+# Starts that fail, in the engines' own words, from real logs; test_start.py provokes those of the engines that run here
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        (
+            "ValueError: Loaded weights leave no GPU memory for the KV cache under "
+            "--mem-fraction-static=0.004. Raise --mem-fraction-static above 0.011",
+            "out_of_memory",
+        ),
+        (
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. "
+            "GPU 0 has a total capacity of 79.18 GiB of which 1.2 GiB is free.",
+            "out_of_memory",
+        ),
+        (
+            "ValueError: Free memory on device cuda:0 (60.1/79.2 GiB) on startup is less "
+            "than desired GPU memory utilization (0.9, 71.3 GiB).",
+            "out_of_memory",
+        ),
+        (
+            "RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. "
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1073479680 bytes.",
+            "out_of_memory",
+        ),
+        (
+            "ValueError: No available memory for the cache blocks. "
+            "Try increasing `gpu_memory_utilization` when initializing the engine",
+            "out_of_memory",
+        ),
+        (
+            "safetensors._safetensors_rust.SafetensorError: Error while deserializing header: "
+            "incomplete metadata, file not fully covered",
+            "model_not_found",
+        ),
+        ("sglang serve: error: unrecognized arguments: --no-such-flag", "invalid_request"),
+        ("RuntimeError: Failed to infer device type, please set the environment variable", "engine_unavailable"),
+    ],
+)
 def test_what_a_failed_start_says(line: str, kind: str, tmp_path: Path) -> None:
     child = llm_inference.EngineChild("sglang")
     child.log, child.key = tmp_path / "log", "key"
@@ -765,14 +803,16 @@ def test_a_seed_of_zero_is_a_seed(fake: Make, attach: Attach) -> None:
     with pytest.raises(UnsupportedFeature, match="seed"):
         llm.complete("hi", seed=0)
     with pytest.raises(UnsupportedFeature, match="seed"):
-        asyncio.run(llm._engine.relay("/v1/chat/completions", {"model": "m", "messages": MESSAGES, "seed": 0}))  # type: ignore[union-attr]
+        body = {"model": "m", "messages": MESSAGES, "seed": 0}
+        asyncio.run(llm._engine.relay("/v1/chat/completions", body))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("field", [{"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning_effort": "none"}])
 def test_not_to_think_is_asked_of_the_template_too(field: dict[str, Any], fake: Make, attach: Attach) -> None:
     engine = attach(fake("vllm"))._engine
     with pytest.raises(UnsupportedFeature, match="think"):
-        asyncio.run(engine.relay("/v1/chat/completions", {"model": "m", "messages": MESSAGES, **field}))  # type: ignore[union-attr]
+        body = {"model": "m", "messages": MESSAGES, **field}
+        asyncio.run(engine.relay("/v1/chat/completions", body))  # type: ignore[union-attr]
 
 
 def test_llama_cpp_has_no_levels_of_thinking(fake: Make, attach: Attach) -> None:
@@ -957,9 +997,14 @@ def test_a_wrong_setting_is_told_by_its_name(fake: Make, attach: Attach, monkeyp
 
 
 @pytest.mark.parametrize("wire", [llm_inference.AiohttpWire, llm_inference.HttpxWire])
-@pytest.mark.parametrize(("base_url", "says"), [
-    ("http://no-such-host.invalid:8000", "name is not known"), ("127.0.0.1:70000", "no such port"), ("http://127.0.0.1:0/v1", "no such port"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("base_url", "says"),
+    [
+        ("http://no-such-host.invalid:8000", "name is not known"),
+        ("127.0.0.1:70000", "no such port"),
+        ("http://127.0.0.1:0/v1", "no such port"),
+    ],
+)
 def test_an_address_that_cannot_be_right_is_told(
     base_url: str, says: str, wire: Any, attach: Attach, monkeypatch: pytest.MonkeyPatch
 ) -> None:

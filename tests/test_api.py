@@ -383,18 +383,43 @@ def test_a_request_id_is_accepted_where_it_is_a_uuid(vllm: Stand, given: str) ->
 
 BAD: list[tuple[str, Any]] = [
     *(("max_tokens", bad) for bad in (0, -1, 1.5, True, "7", MARK, 10**18, 10**400, [], {}, 8193)),
-    *(("temperature", bad) for bad in (-0.1, 2.1, True, "1", MARK, [1])), *(("top_p", bad) for bad in (0, 1.1, "1", True)),
-    *(("top_k", bad) for bad in (0, -1, 1.5, "1", True)), *(("min_p", bad) for bad in (-0.1, 1.1, MARK)),
-    *(("stop", bad) for bad in ("", [], ["a"] * 5, [1], 7, [""], "x" * 300, {MARK: 1})), *(("seed", bad) for bad in (-1, 2**31, 1.5, "1", True)),
-    *(("presence_penalty", bad) for bad in (-2.1, 2.1, MARK)), *(("frequency_penalty", bad) for bad in (-2.1, 2.1, MARK)),
-    *(("repetition_penalty", bad) for bad in (0, 2.1, MARK)), *(("logprobs", bad) for bad in (1, "true", MARK)), *(("top_logprobs", bad) for bad in (-1, 21, 1.5, MARK)),
-    *(("tools", bad) for bad in ([], {}, MARK, [MARK], [{"type": MARK}], [{"type": "function", "function": {"name": MARK + " !"}}], [{**TOOL, MARK: 1}])),
-    *(("tool_choice", bad) for bad in (MARK, 1, {}, {"type": "function", "function": {MARK: 1}}, "required")), *(("think", bad) for bad in (MARK, 1, [])),
-    *(("schema", bad) for bad in (MARK, [], 1, {"a": MARK}, {"a": ["string", "number"]}, {"$ref": "http://127.0.0.1:9/" + MARK})),
-    *(("choice", bad) for bad in ([], [1], MARK, [""])), *(("regex", bad) for bad in ("", 1, "(" + MARK, "(?=" + MARK + ")")), *(("grammar", bad) for bad in ("", 1)),
-    *(("on_unsupported", bad) for bad in (MARK, 1)), *(("stream", bad) for bad in (1, "true", MARK)), *(("engine_type", bad) for bad in (1, MARK, "")),
+    *(("temperature", bad) for bad in (-0.1, 2.1, True, "1", MARK, [1])),
+    *(("top_p", bad) for bad in (0, 1.1, "1", True)),
+    *(("top_k", bad) for bad in (0, -1, 1.5, "1", True)),
+    *(("min_p", bad) for bad in (-0.1, 1.1, MARK)),
+    *(("stop", bad) for bad in ("", [], ["a"] * 5, [1], 7, [""], "x" * 300, {MARK: 1})),
+    *(("seed", bad) for bad in (-1, 2**31, 1.5, "1", True)),
+    *(("presence_penalty", bad) for bad in (-2.1, 2.1, MARK)),
+    *(("frequency_penalty", bad) for bad in (-2.1, 2.1, MARK)),
+    *(("repetition_penalty", bad) for bad in (0, 2.1, MARK)),
+    *(("logprobs", bad) for bad in (1, "true", MARK)),
+    *(("top_logprobs", bad) for bad in (-1, 21, 1.5, MARK)),
+    *(
+        ("tools", bad)
+        for bad in (
+            [],
+            {},
+            MARK,
+            [MARK],
+            [{"type": MARK}],
+            [{"type": "function", "function": {"name": MARK + " !"}}],
+            [{**TOOL, MARK: 1}],
+        )
+    ),
+    *(("tool_choice", bad) for bad in (MARK, 1, {}, {"type": "function", "function": {MARK: 1}}, "required")),
+    *(("think", bad) for bad in (MARK, 1, [])),
+    *(
+        ("schema", bad)
+        for bad in (MARK, [], 1, {"a": MARK}, {"a": ["string", "number"]}, {"$ref": "http://127.0.0.1:9/" + MARK})
+    ),
+    *(("choice", bad) for bad in ([], [1], MARK, [""])),
+    *(("regex", bad) for bad in ("", 1, "(" + MARK, "(?=" + MARK + ")")),
+    *(("grammar", bad) for bad in ("", 1)),
+    *(("on_unsupported", bad) for bad in (MARK, 1)),
+    *(("stream", bad) for bad in (1, "true", MARK)),
+    *(("engine_type", bad) for bad in (1, MARK, "")),
     *(("model_name", bad) for bad in (1, "", " ", "a b", MARK + "\r\nX: y", "x" * 300, "名字")),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("field", "bad"), BAD, ids=[f"{field}={str(bad)[:24]!r}" for field, bad in BAD])
@@ -406,33 +431,92 @@ def test_a_bad_field_is_named_and_never_echoed(vllm: Stand, field: str, bad: Any
     assert not vllm.engine.bodies
 
 
-@pytest.mark.parametrize(("field", "bad", "words"), [
-    ("max_tokens", 0, "1"), ("max_tokens", 9000, "8192"), ("temperature", 2.1, "2"), ("temperature", -1, "0"), ("top_p", 1.5, "1"), ("seed", -1, "0"),
-    ("top_logprobs", 21, "20"), ("stop", ["a"] * 5, "4"), ("on_unsupported", "x", "ignore"), ("presence_penalty", 3, "2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("field", "bad", "words"),
+    [
+        ("max_tokens", 0, "1"),
+        ("max_tokens", 9000, "8192"),
+        ("temperature", 2.1, "2"),
+        ("temperature", -1, "0"),
+        ("top_p", 1.5, "1"),
+        ("seed", -1, "0"),
+        ("top_logprobs", 21, "20"),
+        ("stop", ["a"] * 5, "4"),
+        ("on_unsupported", "x", "ignore"),
+        ("presence_penalty", 3, "2"),
+    ],
+)
 def test_the_message_names_the_range(vllm: Stand, field: str, bad: Any, words: str) -> None:
     assert words in refused(vllm.post("/generate", prompt="hi", **{field: bad}), "invalid_request").partition(field)[2]
 
 
-@pytest.mark.parametrize("messages", [
-    None, [], MARK, {}, [MARK], [{}], [{"role": "user"}, {"content": "x"}], [{"role": MARK, "content": "x"}], [{"role": "user", "content": 7}],
-    [{"role": "user", "content": [{"type": MARK}]}], [{"role": "user", "content": "x", MARK: 1}], [{"role": "user", "content": [{"type": "text", "text": 7}]}],
-    [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/" + MARK}}]}],
-    [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/" + MARK}}]}],
-    [{"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": MARK}}]}],
-], ids=lambda messages: str(messages)[:60])  # fmt: skip
+@pytest.mark.parametrize(
+    "messages",
+    [
+        None,
+        [],
+        MARK,
+        {},
+        [MARK],
+        [{}],
+        [{"role": "user"}, {"content": "x"}],
+        [{"role": MARK, "content": "x"}],
+        [{"role": "user", "content": 7}],
+        [{"role": "user", "content": [{"type": MARK}]}],
+        [{"role": "user", "content": "x", MARK: 1}],
+        [{"role": "user", "content": [{"type": "text", "text": 7}]}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/" + MARK}}]}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/" + MARK}}]}],
+        [{"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": MARK}}]}],
+    ],
+    ids=lambda messages: str(messages)[:60],
+)
 def test_bad_messages_are_refused(vllm: Stand, messages: Any) -> None:
     reply = vllm.post("/chat", messages=messages)
     assert "messages" in refused(reply, "invalid_request") and MARK not in reply.text and not vllm.engine.bodies
 
 
-@pytest.mark.parametrize("schema", [
-    {"type": {"a": 1}}, {"type": ["string", 7]}, {"type": "object", "properties": 7}, {"type": "object", "properties": {"a": 7}}, {"type": "object", "required": 7}, {"type": "object", "required": [7]},
-    {"enum": 7}, {"enum": []}, {"allOf": 7}, {"anyOf": []}, {"anyOf": [7]}, {"$ref": 7}, {"$ref": "#/$defs/a", "$defs": 7}, {"$ref": "#"}, {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}},
-    {"type": "object", "patternProperties": {"(": True}}, {"type": "object", "patternProperties": 7}, {"type": "string", "minLength": "x"}, {"type": "string", "pattern": 7}, {"type": "number", "minimum": "x"},
-    {"type": "number", "multipleOf": 0}, {"type": "array", "items": [{"type": "string"}]}, {"type": "array", "items": 7}, {"type": "array", "prefixItems": 7}, {"type": "array", "minItems": {}},
-    {"type": "object", "additionalProperties": 7}, {"not": 7}, {"if": 7}, {"oneOf": [True, 7]}, {"a": []}, {"a": {}}, {"a": None}, {"a": 7}, {"": "string"}, {"type": "string", "title": 7},
-], ids=lambda schema: json.dumps(schema)[:70])  # fmt: skip
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": {"a": 1}},
+        {"type": ["string", 7]},
+        {"type": "object", "properties": 7},
+        {"type": "object", "properties": {"a": 7}},
+        {"type": "object", "required": 7},
+        {"type": "object", "required": [7]},
+        {"enum": 7},
+        {"enum": []},
+        {"allOf": 7},
+        {"anyOf": []},
+        {"anyOf": [7]},
+        {"$ref": 7},
+        {"$ref": "#/$defs/a", "$defs": 7},
+        {"$ref": "#"},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}},
+        {"type": "object", "patternProperties": {"(": True}},
+        {"type": "object", "patternProperties": 7},
+        {"type": "string", "minLength": "x"},
+        {"type": "string", "pattern": 7},
+        {"type": "number", "minimum": "x"},
+        {"type": "number", "multipleOf": 0},
+        {"type": "array", "items": [{"type": "string"}]},
+        {"type": "array", "items": 7},
+        {"type": "array", "prefixItems": 7},
+        {"type": "array", "minItems": {}},
+        {"type": "object", "additionalProperties": 7},
+        {"not": 7},
+        {"if": 7},
+        {"oneOf": [True, 7]},
+        {"a": []},
+        {"a": {}},
+        {"a": None},
+        {"a": 7},
+        {"": "string"},
+        {"type": "string", "title": 7},
+    ],
+    ids=lambda schema: json.dumps(schema)[:70],
+)
 def test_no_schema_breaks_us(vllm: Stand, schema: Any) -> None:
     """Refused, or kept to: never our own failure."""
     for answer in ('"text"', "1.5", "[1]", '{"a":1}'):
@@ -503,11 +587,34 @@ def test_an_unknown_fields_name_is_input_too(vllm: Stand) -> None:
 
 
 @pytest.mark.parametrize("path", [*ROUTES, "/v1/chat/completions"])
-@pytest.mark.parametrize("raw", [
-    b"", b" ", b"{", b"nothing", b"[]", b'"text"', b"7", b"null", b"\xff\xfe", b'{"prompt":"\xff"}', b"{'prompt':1}", b'{"prompt":"hi"} x', b'{"prompt":"hi",}',
-    b'{"prompt":"hi","temperature":NaN}', b'{"prompt":"hi","temperature":Infinity}', b'{"prompt":"hi","temperature":1e999}', b'{"prompt":"\\ud800"}',
-    b'{"prompt":"hi","seed":' + b"9" * 5000 + b"}", b"\x1f\x8b\x08\x00", b'{"prompt":"hi","prompt":"hi"}', b"--x\r\nContent-Disposition: form-data", b"a=b&c=d",
-], ids=lambda raw: repr(raw[:30]))  # fmt: skip
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b" ",
+        b"{",
+        b"nothing",
+        b"[]",
+        b'"text"',
+        b"7",
+        b"null",
+        b"\xff\xfe",
+        b'{"prompt":"\xff"}',
+        b"{'prompt':1}",
+        b'{"prompt":"hi"} x',
+        b'{"prompt":"hi",}',
+        b'{"prompt":"hi","temperature":NaN}',
+        b'{"prompt":"hi","temperature":Infinity}',
+        b'{"prompt":"hi","temperature":1e999}',
+        b'{"prompt":"\\ud800"}',
+        b'{"prompt":"hi","seed":' + b"9" * 5000 + b"}",
+        b"\x1f\x8b\x08\x00",
+        b'{"prompt":"hi","prompt":"hi"}',
+        b"--x\r\nContent-Disposition: form-data",
+        b"a=b&c=d",
+    ],
+    ids=lambda raw: repr(raw[:30]),
+)
 def test_what_is_not_strict_json_is_refused(vllm: Stand, path: str, raw: bytes) -> None:
     if path in ("/chat", "/v1/chat/completions"):
         raw = raw.replace(
@@ -747,11 +854,22 @@ def test_models_tells_what_is_there(stand: Stand) -> None:
     )
 
 
-@pytest.mark.parametrize(("where", "engine"), [
-    ({}, "vllm"), ({"engine_type": "auto"}, "vllm"), ({"engine_type": "vllm"}, "vllm"), ({"model_name": "m"}, "vllm"), ({"model_name": "vllm/m"}, "vllm"),
-    ({"engine_type": "sglang"}, "sglang"), ({"engine_type": "sglang", "model_name": "m"}, "sglang"), ({"model_name": "sglang/m"}, "sglang"),
-    ({"model_name": "fast"}, "vllm"), ({"model_name": "other"}, "sglang"), ({"model_name": "a/slashed/alias"}, "sglang"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("where", "engine"),
+    [
+        ({}, "vllm"),
+        ({"engine_type": "auto"}, "vllm"),
+        ({"engine_type": "vllm"}, "vllm"),
+        ({"model_name": "m"}, "vllm"),
+        ({"model_name": "vllm/m"}, "vllm"),
+        ({"engine_type": "sglang"}, "sglang"),
+        ({"engine_type": "sglang", "model_name": "m"}, "sglang"),
+        ({"model_name": "sglang/m"}, "sglang"),
+        ({"model_name": "fast"}, "vllm"),
+        ({"model_name": "other"}, "sglang"),
+        ({"model_name": "a/slashed/alias"}, "sglang"),
+    ],
+)
 def test_a_request_goes_where_it_says(two: Stand, where: dict[str, str], engine: str) -> None:
     assert good(two.post("/chat", messages=HI, **where))["engine_type"] == engine
     assert check_stream(two.events("/chat", messages=HI, **where))
@@ -796,8 +914,27 @@ def test_no_request_starts_a_process(vllm: Stand) -> None:
     assert descendants(os.getpid()) <= before
 
 
-PLACES = ["http://127.0.0.1:9/x", "https://evil.example/m", "file:///etc/passwd", "../../etc/passwd", "a/../../b", "/etc/passwd", "/tmp/x.gguf", "C:\\x.gguf", "~/x.gguf",
-          "m?x=1", "m#x", "m%2e%2e", "m\r\nx: y", "m\x00", "vllm/../m", "vllm//etc/passwd", "vllm/http://127.0.0.1:9/x", "..", "."]  # fmt: skip
+PLACES = [
+    "http://127.0.0.1:9/x",
+    "https://evil.example/m",
+    "file:///etc/passwd",
+    "../../etc/passwd",
+    "a/../../b",
+    "/etc/passwd",
+    "/tmp/x.gguf",
+    "C:\\x.gguf",
+    "~/x.gguf",
+    "m?x=1",
+    "m#x",
+    "m%2e%2e",
+    "m\r\nx: y",
+    "m\x00",
+    "vllm/../m",
+    "vllm//etc/passwd",
+    "vllm/http://127.0.0.1:9/x",
+    "..",
+    ".",
+]
 
 
 @pytest.mark.parametrize("name", PLACES)
@@ -846,10 +983,22 @@ KEYLESS_OK = [
     {"host": "LOCALHOST"},
 ]
 KEYLESS_NO = [
-    {"host": "evil.example"}, {"host": "evil.example:80"}, {"host": "127.0.0.1.evil.example"}, {"host": "localhost.evil.example"}, {"host": "10.0.0.1"}, {"host": ""},
-    {"host": "127.0.0.1@evil.example"}, {"host": "evil.example#127.0.0.1"}, {"x-forwarded-for": "127.0.0.1"}, {"forwarded": "for=127.0.0.1"}, {"x-real-ip": "127.0.0.1"},
-    {"x-forwarded-host": "localhost"}, {"x-forwarded-for": ""}, {"via": "1.1 proxy"}, {"x-forwarded-proto": "https"},
-]  # fmt: skip
+    {"host": "evil.example"},
+    {"host": "evil.example:80"},
+    {"host": "127.0.0.1.evil.example"},
+    {"host": "localhost.evil.example"},
+    {"host": "10.0.0.1"},
+    {"host": ""},
+    {"host": "127.0.0.1@evil.example"},
+    {"host": "evil.example#127.0.0.1"},
+    {"x-forwarded-for": "127.0.0.1"},
+    {"forwarded": "for=127.0.0.1"},
+    {"x-real-ip": "127.0.0.1"},
+    {"x-forwarded-host": "localhost"},
+    {"x-forwarded-for": ""},
+    {"via": "1.1 proxy"},
+    {"x-forwarded-proto": "https"},
+]
 
 
 @pytest.mark.parametrize("headers", KEYLESS_OK, ids=str)
@@ -884,10 +1033,23 @@ def test_a_configured_key_opens(keyed: Stand, headers: Any) -> None:
     good(keyed.client.get(f"{API}/models", headers=headers))
 
 
-@pytest.mark.parametrize("headers", [
-    {}, {"authorization": "Bearer"}, {"authorization": "Bearer firs"}, {"authorization": "Bearer first2"}, {"authorization": "Bearer first,second"},
-    {"authorization": "Basic first"}, {"authorization": "first"}, {"x-api-key": ""}, {"x-api-key": "FIRST"}, {"cookie": "key=first"}, {"x-api-key": "\xff".encode("latin-1")},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"authorization": "Bearer"},
+        {"authorization": "Bearer firs"},
+        {"authorization": "Bearer first2"},
+        {"authorization": "Bearer first,second"},
+        {"authorization": "Basic first"},
+        {"authorization": "first"},
+        {"x-api-key": ""},
+        {"x-api-key": "FIRST"},
+        {"cookie": "key=first"},
+        {"x-api-key": "\xff".encode("latin-1")},
+    ],
+    ids=str,
+)
 def test_nobody_gets_in_without_the_configured_key(keyed: Stand, headers: Any) -> None:
     reply = keyed.client.get(f"{API}/models?api_key=first", headers=headers)
     refused(reply, "unauthorized")
@@ -906,10 +1068,32 @@ def test_what_is_public(keyed: Stand, path: str) -> None:
     assert keyed.client.get(path, headers={"host": "evil.example"}).status_code == 200
 
 
-@pytest.mark.parametrize("path", [
-    "/", "/nope", "/metrics", "/health/", "/health/x", "/HEALTH", "/docs/", "/docs/x", "//docs", "/docs%2f..%2fapi", "/docs/../api/v1/llm/models", "/api/v1/llm", f"{API}/engines",
-    f"{API}/models", "/v1/models", "/v1/models/x", "/v1/nope", "/openapi.json/", "/api/v1/llm/models?x=/docs", "/api/v1/llm/models#/docs", "/api/v1/llm/models;/docs",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/nope",
+        "/metrics",
+        "/health/",
+        "/health/x",
+        "/HEALTH",
+        "/docs/",
+        "/docs/x",
+        "//docs",
+        "/docs%2f..%2fapi",
+        "/docs/../api/v1/llm/models",
+        "/api/v1/llm",
+        f"{API}/engines",
+        f"{API}/models",
+        "/v1/models",
+        "/v1/models/x",
+        "/v1/nope",
+        "/openapi.json/",
+        "/api/v1/llm/models?x=/docs",
+        "/api/v1/llm/models#/docs",
+        "/api/v1/llm/models;/docs",
+    ],
+)
 def test_every_other_path_is_closed(keyed: Stand, path: str) -> None:
     with contextlib.closing(hang_up(keyed.url)) as client:
         client.request("GET", path)  # as it stands: httpx would tidy it up
@@ -1195,10 +1379,17 @@ def test_help_reads_well(call: Call) -> None:
         assert word in said
 
 
-@pytest.mark.parametrize(("args", "says"), [
-    (["--serve", "--api-test"], "not allowed with"), (["--nope"], "--nope"), (["--port", "x"], "--port"), (["--serve", "--engine", "olama"], "did you mean 'ollama'"),
-    (["--serve", "--alias", "x"], "--alias"), (["--serve", "--alias", "x=nope/m"], "engine/model"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--serve", "--api-test"], "not allowed with"),
+        (["--nope"], "--nope"),
+        (["--port", "x"], "--port"),
+        (["--serve", "--engine", "olama"], "did you mean 'ollama'"),
+        (["--serve", "--alias", "x"], "--alias"),
+        (["--serve", "--alias", "x=nope/m"], "engine/model"),
+    ],
+)
 def test_a_bad_command_line_says_what_is_wrong(call: Call, args: list[str], says: str) -> None:
     status, said = call(*args)
     assert status == 2 and says in said
@@ -1519,7 +1710,8 @@ def test_api_test_against_something_else_fails(call: Call, fake: FakeEngine) -> 
 
 # Nothing stays ----------------------------------------------------------------------------------
 def test_an_error_keeps_no_request_alive(stand: Stand) -> None:
-    """An error that a frame's own name holds is a cycle, and keeps the body until the collector comes: 400 MB in 64 large requests."""
+    """An error that a frame's own name holds is a cycle, and keeps the body until the collector comes: 400 MB in 64
+    large requests."""
     stand.post("/generate", prompt="warm")
     with no_error_stays():
         for body in ({"temperature": 9}, {"max_tokens": 10**6}, {"model_name": "none/such"}):

@@ -1,4 +1,5 @@
-"""No reference in a schema is ever followed out of it: 10,000 generated probes, a listening canary, and an audit of what is opened."""
+"""No reference in a schema is ever followed out of it: 10,000 generated probes, a listening canary, and an audit of
+what is opened."""
 
 from __future__ import annotations
 
@@ -30,9 +31,17 @@ def probes(place: str, count: int) -> list[dict[str, Any]]:
     """Schemas that name `place` under every keyword that could be followed, at many depths and in many dresses."""
     dice = random.Random(7)
     dresses = (
-        lambda s: s, lambda s: {"properties": {"a": s}}, lambda s: {"items": s}, lambda s: {"anyOf": [{"type": "null"}, s]}, lambda s: {"$defs": {"a": s}, "$ref": "#/$defs/a"},
-        lambda s: {"additionalProperties": s}, lambda s: {"not": s}, lambda s: {"if": s, "then": s}, lambda s: {"patternProperties": {"a": s}}, lambda s: {"prefixItems": [s]},
-    )  # fmt: skip
+        lambda s: s,
+        lambda s: {"properties": {"a": s}},
+        lambda s: {"items": s},
+        lambda s: {"anyOf": [{"type": "null"}, s]},
+        lambda s: {"$defs": {"a": s}, "$ref": "#/$defs/a"},
+        lambda s: {"additionalProperties": s},
+        lambda s: {"not": s},
+        lambda s: {"if": s, "then": s},
+        lambda s: {"patternProperties": {"a": s}},
+        lambda s: {"prefixItems": [s]},
+    )
     found = []
     for _ in range(count):
         target = dice.choice(

@@ -1,4 +1,5 @@
-"""The short conformance run on real engines: nothing is dropped in silence. And the judge itself, which must be able to fail."""
+"""The short conformance run on real engines: nothing is dropped in silence. And the judge itself, which must be able to
+fail."""
 
 from __future__ import annotations
 
@@ -62,9 +63,25 @@ def verdict(side: sides.Side, name: str) -> str:
     return judge.decide(ROWS[name], side).verdict
 
 
-DROPPED = ("top_p", "top_k", "min_p", "seed", "stop, a text", "stop, a list", "stop inside a stream", "presence_penalty", "frequency_penalty",
-           "repetition_penalty", "logprobs", "top_logprobs", "tools, tool_choice auto", "images", "/v1 n",
-           "/v1 structured_outputs", "/v1 logit_bias")  # fmt: skip
+DROPPED = (
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "stop, a text",
+    "stop, a list",
+    "stop inside a stream",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logprobs",
+    "top_logprobs",
+    "tools, tool_choice auto",
+    "images",
+    "/v1 n",
+    "/v1 structured_outputs",
+    "/v1 logit_bias",
+)
 WE_REFUSE = (
     "an unknown field",
     "/v1 an unknown field",

@@ -1,4 +1,5 @@
-"""One contract, the same laws for every engine: the real embedded one always, the four fakes, and any real server that is named."""
+"""One contract, the same laws for every engine: the real embedded one always, the four fakes, and any real server that
+is named."""
 
 from __future__ import annotations
 
@@ -124,10 +125,23 @@ def test_any_text_comes_out_as_it_was_said(faked: Engine, text: str) -> None:
 
 # Refusals ----------------------------------------------------------------------------------------
 REFUSED: list[dict[str, Any]] = [
-    {"max_tokens": 0}, {"max_tokens": True}, {"temperature": 2.5}, {"temperature": "0"}, {"top_p": 0}, {"stop": []}, {"seed": -1}, {"max_token": 5},
-    {"schema": {"type": "wrong"}}, {"schema": {"$ref": "http://127.0.0.1:9/x"}}, {"choice": []}, {"regex": "("}, {"choice": ["a"], "regex": "a"},
-    {"tools": []}, {"tool_choice": "required"}, {"top_logprobs": 2},
-]  # fmt: skip
+    {"max_tokens": 0},
+    {"max_tokens": True},
+    {"temperature": 2.5},
+    {"temperature": "0"},
+    {"top_p": 0},
+    {"stop": []},
+    {"seed": -1},
+    {"max_token": 5},
+    {"schema": {"type": "wrong"}},
+    {"schema": {"$ref": "http://127.0.0.1:9/x"}},
+    {"choice": []},
+    {"regex": "("},
+    {"choice": ["a"], "regex": "a"},
+    {"tools": []},
+    {"tool_choice": "required"},
+    {"top_logprobs": 2},
+]
 
 
 @pytest.mark.parametrize("fields", REFUSED, ids=str)
@@ -155,8 +169,15 @@ def test_what_an_engine_cannot_do_is_refused_before_a_generation(engine: Engine)
     """Every feature that this engine lacks is refused by its name, whole and streamed; the others work (elsewhere)."""
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     image = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}]
-    asks: dict[str, dict[str, Any]] = {"regex": {"regex": "a"}, "grammar": {"grammar": 'root ::= "a"'}, "think": {"think": True}, "seed": {"seed": 1},
-                                       "tools": {"tools": [tool]}, "images": {}, "tool_choice": {"tools": [tool], "tool_choice": "required"}}  # fmt: skip
+    asks: dict[str, dict[str, Any]] = {
+        "regex": {"regex": "a"},
+        "grammar": {"grammar": 'root ::= "a"'},
+        "think": {"think": True},
+        "seed": {"seed": 1},
+        "tools": {"tools": [tool]},
+        "images": {},
+        "tool_choice": {"tools": [tool], "tool_choice": "required"},
+    }
     adapter = asyncio.run(engine.llm.engine())
     lacks = asks.keys() - asyncio.run(adapter.features(asyncio.run(adapter.model_for(None))))
     assert lacks, "an engine that can do everything?"
@@ -488,7 +509,8 @@ def test_a_choice_that_is_none_of_them_is_an_error(faked: Engine, wrong: str) ->
 
 def test_a_senseless_schema_is_refused_and_not_an_internal_error(faked: Engine) -> None:
     faked.answers('{"a": 5}')
-    gc.collect()  # else what earlier tests left may be collected at the recursion's end, where its finalizers have no stack left
+    # else what earlier tests left may be collected at the recursion's end, where its finalizers have no stack left
+    gc.collect()
     for schema in (
         {"$ref": "#"},
         {"type": "object", "required": 5},
@@ -613,8 +635,18 @@ def test_a_required_call_that_does_not_come_is_an_error(fake: Make, attach: Atta
             attach(engine).complete("?", tools=[WEATHER], tool_choice="required")
 
 
-@pytest.mark.parametrize(("dialect", "name"), [("ollama", "08_tools_stream"), ("vllm", "hermes_required_stream"), ("vllm", "hermes_named_stream"), ("vllm", "hermes_auto_stream"),
-                                               ("sglang", "tools_qwen_required_strict_stream"), ("sglang", "tools_noparser_required_strict_stream"), ("llamacpp", "tooltpl_required_stream")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dialect", "name"),
+    [
+        ("ollama", "08_tools_stream"),
+        ("vllm", "hermes_required_stream"),
+        ("vllm", "hermes_named_stream"),
+        ("vllm", "hermes_auto_stream"),
+        ("sglang", "tools_qwen_required_strict_stream"),
+        ("sglang", "tools_noparser_required_strict_stream"),
+        ("llamacpp", "tooltpl_required_stream"),
+    ],
+)
 def test_recorded_tool_streams_are_read(dialect: Dialect, name: str, fake: Make, attach: Attach) -> None:
     """Whatever was recorded: whole calls with a name and JSON arguments, or words, and one finish at the end."""
     engine = fake(dialect)
@@ -673,38 +705,165 @@ def test_recorded_reasoning_is_read(dialect: Dialect, name: str, fake: Make, att
 
 # Errors that engines were seen to give -----------------------------------------------------------
 SAID: list[tuple[Dialect, str, type[InferenceError]]] = [
-    *(("ollama", name, InvalidRequest) for name in (
-        "07_chat_format_array", "07_chat_format_unknown_word", "07_chat_format_bad_schema_ref", "07_chat_format_bad_schema_type", "08_tools_arguments_as_string", "09_chat_bad_name",
-        "10_options_not_a_map", "10_options_num_ctx_string", "10_options_num_predict_string", "10_options_seed_string", "10_options_stop_array_of_int", "10_options_stop_string",
-        "10_options_temperature_string", "11_content_openai_parts", "12_json_array", "12_malformed_not_json", "12_stream_string", "16_think_garbage_string",
-        "17_keep_alive_string_bad", "18_chat_image_bad_base64")),
-    *(("ollama", name, UnsupportedFeature) for name in ("08_chat_tools_model_without_tools", "13_chat_on_embed_model", "16_think_high", "16_think_true", "18_chat_image_no_vision", "13_embed_string")),
-    *(("ollama", name, ModelNotFound) for name in ("09_chat_unknown_model", "09_chat_without_tag", "13_embed_unknown_model", "03_show_unknown")),
-    *(("ollama", name, ContextTooLong) for name in ("19_ctx_chat_shift_false", "19_ctx_chat_truncate_false", "19_ctx_generate_truncate_false", "13_embed_too_long_truncate_false")),
-    *(("ollama", name, EngineOverloaded) for name in ("21_queue1_unloaded_16_parallel", "21_queue1_num_ctx_differs_16_parallel")),
+    *(
+        ("ollama", name, InvalidRequest)
+        for name in (
+            "07_chat_format_array",
+            "07_chat_format_unknown_word",
+            "07_chat_format_bad_schema_ref",
+            "07_chat_format_bad_schema_type",
+            "08_tools_arguments_as_string",
+            "09_chat_bad_name",
+            "10_options_not_a_map",
+            "10_options_num_ctx_string",
+            "10_options_num_predict_string",
+            "10_options_seed_string",
+            "10_options_stop_array_of_int",
+            "10_options_stop_string",
+            "10_options_temperature_string",
+            "11_content_openai_parts",
+            "12_json_array",
+            "12_malformed_not_json",
+            "12_stream_string",
+            "16_think_garbage_string",
+            "17_keep_alive_string_bad",
+            "18_chat_image_bad_base64",
+        )
+    ),
+    *(
+        ("ollama", name, UnsupportedFeature)
+        for name in (
+            "08_chat_tools_model_without_tools",
+            "13_chat_on_embed_model",
+            "16_think_high",
+            "16_think_true",
+            "18_chat_image_no_vision",
+            "13_embed_string",
+        )
+    ),
+    *(
+        ("ollama", name, ModelNotFound)
+        for name in ("09_chat_unknown_model", "09_chat_without_tag", "13_embed_unknown_model", "03_show_unknown")
+    ),
+    *(
+        ("ollama", name, ContextTooLong)
+        for name in (
+            "19_ctx_chat_shift_false",
+            "19_ctx_chat_truncate_false",
+            "19_ctx_generate_truncate_false",
+            "13_embed_too_long_truncate_false",
+        )
+    ),
+    *(
+        ("ollama", name, EngineOverloaded)
+        for name in ("21_queue1_unloaded_16_parallel", "21_queue1_num_ctx_differs_16_parallel")
+    ),
     ("ollama", "22_runner_killed_chat_nonstream", EngineUnavailable),
-    *(("vllm", name, InvalidRequest) for name in (
-        "content_null", "err_bad_utf8", "err_empty_body", "err_json_not_object", "err_logprobs_without", "err_max_tokens_0", "err_max_tokens_neg1", "err_max_tokens_float",
-        "err_messages_empty", "err_seed_huge", "err_stop_5", "err_stop_empty", "err_temperature_5", "err_temperature_str", "err_top_k_neg5", "err_top_p_0", "part_unknown", "rf_bad_schema",
-        "rf_json_schema_noname", "rf_unknown", "so_bad_grammar", "so_bad_regex", "so_choice_empty", "so_two", "tools_bad_choice", "tools_named_missing", "tools_empty", "chat_template_kwargs_bad",
-        "err_max_tokens_huge", "chat_top_logprobs_21", "err_logit_bias_range")),
-    *(("vllm", name, UnsupportedFeature) for name in ("image_part", "audio_part", "tools_auto", "tools_required", "tools_named", "embeddings")),
+    *(
+        ("vllm", name, InvalidRequest)
+        for name in (
+            "content_null",
+            "err_bad_utf8",
+            "err_empty_body",
+            "err_json_not_object",
+            "err_logprobs_without",
+            "err_max_tokens_0",
+            "err_max_tokens_neg1",
+            "err_max_tokens_float",
+            "err_messages_empty",
+            "err_seed_huge",
+            "err_stop_5",
+            "err_stop_empty",
+            "err_temperature_5",
+            "err_temperature_str",
+            "err_top_k_neg5",
+            "err_top_p_0",
+            "part_unknown",
+            "rf_bad_schema",
+            "rf_json_schema_noname",
+            "rf_unknown",
+            "so_bad_grammar",
+            "so_bad_regex",
+            "so_choice_empty",
+            "so_two",
+            "tools_bad_choice",
+            "tools_named_missing",
+            "tools_empty",
+            "chat_template_kwargs_bad",
+            "err_max_tokens_huge",
+            "chat_top_logprobs_21",
+            "err_logit_bias_range",
+        )
+    ),
+    *(
+        ("vllm", name, UnsupportedFeature)
+        for name in ("image_part", "audio_part", "tools_auto", "tools_required", "tools_named", "embeddings")
+    ),
     *(("vllm", name, ContextTooLong) for name in ("ctx_overflow", "ctx_overflow_stream", "completions_ctx_overflow")),
-    ("vllm", "err_wrong_model", ModelNotFound), ("vllm", "logprobs_no_compiler", EngineUnavailable), ("vllm", "key_wrong", EngineUnavailable),
-    *(("sglang", name, InvalidRequest) for name in (
-        "chat_bad_ebnf", "chat_bad_regex", "chat_two_constraints", "content_missing", "content_null", "err_empty_body", "err_messages_missing", "p_max_tokens_-1", "p_max_tokens_2.5",
-        "p_min_p_2", "p_presence_penalty_9", "p_temperature_-1", "p_temperature_hot", "p_top_p_2", "rf_bad_schema", "rf_bad_schema_stream", "rf_json_schema_noname", "rf_unknown", "role_wrong",
-        "tools_bad_choice", "tools_bad_schema", "tools_named_missing", "tools_required_plus_rf", "p_reasoning_effort_bad")),
+    ("vllm", "err_wrong_model", ModelNotFound),
+    ("vllm", "logprobs_no_compiler", EngineUnavailable),
+    ("vllm", "key_wrong", EngineUnavailable),
+    *(
+        ("sglang", name, InvalidRequest)
+        for name in (
+            "chat_bad_ebnf",
+            "chat_bad_regex",
+            "chat_two_constraints",
+            "content_missing",
+            "content_null",
+            "err_empty_body",
+            "err_messages_missing",
+            "p_max_tokens_-1",
+            "p_max_tokens_2.5",
+            "p_min_p_2",
+            "p_presence_penalty_9",
+            "p_temperature_-1",
+            "p_temperature_hot",
+            "p_top_p_2",
+            "rf_bad_schema",
+            "rf_bad_schema_stream",
+            "rf_json_schema_noname",
+            "rf_unknown",
+            "role_wrong",
+            "tools_bad_choice",
+            "tools_bad_schema",
+            "tools_named_missing",
+            "tools_required_plus_rf",
+            "p_reasoning_effort_bad",
+        )
+    ),
     *(("sglang", name, UnsupportedFeature) for name in ("content_image", "embeddings")),
     *(("sglang", name, ContextTooLong) for name in ("ctx_maxtok_overflow", "ctx_maxtok_overflow_stream")),
-    ("sglang", "key_none", EngineUnavailable), ("sglang", "kill9_scheduler_plain", EngineUnavailable), ("sglang", "err_json_not_object", BadEngineReply), ("sglang", "get_nope", UnsupportedFeature),
-    *(("llamacpp", name, InvalidRequest) for name in (
-        "plain_bad_grammar", "plain_bad_grammar_stream", "plain_bad_schema", "plain_empty_body", "plain_malformed", "plain_no_messages", "plain_rf_yaml", "plain_temp_str", "plain_n5_gt_slots",
-        "tooltpl_bad_tool_schema", "tooltpl_required_and_grammar", "plain_role_missing", "tooltpl_bad_tool")),
-    *(("llamacpp", name, UnsupportedFeature) for name in ("plain_image_part", "plain_post_v1_embeddings", "plain_post_nope")),
+    ("sglang", "key_none", EngineUnavailable),
+    ("sglang", "kill9_scheduler_plain", EngineUnavailable),
+    ("sglang", "err_json_not_object", BadEngineReply),
+    ("sglang", "get_nope", UnsupportedFeature),
+    *(
+        ("llamacpp", name, InvalidRequest)
+        for name in (
+            "plain_bad_grammar",
+            "plain_bad_grammar_stream",
+            "plain_bad_schema",
+            "plain_empty_body",
+            "plain_malformed",
+            "plain_no_messages",
+            "plain_rf_yaml",
+            "plain_temp_str",
+            "plain_n5_gt_slots",
+            "tooltpl_bad_tool_schema",
+            "tooltpl_required_and_grammar",
+            "plain_role_missing",
+            "tooltpl_bad_tool",
+        )
+    ),
+    *(
+        ("llamacpp", name, UnsupportedFeature)
+        for name in ("plain_image_part", "plain_post_v1_embeddings", "plain_post_nope")
+    ),
     *(("llamacpp", name, ContextTooLong) for name in ("plain_ctx_overflow", "plain_ctx_overflow_stream")),
-    ("llamacpp", "keyed_wrongkey", EngineUnavailable), ("llamacpp", "shared_ctx_full", EngineOverloaded),
-]  # fmt: skip
+    ("llamacpp", "keyed_wrongkey", EngineUnavailable),
+    ("llamacpp", "shared_ctx_full", EngineOverloaded),
+]
 
 
 @pytest.mark.parametrize(("dialect", "name", "error"), SAID, ids=lambda v: v if isinstance(v, str) else v.kind)
@@ -735,12 +894,25 @@ def test_ollama_is_asked_again_for_the_numbers_that_it_does_not_tell(fake: Make,
         assert engine.body["options"]["num_ctx"] == 512  # the one that is loaded, so that nothing is loaded anew
 
 
-@pytest.mark.parametrize(("status", "body", "error"), [
-    (500, b"CUDA out of memory. Tried to allocate 2 GiB", "out_of_memory"), (500, b'{"error": "model requires more system memory (9 GiB) than is available"}', "out_of_memory"),
-    (503, b"", "engine_overloaded"), (429, b'{"error": {"message": "too many"}}', "engine_overloaded"), (502, b"<html>bad gateway</html>", "engine_unavailable"),
-    (504, b"", "engine_unavailable"), (500, b"\xff\xfe\x00", "bad_engine_reply"), (418, b"{}", "invalid_request"), (302, b"", "bad_engine_reply"), (204, b"", "bad_engine_reply"), (403, b"", "engine_unavailable"),
-    (500, b"", "bad_engine_reply"), (400, b"", "invalid_request"), (501, b"{}", "unsupported_feature"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("status", "body", "error"),
+    [
+        (500, b"CUDA out of memory. Tried to allocate 2 GiB", "out_of_memory"),
+        (500, b'{"error": "model requires more system memory (9 GiB) than is available"}', "out_of_memory"),
+        (503, b"", "engine_overloaded"),
+        (429, b'{"error": {"message": "too many"}}', "engine_overloaded"),
+        (502, b"<html>bad gateway</html>", "engine_unavailable"),
+        (504, b"", "engine_unavailable"),
+        (500, b"\xff\xfe\x00", "bad_engine_reply"),
+        (418, b"{}", "invalid_request"),
+        (302, b"", "bad_engine_reply"),
+        (204, b"", "bad_engine_reply"),
+        (403, b"", "engine_unavailable"),
+        (500, b"", "bad_engine_reply"),
+        (400, b"", "invalid_request"),
+        (501, b"{}", "unsupported_feature"),
+    ],
+)
 def test_any_status_is_one_of_ours(faked: Engine, status: int, body: bytes, error: str) -> None:
     assert faked.fake is not None
     faked.llm.models()
@@ -808,11 +980,37 @@ def test_the_connection_lost_before_the_head(faked: Engine) -> None:
         assert mendable(caught.value).retryable
 
 
-GARBAGE = [b"data: {\n\n", b"data: []\n\n", b"data: {}\n\n", b'data: {"choices": 5}\n\n', b'data: {"choices": [5]}\n\n', b'data: {"choices": [{}]}\n\n', b'data: {"choices": [{"delta": 5}]}\n\n',
-           b'data: {"choices": [{"delta": {"content": 5}}]}\n\n', b'data: {"choices": [{"delta": {"tool_calls": 5}}]}\n\n', b'data: {"choices": [{"delta": {"tool_calls": [5]}}]}\n\n',
-           b'data: {"choices": [], "usage": 5}\n\n', b'data: {"choices": [], "usage": {}}\n\n', b"data: \xff\n\n", b"data: null\n\n", b"data: {}}\n\n"]  # fmt: skip
-NDGARBAGE = [b"{\n", b"[]\n", b"null\n", b"\xff\n", b'"x"\n', b'{"message": 5}\n', b'{"message": {"content": 5}}\n', b'{"message": {"tool_calls": 5}}\n', b'{"message": {"tool_calls": [{}]}}\n',
-             b'{"done": true, "eval_count": "x"}\n', b'{"done": true, "eval_duration": "x"}\n', b"<html></html>\n"]  # fmt: skip
+GARBAGE = [
+    b"data: {\n\n",
+    b"data: []\n\n",
+    b"data: {}\n\n",
+    b'data: {"choices": 5}\n\n',
+    b'data: {"choices": [5]}\n\n',
+    b'data: {"choices": [{}]}\n\n',
+    b'data: {"choices": [{"delta": 5}]}\n\n',
+    b'data: {"choices": [{"delta": {"content": 5}}]}\n\n',
+    b'data: {"choices": [{"delta": {"tool_calls": 5}}]}\n\n',
+    b'data: {"choices": [{"delta": {"tool_calls": [5]}}]}\n\n',
+    b'data: {"choices": [], "usage": 5}\n\n',
+    b'data: {"choices": [], "usage": {}}\n\n',
+    b"data: \xff\n\n",
+    b"data: null\n\n",
+    b"data: {}}\n\n",
+]
+NDGARBAGE = [
+    b"{\n",
+    b"[]\n",
+    b"null\n",
+    b"\xff\n",
+    b'"x"\n',
+    b'{"message": 5}\n',
+    b'{"message": {"content": 5}}\n',
+    b'{"message": {"tool_calls": 5}}\n',
+    b'{"message": {"tool_calls": [{}]}}\n',
+    b'{"done": true, "eval_count": "x"}\n',
+    b'{"done": true, "eval_duration": "x"}\n',
+    b"<html></html>\n",
+]
 
 
 def test_garbage_in_a_stream_is_a_bad_reply(faked: Engine) -> None:
@@ -835,8 +1033,25 @@ def test_garbage_in_a_stream_is_a_bad_reply(faked: Engine) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-WHOLE_GARBAGE = [b"", b"{", b"[]", b"null", b"5", b'"x"', b"<html></html>", b"{}", b'{"choices": []}', b'{"choices": [{}]}', b'{"choices": 5}', b'{"message": 5, "done": true}', b'{"choices": [{"message": {"content": "x"}}]}',
-                 b'{"choices": [{"message": null, "finish_reason": "stop"}]}', b'{"message": {"content": "cut"}, "done": false}', b'{"message": {"content": "cut"}}', b"\xff"]  # fmt: skip
+WHOLE_GARBAGE = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"5",
+    b'"x"',
+    b"<html></html>",
+    b"{}",
+    b'{"choices": []}',
+    b'{"choices": [{}]}',
+    b'{"choices": 5}',
+    b'{"message": 5, "done": true}',
+    b'{"choices": [{"message": {"content": "x"}}]}',
+    b'{"choices": [{"message": null, "finish_reason": "stop"}]}',
+    b'{"message": {"content": "cut"}, "done": false}',
+    b'{"message": {"content": "cut"}}',
+    b"\xff",
+]
 
 
 def test_garbage_as_a_whole_answer_is_a_bad_reply(faked: Engine) -> None:
@@ -848,11 +1063,20 @@ def test_garbage_as_a_whole_answer_is_a_bad_reply(faked: Engine) -> None:
         mendable(caught.value)
 
 
-@pytest.mark.parametrize(("dialect", "name", "error"), [
-    ("ollama", "22_runner_killed_chat_stream", EngineUnavailable), ("ollama", "28_server_sigterm_mid_stream", BadEngineReply), ("ollama", "24_token_repeat_chat_stream", BadEngineReply),
-    ("ollama", "24_token_repeat_chat_nonstream", BadEngineReply), ("sglang", "kill9_scheduler_stream", BadEngineReply), ("sglang", "term_midstream_stream", None),
-    ("sglang", "rf_bad_schema_stream", InvalidRequest), ("sglang", "abort_chat_stream", InferenceError), ("sglang", "abort_chat", InferenceError),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dialect", "name", "error"),
+    [
+        ("ollama", "22_runner_killed_chat_stream", EngineUnavailable),
+        ("ollama", "28_server_sigterm_mid_stream", BadEngineReply),
+        ("ollama", "24_token_repeat_chat_stream", BadEngineReply),
+        ("ollama", "24_token_repeat_chat_nonstream", BadEngineReply),
+        ("sglang", "kill9_scheduler_stream", BadEngineReply),
+        ("sglang", "term_midstream_stream", None),
+        ("sglang", "rf_bad_schema_stream", InvalidRequest),
+        ("sglang", "abort_chat_stream", InferenceError),
+        ("sglang", "abort_chat", InferenceError),
+    ],
+)
 def test_a_recorded_late_failure_is_an_error(
     dialect: Dialect, name: str, error: type[InferenceError] | None, fake: Make, attach: Attach
 ) -> None:
@@ -929,8 +1153,12 @@ def test_an_engine_that_stalls_runs_into_a_deadline(dialect: Dialect, fake: Make
     some = Reply(headers=whole.headers, pieces=whole.pieces[:3], end="stall")
     slow = Reply(headers=whole.headers, pieces=[*whole.pieces[:2] * 200], gap=0.02, end="stall")
     far = Deadlines(first_token=6, idle=6, total=8)
-    cases = [("first token", replace(far, first_token=0.2), none), ("first token", replace(far, first_token=0.2), Reply(delay=60)),
-             ("idle", replace(far, idle=0.2), some), ("total", replace(far, total=0.3), slow)]  # fmt: skip
+    cases = [
+        ("first token", replace(far, first_token=0.2), none),
+        ("first token", replace(far, first_token=0.2), Reply(delay=60)),
+        ("idle", replace(far, idle=0.2), some),
+        ("total", replace(far, total=0.3), slow),
+    ]
     for limit, deadlines, reply in cases:
         llm = attach(engine, deadlines=deadlines)
         llm.models()
@@ -1056,7 +1284,8 @@ CALL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 
 
 def test_behind_vllm_router_a_demanded_call_is_refused(fake: Make, attach: Attach) -> None:
-    """vllm-router 0.1.17 takes `strict` out of tools, and vLLM then holds a call to nothing. It answers /list_workers; vLLM does not."""
+    """vllm-router 0.1.17 takes `strict` out of tools, and vLLM then holds a call to nothing. It answers /list_workers;
+    vLLM does not."""
     engine = fake("vllm")
     engine.capabilities += ["tools"]
     engine.script(engine._json({"urls": ["http://127.0.0.1:1"]}), "/list_workers")
@@ -1068,7 +1297,8 @@ def test_behind_vllm_router_a_demanded_call_is_refused(fake: Make, attach: Attac
 
 
 def test_behind_sglang_router_what_cannot_be_known_is_refused(fake: Make, attach: Attach) -> None:
-    """sglang-router 0.3.2 passes neither /server_info nor /model_info nor /tokenize: what a template shows is told by the prompt's number of tokens."""
+    """sglang-router 0.3.2 passes neither /server_info nor /model_info nor /tokenize: what a template shows is told by
+    the prompt's number of tokens."""
     engine = fake("sglang")
     engine.capabilities += ["tools", "vision"]
     engine._info = lambda path: (

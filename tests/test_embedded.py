@@ -1,4 +1,5 @@
-"""The embedded engine, real: its life and death, its model files, and that nobody else can reach it. Linux: /proc is looked at."""
+"""The embedded engine, real: its life and death, its model files, and that nobody else can reach it. Linux: /proc is
+looked at."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ SHORT: dict[str, Any] = {"temperature": 0, "max_tokens": 4}
 
 # Processes ---------------------------------------------------------------------------------------
 def born(pid: int) -> str | None:
-    """When a living process was started, in ticks: with its number it names one process for ever. None when it is gone."""
+    """When a living process was started, in ticks: with its number it names one process for ever. None when it is
+    gone."""
     with contextlib.suppress(OSError):
         after = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if after[0] == "Z" else after[19]
@@ -454,7 +456,6 @@ def test_a_package_with_another_file_in_it_is_refused(tmp_path: Path, monkeypatc
 # The parent's end --------------------------------------------------------------------------------
 PARENT = """
 import asyncio, os, sys, threading
-sys.path.insert(0, {root!r})
 from llm_inference import LLMInferencer
 llm = LLMInferencer("llamacpp", launch=True)
 llm.models()
@@ -474,8 +475,14 @@ ENDS = {
 
 def parent_ends(how: str) -> None:
     temporary = tempfile.mkdtemp(prefix="t-")
-    parent = subprocess.Popen([sys.executable, "-c", PARENT.format(root=str(ROOT), then=ENDS[how])], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              stderr=None if how in ("returns", "SIGINT") else subprocess.DEVNULL, env={**os.environ, "TMPDIR": temporary})  # fmt: skip
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT.format(then=ENDS[how])],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=None if how in ("returns", "SIGINT") else subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": temporary},
+    )
     try:
         assert parent.stdin and parent.stdout and parent.stdout.readline() == b"ready\n"
         family = below(parent.pid)
@@ -536,9 +543,13 @@ def marked(mark: str) -> dict[int, str]:
 @pytest.mark.parametrize("when", [1, 2, 3], ids=["its watcher is there", "its process is there", "it is loading"])
 def test_a_parent_killed_while_the_engine_starts_leaves_nothing(when: int) -> None:
     mark = f"T_MARK={time.monotonic_ns()}"
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom llm_inference import LLMInferencer\nLLMInferencer('llamacpp', launch=True).generate('hi', max_tokens=1)"
+    code = """
+from llm_inference import LLMInferencer
+LLMInferencer("llamacpp", launch=True).generate("hi", max_tokens=1)
+"""
     parent = subprocess.Popen(
         [sys.executable, "-c", code],
+        cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "T_MARK": mark[7:]},
@@ -565,9 +576,17 @@ def test_a_parent_killed_while_the_engine_starts_leaves_nothing(when: int) -> No
 
 def test_a_forked_worker_does_not_keep_a_dead_parents_engine() -> None:
     """multiprocessing's and gunicorn's workers inherit what the parent holds; the engine is the parent's alone."""
-    fork = "worker = os.fork()\nif not worker:\n    threading.Event().wait(30)\n    os._exit(0)\nprint(worker, flush=True)\nthreading.Event().wait()"
+    fork = """
+worker = os.fork()
+if not worker:
+    threading.Event().wait(30)
+    os._exit(0)
+print(worker, flush=True)
+threading.Event().wait()
+"""
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT.format(root=str(ROOT), then=fork)],
+        [sys.executable, "-c", PARENT.format(then=fork)],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
@@ -594,7 +613,8 @@ print("parent", bool(llm.generate("hi", max_tokens=4)), flush=True)
 llm.close()
 """
     done = subprocess.run(
-        [sys.executable, "-c", PARENT.format(root=str(ROOT), then=then)],
+        [sys.executable, "-c", PARENT.format(then=then)],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=120,
@@ -641,12 +661,16 @@ def test_a_long_temporary_folder_is_no_riddle(tmp_path: Path) -> None:
     """A unix socket's path has 107 bytes at most: an answer, or an error that is ours."""
     long = tmp_path / ("x" * 100)
     long.mkdir()
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom llm_inference import InferenceError, LLMInferencer\n"
-        "try:\n    print('answer', len(LLMInferencer('llamacpp', launch=True).generate('hi', max_tokens=2)))\nexcept InferenceError as exc:\n    print('error', exc)"
-    )
+    code = """
+from llm_inference import InferenceError, LLMInferencer
+try:
+    print("answer", len(LLMInferencer("llamacpp", launch=True).generate("hi", max_tokens=2)))
+except InferenceError as exc:
+    print("error", exc)
+"""
     done = subprocess.run(
         [sys.executable, "-c", code],
+        cwd=ROOT,
         env={**os.environ, "TMPDIR": str(long)},
         capture_output=True,
         text=True,
@@ -657,8 +681,13 @@ def test_a_long_temporary_folder_is_no_riddle(tmp_path: Path) -> None:
 
 
 def test_a_library_user_sees_nothing_on_standard_output_or_error() -> None:
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom llm_inference import LLMInferencer\nwith LLMInferencer('llamacpp', launch=True) as llm:\n    llm.generate('hi', max_tokens=2)"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
+    code = """
+from llm_inference import LLMInferencer
+with LLMInferencer("llamacpp", launch=True) as llm:
+    llm.generate("hi", max_tokens=2)
+"""
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -689,7 +718,8 @@ def test_prompts_that_fit_are_answered_at_once_as_well() -> None:
 
 
 def test_a_prompt_that_many_send_is_worked_on_once_a_slot() -> None:
-    """Counted by the engine itself (`timings.prompt_n`): with idle slots cleared, half of all their tokens were worked on again."""
+    """Counted by the engine itself (`timings.prompt_n`): with idle slots cleared, half of all their tokens were worked
+    on again."""
 
     async def ask() -> tuple[int, int]:
         async with LLMInferencer("llamacpp", launch_args=["n_parallel=4"]) as llm:

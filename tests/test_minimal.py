@@ -1,4 +1,5 @@
-"""The five packages of the install line are enough: import, --serve, attach, --api-test, generate. LLM_TEST_MINIMAL=1 runs it."""
+"""The five packages of the install line are enough: import, --serve, attach, --api-test, generate. LLM_TEST_MINIMAL=1
+runs it."""
 
 from __future__ import annotations
 
@@ -34,7 +35,12 @@ def test_the_five_packages_are_enough(tmp_path: Path) -> None:
     python(sys.executable, "-m", "venv", str(tmp_path / "venv"))
     five = str(tmp_path / "venv" / "bin" / "python")
     python(five, "-m", "pip", "install", "-q", "--disable-pip-version-check", *FIVE)
-    script = f"import importlib.util as u; assert not [n for n in {ABSENT!r} if u.find_spec(n)]; import llm_inference; print(llm_inference.__version__)"
+    script = f"""if True:
+        import importlib.util
+        assert not [name for name in {ABSENT!r} if importlib.util.find_spec(name)]
+        import llm_inference
+        print(llm_inference.__version__)
+    """
     assert python(five, "-c", script).strip() == product.__version__
     with FakeEngine("vllm") as engine:
         engine.answer = lambda ask: '{"city":"Paris","country":"France"}'

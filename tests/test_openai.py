@@ -29,8 +29,23 @@ pytestmark = pytest.mark.usefixtures("alone")
 RELAYED: list[Dialect] = ["vllm", "sglang", "llamacpp"]
 CHAT = "/v1/chat/completions"
 HI: Any = [{"role": "user", "content": "hi"}]
-WEATHER: Any = {"type": "function", "function": {"name": "get_weather", "description": "now", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}}}  # fmt: skip
-PIXEL = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "now",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+PIXEL = (
+    "data:image/png;base64,"
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
 
 
 class City(BaseModel):
@@ -361,9 +376,16 @@ def test_a_cut_answer_says_so_itself(stand: Stand) -> None:
     assert stand.events(CHAT, model=stand.model, messages=HI, response_format=CITY, max_tokens=1)[-1] == "[DONE]"
 
 
-@pytest.mark.parametrize("schema", [
-    {"properties": {"a": {"type": "string"}}}, {"items": {"type": "string"}}, {"title": "integer"}, {"required": ["a"]}, {"description": "string", "type": "object"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"a": {"type": "string"}}},
+        {"items": {"type": "string"}},
+        {"title": "integer"},
+        {"required": ["a"]},
+        {"description": "string", "type": "object"},
+    ],
+)
 def test_a_response_formats_schema_is_json_schema(stand: Stand, schema: dict[str, Any]) -> None:
     """Not the short form of our own routes, which these could be as well."""
     stand.engine.answer = lambda ask: '{"a":"b"}'
@@ -435,7 +457,8 @@ def test_malformed_usage_is_told(relayed: Stand, usage: Any) -> None:
 
 
 def test_a_check_that_finds_the_engine_failing_says_so(relayed: Stand) -> None:
-    """What the engine refuses in the middle of a constrained answer is a ValueError too, and no answer that does not fit."""
+    """What the engine refuses in the middle of a constrained answer is a ValueError too, and no answer that does not
+    fit."""
     relayed.engine.script(
         Reply(
             headers={"content-type": "application/json"},
@@ -461,10 +484,21 @@ def test_two_constraints_are_refused(relayed: Stand, other: str) -> None:
     assert not relayed.engine.bodies
 
 
-@pytest.mark.parametrize("form", [
-    {"type": "nope"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {"name": "x"}}, {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "http://127.0.0.1:9/x"}}},
-    {"type": "json_schema", "json_schema": {"name": "x", "schema": 7}}, {"type": "json_schema", "json_schema": 7}, "json", 7, [],
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"type": "nope"},
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": {"name": "x"}},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "http://127.0.0.1:9/x"}}},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": 7}},
+        {"type": "json_schema", "json_schema": 7},
+        "json",
+        7,
+        [],
+    ],
+    ids=str,
+)
 def test_a_bad_response_format_is_refused(stand: Stand, form: Any) -> None:
     reply = stand.post(CHAT, model=stand.model, messages=HI, response_format=form)
     assert "response_format" in refused_v1(reply, reply.headers["x-error-kind"]) or "schema" in reply.text
@@ -628,10 +662,32 @@ def test_a_wrong_model_is_a_not_found_error(stand: Stand, client: openai.OpenAI,
 
 
 BAD: list[dict[str, Any]] = [
-    {"max_tokens": 0}, {"max_tokens": "7"}, {"max_tokens": True}, {"max_tokens": 10**12}, {"temperature": 3}, {"temperature": "1"}, {"top_p": 0}, {"n": 0}, {"n": 129}, {"stop": 7}, {"stop": [""]},
-    {"seed": -1}, {"seed": 1.5}, {"presence_penalty": 3}, {"top_logprobs": 21}, {"logprobs": "x"}, {"stream": "true"}, {"tools": {}}, {"tools": [7]}, {"messages": []}, {"messages": "hi"}, {"messages": [7]},
-    {"stream_options": 7}, {"model": 7}, {"max_completion_tokens": 0},
-]  # fmt: skip
+    {"max_tokens": 0},
+    {"max_tokens": "7"},
+    {"max_tokens": True},
+    {"max_tokens": 10**12},
+    {"temperature": 3},
+    {"temperature": "1"},
+    {"top_p": 0},
+    {"n": 0},
+    {"n": 129},
+    {"stop": 7},
+    {"stop": [""]},
+    {"seed": -1},
+    {"seed": 1.5},
+    {"presence_penalty": 3},
+    {"top_logprobs": 21},
+    {"logprobs": "x"},
+    {"stream": "true"},
+    {"tools": {}},
+    {"tools": [7]},
+    {"messages": []},
+    {"messages": "hi"},
+    {"messages": [7]},
+    {"stream_options": 7},
+    {"model": 7},
+    {"max_completion_tokens": 0},
+]
 
 
 @pytest.mark.parametrize("bad", BAD, ids=str)
@@ -642,16 +698,61 @@ def test_a_bad_field_is_a_bad_request_and_goes_nowhere(stand: Stand, bad: dict[s
 
 
 ODD: list[dict[str, Any]] = [
-    *({"messages": [bad]} for bad in (
-        {}, {"role": 7}, {"role": "user", "content": 7}, {"role": "user", "content": [7]}, {"role": "user", "content": [{"type": ["image_url"]}]}, {"role": "user", "content": [{"type": 7}]},
-        {"role": "user", "content": [{"type": "image_url", "image_url": None}]}, {"role": "user", "content": {"type": "image_url"}}, {"role": "assistant", "tool_calls": 7},
-        {"role": "assistant", "tool_calls": [7]}, {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}]},
-        {"role": "tool", "content": "x", "tool_call_id": 7}, {"role": "user", "content": "x", "name": 7})),
-    *({"tools": bad} for bad in ([{}], [{"type": "function"}], [{"type": "function", "function": 7}], [{"type": "function", "function": {"name": "f", "parameters": 7}}], [[]])),
-    *({"tool_choice": bad, "tools": [WEATHER]} for bad in (7, {}, [], {"type": "function"}, {"type": "function", "function": 7}, {"type": "function", "function": {"name": "other"}})),
-    *({"reasoning_effort": bad} for bad in (7, [], {}, "huge")), {"stream_options": {"include_usage": "x"}}, {"stream_options": {"include_usage": True}}, {"logprobs": 7}, {"top_logprobs": 3},
-    {"response_format": {"type": ["json_schema"]}}, {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 7}}}}, {"logit_bias": 7}, {"metadata": 7}, {"user": 7}, {"": 1}, {"\n": 1},
-]  # fmt: skip
+    *(
+        {"messages": [bad]}
+        for bad in (
+            {},
+            {"role": 7},
+            {"role": "user", "content": 7},
+            {"role": "user", "content": [7]},
+            {"role": "user", "content": [{"type": ["image_url"]}]},
+            {"role": "user", "content": [{"type": 7}]},
+            {"role": "user", "content": [{"type": "image_url", "image_url": None}]},
+            {"role": "user", "content": {"type": "image_url"}},
+            {"role": "assistant", "tool_calls": 7},
+            {"role": "assistant", "tool_calls": [7]},
+            {
+                "role": "assistant",
+                "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}],
+            },
+            {"role": "tool", "content": "x", "tool_call_id": 7},
+            {"role": "user", "content": "x", "name": 7},
+        )
+    ),
+    *(
+        {"tools": bad}
+        for bad in (
+            [{}],
+            [{"type": "function"}],
+            [{"type": "function", "function": 7}],
+            [{"type": "function", "function": {"name": "f", "parameters": 7}}],
+            [[]],
+        )
+    ),
+    *(
+        {"tool_choice": bad, "tools": [WEATHER]}
+        for bad in (
+            7,
+            {},
+            [],
+            {"type": "function"},
+            {"type": "function", "function": 7},
+            {"type": "function", "function": {"name": "other"}},
+        )
+    ),
+    *({"reasoning_effort": bad} for bad in (7, [], {}, "huge")),
+    {"stream_options": {"include_usage": "x"}},
+    {"stream_options": {"include_usage": True}},
+    {"logprobs": 7},
+    {"top_logprobs": 3},
+    {"response_format": {"type": ["json_schema"]}},
+    {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 7}}}},
+    {"logit_bias": 7},
+    {"metadata": 7},
+    {"user": 7},
+    {"": 1},
+    {"\n": 1},
+]
 
 
 @pytest.mark.parametrize("odd", ODD, ids=lambda odd: json.dumps(odd)[:80])
@@ -687,16 +788,48 @@ def test_other_paths_and_methods_speak_openai_too(stand: Stand) -> None:
     refused_v1(stand.client.get(CHAT), "method_not_allowed")
 
 
-@pytest.mark.parametrize(("reply", "error", "kind"), [
-    (Reply(status=503, pieces=[b'{"error":"server busy"}']), openai.InternalServerError, "engine_overloaded"),
-    (Reply(status=500, pieces=[b'{"error":"CUDA out of memory"}']), openai.InternalServerError, "out_of_memory"),
-    (Reply(status=400, pieces=[b'{"error":{"message":"This model\'s maximum context length is 8 tokens"}}']), openai.BadRequestError, "context_too_long"),
-    (Reply(pieces=[b"<html>"], headers={"content-type": "text/html"}), openai.InternalServerError, "bad_engine_reply"),
-    (Reply(pieces=[b'{"error":{"message":"boom","code":500}}'], headers={"content-type": "application/json"}), openai.InternalServerError, "bad_engine_reply"),
-    (Reply(pieces=[b'{"id":"x","choices":['], headers={"content-type": "application/json", "content-length": "900"}, end="eof"), openai.InternalServerError, "bad_engine_reply"),
-    (Reply(status=302, headers={"location": "http://127.0.0.1:9/"}), openai.InternalServerError, "bad_engine_reply"),
-    (Reply(pieces=[b"\x1f\x8b\x08"], headers={"content-encoding": "gzip"}), openai.InternalServerError, "bad_engine_reply"),
-], ids=["busy", "memory", "context", "html", "error under 200", "early end", "redirect", "gzip"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("reply", "error", "kind"),
+    [
+        (Reply(status=503, pieces=[b'{"error":"server busy"}']), openai.InternalServerError, "engine_overloaded"),
+        (Reply(status=500, pieces=[b'{"error":"CUDA out of memory"}']), openai.InternalServerError, "out_of_memory"),
+        (
+            Reply(status=400, pieces=[b'{"error":{"message":"This model\'s maximum context length is 8 tokens"}}']),
+            openai.BadRequestError,
+            "context_too_long",
+        ),
+        (
+            Reply(pieces=[b"<html>"], headers={"content-type": "text/html"}),
+            openai.InternalServerError,
+            "bad_engine_reply",
+        ),
+        (
+            Reply(pieces=[b'{"error":{"message":"boom","code":500}}'], headers={"content-type": "application/json"}),
+            openai.InternalServerError,
+            "bad_engine_reply",
+        ),
+        (
+            Reply(
+                pieces=[b'{"id":"x","choices":['],
+                headers={"content-type": "application/json", "content-length": "900"},
+                end="eof",
+            ),
+            openai.InternalServerError,
+            "bad_engine_reply",
+        ),
+        (
+            Reply(status=302, headers={"location": "http://127.0.0.1:9/"}),
+            openai.InternalServerError,
+            "bad_engine_reply",
+        ),
+        (
+            Reply(pieces=[b"\x1f\x8b\x08"], headers={"content-encoding": "gzip"}),
+            openai.InternalServerError,
+            "bad_engine_reply",
+        ),
+    ],
+    ids=["busy", "memory", "context", "html", "error under 200", "early end", "redirect", "gzip"],
+)
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_engines_failure_before_the_first_byte(
     stand: Stand, client: openai.OpenAI, reply: Reply, error: type[openai.APIStatusError], kind: str, stream: bool
@@ -752,11 +885,19 @@ def test_a_late_failure_raises_in_the_client(stand: Stand, client: openai.OpenAI
     )
 
 
-@pytest.mark.parametrize("event", [
-    b'data: {"error":{"message":"EngineCore died","code":500}}\n\n', b'data: {"error": {"message": "EngineCore died", "code": 500}}\n\n', b'data: { "error": {"message": "EngineCore died"}}\n\n',
-    b'error: {"code":500,"message":"EngineCore died"}\n\n', b'data: {"object":"error","message":"EngineCore died","code":500}\n\n',
-    b'data: {"id":"x","choices":[],"error":{"message":"EngineCore died"}}\n\n', b'data: {"id": "x", "object": "error", "message": "EngineCore died"}\n\n',
-], ids=["tight", "spaced", "loose", "llama.cpp", "object", "not first", "object, spaced"])  # fmt: skip
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'data: {"error":{"message":"EngineCore died","code":500}}\n\n',
+        b'data: {"error": {"message": "EngineCore died", "code": 500}}\n\n',
+        b'data: { "error": {"message": "EngineCore died"}}\n\n',
+        b'error: {"code":500,"message":"EngineCore died"}\n\n',
+        b'data: {"object":"error","message":"EngineCore died","code":500}\n\n',
+        b'data: {"id":"x","choices":[],"error":{"message":"EngineCore died"}}\n\n',
+        b'data: {"id": "x", "object": "error", "message": "EngineCore died"}\n\n',
+    ],
+    ids=["tight", "spaced", "loose", "llama.cpp", "object", "not first", "object, spaced"],
+)
 def test_an_error_event_is_never_a_clean_end(relayed: Stand, event: bytes) -> None:
     """Whatever follows it, [DONE] included: vLLM sends one after its error."""
     whole = default_stream(relayed)
@@ -771,7 +912,8 @@ def test_an_error_event_is_never_a_clean_end(relayed: Stand, event: bytes) -> No
 
 
 def test_an_error_event_is_an_event_of_its_own(relayed: Stand) -> None:
-    """The engine's last event came without its blank line: what follows it must not become a second line of that event."""
+    """The engine's last event came without its blank line: what follows it must not become a second line of that
+    event."""
     whole = default_stream(relayed)
     first, second = (piece.strip() for piece in b"".join(whole.pieces).split(b"\n\n")[:2])
     for tail in (b"\n", b"\r\n", b""):
@@ -912,10 +1054,33 @@ def test_harmless_fields_are_named_and_left_out(stand: Stand, client: openai.Ope
     )
 
 
-@pytest.mark.parametrize("field", [
-    "guided_json", "guided_regex", "guided_choice", "guided_grammar", "functions", "function_call", "nonsense", "logit_bias_x", "best_of", "chat_template", "prediction", "web_search_options",
-    "audio", "documents", "add_generation_prompt", "mm_processor_kwargs", "kv_transfer_params", "lora_path", "custom_logit_processor", "return_hidden_states", "vllm_xargs", "session_params",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "field",
+    [
+        "guided_json",
+        "guided_regex",
+        "guided_choice",
+        "guided_grammar",
+        "functions",
+        "function_call",
+        "nonsense",
+        "logit_bias_x",
+        "best_of",
+        "chat_template",
+        "prediction",
+        "web_search_options",
+        "audio",
+        "documents",
+        "add_generation_prompt",
+        "mm_processor_kwargs",
+        "kv_transfer_params",
+        "lora_path",
+        "custom_logit_processor",
+        "return_hidden_states",
+        "vllm_xargs",
+        "session_params",
+    ],
+)
 def test_a_field_that_would_be_ignored_or_reach_too_far_is_refused(stand: Stand, field: str) -> None:
     reply = stand.post(CHAT, model=stand.model, messages=HI, **{field: {"x": 1}})
     assert field in refused_v1(reply, "unsupported_feature") and not stand.engine.bodies
@@ -954,20 +1119,39 @@ def test_one_engines_constraint_is_its_own(all_stands: dict[str, Stand]) -> None
         assert stand.engine.bodies[0][field] == value
 
 
-@pytest.mark.parametrize("part", [
-    {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}}, {"type": "image_url", "image_url": "https://evil.example/x.png"}, {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}},
-    {"type": "video_url", "video_url": {"url": "http://127.0.0.1:9/x.mp4"}}, {"type": "audio_url", "audio_url": {"url": "http://127.0.0.1:9/x.wav"}}, {"type": "file", "file": {"file_id": "x"}},
-    {"type": "image_url", "image_url": {"url": " http://127.0.0.1:9/x.png"}}, {"type": "image_url", "image_url": {"url": "/etc/passwd"}},
-], ids=lambda part: json.dumps(part)[:90])  # fmt: skip
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}},
+        {"type": "image_url", "image_url": "https://evil.example/x.png"},
+        {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}},
+        {"type": "video_url", "video_url": {"url": "http://127.0.0.1:9/x.mp4"}},
+        {"type": "audio_url", "audio_url": {"url": "http://127.0.0.1:9/x.wav"}},
+        {"type": "file", "file": {"file_id": "x"}},
+        {"type": "image_url", "image_url": {"url": " http://127.0.0.1:9/x.png"}},
+        {"type": "image_url", "image_url": {"url": "/etc/passwd"}},
+    ],
+    ids=lambda part: json.dumps(part)[:90],
+)
 def test_a_place_in_a_message_is_refused(stand: Stand, part: Any) -> None:
     no_place(stand, part)
 
 
-@pytest.mark.parametrize("part", [
-    {"image_url": "http://127.0.0.1:9/x.png"}, {"image_url": {"url": "http://127.0.0.1:9/x.png"}}, {"audio_url": "http://127.0.0.1:9/x.wav"}, {"video_url": "http://127.0.0.1:9/x.mp4"},
-    {"type": "text", "text": "x", "uuid": "u", "image_url": "http://127.0.0.1:9/x.png"}, {"type": "input_image", "image_url": "http://127.0.0.1:9/x.png"},
-    {"type": "image_embeds", "image_embeds": "http://127.0.0.1:9/x"}, {"type": "image", "image": "http://127.0.0.1:9/x.png"}, {"type": "IMAGE_URL", "image_url": {"url": "http://127.0.0.1:9/x"}},
-], ids=lambda part: json.dumps(part)[:90])  # fmt: skip
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"image_url": "http://127.0.0.1:9/x.png"},
+        {"image_url": {"url": "http://127.0.0.1:9/x.png"}},
+        {"audio_url": "http://127.0.0.1:9/x.wav"},
+        {"video_url": "http://127.0.0.1:9/x.mp4"},
+        {"type": "text", "text": "x", "uuid": "u", "image_url": "http://127.0.0.1:9/x.png"},
+        {"type": "input_image", "image_url": "http://127.0.0.1:9/x.png"},
+        {"type": "image_embeds", "image_embeds": "http://127.0.0.1:9/x"},
+        {"type": "image", "image": "http://127.0.0.1:9/x.png"},
+        {"type": "IMAGE_URL", "image_url": {"url": "http://127.0.0.1:9/x"}},
+    ],
+    ids=lambda part: json.dumps(part)[:90],
+)
 def test_a_place_in_a_shape_that_vllm_takes_too_is_refused(all_stands: dict[str, Stand], part: Any) -> None:
     """Beside the documented ones (vllm/entrypoints/chat_utils.py): without a type, with a uuid, and older names."""
     all_stands["vllm"].engine.reset()

@@ -185,26 +185,42 @@ def untouched() -> dict[str, Any]:
     """Logging, signals, environment, event-loop policy, hooks: what a guest leaves alone."""
     root = logging.getLogger()
     return {
-        "handlers": list(root.handlers), "level": root.level, "disabled": logging.root.manager.disable, "class": logging.getLoggerClass(),
-        "uvicorn": [(name, list(logging.getLogger(name).handlers), logging.getLogger(name).level) for name in ("uvicorn", "uvicorn.error", "fastapi", "asyncio")],
-        "ours": (list(logging.getLogger("llm_inference").handlers), logging.getLogger("llm_inference").level, logging.getLogger("llm_inference").propagate),
-        "signals": {each: signal.getsignal(each) for each in signal.Signals}, "hooks": (sys.excepthook, threading.excepthook, sys.unraisablehook),
+        "handlers": list(root.handlers),
+        "level": root.level,
+        "disabled": logging.root.manager.disable,
+        "class": logging.getLoggerClass(),
+        "uvicorn": [
+            (name, list(logging.getLogger(name).handlers), logging.getLogger(name).level)
+            for name in ("uvicorn", "uvicorn.error", "fastapi", "asyncio")
+        ],
+        "ours": (
+            list(logging.getLogger("llm_inference").handlers),
+            logging.getLogger("llm_inference").level,
+            logging.getLogger("llm_inference").propagate,
+        ),
+        "signals": {each: signal.getsignal(each) for each in signal.Signals},
+        "hooks": (sys.excepthook, threading.excepthook, sys.unraisablehook),
         "environ": {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
-        "cwd": os.getcwd(), "path": list(sys.path), "policy": type(asyncio.get_event_loop_policy()),
-    }  # fmt: skip
+        "cwd": os.getcwd(),
+        "path": list(sys.path),
+        "policy": type(asyncio.get_event_loop_policy()),
+    }
 
 
 def test_importing_changes_nothing_either() -> None:
     script = """
         import asyncio, logging, os, signal, sys, threading
         def state():
-            return [logging.getLogger().handlers[:], {s: signal.getsignal(s) for s in signal.Signals}, dict(os.environ), sys.excepthook, threading.active_count()]
+            handlers = {each: signal.getsignal(each) for each in signal.Signals}
+            logs = logging.getLogger().handlers[:]
+            return [logs, handlers, dict(os.environ), sys.excepthook, threading.active_count()]
         before = state()
         import llm_inference
         from llm_inference import LLMInferencer, create_router
         LLMInferencer("ollama"), LLMInferencer("llamacpp"), LLMInferencer()
         assert before == state()
-        heavy = {"fastapi", "uvicorn", "httpx", "aiohttp", "requests", "xllamacpp", "vllm", "sglang", "ollama", "torch", "openai", "rich"} & set(sys.modules)
+        heavy = set("fastapi uvicorn httpx aiohttp requests xllamacpp vllm sglang ollama torch openai rich".split())
+        heavy &= set(sys.modules)
         assert not heavy, heavy
     """
     done = product.subprocess.run(

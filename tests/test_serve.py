@@ -84,13 +84,21 @@ def said(port: int, *parts: bytes) -> tuple[int, Any]:
 START = b"POST /api/v1/llm/chat HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
 
 
-@pytest.mark.parametrize("parts, status, kind", [
-    ((START,), 408, "request_timeout"),
-    ((START + b"Content-Length: 50\r\n\r\n", b'{"messages": ['), 408, "request_timeout"),
-    ((START + b"X-Endless: ", *[b"a" * 8192] * 6), 431, "header_too_large"),
-    ((b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n" + b"X-A: b\r\n" * 101 + b"\r\n",), 431, "header_too_large"),
-    ((b"\x16\x03\x01 not HTTP\r\n\r\n",), 400, "invalid_request"),
-], ids=["slow header", "slow body", "endless header", "101 fields", "garbage"])  # fmt: skip
+@pytest.mark.parametrize(
+    "parts, status, kind",
+    [
+        ((START,), 408, "request_timeout"),
+        ((START + b"Content-Length: 50\r\n\r\n", b'{"messages": ['), 408, "request_timeout"),
+        ((START + b"X-Endless: ", *[b"a" * 8192] * 6), 431, "header_too_large"),
+        (
+            (b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n" + b"X-A: b\r\n" * 101 + b"\r\n",),
+            431,
+            "header_too_large",
+        ),
+        ((b"\x16\x03\x01 not HTTP\r\n\r\n",), 400, "invalid_request"),
+    ],
+    ids=["slow header", "slow body", "endless header", "101 fields", "garbage"],
+)
 def test_what_is_too_long_or_too_slow(port: int, parts: tuple[bytes, ...], status: int, kind: str) -> None:
     assert (found := said(port, *parts))[0] == status, found
     assert enveloped(found[1])["msg"].startswith(kind)
@@ -105,7 +113,8 @@ CHUNKED = START + b"Transfer-Encoding: chunked\r\n\r\n"
     ids=["fields", "value", "extension"],
 )
 def test_what_follows_a_body_has_an_end(port: int, endless: bytes) -> None:
-    """Trailers and chunks' extensions, which no deadline of ours would bound in size. h11 has limits of its own, and says 400."""
+    """Trailers and chunks' extensions, which no deadline of ours would bound in size. h11 has limits of its own, and
+    says 400."""
     status, body = said(
         port, CHUNKED, b"2\r\n{ \r\n", *[endless[at : at + 8192] for at in range(0, len(endless), 8192)]
     )
@@ -199,7 +208,10 @@ def test_a_connection_that_asks_nothing_is_closed(port: int) -> None:
 
 
 def test_a_slow_body_on_the_openai_surface_is_openais_error(port: int) -> None:
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        b"Content-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+    )
     status, body = said(port, head)
     assert (status, body["error"]["code"]) == (408, "request_timeout")
 
@@ -399,10 +411,15 @@ AWAY = {
 }
 
 
-@pytest.mark.parametrize("fields", [
-    {"tools": [{"type": "function", "function": {"name": "f", "parameters": AWAY}}]}, {"structured_outputs": {"json": AWAY}},
-    {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": AWAY}}},
-], ids=["tool", "structured_outputs", "response_format"])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": AWAY}}]},
+        {"structured_outputs": {"json": AWAY}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": AWAY}}},
+    ],
+    ids=["tool", "structured_outputs", "response_format"],
+)
 def test_no_reference_leaves_a_relayed_schema(fields: dict[str, Any]) -> None:
     with Stand("vllm", capabilities=("tools",)) as stand:
         assert "$ref" in refused_v1(stand.post(CHAT, model=stand.model, messages=HI, **fields), "invalid_request")
@@ -450,7 +467,7 @@ def test_garbage_lines_are_an_error_on_our_own_routes(limited: Stand) -> None:
     assert "bad_engine_reply" in text and "[DONE]" not in text
 
 
-# ------------------------------------------------------------------------------------------------------ the chat page (in a browser: tests/browser/test_ui.py)
+# ---------------------------------------------------- the chat page (in a browser: tests/browser/test_ui.py)
 
 
 def basic(password: str, user: str = "anyone") -> dict[str, str]:
@@ -532,14 +549,26 @@ def test_leaving_a_route_asked_in_process_stops_the_engine() -> None:
 # The command line tells what is wrong, and passes nothing over ------------------------------------
 
 
-@pytest.mark.parametrize(("argv", "says"), [
-    (["--workers", "3"], "--workers means nothing to the self-test; it is for --serve"), (["--no-auth"], "it is for --serve"), (["--python", "/x"], "--serve"),
-    (["--port", "9"], "it is for --serve and --serve --ray and --api-test"), (["--api-key", "x"], "--api-key"), (["--host", "::1"], "--host"),
-    (["--api-test", "--timeout", "5"], "--timeout means nothing to --api-test"), (["--api-test", "--verbose"], "--verbose"), (["--api-test", "--engine-api-key", "x"], "--engine-api-key"),
-    (["--serve", "--json"], "it is for the self-test"), (["--serve", "--replicas", "2"], "it is for --serve --ray"), (["--", "--x"], "'--x' means nothing"),
-    (["--serve", "--ray", "--workers", "2"], "--workers means nothing to --serve --ray"),
-    (["--serve", "--alias", "x=foo/bar"], "no such engine"), (["--serve", "--alias", "x=foo"], "not name=engine/model"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--workers", "3"], "--workers means nothing to the self-test; it is for --serve"),
+        (["--no-auth"], "it is for --serve"),
+        (["--python", "/x"], "--serve"),
+        (["--port", "9"], "it is for --serve and --serve --ray and --api-test"),
+        (["--api-key", "x"], "--api-key"),
+        (["--host", "::1"], "--host"),
+        (["--api-test", "--timeout", "5"], "--timeout means nothing to --api-test"),
+        (["--api-test", "--verbose"], "--verbose"),
+        (["--api-test", "--engine-api-key", "x"], "--engine-api-key"),
+        (["--serve", "--json"], "it is for the self-test"),
+        (["--serve", "--replicas", "2"], "it is for --serve --ray"),
+        (["--", "--x"], "'--x' means nothing"),
+        (["--serve", "--ray", "--workers", "2"], "--workers means nothing to --serve --ray"),
+        (["--serve", "--alias", "x=foo/bar"], "no such engine"),
+        (["--serve", "--alias", "x=foo"], "not name=engine/model"),
+    ],
+)
 def test_a_flag_that_would_do_nothing_is_refused(
     argv: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -653,7 +682,7 @@ def test_both_tries_are_counted(limited: Stand) -> None:
     assert failed[0] is None and failed[1] > 0
 
 
-# ------------------------------------------------------------------------------------------------- what a hostile reading found
+# ------------------------------------------------------------------------------ what a hostile reading found
 
 
 def test_a_proxy_that_names_nobody_is_not_this_machine(port: int) -> None:
@@ -662,14 +691,18 @@ def test_a_proxy_that_names_nobody_is_not_this_machine(port: int) -> None:
     for minor, status in ((1, b"200"), (0, b"401")):
         with socket.create_connection(("127.0.0.1", port), 10) as client:
             client.sendall(ask % (minor, port))
-            assert b"".join(iter(lambda client=client: client.recv(65536), b"")).split()[1] == status  # type: ignore[misc]
+            with client.makefile("rb") as reply:
+                assert reply.read().split()[1] == status
 
 
 def test_an_empty_line_after_a_body_breaks_no_answer(port: int, limited: Stand) -> None:
     limited.engine.reset()
     limited.engine.pace = 0.05  # the stream takes longer than the 0.3 s for a header
     body = json.dumps({"messages": HI, "stream": True}).encode()
-    head = f"POST {product.API}/chat HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST {product.API}/chat HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
     with socket.create_connection(("127.0.0.1", port), 10) as client:
         client.sendall(head.encode() + body)
         said = client.recv(65536)

@@ -80,10 +80,19 @@ SHORT: list[tuple[Any, Any]] = [
     ({"items": {"type": "string", "price": "number"}}, obj(items=obj(type=STRING, price=NUMBER))),
 ]
 FULL: list[Any] = [
-    {"type": "object"}, {"type": "object", "properties": {"a": {"type": "string"}}}, {"enum": ["a", 1]}, {"const": 1}, {"anyOf": [{"type": "string"}, {"type": "null"}]},
-    {"$ref": "#/$defs/a", "$defs": {"a": {"type": "string"}}}, {"type": ["string", "null"]}, {"type": "array", "items": {"type": "integer"}}, {"type": "string", "maxLength": 3},
-    {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object"}, {"type": "object", "title": "T", "description": "d"}, {"type": "string"},
-]  # fmt: skip
+    {"type": "object"},
+    {"type": "object", "properties": {"a": {"type": "string"}}},
+    {"enum": ["a", 1]},
+    {"const": 1},
+    {"anyOf": [{"type": "string"}, {"type": "null"}]},
+    {"$ref": "#/$defs/a", "$defs": {"a": {"type": "string"}}},
+    {"type": ["string", "null"]},
+    {"type": "array", "items": {"type": "integer"}},
+    {"type": "string", "maxLength": 3},
+    {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object"},
+    {"type": "object", "title": "T", "description": "d"},
+    {"type": "string"},
+]
 
 
 @pytest.mark.parametrize(("short", "full"), SHORT, ids=lambda v: json.dumps(v, ensure_ascii=False)[:40])
@@ -138,11 +147,20 @@ class Person(BaseModel):
 
 @pytest.mark.parametrize(
     ("kind", "text", "value"),
-    [(Person, '{"name": "A", "age": 1, "friends": [{"name": "B", "age": 2}]}', Person(name="A", age=1, friends=[Person(name="B", age=2)])),
-     (list[int], "[1, 2]", [1, 2]), (dict[str, bool], '{"a": true}', {"a": True}), (Literal["x", "y"], '"x"', "x"), (int | None, "null", None),
-     (tuple[int, str], '[1, "a"]', (1, "a"))],
+    [
+        (
+            Person,
+            '{"name": "A", "age": 1, "friends": [{"name": "B", "age": 2}]}',
+            Person(name="A", age=1, friends=[Person(name="B", age=2)]),
+        ),
+        (list[int], "[1, 2]", [1, 2]),
+        (dict[str, bool], '{"a": true}', {"a": True}),
+        (Literal["x", "y"], '"x"', "x"),
+        (int | None, "null", None),
+        (tuple[int, str], '[1, "a"]', (1, "a")),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_python_type_gives_its_instance(kind: Any, text: str, value: Any) -> None:
     schema, build = normalize_schema(kind)
     request = make_request(messages=[{"role": "user", "content": "x"}], schema=schema)
@@ -173,7 +191,11 @@ TABLE: list[tuple[Any, list[Any], list[Any]]] = [
     ({"type": "object"}, [{}, {"a": 1}], [[], None]),
     ({"type": "array"}, [[], [1]], [{}, ""]),
     ({"type": ["string", "null"]}, ["a", None], [1]),
-    ({"enum": [1, "a", None, [1], {"a": 1}, True]}, [1, "a", None, [1], {"a": 1}, 1.0, True], [2, "b", False, [2], {"a": 2}, {}]),
+    (
+        {"enum": [1, "a", None, [1], {"a": 1}, True]},
+        [1, "a", None, [1], {"a": 1}, 1.0, True],
+        [2, "b", False, [2], {"a": 2}, {}],
+    ),
     ({"enum": [0]}, [0, 0.0], [False]),
     ({"enum": [False]}, [False], [0]),
     ({"enum": [[1], {"a": 1.0}]}, [[1], [1.0], {"a": 1}], [[True], {"a": True}]),
@@ -183,14 +205,30 @@ TABLE: list[tuple[Any, list[Any], list[Any]]] = [
     ({"required": ["a", "b"]}, [{"a": 1, "b": None}, "x"], [{"a": 1}, {}]),
     ({"properties": {"a": True}, "additionalProperties": False}, [{"a": 1}, {}], [{"b": 1}]),
     ({"additionalProperties": {"type": "integer"}}, [{"a": 1}], [{"a": "x"}]),
-    ({"patternProperties": {"^x": {"type": "integer"}}, "additionalProperties": False}, [{"x1": 1}], [{"x1": "a"}, {"y": 1}]),
-    ({"properties": {"xa": {"minimum": 5}}, "patternProperties": {"^x": {"type": "integer"}}}, [{"xa": 5}], [{"xa": 4}, {"xa": 5.5}]),
+    (
+        {"patternProperties": {"^x": {"type": "integer"}}, "additionalProperties": False},
+        [{"x1": 1}],
+        [{"x1": "a"}, {"y": 1}],
+    ),
+    (
+        {"properties": {"xa": {"minimum": 5}}, "patternProperties": {"^x": {"type": "integer"}}},
+        [{"xa": 5}],
+        [{"xa": 4}, {"xa": 5.5}],
+    ),
     ({"propertyNames": {"maxLength": 2}}, [{"ab": 1}], [{"abc": 1}]),
     ({"minProperties": 1, "maxProperties": 2}, [{"a": 1}, {"a": 1, "b": 2}], [{}, {"a": 1, "b": 2, "c": 3}]),
     ({"items": {"type": "integer"}}, [[], [1, 2]], [[1, "x"]]),
-    ({"prefixItems": [{"type": "string"}, {"type": "integer"}], "items": False}, [["a", 1], ["a"], []], [["a", "b"], ["a", 1, 2]]),
+    (
+        {"prefixItems": [{"type": "string"}, {"type": "integer"}], "items": False},
+        [["a", 1], ["a"], []],
+        [["a", "b"], ["a", 1, 2]],
+    ),
     ({"minItems": 1, "maxItems": 2}, [[1], [1, 2]], [[], [1, 2, 3]]),
-    ({"uniqueItems": True}, [[1, 2], [[1], [2]], [1, "1"], [0, False]], [[1, 1], [{"a": 1, "b": 2}, {"b": 2, "a": 1}], [1, 1.0]]),
+    (
+        {"uniqueItems": True},
+        [[1, 2], [[1], [2]], [1, "1"], [0, False]],
+        [[1, 1], [{"a": 1, "b": 2}, {"b": 2, "a": 1}], [1, 1.0]],
+    ),
     ({"minLength": 2, "maxLength": 3}, ["ab", "北京市", "🚲🚲"], ["a", "abcd", "🚲"]),
     ({"pattern": "^[0-9]+$"}, ["12", 5], ["a", "", "1a"]),
     ({"pattern": "b"}, ["abc"], ["ac"]),
@@ -209,10 +247,18 @@ TABLE: list[tuple[Any, list[Any], list[Any]]] = [
     ({"$ref": "#/$defs/n", "$defs": {"n": {"type": "integer"}}}, [1], ["a"]),
     ({"$ref": "#/$defs/n", "maximum": 3, "$defs": {"n": {"type": "integer"}}}, [1], [4, 1.5]),
     ({"$ref": "#/definitions/a~1b~0", "definitions": {"a/b~": {"const": 1}}}, [1], [2]),
-    ({"$ref": "#/$defs/node", "$defs": {"node": NODE}}, [{"v": 1}, {"v": 1, "next": {"v": 2, "next": {"v": 3}}}], [{"v": "x"}, {"v": 1, "next": {}}, {"v": 1, "next": {"v": 2, "x": 1}}]),
-    ({"properties": {"self": {"$ref": "#"}}, "additionalProperties": False}, [{}, {"self": {"self": {}}}], [{"self": {"x": 1}}]),
+    (
+        {"$ref": "#/$defs/node", "$defs": {"node": NODE}},
+        [{"v": 1}, {"v": 1, "next": {"v": 2, "next": {"v": 3}}}],
+        [{"v": "x"}, {"v": 1, "next": {}}, {"v": 1, "next": {"v": 2, "x": 1}}],
+    ),
+    (
+        {"properties": {"self": {"$ref": "#"}}, "additionalProperties": False},
+        [{}, {"self": {"self": {}}}],
+        [{"self": {"x": 1}}],
+    ),
     (True, [1, "a", None], []),
-]  # fmt: skip
+]
 CELLS = [
     (schema, value, good)
     for schema, goods, bads in TABLE
@@ -297,17 +343,49 @@ def some_schema(rng: random.Random, depth: int = 0) -> Any:
         return some_schema(rng, depth + 1)
 
     makers: dict[str, Callable[[], Any]] = {
-        "type": lambda: rng.choice(["string", "number", "integer", "boolean", "null", "object", "array", ["string", "null"], ["integer", "array", "object"]]),
-        "enum": lambda: [some_value(rng, 1) for _ in range(3)], "const": lambda: some_value(rng, 1),
-        "properties": lambda: {name: child() for name in rng.sample(["a", "b", "x1"], 2)}, "required": lambda: rng.sample(["a", "b"], 1),
-        "additionalProperties": child, "patternProperties": lambda: {rng.choice(["^x", "[ab]", "名"]): child()}, "propertyNames": child,
-        "minProperties": lambda: rng.randrange(3), "maxProperties": lambda: rng.randrange(3), "items": child, "prefixItems": lambda: [child(), child()],
-        "minItems": lambda: rng.randrange(3), "maxItems": lambda: rng.randrange(3), "uniqueItems": lambda: rng.choice([True, False]),
-        "minLength": lambda: rng.randrange(3), "maxLength": lambda: rng.randrange(3), "pattern": lambda: rng.choice(["^a", "b$", "[0-9]", "^.{2}$"]),
-        "minimum": lambda: rng.choice([0, 1, 1.5]), "maximum": lambda: rng.choice([0, 2, 2.5]), "exclusiveMinimum": lambda: rng.choice([0, 1]),
-        "exclusiveMaximum": lambda: rng.choice([2, 3]), "multipleOf": lambda: rng.choice([1, 2, 0.5]), "anyOf": lambda: [child(), child()],
-        "oneOf": lambda: [child(), child()], "allOf": lambda: [child()], "not": child, "if": child, "then": child, "else": child,
-    }  # fmt: skip
+        "type": lambda: rng.choice(
+            [
+                "string",
+                "number",
+                "integer",
+                "boolean",
+                "null",
+                "object",
+                "array",
+                ["string", "null"],
+                ["integer", "array", "object"],
+            ]
+        ),
+        "enum": lambda: [some_value(rng, 1) for _ in range(3)],
+        "const": lambda: some_value(rng, 1),
+        "properties": lambda: {name: child() for name in rng.sample(["a", "b", "x1"], 2)},
+        "required": lambda: rng.sample(["a", "b"], 1),
+        "additionalProperties": child,
+        "patternProperties": lambda: {rng.choice(["^x", "[ab]", "名"]): child()},
+        "propertyNames": child,
+        "minProperties": lambda: rng.randrange(3),
+        "maxProperties": lambda: rng.randrange(3),
+        "items": child,
+        "prefixItems": lambda: [child(), child()],
+        "minItems": lambda: rng.randrange(3),
+        "maxItems": lambda: rng.randrange(3),
+        "uniqueItems": lambda: rng.choice([True, False]),
+        "minLength": lambda: rng.randrange(3),
+        "maxLength": lambda: rng.randrange(3),
+        "pattern": lambda: rng.choice(["^a", "b$", "[0-9]", "^.{2}$"]),
+        "minimum": lambda: rng.choice([0, 1, 1.5]),
+        "maximum": lambda: rng.choice([0, 2, 2.5]),
+        "exclusiveMinimum": lambda: rng.choice([0, 1]),
+        "exclusiveMaximum": lambda: rng.choice([2, 3]),
+        "multipleOf": lambda: rng.choice([1, 2, 0.5]),
+        "anyOf": lambda: [child(), child()],
+        "oneOf": lambda: [child(), child()],
+        "allOf": lambda: [child()],
+        "not": child,
+        "if": child,
+        "then": child,
+        "else": child,
+    }
     for name in rng.sample(list(makers), rng.randrange(1, 5)):
         schema[name] = makers[name]()
     return schema
@@ -394,16 +472,33 @@ def nested(depth: int) -> dict[str, Any]:
 
 
 HOSTILE: dict[str, Callable[[], Any]] = {
-    "ladder of references": lambda: ladder(28), "wide ladder": lambda: ladder(10, 8), "ladder in allOf": lambda: {"$ref": "#/$defs/0", "$defs": {
-        **{str(n): {"allOf": [{"$ref": f"#/$defs/{n + 1}"}] * 3} for n in range(20)}, "20": {"type": "string"}}},
-    "200 deep": lambda: nested(200), "100000 deep": lambda: nested(100_000), "deep short form": lambda: json.loads('{"a":' * 500 + '"string"' + "}" * 500),
-    "deep list": lambda: json.loads('{"a":' + "[" * 500 + '"string"' + "]" * 500 + "}"), "1 MB enum": lambda: {"enum": ["x" * 10] * 100_000},
-    "1 MB of properties": lambda: {"type": "object", "properties": {str(n): {"type": "string"} for n in range(50_000)}}, "6000 parts": lambda: {"anyOf": [{"const": 1}] * 6000},
-    "a huge number": lambda: {"type": "integer", "maximum": 10 ** 80_000}, "not JSON": lambda: {"type": "string", "const": {1, 2}}, "nan": lambda: {"type": "number", "maximum": float("nan")},
-    "a cycle of objects": lambda: (lambda d: d.update(properties={"a": d}) or d)({"type": "object"}), "look-around": lambda: {"type": "string", "pattern": "(?=a)b"},
-    "back-reference": lambda: {"type": "string", "pattern": r"(a)\1"}, "bad pattern": lambda: {"type": "string", "pattern": "("}, "huge repeat": lambda: {"type": "string", "pattern": "(((a{1000}){1000}){1000})"},
-    "long pattern": lambda: {"type": "string", "pattern": "a" * 5000}, "hostile property pattern": lambda: {"type": "object", "patternProperties": {"(": True}},
-}  # fmt: skip
+    "ladder of references": lambda: ladder(28),
+    "wide ladder": lambda: ladder(10, 8),
+    "ladder in allOf": lambda: {
+        "$ref": "#/$defs/0",
+        "$defs": {
+            **{str(n): {"allOf": [{"$ref": f"#/$defs/{n + 1}"}] * 3} for n in range(20)},
+            "20": {"type": "string"},
+        },
+    },
+    "200 deep": lambda: nested(200),
+    "100000 deep": lambda: nested(100_000),
+    "deep short form": lambda: json.loads('{"a":' * 500 + '"string"' + "}" * 500),
+    "deep list": lambda: json.loads('{"a":' + "[" * 500 + '"string"' + "]" * 500 + "}"),
+    "1 MB enum": lambda: {"enum": ["x" * 10] * 100_000},
+    "1 MB of properties": lambda: {"type": "object", "properties": {str(n): {"type": "string"} for n in range(50_000)}},
+    "6000 parts": lambda: {"anyOf": [{"const": 1}] * 6000},
+    "a huge number": lambda: {"type": "integer", "maximum": 10**80_000},
+    "not JSON": lambda: {"type": "string", "const": {1, 2}},
+    "nan": lambda: {"type": "number", "maximum": float("nan")},
+    "a cycle of objects": lambda: (lambda d: d.update(properties={"a": d}) or d)({"type": "object"}),
+    "look-around": lambda: {"type": "string", "pattern": "(?=a)b"},
+    "back-reference": lambda: {"type": "string", "pattern": r"(a)\1"},
+    "bad pattern": lambda: {"type": "string", "pattern": "("},
+    "huge repeat": lambda: {"type": "string", "pattern": "(((a{1000}){1000}){1000})"},
+    "long pattern": lambda: {"type": "string", "pattern": "a" * 5000},
+    "hostile property pattern": lambda: {"type": "object", "patternProperties": {"(": True}},
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -468,14 +563,26 @@ def test_patterns_of_many_callers_do_not_pile_up() -> None:
 
 @pytest.mark.parametrize(
     ("schema", "value"),
-    [({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}]}}}, 1),
-     ({"$ref": "#"}, 1), ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, 1),
-     ({"anyOf": [{"items": {"$ref": "#"}}, {"items": {"$ref": "#"}}], "not": {"const": 1}}, json.loads("[" * 40 + "1" + "]" * 40)),
-     ({"items": {"enum": list(range(3000))}}, [-1.5] * 3000), ({"uniqueItems": True}, [[n] * 100 for n in range(5000)]),
-     ({"items": {"$ref": "#"}}, deep(5000, lambda v: [v])), ({"properties": {"a": {"$ref": "#"}}}, deep(5000, lambda v: {"a": v})),
-     ({"enum": [[["x"] * 3000]] * 5}, [["x"] * 2999 + ["y"]]), ({"oneOf": [{"oneOf": [{"oneOf": [{"type": "array", "items": {"type": "integer"}}] * 9}] * 9}] * 9}, list(range(3000)))],
+    [
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}]}}}, 1),
+        ({"$ref": "#"}, 1),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, 1),
+        (
+            {"anyOf": [{"items": {"$ref": "#"}}, {"items": {"$ref": "#"}}], "not": {"const": 1}},
+            json.loads("[" * 40 + "1" + "]" * 40),
+        ),
+        ({"items": {"enum": list(range(3000))}}, [-1.5] * 3000),
+        ({"uniqueItems": True}, [[n] * 100 for n in range(5000)]),
+        ({"items": {"$ref": "#"}}, deep(5000, lambda v: [v])),
+        ({"properties": {"a": {"$ref": "#"}}}, deep(5000, lambda v: {"a": v})),
+        ({"enum": [[["x"] * 3000]] * 5}, [["x"] * 2999 + ["y"]]),
+        (
+            {"oneOf": [{"oneOf": [{"oneOf": [{"type": "array", "items": {"type": "integer"}}] * 9}] * 9}] * 9},
+            list(range(3000)),
+        ),
+    ],
     ids=range(10),
-)  # fmt: skip
+)
 def test_the_check_of_an_answer_is_bounded(schema: Any, value: Any) -> None:
     """Whatever the schema and the answer: a verdict within the budget, and no error but ValueError."""
     with bounded_cpu():

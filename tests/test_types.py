@@ -76,8 +76,20 @@ BAD: list[tuple[str, list[Any]]] = [
     ("repetition_penalty", [0, -1, 2.1, "1", True, NAN]),
     ("logprobs", [1, 0, "true", "yes"]),
     ("top_logprobs", [-1, 21, 1.0, "1", True]),
-    ("tools", [[], TOOL, "x", [TOOL] * 129, [{}], [{"type": "function"}], [{"type": "x", "function": {"name": "f"}}],
-               [{"type": "function", "function": {"name": "a b"}}], [{"type": "function", "function": {"name": "f", "extra": 1}}]]),
+    (
+        "tools",
+        [
+            [],
+            TOOL,
+            "x",
+            [TOOL] * 129,
+            [{}],
+            [{"type": "function"}],
+            [{"type": "x", "function": {"name": "f"}}],
+            [{"type": "function", "function": {"name": "a b"}}],
+            [{"type": "function", "function": {"name": "f", "extra": 1}}],
+        ],
+    ),
     ("tool_choice", ["always", 1, True, {}, {"type": "function"}, {"type": "function", "function": {"name": 1}}]),
     ("think", [1, 0, "yes", "max", {}]),
     ("schema", ["string", 1, True, []]),
@@ -87,7 +99,7 @@ BAD: list[tuple[str, list[Any]]] = [
     ("model", [1, True, ["m"]]),
     ("on_unsupported", ["drop", True, 1]),
     ("engine_options", ["x", 1, []]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("field", "value"), [(f, v) for f, values in GOOD for v in values], ids=lambda v: str(v)[:24])
@@ -106,10 +118,21 @@ def test_a_value_outside_is_refused_by_the_fields_name(field: str, value: Any) -
 
 @pytest.mark.parametrize(
     "messages",
-    [[], "hi", None, [1], [{}], [{"role": "wizard", "content": "x"}], [{"content": "x"}], [{"role": "user", "content": 1}],
-     [{"role": "user", "content": "x", "extra": 1}], [{"role": "user", "content": [{"type": "audio"}]}],
-     [{"role": "user", "content": [{"type": "text"}]}], [{"role": "user", "content": "x"}] * 4097],
-)  # fmt: skip
+    [
+        [],
+        "hi",
+        None,
+        [1],
+        [{}],
+        [{"role": "wizard", "content": "x"}],
+        [{"content": "x"}],
+        [{"role": "user", "content": 1}],
+        [{"role": "user", "content": "x", "extra": 1}],
+        [{"role": "user", "content": [{"type": "audio"}]}],
+        [{"role": "user", "content": [{"type": "text"}]}],
+        [{"role": "user", "content": "x"}] * 4097,
+    ],
+)
 def test_messages_are_checked(messages: Any) -> None:
     with pytest.raises(InvalidRequest, match="messages"):
         make_request(messages=messages)
@@ -166,10 +189,15 @@ def test_one_constraint_at_most(one: str, other: str) -> None:
 
 @pytest.mark.parametrize(
     ("fields", "named"),
-    [({"tool_choice": "required"}, "tool_choice"), ({"tool_choice": "auto"}, "tool_choice"), ({"top_logprobs": 3}, "top_logprobs"),
-     ({"top_logprobs": 3, "logprobs": False}, "top_logprobs"), ({"tools": [TOOL], "choice": ["a"]}, "choice"),
-     ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "get_weather")],
-)  # fmt: skip
+    [
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"top_logprobs": 3, "logprobs": False}, "top_logprobs"),
+        ({"tools": [TOOL], "choice": ["a"]}, "choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "get_weather"),
+    ],
+)
 def test_fields_that_do_not_go_together(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         request(**fields)
@@ -197,13 +225,28 @@ SECRET = "s3cr3t" * 2000
 
 @pytest.mark.parametrize(
     "fields",
-    [{"stop": SECRET}, {"stop": [SECRET]}, {"max_tokens": SECRET}, {"temperature": SECRET}, {"tool_choice": SECRET}, {"think": SECRET}, {"regex": [SECRET]},
-     {"on_unsupported": SECRET}, {"schema": SECRET}, {"tools": [{SECRET: 1}]}, {"choice": {SECRET: SECRET}}, {"model": [SECRET]}, {SECRET: 1},
-     {"messages": [{"role": SECRET, "content": "x"}]}, {"messages": [{"role": "user", "content": {SECRET: SECRET}}]},
-     {"messages": [{"role": "user", "content": "x", SECRET: 1}]}, {"messages": [{"role": "user", "content": [{"type": SECRET}]}]},
-     {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": SECRET}}]}]}],
+    [
+        {"stop": SECRET},
+        {"stop": [SECRET]},
+        {"max_tokens": SECRET},
+        {"temperature": SECRET},
+        {"tool_choice": SECRET},
+        {"think": SECRET},
+        {"regex": [SECRET]},
+        {"on_unsupported": SECRET},
+        {"schema": SECRET},
+        {"tools": [{SECRET: 1}]},
+        {"choice": {SECRET: SECRET}},
+        {"model": [SECRET]},
+        {SECRET: 1},
+        {"messages": [{"role": SECRET, "content": "x"}]},
+        {"messages": [{"role": "user", "content": {SECRET: SECRET}}]},
+        {"messages": [{"role": "user", "content": "x", SECRET: 1}]},
+        {"messages": [{"role": "user", "content": [{"type": SECRET}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": SECRET}}]}]},
+    ],
     ids=lambda f: next(iter(f))[:12] + str(f)[-40:].replace("s3cr3t", ""),
-)  # fmt: skip
+)
 def test_a_refusal_never_echoes_the_input(fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest) as caught:
         make_request(**{"messages": HI, **fields})
@@ -229,12 +272,20 @@ def test_every_error_class_has_a_kind_of_its_own_and_a_place_in_the_table() -> N
 
 
 DESIGN = {
-    "invalid_request": (400, 400, "invalid_request_error", False), "unsupported_feature": (400, 400, "invalid_request_error", False),
-    "context_too_long": (400, 400, "invalid_request_error", False), "unknown_engine": (400, 400, "invalid_request_error", False),
-    "model_not_found": (400, 404, "not_found_error", False), "engine_unavailable": (500, 503, "", True), "engine_not_installed": (500, 503, "", False),
-    "engine_overloaded": (500, 503, "", True), "engine_timeout": (500, 504, "", True), "out_of_memory": (500, 502, "", False),
-    "bad_engine_reply": (500, 502, "", False), "structured_output_invalid": (500, 502, "", False), "internal_error": (500, 500, "", False),
-}  # fmt: skip
+    "invalid_request": (400, 400, "invalid_request_error", False),
+    "unsupported_feature": (400, 400, "invalid_request_error", False),
+    "context_too_long": (400, 400, "invalid_request_error", False),
+    "unknown_engine": (400, 400, "invalid_request_error", False),
+    "model_not_found": (400, 404, "not_found_error", False),
+    "engine_unavailable": (500, 503, "", True),
+    "engine_not_installed": (500, 503, "", False),
+    "engine_overloaded": (500, 503, "", True),
+    "engine_timeout": (500, 504, "", True),
+    "out_of_memory": (500, 502, "", False),
+    "bad_engine_reply": (500, 502, "", False),
+    "structured_output_invalid": (500, 502, "", False),
+    "internal_error": (500, 500, "", False),
+}
 
 
 @pytest.mark.parametrize("kind", DESIGN)
@@ -246,10 +297,19 @@ def test_the_table_of_errors_is_the_designs(kind: str) -> None:
 
 # Folding -----------------------------------------------------------------------------------------
 def test_chunks_fold_into_the_whole() -> None:
-    done = Completion.from_chunks([
-        Chunk(reasoning="hm"), Chunk(text="北", logprobs=({"token": "北"},)), Chunk(text="京", logprobs=({"token": "京"},)),
-        Chunk(finish_reason="stop", usage=Usage(prompt_tokens=3, completion_tokens=2), timing=Timing(total=1.5), result=7),
-    ])  # fmt: skip
+    done = Completion.from_chunks(
+        [
+            Chunk(reasoning="hm"),
+            Chunk(text="北", logprobs=({"token": "北"},)),
+            Chunk(text="京", logprobs=({"token": "京"},)),
+            Chunk(
+                finish_reason="stop",
+                usage=Usage(prompt_tokens=3, completion_tokens=2),
+                timing=Timing(total=1.5),
+                result=7,
+            ),
+        ]
+    )
     assert (done.text, done.reasoning, done.finish_reason, done.result) == ("北京", "hm", "stop", 7)
     assert (
         done.usage.as_dict() == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
@@ -357,10 +417,19 @@ def test_json_round_trip() -> None:
 # Names and places --------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("given", "clean"),
-    [("localhost:8000", "http://localhost:8000"), ("http://h:1/v1", "http://h:1"), ("http://h:1/v1/", "http://h:1"), ("https://h/a/b/v1", "https://h/a/b"),
-     ("0.0.0.0:11434", "http://127.0.0.1:11434"), ("http://0.0.0.0", "http://127.0.0.1"), ("[::1]:8000", "http://[::1]:8000"), ("10.0.0.0:80", "http://10.0.0.0:80"),
-     ("http://10.0.0.0.0.0/x", "http://10.0.0.0.0.0/x"), ("h_1.example", "http://h_1.example")],
-)  # fmt: skip
+    [
+        ("localhost:8000", "http://localhost:8000"),
+        ("http://h:1/v1", "http://h:1"),
+        ("http://h:1/v1/", "http://h:1"),
+        ("https://h/a/b/v1", "https://h/a/b"),
+        ("0.0.0.0:11434", "http://127.0.0.1:11434"),
+        ("http://0.0.0.0", "http://127.0.0.1"),
+        ("[::1]:8000", "http://[::1]:8000"),
+        ("10.0.0.0:80", "http://10.0.0.0:80"),
+        ("http://10.0.0.0.0.0/x", "http://10.0.0.0.0.0/x"),
+        ("h_1.example", "http://h_1.example"),
+    ],
+)
 def test_a_base_url_is_read_as_people_write_it(given: str, clean: str) -> None:
     assert clean_url(given) == clean == clean_url(clean)
 
@@ -420,19 +489,37 @@ def test_an_escaped_text_matches_itself_alone(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("body", "said"),
-    [(b'{"error": "plain"}', "plain"), (b'{"error": {"message": "m", "code": 400}}', "m"), (b'{"detail": "Not Found"}', "Not Found"), (b'{"message": "m"}', "m"),
-     (b'{"error": "{\\"error\\": {\\"code\\": 400, \\"message\\": \\"deep\\"}}"}', "deep"), (b"Internal Server Error", "Internal Server Error"), (b"", "it gave no reason"),
-     (b"a\nb\t c", "a b c"), (b"\xff\xfe", "\ufffd\ufffd"), (b"null", "null"), (b"[1]", "[1]")],
-)  # fmt: skip
+    [
+        (b'{"error": "plain"}', "plain"),
+        (b'{"error": {"message": "m", "code": 400}}', "m"),
+        (b'{"detail": "Not Found"}', "Not Found"),
+        (b'{"message": "m"}', "m"),
+        (b'{"error": "{\\"error\\": {\\"code\\": 400, \\"message\\": \\"deep\\"}}"}', "deep"),
+        (b"Internal Server Error", "Internal Server Error"),
+        (b"", "it gave no reason"),
+        (b"a\nb\t c", "a b c"),
+        (b"\xff\xfe", "\ufffd\ufffd"),
+        (b"null", "null"),
+        (b"[1]", "[1]"),
+    ],
+)
 def test_what_an_engine_says(body: bytes, said: str) -> None:
     assert error_text(body) == said
 
 
 @pytest.mark.parametrize(
     "leak",
-    ["/venv/lib/python3/site-packages/sglang/srt/x.py", "http://10.1.2.3:9000/v2/x", "https://u:p@h/x?token=1", "/root/models/m.gguf", "~/.cache/x/y", "/data/模型/权重.gguf",
-     "file:///etc/passwd", "dial tcp 10.1.2.3:9000"],
-)  # fmt: skip
+    [
+        "/venv/lib/python3/site-packages/sglang/srt/x.py",
+        "http://10.1.2.3:9000/v2/x",
+        "https://u:p@h/x?token=1",
+        "/root/models/m.gguf",
+        "~/.cache/x/y",
+        "/data/模型/权重.gguf",
+        "file:///etc/passwd",
+        "dial tcp 10.1.2.3:9000",
+    ],
+)
 def test_what_an_engine_says_has_no_paths_and_addresses(leak: str) -> None:
     said = error_text(json.dumps({"error": {"message": f"it broke at {leak}, sorry"}}).encode())
     assert said.startswith("it broke at") and not any(

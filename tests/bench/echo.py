@@ -1,4 +1,5 @@
-"""The yardstick of Python: a bare FastAPI application that parses the same body and answers by itself, with no engine behind it."""
+"""The yardstick of Python: a bare FastAPI application that parses the same body and answers by itself, with no engine
+behind it."""
 
 import argparse
 from collections.abc import AsyncIterator

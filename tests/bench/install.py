@@ -1,11 +1,12 @@
-"""What an installation costs: megabytes, packages and seconds of pip, and what an import costs; each in a fresh virtual environment.
+"""What an installation costs: megabytes, packages and seconds of pip, and what an import costs; each in a fresh virtual
+environment.
 
     python -m tests.bench.install               # writes tests/bench/install.json and prints the table
     python -m tests.bench.install --only five,requirements
 
-pip fetches all anew (--no-cache-dir), from the registry and the local indexes that this machine's pip is set up with. Megabytes are of the files
-on disk, less those of an empty environment (pip itself). The engines' environments that tests/engines.py keeps are only measured.
-"""
+pip fetches all anew (--no-cache-dir), from the registry and the local indexes that this machine's pip is set up with.
+Megabytes are of the files on disk, less those of an empty environment (pip itself). The engines' environments that
+tests/engines.py keeps are only measured."""
 
 import argparse
 import importlib.metadata
@@ -33,10 +34,17 @@ INSTALLS: dict[str, tuple[list[str], str]] = {
     "xinference": (["xinference", XLLAMACPP], "xinference"),
 }
 HEADS = {
-    "five": "llm_inference, the five packages", "requirements": "llm_inference, requirements.txt (embedded llama.cpp)", "litellm": "`litellm[proxy]`",
-    "xinference": "`xinference` with `xllamacpp`", "vllm": "vLLM as tests/engines.py has it", "sglang": "SGLang as tests/engines.py has it",
-}  # fmt: skip
-REDUCED = "a reduced installation for the CPU: pinned packages without their dependencies, no CUDA, no Triton, no byte code until the first start"
+    "five": "llm_inference, the five packages",
+    "requirements": "llm_inference, requirements.txt (embedded llama.cpp)",
+    "litellm": "`litellm[proxy]`",
+    "xinference": "`xinference` with `xllamacpp`",
+    "vllm": "vLLM as tests/engines.py has it",
+    "sglang": "SGLang as tests/engines.py has it",
+}
+REDUCED = (
+    "a reduced installation for the CPU: pinned packages without their dependencies, no CUDA, no Triton, "
+    "no byte code until the first start"
+)
 
 
 def megabytes(folder: Path) -> float:
@@ -63,7 +71,8 @@ def installed(python: Path) -> dict[str, str]:
 
 
 def import_cost(python: Path, module: str, times: int) -> dict[str, float]:
-    """Seconds and CPU seconds of an import, the interpreter's own start taken off; the files are warm, and compiled by pip."""
+    """Seconds and CPU seconds of an import, the interpreter's own start taken off; the files are warm, and compiled by
+    pip."""
 
     def once(code: str) -> tuple[float, float]:
         env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}

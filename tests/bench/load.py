@@ -2,8 +2,8 @@
 
     python load.py --url http://127.0.0.1:9400/v1/chat/completions --body JSON --streams 1000 --ramp 2 --tokens 200
 
-A paced stand-in engine writes the time into each token; both clocks are the machine's monotonic one. Prints one line of JSON.
-"""
+A paced stand-in engine writes the time into each token; both clocks are the machine's monotonic one. Prints one line of
+JSON."""
 
 import argparse
 import asyncio
@@ -75,9 +75,16 @@ async def read_all(args: argparse.Namespace) -> dict[str, Any]:
     late = sorted(1e3 * seconds for reader in readers for seconds in reader.late)
     cuts = statistics.quantiles(late, n=1000, method="inclusive") if len(late) > 1 else [0.0] * 999
     return {
-        "streams": args.streams, "tokens": len(late), "errors": len(errors), "first_errors": errors[:3], "seconds": time.monotonic() - began,
-        "p50_ms": cuts[499], "p99_ms": cuts[989], "p999_ms": cuts[998], "max_ms": late[-1] if late else 0.0,
-    }  # fmt: skip
+        "streams": args.streams,
+        "tokens": len(late),
+        "errors": len(errors),
+        "first_errors": errors[:3],
+        "seconds": time.monotonic() - began,
+        "p50_ms": cuts[499],
+        "p99_ms": cuts[989],
+        "p999_ms": cuts[998],
+        "max_ms": late[-1] if late else 0.0,
+    }
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""Servers under measurement: started, waited for, ended by their process id; CPU time and memory of a process tree from /proc."""
+"""Servers under measurement: started, waited for, ended by their process id; CPU time and memory of a process tree from
+/proc."""
 
 import contextlib
 import os

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tests.processes import free_port
+from tests.processes import cpu_name, free_port
 
 from .proc import Process, machine_busy, many_sockets
 
@@ -46,7 +46,8 @@ V1, API = "/v1/chat/completions", "/api/v1/llm/chat"
 # ------------------------------------------------------------------------------------------------ what is measured
 @dataclass(frozen=True)
 class Target:
-    """A server in front of the stand-in engine at `url`, and the routes that are measured on it: name, path, fields of the body."""
+    """A server in front of the stand-in engine at `url`, and the routes that are measured on it: name, path, fields of
+    the body."""
 
     name: str
     routes: tuple[tuple[str, str, dict[str, Any]], ...]
@@ -209,9 +210,12 @@ def forgiving(target: Target) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------- requests back to back
 def fetch(url: str, body: str) -> bytes:
-    """One request's whole answer as it stood on the wire; wrk counts the same bytes."""
+    """The bytes of the answer to one request, head included; wrk counts the same."""
     where = urlsplit(url)
-    head = f"POST {where.path} HTTP/1.1\r\nHost: {where.netloc}\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST {where.path} HTTP/1.1\r\nHost: {where.netloc}\r\nAuthorization: Bearer {KEY}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     with socket.create_connection((where.hostname or "", where.port or 80), timeout=60) as wire:
         wire.sendall(head.encode() + body.encode())
         answer = b""
@@ -230,7 +234,8 @@ def fetch(url: str, body: str) -> bytes:
 
 
 def checked(url: str, body: str, streamed: bool) -> int:
-    """The size of a right answer on the wire. Raises RuntimeError when it is not right: a fast wrong one is worth nothing."""
+    """The size of a right answer on the wire. Raises RuntimeError when it is not right: a fast wrong one is worth
+    nothing."""
     answer = fetch(url, body)
     wrong = (
         answer.count(b"@0") < TOKENS - 1 or b"[DONE]" not in answer
@@ -302,10 +307,15 @@ def drive(
     # Streams that the end of the run cut did their part of the work too: they are counted by their bytes.
     answers = max(outcome["bytes"] / size if streamed else outcome["requests"], 0.01)
     result = {
-        "rps": answers / outcome["seconds"], "p50_ms": outcome["p50"], "p99_ms": outcome["p99"], "cpu_ms": 1e3 * used[0] / answers,
-        "rss_mib": process.rss(), "errors": sum(outcome[kind] for kind in ("status", "connect", "read", "write", "timeout")),
-        "cpu_share": used[0] / outcome["seconds"], "others_share": max(0.0, others) / outcome["seconds"],
-    }  # fmt: skip
+        "rps": answers / outcome["seconds"],
+        "p50_ms": outcome["p50"],
+        "p99_ms": outcome["p99"],
+        "cpu_ms": 1e3 * used[0] / answers,
+        "rss_mib": process.rss(),
+        "errors": sum(outcome[kind] for kind in ("status", "connect", "read", "write", "timeout")),
+        "cpu_share": used[0] / outcome["seconds"],
+        "others_share": max(0.0, others) / outcome["seconds"],
+    }
     return result | ({"token_us": 1e3 * result["cpu_ms"] / TOKENS} if streamed else {})
 
 
@@ -322,9 +332,8 @@ def back_to_back(
                     for (name, path, fields), streamed, conns in itertools.product(
                         target.routes, (False, True), target.conns
                     ):
-                        say(
-                            f"round {number + 1}/{rounds}: {name}, {'streamed' if streamed else 'whole'}, {conns} connections"
-                        )
+                        kind = "streamed" if streamed else "complete"
+                        say(f"round {number + 1}/{rounds}: {name}, {kind}, {conns} connections")
                         body = fields | ({"stream": True} if streamed else {})
                         cases.setdefault((name, streamed, conns), []).append(
                             drive(process, upstream, path, body, conns, seconds)
@@ -345,7 +354,8 @@ def back_to_back(
 
 
 def sockets_left(process: Process) -> int:
-    """Sockets that are still open twelve seconds after the load went, more than there were before it: idle ones are closed by then."""
+    """Sockets that are still open twelve seconds after the load went, more than there were before it: idle ones are
+    closed by then."""
     until = time.monotonic() + 12
     while (left := process.sockets() - process.ready_sockets) > 0 and time.monotonic() < until:
         time.sleep(0.2)
@@ -372,9 +382,8 @@ def paced(chosen: list[Target], streams: int, tokens: int, rounds: int) -> list[
             for target in chosen:
                 for name, path, fields in target.routes:
                     with forgiving(target), serving(target, upstream, cores[-1]) as process:
-                        say(
-                            f"round {number + 1}/{rounds}: {name}, {streams} streams of {tokens} tokens, {1 / PACE:.0f} a second"
-                        )
+                        load = f"{streams} streams of {tokens} tokens, {1 / PACE:.0f} a second"
+                        say(f"round {number + 1}/{rounds}: {name}, {load}")
                         body = fields | {"stream": True, "max_tokens": tokens}
                         read(process, upstream, path, body | {"max_tokens": 10}, min(20, streams), 10, cores[0])  # warm
                         one = read(process, upstream, path, body, streams, tokens, cores[0])
@@ -468,14 +477,6 @@ def imports(program: Path, times: int) -> dict[str, float]:
 
 # -------------------------------------------------------------------------------------------------------- the command
 def machine() -> dict[str, Any]:
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
     versions = {"python": platform.python_version()}
     for name in ("aiohttp", "fastapi", "httptools", "pydantic", "uvicorn", "uvloop"):
         try:
@@ -487,7 +488,13 @@ def machine() -> dict[str, Any]:
         if found:
             versions[name] = found[-1].name.split("-")[1].removesuffix(".dist")
     cores = len(os.sched_getaffinity(0))
-    return {"cpu": cpu, "cores": cores, "kernel": platform.release(), "load": os.getloadavg()[0], "versions": versions}
+    return {
+        "cpu": cpu_name(),
+        "cores": cores,
+        "kernel": platform.release(),
+        "load": os.getloadavg()[0],
+        "versions": versions,
+    }
 
 
 def say(what: str) -> None:

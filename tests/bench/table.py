@@ -34,16 +34,68 @@ WORDS = {
     "whole": ("Whole answers", "完整回答（非流式）"),
     "streamed": ("Streamed answers, {tokens} tokens each, back to back", "流式回答，每个 {tokens} 个 token，背靠背"),
     "conns head": (
-        ("in front of the engine", "CPU ms a request, 16 conns", "256", "requests/s, 16", "256", "p50 / p99 ms, 16", "256", "RSS MiB", "errors"),
-        ("引擎前面的是", "每请求 CPU ms，16 连接", "256", "请求/秒，16", "256", "p50 / p99 ms，16", "256", "内存 MiB", "错误"),
+        (
+            "in front of the engine",
+            "CPU ms a request, 16 conns",
+            "256",
+            "requests/s, 16",
+            "256",
+            "p50 / p99 ms, 16",
+            "256",
+            "RSS MiB",
+            "errors",
+        ),
+        (
+            "引擎前面的是",
+            "每请求 CPU ms，16 连接",
+            "256",
+            "请求/秒，16",
+            "256",
+            "p50 / p99 ms，16",
+            "256",
+            "内存 MiB",
+            "错误",
+        ),
     ),
     "tokens head": (
-        ("in front of the engine", "CPU µs a token, 16 conns", "256", "streams/s, 16", "256", "p50 / p99 ms a stream, 16", "256", "RSS MiB", "errors"),
-        ("引擎前面的是", "每 token CPU µs，16 连接", "256", "流/秒，16", "256", "每个流 p50 / p99 ms，16", "256", "内存 MiB", "错误"),
+        (
+            "in front of the engine",
+            "CPU µs a token, 16 conns",
+            "256",
+            "streams/s, 16",
+            "256",
+            "p50 / p99 ms a stream, 16",
+            "256",
+            "RSS MiB",
+            "errors",
+        ),
+        (
+            "引擎前面的是",
+            "每 token CPU µs，16 连接",
+            "256",
+            "流/秒，16",
+            "256",
+            "每个流 p50 / p99 ms，16",
+            "256",
+            "内存 MiB",
+            "错误",
+        ),
     ),
-    "paced": ("{streams} streams at once, 20 tokens/s each, the server on one core", "{streams} 个并发流，每个 20 token/秒，服务器占一个核"),
+    "paced": (
+        "{streams} streams at once, 20 tokens/s each, the server on one core",
+        "{streams} 个并发流，每个 20 token/秒，服务器占一个核",
+    ),
     "paced head": (
-        ("in front of the engine", "travel of a token, p50 ms", "p99", "max", "CPU of the core", "CPU µs a token", "KiB a stream", "errors"),
+        (
+            "in front of the engine",
+            "travel of a token, p50 ms",
+            "p99",
+            "max",
+            "CPU of the core",
+            "CPU µs a token",
+            "KiB a stream",
+            "errors",
+        ),
         ("引擎前面的是", "token 路上时间 p50 ms", "p99", "最大", "占用该核", "每 token CPU µs", "每流 KiB", "错误"),
     ),
     "lone": ("A token that arrives alone", "单独到达的一个 token"),
@@ -51,14 +103,20 @@ WORDS = {
     "verbs": ("The Python verbs, µs of CPU a call", "Python 接口，每次调用的 CPU µs"),
     "verbs head": (("call", "ours", "bare HTTP client", "more"), ("调用", "本项目", "裸 HTTP 客户端", "多出")),
     "starts": ("Start", "启动"),
-    "starts head": (("server", "CPU s until ready", "idle RSS MiB", "sockets left after the load"), ("服务器", "就绪前 CPU 秒", "空闲内存 MiB", "负载后残留套接字")),
+    "starts head": (
+        ("server", "CPU s until ready", "idle RSS MiB", "sockets left after the load"),
+        ("服务器", "就绪前 CPU 秒", "空闲内存 MiB", "负载后残留套接字"),
+    ),
     "note": (
-        "{when}, {cpu}, {cores} cores shared by load generator, stand-in engine, server{others}; Python {python}, {rounds} rounds, medians of the calmer half. CPU time is the server's own "
-        "process tree's. Judge by CPU time and by ratios within this run; requests/s and latencies are this machine's.",
-        "{when}，{cpu}，{cores} 核由负载发生器、替身引擎与服务器共用{others}；Python {python}，{rounds} 轮，取较安静一半的中位数。CPU 时间只计服务器自己的进程树。请以 CPU 时间与同次运行内的比值为准，"
+        "{when}, {cpu}, {cores} cores shared by load generator, stand-in engine, server{others}; Python {python}, "
+        "{rounds} rounds, medians of the calmer half. CPU time is the server's own process tree's. "
+        "Judge by CPU time and by ratios within this run; requests/s and latencies are this machine's.",
+        "{when}，{cpu}，{cores} 核由负载发生器、替身引擎与服务器共用{others}；"
+        "Python {python}，{rounds} 轮，取较安静一半的中位数。CPU 时间只计服务器自己的进程树。"
+        "请以 CPU 时间与同次运行内的比值为准，"
         "请求/秒与延迟只代表这台机器。",
     ),
-}  # fmt: skip
+}
 GOALS = {
     "v1 whole": (
         "`/v1` whole, CPU ms a request (16 / 256 connections)",
@@ -144,11 +202,18 @@ class Tables:
 
     def paced(self) -> str:
         rows = [
-            [self.name(one["target"]), *(number(one[field]) for field in ("p50_ms", "p99_ms", "max_ms")), f"{one['cpu_share']:.0%}",
-             number(one["token_us"]), number(one["kib_a_stream"]), str(one["errors"])]
+            [
+                self.name(one["target"]),
+                *(number(one[field]) for field in ("p50_ms", "p99_ms", "max_ms")),
+                f"{one['cpu_share']:.0%}",
+                number(one["token_us"]),
+                number(one["kib_a_stream"]),
+                str(one["errors"]),
+            ]
             for one in self.results["paced"]
-        ]  # fmt: skip
-        return f"**{self.word('paced', streams=int(self.results['paced'][0]['streams']))}**\n\n{grid(self.head('paced'), rows)}"
+        ]
+        title = self.word("paced", streams=int(self.results["paced"][0]["streams"]))
+        return f"**{title}**\n\n{grid(self.head('paced'), rows)}"
 
     def lone(self) -> str:
         rows = [

@@ -3,11 +3,9 @@
     python upstream.py --port 9100 [--tokens 128] [--pace 0.05]
 
 It speaks vLLM's OpenAI dialect and Ollama's, whole and streamed, on a raw asyncio Protocol (uvloop where there is one).
-A stream is `--tokens` pieces, back to back (one write each), or `--pace` seconds apart; a paced piece carries the
-time at which it was written (`@<monotonic seconds>`), so that a reader knows how long it travelled; `max_tokens` shortens a
-paced stream. GET /stats counts.
-It is a load fixture and no model.
-"""
+A stream is `--tokens` pieces, back to back (one write each), or `--pace` seconds apart; a paced piece carries the time
+at which it was written (`@<monotonic seconds>`), so that a reader knows how long it travelled; `max_tokens` shortens a
+paced stream. GET /stats counts. It is a load fixture and no model."""
 
 import argparse
 import asyncio
@@ -28,7 +26,8 @@ COUNTS = {
     "prompt_eval_duration": 10**4,
     "eval_duration": 10**6,
 }
-STAMP = "@00000000.000000"  # a paced piece, until the time is known; the others are numbered, for LiteLLM refuses an answer that repeats itself
+# a paced piece, until the time is known; the others are numbered, for LiteLLM refuses an answer that repeats itself
+STAMP = "@00000000.000000"
 
 
 def usage(tokens: int) -> dict[str, int]:
@@ -94,7 +93,8 @@ def chunk(data: bytes) -> bytes:
 
 
 class Stream:
-    """The bytes of one kind of stream: `tokens` pieces, the last with its finish_reason; then usage, if asked, and the end."""
+    """The bytes of one kind of stream: `tokens` pieces, the last with its finish_reason; then usage, if asked, and the
+    end."""
 
     def __init__(self, path: str, tokens: int, paced: bool) -> None:
         kind = b"text/event-stream; charset=utf-8" if path.startswith("/v1/") else b"application/x-ndjson"

@@ -2,8 +2,8 @@
 
     python verbs.py --url http://127.0.0.1:9100 --program ../../llm_inference.py --calls 2000
 
-The stand-in engine is another process, so that this one's CPU time is the verbs' alone. Prints one line of JSON: µs a call.
-"""
+The stand-in engine is another process, so that this one's CPU time is the verbs' alone. Prints one line of JSON: µs a
+call."""
 
 import argparse
 import asyncio
@@ -92,10 +92,15 @@ def measure(url: str, module: Any, calls: int, rounds: int) -> dict[str, float]:
         few = max(10, calls // 20)
         for _ in range(rounds):
             for name, work, times in (
-                ("http.client", bare, calls), ("chat", chat, calls), ("stream", stream, few),
-                ("aiohttp", at_once(abare, 1), calls), ("achat", at_once(achat, 1), calls), ("astream", at_once(astream, 1), few),
-                ("aiohttp x16", at_once(abare, 16), calls), ("achat x16", at_once(achat, 16), calls),
-            ):  # fmt: skip
+                ("http.client", bare, calls),
+                ("chat", chat, calls),
+                ("stream", stream, few),
+                ("aiohttp", at_once(abare, 1), calls),
+                ("achat", at_once(achat, 1), calls),
+                ("astream", at_once(astream, 1), few),
+                ("aiohttp x16", at_once(abare, 16), calls),
+                ("achat x16", at_once(achat, 16), calls),
+            ):
                 found.setdefault(name, []).append(cost(work, times))
         runner.run(client.close())
         runner.run(aio.aclose())

@@ -28,7 +28,8 @@ from .run import HERE, PEER_HOME, PROGRAM, machine, rounded, say
 HOME = PEER_HOME / "xinference"
 CONTEXT, PARALLEL, TOKENS = 4096, 2, 64
 PROMPT = "Write a long story about a lighthouse keeper and the sea."
-#: what --serve gives its embedded engine, said to Xinference in its own words (its own default is a thread for every core)
+#: what --serve gives its embedded engine, said to Xinference in its own words (its own default is a thread for every
+#: core)
 SAME = {
     "n_ctx": CONTEXT * PARALLEL,
     "n_parallel": PARALLEL,
@@ -38,12 +39,20 @@ SAME = {
     "warmup": False,
 }
 MODEL = {
-    "version": 2, "model_name": "smollm2", "model_lang": ["en"], "model_ability": ["chat"], "context_length": CONTEXT, "model_family": "smollm2",
-    "chat_template": "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI "
-    "assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
-    "+ '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",  # the GGUF file's own
-    "stop_token_ids": [2], "stop": ["<|im_end|>"],
-}  # fmt: skip
+    "version": 2,
+    "model_name": "smollm2",
+    "model_lang": ["en"],
+    "model_ability": ["chat"],
+    "context_length": CONTEXT,
+    "model_family": "smollm2",
+    # the GGUF file's own
+    "chat_template": "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
+    "+ '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "stop_token_ids": [2],
+    "stop": ["<|im_end|>"],
+}
 
 
 def ours(gguf: Path) -> tuple[Process, str]:
@@ -104,8 +113,20 @@ def launch(url: str, gguf: Path) -> None:
     }
     spec |= {"model_file_name_template": gguf.name, "model_uri": f"file://{gguf.parent}"}
     post(url + "/v1/model_registrations/LLM", {"model": json.dumps(MODEL | {"model_specs": [spec]}), "persist": False})
-    post(url + "/v1/models", {"model_uid": "smollm2", "model_name": "smollm2", "model_engine": "llama.cpp", "model_format": "ggufv2",
-         "model_size_in_billions": 1, "quantization": "Q4_1", "model_type": "LLM", "n_gpu": None, **SAME})  # fmt: skip
+    post(
+        url + "/v1/models",
+        {
+            "model_uid": "smollm2",
+            "model_name": "smollm2",
+            "model_engine": "llama.cpp",
+            "model_format": "ggufv2",
+            "model_size_in_billions": 1,
+            "quantization": "Q4_1",
+            "model_type": "LLM",
+            "n_gpu": None,
+            **SAME,
+        },
+    )
 
 
 async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> tuple[float, float, int]:
@@ -170,9 +191,15 @@ def one(name: str, gguf: Path, rounds: int, home: str) -> dict[str, float]:
 
 
 ROWS = {
-    "start_s": "start to the first answer, s", "start_cpu_s": "… CPU s", "rss_mib": "memory with the model, MiB", "first_token_ms": "first token, ms",
-    "tokens_s_1": "tokens/s, 1 client", "tokens_s_8": "tokens/s, 8 clients", "requests_s": "requests/s of one token, 8 clients", "load_cpu_s": "CPU s of the whole load",
-}  # fmt: skip
+    "start_s": "start to the first answer, s",
+    "start_cpu_s": "… CPU s",
+    "rss_mib": "memory with the model, MiB",
+    "first_token_ms": "first token, ms",
+    "tokens_s_1": "tokens/s, 1 client",
+    "tokens_s_8": "tokens/s, 8 clients",
+    "requests_s": "requests/s of one token, 8 clients",
+    "load_cpu_s": "CPU s of the whole load",
+}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -205,8 +232,12 @@ def main() -> int:
     }
     if results["ours"]["prompt_tokens"] != results["xinference"]["prompt_tokens"]:
         raise SystemExit("the two did not get the same prompt: their chat templates differ")
-    versions = {name: subprocess.run([str(HOME / "bin" / "pip"), "show", name], capture_output=True, text=True, check=True).stdout.splitlines()[1].partition(": ")[2]
-                for name in ("xinference", "xllamacpp")}  # fmt: skip
+    versions = {
+        name: subprocess.run([str(HOME / "bin" / "pip"), "show", name], capture_output=True, text=True, check=True)
+        .stdout.splitlines()[1]
+        .partition(": ")[2]
+        for name in ("xinference", "xllamacpp")
+    }
     results |= {
         "when": time.strftime("%Y-%m-%d %H:%M"),
         "machine": machine(),

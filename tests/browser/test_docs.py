@@ -21,7 +21,8 @@ def test_the_page_needs_no_other_host(path: str, size: tuple[int, int], tmp_path
         page.wait(lambda: "structured-generate" in page.text() or "Answer with checked JSON" in page.text())
         page.shot(Path(os.environ.get("LLM_TEST_SHOTS", tmp_path)) / f"{path[1:]}-{size[0]}.png")
         page.network()
-        logo = "https://cdn.redoc.ly/redoc/logo-mini.svg"  # beside ReDoc's "API docs by Redocly", inside its script: the one thing that is missing
+        # beside ReDoc's "API docs by Redocly", inside its script: the one thing that is missing
+        logo = "https://cdn.redoc.ly/redoc/logo-mini.svg"
         assert not {*page.asked} - {logo} and not page.failed and all(logo in error for error in page.errors())
 
 

@@ -1,4 +1,5 @@
-"""The chat page in Chromium, on the real embedded model and beside it a fake vLLM, with every other host unreachable."""
+"""The chat page in Chromium, on the real embedded model and beside it a fake vLLM, with every other host
+unreachable."""
 
 from __future__ import annotations
 

@@ -44,9 +44,8 @@ def chosen(short: bool, only: str) -> list[judge.Feature]:
 
 def measure(side: Side, prompts: int) -> Json:
     found = validity.measure(side, prompts)
-    print(
-        f"\nJSON validity, {found['answers']} answers in {found['seconds']} s: {found['valid']} valid, {found['honest error']} honest errors, {found['wrong']} wrong"
-    )
+    verdicts = f"{found['valid']} valid, {found['honest error']} honest errors, {found['wrong']} wrong"
+    print(f"\nJSON validity, {found['answers']} answers in {found['seconds']} s: {verdicts}")
     for error in found["errors"]:
         print(f"  {error['verdict']:14}{error['schema']}, prompt {error['prompt']}: {error['why']}")
     return found

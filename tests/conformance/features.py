@@ -1,8 +1,8 @@
 """The rows: what is asked, and how the answer shows whether it was done.
 
-A row returns a note where the feature is honoured. It raises Dropped where the answer ignores what was asked, Undecidable
-where the answer would look the same either way; a Refusal of the side passes through. Answers are kept to a few tokens.
-"""
+A row returns a note where the feature is honoured. It raises Dropped where the answer ignores what was asked,
+Undecidable where the answer would look the same either way; a Refusal of the side passes through. Answers are kept to a
+few tokens."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ from .sides import Answer, Json, OnV1, Side, response_format
 STORY = "Tell me a story about a fox."
 HELLO = "Repeat the word 'hello' many times: hello hello hello hello"
 TOKENS = 16
-#: Two runs of an engine may differ in the last bits of a float (batches, caches): what must be equal is asked twice at most.
+#: Two runs of an engine may differ in the last bits of a float (batches, caches): what must be equal is asked twice at
+#: most.
 TRIES = 2
 
 
@@ -73,7 +74,7 @@ def equal(expected: str, ask: Callable[[], Answer], otherwise: str) -> Answer:
     raise Dropped(f"{otherwise}: {expected[:60]!r} was due, {short(got)} came")
 
 
-# ------------------------------------------------------------------------------------------------------- length and sampling
+# --------------------------------------------------------------------------------------- length and sampling
 
 
 @feature("max_tokens", "max_tokens")
@@ -180,8 +181,8 @@ def repetitions(text: str) -> int:
 
 
 def penalty_shows(side: Side, name: str, high: float, low: float) -> str:
-    """Its two ends give two texts, each of them twice, and the high end does not repeat more: on one of three prompts, since a weak
-    penalty may not turn the greedy choice."""
+    """Its two ends give two texts, each of them twice, and the high end does not repeat more: on one of three prompts,
+    since a weak penalty may not turn the greedy choice."""
     for prompt in (HELLO, "Say hello many times: hello hello hello", STORY):
         most, least = (
             [side.ask(prompt, max_tokens=TOKENS, temperature=0.0, **{name: value}).text for _ in range(2)]
@@ -232,7 +233,7 @@ def logprobs_stream(side: Side) -> None:
     logprobs_come(side, 2, stream=True)
 
 
-# --------------------------------------------------------------------------------------------------------------------- tools
+# ----------------------------------------------------------------------------------------------------- tools
 
 
 def tool(name: str, description: str, **properties: Json) -> Json:
@@ -345,7 +346,7 @@ def tool_history(side: Side) -> None:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------- reasoning
+# ------------------------------------------------------------------------------------------------- reasoning
 
 
 @feature("think on", "think")
@@ -363,7 +364,7 @@ def think_off(side: Side) -> str:
     return "no reasoning came"
 
 
-# --------------------------------------------------------------------------------------------------------------- constraints
+# ----------------------------------------------------------------------------------------------- constraints
 
 
 def constrained(
@@ -562,7 +563,7 @@ def constraint_and_tools(side: Side) -> str:
     return called(side, got, WEATHER) if got.calls else fitting(schema, got)
 
 
-# ------------------------------------------------------------------------------------- what does not fit, or is not there
+# ------------------------------------------------------------------------ what does not fit, or is not there
 
 
 def png() -> str:
@@ -656,7 +657,7 @@ def ignore_names(side: Side) -> str:
     raise Undecidable("this engine does all that was tried")
 
 
-# --------------------------------------------------------------------------------------------------------- OpenAI's routes
+# ------------------------------------------------------------------------------------------- OpenAI's routes
 
 
 def chat(side: Side, prompt: str = STORY, tokens: int = TOKENS, **body: Any) -> Answer:
@@ -672,10 +673,32 @@ def on_v1(row: Feature) -> Decide:
     return lambda side: row.decide(OnV1(side))
 
 
-AGAIN = ("stop, a list", "stop inside a stream", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "top_logprobs",
-         "a cut stream says `length`", "a prompt that does not fit", "a prompt that does not fit, streamed", "images", "embeddings of a chat model",
-         "tools, tool_choice auto", "tool_choice none", "tool_choice required", "tool_choice, a named function", "tool arguments, strict", "tool calls inside a stream", "tool calls in the history",
-         "a wrong model name", "an unknown field")  # fmt: skip
+AGAIN = (
+    "stop, a list",
+    "stop inside a stream",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "top_logprobs",
+    "a cut stream says `length`",
+    "a prompt that does not fit",
+    "a prompt that does not fit, streamed",
+    "images",
+    "embeddings of a chat model",
+    "tools, tool_choice auto",
+    "tool_choice none",
+    "tool_choice required",
+    "tool_choice, a named function",
+    "tool arguments, strict",
+    "tool calls inside a stream",
+    "tool calls in the history",
+    "a wrong model name",
+    "an unknown field",
+)
 for _row in [row for row in FEATURES if row.name in AGAIN]:
     FEATURES.append(
         Feature(
@@ -743,9 +766,16 @@ def other_dialect(name: str, value: Any, pattern: str, side: Side) -> str:
 
 
 DIALECTS: tuple[tuple[str, Any], ...] = (
-    ("guided_json", FIXED), ("guided_regex", "red|blue"), ("guided_choice", ["red", "blue"]), ("structured_outputs", {"choice": ["red", "blue"]}),
-    ("regex", "red|blue"), ("ebnf", 'root ::= "red" | "blue"'), ("grammar", 'root ::= "red" | "blue"'), ("json_schema", FIXED), ("format", FIXED),
-)  # fmt: skip
+    ("guided_json", FIXED),
+    ("guided_regex", "red|blue"),
+    ("guided_choice", ["red", "blue"]),
+    ("structured_outputs", {"choice": ["red", "blue"]}),
+    ("regex", "red|blue"),
+    ("ebnf", 'root ::= "red" | "blue"'),
+    ("grammar", 'root ::= "red" | "blue"'),
+    ("json_schema", FIXED),
+    ("format", FIXED),
+)
 for _name, _value in DIALECTS:
     FEATURES.append(
         Feature(

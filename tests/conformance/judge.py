@@ -20,7 +20,8 @@ VERDICTS = (HONOURED, REFUSED, DROPPED, UNDECIDED, FAILED)
 
 
 class Refusal(Exception):
-    """The side gave an error: its kind (ours, or "http 400"), what it says, and whether that kind blames the request."""
+    """The side gave an error: its kind (ours, or "http 400"), what it says, and whether that kind blames the
+    request."""
 
     def __init__(self, kind: str, text: str, refuses: bool) -> None:
         super().__init__(f"{kind}: {text}")
@@ -45,7 +46,8 @@ Decide = Callable[["Side"], "str | None"]
 
 @dataclass(frozen=True)
 class Feature:
-    """A row: `decide` returns a note when the feature is honoured, and raises otherwise; `named`: how a refusal must name it."""
+    """A row: `decide` returns a note when the feature is honoured, and raises otherwise; `named`: how a refusal must
+    name it."""
 
     name: str
     decide: Decide

@@ -1,13 +1,14 @@
-"""The same questions of the peers: one engine and model, asked bare, through us, through LiteLLM's proxy, and of Xinference; all on /v1.
+"""The same questions of the peers: one engine and model, asked bare, through us, through LiteLLM's proxy, and of
+Xinference; all on /v1.
 
-    python -c "from tests.bench.run import install_peers; install_peers()"    once: LiteLLM into an environment of its own
-    python -m tests.bench.xinference --install                                once: Xinference
-    python -m tests.conformance.peers --engine llamacpp --json FILE           all is started and ended; vllm: LiteLLM alone
+    python -c "from tests.bench.run import install_peers; install_peers()"  # once: LiteLLM, in its own environment
+    python -m tests.bench.xinference --install                              # once: Xinference
+    python -m tests.conformance.peers --engine llamacpp --json FILE         # starts and ends all; vllm: LiteLLM alone
 
-Every side gets the same OpenAI bodies and is judged as a bare engine is. Each peer is as it comes (no setting but where its engine is);
-`litellm-validating` is LiteLLM with the one switch that its documentation has against wrong answers, enable_json_schema_validation.
-Xinference runs the same GGUF file by its own llama.cpp (the same release of xllamacpp, the same settings).
-"""
+Every side gets the same OpenAI bodies and is judged as a bare engine is. Each peer is as it comes (no setting but where
+its engine is); `litellm-validating` is LiteLLM with the one switch that its documentation has against wrong answers,
+enable_json_schema_validation. Xinference runs the same GGUF file by its own llama.cpp (the same release of xllamacpp,
+the same settings)."""
 
 from __future__ import annotations
 

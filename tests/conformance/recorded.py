@@ -1,4 +1,5 @@
-"""Cells of bare engines that are not here, read from the transcripts in tests/wire: what was asked, and what came back."""
+"""Cells of bare engines that are not here, read from the transcripts in tests/wire: what was asked, and what came
+back."""
 
 from __future__ import annotations
 

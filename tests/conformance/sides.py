@@ -85,7 +85,7 @@ def messages_of(prompt: str | list[Json]) -> list[Json]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-# ------------------------------------------------------------------------------------------------------------- through us
+# ------------------------------------------------------------------------------------------------ through us
 
 
 class Us(Side):
@@ -105,9 +105,17 @@ class Us(Side):
         except InferenceError as exc:
             raise Refusal(exc.kind, f"{exc.reason}; {exc.mend}", exc.kind in OUR_REFUSALS) from exc
         return Answer(
-            text=done.text, finish=done.finish_reason, reasoning=done.reasoning, calls=tuple(dict(call) for call in done.tool_calls),
-            logprobs=done.logprobs, prompt_tokens=done.usage.prompt_tokens, tokens=done.usage.completion_tokens, texts=(done.text,),
-            ignored=done.ignored, result=done.result)  # fmt: skip
+            text=done.text,
+            finish=done.finish_reason,
+            reasoning=done.reasoning,
+            calls=tuple(dict(call) for call in done.tool_calls),
+            logprobs=done.logprobs,
+            prompt_tokens=done.usage.prompt_tokens,
+            tokens=done.usage.completion_tokens,
+            texts=(done.text,),
+            ignored=done.ignored,
+            result=done.result,
+        )
 
     async def _streamed(self, prompt: str | list[Json], fields: Json) -> Completion:
         request, build = self.llm.request(prompt, **fields)
@@ -135,7 +143,7 @@ def through_us(llm: LLMInferencer) -> Iterator[Us]:
         yield Us(llm, url)
 
 
-# -------------------------------------------------------------------------------------------------------- the bare engine
+# ------------------------------------------------------------------------------------------- the bare engine
 
 
 class Bare(Side):
@@ -194,7 +202,9 @@ class BareOllama(Bare):
     """Ollama's native API for GenerateRequest's fields; its /v1 for the /v1 rows."""
 
     OPTIONS: Mapping[str, str] = {"max_tokens": "num_predict", "repetition_penalty": "repeat_penalty"} | {
-        name: name for name in ("temperature", "top_p", "top_k", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty")}  # fmt: skip
+        name: name
+        for name in ("temperature", "top_p", "top_k", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty")
+    }
 
     def ask(self, prompt: str | list[Json], *, stream: bool = False, **fields: Any) -> Answer:
         body: Json = {"model": self.model, "messages": messages_of(prompt), "stream": False, "options": {}}
@@ -217,12 +227,20 @@ class BareOllama(Bare):
             for call in message.get("tool_calls", ())
         )
         return Answer(
-            text=message["content"], texts=(message["content"],), finish=payload.get("done_reason", ""), reasoning=message.get("thinking", ""), calls=calls,
-            logprobs=tuple(payload.get("logprobs") or ()), prompt_tokens=payload.get("prompt_eval_count", 0), tokens=payload.get("eval_count", 0))  # fmt: skip
+            text=message["content"],
+            texts=(message["content"],),
+            finish=payload.get("done_reason", ""),
+            reasoning=message.get("thinking", ""),
+            calls=calls,
+            logprobs=tuple(payload.get("logprobs") or ()),
+            prompt_tokens=payload.get("prompt_eval_count", 0),
+            tokens=payload.get("eval_count", 0),
+        )
 
 
 def bare_side(us: Us) -> Bare:
-    """The engine that `us` talks to, asked without us; an embedded one is reached with its own key on its own socket."""
+    """The engine that `us` talks to, asked without us; an embedded one is reached with its own key on its own
+    socket."""
     engine = us.llm._engine
     target = engine._target  # type: ignore[union-attr]
     http = HTTP(target.url, target.headers, target.uds)
@@ -237,7 +255,7 @@ def response_format(schema: Json) -> Json:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- OpenAI's wire
+# --------------------------------------------------------------------------------------------- OpenAI's wire
 
 
 @dataclass
@@ -290,10 +308,18 @@ def read_whole(payload: Json, ignored: tuple[str, ...] = ()) -> Answer:
     message = choice.get("message") or {"content": choice.get("text")}
     usage = payload.get("usage") or {}
     return Answer(
-        text=message.get("content") or "", finish=choice.get("finish_reason") or "", calls=tuple(message.get("tool_calls") or ()), ignored=ignored,
-        reasoning=message.get("reasoning") or message.get("reasoning_content") or "", logprobs=_logprobs(choice),
-        prompt_tokens=usage.get("prompt_tokens", 0), tokens=usage.get("completion_tokens", 0),
-        texts=tuple((each.get("message") or {"content": each.get("text")}).get("content") or "" for each in payload["choices"]))  # fmt: skip
+        text=message.get("content") or "",
+        finish=choice.get("finish_reason") or "",
+        calls=tuple(message.get("tool_calls") or ()),
+        ignored=ignored,
+        reasoning=message.get("reasoning") or message.get("reasoning_content") or "",
+        logprobs=_logprobs(choice),
+        prompt_tokens=usage.get("prompt_tokens", 0),
+        tokens=usage.get("completion_tokens", 0),
+        texts=tuple(
+            (each.get("message") or {"content": each.get("text")}).get("content") or "" for each in payload["choices"]
+        ),
+    )
 
 
 def _logprobs(choice: Json) -> tuple[Json, ...]:
@@ -325,9 +351,16 @@ def read_events(text: str) -> Answer:
         raise Refusal("cut stream", "the stream ended without a finish_reason", False)
     usage = usages[-1] if usages else {}
     return Answer(
-        text=words, texts=(words,), finish=finish, calls=_joined(deltas), logprobs=tuple(each for choice in choices for each in _logprobs(choice)),
-        reasoning="".join(delta.get("reasoning") or delta.get("reasoning_content") or "" for delta in deltas), usage_events=len(usages),
-        prompt_tokens=usage.get("prompt_tokens", 0), tokens=usage.get("completion_tokens", 0))  # fmt: skip
+        text=words,
+        texts=(words,),
+        finish=finish,
+        calls=_joined(deltas),
+        logprobs=tuple(each for choice in choices for each in _logprobs(choice)),
+        reasoning="".join(delta.get("reasoning") or delta.get("reasoning_content") or "" for delta in deltas),
+        usage_events=len(usages),
+        prompt_tokens=usage.get("prompt_tokens", 0),
+        tokens=usage.get("completion_tokens", 0),
+    )
 
 
 def _joined(deltas: list[Json]) -> tuple[Json, ...]:

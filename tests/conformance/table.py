@@ -1,4 +1,5 @@
-"""python -m tests.conformance.table FILES...: the results as one Markdown table, for README; those of peers.py as one for each engine."""
+"""python -m tests.conformance.table FILES...: the results as one Markdown table, for README; those of peers.py as one
+for each engine."""
 
 from __future__ import annotations
 
@@ -62,10 +63,12 @@ def markdown(results: Sequence[Json]) -> str:
 
 
 def below(result: Json) -> str:
-    said = f"{NAMES[result['engine']]} {result['version']}, {result['model']}, {result['date']}, {result['seconds']:.0f} s of asking"
+    engine = f"{NAMES[result['engine']]} {result['version']}, {result['model']}"
+    note = f"{engine}, {result['date']}, {result['seconds']:.0f} s of asking"
     if found := result.get("validity"):
-        said += f"; JSON validity of {found['answers']} answers: {found['valid']} valid, {found['honest error']} honest errors, {found['wrong']} wrong"
-    return f"- {said}."
+        verdicts = f"{found['valid']} valid, {found['honest error']} honest errors, {found['wrong']} wrong"
+        note += f"; JSON validity of {found['answers']} answers: {verdicts}"
+    return f"- {note}."
 
 
 def peers(result: Json) -> str:
@@ -106,7 +109,8 @@ def main(files: Sequence[str]) -> int:
         if "peers" in result:
             print(peers(result))
     print(
-        "\n✓ honoured · refused: by an error that names it · error: one that is no refusal · –: cannot be told apart here · empty: not asked."
+        "\n✓ honoured · refused: by an error that names it · error: one that is no refusal · "
+        "–: cannot be told apart here · empty: not asked."
     )
     return 0
 

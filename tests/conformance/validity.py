@@ -1,4 +1,5 @@
-"""JSON validity: the fifty schemas with several prompts, through us. Valid, an honest error, or (never) a wrong value."""
+"""JSON validity: the fifty schemas with several prompts, through us. Valid, an honest error, or (never) a wrong
+value."""
 
 from __future__ import annotations
 
@@ -21,7 +22,10 @@ def measure(side: Side, prompts: int, names: Sequence[str] = tuple(SCHEMAS)) -> 
     with ThreadPoolExecutor(side.parallel) as pool:
         found = list(pool.map(lambda pair: outcome(side, SCHEMAS[pair[0]], PROMPTS[pair[1]]), asked))
     words = [WORDS[verdict] for verdict, _ in found]
-    errors = [{"schema": name, "prompt": number, "verdict": word, "why": why[:160]}
-              for (name, number), word, (_, why) in zip(asked, words, found, strict=True) if word != "valid"]  # fmt: skip
+    errors = [
+        {"schema": name, "prompt": number, "verdict": word, "why": why[:160]}
+        for (name, number), word, (_, why) in zip(asked, words, found, strict=True)
+        if word != "valid"
+    ]
     counts = {word: words.count(word) for word in ("valid", "honest error", "wrong")}
     return {"answers": len(asked), **counts, "seconds": round(time.monotonic() - started, 1), "errors": errors}

@@ -2,8 +2,8 @@
 
     python -m tests.faults [--row NAME ...] [--full] [--json FILE]
 
-Without --full each row takes seconds, and a red one is run once more. The exit status is 0 when no row found anything bad.
-"""
+Without --full each row takes seconds, and a red one is run once more. The exit status is 0 when no row found anything
+bad."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ import traceback
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from tests.processes import cpu_name
 
 from .rows import all_rows
 from .server import PRODUCT
@@ -44,19 +46,11 @@ def run_row(name: str, full: bool) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
     source = hashlib.sha256(PRODUCT.read_bytes()).hexdigest()[:12]
     return {
         "llm_inference.py": source,
         "when": datetime.now().astimezone().isoformat(timespec="minutes"),
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
     }
@@ -75,17 +69,16 @@ def main() -> int:
     red = []
     for name in args.row or list(rows):
         result = run_row(name, args.full)
-        if (
-            result["bad"] and not args.full
-        ):  # a busy machine misses deadlines of a second; a fault is there the second time too
+        # a busy machine misses deadlines of a second; a real fault is there the second time too
+        if result["bad"] and not args.full:
             print(f"again {name:15} {result['bad']:5} of {result['n']:6}   {result['first_bad'][:3]}", flush=True)
             result = run_row(name, args.full)
         results["rows"][name] = result
         red += [name] if result["bad"] else []
-        print(
-            f"{'RED  ' if result['bad'] else 'ok   '} {name:15} {result['bad']:5} of {result['n']:6}   {result['seconds']:6.1f} s   {json.dumps(result['figures'], ensure_ascii=False)[:400]}",
-            flush=True,
-        )
+        verdict = "RED  " if result["bad"] else "ok   "
+        figures = json.dumps(result["figures"], ensure_ascii=False)[:400]
+        counts = f"{result['bad']:5} of {result['n']:6}   {result['seconds']:6.1f} s"
+        print(f"{verdict} {name:15} {counts}   {figures}", flush=True)
         for what in result["first_bad"]:
             print(f"        {what}", flush=True)
         results["machine"] = machine()

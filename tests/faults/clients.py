@@ -1,4 +1,5 @@
-"""Rows about clients: they leave at every point of a request's life, cancel in masses, dawdle, or open connections and say nothing."""
+"""Rows about clients: they leave at every point of a request's life, cancel in masses, dawdle, or open connections and
+say nothing."""
 
 from __future__ import annotations
 
@@ -72,8 +73,14 @@ def flood(engine: Engine, seen: Seen) -> Reply | None:
 
 
 HOW: dict[str, Callable[[Engine, Seen], Reply | None] | None] = {
-    "half a body": think, "just sent": think, "in the queue": think, "the engine thinks": think, "the engine's head is here": head_only,
-    "in mid-answer": mid_answer, "answer unread": flood}  # fmt: skip
+    "half a body": think,
+    "just sent": think,
+    "in the queue": think,
+    "the engine thinks": think,
+    "the engine's head is here": head_only,
+    "in mid-answer": mid_answer,
+    "answer unread": flood,
+}
 
 
 async def leave_all(world: World, found: Result, point: str, dialect: Any, stream: bool, n: int) -> float:
@@ -134,7 +141,8 @@ async def until_waiting(world: World, n: int) -> bool:
 
 
 async def client_leaves(full: bool, off: str | None = None, focus: str = "") -> Result:
-    """7 points x 4 dialects x whole/stream, on both surfaces: 1 s after the client left nothing of it is open upstream."""
+    """7 points x 4 dialects x whole/stream, on both surfaces: 1 s after the client left nothing of it is open
+    upstream."""
     found, each = Result(), 50 if full else 6
     points = [point for point in POINTS if focus in point]
     worst: dict[str, float] = {}
@@ -228,7 +236,8 @@ async def idle_after_answer(port: int, give_up: float) -> float:
 
 
 async def slow_clients(full: bool, off: str | None = None, focus: str = "") -> Result:
-    """Slow headers, slow bodies, silent and idle connections beside good clients: closed at their limit, the good ones served."""
+    """Slow headers, slow bodies, silent and idle connections beside good clients: closed at their limit, the good ones
+    served."""
     found, n = Result(), 1000 if full else 80
     body = json.dumps(asking("vllm", nonce(), v1=False, stream=False)).encode()
     whole = request_bytes(API, body)

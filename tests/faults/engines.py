@@ -1,4 +1,5 @@
-"""Rows about engines that end: killed -9 and frozen in mid-answer, the embedded one among them; and our own end by kill -9."""
+"""Rows about engines that end: killed -9 and frozen in mid-answer, the embedded one among them; and our own end by kill
+-9."""
 
 from __future__ import annotations
 
@@ -60,6 +61,18 @@ async def in_mid_answer(port: int, body: Any, path: str, strike: Any) -> tuple[s
         return "!hung", time.monotonic() - began
 
 
+async def until_good(port: int, path: str, dialect: str, v1: bool) -> tuple[str, float]:
+    """Asks until the answer is good, for 5 s at most: the last verdict, and how long that took."""
+    began = time.monotonic()
+    while True:
+        answer = await ask(port, path, asking(dialect, "hi", v1=v1, stream=False))
+        kind, _ = judge(answer, v1=v1, stream=False)
+        spent = time.monotonic() - began
+        if kind == "good" or spent > 5:
+            return kind, spent
+        await asyncio.sleep(0.05)
+
+
 async def engine_ends(full: bool, off: str | None, signal_number: int, rounds: int, found: Result) -> None:
     frozen = signal_number == signal.SIGSTOP
     kinds = {"engine_timeout"} if frozen else BROKEN
@@ -86,9 +99,8 @@ async def engine_ends(full: bool, off: str | None, signal_number: int, rounds: i
                     kind in kinds and seconds <= within,
                     f"{dialect}, {'v1' if v1 else 'api'}: {kind} after {seconds:.2f} s",
                 )
-                answer = await ask(
-                    server.port, path, asking(dialect, "hi", v1=v1, stream=True)
-                )  # the engine is still away
+                # the engine is still away
+                answer = await ask(server.port, path, asking(dialect, "hi", v1=v1, stream=True))
                 kind, _ = judge(answer, v1=v1, stream=True)
                 found.need(
                     kind in kinds and answer.seconds <= within,
@@ -99,14 +111,8 @@ async def engine_ends(full: bool, off: str | None, signal_number: int, rounds: i
                 else:
                     engine.kill()
                     engine.start()
-                began = time.monotonic()
-                while (
-                    kind := judge(
-                        await ask(server.port, path, asking(dialect, "hi", v1=v1, stream=False)), v1=v1, stream=False
-                    )[0]
-                ) != "good" and time.monotonic() - began < 5:
-                    await asyncio.sleep(0.05)
-                recovered.append(time.monotonic() - began)
+                kind, seconds = await until_good(server.port, path, dialect, v1)
+                recovered.append(seconds)
                 found.need(kind == "good", f"{dialect}: not recovered within 5 s: {kind}")
         finally:
             await asyncio.to_thread(server.__exit__)
@@ -116,7 +122,8 @@ async def engine_ends(full: bool, off: str | None, signal_number: int, rounds: i
 
 
 async def engine_killed(full: bool, off: str | None = None, focus: str = "") -> Result:
-    """An engine's process is killed -9 in mid-answer: a typed error within a second, refused fast while away, good again when it is back."""
+    """An engine's process is killed -9 in mid-answer: a typed error within a second, refused fast while away, good
+    again when it is back."""
     found = Result()
     await engine_ends(full, off, signal.SIGKILL, 25 if full else 2, found)
     await embedded_killed(3 if full else 1, found)
@@ -124,7 +131,8 @@ async def engine_killed(full: bool, off: str | None = None, focus: str = "") -> 
 
 
 async def engine_frozen(full: bool, off: str | None = None, focus: str = "") -> Result:
-    """An engine's process is stopped (SIGSTOP) in mid-answer: the idle deadline ends it, and it goes on when the engine does."""
+    """An engine's process is stopped (SIGSTOP) in mid-answer: the idle deadline ends it, and it goes on when the engine
+    does."""
     found = Result()
     await engine_ends(full, off, signal.SIGSTOP, 8 if full else 1, found)
     return found
@@ -162,7 +170,8 @@ async def embedded_killed(rounds: int, found: Result) -> None:
 
 
 async def parent_killed(full: bool, off: str | None = None, focus: str = "") -> Result:
-    """Our process is killed -9 (or interrupted, or returns) with the embedded engine under it: nothing is left after 2 s."""
+    """Our process is killed -9 (or interrupted, or returns) with the embedded engine under it: nothing is left after 2
+    s."""
     found, rounds = Result(), 100 if full else 3
     spent: dict[str, list[float]] = {}
     for number in range(rounds):

@@ -1,8 +1,8 @@
-"""Coverage-guided bytes into everything that reads what strangers send: `python -m tests.faults.fuzz -max_total_time=600` (needs atheris).
+"""Coverage-guided bytes into everything that reads what strangers send: `python -m tests.faults.fuzz
+-max_total_time=600` (needs atheris).
 
-Bodies of every route, schemas, patterns, and engines' streams. Anything raised but an InferenceError (or a ValueError of the
-answer check) ends the run with the input that did it.
-"""
+Bodies of every route, schemas, patterns, and engines' streams. Anything raised but an InferenceError (or a ValueError
+of the answer check) ends the run with the input that did it."""
 
 from __future__ import annotations
 

@@ -14,12 +14,21 @@ from .rig import DIALECTS, Answer, Json, Link, Result, World, asking, at_once, r
 
 KEY = "sk-right-key-0123456789"
 ROUTES = {  # every guarded route: its method and a body that would be answered
-    "/api/v1/llm/generate": ("POST", {"prompt": "x"}), "/api/v1/llm/chat": ("POST", asking("vllm", "x", v1=False, stream=False)),
-    "/api/v1/llm/structured-generate": ("POST", {"prompt": "x"}), "/api/v1/llm/engines": ("GET", None), "/api/v1/llm/models": ("GET", None),
-    "/v1/models": ("GET", None), "/v1/models/vllm/m": ("GET", None), "/v1/chat/completions": ("POST", asking("vllm", "x", v1=True, stream=True)),
-    "/v1/completions": ("POST", {"model": "vllm/m", "prompt": "x"}), "/v1/embeddings": ("POST", {"model": "vllm/m", "input": "x"}),
-    "/metrics": ("GET", None), "/nowhere": ("GET", None), "/ui/": ("GET", None), "/ui/gradio_api/queue/join": ("POST", {"data": []}),
-}  # fmt: skip
+    "/api/v1/llm/generate": ("POST", {"prompt": "x"}),
+    "/api/v1/llm/chat": ("POST", asking("vllm", "x", v1=False, stream=False)),
+    "/api/v1/llm/structured-generate": ("POST", {"prompt": "x"}),
+    "/api/v1/llm/engines": ("GET", None),
+    "/api/v1/llm/models": ("GET", None),
+    "/v1/models": ("GET", None),
+    "/v1/models/vllm/m": ("GET", None),
+    "/v1/chat/completions": ("POST", asking("vllm", "x", v1=True, stream=True)),
+    "/v1/completions": ("POST", {"model": "vllm/m", "prompt": "x"}),
+    "/v1/embeddings": ("POST", {"model": "vllm/m", "input": "x"}),
+    "/metrics": ("GET", None),
+    "/nowhere": ("GET", None),
+    "/ui/": ("GET", None),
+    "/ui/gradio_api/queue/join": ("POST", {"data": []}),
+}
 PUBLIC = {"/health", "/ready", "/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect"}
 PUBLIC_BELOW = ("/docs/", "/redoc/", "/static/", "/assets/")  # the pages' own scripts
 KEPT_OUT = (400, 401, 403, 404, 405, 408, 413, 414, 421, 431, 501, 505)
@@ -29,34 +38,130 @@ def paths_like(path: str) -> list[str]:
     """Ways of writing a path that a router or proxy might take for it."""
     encoded = "/" + "".join(f"%{ord(c):02x}" for c in path[1:])
     return [
-        path, path + "/", "/" + path, path.replace("/", "//"), path.upper(), path + "?key=" + KEY, path + "?api_key=" + KEY, path + "#x", path + ";x=1", path + "%00",
-        path + "%20", path + ".json", "/." + path, "/health/.." + path, "/docs/.." + path, "/health%2f..%2f.." + path, "/docs/%2e%2e" + path, "/health;" + path, "/health?" + path,
-        encoded, path.replace("/", "%2f"), path.replace("v1", "v%31"), "/docs" + path, "/openapi.json" + path, "/health" + path, "\\" + path[1:], path.replace("/", "\\"),
-        "http://127.0.0.1" + path, "http://127.0.0.1/health/.." + path, "//127.0.0.1" + path, path + "/../../../../health", "/docs/oauth2-redirect/../.." + path, path[1:], "*",
-    ]  # fmt: skip
+        path,
+        path + "/",
+        "/" + path,
+        path.replace("/", "//"),
+        path.upper(),
+        path + "?key=" + KEY,
+        path + "?api_key=" + KEY,
+        path + "#x",
+        path + ";x=1",
+        path + "%00",
+        path + "%20",
+        path + ".json",
+        "/." + path,
+        "/health/.." + path,
+        "/docs/.." + path,
+        "/health%2f..%2f.." + path,
+        "/docs/%2e%2e" + path,
+        "/health;" + path,
+        "/health?" + path,
+        encoded,
+        path.replace("/", "%2f"),
+        path.replace("v1", "v%31"),
+        "/docs" + path,
+        "/openapi.json" + path,
+        "/health" + path,
+        "\\" + path[1:],
+        path.replace("/", "\\"),
+        "http://127.0.0.1" + path,
+        "http://127.0.0.1/health/.." + path,
+        "//127.0.0.1" + path,
+        path + "/../../../../health",
+        "/docs/oauth2-redirect/../.." + path,
+        path[1:],
+        "*",
+    ]
 
 
 def wrong_keys() -> list[dict[str, str]]:
     """Headers without the right key."""
     bearer = "authorization"
     return [
-        {}, {bearer: ""}, {bearer: "Bearer"}, {bearer: "Bearer "}, {bearer: f"Bearer {KEY}x"}, {bearer: f"Bearer {KEY[:-1]}"}, {bearer: f"Bearer {KEY.upper()}"}, {bearer: KEY},
-        {bearer: f"Basic {KEY}"}, {bearer: f"Token {KEY}"}, {bearer: f"Bearer,{KEY}"}, {bearer: f"Bearer {KEY},{KEY}"}, {bearer: f"Bearer \"{KEY}\""}, {bearer: "Bearer null"}, {bearer: "Basic eDp4"}, {bearer: f"Basic x:{KEY}"},
-        {"x-api-key": ""}, {"x-api-key": "x"}, {"x-api-key": f"Bearer {KEY}"}, {"cookie": f"api_key={KEY}"}, {"x-forwarded-for": "127.0.0.1"}, {"x-real-ip": "127.0.0.1"},
-        {"x-original-url": "/health"}, {"x-rewrite-url": "/health"}, {"x-http-method-override": "OPTIONS"}, {"x-forwarded-host": "localhost"}, {"api-key": KEY}, {"proxy-authorization": f"Bearer {KEY}"},
-        {bearer: "Bearer \xff\xfe"}, {bearer: "Bearer " + "a" * 8000}, {"x-api-key": "\x00"}, {"x-llm-inference-hop": "x"},
-    ]  # fmt: skip
+        {},
+        {bearer: ""},
+        {bearer: "Bearer"},
+        {bearer: "Bearer "},
+        {bearer: f"Bearer {KEY}x"},
+        {bearer: f"Bearer {KEY[:-1]}"},
+        {bearer: f"Bearer {KEY.upper()}"},
+        {bearer: KEY},
+        {bearer: f"Basic {KEY}"},
+        {bearer: f"Token {KEY}"},
+        {bearer: f"Bearer,{KEY}"},
+        {bearer: f"Bearer {KEY},{KEY}"},
+        {bearer: f'Bearer "{KEY}"'},
+        {bearer: "Bearer null"},
+        {bearer: "Basic eDp4"},
+        {bearer: f"Basic x:{KEY}"},
+        {"x-api-key": ""},
+        {"x-api-key": "x"},
+        {"x-api-key": f"Bearer {KEY}"},
+        {"cookie": f"api_key={KEY}"},
+        {"x-forwarded-for": "127.0.0.1"},
+        {"x-real-ip": "127.0.0.1"},
+        {"x-original-url": "/health"},
+        {"x-rewrite-url": "/health"},
+        {"x-http-method-override": "OPTIONS"},
+        {"x-forwarded-host": "localhost"},
+        {"api-key": KEY},
+        {"proxy-authorization": f"Bearer {KEY}"},
+        {bearer: "Bearer \xff\xfe"},
+        {bearer: "Bearer " + "a" * 8000},
+        {"x-api-key": "\x00"},
+        {"x-llm-inference-hop": "x"},
+    ]
 
 
 FOREIGN_HOSTS = (
-    "evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "evil.example#127.0.0.1", "localhost@evil.example", "0.0.0.0", "192.0.2.7", "[2001:db8::1]",
-    "localhost, evil.example", "evil.example, localhost", "2130706433", "127.1", "0x7f000001", "localhost.", "localhost:x", "", " ", "[::1", "xn--localhost", "localhost\t", "127.0.0.1:80:80")  # fmt: skip
+    "evil.example",
+    "evil.example:8000",
+    "127.0.0.1.evil.example",
+    "localhost.evil.example",
+    "evil.example#127.0.0.1",
+    "localhost@evil.example",
+    "0.0.0.0",
+    "192.0.2.7",
+    "[2001:db8::1]",
+    "localhost, evil.example",
+    "evil.example, localhost",
+    "2130706433",
+    "127.1",
+    "0x7f000001",
+    "localhost.",
+    "localhost:x",
+    "",
+    " ",
+    "[::1",
+    "xn--localhost",
+    "localhost\t",
+    "127.0.0.1:80:80",
+)
 FORWARDED = (
-    {"x-forwarded-for": "127.0.0.1"}, {"x-forwarded-for": ""}, {"X-Forwarded-For": "::1"}, {"forwarded": "for=127.0.0.1"}, {"x-real-ip": "127.0.0.1"}, {"via": "1.1 proxy"},
-    {"x-forwarded-host": "localhost"}, {"x-forwarded-proto": "https"}, {"x-client-ip": "127.0.0.1"}, {"cf-connecting-ip": "127.0.0.1"}, {"true-client-ip": "127.0.0.1"})  # fmt: skip
+    {"x-forwarded-for": "127.0.0.1"},
+    {"x-forwarded-for": ""},
+    {"X-Forwarded-For": "::1"},
+    {"forwarded": "for=127.0.0.1"},
+    {"x-real-ip": "127.0.0.1"},
+    {"via": "1.1 proxy"},
+    {"x-forwarded-host": "localhost"},
+    {"x-forwarded-proto": "https"},
+    {"x-client-ip": "127.0.0.1"},
+    {"cf-connecting-ip": "127.0.0.1"},
+    {"true-client-ip": "127.0.0.1"},
+)
 PAGES = (
-    {"origin": "http://evil.example"}, {"origin": "null"}, {"origin": "http://localhost.evil.example"}, {"sec-fetch-site": "cross-site"}, {"sec-fetch-site": "same-site"},
-    {"origin": "http://evil.example", "sec-fetch-site": "same-origin"}, {"origin": "file://"}, {"origin": "chrome-extension://abc"}, {"origin": "http://127.0.0.1:1"})  # fmt: skip
+    {"origin": "http://evil.example"},
+    {"origin": "null"},
+    {"origin": "http://localhost.evil.example"},
+    {"sec-fetch-site": "cross-site"},
+    {"sec-fetch-site": "same-site"},
+    {"origin": "http://evil.example", "sec-fetch-site": "same-origin"},
+    {"origin": "file://"},
+    {"origin": "chrome-extension://abc"},
+    {"origin": "http://127.0.0.1:1"},
+)
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "127.0.0.1:8000", "[::1]:8000", "LOCALHOST", "127.9.9.9")
 
 
@@ -86,7 +191,8 @@ def written(
 
 
 async def gate(full: bool, off: str | None = None, focus: str = "") -> Result:
-    """With a key: nobody without it. Without one: nobody from elsewhere, by another name, through a proxy, or from a web page."""
+    """With a key: nobody without it. Without one: nobody from elsewhere, by another name, through a proxy, or from a
+    web page."""
     found = Result()
     if focus in ("", "keyed"):
         await keyed(full, off, found)

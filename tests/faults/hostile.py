@@ -1,4 +1,5 @@
-"""The row of hostile bodies: what must be refused is refused, whatever is sent gets our envelope, memory stays bounded, nobody waits."""
+"""The row of hostile bodies: what must be refused is refused, whatever is sent gets our envelope, memory stays bounded,
+nobody waits."""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ MEMORY = 4  # times what the bodies in flight weigh: read, decoded, checked, wri
 
 
 def constant(engine: Engine, seen: Seen) -> Reply | None:
-    """Every engine answers everything with the same good answer, whatever it was asked; but Ollama makes one vector a text."""
+    """Every engine answers everything with the same good answer, whatever it was asked; but Ollama makes one vector a
+    text."""
     if seen.path == "/api/embed":
         return None
     kept: dict[tuple[str, bool], Reply] = engine.__dict__.setdefault("kept", {})
@@ -95,7 +97,8 @@ def ladder(rungs: int) -> Json:
 
 
 def refused_bodies() -> Iterator[tuple[str, str, bytes, set[str]]]:
-    """(name, path, body, the kinds it may be refused with): each has one thing wrong with it, which one guard looks at."""
+    """(name, path, body, the kinds it may be refused with): each has one thing wrong with it, which one guard looks
+    at."""
     invalid = {"invalid_request"}
     for path, valid in VALID.items():
         text = json.dumps(valid)
@@ -119,9 +122,22 @@ def refused_bodies() -> Iterator[tuple[str, str, bytes, set[str]]]:
         yield "over 4 MiB", path, with_(f'"user": "{"x" * (4 << 20)}"'), {"payload_too_large"}
         if path == "/v1/embeddings":
             continue
-        for name, value in (("max_tokens", "8193"), ("max_tokens", "0"), ("max_tokens", "true"), ("max_tokens", '"7"'), ("max_tokens", "1e18"), ("max_tokens", "-1"),
-                            ("temperature", "2.1"), ("temperature", '"1"'), ("top_p", "0"), ("seed", "-1"), ("top_logprobs", "21"), ("stop", '["a","b","c","d","e"]'),
-                            ("stop", f'"{"x" * 300}"'), ("stop", '[""]')):  # fmt: skip
+        for name, value in (
+            ("max_tokens", "8193"),
+            ("max_tokens", "0"),
+            ("max_tokens", "true"),
+            ("max_tokens", '"7"'),
+            ("max_tokens", "1e18"),
+            ("max_tokens", "-1"),
+            ("temperature", "2.1"),
+            ("temperature", '"1"'),
+            ("top_p", "0"),
+            ("seed", "-1"),
+            ("top_logprobs", "21"),
+            ("stop", '["a","b","c","d","e"]'),
+            ("stop", f'"{"x" * 300}"'),
+            ("stop", '[""]'),
+        ):
             body = json.dumps({key: v for key, v in valid.items() if key != name})
             yield f"{name} {value[:10]}", path, f'{body[:-1]}, "{name}": {value}}}'.encode(), invalid
     for model in (
@@ -175,14 +191,88 @@ def refused_bodies() -> Iterator[tuple[str, str, bytes, set[str]]]:
 
 
 POISON: tuple[Any, ...] = (
-    None, True, -1, 0, 1e308, 2**63, 2**200, "", "x", "\x00", "\u2028", "\U0010ffff", "a" * 5000, [], {}, [[]], [{}], [None], {"": {}}, {"a": {"b": [1, {}]}},
-    {"type": "object"}, {"$ref": "#"}, {"$ref": "file:///etc/passwd"}, {"type": ["string", 7]}, {"role": "user"}, [{"role": "user", "content": None}],
-    [{"role": "tool", "content": "x", "tool_call_id": "y"}], [{"role": "assistant", "tool_calls": [{}]}], "none", "required", "auto", "llamacpp", "ollama/m")  # fmt: skip
+    None,
+    True,
+    -1,
+    0,
+    1e308,
+    2**63,
+    2**200,
+    "",
+    "x",
+    "\x00",
+    "\u2028",
+    "\U0010ffff",
+    "a" * 5000,
+    [],
+    {},
+    [[]],
+    [{}],
+    [None],
+    {"": {}},
+    {"a": {"b": [1, {}]}},
+    {"type": "object"},
+    {"$ref": "#"},
+    {"$ref": "file:///etc/passwd"},
+    {"type": ["string", 7]},
+    {"role": "user"},
+    [{"role": "user", "content": None}],
+    [{"role": "tool", "content": "x", "tool_call_id": "y"}],
+    [{"role": "assistant", "tool_calls": [{}]}],
+    "none",
+    "required",
+    "auto",
+    "llamacpp",
+    "ollama/m",
+)
 NAMES = (
-    "prompt", "messages", "model", "model_name", "engine_type", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "seed", "schema",
-    "choice", "regex", "grammar", "tools", "tool_choice", "think", "stream", "stream_options", "logprobs", "top_logprobs", "response_format", "n", "input", "encoding_format",
-    "dimensions", "metadata", "user", "store", "on_unsupported", "presence_penalty", "frequency_penalty", "repetition_penalty", "engine_options", "chat_template_kwargs",
-    "reasoning_effort", "guided_json", "functions", "suffix", "echo", "best_of", "logit_bias", "extra_body")  # fmt: skip
+    "prompt",
+    "messages",
+    "model",
+    "model_name",
+    "engine_type",
+    "max_tokens",
+    "max_completion_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "stop",
+    "seed",
+    "schema",
+    "choice",
+    "regex",
+    "grammar",
+    "tools",
+    "tool_choice",
+    "think",
+    "stream",
+    "stream_options",
+    "logprobs",
+    "top_logprobs",
+    "response_format",
+    "n",
+    "input",
+    "encoding_format",
+    "dimensions",
+    "metadata",
+    "user",
+    "store",
+    "on_unsupported",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "engine_options",
+    "chat_template_kwargs",
+    "reasoning_effort",
+    "guided_json",
+    "functions",
+    "suffix",
+    "echo",
+    "best_of",
+    "logit_bias",
+    "extra_body",
+)
 
 
 def put_somewhere(value: Any, rng: random.Random) -> Any:
@@ -243,7 +333,8 @@ def verdict(path: str, answer: Any) -> str:
 
 
 async def hostile_bodies(full: bool, off: str | None = None, focus: str = "") -> Result:
-    """What must be refused; random mutations of valid bodies on every route; the largest bodies at once; hypothesis's inventions."""
+    """What must be refused; random mutations of valid bodies on every route; the largest bodies at once; hypothesis's
+    inventions."""
     found, many = Result(), 96_000 if full else 2400
     async with World(off=off) as world:
         for engine in world.engines.values():
@@ -305,7 +396,8 @@ async def mutations(world: World, found: Result, many: int, seed: int) -> None:
 
 
 async def invented(world: World, found: Result, many: int) -> None:
-    """Bodies that hypothesis makes: any JSON in any field; and schemathesis' from our own OpenAPI document, where it is installed."""
+    """Bodies that hypothesis makes: any JSON in any field; and schemathesis' from our own OpenAPI document, where it is
+    installed."""
     try:
         from hypothesis import HealthCheck, Phase, given, seed, settings
         from hypothesis import strategies as st
@@ -351,7 +443,8 @@ async def invented(world: World, found: Result, many: int) -> None:
 
 
 def from_openapi(port: int, many: int) -> list[tuple[str, bytes]] | None:
-    """Bodies for our POST routes that schemathesis draws from the server's OpenAPI document: valid ones, and ones that break it."""
+    """Bodies for our POST routes that schemathesis draws from the server's OpenAPI document: valid ones, and ones that
+    break it."""
     try:
         import schemathesis
         from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -430,8 +523,10 @@ async def headers(world: World, found: Result) -> None:
         "400 headers": request_bytes("/health", None, {f"x{n}": "y" for n in range(400)}, "GET"),
         "an endless header": b"GET /health HTTP/1.1\r\nhost: a\r\nx: " + b"y" * (20 << 20),
         "an endless path": b"GET /" + b"y" * (20 << 20),
-        "content-length twice": b"POST /api/v1/llm/chat HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n{}",
-        "length and chunks": b"POST /api/v1/llm/chat HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        "content-length twice": b"POST /api/v1/llm/chat HTTP/1.1\r\nhost: a\r\n"
+        b"content-length: 1\r\ncontent-length: 2\r\n\r\n{}",
+        "length and chunks": b"POST /api/v1/llm/chat HTTP/1.1\r\nhost: 127.0.0.1\r\n"
+        b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
         "a negative length": b"POST /api/v1/llm/chat HTTP/1.1\r\nhost: a\r\ncontent-length: -1\r\n\r\n",
         "a huge length": b"POST /api/v1/llm/chat HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 99999999999\r\n\r\n{",
         "chunks without end": b"POST /api/v1/llm/chat HTTP/1.1\r\nhost: 127.0.0.1\r\ntransfer-encoding: chunked\r\n\r\n"

@@ -1,4 +1,5 @@
-"""Rows about the way to the engine and the engine's own mistakes: every one ends in a good answer or a typed error, in time."""
+"""Rows about the way to the engine and the engine's own mistakes: every one ends in a good answer or a typed error, in
+time."""
 
 from __future__ import annotations
 
@@ -120,10 +121,23 @@ def mistake(name: str, engine: Engine, usual: Reply) -> Reply:
 
 
 MISTAKES = {
-    "no http": BROKEN, "a web page": BROKEN, "redirect": BROKEN, "gzip bomb": BROKEN, "endless": BROKEN | {"engine_timeout"}, "error under 200": BROKEN,
-    "early end": BROKEN, "early eof": BROKEN, "no finish": BROKEN, "nothing": BROKEN, "garbage inside": BROKEN, "aborted": BROKEN,
-    "overloaded": {"engine_overloaded"}, "crashed": BROKEN}  # fmt: skip
-#: whole answers of an engine that tells no reason still have all their text: Ollama's and OpenAI's whole objects are complete by their framing
+    "no http": BROKEN,
+    "a web page": BROKEN,
+    "redirect": BROKEN,
+    "gzip bomb": BROKEN,
+    "endless": BROKEN | {"engine_timeout"},
+    "error under 200": BROKEN,
+    "early end": BROKEN,
+    "early eof": BROKEN,
+    "no finish": BROKEN,
+    "nothing": BROKEN,
+    "garbage inside": BROKEN,
+    "aborted": BROKEN,
+    "overloaded": {"engine_overloaded"},
+    "crashed": BROKEN,
+}
+#: whole answers of an engine that tells no reason still have all their text: Ollama's and OpenAI's whole objects are
+#: complete by their framing
 FINE_WHOLE = {"no finish"}
 
 
@@ -152,7 +166,8 @@ def network_cases(full: bool, focus: str) -> list[tuple[str, str, bool, bool]]:
 
 
 async def network(full: bool, off: str | None = None, focus: str = "") -> Result:
-    """Faults of the network and of the engines x dialects x surfaces x whole/stream: typed, in time, nothing cut in silence."""
+    """Faults of the network and of the engines x dialects x surfaces x whole/stream: typed, in time, nothing cut in
+    silence."""
     found, cells = Result(), network_cases(full, focus)
     times: list[float] = []
     struck = 0
@@ -219,7 +234,8 @@ def wanted_kinds(fault: str, stream: bool, hit: bool) -> set[str]:
 
 
 async def whole_port(world: World, found: Result, mode: str, times: int) -> None:
-    """An engine's port that closes at once, never answers, or refuses: typed within the deadline, and good again afterwards."""
+    """An engine's port that closes at once, never answers, or refuses: typed within the deadline, and good again
+    afterwards."""
     for dialect in DIALECTS:
         world.proxies.set_mode(dialect, mode)
     await asyncio.sleep(4.5)  # idle pooled connections pass the old way; after 4 s there are none
@@ -240,7 +256,8 @@ async def whole_port(world: World, found: Result, mode: str, times: int) -> None
 
 
 async def storm(full: bool, off: str | None = None, focus: str = "") -> Result:
-    """Faults at random, clients that leave, and good requests, all at once: nobody gets another's answer, the good ones are answered."""
+    """Faults at random, clients that leave, and good requests, all at once: nobody gets another's answer, the good ones
+    are answered."""
     found, seconds, rng = Result(), 600.0 if full else 6.0, random.Random(11)
     faults = (
         [f"{kind}@{place}" for kind in STRIKING for place in PLACES]
@@ -272,10 +289,10 @@ async def storm(full: bool, off: str | None = None, focus: str = "") -> Result:
                     continue
                 kind, text = judge(answer, v1=v1, stream=stream)
                 found.check(words_for(name).startswith(text), f"another caller's words: {text[:60]!r}")
-                found.need(
-                    not kind.startswith("!"),
-                    f"{fault or 'no fault'}, {dialect}, {'v1' if v1 else 'api'}, {'stream' if stream else 'whole'}: {kind}",
+                case = (
+                    f"{fault or 'no fault'}, {dialect}, {'v1' if v1 else 'api'}, {'stream' if stream else 'complete'}"
                 )
+                found.need(not kind.startswith("!"), f"{case}: {kind}")
                 if not fault:
                     good += 1
                     good_done += (kind, text) == ("good", words_for(name))

@@ -47,7 +47,8 @@ asyncio.run(main())
 
 @contextlib.asynccontextmanager
 async def yardstick(into: Json) -> AsyncIterator[None]:
-    """A server that does nothing else, asked by this same client meanwhile: how late machine and client are by themselves."""
+    """A server that does nothing else, asked by this same client meanwhile: how late machine and client are by
+    themselves."""
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", IDLE_SERVER, stdout=asyncio.subprocess.PIPE)
     assert process.stdout
     port, took, over = int(await process.stdout.readline()), list[float](), asyncio.Event()
@@ -134,8 +135,14 @@ async def overload(full: bool, off: str | None = None, focus: str = "") -> Resul
             waits = [took for kind, took in told if kind == "good"]
             found.need(max(waits, default=0) < 1.0, f"a good answer at {times} x took {max(waits, default=0):.1f} s")
             found.figures[f"{times}x"] = {
-                "arrivals_per_s": times * capacity, "seconds": seconds, "goodput_per_s": round(goodput, 1), "refused": len(refused), "refusal_p50_ms": round(1e3 * quantile(refused, 0.5), 1),
-                "refusal_p99_ms": round(1e3 * p99, 1), "good_p99_s": round(quantile(waits, 0.99), 2)}  # fmt: skip
+                "arrivals_per_s": times * capacity,
+                "seconds": seconds,
+                "goodput_per_s": round(goodput, 1),
+                "refused": len(refused),
+                "refusal_p50_ms": round(1e3 * quantile(refused, 0.5), 1),
+                "refusal_p99_ms": round(1e3 * p99, 1),
+                "good_p99_s": round(quantile(waits, 0.99), 2),
+            }
         engine.how = None
         found.figures |= {"peak_per_s": round(peak, 1), "tokens": tokens}
         await world.census(found)
@@ -186,7 +193,13 @@ async def soak(full: bool, off: str | None = None, focus: str = "") -> Result:
         fd_slope = statistics.linear_regression(counts, fds).slope * 1e5
         per_100k = statistics.linear_regression(counts, rss).slope * 1e5 / 1e6
         found.figures |= {
-            "requests": done, "seconds": seconds, "fds": fds, "rss_MB": [round(each / 1e6, 1) for each in rss], "fds_per_100k": round(fd_slope, 2), "MB_per_100k": round(per_100k, 2)}  # fmt: skip
+            "requests": done,
+            "seconds": seconds,
+            "fds": fds,
+            "rss_MB": [round(each / 1e6, 1) for each in rss],
+            "fds_per_100k": round(fd_slope, 2),
+            "MB_per_100k": round(per_100k, 2),
+        }
         growth = (rss[-1] - rss[0]) / 1e6
         # a short run is too short for a slope: one page of noise is then megabytes per 100,000
         found.need(

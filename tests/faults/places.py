@@ -1,4 +1,5 @@
-"""The row of places: nothing that a caller writes becomes a URL, path, header, file or process. A canary listens for it."""
+"""The row of places: nothing that a caller writes becomes a URL, path, header, file or process. A canary listens for
+it."""
 
 from __future__ import annotations
 
@@ -13,11 +14,50 @@ from .rig import API, V1, Engine, Json, Link, Reply, Result, Seen, World, asking
 
 SECRET = "/etc/faults-canary"
 UPSTREAM_PATHS = {
-    "ollama": {"/api/chat", "/api/generate", "/api/embed", "/api/show", "/api/tags", "/api/version", "/api/ps", "/", "/v1/models"},
-    "vllm": {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/version", "/health", "/tokenize", "/server_info"},
-    "sglang": {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/server_info", "/get_server_info", "/model_info", "/get_model_info", "/health", "/version"},
-    "llamacpp": {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/props", "/apply-template", "/health", "/version"},
-}  # fmt: skip
+    "ollama": {
+        "/api/chat",
+        "/api/generate",
+        "/api/embed",
+        "/api/show",
+        "/api/tags",
+        "/api/version",
+        "/api/ps",
+        "/",
+        "/v1/models",
+    },
+    "vllm": {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/models",
+        "/version",
+        "/health",
+        "/tokenize",
+        "/server_info",
+    },
+    "sglang": {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/models",
+        "/server_info",
+        "/get_server_info",
+        "/model_info",
+        "/get_model_info",
+        "/health",
+        "/version",
+    },
+    "llamacpp": {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/models",
+        "/props",
+        "/apply-template",
+        "/health",
+        "/version",
+    },
+}
 UPSTREAM_HEADERS = {
     "host",
     "accept-encoding",
@@ -67,11 +107,35 @@ class Canary:
     def places(self) -> list[str]:
         at = f"127.0.0.1:{self.port}"
         return [
-            f"http://{at}/c", f"HTTP://{at}/c", f"//{at}/c", f"https://{at}/", f"http://localhost:{self.port}/c", f"http://user:pw@{at}/c", f" http://{at}/c", f"http://{at}/c#x",
-            f"file://{SECRET}", SECRET, f"../../../../../..{SECRET}", f"data:text/html,<img src=http://{at}/>", f"ftp://{at}/c", f"unix:{SECRET}", f"x\r\nhost: {at}\r\nx-canary: 1",
-            f"x\r\n\r\nGET http://{at}/c HTTP/1.1\r\n\r\n", f"m%0d%0ahost:%20{at}", f"{{{{http://{at}/}}}}", f"${{jndi:ldap://{at}/c}}", f"; curl http://{at}/c", f"$(curl http://{at}/c)",
-            f"`cat {SECRET}`", f"@{SECRET}", "--model\x00/etc", f"s3://{at}/c", f"\\\\{at}\\c", f"http:/{at}/c", f"javascript:fetch('http://{at}')",
-        ]  # fmt: skip
+            f"http://{at}/c",
+            f"HTTP://{at}/c",
+            f"//{at}/c",
+            f"https://{at}/",
+            f"http://localhost:{self.port}/c",
+            f"http://user:pw@{at}/c",
+            f" http://{at}/c",
+            f"http://{at}/c#x",
+            f"file://{SECRET}",
+            SECRET,
+            f"../../../../../..{SECRET}",
+            f"data:text/html,<img src=http://{at}/>",
+            f"ftp://{at}/c",
+            f"unix:{SECRET}",
+            f"x\r\nhost: {at}\r\nx-canary: 1",
+            f"x\r\n\r\nGET http://{at}/c HTTP/1.1\r\n\r\n",
+            f"m%0d%0ahost:%20{at}",
+            f"{{{{http://{at}/}}}}",
+            f"${{jndi:ldap://{at}/c}}",
+            f"; curl http://{at}/c",
+            f"$(curl http://{at}/c)",
+            f"`cat {SECRET}`",
+            f"@{SECRET}",
+            "--model\x00/etc",
+            f"s3://{at}/c",
+            f"\\\\{at}\\c",
+            f"http:/{at}/c",
+            f"javascript:fetch('http://{at}')",
+        ]
 
     def naive(self, engine: Engine, seen: Seen) -> Reply | None:
         """Looks at what came upstream as an engine would that trusts it; what it would fetch is a hit."""
@@ -96,8 +160,34 @@ class Canary:
         """A text that names the canary, anywhere but in words, is a place."""
         if isinstance(value, dict):
             for name, inner in value.items():
-                if name in ("$id", "$schema", "$comment", "description", "title", "default", "enum", "const", "examples", "pattern", "properties", "required", "metadata", "regex", "grammar",
-                            "ebnf", "choice", "guided_choice", "json_schema", "format", "parameters", "structured_outputs") and dialect:  # fmt: skip
+                if (
+                    name
+                    in (
+                        "$id",
+                        "$schema",
+                        "$comment",
+                        "description",
+                        "title",
+                        "default",
+                        "enum",
+                        "const",
+                        "examples",
+                        "pattern",
+                        "properties",
+                        "required",
+                        "metadata",
+                        "regex",
+                        "grammar",
+                        "ebnf",
+                        "choice",
+                        "guided_choice",
+                        "json_schema",
+                        "format",
+                        "parameters",
+                        "structured_outputs",
+                    )
+                    and dialect
+                ):
                     self.look_for_refs(inner, dialect)
                 else:
                     self.look(inner, name, dialect)
@@ -179,8 +269,34 @@ def carriers(place: str) -> list[tuple[str, str, Json, dict[str, str]]]:
                 {},
             )
         )
-    for name in ("base_url", "api_base", "url", "endpoint", "host", "proxy", "engine_options", "launch_args", "extra_body", "extra_headers", "chat_template", "lora_path", "mm_processor_kwargs",
-                 "model_path", "hf_token", "callback", "webhook", "documents", "web_search_options", "media_io_kwargs", "template", "path", "slot_save_path", "lora", "cache_salt", "python"):  # fmt: skip
+    for name in (
+        "base_url",
+        "api_base",
+        "url",
+        "endpoint",
+        "host",
+        "proxy",
+        "engine_options",
+        "launch_args",
+        "extra_body",
+        "extra_headers",
+        "chat_template",
+        "lora_path",
+        "mm_processor_kwargs",
+        "model_path",
+        "hf_token",
+        "callback",
+        "webhook",
+        "documents",
+        "web_search_options",
+        "media_io_kwargs",
+        "template",
+        "path",
+        "slot_save_path",
+        "lora",
+        "cache_salt",
+        "python",
+    ):
         for value in (place, {"url": place}, [place]):
             found += [(name, API, {**chat, name: value}, {}), (name, V1, {**v1, name: value}, {})]
     for name, path, body in (
@@ -192,8 +308,15 @@ def carriers(place: str) -> list[tuple[str, str, Json, dict[str, str]]]:
     ):
         for form in (place, f"vllm/{place}", f"llamacpp/{place}", f"ollama/{place}"):
             found.append((name, path, {**body, name: form}, {}))
-    for schema in ({"$ref": place}, {"type": "object", "properties": {"a": {"$ref": place}}}, {"type": "string", "$id": place, "$schema": place}, {"allOf": [{"$ref": place + "#/x"}]},
-                   {"$dynamicRef": place}, {"$defs": {"a": {"$ref": place}}, "type": "object"}, {"$defs": {"a": {"$ref": place}}, "$ref": "#/$defs/a"}):  # fmt: skip
+    for schema in (
+        {"$ref": place},
+        {"type": "object", "properties": {"a": {"$ref": place}}},
+        {"type": "string", "$id": place, "$schema": place},
+        {"allOf": [{"$ref": place + "#/x"}]},
+        {"$dynamicRef": place},
+        {"$defs": {"a": {"$ref": place}}, "type": "object"},
+        {"$defs": {"a": {"$ref": place}}, "$ref": "#/$defs/a"},
+    ):
         found.append(("schema", "/api/v1/llm/structured-generate", {"prompt": "x", "schema": schema}, {}))
         found.append(
             (
@@ -232,7 +355,8 @@ def carriers(place: str) -> list[tuple[str, str, Json, dict[str, str]]]:
 
 
 async def places(full: bool, off: str | None = None, focus: str = "") -> Result:
-    """Canary places in every field and header, alone and amid mutations: nothing fetches them, nothing opens them, upstream has its own paths."""
+    """Canary places in every field and header, alone and amid mutations: nothing fetches them, nothing opens them,
+    upstream has its own paths."""
     found, rng, canary = Result(), random.Random(13), Canary()
     await canary.start()
     cases = [case for place in canary.places() for case in carriers(place) if focus in case[0]]

@@ -2,10 +2,9 @@
 
     [[reset@b40]]   40 bytes into the reply's body the connection is reset
 
-Faults: latency, slice, slow (good in the end); reset, fin (half-close), stall, corrupt, at a place: hN (bytes into the head),
-bN (bytes into the body), tN (N bytes before the end). For a whole port, by `mode`: `limit` (closed as soon as it is accepted), `hole`
-(accepted, never answered), `refuse` (nobody listens).
-"""
+Faults: latency, slice, slow (good in the end); reset, fin (half-close), stall, corrupt, at a place: hN (bytes into the
+head), bN (bytes into the body), tN (N bytes before the end). For a whole port, by `mode`: `limit` (closed as soon as it
+is accepted), `hole` (accepted, never answered), `refuse` (nobody listens)."""
 
 from __future__ import annotations
 
@@ -23,7 +22,8 @@ from typing import Self
 MARK = re.compile(rb"\[\[(latency|slice|slow|reset|fin|stall|corrupt)(?:@([hbt])(\d+))?\]\]")
 NONCE = re.compile(rb"nonce-[0-9a-f]{12}")
 NULS = bytes(16)
-#: bytes a write: within a character, a line end, an event, across two of them; 3 each would take a busy machine past the total deadline
+#: bytes a write: within a character, a line end, an event, across two of them; 3 each would take a busy machine past
+#: the total deadline
 SLICES = (3, 1, 2, 17, 3, 101)
 
 
@@ -54,7 +54,8 @@ def is_whole(reply: bytes, head: int) -> bool:
 
 
 class Proxies:
-    """One port before each target, all in one thread; `applied` has the nonces of the requests that a fault has struck."""
+    """One port before each target, all in one thread; `applied` has the nonces of the requests that a fault has
+    struck."""
 
     def __init__(self, targets: Mapping[str, int]) -> None:
         self.targets = dict(targets)

@@ -1,9 +1,9 @@
-"""What every row stands on: four scripted engines (each behind a fault proxy), the real `--serve` in front of them, a raw client,
-the judge of an answer, and the census.
+"""What every row stands on: four scripted engines (each behind a fault proxy), the real `--serve` in front of them, a
+raw client, the judge of an answer, and the census.
 
     async with World() as world:
         answer = await ask(world.port, "/api/v1/llm/chat", chat("vllm", "hi"))
-        judge(answer, v1=False, stream=False)             # ("good", its text), (an error's kind, ""), ("!what is wrong", "")
+        judge(answer, v1=False, stream=False)   # ("good", its text), (an error's kind, ""), ("!what is wrong", "")
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ class Result:
 
 
 def words_for(text: str) -> str:
-    """What an engine says to a prompt: the prompt's nonce before and after the usual words, so that a mixed or cut answer shows."""
+    """What an engine says to a prompt: the prompt's nonce before and after the usual words, so that a mixed or cut
+    answer shows."""
     found = NONCE.findall(text)
     return f"{found[-1]} {TEXT} {found[-1]}" if found else TEXT
 
@@ -106,7 +107,8 @@ class Engine(FakeEngine):
 
 
 class Server(Command):
-    """The real command, by way of server.py: with a guard switched off, with other settings, and with a control socket."""
+    """The real command, by way of server.py: with a guard switched off, with other settings, and with a control
+    socket."""
 
     def __init__(
         self,
@@ -207,7 +209,8 @@ class World:
         return sum(engine.generations for engine in self.engines.values())
 
     async def at_rest(self, seconds: float = 12.0) -> tuple[Json, Json]:
-        """What the server holds once it holds no more than when it started (idle pooled connections live 4 s), and what is left over."""
+        """What the server holds once it holds no more than when it started (idle pooled connections live 4 s), and what
+        is left over."""
         deadline = time.monotonic() + seconds
         while True:
             now = await asyncio.to_thread(self.server.census)
@@ -260,12 +263,8 @@ def request_bytes(
     head = {"host": "127.0.0.1", "content-type": "application/json", **(headers or {})}
     if data:
         head.setdefault("content-length", str(len(data)))
-    return (
-        f"{method} {path} HTTP/1.1\r\n{''.join(f'{name}: {value}{chr(13)}{chr(10)}' for name, value in head.items())}\r\n".encode(
-            "latin-1"
-        )
-        + data
-    )
+    lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in head.items()), "", ""]
+    return "\r\n".join(lines).encode("latin-1") + data
 
 
 class Link:
@@ -381,7 +380,8 @@ async def until(true: Callable[[], bool], seconds: float) -> bool:
 
 
 def judge(answer: Answer, *, v1: bool, stream: bool) -> tuple[str, str]:
-    """("good", text), (kind of a typed error, text before it), or ("!…", ""): hung, cut in silence, outside the format."""
+    """("good", text), (kind of a typed error, text before it), or ("!…", ""): hung, cut in silence, outside the
+    format."""
     if answer.note == "hung":
         return "!hung", ""
     if not answer.status:
@@ -441,7 +441,8 @@ def judge_stream(answer: Answer, v1: bool) -> tuple[str, str]:
 
 
 def wrong_error(body: Any, v1: bool, kind: str, status: int) -> str:
-    """What is wrong with an error's body, or nothing. Errors of HTTP itself (400 of the parser) are judged by the caller."""
+    """What is wrong with an error's body, or nothing. Errors of HTTP itself (400 of the parser) are judged by the
+    caller."""
     if kind not in KINDS:
         return f"!{status} without a known kind ({kind})"
     error = KINDS[kind]

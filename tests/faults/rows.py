@@ -14,9 +14,20 @@ class Row(Protocol):
 
 
 ROWS: dict[str, Row] = {
-    "client_leaves": clients.client_leaves, "cancels": clients.cancels, "network": network.network, "slow_clients": clients.slow_clients, "hostile_bodies": hostile.hostile_bodies,
-    "gate": gate.gate, "places": places.places, "overload": overload.overload, "engine_killed": engines.engine_killed, "engine_frozen": engines.engine_frozen,
-    "parent_killed": engines.parent_killed, "storm": network.storm, "soak": overload.soak}  # fmt: skip
+    "client_leaves": clients.client_leaves,
+    "cancels": clients.cancels,
+    "network": network.network,
+    "slow_clients": clients.slow_clients,
+    "hostile_bodies": hostile.hostile_bodies,
+    "gate": gate.gate,
+    "places": places.places,
+    "overload": overload.overload,
+    "engine_killed": engines.engine_killed,
+    "engine_frozen": engines.engine_frozen,
+    "parent_killed": engines.parent_killed,
+    "storm": network.storm,
+    "soak": overload.soak,
+}
 
 
 def all_rows() -> dict[str, Callable[..., Awaitable[Result]]]:

@@ -1,4 +1,5 @@
-"""The server under test: `llm_inference.py --serve …` as it is, or with one guard switched off, and with a control socket.
+"""The server under test: `llm_inference.py --serve …` as it is, or with one guard switched off, and with a control
+socket.
 
 FAULTS_OFF       a name in guards.py: that line of the source is replaced before it is run
 FAULTS_SETTINGS  JSON: fields of Settings (and `deadlines`: fields of Deadlines) that no flag sets
@@ -49,10 +50,16 @@ def census() -> dict[str, Any]:
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     workers = ("asyncio_", "uvloop_", "ThreadPoolExecutor", "control")  # a pool's idle threads stay, by design
     return {
-        "tasks": sum(len(asyncio.all_tasks(loop)) for loop in loops), "threads": sum(not t.name.startswith(workers) for t in threading.enumerate()),
-        "fds": len(kinds) - 2, "sockets": sum(kind.startswith("socket:") for kind in kinds) - 2, "children": len(children),
-        "rss": int(status["VmRSS"].split()[0]) * 1024, "peak": int(status["VmHWM"].split()[0]) * 1024, "opened": sorted(OPENED), "thread_names": sorted(t.name for t in threading.enumerate()),
-    }  # fmt: skip
+        "tasks": sum(len(asyncio.all_tasks(loop)) for loop in loops),
+        "threads": sum(not t.name.startswith(workers) for t in threading.enumerate()),
+        "fds": len(kinds) - 2,
+        "sockets": sum(kind.startswith("socket:") for kind in kinds) - 2,
+        "children": len(children),
+        "rss": int(status["VmRSS"].split()[0]) * 1024,
+        "peak": int(status["VmHWM"].split()[0]) * 1024,
+        "opened": sorted(OPENED),
+        "thread_names": sorted(t.name for t in threading.enumerate()),
+    }
 
 
 def control(path: str) -> None:

@@ -1,4 +1,5 @@
-"""How soon a real engine stops working after its caller has gone: `python -m tests.faults.stops llamacpp vllm sglang [--json FILE]`.
+"""How soon a real engine stops working after its caller has gone: `python -m tests.faults.stops llamacpp vllm sglang
+[--json FILE]`.
 
 Each engine is started by us. A request is cancelled in its prefill or in mid-answer; the engine has stopped when its
 processes take less than a quarter of a core. Seconds, the worst of five.

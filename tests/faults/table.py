@@ -8,21 +8,86 @@ from pathlib import Path
 from typing import Any
 
 WORDS: dict[str, tuple[str, str, str, str]] = {  # what and its pass mark, in Chinese and in English
-    "client_leaves": ("客户端离开(7 个时刻 × 4 种引擎 × 完整/流式)", "1 秒后仍开着的上游连接为 0", "client leaves (7 points × 4 dialects × whole/stream)", "0 upstream connections open after 1 s"),
+    "client_leaves": (
+        "客户端离开(7 个时刻 × 4 种引擎 × 完整/流式)",
+        "1 秒后仍开着的上游连接为 0",
+        "client leaves (7 points × 4 dialects × whole/stream)",
+        "0 upstream connections open after 1 s",
+    ),
     "cancels": ("大量取消,然后 200 个请求", "200 个全部作答", "cancels, then 200 requests", "200 of 200 answered"),
-    "network": ("网络与流中途故障 × 引擎", "挂起 0,悄悄截断 0,期限 + 0.5 秒内给出有类型的错误", "network and mid-stream faults × dialects", "0 hung, 0 silent truncations, typed within deadline + 0.5 s"),
-    "slow_clients": ("慢、空闲、半开的连接,旁边是正常客户端", "到期即关,正常客户端 100 %", "slow, idle and half-open connections beside good ones", "closed at their limit, good clients 100 %"),
-    "hostile_bodies": ("恶意请求体(变异、hypothesis、schemathesis)", "意外 500 为 0,信封之外为 0,内存有界", "hostile bodies (mutations, hypothesis, schemathesis)", "0 unexpected 500, 0 outside the envelope, memory bounded"),
-    "gate": ("无钥匙:路由 × 路径 × Host × 请求头变异", "放行 0", "unauthenticated route × path × Host × header mutations", "0 through"),
-    "places": ("地点注入(URL、路径、CR/LF、$ref)", "诱饵命中 0,越界打开 0", "place injection (URLs, paths, CR/LF, $refs)", "0 canary hits, 0 outside opens"),
-    "overload": ("开环负载至容量的 10 倍", "有效吞吐 ≥ 峰值 90 %,拒绝 p99 ≤ 20 ms + 同时的空转 p99,挂起 0", "open-loop load to 10 × capacity", "goodput ≥ 90 % of peak, refusals p99 ≤ 20 ms + the idle p99 beside it, 0 hung"),
-    "engine_killed": ("引擎被 kill -9(含内嵌引擎)", "1 秒内有类型的错误,随后恢复", "engine killed -9 (the embedded one too)", "typed within 1 s; recovered"),
-    "engine_frozen": ("引擎被冻结(SIGSTOP)", "空闲期限内有类型的错误,随后恢复", "engine frozen (SIGSTOP)", "typed at the idle deadline; recovered"),
-    "parent_killed": ("我们自己被 kill -9 / 中断 / 返回", "2 秒后遗孤为 0", "we are killed -9, interrupted, or return", "0 orphans after 2 s"),
-    "storm": ("故障风暴,每个回答带随机数", "答错人 0,有效请求 ≥ 99.9 %", "fault storm with a nonce in every reply", "0 answers to the wrong caller, valid requests ≥ 99.9 %"),
-    "soak": ("长跑", "描述符不增,每 100,000 个请求内存 ≤ 0.5 MB", "soak", "descriptors stay, memory ≤ 0.5 MB / 100,000 requests"),
-    "guards_off": ("逐个关掉防线", "每一个都让它的一行变红", "guards switched off one at a time", "each turns its row red"),
-}  # fmt: skip
+    "network": (
+        "网络与流中途故障 × 引擎",
+        "挂起 0,悄悄截断 0,期限 + 0.5 秒内给出有类型的错误",
+        "network and mid-stream faults × dialects",
+        "0 hung, 0 silent truncations, typed within deadline + 0.5 s",
+    ),
+    "slow_clients": (
+        "慢、空闲、半开的连接,旁边是正常客户端",
+        "到期即关,正常客户端 100 %",
+        "slow, idle and half-open connections beside good ones",
+        "closed at their limit, good clients 100 %",
+    ),
+    "hostile_bodies": (
+        "恶意请求体(变异、hypothesis、schemathesis)",
+        "意外 500 为 0,信封之外为 0,内存有界",
+        "hostile bodies (mutations, hypothesis, schemathesis)",
+        "0 unexpected 500, 0 outside the envelope, memory bounded",
+    ),
+    "gate": (
+        "无钥匙:路由 × 路径 × Host × 请求头变异",
+        "放行 0",
+        "unauthenticated route × path × Host × header mutations",
+        "0 through",
+    ),
+    "places": (
+        "地点注入(URL、路径、CR/LF、$ref)",
+        "诱饵命中 0,越界打开 0",
+        "place injection (URLs, paths, CR/LF, $refs)",
+        "0 canary hits, 0 outside opens",
+    ),
+    "overload": (
+        "开环负载至容量的 10 倍",
+        "有效吞吐 ≥ 峰值 90 %,拒绝 p99 ≤ 20 ms + 同时的空转 p99,挂起 0",
+        "open-loop load to 10 × capacity",
+        "goodput ≥ 90 % of peak, refusals p99 ≤ 20 ms + the idle p99 beside it, 0 hung",
+    ),
+    "engine_killed": (
+        "引擎被 kill -9(含内嵌引擎)",
+        "1 秒内有类型的错误,随后恢复",
+        "engine killed -9 (the embedded one too)",
+        "typed within 1 s; recovered",
+    ),
+    "engine_frozen": (
+        "引擎被冻结(SIGSTOP)",
+        "空闲期限内有类型的错误,随后恢复",
+        "engine frozen (SIGSTOP)",
+        "typed at the idle deadline; recovered",
+    ),
+    "parent_killed": (
+        "我们自己被 kill -9 / 中断 / 返回",
+        "2 秒后遗孤为 0",
+        "we are killed -9, interrupted, or return",
+        "0 orphans after 2 s",
+    ),
+    "storm": (
+        "故障风暴,每个回答带随机数",
+        "答错人 0,有效请求 ≥ 99.9 %",
+        "fault storm with a nonce in every reply",
+        "0 answers to the wrong caller, valid requests ≥ 99.9 %",
+    ),
+    "soak": (
+        "长跑",
+        "描述符不增,每 100,000 个请求内存 ≤ 0.5 MB",
+        "soak",
+        "descriptors stay, memory ≤ 0.5 MB / 100,000 requests",
+    ),
+    "guards_off": (
+        "逐个关掉防线",
+        "每一个都让它的一行变红",
+        "guards switched off one at a time",
+        "each turns its row red",
+    ),
+}
 
 
 def remark(name: str, figures: dict[str, Any]) -> str:
@@ -42,7 +107,8 @@ def remark(name: str, figures: dict[str, Any]) -> str:
             return f"{figures['canary hits']} hits, {figures['outside opens']} opens"
         case "overload":
             at = figures["10x"]
-            return f"{at['goodput_per_s']:g}/s of {figures['peak_per_s']:g}/s, p99 {at['refusal_p99_ms']:g} ms (idle {figures['yardstick_p99_ms']:g})"
+            refusals = f"p99 {at['refusal_p99_ms']:g} ms (idle {figures['yardstick_p99_ms']:g})"
+            return f"{at['goodput_per_s']:g}/s of {figures['peak_per_s']:g}/s, {refusals}"
         case "engine_killed" | "engine_frozen":
             return f"≤ {figures['slowest_typed_s']:g} s"
         case "parent_killed":
@@ -50,7 +116,8 @@ def remark(name: str, figures: dict[str, Any]) -> str:
         case "storm":
             return str(figures["valid"])
         case "soak":
-            return f"{figures['requests']:,} requests, {figures['MB_per_100k']:g} MB / 100,000, fds {figures['fds_per_100k']:+g}"
+            growth = f"{figures['MB_per_100k']:g} MB / 100,000, fds {figures['fds_per_100k']:+g}"
+            return f"{figures['requests']:,} requests, {growth}"
         case "guards_off":
             return f"{len(figures['red'])} of {figures['of']}"
     return ""

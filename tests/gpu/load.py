@@ -2,13 +2,13 @@
 
     python tests/gpu/load.py --url http://127.0.0.1:8000 --model NAME --streams 64
 
-Every stream asks one question after the other. The answers' lengths are `--lengths` in a turned order, so that the streams do not
-go in step but all have the same work; `ignore_eos` makes the engine keep to them, and an answer of another length is an error.
-Each prompt begins differently, so that no engine finds it in its prefix cache. Prints one line of JSON.
+Every stream asks one question after the other. The answers' lengths are `--lengths` in a turned order, so that the
+streams do not go in step but all have the same work; `ignore_eos` makes the engine keep to them, and an answer of
+another length is an error. Each prompt begins differently, so that no engine finds it in its prefix cache. Prints one
+line of JSON.
 
-With several `--url` the streams are dealt out to them and run together, so that what the engine does at that time is the same for all:
-`by_url` has each one's figures. Two ways to one engine are compared closest like that.
-"""
+With several `--url` the streams are dealt out to them and run together, so that what the engine does at that time is
+the same for all: `by_url` has each one's figures. Two ways to one engine are compared closest like that."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ from typing import Any
 import aiohttp
 
 LENGTHS = (32, 64, 96, 128, 160)
-WORDS = "river stone lamp garden winter paper bridge cloud music window seven harbour green letter morning engine forest silver table road".split()
+WORDS = (
+    "river stone lamp garden winter paper bridge cloud music window "
+    "seven harbour green letter morning engine forest silver table road"
+).split()
 
 
 @dataclass
@@ -54,9 +57,14 @@ async def answer(
 ) -> None:
     """One streamed answer, read to its end."""
     body = {
-        "model": args.model, "messages": [{"role": "user", "content": prompt(seed)}], "max_tokens": tokens, "temperature": 1.0, "ignore_eos": True,
-        "stream": True, "stream_options": {"include_usage": True},
-    }  # fmt: skip
+        "model": args.model,
+        "messages": [{"role": "user", "content": prompt(seed)}],
+        "max_tokens": tokens,
+        "temperature": 1.0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     began, first, last = time.perf_counter(), 0.0, b""
     async with session.post(url + "/v1/chat/completions", json=body) as reply:
         if reply.status != 200:

@@ -1,9 +1,10 @@
-"""A real vLLM or SGLang on a GPU, under our adapter: the laws, memory errors, load, offline batch, orphans. README.md says how to run it.
+"""A real vLLM or SGLang on a GPU, under our adapter: the laws, memory errors, load, offline batch, orphans. README.md
+says how to run it.
 
     python -m tests.gpu.run --engine vllm --python ENGINE_PYTHON --model SMOLLM2_FOLDER --out tests/gpu/results.json
 
-One engine a run; each part writes its results into the file as soon as it has them, so that what fails costs no other part anything.
-"""
+One engine a run; each part writes its results into the file as soon as it has them, so that what fails costs no other
+part anything."""
 
 from __future__ import annotations
 
@@ -57,18 +58,49 @@ class Kind:
 
 
 KINDS = {
-    "vllm": Kind("vllm.entrypoints.openai.api_server", "--model", "--gpu-memory-utilization", "--max-model-len", "--enforce-eager",
-                 "--enable-auto-tool-choice --tool-call-parser hermes"),
-    "sglang": Kind("sglang.launch_server", "--model-path", "--mem-fraction-static", "--context-length", "--disable-cuda-graph", "--tool-call-parser qwen25"),
-}  # fmt: skip
+    "vllm": Kind(
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        "--gpu-memory-utilization",
+        "--max-model-len",
+        "--enforce-eager",
+        "--enable-auto-tool-choice --tool-call-parser hermes",
+    ),
+    "sglang": Kind(
+        "sglang.launch_server",
+        "--model-path",
+        "--mem-fraction-static",
+        "--context-length",
+        "--disable-cuda-graph",
+        "--tool-call-parser qwen25",
+    ),
+}
 
 # Llama shapes for --load-format dummy; tokenizer and vocabulary are SmolLM2's.
 SHAPES: dict[str, Json] = {
-    "large": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
-    "too-large": {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 80, "num_attention_heads": 128, "num_key_value_heads": 8},
-    "long": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 8, "num_attention_heads": 32, "num_key_value_heads": 32,
-             "max_position_embeddings": 2_000_000},
-}  # fmt: skip
+    "large": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "too-large": {
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 8,
+    },
+    "long": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 2_000_000,
+    },
+}
 
 
 class Run:
@@ -176,8 +208,15 @@ def suites(run: Run) -> Json:
     skipped = {
         str(case.get("name")): str(skip.get("message")) for case in cases if (skip := case.find("skipped")) is not None
     }
-    return {"start_s": round(ready, 1), "capital_of_france": answer, "tests": len(cases), "passed": len(cases) - len(failed) - len(skipped),
-            "failures": failed, "skipped": skipped, "seconds": round(sum(float(case.get("time", 0)) for case in cases), 1)}  # fmt: skip
+    return {
+        "start_s": round(ready, 1),
+        "capital_of_france": answer,
+        "tests": len(cases),
+        "passed": len(cases) - len(failed) - len(skipped),
+        "failures": failed,
+        "skipped": skipped,
+        "seconds": round(sum(float(case.get("time", 0)) for case in cases), 1),
+    }
 
 
 def started(run: Run) -> Json:
@@ -189,8 +228,15 @@ def started(run: Run) -> Json:
         health, pids, during = llm.health(), descendants(os.getpid()), gpu_used()
     gone = time.monotonic()
     left = wait_for(partial(none_alive, pids), 15)
-    return {"start_s": round(ready, 1), "capital_of_france": answer, "health": health, "processes": len(pids), "all_gone": left is not None,
-            "gone_s": round(time.monotonic() - gone, 2), "gpu_mib": {"before": before, "running": during, "after": gpu_used()}}  # fmt: skip
+    return {
+        "start_s": round(ready, 1),
+        "capital_of_france": answer,
+        "health": health,
+        "processes": len(pids),
+        "all_gone": left is not None,
+        "gone_s": round(time.monotonic() - gone, 2),
+        "gpu_mib": {"before": before, "running": during, "after": gpu_used()},
+    }
 
 
 def memory(run: Run) -> Json:
@@ -293,7 +339,8 @@ def offline(run: Run) -> Json:
 
 
 def orphans(run: Run) -> Json:
-    """The Python process that started the engine is killed: every process of the engine ends, and the GPU's memory is free again."""
+    """The Python process that started the engine is killed: every process of the engine ends, and the GPU's memory is
+    free again."""
     code = (
         "import json, sys\nfrom llm_inference import LLMInferencer\nllm = LLMInferencer(**json.loads(sys.argv[1]))\n"
         "llm.generate('hi', max_tokens=2)\nprint('up', flush=True)\nsys.stdin.readline()\n"
@@ -314,10 +361,16 @@ def orphans(run: Run) -> Json:
         gone = wait_for(partial(none_alive, pids), 30)
         free = wait_for(partial(off_the_gpu, on_gpu), 30)
         parent.wait()
-        rounds.append({
-            "processes": len(pids), "on_the_gpu": len(on_gpu), "gone_s": gone, "off_the_gpu_s": free, "left": [pid for pid in pids if alive(pid)],
-            "gpu_mib": {"before": before, "running": during, "after": gpu_used()},
-        })  # fmt: skip
+        rounds.append(
+            {
+                "processes": len(pids),
+                "on_the_gpu": len(on_gpu),
+                "gone_s": gone,
+                "off_the_gpu_s": free,
+                "left": [pid for pid in pids if alive(pid)],
+                "gpu_mib": {"before": before, "running": during, "after": gpu_used()},
+            }
+        )
         save(run.args, "orphans", {"rounds": rounds})
     return {"rounds": rounds}
 
@@ -367,9 +420,15 @@ def at_once(args: argparse.Namespace, urls: list[str], model: str, streams: int,
     sides = [one if number % 2 else one[::-1] for number, one in enumerate(rounds)]
     later = [round(other["first_token_p50_ms"] - engine["first_token_p50_ms"], 2) for engine, other in sides]
     ratios = [round(other["tokens_per_s"] / engine["tokens_per_s"], 4) for engine, other in sides]
-    return {"streams": f"{streams} each", "first_token_later_ms": statistics.median(later), "first_token_later_ms_each": later, "ratio": statistics.median(ratios),
-            "ratios": ratios, "engine first_token_p50_ms": statistics.median(engine["first_token_p50_ms"] for engine, _ in sides),
-            "errors": sum(one["errors"] for pair in sides for one in pair)}  # fmt: skip
+    return {
+        "streams": f"{streams} each",
+        "first_token_later_ms": statistics.median(later),
+        "first_token_later_ms_each": later,
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "engine first_token_p50_ms": statistics.median(engine["first_token_p50_ms"] for engine, _ in sides),
+        "errors": sum(one["errors"] for pair in sides for one in pair),
+    }
 
 
 def compared(rounds: list[Json], name: str) -> Json:
@@ -385,14 +444,21 @@ def compared(rounds: list[Json], name: str) -> Json:
         return round(statistics.median(values), 2) if values else None
 
     return {
-        "ratio": round(statistics.median(ratios), 4) if ratios else None, "ratios": [round(ratio, 4) for ratio in ratios],
-        "first_token_later_ms": round(statistics.median(later), 2) if later else None, "first_token_later_ms_each": [round(ms, 2) for ms in later],
-        **{f"{who} {what}": median(side, what) for who, side in (("engine", "engine"), ("ours", name))
-           for what in ("tokens_per_s", "first_token_p50_ms", "first_token_p99_ms")},
-        "our CPU us a token": round(1e6 * sum(one[name]["our_cpu_s"] for one in rounds) / max(1, sum(one[name]["tokens"] for one in rounds)), 2),
+        "ratio": round(statistics.median(ratios), 4) if ratios else None,
+        "ratios": [round(ratio, 4) for ratio in ratios],
+        "first_token_later_ms": round(statistics.median(later), 2) if later else None,
+        "first_token_later_ms_each": [round(ms, 2) for ms in later],
+        **{
+            f"{who} {what}": median(side, what)
+            for who, side in (("engine", "engine"), ("ours", name))
+            for what in ("tokens_per_s", "first_token_p50_ms", "first_token_p99_ms")
+        },
+        "our CPU us a token": round(
+            1e6 * sum(one[name]["our_cpu_s"] for one in rounds) / max(1, sum(one[name]["tokens"] for one in rounds)), 2
+        ),
         "errors": sum(one[side]["errors"] for one in rounds for side in ("engine", name)),
         "rounds": [{"engine": one["engine"], "ours": one[name]} for one in rounds],
-    }  # fmt: skip
+    }
 
 
 def http_batch(run: Run, url: str) -> Json:
@@ -407,8 +473,13 @@ def http_batch(run: Run, url: str) -> Json:
             answers = llm.batch(prompts, concurrency=concurrency, **fields)
             bad = [str(answer) for answer in answers if isinstance(answer, InferenceError)]
             tokens = sum(answer.usage.completion_tokens for answer in answers if not isinstance(answer, InferenceError))
-            found[f"LLMInferencer.batch, {concurrency}"] = {"seconds": round(time.monotonic() - began, 2), "cpu_s": round(time.process_time() - cpu, 2),
-                                                            "tokens": tokens, "errors": len(bad), "first_error": bad[:1]}  # fmt: skip
+            found[f"LLMInferencer.batch, {concurrency}"] = {
+                "seconds": round(time.monotonic() - began, 2),
+                "cpu_s": round(time.process_time() - cpu, 2),
+                "tokens": tokens,
+                "errors": len(bad),
+                "first_error": bad[:1],
+            }
             if not args.bare:
                 continue
             model = llm.models()[0].name
@@ -477,7 +548,12 @@ def what_fails(llm: LLMInferencer, copy: Path) -> Json:
 @contextlib.contextmanager
 def held_memory(run: Run) -> Iterator[None]:
     """Another program that has 4 GiB of the GPU's memory."""
-    code = "import sys, torch\nkept = torch.zeros(1 << 32, dtype=torch.uint8, device='cuda')\nprint('up', flush=True)\nsys.stdin.readline()\n"
+    code = (
+        "import sys, torch\n"
+        "kept = torch.zeros(1 << 32, dtype=torch.uint8, device='cuda')\n"
+        "print('up', flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
     other = subprocess.Popen(
         [run.args.python, "-c", code],
         stdin=subprocess.PIPE,
@@ -682,8 +758,14 @@ def main() -> int:
         action="store_true",
         help="load the engine a second time in each round, in our place: what its own spread is",
     )
-    parser.add_argument("--at-once", type=int, nargs="+", default=[0], metavar="ROUNDS",
-                        help="further rounds, as --rounds, in which so many streams ask the engine while as many ask one of the others")  # fmt: skip
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        nargs="+",
+        default=[0],
+        metavar="ROUNDS",
+        help="further rounds, as --rounds, in which so many streams ask the engine while as many ask one of the others",
+    )
     parser.add_argument("--bare", action="store_true", help="the batch by a bare client too")
     parser.add_argument("--batch-tokens", type=int, default=16)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[256, 1024])
@@ -691,9 +773,8 @@ def main() -> int:
     args = parser.parse_args()
     for name in ("rounds", "at_once"):
         if len(counts := getattr(args, name)) not in (1, len(args.streams)):
-            parser.error(
-                f"--{name.replace('_', '-')}: {len(counts)} numbers for {len(args.streams)} of --streams; give one, or one for each"
-            )
+            numbers = f"{len(counts)} numbers for {len(args.streams)} of --streams"
+            parser.error(f"--{name.replace('_', '-')}: {numbers}; give one, or one for each")
         setattr(args, name, counts * (len(args.streams) // len(counts)))
     run, bad = Run(args), 0
     gpu = smi("--query-gpu=name,memory.total,driver_version")

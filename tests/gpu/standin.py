@@ -1,9 +1,10 @@
-"""Our server, and nginx as the yardstick, in front of `steps.py`: what each adds to the first token and takes from the tokens/s.
+"""Our server, and nginx as the yardstick, in front of `steps.py`: what each adds to the first token and takes from the
+tokens/s.
 
     python -m tests.gpu.standin --out tests/gpu/standin.json [--also OTHER_COPY_OF/llm_inference.py]
 
-Rounds are interleaved (the stand-in itself, ours, nginx, the other copy), and each is compared with the stand-in of its own round.
-"""
+Rounds are interleaved (the stand-in itself, ours, nginx, the other copy), and each is compared with the stand-in of its
+own round."""
 
 from __future__ import annotations
 
@@ -29,11 +30,14 @@ worker_processes 1; daemon off; pid {dir}/pid; error_log {dir}/error.log;
 events {{ worker_connections 4096; }}
 http {{
     access_log off; keepalive_requests 1000000;
-    client_body_temp_path {dir}/b; proxy_temp_path {dir}/p; fastcgi_temp_path {dir}/f; uwsgi_temp_path {dir}/u; scgi_temp_path {dir}/s;
+    client_body_temp_path {dir}/b; proxy_temp_path {dir}/p; fastcgi_temp_path {dir}/f;
+    uwsgi_temp_path {dir}/u; scgi_temp_path {dir}/s;
     upstream engine {{ server 127.0.0.1:{engine}; keepalive 512; keepalive_requests 1000000; }}
     server {{
         listen 127.0.0.1:{port};
-        location / {{ proxy_pass http://engine; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off; }}
+        location / {{
+            proxy_pass http://engine; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off;
+        }}
     }}
 }}
 """

@@ -1,4 +1,5 @@
-"""README's lines for other libraries, on our server before the real embedded engine. Run by .ci/run --full: these packages are large."""
+"""README's lines for other libraries, on our server before the real embedded engine. Run by .ci/run --full: these
+packages are large."""
 
 from __future__ import annotations
 

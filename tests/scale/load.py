@@ -33,7 +33,8 @@ class Answer:
 
 
 class Load:
-    """`clients` at a time, each asking again as soon as it was answered: whole and streamed, on our routes and on OpenAI's, in turn."""
+    """`clients` at a time, each asking again as soon as it was answered: whole and streamed, on our routes and on
+    OpenAI's, in turn."""
 
     def __init__(
         self, url: str, model: str, *, key: str = "", clients: int = 16, max_tokens: int = 64, pause: float = 0.0

@@ -1,10 +1,11 @@
-"""The engines' own routers between us and two engine servers: what passes, and what happens when one server is killed -9 under load.
+"""The engines' own routers between us and two engine servers: what passes, and what happens when one server is killed
+-9 under load.
 
     python -m tests.scale.routers vllm|sglang [--fake] [--json tests/scale/results.json]
 
-Installs the router (PyPI) into an environment of its own under ~/.cache, and starts two real engine servers as tests/engines.py does
-(`--fake`: scripted ones, to try the router's settings in seconds). Whatever is started here is ended by its process id. Linux.
-"""
+Installs the router (PyPI) into an environment of its own under ~/.cache, and starts two real engine servers as
+tests/engines.py does (`--fake`: scripted ones, to try the router's settings in seconds). Whatever is started here is
+ended by its process id. Linux."""
 
 from __future__ import annotations
 
@@ -31,9 +32,11 @@ from tests.processes import free_port
 from tests.scale.load import Load, record, told
 
 HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm_inference-tests"
-# A dead server is out after two checks, one second apart, or after three failed requests; a request that found nobody is tried again at once.
+# A dead server is out after two checks, one second apart, or after three failed requests; a request that found nobody
+# is tried again at once.
 TUNED = (
-    "--health-check-interval-secs 1 --health-check-timeout-secs 2 --health-failure-threshold 2 --health-success-threshold 1 "
+    "--health-check-interval-secs 1 --health-check-timeout-secs 2 "
+    "--health-failure-threshold 2 --health-success-threshold 1 "
     "--cb-failure-threshold 3 --cb-success-threshold 1 --cb-timeout-duration-secs 5 --cb-window-duration-secs 10 "
     "--retry-max-retries 5 --retry-initial-backoff-ms 50 --retry-max-backoff-ms 1000 --worker-startup-check-interval 1"
 ).split()
@@ -138,35 +141,84 @@ ASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "whole": ("/api/v1/llm/chat", {"messages": HI, "max_tokens": 8}),
     "streamed": ("/api/v1/llm/chat", {"messages": HI, "max_tokens": 8, "stream": True}),
     "a wrong model name": ("/api/v1/llm/chat", {"messages": HI, "max_tokens": 8, "model_name": "nope"}),
-    "schema": ("/api/v1/llm/structured-generate", {"prompt": "A city.", "schema": CITY, "max_tokens": 64, "temperature": 0}),
-    "choice": ("/api/v1/llm/structured-generate", {"prompt": "Is Paris in France?", "choice": ["yes", "no"], "max_tokens": 8}),
+    "schema": (
+        "/api/v1/llm/structured-generate",
+        {"prompt": "A city.", "schema": CITY, "max_tokens": 64, "temperature": 0},
+    ),
+    "choice": (
+        "/api/v1/llm/structured-generate",
+        {"prompt": "Is Paris in France?", "choice": ["yes", "no"], "max_tokens": 8},
+    ),
     "regex": ("/api/v1/llm/structured-generate", {"prompt": "A year.", "regex": "[0-9]{4}", "max_tokens": 8}),
     "tools, auto": ("/api/v1/llm/chat", {"messages": HI, "max_tokens": 32, "tools": [TOOL]}),
-    "tools, required": ("/api/v1/llm/chat", {"messages": HI, "max_tokens": 64, "tools": [TOOL], "tool_choice": "required", "temperature": 0}),
+    "tools, required": (
+        "/api/v1/llm/chat",
+        {"messages": HI, "max_tokens": 64, "tools": [TOOL], "tool_choice": "required", "temperature": 0},
+    ),
     "think": ("/api/v1/llm/chat", {"messages": HI, "max_tokens": 8, "think": True}),
     "seed": ("/api/v1/llm/chat", {"messages": HI, "max_tokens": 8, "seed": 7}),
     "logprobs": ("/api/v1/llm/chat", {"messages": HI, "max_tokens": 4, "logprobs": True, "top_logprobs": 2}),
-    "a prompt that does not fit": ("/api/v1/llm/chat", {"messages": [{"role": "user", "content": "word " * 9000}], "max_tokens": 8}),
+    "a prompt that does not fit": (
+        "/api/v1/llm/chat",
+        {"messages": [{"role": "user", "content": "word " * 9000}], "max_tokens": 8},
+    ),
     "/v1 whole": ("/v1/chat/completions", {"messages": HI, "max_tokens": 8}),
-    "/v1 streamed": ("/v1/chat/completions", {"messages": HI, "max_tokens": 8, "stream": True, "stream_options": {"include_usage": True}}),
+    "/v1 streamed": (
+        "/v1/chat/completions",
+        {"messages": HI, "max_tokens": 8, "stream": True, "stream_options": {"include_usage": True}},
+    ),
     "/v1 a wrong model name": ("/v1/chat/completions", {"messages": HI, "max_tokens": 8, "model": "nope"}),
-    "/v1 response_format": ("/v1/chat/completions", {"messages": HI, "max_tokens": 64, "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": CITY}}}),
-    "/v1 tool_choice required": ("/v1/chat/completions", {"messages": HI, "max_tokens": 64, "tools": [TOOL], "tool_choice": "required"}),
+    "/v1 response_format": (
+        "/v1/chat/completions",
+        {
+            "messages": HI,
+            "max_tokens": 64,
+            "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": CITY}},
+        },
+    ),
+    "/v1 tool_choice required": (
+        "/v1/chat/completions",
+        {"messages": HI, "max_tokens": 64, "tools": [TOOL], "tool_choice": "required"},
+    ),
     "/v1/completions": ("/v1/completions", {"prompt": "The capital of France is", "max_tokens": 4}),
-    "/v1/completions streamed": ("/v1/completions", {"prompt": "The capital of France is", "max_tokens": 4, "stream": True}),
+    "/v1/completions streamed": (
+        "/v1/completions",
+        {"prompt": "The capital of France is", "max_tokens": 4, "stream": True},
+    ),
     "/v1/embeddings": ("/v1/embeddings", {"input": "hi"}),
-}  # fmt: skip
+}
 
 
 # What only the comparison of bodies asks: whatever our adapters let through.
 EVERY = {
-    "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "n": 2, "stop": ["x"], "seed": 7, "presence_penalty": 0.1, "frequency_penalty": 0.1,
-    "repetition_penalty": 1.1, "logit_bias": {"5": 1.0}, "max_tokens": 8, "ignore_eos": True, "min_tokens": 2, "stop_token_ids": [3], "skip_special_tokens": False,
-}  # fmt: skip
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 5,
+    "min_p": 0.1,
+    "n": 2,
+    "stop": ["x"],
+    "seed": 7,
+    "presence_penalty": 0.1,
+    "frequency_penalty": 0.1,
+    "repetition_penalty": 1.1,
+    "logit_bias": {"5": 1.0},
+    "max_tokens": 8,
+    "ignore_eos": True,
+    "min_tokens": 2,
+    "stop_token_ids": [3],
+    "skip_special_tokens": False,
+}
 MORE = {
-    "vllm": {"structured_outputs": {"choice": ["a", "b"]}, "include_stop_str_in_output": True, "bad_words": ["y"], "allowed_token_ids": [1, 2], "length_penalty": 1.1, "priority": 1},
+    "vllm": {
+        "structured_outputs": {"choice": ["a", "b"]},
+        "include_stop_str_in_output": True,
+        "bad_words": ["y"],
+        "allowed_token_ids": [1, 2],
+        "length_penalty": 1.1,
+        "priority": 1,
+    },
     "sglang": {"regex": "[a-z]+", "stop_regex": "z", "no_stop_trim": True},
-}  # fmt: skip
+}
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo=", "detail": "low"}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
 HISTORY = [
@@ -241,7 +293,8 @@ def compare(engine: str, direct: str, routed: str) -> dict[str, Any]:
 
 
 def bodies(engine: str) -> dict[str, Any]:
-    """What the router changes in a request's body on its way to a (scripted) engine: what it takes away, what it adds, what is not asked at all."""
+    """What the router changes in a request's body on its way to a (scripted) engine: what it takes away, what it adds,
+    what is not asked at all."""
     asks = ASKS | wide(engine)
     lost: dict[str, Any] = {}
     added: dict[str, Any] = {}

@@ -1,7 +1,8 @@
-"""The API on Ray Serve: a cluster of two nodes on this machine, two replicas, in front of a scripted vLLM; replicas and nodes are killed under load.
+"""The API on Ray Serve: a cluster of two nodes on this machine, two replicas, in front of a scripted vLLM; replicas and
+nodes are killed under load.
 
-Needs `pip install -r tests/scale/requirements.txt` (an environment of its own); skipped where Ray is not installed. Linux.
-"""
+Needs `pip install -r tests/scale/requirements.txt` (an environment of its own); skipped where Ray is not installed.
+Linux."""
 
 from __future__ import annotations
 
@@ -390,7 +391,8 @@ def test_removed_while_a_stream_runs(cluster: Cluster) -> None:
 
 
 def test_the_command(cluster: Cluster) -> None:
-    """`--serve --ray` deploys to the cluster that RAY_ADDRESS names, and removes what it deployed when it is told to stop."""
+    """`--serve --ray` deploys to the cluster that RAY_ADDRESS names, and removes what it deployed when it is told to
+    stop."""
     argv = [
         sys.executable,
         str(product.__file__),
