@@ -1,5 +1,4 @@
-"""The one stand-in engine: a scripted Ollama, vLLM, SGLang or llama.cpp over real sockets, in a thread of the test
-process.
+"""The stand-in engine: a scripted Ollama, vLLM, SGLang or llama.cpp on real sockets, in a thread.
 
     with FakeEngine("vllm") as engine:
         engine.replay("chat_stream")                            # next generation: that transcript in tests/wire/vllm/
@@ -90,8 +89,8 @@ def recorded(dialect: Dialect, name: str) -> Reply:
     near = [p for p in (WIRE / dialect).glob("*.json") if name in (p.stem, re.sub(r"^(\d\d|plain)_", "", p.stem))]
     if len(near) != 1:
         raise LookupError(f"{len(near)} recordings of {dialect} are called {name!r}")
-    whole: Json = json.loads(near[0].read_bytes())
-    answer: Json = whole.get("response") or whole
+    full: Json = json.loads(near[0].read_bytes())
+    answer: Json = full.get("response") or full
     if "raw_head" in answer:  # vLLM's engine killed in mid-stream
         head, _, start = answer["raw_head"].partition("\r\n\r\n")
         parts = (start, answer["raw_response_after_kill"])  # the first was recorded up to the middle of an event
@@ -105,7 +104,7 @@ def recorded(dialect: Dialect, name: str) -> Reply:
         answer = next(example for status, example in answer["examples"].items() if status != "200")
     headers = {name.lower(): value for name, value in answer.get("headers", [])}
     was_chunked = "transfer-encoding" in headers
-    asked_to_close = "close" in str(whole.get("request", {}).get("headers"))
+    asked_to_close = "close" in str(full.get("request", {}).get("headers"))
     for framing in (
         "date",
         "content-length",
@@ -381,8 +380,7 @@ class FakeEngine:
         return Seen(method=method, path=path, headers=headers, body=body)
 
     async def _send(self, writer: asyncio.StreamWriter, reply: Reply, seen: Seen, done: Callable[[], None]) -> bool:
-        """Whether the connection may be used again. `done` is told before the client can have the last byte; nothing
-        waits then."""
+        """Whether the connection may be reused. `done` is called before the client can have the last byte."""
         await asyncio.sleep(reply.delay)
         headers = {name.lower(): value for name, value in reply.headers.items()}
         chunked = reply.chunked
@@ -741,7 +739,7 @@ class FakeEngine:
         }
         return [{**around[self.dialect], "tool_calls": [each]} for each in (first, *later)]
 
-    def _events(self, chat: bool, ask: Json, said: Said, finish: str, stamp: Json, whole: Json) -> Reply:
+    def _events(self, chat: bool, ask: Json, said: Said, finish: str, stamp: Json, full: Json) -> Reply:
         """Recorded chunks with other words: a head (chat), one chunk a piece, the finish, and the usage where it was
         asked for."""
         sglang = self.dialect == "sglang"
@@ -750,11 +748,11 @@ class FakeEngine:
             name = "chat_stream_usage" if chat else "completions_stream_usage" if sglang else "completions_stream"
             *events, tail = [json.loads(piece[6:]) for piece in self._recorded(name).pieces if b"[DONE]" not in piece]
             head, middle, last = events[0], events[1], events[-1]
-        # llama.cpp's completions stream was not recorded: its whole answer, with the counts on the last chunk always
+        # llama.cpp's completions stream was not recorded: its complete answer, with the counts on the last chunk
         else:
             middle, last, tail, usage_asked = (
-                {key: whole[key] for key in whole.keys() - {"usage", "timings"}},
-                whole,
+                {key: full[key] for key in full.keys() - {"usage", "timings"}},
+                full,
                 {},
                 False,
             )
@@ -778,7 +776,7 @@ class FakeEngine:
         chunks += [*(chunk(middle, words) for words in parts), chunk(last, closing, finish)]
         if usage_asked:
             chunks.append(
-                {**tail, **stamp, "usage": tail["usage"] | {key: whole["usage"][key] for key in tail["usage"]}}
+                {**tail, **stamp, "usage": tail["usage"] | {key: full["usage"][key] for key in tail["usage"]}}
             )
         return self._stream([b"data: " + dumps(each) + b"\n\n" for each in chunks] + [b"data: [DONE]\n\n"])
 

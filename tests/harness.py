@@ -1,10 +1,8 @@
-"""What the tests share: the server under test in a thread (`serving`, `Stand`) or as the real command (`Command`), how
-its answers are read, and helpers on the library. conftest.py makes fixtures of them; fake_engine.py is the engine
-behind.
+"""Shared helpers: the server under test, in a thread or as a command; reading its answers; library helpers.
 
-    with Stand("vllm") as stand:                 # the app with all its routes in front of a fake vLLM
-        stand.post("/generate", prompt="hi")
-        stand.engine.wait(lambda: stand.engine.live == 0)
+with Stand("vllm") as stand:                 # the app with all its routes in front of a fake vLLM
+    stand.post("/generate", prompt="hi")
+    stand.engine.wait(lambda: stand.engine.live == 0)
 """
 
 import asyncio
@@ -79,7 +77,7 @@ def until(condition: Callable[[], T], timeout: float = 10.0) -> T:
 
 
 class Stand:
-    """The whole app in front of one fake engine (or, with `url`, any server), and the ways to ask it."""
+    """The app with all its routes in front of one fake engine (or, with `url`, any server), and the ways to ask it."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""A started engine never outlives its parent: start, answer, end the parent, and watch every descendant go.
+"""A started engine never outlives its parent: start, answer, end the parent, wait for every descendant to end.
 
 python -m tests.kill_loop [--engine llamacpp|vllm|sglang] [--rounds 100] [--out tests/results/kill_loop.json]
 

@@ -1,4 +1,4 @@
-"""The adapters: what exactly each engine is sent, what is refused before, and how an engine is found."""
+"""The adapters: the exact bodies sent to each engine, what is refused before that, and how an engine is found."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ OPENAI: tuple[Dialect, ...] = ("vllm", "sglang", "llamacpp")
 
 
 def base(dialect: Dialect, *, stream: bool = False) -> dict[str, Any]:
-    """What is sent when nothing is asked for. SGLang's and llama.cpp's whole answers are streams, folded."""
+    """The body when no option is given. Complete answers of SGLang and llama.cpp are folded streams."""
     if dialect == "ollama":
         return {
             "model": "m:latest",
@@ -107,7 +107,7 @@ def test_a_sampling_field_is_sent_under_the_engines_name_and_nothing_else_is(
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_nothing_asked_nothing_sent(dialect: Dialect, fake: Make, attach: Attach) -> None:
+def test_fields_that_were_not_given_are_not_sent(dialect: Dialect, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
     llm = attach(engine)
     assert sent(engine, llm) == base(dialect)
@@ -258,7 +258,7 @@ def test_ignore_drops_and_names_what_is_not_there(dialect: Dialect, fake: Make, 
     engine = fake(dialect)
     engine.capabilities = ["completion"]
     engine.flags = {}
-    if dialect == "vllm":  # vLLM does not tell whether it has a tool parser: what it can be told to ignore is `think`
+    if dialect == "vllm":  # vLLM does not say whether it has a tool parser; `think` is what it can be asked to ignore
         asked: dict[str, Any] = {"think": True}
     else:
         asked = {"tools": [TOOL], "think": True}
@@ -316,7 +316,7 @@ def test_a_named_function_is_offered_alone_where_another_might_be_called(
 
 
 def test_vllm_is_sent_a_named_function(fake: Make, attach: Attach) -> None:
-    """vLLM too constrains the arguments only where `strict` is said (WIRE): a forced call must say so."""
+    """vLLM too constrains the arguments only with `strict` (WIRE.md): a forced call must send it."""
     engine = fake("vllm")
     body = sent(engine, attach(engine), tools=[TOOL, OTHER], tool_choice=NAMED)
     assert body["tool_choice"] == NAMED
@@ -577,7 +577,7 @@ def test_the_default_port_is_taken_only_from_the_engine_itself(
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("other", DIALECTS)
-def test_a_base_url_of_another_engine_is_told_apart(
+def test_a_base_url_of_another_engine_is_refused_and_the_engine_named(
     dialect: Dialect, other: Dialect, fake: Make, attach: Attach
 ) -> None:
     if dialect == other:
@@ -589,7 +589,7 @@ def test_a_base_url_of_another_engine_is_told_apart(
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_nobody_there_is_told_with_what_would_start_it(
+def test_the_error_of_an_unreachable_engine_says_how_to_start_it(
     dialect: Dialect, fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone = fake(dialect)
@@ -655,7 +655,9 @@ def test_a_key_goes_out_as_bearer(
 
 @pytest.mark.parametrize("dialect", OPENAI)
 @pytest.mark.parametrize("key", [None, "wr0ng"])
-def test_a_refused_key_is_told_and_not_shown(dialect: Dialect, key: str | None, fake: Make, attach: Attach) -> None:
+def test_a_refused_key_is_an_error_that_does_not_show_it(
+    dialect: Dialect, key: str | None, fake: Make, attach: Attach
+) -> None:
     engine = fake(dialect)
     engine.api_key = "sekret"
     with pytest.raises(InferenceError) as caught:
@@ -808,7 +810,9 @@ def test_a_seed_of_zero_is_a_seed(fake: Make, attach: Attach) -> None:
 
 
 @pytest.mark.parametrize("field", [{"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning_effort": "none"}])
-def test_not_to_think_is_asked_of_the_template_too(field: dict[str, Any], fake: Make, attach: Attach) -> None:
+def test_a_template_that_cannot_switch_thinking_off_is_refused(
+    field: dict[str, Any], fake: Make, attach: Attach
+) -> None:
     engine = attach(fake("vllm"))._engine
     with pytest.raises(UnsupportedFeature, match="think"):
         body = {"model": "m", "messages": MESSAGES, **field}
@@ -836,7 +840,7 @@ def test_a_grammar_that_was_cut_is_no_answer(fake: Make, attach: Attach) -> None
         llm.structured_generate("x", grammar='root ::= "abc def"', max_tokens=1)
 
 
-def test_a_grammar_that_was_dropped_was_checked_by_nobody(fake: Make, attach: Attach) -> None:
+def test_a_dropped_grammar_is_not_reported_as_checked(fake: Make, attach: Attach) -> None:
     done = attach(fake("ollama")).complete("x", grammar='root ::= "a"', on_unsupported="ignore")
     assert (done.ignored, done.enforced_by) == (("grammar",), "none")
 
@@ -849,7 +853,7 @@ def test_an_image_detail_that_ollama_has_no_field_for_is_refused(fake: Make, att
         attach(engine).complete([{"role": "user", "content": [image]}])
 
 
-def test_ollamas_calls_that_all_say_they_are_the_first_stay_apart(fake: Make, attach: Attach) -> None:
+def test_ollama_tool_calls_that_all_have_index_0_stay_separate(fake: Make, attach: Attach) -> None:
     engine = fake("ollama")
     engine.capabilities = ["completion", "tools"]
 
@@ -897,7 +901,7 @@ def test_a_question_that_fails_once_narrows_nothing(fake: Make, attach: Attach) 
     assert llm.complete("hi", tools=[TOOL]).text
 
 
-def test_a_template_that_cannot_be_asked_now_is_asked_again(fake: Make, attach: Attach) -> None:
+def test_a_template_probe_that_failed_is_repeated(fake: Make, attach: Attach) -> None:
     engine = fake("vllm")
     engine.reasoning = "hm"
     llm = attach(engine)
@@ -909,7 +913,7 @@ def test_a_template_that_cannot_be_asked_now_is_asked_again(fake: Make, attach: 
     assert llm.complete("hi", think=True).text
 
 
-def test_ollamas_failure_is_not_a_missing_model(fake: Make, attach: Attach) -> None:
+def test_a_failure_of_ollama_is_not_reported_as_a_missing_model(fake: Make, attach: Attach) -> None:
     engine = fake("ollama")
     llm = attach(engine)
     llm.models()
@@ -919,7 +923,7 @@ def test_ollamas_failure_is_not_a_missing_model(fake: Make, attach: Attach) -> N
 
 
 @pytest.mark.parametrize("said", [{"data": ["x"]}, {"data": {"x": 1}}, {"data": None}, {"data": [{}]}, {}, [], "page"])
-def test_a_list_of_models_that_is_none_is_told(said: Any, fake: Make, attach: Attach) -> None:
+def test_a_malformed_list_of_models_is_an_error(said: Any, fake: Make, attach: Attach) -> None:
     engine = fake("vllm")
     llm = attach(engine)
     llm.generate("hi")
@@ -930,7 +934,7 @@ def test_a_list_of_models_that_is_none_is_told(said: Any, fake: Make, attach: At
 
 @pytest.mark.parametrize("vectors", [None, [], [[]], [[1.0], [2.0]], [["1.0"]], [None], "x"], ids=str)
 @pytest.mark.parametrize(("dialect", "path"), [("ollama", "/api/embed"), ("vllm", "/v1/embeddings")])
-def test_embeddings_without_vectors_are_told(
+def test_embeddings_without_vectors_are_an_error(
     dialect: Dialect, path: str, vectors: Any, fake: Make, attach: Attach
 ) -> None:
     engine = fake(dialect)
@@ -983,7 +987,7 @@ def test_auto_takes_nothing_that_does_not_say_what_it_is(fake: Make, attach: Att
         assert attach("vllm", base_url=url).health()["healthy"] is False
 
 
-def test_a_wrong_setting_is_told_by_its_name(fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_setting_is_named(fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = fake("ollama")
     assert attach(engine, api_key="k\n").generate("hi")
     assert engine.requests[-1].headers["authorization"] == "Bearer k"
@@ -1005,7 +1009,7 @@ def test_a_wrong_setting_is_told_by_its_name(fake: Make, attach: Attach, monkeyp
         ("http://127.0.0.1:0/v1", "no such port"),
     ],
 )
-def test_an_address_that_cannot_be_right_is_told(
+def test_an_impossible_address_is_an_error(
     base_url: str, says: str, wire: Any, attach: Attach, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unknown(*args: Any, **named: Any) -> Any:
@@ -1017,7 +1021,7 @@ def test_an_address_that_cannot_be_right_is_told(
         LLMInferencer("vllm", base_url=base_url).generate("hi")
 
 
-def test_a_page_is_no_engine(attach: Attach) -> None:
+def test_a_web_page_is_not_taken_for_an_engine(attach: Attach) -> None:
     with http_server(lambda path: b"<html>hello</html>") as url:
         for dialect in DIALECTS:
             with (
@@ -1027,7 +1031,7 @@ def test_a_page_is_no_engine(attach: Attach) -> None:
                 llm.generate("hi")
 
 
-def test_a_connection_that_is_not_taken_is_a_timeout(attach: Attach) -> None:
+def test_a_connection_that_is_not_accepted_is_a_timeout(attach: Attach) -> None:
     with socket.socket() as full, contextlib.ExitStack() as waiting:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
@@ -1131,7 +1135,7 @@ def test_closing_while_it_is_reached_is_an_error_and_no_cancellation(attach: Att
     asyncio.run(main())
 
 
-def test_two_who_need_a_new_wire_get_the_same() -> None:
+def test_two_callers_that_need_a_new_connection_pool_share_it() -> None:
     async def main() -> None:
         held = llm_inference.Held()
         await held.wire(None)

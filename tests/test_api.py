@@ -1,4 +1,4 @@
-"""The HTTP API (section 11) over real sockets: envelope, strictness, streams, limits, who gets in."""
+"""The HTTP API over real sockets: envelope, validation, streams, limits, access."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def answers_json(stand: Stand, value: Any = PARIS) -> None:
 # ----------------------------------------------------------------------------------------------- the three routes
 
 
-def test_generate_answers_whole(stand: Stand) -> None:
+def test_generate_answers(stand: Stand) -> None:
     data = good(stand.post("/generate", prompt="hi", max_tokens=64))
     assert set(data) == {"text", "finish_reason", "usage", "engine_type", "model_name", "timing"}
     assert (data["text"], data["finish_reason"], data["engine_type"]) == (TEXT, "stop", stand.engine.dialect)
@@ -102,7 +102,7 @@ def test_choice_is_a_constraint_of_every_engine(stand: Stand) -> None:
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_the_real_embedded_engine_answers_whole_and_streamed(real: httpx.Client, route: str) -> None:
+def test_the_real_embedded_engine_answers_complete_and_streamed(real: httpx.Client, route: str) -> None:
     body = body_of(route, max_tokens=60 if route == "/structured-generate" else 16, temperature=0, seed=1)
     data = good(real.post(API + route, json=body))
     assert data["text"] and data["usage"]["completion_tokens"] > 0 and data["engine_type"] == "llamacpp"
@@ -141,9 +141,9 @@ def test_a_stream_is_envelopes_then_done(stand: Stand, route: str) -> None:
         answers_json(stand)
     events = stand.events(route, **body_of(route))
     last = check_stream(events)
-    whole = good(stand.post(route, **body_of(route)))
-    assert "".join(e["data"].get("delta", "") for e in events[:-1]) == whole["text"]
-    assert (last["finish_reason"], last["usage"]) == (whole["finish_reason"], whole["usage"])
+    full = good(stand.post(route, **body_of(route)))
+    assert "".join(e["data"].get("delta", "") for e in events[:-1]) == full["text"]
+    assert (last["finish_reason"], last["usage"]) == (full["finish_reason"], full["usage"])
     assert ("result" in last) == (route == "/structured-generate")
     if route == "/structured-generate":
         assert last["result"] == PARIS
@@ -151,11 +151,11 @@ def test_a_stream_is_envelopes_then_done(stand: Stand, route: str) -> None:
 
 def test_bytes_that_arrive_one_by_one_make_the_same_stream(stand: Stand) -> None:
     stand.engine.text = "a\u2028b \u0085 北京 🚲 end"
-    whole = good(stand.post("/generate", prompt="hi"))["text"]
+    full = good(stand.post("/generate", prompt="hi"))["text"]
     stand.engine.slice = 1
     events = stand.events("/generate", prompt="hi")
     check_stream(events)
-    assert "".join(e["data"].get("delta", "") for e in events[:-1]) == whole == stand.engine.text
+    assert "".join(e["data"].get("delta", "") for e in events[:-1]) == full == stand.engine.text
 
 
 def test_a_cut_answer_says_so(stand: Stand) -> None:
@@ -183,7 +183,7 @@ TOOL = {
 }
 
 
-def test_tool_calls_whole_and_streamed(stand: Stand) -> None:
+def test_tool_calls_complete_and_streamed(stand: Stand) -> None:
     stand.engine.tool_call = ("get_weather", {"city": "巴黎"})
     data = good(stand.post("/chat", messages=HI, tools=[TOOL]))
     (call,) = data["tool_calls"]
@@ -221,7 +221,7 @@ def test_a_streamed_answer_that_does_not_fit_ends_as_an_error(stand: Stand) -> N
     assert events[-1]["msg"].startswith("structured_output_invalid: ") and events[-1]["data"] is None
 
 
-def test_a_whole_answer_that_does_not_fit_is_asked_for_once_more(stand: Stand) -> None:
+def test_a_complete_answer_that_does_not_fit_is_asked_for_once_more(stand: Stand) -> None:
     answers_json(stand, {"city": 7})
     refused(stand.post("/structured-generate", prompt="hi", schema=CITY), "structured_output_invalid")
     assert len(stand.engine.bodies) == 2
@@ -575,7 +575,7 @@ def test_an_unknown_field_is_refused_with_the_near_one(vllm: Stand, route: str, 
         "__class__",
     ],
 )
-def test_what_is_for_python_or_the_operator_is_refused(vllm: Stand, name: str) -> None:
+def test_options_for_python_or_the_operator_are_refused_over_http(vllm: Stand, name: str) -> None:
     reply = vllm.post("/generate", prompt="hi", **{name: {MARK: 1}})
     assert name in refused(reply, "invalid_request") and MARK not in reply.text and not vllm.engine.bodies
 
@@ -644,7 +644,7 @@ def test_depth_is_limited(vllm: Stand, path: str) -> None:
     refuse(vllm.raw(path, b"[" * 1_000_000), "invalid_request")
 
 
-def test_brackets_inside_a_prompt_are_no_depth(vllm: Stand) -> None:
+def test_brackets_inside_a_prompt_do_not_count_as_nesting(vllm: Stand) -> None:
     good(vllm.post("/generate", prompt="[{" * 5000))
 
 
@@ -656,7 +656,7 @@ def test_a_body_over_4_mib_is_refused(vllm: Stand, path: str) -> None:
     url = path if path[1] == "v" else API + path
     refuse(
         vllm.client.post(url, content=(b" " * (1 << 16) for _ in range(65))), "payload_too_large"
-    )  # chunked, no length told
+    )  # chunked, without a length
     refuse(vllm.raw(path, b" " * limit), "invalid_request")  # as large as it may be: read, and no JSON
 
 
@@ -730,7 +730,7 @@ def test_a_client_that_leaves_in_the_middle(stand: Stand, path: str) -> None:
     assert stand.engine.cut == cut + 1
 
 
-def test_a_client_that_leaves_during_a_whole_answer(stand: Stand) -> None:
+def test_a_client_that_leaves_during_a_complete_answer(stand: Stand) -> None:
     cut, stand.engine.pace, stand.engine.text = stand.engine.cut, 0.05, "word " * 2000
     with stand.leaving("/generate", prompt="hi"):
         stand.engine.wait(lambda: stand.engine.live == 1)
@@ -770,7 +770,7 @@ def test_a_client_that_leaves_during_the_second_ask(vllm: Stand) -> None:
     assert vllm.engine.cut == cut + 1
 
 
-def test_the_server_is_whole_after_many_have_left(vllm: Stand) -> None:
+def test_the_server_is_intact_after_many_clients_have_left(vllm: Stand) -> None:
     vllm.engine.pace = 0.2
     for _ in range(40):
         with vllm.leaving("/generate", prompt="hi", stream=True):
@@ -795,7 +795,7 @@ def busy(stand: Stand, path: str = "/generate") -> Iterator[None]:
     gone(stand)
 
 
-def test_one_too_many_is_told_when_to_come_back() -> None:
+def test_a_request_over_the_limit_gets_a_retry_after() -> None:
     with Stand("vllm", max_in_flight=1, queue=0) as stand:
         with busy(stand):
             for stream in (False, True):
@@ -835,7 +835,7 @@ def test_a_bad_request_gives_its_place_back() -> None:
 # ----------------------------------------------------------------------------------------------- routing
 
 
-def test_engines_tells_who_is_reachable(stand: Stand) -> None:
+def test_engines_lists_which_are_reachable(stand: Stand) -> None:
     found = {e["engine_type"]: e for e in good(stand.client.get(f"{API}/engines"))}
     assert set(found) == set(product.LLMInferencer.ENGINE_MAP)
     for name, each in found.items():
@@ -845,7 +845,7 @@ def test_engines_tells_who_is_reachable(stand: Stand) -> None:
     assert own["version"] == stand.engine.version and own["models"] and "schema" in own["features"]
 
 
-def test_models_tells_what_is_there(stand: Stand) -> None:
+def test_models_lists_what_is_served(stand: Stand) -> None:
     (found,) = good(stand.client.get(f"{API}/models"))
     assert (
         found["engine_type"] == stand.engine.dialect
@@ -870,7 +870,7 @@ def test_models_tells_what_is_there(stand: Stand) -> None:
         ({"model_name": "a/slashed/alias"}, "sglang"),
     ],
 )
-def test_a_request_goes_where_it_says(two: Stand, where: dict[str, str], engine: str) -> None:
+def test_a_request_goes_to_the_engine_that_it_names(two: Stand, where: dict[str, str], engine: str) -> None:
     assert good(two.post("/chat", messages=HI, **where))["engine_type"] == engine
     assert check_stream(two.events("/chat", messages=HI, **where))
 
@@ -938,14 +938,14 @@ PLACES = [
 
 
 @pytest.mark.parametrize("name", PLACES)
-def test_a_model_name_is_never_a_place(vllm: Stand, name: str) -> None:
+def test_a_model_name_is_never_used_as_a_path_or_url(vllm: Stand, name: str) -> None:
     reply = vllm.post("/chat", messages=HI, model_name=name)
     assert "model_name" in refused(reply, "invalid_request") and not vllm.engine.bodies
     refused_v1(vllm.post("/v1/chat/completions", model=name, messages=HI), "invalid_request")
     assert not vllm.engine.bodies
 
 
-def test_a_server_does_not_serve_from_itself(vllm: Stand) -> None:
+def test_a_server_does_not_attach_to_itself(vllm: Stand) -> None:
     refused(vllm.post("/chat", {product.HOP: product.INSTANCE}, messages=HI), "invalid_request")
     assert not vllm.engine.bodies
     with pytest.raises(product.InferenceError):
@@ -1007,7 +1007,7 @@ def test_a_loopback_caller_needs_no_key_where_none_is_configured(vllm: Stand, he
 
 
 @pytest.mark.parametrize("headers", KEYLESS_NO, ids=str)
-def test_who_may_come_from_elsewhere_needs_the_made_key(vllm: Stand, headers: dict[str, str]) -> None:
+def test_callers_from_elsewhere_need_the_generated_key(vllm: Stand, headers: dict[str, str]) -> None:
     why = "this one's Host is neither localhost nor 127.0.0.1" if "host" in headers else "this one came through a proxy"
     assert why in refused(vllm.client.get(f"{API}/models", headers=headers), "unauthorized")
     assert why in refused_v1(vllm.client.get("/v1/models", headers=headers), "unauthorized")
@@ -1130,7 +1130,7 @@ def test_no_auth_is_the_explicit_way_out() -> None:
         good(stand.client.get(f"{API}/models", headers={"host": "evil.example", "x-forwarded-for": "1.2.3.4"}))
 
 
-def test_health_tells_nothing_that_is_secret(keyed: Stand) -> None:
+def test_health_shows_no_secret(keyed: Stand) -> None:
     for path in ("/health", "/ready"):
         assert keyed.engine.base_url.partition("//")[2] not in keyed.client.get(path).text
 
@@ -1264,7 +1264,7 @@ def test_every_reference_in_openapi_leads_somewhere(vllm: Stand) -> None:
         product.resolve_ref(doc, ref)
 
 
-def test_openapi_tells_this_servers_cap() -> None:
+def test_openapi_shows_this_servers_cap() -> None:
     doc = product.create_app(product.Settings(max_tokens_cap=77)).openapi()
     schema = doc["paths"][f"{API}/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert schema["properties"]["max_tokens"]["anyOf"][0] == {"type": "integer", "minimum": 1, "maximum": 77}
@@ -1318,9 +1318,9 @@ def test_many_callers_get_their_own_answers(stand: Stand) -> None:
     with ThreadPoolExecutor(8) as pool:
 
         def ask(nonce: str) -> bool:
-            whole = good(stand.post("/generate", prompt=nonce))["text"]
+            full = good(stand.post("/generate", prompt=nonce))["text"]
             streamed = "".join(e["data"].get("delta", "") for e in stand.events("/generate", prompt=nonce)[:-1])
-            return whole == streamed == nonce
+            return full == streamed == nonce
 
         assert all(pool.map(ask, nonces))
     assert threading.active_count() < 120
@@ -1344,7 +1344,7 @@ Call = Callable[..., tuple[Any, str]]
 
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """The command line in this process: its exit status, and what it said."""
+    """The command line in this process: its exit status and output."""
 
     def called(*args: str, **env: str) -> tuple[Any, str]:
         for name, value in env.items():
@@ -1403,7 +1403,7 @@ def test_a_number_out_of_range_starts_no_server(args: list[str], says: str) -> N
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_taken_port_is_said_so() -> None:
+def test_a_port_in_use_is_a_clear_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for host in ("127.0.0.1", "0.0.0.0"):
@@ -1416,7 +1416,7 @@ def test_a_taken_port_is_said_so() -> None:
             )
 
 
-def test_a_host_that_is_not_ours_is_said_so() -> None:
+def test_a_host_address_that_is_not_ours_is_an_error() -> None:
     done = run_command("--serve", "--host", "203.0.113.7", "--engine", "ollama")
     assert done.returncode == 1 and "an address of this machine" in done.stderr and "Traceback" not in done.stderr
 
@@ -1432,7 +1432,7 @@ def life() -> Iterator[dict[str, Any]]:
         yield {"status": server.end(), "said": server.said, "url": server.url, "ids": ids}
 
 
-def test_the_banner_tells_where_to_go(life: dict[str, Any]) -> None:
+def test_the_banner_shows_the_addresses(life: dict[str, Any]) -> None:
     for word in (
         f"{life['url']}{API}/generate",
         f"{life['url']}/docs",
@@ -1455,7 +1455,7 @@ def test_one_line_is_logged_for_a_request(life: dict[str, Any]) -> None:
         assert all(word in line for word in words)
 
 
-def test_the_made_key_is_printed_where_it_is_needed_and_logged_nowhere(fake: FakeEngine) -> None:
+def test_the_generated_key_is_printed_where_needed_and_never_logged(fake: FakeEngine) -> None:
     with attached(fake, "--host", "0.0.0.0") as server:
         (line,) = [line for line in server.said.splitlines() if "API key" in line]
         key = line.split()[2]
@@ -1586,7 +1586,7 @@ def test_no_child_outlives_the_server(stop: signal.Signals) -> None:
         until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in children))
 
 
-def test_ready_tells_the_engine_that_is_missing() -> None:
+def test_ready_names_the_engine_that_is_missing() -> None:
     with Command("--engine", "ollama", ready=False) as server:
         until(lambda: httpx.get(server.url + "/ready", trust_env=False).json()["status"] != "starting")
         reply = httpx.get(server.url + "/ready", trust_env=False)

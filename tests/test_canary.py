@@ -1,5 +1,4 @@
-"""No reference in a schema is ever followed out of it: 10,000 generated probes, a listening canary, and an audit of
-what is opened."""
+"""No reference in a schema is ever fetched: 10,000 generated probes, a listening canary, an audit of opened files."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The short conformance run on real engines: nothing is dropped in silence. And the judge itself, which must be able to
-fail."""
+"""The short conformance run on real engines: nothing is silently dropped; and the judge itself can fail."""
 
 from __future__ import annotations
 
@@ -114,7 +113,7 @@ def test_what_the_engine_drops_we_refuse(side: sides.Side, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WE_CHECK)
-def test_a_wrong_answer_of_the_engine_is_no_answer_of_ours(side: sides.Side, name: str) -> None:
+def test_a_wrong_answer_of_the_engine_is_an_error(side: sides.Side, name: str) -> None:
     assert verdict(side, name) == (judge.DROPPED if side.bare else judge.FAILED)
 
 
@@ -132,7 +131,7 @@ def test_the_judge_sees_what_is_kept(side: sides.Side, name: str) -> None:
     assert verdict(side, name) == judge.HONOURED
 
 
-def test_a_sampler_without_chance_decides_nothing(fake: Callable[..., FakeEngine], attach: Attach) -> None:
+def test_greedy_sampling_does_not_decide_a_cell(fake: Callable[..., FakeEngine], attach: Attach) -> None:
     with sides.through_us(attach(fake("vllm"))) as us:
         assert verdict(us, "top_k") == judge.UNDECIDED
         assert verdict(us, "temperature") == judge.DROPPED

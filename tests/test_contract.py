@@ -1,5 +1,4 @@
-"""One contract, the same laws for every engine: the real embedded one always, the four fakes, and any real server that
-is named."""
+"""One contract for every engine: the real embedded one, the four fakes, and any real server that is named."""
 
 from __future__ import annotations
 
@@ -43,7 +42,7 @@ Make = Callable[..., FakeEngine]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 6}
 
 
-def mendable(error: InferenceError) -> InferenceError:
+def with_hint(error: InferenceError) -> InferenceError:
     """Every error says what it is, whose fault, whether to try again, why, and what to do."""
     assert error.kind and error.code in (400, 500) and isinstance(error.retryable, bool) and error.reason and error.mend
     assert not re.search(r"site-packages|/venv/|Traceback", str(error)) and len(str(error)) < 1500
@@ -51,12 +50,12 @@ def mendable(error: InferenceError) -> InferenceError:
 
 
 # Whole and streamed ------------------------------------------------------------------------------
-def test_a_stream_folds_to_the_whole_answer(engine: Engine) -> None:
-    whole = engine.llm.complete(PROMPT, **GREEDY)
+def test_a_stream_folds_to_the_complete_answer(engine: Engine) -> None:
+    full = engine.llm.complete(PROMPT, **GREEDY)
     pieces = list(engine.llm.stream(PROMPT, **GREEDY))
-    assert "".join(pieces) == whole.text == engine.llm.generate(PROMPT, **GREEDY) and len(pieces) > 1 and all(pieces)
+    assert "".join(pieces) == full.text == engine.llm.generate(PROMPT, **GREEDY) and len(pieces) > 1 and all(pieces)
     folded = Completion.from_chunks(chunks(engine.llm, **GREEDY))
-    assert (folded.text, folded.finish_reason, folded.usage) == (whole.text, whole.finish_reason, whole.usage)
+    assert (folded.text, folded.finish_reason, folded.usage) == (full.text, full.finish_reason, full.usage)
 
 
 def test_exactly_one_finish_reason_and_it_is_on_the_last_chunk(engine: Engine) -> None:
@@ -118,7 +117,7 @@ def test_the_bytes_may_come_in_any_pieces(faked: Engine) -> None:
         "",
     ],
 )
-def test_any_text_comes_out_as_it_was_said(faked: Engine, text: str) -> None:
+def test_any_text_arrives_unchanged(faked: Engine, text: str) -> None:
     faked.answers(text)
     assert faked.llm.generate(PROMPT) == text == "".join(faked.llm.stream(PROMPT))
 
@@ -154,7 +153,7 @@ def test_a_bad_request_is_refused_before_any_byte_is_sent(engine: Engine, fields
     ):
         with pytest.raises(InvalidRequest) as caught:
             verb(PROMPT, **fields)
-        assert mendable(caught.value).code == 400
+        assert with_hint(caught.value).code == 400
     assert engine.fake is None or engine.fake.requests == []
 
 
@@ -162,11 +161,11 @@ def test_a_bad_request_is_refused_before_any_byte_is_sent(engine: Engine, fields
 def test_a_prompt_of_the_wrong_shape_is_refused(engine: Engine, prompt: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
         engine.llm.complete(prompt)
-    mendable(caught.value)
+    with_hint(caught.value)
 
 
 def test_what_an_engine_cannot_do_is_refused_before_a_generation(engine: Engine) -> None:
-    """Every feature that this engine lacks is refused by its name, whole and streamed; the others work (elsewhere)."""
+    """Each feature that this engine lacks is refused by name, complete and streamed; others have their own tests."""
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     image = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}]
     asks: dict[str, dict[str, Any]] = {
@@ -186,7 +185,7 @@ def test_what_an_engine_cannot_do_is_refused_before_a_generation(engine: Engine)
         for verb in (engine.llm.complete, lambda p, **f: list(engine.llm.stream(p, **f))):
             with pytest.raises(UnsupportedFeature, match=feature) as caught:
                 verb(prompt, **asks[feature])
-            assert engine.kind in mendable(caught.value).reason
+            assert engine.kind in with_hint(caught.value).reason
     assert engine.fake is None or engine.fake.asked == []
 
 
@@ -196,7 +195,7 @@ def test_an_unknown_model_is_not_found_and_what_is_there_is_named(engine: Engine
         for verb in (engine.llm.complete, lambda p, **f: list(engine.llm.stream(p, **f))):
             with pytest.raises(ModelNotFound) as caught:
                 verb(PROMPT, model="no-such-model", **options)
-            assert there in str(mendable(caught.value)) and "no-such-model" in str(caught.value)
+            assert there in str(with_hint(caught.value)) and "no-such-model" in str(caught.value)
 
 
 def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(engine: Engine) -> None:
@@ -206,14 +205,14 @@ def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(engine: Engine) 
     for verb in (engine.llm.generate, lambda p, **f: list(engine.llm.stream(p, **f))):
         with pytest.raises(ContextTooLong) as caught:
             verb("word " * (context + 500), max_tokens=4)
-        assert str(context) in mendable(caught.value).reason
+        assert str(context) in with_hint(caught.value).reason
 
 
 # Leaving early -----------------------------------------------------------------------------------
 def endless(fake: FakeEngine) -> None:
     """The next answer begins and never ends."""
-    whole = fake.stream_reply()
-    fake.script_chat(Reply(headers=whole.headers, pieces=whole.pieces[:3], end="stall"))
+    full = fake.stream_reply()
+    fake.script_chat(Reply(headers=full.headers, pieces=full.pieces[:3], end="stall"))
 
 
 def test_leaving_a_stream_early_closes_the_upstream(engine: Engine) -> None:
@@ -411,7 +410,7 @@ def test_no_schema_means_any_object(faked: Engine) -> None:
     assert faked.llm.structured_generate("Anything.") == {"any": ["thing"]}
 
 
-def test_a_choice_gives_one_of_them(engine: Engine) -> None:
+def test_a_choice_returns_one_of_the_choices(engine: Engine) -> None:
     engine.answers(engine.text_of("blue"))
     for _ in range(2):
         assert engine.llm.structured_generate("A colour?", choice=["red", "blue"], max_tokens=8) in ("red", "blue")
@@ -459,7 +458,7 @@ def test_a_regex_is_matched_or_refused(engine: Engine, regex: str, answer: str) 
     try:
         value = engine.llm.structured_generate("A code?", regex=regex, max_tokens=16)
     except UnsupportedFeature as exc:
-        assert engine.kind == "ollama" or regex.startswith("(?i)"), mendable(exc)
+        assert engine.kind == "ollama" or regex.startswith("(?i)"), with_hint(exc)
     else:
         assert re.fullmatch(regex, value)
 
@@ -479,10 +478,10 @@ def test_an_answer_that_does_not_fit_twice_is_an_error_with_the_raw_text(faked: 
     faked.answers(bad)
     with pytest.raises(StructuredOutputInvalid) as caught:
         faked.llm.structured_generate("?", schema={"ok": "boolean"})
-    assert mendable(caught.value).text == bad and len(faked.fake.asked) == 2
+    assert with_hint(caught.value).text == bad and len(faked.fake.asked) == 2
     with pytest.raises(StructuredOutputInvalid) as caught:
         list(faked.llm.stream("?", schema={"ok": "boolean"}))
-    assert mendable(caught.value).text == bad
+    assert with_hint(caught.value).text == bad
 
 
 def test_an_answer_that_does_not_fit_once_is_asked_for_again(faked: Engine) -> None:
@@ -497,11 +496,11 @@ def test_an_answer_cut_by_max_tokens_is_no_value(engine: Engine) -> None:
     engine.answers('{"text": "a b c d e f g"}')
     with pytest.raises(StructuredOutputInvalid, match="max_tokens") as caught:
         engine.llm.structured_generate("Write a long story.", schema={"text": "string", "more": "string"}, max_tokens=3)
-    assert mendable(caught.value).text is not None  # a small model's three tokens may be none that can be seen
+    assert with_hint(caught.value).text is not None  # a small model's three tokens may be none that can be seen
 
 
 @pytest.mark.parametrize("wrong", ["green", "Red", "red or blue", ""])
-def test_a_choice_that_is_none_of_them_is_an_error(faked: Engine, wrong: str) -> None:
+def test_an_answer_outside_the_choices_is_an_error(faked: Engine, wrong: str) -> None:
     faked.answers(faked.text_of(wrong))
     with pytest.raises(StructuredOutputInvalid):
         faked.llm.structured_generate("?", choice=["red", "blue"])
@@ -542,7 +541,7 @@ ARGUMENTS = {"city": '北京 "n"', "days": 7}
     [None, "auto", "required", {"type": "function", "function": {"name": "get_weather"}}],
     ids=["default", "auto", "required", "named"],
 )
-def test_a_tool_call_comes_out_whole_and_streamed(faked: Engine, choice: Any) -> None:
+def test_a_tool_call_is_the_same_complete_and_streamed(faked: Engine, choice: Any) -> None:
     assert faked.fake is not None
     if faked.kind == "ollama" and choice not in (None, "auto"):
         with pytest.raises(UnsupportedFeature, match="tool_choice"):
@@ -605,12 +604,12 @@ def test_a_call_that_does_not_fit_its_tool_is_asked_for_again_and_then_an_error(
     faked.fake.tool_call = call
     with pytest.raises(StructuredOutputInvalid) as caught:
         faked.llm.complete("?", tools=[WEATHER])
-    assert mendable(caught.value) and len(faked.fake.asked) == 2
+    assert with_hint(caught.value) and len(faked.fake.asked) == 2
     with pytest.raises(StructuredOutputInvalid):
         chunks(faked.llm, "?", tools=[WEATHER])
 
 
-def test_arguments_that_are_a_json_string_are_no_arguments(fake: Make, attach: Attach) -> None:
+def test_arguments_encoded_twice_are_refused(fake: Make, attach: Attach) -> None:
     """vLLM without `strict` was seen to answer `"\\"Paris\\""`."""
     engine = fake("vllm")
     engine.replay_chat("hermes_required", "hermes_required")
@@ -648,7 +647,7 @@ def test_a_required_call_that_does_not_come_is_an_error(fake: Make, attach: Atta
     ],
 )
 def test_recorded_tool_streams_are_read(dialect: Dialect, name: str, fake: Make, attach: Attach) -> None:
-    """Whatever was recorded: whole calls with a name and JSON arguments, or words, and one finish at the end."""
+    """Each recording yields calls with a name and JSON arguments, or text, and one finish reason at the end."""
     engine = fake(dialect)
     engine.replay_chat(name)
     got = chunks(attach(engine), "?")
@@ -676,7 +675,7 @@ def test_reasoning_comes_out_under_one_name(faked: Engine) -> None:
 
 
 def test_a_constrained_answer_is_not_lost_in_the_reasoning(faked: Engine) -> None:
-    """With a constraint and nothing said about thinking, the engine is told not to think."""
+    """With a constraint and no `think`, the engine is asked not to think."""
     assert faked.fake is not None
     faked.fake.reasoning = "let me think about this for long"
     faked.answers('{"ok": true}')
@@ -868,7 +867,7 @@ SAID: list[tuple[Dialect, str, type[InferenceError]]] = [
 
 @pytest.mark.parametrize(("dialect", "name", "error"), SAID, ids=lambda v: v if isinstance(v, str) else v.kind)
 @pytest.mark.parametrize("how", ["whole", "streamed"])
-def test_a_recorded_error_is_one_of_ours(
+def test_a_recorded_engine_error_becomes_a_typed_error(
     dialect: Dialect, name: str, error: type[InferenceError], how: str, fake: Make, attach: Attach
 ) -> None:
     engine = fake(dialect)
@@ -876,14 +875,14 @@ def test_a_recorded_error_is_one_of_ours(
     llm = attach(engine)
     with pytest.raises(InferenceError) as caught:
         llm.generate(PROMPT) if how == "whole" else list(llm.stream(PROMPT))
-    assert type(mendable(caught.value)) is error, caught.value
+    assert type(with_hint(caught.value)) is error, caught.value
     if error is ContextTooLong and "shift_false" not in name and "embed" not in name:
         assert len(set(re.findall(r"\d{3,}", caught.value.reason))) >= 2, "both numbers"
     if error is EngineOverloaded:
         assert caught.value.retry_after
 
 
-def test_ollama_is_asked_again_for_the_numbers_that_it_does_not_tell(fake: Make, attach: Attach) -> None:
+def test_ollama_is_asked_again_for_the_counts_that_it_omitted(fake: Make, attach: Attach) -> None:
     for how in ("whole", "streamed"):
         engine = fake("ollama")
         engine.context = 512
@@ -891,7 +890,9 @@ def test_ollama_is_asked_again_for_the_numbers_that_it_does_not_tell(fake: Make,
         llm = attach(engine)
         with pytest.raises(ContextTooLong, match=r"4010.*512"):
             llm.generate(PROMPT) if how == "whole" else list(llm.stream(PROMPT))
-        assert engine.body["options"]["num_ctx"] == 512  # the one that is loaded, so that nothing is loaded anew
+        assert (
+            engine.body["options"]["num_ctx"] == 512
+        )  # the one that is loaded, so that Ollama does not load the model again
 
 
 @pytest.mark.parametrize(
@@ -913,14 +914,14 @@ def test_ollama_is_asked_again_for_the_numbers_that_it_does_not_tell(fake: Make,
         (501, b"{}", "unsupported_feature"),
     ],
 )
-def test_any_status_is_one_of_ours(faked: Engine, status: int, body: bytes, error: str) -> None:
+def test_any_engine_status_becomes_a_typed_error(faked: Engine, status: int, body: bytes, error: str) -> None:
     assert faked.fake is not None
     faked.llm.models()
     for ask in (faked.llm.generate, lambda p: list(faked.llm.stream(p))):
         faked.fake.script_chat(Reply(status=status, pieces=[body]))
         with pytest.raises(InferenceError) as caught:
             ask(PROMPT)
-        assert mendable(caught.value).kind == error, caught.value
+        assert with_hint(caught.value).kind == error, caught.value
 
 
 # Broken streams ----------------------------------------------------------------------------------
@@ -932,30 +933,30 @@ def shorter(faked: Engine) -> Reply:
 @pytest.mark.parametrize("end", ["clean", "eof", "reset"])
 def test_a_stream_that_ends_early_is_never_a_clean_end(faked: Engine, end: Any) -> None:
     """Cut before any piece of a recorded answer: the pieces that came, and then an error."""
-    fake, whole = faked.fake, shorter(faked)
+    fake, full = faked.fake, shorter(faked)
     assert fake is not None
-    for kept in range(len(whole.pieces)):
-        fake.script_chat(Reply(headers=whole.headers, pieces=whole.pieces[:kept], end=end, chunked=True))
+    for kept in range(len(full.pieces)):
+        fake.script_chat(Reply(headers=full.headers, pieces=full.pieces[:kept], end=end, chunked=True))
         with pytest.raises((BadEngineReply, EngineUnavailable)) as caught:
             list(faked.llm.stream(PROMPT))
-        mendable(caught.value)
-    fake.script_chat(whole)
+        with_hint(caught.value)
+    fake.script_chat(full)
     assert list(faked.llm.stream(PROMPT))
 
 
 @pytest.mark.parametrize("end", ["clean", "eof", "reset"])
 def test_a_piece_cut_in_the_middle_is_never_a_clean_end(faked: Engine, end: Any) -> None:
-    fake, whole = faked.fake, shorter(faked)
+    fake, full = faked.fake, shorter(faked)
     assert fake is not None
-    for kept in range(len(whole.pieces)):
-        *before, torn = whole.pieces[: kept + 1]
-        fake.script_chat(Reply(headers=whole.headers, pieces=[*before, torn[: len(torn) // 2]], end=end, chunked=True))
+    for kept in range(len(full.pieces)):
+        *before, torn = full.pieces[: kept + 1]
+        fake.script_chat(Reply(headers=full.headers, pieces=[*before, torn[: len(torn) // 2]], end=end, chunked=True))
         with pytest.raises((BadEngineReply, EngineUnavailable)):
             list(faked.llm.stream(PROMPT))
 
 
 @pytest.mark.parametrize("end", ["eof", "reset"])
-def test_a_whole_answer_that_ends_early_is_an_error(faked: Engine, end: Any) -> None:
+def test_a_complete_answer_that_ends_early_is_an_error(faked: Engine, end: Any) -> None:
     assert faked.fake is not None
     for pieces in ([], [b'{"mod'], [b'data: {"id"']):
         faked.fake.script_chat(
@@ -968,7 +969,7 @@ def test_a_whole_answer_that_ends_early_is_an_error(faked: Engine, end: Any) -> 
         )
         with pytest.raises((BadEngineReply, EngineUnavailable)) as caught:
             faked.llm.generate(PROMPT)
-        mendable(caught.value)
+        with_hint(caught.value)
 
 
 def test_the_connection_lost_before_the_head(faked: Engine) -> None:
@@ -977,7 +978,7 @@ def test_the_connection_lost_before_the_head(faked: Engine) -> None:
         faked.fake.script_chat(Reply(status=0, end=end))  # type: ignore[arg-type]
         with pytest.raises(EngineUnavailable) as caught:
             faked.llm.generate(PROMPT)
-        assert mendable(caught.value).retryable
+        assert with_hint(caught.value).retryable
 
 
 GARBAGE = [
@@ -1015,16 +1016,16 @@ NDGARBAGE = [
 
 def test_garbage_in_a_stream_is_a_bad_reply(faked: Engine) -> None:
     """Nothing that an engine says ends in an error that is not ours, or in a clean answer."""
-    fake, whole, wrong = faked.fake, shorter(faked), []
+    fake, full, wrong = faked.fake, shorter(faked), []
     assert fake is not None
     for garbage in NDGARBAGE if faked.kind == "ollama" else GARBAGE:
         fake.script_chat(
-            Reply(headers=whole.headers, pieces=[*whole.pieces[:2], garbage, *whole.pieces[2:]], chunked=True)
+            Reply(headers=full.headers, pieces=[*full.pieces[:2], garbage, *full.pieces[2:]], chunked=True)
         )
         try:
             said: Any = chunks(faked.llm)
         except InferenceError as exc:
-            mendable(exc)
+            with_hint(exc)
         except Exception as exc:
             wrong.append(f"{garbage!r}: {exc!r}")
         else:
@@ -1054,13 +1055,13 @@ WHOLE_GARBAGE = [
 ]
 
 
-def test_garbage_as_a_whole_answer_is_a_bad_reply(faked: Engine) -> None:
+def test_garbage_as_a_complete_answer_is_a_bad_reply(faked: Engine) -> None:
     assert faked.fake is not None
     for garbage in WHOLE_GARBAGE:
         faked.fake.script_chat(Reply(headers={"content-type": "application/json"}, pieces=[garbage]))
         with pytest.raises(BadEngineReply) as caught:
             faked.llm.generate(PROMPT)
-        mendable(caught.value)
+        with_hint(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -1089,7 +1090,7 @@ def test_a_recorded_late_failure_is_an_error(
         return
     with pytest.raises(error) as caught:
         llm.generate(PROMPT) if "nonstream" in name or name == "abort_chat" else list(llm.stream(PROMPT))
-    mendable(caught.value)
+    with_hint(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -1102,11 +1103,11 @@ def test_a_recorded_late_failure_is_an_error(
     ],
 )
 def test_an_error_event_is_an_error_although_done_follows(faked: Engine, event: bytes) -> None:
-    fake, whole = faked.fake, shorter(faked)
+    fake, full = faked.fake, shorter(faked)
     assert fake is not None
     if faked.kind == "ollama":
         event = b'{"error": "boom"}\n'
-    fake.script_chat(Reply(headers=whole.headers, pieces=[*whole.pieces[:3], event, whole.pieces[-1]], chunked=True))
+    fake.script_chat(Reply(headers=full.headers, pieces=[*full.pieces[:3], event, full.pieces[-1]], chunked=True))
     with pytest.raises(BadEngineReply, match="boom"):
         list(faked.llm.stream(PROMPT))
 
@@ -1114,27 +1115,27 @@ def test_an_error_event_is_an_error_although_done_follows(faked: Engine, event: 
 def test_vllms_dead_engine_is_unavailable_although_done_follows(fake: Make, attach: Attach) -> None:
     engine = fake("vllm")
     *_, killed, done = recorded("vllm", "kill9_enginecore_midstream").pieces
-    whole = engine.stream_reply()
+    full = engine.stream_reply()
     engine.script_chat(
         Reply(
-            headers=whole.headers,
-            pieces=[*whole.pieces[:3], killed[killed.index(b'data: {"error"') :], done],
+            headers=full.headers,
+            pieces=[*full.pieces[:3], killed[killed.index(b'data: {"error"') :], done],
             chunked=True,
         )
     )
     with pytest.raises(EngineUnavailable, match="EngineCore") as caught:
         list(attach(engine).stream(PROMPT))
-    assert mendable(caught.value).retryable
+    assert with_hint(caught.value).retryable
 
 
 def test_what_came_before_an_error_is_passed_on(faked: Engine) -> None:
-    """Also where both came in one read: a text that the engine said is not lost."""
-    fake, whole = faked.fake, shorter(faked)
+    """Also where both arrive in one read: text that the engine sent is not lost."""
+    fake, full = faked.fake, shorter(faked)
     assert fake is not None
     error = b'{"error": "boom"}\n' if faked.kind == "ollama" else b'data: {"error": {"message": "boom"}}\n\n'
     for reply in (
-        Reply(headers=whole.headers, pieces=[*whole.pieces[:3], error], chunked=True),
-        Reply(headers=whole.headers, pieces=[b"".join(whole.pieces[:3]) + error], chunked=True),
+        Reply(headers=full.headers, pieces=[*full.pieces[:3], error], chunked=True),
+        Reply(headers=full.headers, pieces=[b"".join(full.pieces[:3]) + error], chunked=True),
     ):
         fake.script_chat(reply)
         got = []
@@ -1148,10 +1149,10 @@ def test_what_came_before_an_error_is_passed_on(faked: Engine) -> None:
 @pytest.mark.parametrize("dialect", ["ollama", "vllm", "sglang", "llamacpp"])
 def test_an_engine_that_stalls_runs_into_a_deadline(dialect: Dialect, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
-    whole = engine.stream_reply()
-    none = Reply(headers=whole.headers, end="stall", chunked=True)
-    some = Reply(headers=whole.headers, pieces=whole.pieces[:3], end="stall")
-    slow = Reply(headers=whole.headers, pieces=[*whole.pieces[:2] * 200], gap=0.02, end="stall")
+    full = engine.stream_reply()
+    none = Reply(headers=full.headers, end="stall", chunked=True)
+    some = Reply(headers=full.headers, pieces=full.pieces[:3], end="stall")
+    slow = Reply(headers=full.headers, pieces=[*full.pieces[:2] * 200], gap=0.02, end="stall")
     far = Deadlines(first_token=6, idle=6, total=8)
     cases = [
         ("first token", replace(far, first_token=0.2), none),
@@ -1167,11 +1168,11 @@ def test_an_engine_that_stalls_runs_into_a_deadline(dialect: Dialect, fake: Make
         with pytest.raises(EngineTimeout, match=limit) as caught:
             list(llm.stream(PROMPT))
         assert time.monotonic() - started < 4, f"{limit}: long after its deadline"
-        assert mendable(caught.value).retryable
+        assert with_hint(caught.value).retryable
         engine.wait(lambda cut=cut: engine.live == 0 and engine.cut == cut + 1)
 
 
-def test_a_whole_answer_has_a_deadline_too(faked: Engine, attach: Attach) -> None:
+def test_a_complete_answer_has_a_deadline_too(faked: Engine, attach: Attach) -> None:
     fake = faked.fake
     assert fake is not None
     for deadlines in (Deadlines(first_token=0.2, total=8), Deadlines(first_token=8, total=0.2)):
@@ -1183,7 +1184,7 @@ def test_a_whole_answer_has_a_deadline_too(faked: Engine, attach: Attach) -> Non
         fake.wait(lambda: fake.live == 0)
 
 
-def test_a_slow_reader_is_no_slow_engine(faked: Engine, attach: Attach) -> None:
+def test_a_slow_reader_does_not_count_as_a_slow_engine(faked: Engine, attach: Attach) -> None:
     """The idle deadline looks at the engine's silence, not at the caller's."""
     fake = faked.fake
     assert fake is not None
@@ -1209,10 +1210,10 @@ def test_nothing_is_asked_again_after_the_request_went_out(faked: Engine) -> Non
 
 
 def test_a_connection_is_not_leaked_by_failures(faked: Engine) -> None:
-    fake, whole = faked.fake, shorter(faked)
+    fake, full = faked.fake, shorter(faked)
     assert fake is not None
     for _ in range(20):
-        fake.script_chat(Reply(headers=whole.headers, pieces=[b"data: {\n\n", b"{\n"], end="stall"))
+        fake.script_chat(Reply(headers=full.headers, pieces=[b"data: {\n\n", b"{\n"], end="stall"))
         with contextlib.suppress(InferenceError):
             list(faked.llm.stream(PROMPT))
     fake.wait(lambda: fake.live == 0 and fake.connections <= 2)
@@ -1236,7 +1237,7 @@ def test_close_and_use_again(faked: Engine) -> None:
 
 
 def test_the_recorded_answers_are_read_to_the_byte(fake: Make, attach: Attach) -> None:
-    """Every recorded chat answer that is whole reads as its own transcript says."""
+    """Every recorded complete chat answer is read as its transcript has it."""
     seen: Counter[str] = Counter()
     for dialect, names in {
         "ollama": ["06_chat_nonstream", "06_chat_natural_stop", "11_content_empty"],
@@ -1297,8 +1298,8 @@ def test_behind_vllm_router_a_demanded_call_is_refused(fake: Make, attach: Attac
 
 
 def test_behind_sglang_router_what_cannot_be_known_is_refused(fake: Make, attach: Attach) -> None:
-    """sglang-router 0.3.2 passes neither /server_info nor /model_info nor /tokenize: what a template shows is told by
-    the prompt's number of tokens."""
+    """sglang-router 0.3.2 passes neither /server_info nor /model_info nor /tokenize: what a template shows is seen
+    from the number of prompt tokens."""
     engine = fake("sglang")
     engine.capabilities += ["tools", "vision"]
     engine._info = lambda path: (

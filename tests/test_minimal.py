@@ -1,5 +1,4 @@
-"""The five packages of the install line are enough: import, --serve, attach, --api-test, generate. LLM_TEST_MINIMAL=1
-runs it."""
+"""The five packages of the install line are enough (LLM_TEST_MINIMAL=1 runs it)."""
 
 from __future__ import annotations
 

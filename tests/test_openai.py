@@ -1,4 +1,4 @@
-"""The OpenAI surface under the real `openai` client: strict types, streams, errors, relay to the byte."""
+"""The OpenAI routes under the real `openai` client: strict types, streams, errors, bytes passed on unchanged."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def text_of(chunks: list[ChatCompletionChunk]) -> str:
 # ----------------------------------------------------------------------------------------------- chat
 
 
-def test_chat_whole(stand: Stand, client: openai.OpenAI) -> None:
+def test_chat_complete(stand: Stand, client: openai.OpenAI) -> None:
     done = client.chat.completions.create(model=stand.model, messages=HI)
     (choice,) = done.choices
     assert (choice.message.content, choice.message.role, choice.finish_reason, done.object) == (
@@ -167,9 +167,9 @@ def test_chat_streamed_with_usage(stand: Stand, client: openai.OpenAI) -> None:
 def test_the_async_client(stand: Stand) -> None:
     async def ask() -> tuple[str | None, str]:
         async with openai.AsyncOpenAI(base_url=f"{stand.url}/v1", api_key="any", max_retries=0) as client:
-            whole = await client.chat.completions.create(model=stand.model, messages=HI)
+            full = await client.chat.completions.create(model=stand.model, messages=HI)
             stream = await client.chat.completions.create(model=stand.model, messages=HI, stream=True)
-            return whole.choices[0].message.content, text_of([chunk async for chunk in stream])
+            return full.choices[0].message.content, text_of([chunk async for chunk in stream])
 
     assert asyncio.run(ask()) == (TEXT, TEXT)
 
@@ -213,8 +213,8 @@ def test_the_real_engines_answers_pass_openais_strict_types(real_server: httpx.C
 
 def test_the_real_engine(official: openai.OpenAI, real_model: str) -> None:
     ask: Any = {"model": real_model, "messages": HI, "max_tokens": 12, "temperature": 0}
-    whole = official.chat.completions.create(**ask).choices[0].message.content
-    assert whole and text_of(list(official.chat.completions.create(**ask, stream=True))) == whole
+    full = official.chat.completions.create(**ask).choices[0].message.content
+    assert full and text_of(list(official.chat.completions.create(**ask, stream=True))) == full
     parsed = official.chat.completions.parse(
         model=real_model,
         messages=[{"role": "user", "content": "The capital of France, as JSON."}],
@@ -259,7 +259,7 @@ def test_both_names_of_the_limit(stand: Stand, client: openai.OpenAI, name: str)
 # ----------------------------------------------------------------------------------------------- tools
 
 
-def test_tools_whole(stand: Stand, client: openai.OpenAI) -> None:
+def test_tools_complete(stand: Stand, client: openai.OpenAI) -> None:
     stand.engine.tool_call = ("get_weather", {"city": "巴黎"})
     (choice,) = client.chat.completions.create(model=stand.model, messages=HI, tools=[WEATHER]).choices
     assert choice.finish_reason == "tool_calls" and choice.message.tool_calls
@@ -402,14 +402,14 @@ def test_a_response_formats_schema_is_json_schema(stand: Stand, schema: dict[str
     assert reply.status_code == 200, reply.text
 
 
-def test_a_named_functions_call_is_no_answer_to_check(all_stands: dict[str, Stand]) -> None:
+def test_the_call_of_a_named_function_is_not_checked_as_an_answer(all_stands: dict[str, Stand]) -> None:
     """vLLM says "stop" behind it."""
     stand = all_stands["vllm"]
     stand.engine.reset()
     stand.engine.capabilities = [*{*stand.engine.capabilities, "tools"}]
     call = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": '{"city":"Paris"}'}}
     message = {"role": "assistant", "content": "", "tool_calls": [call]}
-    whole = {
+    full = {
         "id": "x",
         "object": "chat.completion",
         "created": 1,
@@ -430,7 +430,7 @@ def test_a_named_functions_call_is_no_answer_to_check(all_stands: dict[str, Stan
         "tool_choice": {"type": "function", "function": {"name": "get_weather"}},
         "response_format": CITY,
     }
-    stand.engine.script(Reply(headers={"content-type": "application/json"}, pieces=[json.dumps(whole).encode()]))
+    stand.engine.script(Reply(headers={"content-type": "application/json"}, pieces=[json.dumps(full).encode()]))
     reply = stand.post(CHAT, **asked)
     assert reply.status_code == 200 and reply.json()["choices"][0]["message"]["tool_calls"] == [call], reply.text
     events = [b"data: " + json.dumps(delta).encode() + b"\n\n", b"data: [DONE]\n\n"]
@@ -450,7 +450,7 @@ def test_a_named_functions_call_is_no_answer_to_check(all_stands: dict[str, Stan
         [1],
     ],
 )
-def test_malformed_usage_is_told(relayed: Stand, usage: Any) -> None:
+def test_malformed_usage_is_an_error(relayed: Stand, usage: Any) -> None:
     answer = json.loads(b"".join(default_answer(relayed).pieces)) | {"usage": usage}
     relayed.engine.script(Reply(headers={"content-type": "application/json"}, pieces=[json.dumps(answer).encode()]))
     refused_v1(relayed.post(CHAT, model=relayed.model, messages=HI), "bad_engine_reply")
@@ -554,11 +554,11 @@ def test_what_means_nothing_to_embeddings_is_refused(all_stands: dict[str, Stand
 
 
 @pytest.mark.parametrize("name", ["unix:/etc/passwd", "file:/etc/passwd", "http:/evil/x", "a/b:/c", "x:"])
-def test_a_model_name_that_is_a_place_is_refused(stand: Stand, name: str) -> None:
+def test_a_model_name_that_is_a_path_or_url_is_refused(stand: Stand, name: str) -> None:
     refused_v1(stand.post("/v1/embeddings", model=name, input="a"), "invalid_request")
 
 
-def test_no_model_has_no_name(stand: Stand) -> None:
+def test_a_model_without_a_name_is_not_listed(stand: Stand) -> None:
     refused_v1(stand.client.get("/v1/models/"), "model_not_found")
 
 
@@ -605,7 +605,7 @@ def test_a_request_is_one_request_to_the_engine(stand: Stand, path: str, named: 
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_those_who_come_first_together_ask_once(dialect: Dialect) -> None:
+def test_concurrent_first_requests_probe_the_engine_once(dialect: Dialect) -> None:
     asked = []
     for at_once in (1, 16):
         with Stand(dialect) as stand:
@@ -870,13 +870,13 @@ def test_an_engine_that_is_away(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize("end", ["eof", "reset", "clean"])
 def test_a_late_failure_raises_in_the_client(stand: Stand, client: openai.OpenAI, end: Any, keep: int) -> None:
     """Never a clean end: an early end of the stream, even a tidy one, is an error."""
-    whole = default_stream(stand)
-    stand.engine.script(Reply(headers=whole.headers, pieces=whole.pieces[:keep], end=end, chunked=True, gap=0.02))
+    full = default_stream(stand)
+    stand.engine.script(Reply(headers=full.headers, pieces=full.pieces[:keep], end=end, chunked=True, gap=0.02))
     with pytest.raises(openai.APIError):
         for _ in client.chat.completions.create(model=stand.model, messages=HI, stream=True):
             pass
     reply = scripted_text(
-        stand, Reply(headers=whole.headers, pieces=whole.pieces[:keep], end=end, chunked=True, gap=0.02)
+        stand, Reply(headers=full.headers, pieces=full.pieces[:keep], end=end, chunked=True, gap=0.02)
     )
     assert (
         "[DONE]" not in reply
@@ -900,8 +900,8 @@ def test_a_late_failure_raises_in_the_client(stand: Stand, client: openai.OpenAI
 )
 def test_an_error_event_is_never_a_clean_end(relayed: Stand, event: bytes) -> None:
     """Whatever follows it, [DONE] included: vLLM sends one after its error."""
-    whole = default_stream(relayed)
-    broken = Reply(headers=whole.headers, pieces=[*whole.pieces[:3], event, b"data: [DONE]\n\n"], chunked=True)
+    full = default_stream(relayed)
+    broken = Reply(headers=full.headers, pieces=[*full.pieces[:3], event, b"data: [DONE]\n\n"], chunked=True)
     for relayed.engine.slice in (0, 1):
         text = scripted_text(relayed, broken)
         assert "[DONE]" not in text and '"error"' in text.rpartition("data: ")[2]
@@ -914,10 +914,10 @@ def test_an_error_event_is_never_a_clean_end(relayed: Stand, event: bytes) -> No
 def test_an_error_event_is_an_event_of_its_own(relayed: Stand) -> None:
     """The engine's last event came without its blank line: what follows it must not become a second line of that
     event."""
-    whole = default_stream(relayed)
-    first, second = (piece.strip() for piece in b"".join(whole.pieces).split(b"\n\n")[:2])
+    full = default_stream(relayed)
+    first, second = (piece.strip() for piece in b"".join(full.pieces).split(b"\n\n")[:2])
     for tail in (b"\n", b"\r\n", b""):
-        broken = Reply(headers=whole.headers, pieces=[first + b"\n\n", second + tail], chunked=True, gap=0.02)
+        broken = Reply(headers=full.headers, pieces=[first + b"\n\n", second + tail], chunked=True, gap=0.02)
         with client_of(relayed.url) as client, pytest.raises(openai.APIError, match="ended early"):
             relayed.engine.script(broken)
             for _ in client.chat.completions.create(model=relayed.model, messages=HI, stream=True):
@@ -930,52 +930,52 @@ def test_an_error_event_is_an_event_of_its_own(relayed: Stand) -> None:
 def test_garbage_in_a_stream_is_never_a_clean_end(all_stands: dict[str, Stand], event: bytes) -> None:
     stand = all_stands["vllm"]
     stand.engine.reset()
-    whole = default_stream(stand)
+    full = default_stream(stand)
     text = scripted_text(
-        stand, Reply(headers=whole.headers, pieces=[*whole.pieces[:3], event, *whole.pieces[3:]], chunked=True)
+        stand, Reply(headers=full.headers, pieces=[*full.pieces[:3], event, *full.pieces[3:]], chunked=True)
     )
     assert "[DONE]" not in text and '"error"' in text.rpartition("data: ")[2]
 
 
-def test_a_cut_stream_that_speaks_of_the_end_is_still_cut(relayed: Stand) -> None:
+def test_a_cut_stream_whose_text_contains_done_is_still_cut(relayed: Stand) -> None:
     relayed.engine.text = "it ends with data: [DONE] and more words"
-    whole = default_stream(relayed)
-    text = scripted_text(relayed, Reply(headers=whole.headers, pieces=whole.pieces[:-3], end="clean", chunked=True))
+    full = default_stream(relayed)
+    text = scripted_text(relayed, Reply(headers=full.headers, pieces=full.pieces[:-3], end="clean", chunked=True))
     assert json.loads(text.strip().rpartition("\n\n")[2].removeprefix("data: "))["error"]["code"] == "bad_engine_reply"
 
 
 @pytest.mark.parametrize("space", [b"", b" "])
 def test_an_aborted_stream_is_no_answer(relayed: Stand, space: bytes) -> None:
-    whole = default_stream(relayed)
-    said = re.sub(rb'"finish_reason": ?"\w+"', b'"finish_reason":%s"abort"' % space, b"".join(whole.pieces))
-    text = scripted_text(relayed, Reply(headers=whole.headers, pieces=[said], chunked=True))
+    full = default_stream(relayed)
+    said = re.sub(rb'"finish_reason": ?"\w+"', b'"finish_reason":%s"abort"' % space, b"".join(full.pieces))
+    text = scripted_text(relayed, Reply(headers=full.headers, pieces=[said], chunked=True))
     assert "[DONE]" not in text and "engine_unavailable" in text
 
 
-def test_nothing_follows_the_end(relayed: Stand) -> None:
+def test_nothing_follows_the_done_event(relayed: Stand) -> None:
     """In whatever form the end comes, and whether the engine ends the reply behind it or not."""
-    whole = default_stream(relayed)
-    events = b"".join(whole.pieces).rpartition(b"data: [DONE]")[0]
+    full = default_stream(relayed)
+    events = b"".join(full.pieces).rpartition(b"data: [DONE]")[0]
     for tail in (b"data:[DONE]\n\n", b'data: [DONE]\n\ndata: {"id":"late"}\n\n', b"data: [DONE]\r\n\r\n: bye\n\n"):
-        text = scripted_text(relayed, Reply(headers=whole.headers, pieces=[events, tail], chunked=True, end="stall"))
+        text = scripted_text(relayed, Reply(headers=full.headers, pieces=[events, tail], chunked=True, end="stall"))
         assert text.endswith("\n\ndata: [DONE]\n\n") and "late" not in text and text.count("[DONE]") == 1
 
 
 def test_a_stream_without_a_finish_is_cut(relayed: Stand) -> None:
-    """[DONE] after half an answer: no choice has said why it ended."""
-    whole = default_stream(relayed)
+    """[DONE] after half an answer: no choice has a finish reason."""
+    full = default_stream(relayed)
     text = scripted_text(
-        relayed, Reply(headers=whole.headers, pieces=[*whole.pieces[:3], b"data: [DONE]\n\n"], chunked=True)
+        relayed, Reply(headers=full.headers, pieces=[*full.pieces[:3], b"data: [DONE]\n\n"], chunked=True)
     )
     assert "[DONE]" not in text
 
 
-def test_words_that_look_like_an_error_or_an_end_are_words(stand: Stand) -> None:
+def test_text_that_looks_like_an_error_or_an_end_is_text(stand: Stand) -> None:
     stand.engine.text = 'say data: [DONE] and {"error": 1} and error: now \n\nerror: x'
-    whole = stand.post(CHAT, model=stand.model, messages=HI).json()["choices"][0]["message"]["content"]
-    assert whole == stand.engine.text
+    full = stand.post(CHAT, model=stand.model, messages=HI).json()["choices"][0]["message"]["content"]
+    assert full == stand.engine.text
     events = stand.events(CHAT, model=stand.model, messages=HI)
-    assert events[-1] == "[DONE]" and text_of(strict_chunks(events)) == whole
+    assert events[-1] == "[DONE]" and text_of(strict_chunks(events)) == full
 
 
 def default_answer(stand: Stand) -> Reply:
@@ -1081,7 +1081,7 @@ def test_harmless_fields_are_named_and_left_out(stand: Stand, client: openai.Ope
         "session_params",
     ],
 )
-def test_a_field_that_would_be_ignored_or_reach_too_far_is_refused(stand: Stand, field: str) -> None:
+def test_a_field_that_the_engine_ignores_or_that_is_unsafe_is_refused(stand: Stand, field: str) -> None:
     reply = stand.post(CHAT, model=stand.model, messages=HI, **{field: {"x": 1}})
     assert field in refused_v1(reply, "unsupported_feature") and not stand.engine.bodies
 
@@ -1133,7 +1133,7 @@ def test_one_engines_constraint_is_its_own(all_stands: dict[str, Stand]) -> None
     ],
     ids=lambda part: json.dumps(part)[:90],
 )
-def test_a_place_in_a_message_is_refused(stand: Stand, part: Any) -> None:
+def test_a_url_in_a_message_is_refused(stand: Stand, part: Any) -> None:
     no_place(stand, part)
 
 
@@ -1152,7 +1152,7 @@ def test_a_place_in_a_message_is_refused(stand: Stand, part: Any) -> None:
     ],
     ids=lambda part: json.dumps(part)[:90],
 )
-def test_a_place_in_a_shape_that_vllm_takes_too_is_refused(all_stands: dict[str, Stand], part: Any) -> None:
+def test_a_url_in_a_form_that_vllm_also_accepts_is_refused(all_stands: dict[str, Stand], part: Any) -> None:
     """Beside the documented ones (vllm/entrypoints/chat_utils.py): without a type, with a uuid, and older names."""
     all_stands["vllm"].engine.reset()
     no_place(all_stands["vllm"], part)
@@ -1166,7 +1166,7 @@ def no_place(stand: Stand, part: Any) -> None:
     assert not stand.engine.bodies
 
 
-def test_a_place_in_an_embeddings_input_is_refused(all_stands: dict[str, Stand]) -> None:
+def test_a_url_in_an_embeddings_input_is_refused(all_stands: dict[str, Stand]) -> None:
     """SGLang takes {"text", "image"} there."""
     relayed = all_stands["sglang"]
     relayed.engine.reset()
@@ -1193,7 +1193,7 @@ def test_an_image_as_data_is_passed(dialect: Dialect) -> None:
 
 
 @pytest.mark.parametrize("dialect", ["ollama"])  # the others say so themselves
-def test_an_image_for_a_model_that_is_blind_is_refused(dialect: Dialect, all_stands: dict[str, Stand]) -> None:
+def test_an_image_for_a_model_without_vision_is_refused(dialect: Dialect, all_stands: dict[str, Stand]) -> None:
     stand = all_stands[dialect]
     stand.engine.reset()
     content = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": PIXEL}}]
@@ -1220,7 +1220,7 @@ def test_reasoning_comes_under_one_name(dialect: Dialect, slice_: int) -> None:
         assert not any("reasoning_content" in d for d in deltas)
 
 
-def test_the_renaming_of_reasoning_leaves_words_alone(relayed: Stand) -> None:
+def test_renaming_the_reasoning_field_leaves_the_text_unchanged(relayed: Stand) -> None:
     relayed.engine.text = 'the key "reasoning_content": is a word here'
     assert (
         relayed.post(CHAT, model=relayed.model, messages=HI).json()["choices"][0]["message"]["content"]
@@ -1232,7 +1232,7 @@ def test_the_renaming_of_reasoning_leaves_words_alone(relayed: Stand) -> None:
 # ----------------------------------------------------------------------------------------------- the relay
 
 
-def test_vllms_answer_comes_through_whole(all_stands: dict[str, Stand]) -> None:
+def test_every_field_of_vllms_answer_is_passed_on(all_stands: dict[str, Stand]) -> None:
     """logprobs, n, token ids, whatever it says: the bytes are the engine's."""
     stand = all_stands["vllm"]
     stand.engine.reset()
@@ -1247,12 +1247,12 @@ def test_vllms_answer_comes_through_whole(all_stands: dict[str, Stand]) -> None:
 
 
 @pytest.mark.parametrize("slice_", [0, 1, 7])
-def test_a_stream_comes_through_whole_and_in_order(relayed: Stand, slice_: int) -> None:
+def test_a_stream_arrives_complete_and_in_order(relayed: Stand, slice_: int) -> None:
     relayed.engine.text = 'a\u2028b\u0085c 北京 🚲 \\n " end'
-    whole = default_stream(relayed)
-    theirs = b"".join(whole.pieces)
+    full = default_stream(relayed)
+    theirs = b"".join(full.pieces)
     relayed.engine.slice = slice_
-    ours = scripted_text(relayed, whole).encode()
+    ours = scripted_text(relayed, full).encode()
     assert ours == theirs.replace(b'"reasoning_content":', b'"reasoning":')
 
 
@@ -1275,10 +1275,10 @@ def test_ollamas_stream_survives_any_cut(all_stands: dict[str, Stand]) -> None:
 )
 def test_every_standard_form_of_an_event_comes_through(relayed: Stand, change: Callable[[bytes], bytes]) -> None:
     """CRLF is what sse-starlette sends; a proxy in front of the engine may add comments."""
-    whole = default_stream(relayed)
+    full = default_stream(relayed)
     for relayed.engine.slice in (0, 1):
         relayed.engine.script(
-            Reply(headers=whole.headers, pieces=[change(piece) for piece in whole.pieces], chunked=True)
+            Reply(headers=full.headers, pieces=[change(piece) for piece in full.pieces], chunked=True)
         )
         with client_of(relayed.url) as client:
             assert text_of(list(client.chat.completions.create(model=relayed.model, messages=HI, stream=True))) == TEXT
@@ -1357,7 +1357,7 @@ def test_the_strict_types_are_strict() -> None:
     "event",
     [b'{"choices":{"message":"bm"}}', b'{"choices":["x"]}', b'{"choices":7}', b'{"choices":[{"finish_reason":{}}]}'],
 )
-def test_a_malformed_event_in_a_relayed_stream_is_told(stand: Stand, event: bytes) -> None:
+def test_a_malformed_event_in_a_relayed_stream_is_an_error(stand: Stand, event: bytes) -> None:
     if stand.engine.dialect == "ollama":
         pytest.skip("translated, not relayed")
     stand.engine.script(

@@ -1,4 +1,4 @@
-"""README: its commands run, its two halves say the same, and what it names is there."""
+"""README: its commands run, its two halves agree, and the files it names exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`create_router()` as a guest in somebody else's app, and an engine that somebody else wrote."""
+"""`create_router()` in another application, and an engine written by a user."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_a_router_needs_no_lifespan(engine: FakeEngine) -> None:
     assert good(asyncio.run(ask()))["text"] == TEXT
 
 
-def test_the_openapi_page_of_the_host_has_our_routes_whole(host: Host) -> None:
+def test_the_openapi_page_of_the_host_has_all_of_our_routes(host: Host) -> None:
     doc = TestClient(host.app).get("/openapi.json").json()
     assert {
         "/own",
@@ -207,7 +207,7 @@ def untouched() -> dict[str, Any]:
     }
 
 
-def test_importing_changes_nothing_either() -> None:
+def test_importing_the_module_changes_nothing_in_the_process() -> None:
     script = """
         import asyncio, logging, os, signal, sys, threading
         def state():

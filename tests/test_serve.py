@@ -1,4 +1,4 @@
-"""The server process: --workers, /metrics, and what uvicorn's own protocol lacks."""
+"""The server process: --workers, /metrics, and the limits that uvicorn itself lacks."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_a_client_that_does_not_read_is_gone(own: bool, path: str, body: dict[st
 @pytest.mark.parametrize(
     "stuck", ["http.response.start", b"data: 1\n\n", b": keep-alive\n\n", b""], ids=["head", "event", "comment", "end"]
 )
-def test_nothing_that_a_client_does_not_read_is_waited_for(stuck: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shutdown_does_not_wait_for_a_client_that_does_not_read(stuck: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under any server: whichever message it is that does not go out."""
     monkeypatch.setattr(product, "KEEP_ALIVE_COMMENT", 0.1)
     hub, ended = (
@@ -317,7 +317,7 @@ def test_workers_share_an_engine_and_are_replaced() -> None:
     with Command("--engine", "llamacpp", "--workers", "2") as command:
         until(lambda: len(workers(command)) == 2)
         assert all(ask(command) for _ in range(6))
-        found = counted(command.url)  # whichever worker answers tells what both have done
+        found = counted(command.url)  # each worker reports what both have done
         assert found['llm_requests_total{engine="llamacpp",route="/api/v1/llm/chat",status="200"}'] == 6
         assert len(engines(descendants(command.process.pid))) == 1  # not one for each worker
         killed = min(workers(command))
@@ -364,7 +364,7 @@ def test_workers_outlive_neither_their_parent_nor_a_dead_engine() -> None:
         (engine,) = engines(below)
         os.kill(engine, signal.SIGKILL)
         until(lambda: not alive({engine}))
-        until(lambda: ask(command), 60)  # started anew by the parent, at the same place
+        until(lambda: ask(command), 60)  # started again by the parent, at the same address
         below |= descendants(command.process.pid)
         command.process.kill()
         until(lambda: not alive(below), 30)
@@ -389,11 +389,11 @@ def test_the_documentation_asks_no_other_host(page: str) -> None:
 
 
 @pytest.mark.parametrize("origin", ["null", "file://", "http://evil.example", "x://127.0.0.1"])
-def test_a_page_elsewhere_needs_the_key(limited: Stand, origin: str) -> None:
+def test_a_page_of_another_origin_needs_the_key(limited: Stand, origin: str) -> None:
     refused(limited.client.get("/api/v1/llm/models", headers={"origin": origin}), "unauthorized")
 
 
-def test_a_page_of_our_own_needs_none(limited: Stand) -> None:
+def test_a_page_of_our_own_origin_needs_no_key(limited: Stand) -> None:
     assert limited.client.get("/api/v1/llm/models", headers={"origin": limited.url}).status_code == 200
 
 
@@ -438,25 +438,25 @@ def test_a_body_of_too_many_values(limited: Stand, body: bytes) -> None:
     assert "too many values" in refused(limited.raw("/chat", body), "invalid_request")
 
 
-def test_commas_inside_a_text_are_no_values(limited: Stand) -> None:
+def test_commas_inside_a_text_do_not_count_as_values(limited: Stand) -> None:
     limited.engine.reset()
     assert limited.post("/chat", messages=[{"role": "user", "content": '[{,\\",' * 100_000}]).status_code == 200
 
 
 def stream_of(stand: Stand, *pieces: bytes, end: str = "clean") -> None:
-    whole = stand.engine.reset()._openai(True, {"messages": HI, "stream": True, "model": "m"})
+    full = stand.engine.reset()._openai(True, {"messages": HI, "stream": True, "model": "m"})
     stand.engine.script(
-        Reply(headers=whole.headers, pieces=[*whole.pieces[:3], *pieces, *whole.pieces[3:]], end=end, chunked=True)
+        Reply(headers=full.headers, pieces=[*full.pieces[:3], *pieces, *full.pieces[3:]], end=end, chunked=True)
     )  # type: ignore[arg-type]
 
 
-def test_a_break_after_the_end_is_no_error(limited: Stand) -> None:
+def test_a_connection_broken_after_the_end_is_no_error(limited: Stand) -> None:
     stream_of(limited, end="eof")
     text = limited.post(CHAT, model=limited.model, messages=HI, stream=True).text
     assert text.endswith("data: [DONE]\n\n") and '"error"' not in text
 
 
-def test_control_characters_are_no_event(limited: Stand) -> None:
+def test_control_characters_do_not_end_an_event(limited: Stand) -> None:
     stream_of(limited, b'data: {"id":"\x00"}\n\n')
     assert "[DONE]" not in limited.post(CHAT, model=limited.model, messages=HI, stream=True).text
 
@@ -512,7 +512,7 @@ def test_the_page_is_not_there_in_one_of_several_processes() -> None:
         assert "--workers" in refused(stand.client.get("/ui/"), "not_found")
 
 
-def test_a_route_of_ours_asked_in_process() -> None:
+def test_a_route_called_in_process() -> None:
     with Stand("vllm") as stand:
 
         async def ask(**body: Any) -> list[dict[str, Any]]:
@@ -528,7 +528,7 @@ def test_a_route_of_ours_asked_in_process() -> None:
         assert refusal["code"] == 400 and refusal["msg"].startswith("invalid_request: messages")
 
 
-def test_leaving_a_route_asked_in_process_stops_the_engine() -> None:
+def test_leaving_a_route_called_in_process_stops_the_engine() -> None:
     with Stand("vllm") as stand:
         stand.engine.pace, stand.engine.text = 0.05, "word " * 2000
 
@@ -546,7 +546,7 @@ def test_leaving_a_route_asked_in_process_stops_the_engine() -> None:
         assert stand.hub.in_flight == 0
 
 
-# The command line tells what is wrong, and passes nothing over ------------------------------------
+# The command line names what is wrong and ignores nothing ------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -594,7 +594,7 @@ def test_a_value_out_of_range_is_refused(argv: list[str], capsys: pytest.Capture
     assert argv[0] in capsys.readouterr().err
 
 
-def test_of_two_servers_on_one_port_one_is_told() -> None:
+def test_a_second_server_on_the_same_port_fails() -> None:
     """Both are started before either has bound: an engine that nobody can reach may take long to find."""
     port = free_port()
     argv = [
@@ -626,7 +626,7 @@ def test_of_two_servers_on_one_port_one_is_told() -> None:
             process.communicate()
 
 
-def test_the_api_test_knows_what_it_tests() -> None:
+def test_the_api_test_detects_a_server_of_another_kind() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def answer() -> None:
@@ -646,14 +646,14 @@ def test_the_api_test_knows_what_it_tests() -> None:
 
 
 @pytest.mark.parametrize("engine_type", ["auto", "vllm", "llamacpp"])
-def test_an_option_that_does_not_exist_is_told_at_once(engine_type: str) -> None:
+def test_an_unknown_option_is_refused_at_once(engine_type: str) -> None:
     with pytest.raises(product.InvalidRequest, match="did you mean model_name"):
         product.LLMInferencer(engine_type, model="x")
     with pytest.raises(product.InvalidRequest, match="did you mean base_url"):
         product.LLMInferencer(engine_type, base_ur="x")
 
 
-def test_who_is_refused_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_refused_requests_are_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     with Stand("vllm", api_keys=("right",)) as stand, caplog.at_level("INFO", "llm_inference"):
         stand.client.get("/v1/models%0Afaked", headers={"authorization": "Bearer wr0ng"})
     lines = [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
@@ -662,7 +662,7 @@ def test_who_is_refused_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_both_tries_are_counted(limited: Stand) -> None:
     def ask(*answers: str) -> tuple[int, float]:
-        """(completion tokens that the answer tells, and that /metrics counted)."""
+        """(completion tokens in the answer, and as counted by /metrics)."""
         limited.engine.reset()
         said = iter(answers)
         limited.engine.answer = lambda ask: next(said)
@@ -732,7 +732,7 @@ def test_a_host_dependencys_background_tasks_run() -> None:
     assert ran == ["billed"]
 
 
-def test_a_hosts_own_mistake_is_no_callers() -> None:
+def test_an_error_of_the_host_is_not_the_callers() -> None:
     def mistaken() -> None:
         TypeAdapter(int).validate_python("x")
 
@@ -748,7 +748,7 @@ def test_a_hosts_own_mistake_is_no_callers() -> None:
 @pytest.mark.parametrize(
     "field", [{"structured_outputs": {"json": '{"$ref": "http://evil/x"}'}}, {"structured_outputs": "x"}]
 )
-def test_a_schema_as_text_is_not_passed_by(limited: Stand, field: dict[str, Any]) -> None:
+def test_a_schema_given_as_a_string_is_not_passed_on_unchecked(limited: Stand, field: dict[str, Any]) -> None:
     limited.engine.reset()
     refused_v1(limited.post(CHAT, model="m", messages=HI, **field), "invalid_request")
     assert not limited.engine.bodies
@@ -761,7 +761,7 @@ def test_an_alias_is_not_put_before_the_engine_that_is_named() -> None:
         assert stand.post("/chat", messages=HI, model_name="fast").status_code == 200
 
 
-def test_an_answer_may_speak_of_the_end(limited: Stand) -> None:
+def test_the_text_of_an_answer_may_contain_done(limited: Stand) -> None:
     limited.engine.reset()
     chunk = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m"}
     said = [
@@ -789,7 +789,7 @@ def test_ollama_takes_its_own_message_back_and_refuses_logprobs_of_a_prompt() ->
 
 
 @pytest.mark.parametrize("usage", [{"completion_tokens": 3}, "x"])
-def test_a_malformed_whole_answer_is_the_engines(limited: Stand, usage: Any) -> None:
+def test_a_malformed_complete_answer_is_the_engines_error(limited: Stand, usage: Any) -> None:
     limited.engine.reset()
     answer = {
         "id": "x",
@@ -800,7 +800,7 @@ def test_a_malformed_whole_answer_is_the_engines(limited: Stand, usage: Any) -> 
     refused_v1(limited.post(CHAT, model="m", messages=HI), "bad_engine_reply")
 
 
-def test_one_busy_engine_hides_no_other() -> None:
+def test_one_busy_engine_does_not_hide_the_others() -> None:
     with Stand("vllm") as stand:
         until(lambda: stand.client.get("/ready").status_code == 200)
         for path in ("/tokenize", CHAT):
@@ -812,8 +812,11 @@ def test_one_busy_engine_hides_no_other() -> None:
                 ),
                 path,
             )
-        told = stand.client.get(f"{product.API}/engines").json()
-    assert told["code"] == 200 and next(engine for engine in told["data"] if engine["engine_type"] == "vllm")["error"]
+        reported = stand.client.get(f"{product.API}/engines").json()
+    assert (
+        reported["code"] == 200
+        and next(engine for engine in reported["data"] if engine["engine_type"] == "vllm")["error"]
+    )
 
 
 def test_more_answers_than_a_request_may_ask_for(limited: Stand) -> None:

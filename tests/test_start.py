@@ -1,4 +1,4 @@
-"""Real vLLM and SGLang, started by us: answers, sharing, ends, freezes, and what a failed start is told as.
+"""Real vLLM and SGLang, started by us: answers, sharing, ends, freezes, and the errors of failed starts.
 
 Runs where LLM_TEST_START names engines ("vllm", "vllm sglang"); tests/engines.py installs them.
 """
@@ -109,8 +109,8 @@ def test_start_answer_share_and_end(make: Make, kind: str) -> None:
     assert not any(map(alive, pids))
 
 
-def test_a_dead_worker_is_an_error_at_once_and_a_new_start(make: Make, kind: str) -> None:
-    """vLLM's server exits 0 when its engine dies; the requests that wait are told, the next one finds a new engine."""
+def test_a_dead_engine_is_an_error_at_once_and_is_started_again(make: Make, kind: str) -> None:
+    """vLLM's server exits 0 when its engine dies; waiting requests fail at once, the next one finds a new engine."""
     llm = make()
     llm.generate("hi", max_tokens=2)
     pids = family()
@@ -149,8 +149,8 @@ def test_a_frozen_engine_is_ended(make: Make, kind: str, monkeypatch: pytest.Mon
     until(lambda: not any(map(alive, pids)), 30)
 
 
-# What a failed start is told as ------------------------------------------------------------------
-def told(llm: LLMInferencer, kind: str, mend: str) -> None:
+# The errors of failed starts ---------------------------------------------------------------------
+def fails_as(llm: LLMInferencer, kind: str, mend: str) -> None:
     """It fails as `kind`, says what to do, shows Python callers the log, and nothing of it stays."""
     with pytest.raises(InferenceError) as caught:
         llm.generate("hi", max_tokens=1)
@@ -162,38 +162,38 @@ def told(llm: LLMInferencer, kind: str, mend: str) -> None:
 
 
 def test_no_such_folder(make: Make) -> None:
-    told(make("/nonexistent/model"), "model_not_found", "name a local folder")
+    fails_as(make("/nonexistent/model"), "model_not_found", "name a local folder")
 
 
 def test_the_hub_out_of_reach(make: Make) -> None:
-    told(make("nobody/none"), "model_not_found", "local folder")
+    fails_as(make("nobody/none"), "model_not_found", "local folder")
 
 
 def test_an_unknown_architecture(make: Make, altered: Callable[..., Path]) -> None:
-    told(make(altered(architectures=["FooForCausalLM"], model_type="foo")), "unsupported_feature", "another model")
+    fails_as(make(altered(architectures=["FooForCausalLM"], model_type="foo")), "unsupported_feature", "another model")
 
 
 def test_a_broken_config(make: Make, altered: Callable[..., Path]) -> None:
-    told(make(altered("config.json")), "model_not_found", "broken")
+    fails_as(make(altered("config.json")), "model_not_found", "broken")
 
 
 def test_broken_weights(make: Make, altered: Callable[..., Path]) -> None:
-    told(make(altered("model.safetensors")), "model_not_found", "broken")
+    fails_as(make(altered("model.safetensors")), "model_not_found", "broken")
 
 
 def test_a_context_that_the_model_does_not_have(make: Make, kind: str) -> None:
-    told(make(None, *TOO_LONG[kind]), "invalid_request", "max_model_len / context_length")
+    fails_as(make(None, *TOO_LONG[kind]), "invalid_request", "max_model_len / context_length")
 
 
 def test_a_wrong_argument(make: Make) -> None:
-    told(make(None, "--no-such-flag"), "invalid_request", "launch_args")
+    fails_as(make(None, "--no-such-flag"), "invalid_request", "launch_args")
 
 
 def test_a_port_that_is_taken(make: Make, kind: str) -> None:
     if kind == "sglang":
         pytest.skip("SGLang 0.5.21 says so and hangs; we choose a free port, so that only launch_args can come to this")
     with socket.create_server(("127.0.0.1", 0)) as other:
-        told(make(None, "--port", str(other.getsockname()[1])), "engine_unavailable", "port")
+        fails_as(make(None, "--port", str(other.getsockname()[1])), "engine_unavailable", "port")
 
 
 def test_too_little_memory(make: Make, kind: str, tmp_path: Path) -> None:
@@ -202,23 +202,23 @@ def test_too_little_memory(make: Make, kind: str, tmp_path: Path) -> None:
     small = tmp_path / "python"  # its worker takes 2.1 GB before the weights, 2.4 with them, 3.4 with the cache
     small.write_text(f'#!/bin/sh\nulimit -v 2800000\nexec {engines.install(kind)} "$@"\n')
     small.chmod(0o755)
-    told(make(python=str(small)), "out_of_memory", "smaller")
+    fails_as(make(python=str(small)), "out_of_memory", "smaller")
 
 
 def test_too_little_memory_for_the_cache(make: Make, kind: str) -> None:
     if kind == "vllm":
-        told(make(None, "--num-gpu-blocks-override", "1"), "out_of_memory", "max_model_len")
+        fails_as(make(None, "--num-gpu-blocks-override", "1"), "out_of_memory", "max_model_len")
 
 
 def test_a_library_that_does_not_load(make: Make, kind: str, tmp_path: Path) -> None:
     (tmp_path / kind).mkdir()
     (tmp_path / kind / "__init__.py").write_text('import ctypes\nctypes.CDLL("libcudart.so.99")\n')
-    told(make(env={"PYTHONPATH": str(tmp_path)}), "engine_unavailable", "installed but does not load")
+    fails_as(make(env={"PYTHONPATH": str(tmp_path)}), "engine_unavailable", "installed but does not load")
 
 
 @pytest.mark.parametrize("python", [sys.executable, "/nonexistent/python"])
 def test_an_interpreter_without_the_engine(make: Make, python: str) -> None:
-    told(make(python=python), "engine_not_installed", "name another with python=")
+    fails_as(make(python=python), "engine_not_installed", "name another with python=")
 
 
 def test_given_up_after_five_failures(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ def test_given_up_after_five_failures(make: Make, monkeypatch: pytest.MonkeyPatc
         llm.generate("hi")
 
 
-def test_the_command_line_says_it_too(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_reports_it_too(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A place that is the operator's is not hidden from the operator."""
     assert main(["--engine", kind, "--model", "no/such", "--json"]) == 1
     assert kind in capsys.readouterr().out

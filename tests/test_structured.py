@@ -1,4 +1,4 @@
-"""Structured output without an engine: which schemas are taken, and what the check of an answer lets through."""
+"""Structured output without an engine: which schemas are accepted, and the check of an answer."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ CELLS = [
     CELLS,
     ids=lambda v: "" if isinstance(v, bool) else json.dumps(v, ensure_ascii=False)[:40],
 )
-def test_a_value_fits_or_not(schema: Any, value: Any, good: bool) -> None:
+def test_a_value_fits_its_schema_or_not(schema: Any, value: Any, good: bool) -> None:
     check_limits(schema)
     assert fits(schema, value) is good
 
@@ -319,7 +319,7 @@ def test_a_keyword_that_would_not_be_checked_is_refused_by_name(keyword: str) ->
         assert keyword[:5] in str(caught.value)
 
 
-def test_the_place_of_a_misfit_is_told() -> None:
+def test_the_error_names_the_place_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"\$\.a\[1\]"):
         SchemaCheck({"properties": {"a": {"items": {"type": "integer"}}}})({"a": [1, "x"]})
 
@@ -603,17 +603,17 @@ def test_what_is_no_json_object_is_no_answer(text: str) -> None:
         answer(text, schema={"type": "object"})
 
 
-def test_an_answer_with_a_key_twice_is_not_half_believed() -> None:
+def test_an_answer_with_a_duplicate_key_is_invalid() -> None:
     """vLLM was seen to repeat a key: what the check saw is what is returned."""
     assert answer('{"a": 1, "a": 2}', schema={"type": "object"}) in ({"a": 1}, {"a": 2})
 
 
-def test_an_answer_deeper_than_a_parser_likes_is_an_invalid_answer() -> None:
+def test_an_answer_nested_too_deeply_is_invalid() -> None:
     with pytest.raises(ValueError):
         answer("[" * 100_000 + "]" * 100_000, schema={"type": "array"})
 
 
-def test_a_choice_is_exactly_one_of_them() -> None:
+def test_a_choice_matches_exactly_one_of_the_choices() -> None:
     assert answer("red", choice=["red", "blue"]) == "red"
     for wrong in ("Red", "red ", "", "redblue", '"red"'):
         with pytest.raises(ValueError):
@@ -632,7 +632,7 @@ def test_a_choice_is_exactly_one_of_them() -> None:
         ("a" * 4096, "a" * 4096, "a"),
     ],
 )
-def test_a_regex_matches_the_whole_answer(regex: str, good: str, bad: str) -> None:
+def test_a_regex_matches_the_complete_answer(regex: str, good: str, bad: str) -> None:
     assert answer(good, regex=regex) == good
     for wrong in (bad, good + "\n", "\n" + good):
         with pytest.raises(ValueError):
@@ -666,7 +666,7 @@ def test_tools_of_any_shape_are_refused_by_one_of_ours(tools: Any) -> None:
         LLMInferencer("vllm", base_url="http://127.0.0.1:9").request("x", tools=tools)
 
 
-def test_a_budget_of_steps_ends_a_check() -> None:
+def test_a_check_is_bounded_by_a_budget_of_steps() -> None:
     schema = {"items": {"items": {"items": {"type": "integer"}}}}
     value = list(itertools.repeat(list(itertools.repeat(list(range(60)), 60)), 60))
     with bounded_cpu(), pytest.raises(ValueError, match="steps"):
@@ -677,22 +677,22 @@ def test_a_budget_of_steps_ends_a_check() -> None:
     "pattern",
     ["[ab]*a[ab]{0000000019000}c", "[ab]*a[ab]{ 19000 }c", "(?x)[ab]*a[ab]{ #\n 19000}c", "(?ix) a", "(a{5000}){,2}"],
 )
-def test_a_count_cannot_be_hidden(pattern: str) -> None:
+def test_expansions_are_counted_through_references(pattern: str) -> None:
     with pytest.raises(InvalidRequest, match="pattern"):
         llm_inference.matcher(pattern)
 
 
 @pytest.mark.parametrize("regex", ["a)|(?:b", "a)(b", "a|b)c("])
-def test_a_regex_is_one_without_our_brackets(regex: str) -> None:
+def test_a_regex_means_the_same_without_our_parentheses(regex: str) -> None:
     with pytest.raises(InvalidRequest, match="not a regular expression"):
         llm_inference.full_matcher(regex)
 
 
-def test_an_escaped_bracket_begins_no_flag() -> None:
+def test_an_escaped_bracket_does_not_begin_a_flag() -> None:
     assert llm_inference.matcher(r"\(?x: \d")("(x: 1")
 
 
-def test_an_engine_that_says_back_a_long_text_costs_no_more_than_a_short_one() -> None:
+def test_an_engine_error_that_echoes_a_long_text_is_cheap() -> None:
     def cost(text: str) -> float:
         began = time.process_time()
         for _ in range(20):

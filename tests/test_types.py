@@ -1,4 +1,4 @@
-"""The domain types and the small pure functions: bounds, messages, folding, lines, names."""
+"""The domain types and small pure functions: bounds, messages, folding, lines, names."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_messages_are_checked(messages: Any) -> None:
         "data:image/png,AA",
     ],
 )
-def test_an_image_is_a_data_url_and_never_a_place(url: str) -> None:
+def test_an_image_is_a_data_url_and_never_a_remote_one(url: str) -> None:
     with pytest.raises(InvalidRequest, match="messages"):
         make_request(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}])
 
@@ -214,7 +214,7 @@ def test_an_unknown_field_is_refused_with_the_nearest_name(wrong: str, right: st
     assert wrong in caught.value.reason
 
 
-def test_a_field_without_a_neighbour_is_refused_too() -> None:
+def test_an_unknown_field_with_no_similar_name_is_refused_too() -> None:
     with pytest.raises(InvalidRequest, match="zzz"):
         request(zzz=1)
 
@@ -296,7 +296,7 @@ def test_the_table_of_errors_is_the_designs(kind: str) -> None:
 
 
 # Folding -----------------------------------------------------------------------------------------
-def test_chunks_fold_into_the_whole() -> None:
+def test_chunks_fold_into_the_complete_answer() -> None:
     done = Completion.from_chunks(
         [
             Chunk(reasoning="hm"),
@@ -339,7 +339,7 @@ def test_tool_call_deltas_are_joined_by_their_index() -> None:
     assert join_tool_calls([]) == ()
 
 
-def test_whole_calls_without_an_index_stay_apart() -> None:
+def test_complete_calls_without_an_index_stay_separate() -> None:
     calls = join_tool_calls(
         [
             {"id": "a", "function": {"name": "f", "arguments": "1"}},
@@ -399,7 +399,7 @@ def test_a_long_line_in_small_pieces_costs_little() -> None:
     assert time.process_time() - started < 2.5
 
 
-def test_nothing_comes_out_of_nothing() -> None:
+def test_an_empty_input_yields_no_events() -> None:
     assert LineReader().end() == [] and LineReader().feed(b"") == []
 
 
@@ -468,8 +468,8 @@ def test_what_is_no_base_url_is_refused(bad: str) -> None:
         ("unknown", (999,)),
     ],
 )
-def test_versions_compare_as_numbers(told: str, numbers: tuple[int, ...]) -> None:
-    assert version_tuple(told) == numbers
+def test_versions_compare_as_numbers(reported: str, numbers: tuple[int, ...]) -> None:
+    assert version_tuple(reported) == numbers
     assert version_tuple("0.9") < version_tuple("0.10.0") < version_tuple("")
 
 

@@ -1,5 +1,4 @@
-"""The yardstick of Python: a bare FastAPI application that parses the same body and answers by itself, with no engine
-behind it."""
+"""The baseline for Python: a bare FastAPI application that parses the same body and answers by itself."""
 
 import argparse
 from collections.abc import AsyncIterator

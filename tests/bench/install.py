@@ -1,12 +1,14 @@
-"""What an installation costs: megabytes, packages and seconds of pip, and what an import costs; each in a fresh virtual
-environment.
+"""What an installation costs (megabytes, packages, seconds of pip) and what an import costs.
+
+Each is measured in a new virtual environment:
 
     python -m tests.bench.install               # writes tests/bench/install.json and prints the table
     python -m tests.bench.install --only five,requirements
 
-pip fetches all anew (--no-cache-dir), from the registry and the local indexes that this machine's pip is set up with.
+pip downloads everything (--no-cache-dir), from the indexes that this machine's pip is configured with.
 Megabytes are of the files on disk, less those of an empty environment (pip itself). The engines' environments that
-tests/engines.py keeps are only measured."""
+tests/engines.py keeps are only measured.
+"""
 
 import argparse
 import importlib.metadata

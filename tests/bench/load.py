@@ -1,9 +1,10 @@
-"""Many paced streams at once, read on raw asyncio: how long each token travelled from the engine's write to our read.
+"""Many paced streams at once, read with raw asyncio: how long each token took from the engine's write to our read.
 
     python load.py --url http://127.0.0.1:9400/v1/chat/completions --body JSON --streams 1000 --ramp 2 --tokens 200
 
 A paced stand-in engine writes the time into each token; both clocks are the machine's monotonic one. Prints one line of
-JSON."""
+JSON.
+"""
 
 import argparse
 import asyncio

@@ -1,5 +1,4 @@
-"""Servers under measurement: started, waited for, ended by their process id; CPU time and memory of a process tree from
-/proc."""
+"""Servers under measurement: start, readiness, end; CPU time and memory of a process tree from /proc."""
 
 import contextlib
 import os

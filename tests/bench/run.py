@@ -1,4 +1,4 @@
-"""What this layer costs: one command that measures it and its yardsticks in front of a stand-in engine.
+"""What this layer costs: measures it and its baselines in front of a stand-in engine.
 
     python -m tests.bench.run [--quick] [--out tests/bench/results.json] [--only v1,vllm-router] [--install-peers]
 
@@ -223,12 +223,12 @@ def fetch(url: str, body: str) -> bytes:
             answer += data
             head_end = answer.find(b"\r\n\r\n") + 4
             at = answer[:head_end].lower().find(b"content-length:")
-            whole = (
+            full = (
                 len(answer) >= head_end + int(answer[at + 15 :].split(b"\r\n", 1)[0])
                 if at >= 0
                 else answer.endswith(b"0\r\n\r\n")
             )
-            if head_end > 3 and whole:
+            if head_end > 3 and full:
                 break
     return answer
 

@@ -288,7 +288,7 @@ class Tables:
     def note(self) -> str:
         shares = [case["others_share"] for case in self.results.get("cases", [])]
         busy = sorted(shares)[len(shares) // 2] if shares else 0.0
-        told = (
+        reported = (
             (f", and other work ({busy:.1f} cores in the median)", f"，另有其他负载（中位数 {busy:.1f} 核）")[
                 self.which
             ]
@@ -297,7 +297,7 @@ class Tables:
         )
         machine = self.results["machine"]
         where = {"cpu": machine["cpu"], "cores": machine["cores"], "python": machine["versions"]["python"]}
-        return self.word("note", when=self.results["when"], rounds=self.results["rounds"], others=told, **where)
+        return self.word("note", when=self.results["when"], rounds=self.results["rounds"], others=reported, **where)
 
     def __str__(self) -> str:
         parts = [self.goals()]

@@ -1,11 +1,12 @@
-"""A very fast stand-in engine: what a layer in front of an engine costs is measured against it.
+"""A very fast stand-in engine, against which the cost of a layer in front of an engine is measured.
 
-    python upstream.py --port 9100 [--tokens 128] [--pace 0.05]
+    python -m tests.bench.upstream --port 9100 [--tokens 128] [--pace 0.05]
 
-It speaks vLLM's OpenAI dialect and Ollama's, whole and streamed, on a raw asyncio Protocol (uvloop where there is one).
+Speaks vLLM's OpenAI API and Ollama's, complete and streamed, on a raw asyncio Protocol (uvloop where installed).
 A stream is `--tokens` pieces, back to back (one write each), or `--pace` seconds apart; a paced piece carries the time
 at which it was written (`@<monotonic seconds>`), so that a reader knows how long it travelled; `max_tokens` shortens a
-paced stream. GET /stats counts. It is a load fixture and no model."""
+paced stream. GET /stats counts. It is a load fixture, not a model.
+"""
 
 import argparse
 import asyncio
@@ -34,7 +35,7 @@ def usage(tokens: int) -> dict[str, int]:
     return {"prompt_tokens": 12, "completion_tokens": tokens, "total_tokens": 12 + tokens}
 
 
-def whole(path: str) -> bytes:
+def full(path: str) -> bytes:
     """The answer to a whole call."""
     match path:
         case "/v1/chat/completions":
@@ -149,7 +150,7 @@ class Engine(asyncio.Protocol):
     def prepare(cls, tokens: int, pace: float) -> None:
         cls.tokens, cls.pace = tokens, pace
         for path in GENERATIONS:
-            cls.wholes[path.encode()], cls.streams[path.encode()] = respond(whole(path)), Stream(path, tokens, pace > 0)
+            cls.wholes[path.encode()], cls.streams[path.encode()] = respond(full(path)), Stream(path, tokens, pace > 0)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport, self.buffer, self.paused = cast(asyncio.Transport, transport), b"", False

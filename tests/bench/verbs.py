@@ -1,9 +1,10 @@
-"""What the Python verbs cost a call in CPU time, beside a bare HTTP call of the best client (http.client, aiohttp).
+"""CPU time of a call through the Python verbs, beside a bare HTTP call (http.client, aiohttp).
 
     python verbs.py --url http://127.0.0.1:9100 --program ../../llm_inference.py --calls 2000
 
 The stand-in engine is another process, so that this one's CPU time is the verbs' alone. Prints one line of JSON: µs a
-call."""
+call.
+"""
 
 import argparse
 import asyncio

@@ -1,4 +1,4 @@
-"""Beside Xinference's basic inference: the same GGUF file, the same binding (xllamacpp), the same settings and load.
+"""Xinference beside us: the same GGUF file, binding (xllamacpp), settings and load.
 
 python -m tests.bench.xinference --install     # once: Xinference into an environment of its own
 python -m tests.bench.xinference               # writes tests/bench/xinference.json and prints the table

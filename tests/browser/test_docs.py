@@ -1,4 +1,4 @@
-"""/docs and /redoc in Chromium, with every other host unreachable."""
+"""/docs and /redoc in Chromium; no other host can be reached."""
 
 from __future__ import annotations
 

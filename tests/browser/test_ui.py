@@ -1,5 +1,4 @@
-"""The chat page in Chromium, on the real embedded model and beside it a fake vLLM, with every other host
-unreachable."""
+"""The chat page in Chromium, with the real embedded model and a fake vLLM; no other host can be reached."""
 
 from __future__ import annotations
 
@@ -81,7 +80,7 @@ def settings(page: Page) -> None:
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE])
-def test_a_question_is_answered_with_its_figures(
+def test_an_answer_on_the_page_shows_its_figures(
     server: tuple[str, FakeEngine], size: tuple[int, int], tmp_path: Path
 ) -> None:
     with chromium(size) as page:
@@ -133,7 +132,7 @@ def test_leaving_ends_the_generation(server: tuple[str, FakeEngine], silent: boo
 
 
 @pytest.mark.parametrize("listens", [True, False])
-def test_what_nobody_comes_to_read_is_ended(
+def test_an_answer_that_is_never_read_is_ended(
     server: tuple[str, FakeEngine], listens: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, engine = server
@@ -187,7 +186,7 @@ def test_a_schema_shows_the_checked_json(server: tuple[str, FakeEngine], tmp_pat
         assert '"country": "' in answers(page)
 
 
-def test_an_error_is_shown_with_its_mend(server: tuple[str, FakeEngine], tmp_path: Path) -> None:
+def test_an_error_is_shown_with_its_hint(server: tuple[str, FakeEngine], tmp_path: Path) -> None:
     with chromium() as page:
         opened(page, server[0])
         settings(page)
@@ -210,12 +209,12 @@ def test_an_error_is_shown_with_its_mend(server: tuple[str, FakeEngine], tmp_pat
         "queue/join/../../upload",
     ],
 )
-def test_no_other_route_of_gradio_is_there(server: tuple[str, FakeEngine], path: str) -> None:
+def test_no_other_route_of_gradio_is_exposed(server: tuple[str, FakeEngine], path: str) -> None:
     for method in ("GET", "POST"):
         reply = httpx.request(method, f"{server[0]}/ui/gradio_api/{path}", json={}, trust_env=False)
         assert reply.status_code == 404 and reply.headers["x-error-kind"] == "not_found"
 
 
-def test_a_file_of_this_machine_is_no_asset(server: tuple[str, FakeEngine]) -> None:
+def test_a_local_file_is_not_served_as_an_asset(server: tuple[str, FakeEngine]) -> None:
     for path in ("assets/../../../../etc/passwd", "static/%2e%2e/%2e%2e/routes.py", "assets//etc/passwd"):
         assert httpx.get(f"{server[0]}/ui/{path}", trust_env=False).status_code in (403, 404)

@@ -1,5 +1,6 @@
-"""Conformance: is every field of a request honoured, refused by name, or dropped in silence? Decided by asking a live
-engine.
+"""Conformance: is each field of a request honoured, refused by name, or silently dropped?
+
+Decided by asking a running engine:
 
     python -m tests.conformance --engine llamacpp            # through us; the embedded engine is started
     python -m tests.conformance --engine vllm --base-url URL --bare --json FILE
@@ -11,4 +12,5 @@ engine.
 
 `sides` ask (through us, or the bare engine), `features` are the questions and how an answer is judged, `judge` makes
 cells of them, `schemas` and `validity` hold the fifty schemas, `recorded` judges transcripts of engines that are not
-here."""
+here.
+"""

@@ -1,8 +1,9 @@
-"""The rows: what is asked, and how the answer shows whether it was done.
+"""The rows: the question, and how the answer shows whether the field was honoured.
 
 A row returns a note where the feature is honoured. It raises Dropped where the answer ignores what was asked,
 Undecidable where the answer would look the same either way; a Refusal of the side passes through. Answers are kept to a
-few tokens."""
+few tokens.
+"""
 
 from __future__ import annotations
 
@@ -146,14 +147,14 @@ def seed(side: Side) -> None:
 
 def stop_cuts(side: Side, listed: bool, stream: bool) -> None:
     """A stop of two words, which are several tokens: all before it comes, and nothing of it."""
-    whole = baseline(side, STORY)
-    words = whole.split()
+    full = baseline(side, STORY)
+    words = full.split()
     if len(words) < 6:
-        raise Undecidable(f"the answer is too short: {whole!r}")
+        raise Undecidable(f"the answer is too short: {full!r}")
     stop = " ".join(words[4:6])
     given = ["zebra", stop] if listed else stop
     got = equal(
-        whole[: whole.index(stop)],
+        full[: full.index(stop)],
         lambda: side.ask(STORY, max_tokens=TOKENS, temperature=0.0, stop=given, stream=stream),
         f"stop {stop!r}",
     )
@@ -244,7 +245,7 @@ def tool(name: str, description: str, **properties: Json) -> Json:
 
 
 WEATHER = tool("get_weather", "The weather of a city", city=schemas.text(10), unit={"enum": ["celsius", "fahrenheit"]})
-ADD = tool("add", "The sum of two numbers", a=schemas.whole(), b=schemas.whole())
+ADD = tool("add", "The sum of two numbers", a=schemas.integer(), b=schemas.integer())
 ASK_WEATHER = "What is the weather in Paris?"
 CALL_TOKENS = 128
 
@@ -434,7 +435,7 @@ def schema_all(side: Side) -> str:
 
 @feature("schema inside a stream", "schema|response_format")
 def schema_stream(side: Side) -> str:
-    schema = schemas.obj(城市=schemas.text(8), n=schemas.whole())
+    schema = schemas.obj(城市=schemas.text(8), n=schemas.integer())
     return fitting(schema, constrained(side, "北京", opening="{", schema=schema, stream=True))
 
 
@@ -552,13 +553,13 @@ def schema_broken(side: Side) -> None:
 
 @feature("two constraints at once", "regex|grammar|structured|constrain|json_schema")
 def two_constraints(side: Side) -> None:
-    must_be_refused(side, schema=schemas.obj(a=schemas.whole()), grammar=GRAMMAR)
+    must_be_refused(side, schema=schemas.obj(a=schemas.integer()), grammar=GRAMMAR)
 
 
 @feature("a constraint beside tools", "tool|schema|response_format", short=False)
 def constraint_and_tools(side: Side) -> str:
     """Either both can hold (an answer that fits, or a call), or one must be refused."""
-    schema = schemas.obj(a=schemas.whole())
+    schema = schemas.obj(a=schemas.integer())
     got = side.ask(STORY, schema=schema, tools=[WEATHER], tool_choice="auto", max_tokens=48, temperature=0.0)
     return called(side, got, WEATHER) if got.calls else fitting(schema, got)
 
@@ -599,9 +600,9 @@ def images(side: Side) -> str:
 def parts(side: Side) -> None:
     one, two = "Tell me a story", " about a fox."
     message = {"role": "user", "content": [{"type": "text", "text": one}, {"type": "text", "text": two}]}
-    whole = side.ask(STORY, max_tokens=1, temperature=0.0).prompt_tokens
+    full = side.ask(STORY, max_tokens=1, temperature=0.0).prompt_tokens
     got = side.ask([message], max_tokens=1, temperature=0.0).prompt_tokens
-    check(got >= whole, f"{got} prompt tokens in two parts, {whole} in one")
+    check(got >= full, f"{got} prompt tokens in two parts, {full} in one")
 
 
 @feature("embeddings of a chat model", "embed|not found")
@@ -727,7 +728,7 @@ def v1_usage(side: Side) -> str:
     return f"{with_it.usage_events} events with a usage, {without.usage_events} without the field"
 
 
-FIXED = schemas.obj(a={"enum": ["x", "y"]}, n=schemas.whole())
+FIXED = schemas.obj(a={"enum": ["x", "y"]}, n=schemas.integer())
 
 
 @feature("/v1 response_format json_schema", "response_format|schema")

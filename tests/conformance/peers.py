@@ -1,5 +1,4 @@
-"""The same questions of the peers: one engine and model, asked bare, through us, through LiteLLM's proxy, and of
-Xinference; all on /v1.
+"""The same questions to peers on /v1: one engine and model, bare, through us, through LiteLLM, and Xinference.
 
     python -c "from tests.bench.run import install_peers; install_peers()"  # once: LiteLLM, in its own environment
     python -m tests.bench.xinference --install                              # once: Xinference
@@ -8,7 +7,8 @@ Xinference; all on /v1.
 Every side gets the same OpenAI bodies and is judged as a bare engine is. Each peer is as it comes (no setting but where
 its engine is); `litellm-validating` is LiteLLM with the one switch that its documentation has against wrong answers,
 enable_json_schema_validation. Xinference runs the same GGUF file by its own llama.cpp (the same release of xllamacpp,
-the same settings)."""
+the same settings).
+"""
 
 from __future__ import annotations
 

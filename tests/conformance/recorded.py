@@ -1,5 +1,4 @@
-"""Cells of bare engines that are not here, read from the transcripts in tests/wire: what was asked, and what came
-back."""
+"""Results for bare engines that are not installed here, read from the transcripts in tests/wire."""
 
 from __future__ import annotations
 
@@ -18,9 +17,9 @@ Kept = Callable[[Json, Answer], bool]  #: was what the body asks for kept by the
 
 def transcript(engine: str, name: str) -> tuple[Json, int, str]:
     """The body that was sent (empty where the transcript cuts it), the status and the body that came."""
-    whole: Json = json.loads((WIRE / engine / f"{name}.json").read_bytes())
-    answer = whole.get("response") or whole
-    sent, came = whole["request"].get("body"), answer["body"]
+    full: Json = json.loads((WIRE / engine / f"{name}.json").read_bytes())
+    answer = full.get("response") or full
+    sent, came = full["request"].get("body"), answer["body"]
     try:
         asked = json.loads(sent) if isinstance(sent, str) else sent
     except ValueError:

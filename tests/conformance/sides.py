@@ -1,4 +1,4 @@
-"""Who is asked: `Us` (LLMInferencer, and our HTTP server for /v1), or the `Bare` engine in its own dialect."""
+"""The two sides that are asked: `Us` (LLMInferencer, our server for /v1) and the `Bare` engine in its own API."""
 
 from __future__ import annotations
 

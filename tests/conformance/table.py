@@ -1,5 +1,4 @@
-"""python -m tests.conformance.table FILES...: the results as one Markdown table, for README; those of peers.py as one
-for each engine."""
+"""The results as a Markdown table: `python -m tests.conformance.table FILES...` (of peers.py: one table per engine)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""JSON validity: the fifty schemas with several prompts, through us. Valid, an honest error, or (never) a wrong
-value."""
+"""JSON validity through us: the fifty schemas with several prompts. Valid, an error, or (never) a wrong value."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Rows about clients: they leave at every point of a request's life, cancel in masses, dawdle, or open connections and
-say nothing."""
+"""Rows about clients: leaving at every point of a request, mass cancellation, slow and silent connections."""
 
 from __future__ import annotations
 
@@ -133,8 +132,8 @@ async def until_waiting(world: World, n: int) -> bool:
     """Whether that many requests come to wait for admission, as /ready tells."""
     deadline = time.monotonic() + 3
     while time.monotonic() < deadline:
-        told = json.loads((await ask(world.port, "/ready", method="GET")).body)
-        if told["waiting"] == n:
+        state = json.loads((await ask(world.port, "/ready", method="GET")).body)
+        if state["waiting"] == n:
             return True
         await asyncio.sleep(0.02)
     return False
@@ -240,8 +239,8 @@ async def slow_clients(full: bool, off: str | None = None, focus: str = "") -> R
     served."""
     found, n = Result(), 1000 if full else 80
     body = json.dumps(asking("vllm", nonce(), v1=False, stream=False)).encode()
-    whole = request_bytes(API, body)
-    head = whole[: -len(body)]
+    raw = request_bytes(API, body)
+    head = raw[: -len(body)]
     give_up = max(LIMITS.values()) + 3
     kinds: dict[str, tuple[float, Callable[[int], Any]]] = {
         "silent": (LIMITS["header_timeout"], lambda port: send_then_wait(port, b"", give_up)),

@@ -1,5 +1,4 @@
-"""Rows about engines that end: killed -9 and frozen in mid-answer, the embedded one among them; and our own end by kill
--9."""
+"""Rows about engines killed or frozen in mid-answer (the embedded one too), and about our own end by kill -9."""
 
 from __future__ import annotations
 

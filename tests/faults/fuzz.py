@@ -1,8 +1,10 @@
-"""Coverage-guided bytes into everything that reads what strangers send: `python -m tests.faults.fuzz
--max_total_time=600` (needs atheris).
+"""Coverage-guided fuzzing of everything that reads untrusted input (needs atheris).
 
-Bodies of every route, schemas, patterns, and engines' streams. Anything raised but an InferenceError (or a ValueError
-of the answer check) ends the run with the input that did it."""
+    python -m tests.faults.fuzz -max_total_time=600
+
+Bodies of every route, schemas, patterns, and engines' streams. Any exception other than InferenceError (or a ValueError
+of the answer check) ends the run with the input that caused it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The row of who gets in: every route x path x Host x header mutation that the rule keeps out is kept out."""
+"""The access row: every combination of route, path, Host and headers that must be refused is refused."""
 
 from __future__ import annotations
 

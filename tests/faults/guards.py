@@ -1,4 +1,4 @@
-"""The row that tests the rows: each guard switched off must turn its row red."""
+"""The row that tests the other rows: with a guard switched off, its row must fail."""
 
 from __future__ import annotations
 

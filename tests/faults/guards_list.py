@@ -1,5 +1,4 @@
-"""The guards of llm_inference.py, each with how to switch it off (a piece of the source, and what it becomes) and the
-row that must see it."""
+"""The guards in llm_inference.py: how to switch each one off in the source, and the row that must then fail."""
 
 from __future__ import annotations
 
@@ -98,8 +97,8 @@ GUARDS: dict[str, Guard] = {
 
 
 def switched_off(source: str, name: str) -> str:
-    """The source without that guard. Raises LookupError where the source has changed: then this list is to be
-    mended."""
+    """The source without that guard. Raises LookupError where the source has changed: then this list has to be
+    updated."""
     guard = GUARDS[name]
     if source.count(guard.old) != 1:
         raise LookupError(f"{name}: {guard.old!r} stands {source.count(guard.old)} times in llm_inference.py, not once")

@@ -1,5 +1,4 @@
-"""The row of hostile bodies: what must be refused is refused, whatever is sent gets our envelope, memory stays bounded,
-nobody waits."""
+"""The row of hostile bodies: bad ones are refused, every answer is an envelope, memory is bounded, nothing hangs."""
 
 from __future__ import annotations
 
@@ -317,7 +316,7 @@ def mutated(rng: random.Random) -> tuple[str, bytes]:
 
 def verdict(path: str, answer: Any) -> str:
     """What is wrong with an answer to whatever was sent; a good answer, or an error in the envelope, is fine."""
-    if not answer.status or not answer.whole:
+    if not answer.status or not answer.complete:
         return f"no whole answer: {answer.note or answer.status}"
     if answer.status == 200:
         return ""

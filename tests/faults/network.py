@@ -1,5 +1,4 @@
-"""Rows about the way to the engine and the engine's own mistakes: every one ends in a good answer or a typed error, in
-time."""
+"""Rows about the network and faulty engines: each ends in a good answer or a typed error, in time."""
 
 from __future__ import annotations
 
@@ -84,7 +83,7 @@ def aborted(usual: Reply) -> Reply:
 
 def mistake(name: str, engine: Engine, usual: Reply) -> Reply:
     """What an engine gets wrong."""
-    whole = len(usual.pieces) == 1
+    complete = len(usual.pieces) == 1
     match name:
         case "no http":
             return Reply(status=0, pieces=[b"\x00\x01 this is no HTTP\r\n\r\n"], end="eof")
@@ -98,7 +97,7 @@ def mistake(name: str, engine: Engine, usual: Reply) -> Reply:
                 pieces=[gzip.compress(bytes(50 << 20))],
             )
         case "endless":
-            return blown(usual, (33 << 20) if whole else (9 << 20))
+            return blown(usual, (33 << 20) if complete else (9 << 20))
         case "error under 200":
             return error_event(usual, engine.dialect)
         case "early end":

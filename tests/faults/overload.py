@@ -1,4 +1,4 @@
-"""Rows about load: open-loop arrivals past capacity, and a long run whose memory and descriptors are watched."""
+"""Rows about load: open-loop arrivals beyond capacity, and a long run with memory and descriptors watched."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def yardstick(into: Json) -> AsyncIterator[None]:
 
 async def arrivals(world: World, rate: float, seconds: float) -> list[tuple[str, float]]:
     """Requests at that rate, whatever becomes of those before; (verdict, seconds) of each."""
-    loop, told, running = asyncio.get_running_loop(), list[tuple[str, float]](), set[asyncio.Task[None]]()
+    loop, outcomes, running = asyncio.get_running_loop(), list[tuple[str, float]](), set[asyncio.Task[None]]()
 
     async def one(number: int) -> None:
         name, stream = nonce(), number % 2 == 1
@@ -81,7 +81,7 @@ async def arrivals(world: World, rate: float, seconds: float) -> list[tuple[str,
             kind = "!another text"
         if kind == "busy" and not answer.headers.get("retry-after", "").isdigit():
             kind = "!429 without Retry-After"
-        told.append((kind, answer.seconds))
+        outcomes.append((kind, answer.seconds))
 
     began, number = loop.time(), 0
     while (now := loop.time() - began) < seconds:
@@ -93,7 +93,7 @@ async def arrivals(world: World, rate: float, seconds: float) -> list[tuple[str,
         await asyncio.sleep(0.002)
     while running:
         await asyncio.wait(set(running))
-    return told
+    return outcomes
 
 
 async def overload(full: bool, off: str | None = None, focus: str = "") -> Result:
@@ -115,12 +115,12 @@ async def overload(full: bool, off: str | None = None, focus: str = "") -> Resul
         for times in (2, 5, 10) if full else (10,):
             seconds = time_each if times == 10 else 10.0
             async with yardstick(found.figures):
-                told = await arrivals(world, times * capacity, seconds)
-            kinds = Counter(kind for kind, _ in told)
-            refused = [took for kind, took in told if kind == "busy"]
+                outcomes = await arrivals(world, times * capacity, seconds)
+            kinds = Counter(kind for kind, _ in outcomes)
+            refused = [took for kind, took in outcomes if kind == "busy"]
             goodput = kinds["good"] / seconds
             p99, beside = quantile(refused, 0.99), found.figures["yardstick_p99_ms"] / 1e3
-            found.n += len(told)
+            found.n += len(outcomes)
             found.bad += [
                 f"{kind} at {times} x"
                 for kind in kinds.elements()
@@ -132,7 +132,7 @@ async def overload(full: bool, off: str | None = None, focus: str = "") -> Resul
                 not full or p99 <= REFUSAL_P99 + beside,
                 f"refusals at {times} x: p99 {1e3 * p99:.1f} ms beside a yardstick of {1e3 * beside:.1f} ms",
             )
-            waits = [took for kind, took in told if kind == "good"]
+            waits = [took for kind, took in outcomes if kind == "good"]
             found.need(max(waits, default=0) < 1.0, f"a good answer at {times} x took {max(waits, default=0):.1f} s")
             found.figures[f"{times}x"] = {
                 "arrivals_per_s": times * capacity,

@@ -1,5 +1,4 @@
-"""The row of places: nothing that a caller writes becomes a URL, path, header, file or process. A canary listens for
-it."""
+"""The row of places: nothing in a request becomes a URL, path, header, file or process; a canary listens for it."""
 
 from __future__ import annotations
 

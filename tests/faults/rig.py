@@ -1,9 +1,8 @@
-"""What every row stands on: four scripted engines (each behind a fault proxy), the real `--serve` in front of them, a
-raw client, the judge of an answer, and the census.
+"""The base of every row: four scripted engines behind fault proxies, the real server, a raw client, a judge.
 
-    async with World() as world:
-        answer = await ask(world.port, "/api/v1/llm/chat", chat("vllm", "hi"))
-        judge(answer, v1=False, stream=False)   # ("good", its text), (an error's kind, ""), ("!what is wrong", "")
+async with World() as world:
+    answer = await ask(world.port, "/api/v1/llm/chat", chat("vllm", "hi"))
+    judge(answer, v1=False, stream=False)   # ("good", its text), (an error's kind, ""), ("!what is wrong", "")
 """
 
 from __future__ import annotations
@@ -237,7 +236,7 @@ class Answer:
     status: int  # 0: none came
     headers: Json
     body: bytes
-    whole: bool  # its framing came to an end
+    complete: bool  # its framing came to an end
     seconds: float
     note: str = ""
 
@@ -293,7 +292,7 @@ class Link:
 
     async def ask(self, raw: bytes, timeout: float = HUNG) -> Answer:
         began, status, headers, parts = time.monotonic(), 0, {}, []  # type: float, int, Json, list[bytes]
-        whole, note, bare = False, "", raw.startswith(b"HEAD ")
+        complete, note, bare = False, "", raw.startswith(b"HEAD ")
         try:
             async with asyncio.timeout(timeout):
                 reader, writer = await self.open()
@@ -307,19 +306,19 @@ class Link:
                     name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:-2])
                 }
                 if bare or status in (204, 304):
-                    whole = True
+                    complete = True
                 elif "chunked" in headers.get("transfer-encoding", ""):
                     while size := int(await reader.readline(), 16):
                         parts.append(await reader.readexactly(size))
                         await reader.readexactly(2)
                     await reader.readline()
-                    whole = True
+                    complete = True
                 elif "content-length" in headers:
                     parts.append(await reader.readexactly(int(headers["content-length"])))
-                    whole = True
+                    complete = True
                 else:
                     parts.append(await reader.read())
-                    whole = True
+                    complete = True
         except TimeoutError:
             note = "hung"
         except asyncio.IncompleteReadError as exc:
@@ -327,9 +326,9 @@ class Link:
             note = "closed"
         except (OSError, ValueError) as exc:
             note = f"closed ({type(exc).__name__})"
-        if not whole or headers.get("connection", "").lower() == "close":
+        if not complete or headers.get("connection", "").lower() == "close":
             self.close()
-        return Answer(status, headers, b"".join(parts), whole, time.monotonic() - began, note)
+        return Answer(status, headers, b"".join(parts), complete, time.monotonic() - began, note)
 
 
 async def ask(
@@ -387,7 +386,7 @@ def judge(answer: Answer, *, v1: bool, stream: bool) -> tuple[str, str]:
     if not answer.status:
         return f"!no answer: {answer.note}", ""
     if answer.status != 200 or not stream:
-        if not answer.whole:
+        if not answer.complete:
             return "!cut in silence", ""
         try:
             body = json.loads(answer.body)
@@ -408,7 +407,7 @@ def judge(answer: Answer, *, v1: bool, stream: bool) -> tuple[str, str]:
 def judge_stream(answer: Answer, v1: bool) -> tuple[str, str]:
     text, kind, done, finish = "", "", False, None
     events = answer.body.split(b"\n\n")
-    for event in events[:-1] if answer.whole else events:
+    for event in events[:-1] if answer.complete else events:
         if not event.startswith(b"data: "):
             if event.startswith(b":") or not event:
                 continue
@@ -435,7 +434,7 @@ def judge_stream(answer: Answer, v1: bool) -> tuple[str, str]:
         return (
             ("!an error, and [DONE]", "") if done else (kind, text) if kind in KINDS else (f"!unknown kind {kind}", "")
         )
-    if not answer.whole or not done or finish is None:
+    if not answer.complete or not done or finish is None:
         return "!cut in silence", ""
     return "good", text
 

@@ -1,4 +1,4 @@
-"""All rows, in the order in which they are run: what each tries, and what passes."""
+"""All rows, in the order in which they run."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""The server under test: `llm_inference.py --serve …` as it is, or with one guard switched off, and with a control
-socket.
+"""The server under test with a control socket and, where asked for, one guard switched off.
 
 FAULTS_OFF       a name in guards.py: that line of the source is replaced before it is run
 FAULTS_SETTINGS  JSON: fields of Settings (and `deadlines`: fields of Deadlines) that no flag sets
-FAULTS_CONTROL   a path: whoever connects is told the census as JSON
+FAULTS_CONTROL   a path: every connection gets the census as JSON
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""How soon a real engine stops working after its caller has gone: `python -m tests.faults.stops llamacpp vllm sglang
-[--json FILE]`.
+"""How soon a real engine stops working after its client has gone.
+
+    python -m tests.faults.stops llamacpp vllm sglang [--json FILE]
 
 Each engine is started by us. A request is cancelled in its prefill or in mid-answer; the engine has stopped when its
 processes take less than a quarter of a core. Seconds, the worst of five.
@@ -42,14 +43,14 @@ async def stopped(llm: LLMInferencer, pids: set[int], how: str, when: str, turn:
     prompt = f"{turn} {how} {LONG if when == 'prefill' else 'Tell me a story.'}"
     options: dict[str, Any] = {"max_tokens": 1500 if when == "answer" else 64, "engine_options": {"ignore_eos": True}}
 
-    async def whole() -> None:
+    async def complete() -> None:
         await llm.acomplete(prompt, **options)
 
     async def streamed() -> None:
         async for _ in llm.astream(prompt, **options):
             pass
 
-    task = asyncio.ensure_future(whole() if how == "whole" else streamed())
+    task = asyncio.ensure_future(complete() if how == "whole" else streamed())
     await asyncio.sleep(0.15 if when == "prefill" else 1.5)
     assert not task.done(), f"it was over before it was cancelled: {task}"
     task.cancel()

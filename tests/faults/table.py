@@ -1,4 +1,4 @@
-"""The README table out of a results file: `python -m tests.faults.table results.json --lang zh|en`."""
+"""The table for README from a results file: `python -m tests.faults.table results.json --lang zh|en`."""
 
 from __future__ import annotations
 
@@ -139,11 +139,12 @@ def table(results: dict[str, Any], lang: str) -> str:
             beside = ""
         what, mark = words[:2] if zh else words[2:]
         lines.append(f"| {what} | {row['n']:,} | {row['bad']} | {mark} | {beside} | {'✗' if row['bad'] else '✓'} |")
-    told = results["machine"]
+    machine = results["machine"]
     short = [name for name, row in results["rows"].items() if not row["full"]]
-    tail = f"\n{told['when']}, {told['cpu']}, {told['cores']} {'核' if zh else 'cores'}, Python {told['python']}." + (
-        f" {'短跑' if zh else 'Short form'}: {', '.join(short)}." if short else ""
-    )
+    cores = f"{machine['cores']} {'核' if zh else 'cores'}"
+    tail = f"\n{machine['when']}, {machine['cpu']}, {cores}, Python {machine['python']}."
+    if short:
+        tail += f" {'短跑' if zh else 'Short form'}: {', '.join(short)}."
     return "\n".join(lines) + "\n" + tail
 
 

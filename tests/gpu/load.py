@@ -1,4 +1,4 @@
-"""A closed loop of streams against an OpenAI-style server: tokens/s, and how long the first token took.
+"""A closed loop of streams against an OpenAI-compatible server: tokens/s and time to first token.
 
     python tests/gpu/load.py --url http://127.0.0.1:8000 --model NAME --streams 64
 
@@ -8,7 +8,8 @@ another length is an error. Each prompt begins differently, so that no engine fi
 line of JSON.
 
 With several `--url` the streams are dealt out to them and run together, so that what the engine does at that time is
-the same for all: `by_url` has each one's figures. Two ways to one engine are compared closest like that."""
+the same for all: `by_url` has each one's figures. Two ways to one engine are compared closest like that.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The engine in this very process (vllm.LLM, sglang.Engine): how long it takes for many short prompts. Run by the
-engine's interpreter.
+"""The engine in this process (vllm.LLM, sglang.Engine): how long many short prompts take.
+
+Run by the engine's interpreter:
 
     python tests/gpu/offline.py vllm '{"model": …, "load_format": "dummy"}' --prompts 10000 --tokens 16
 

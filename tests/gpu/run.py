@@ -1,10 +1,10 @@
-"""A real vLLM or SGLang on a GPU, under our adapter: the laws, memory errors, load, offline batch, orphans. README.md
-says how to run it.
+"""A real vLLM or SGLang on a GPU under our adapter: contract, memory errors, load, offline batch, orphans.
 
     python -m tests.gpu.run --engine vllm --python ENGINE_PYTHON --model SMOLLM2_FOLDER --out tests/gpu/results.json
 
 One engine a run; each part writes its results into the file as soon as it has them, so that what fails costs no other
-part anything."""
+part anything.
+"""
 
 from __future__ import annotations
 
@@ -536,13 +536,13 @@ def what_fails(llm: LLMInferencer, copy: Path) -> Json:
         log = Path(match[1]).read_text(errors="replace") if match else ""
         with copy.open("a") as out:
             out.write(log[-60_000:])
-        told = [
+        reported = [
             line[:400]
             for line in log.splitlines()
             if re.search(r"memory", line, re.I) and re.search(r"Error|not |No |less|larger|Exception", line, re.I)
         ]
         said = {"kind": exc.kind, "reason": exc.reason, "mend": exc.mend, "retryable": exc.retryable}
-        return said | {"log_lines": told[-8:], "log_end": (exc.detail or "").splitlines()[-6:]}
+        return said | {"log_lines": reported[-8:], "log_end": (exc.detail or "").splitlines()[-6:]}
 
 
 @contextlib.contextmanager

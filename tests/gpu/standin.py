@@ -1,10 +1,10 @@
-"""Our server, and nginx as the yardstick, in front of `steps.py`: what each adds to the first token and takes from the
-tokens/s.
+"""Our server and nginx in front of `steps.py`: added time to first token and lost tokens/s.
 
     python -m tests.gpu.standin --out tests/gpu/standin.json [--also OTHER_COPY_OF/llm_inference.py]
 
 Rounds are interleaved (the stand-in itself, ours, nginx, the other copy), and each is compared with the stand-in of its
-own round."""
+own round.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A stand-in for an engine and its busy HTTP server: no GPU is needed to see what a server in front adds to the first
-token.
+"""A stand-in for an engine and its busy HTTP server, for measuring without a GPU what a server in front costs.
 
     python tests/gpu/steps.py --port 9300 --step 0.0085 --token-cost 120
     python llm_inference.py --serve --engine vllm --base-url http://127.0.0.1:9300 --port 9301 \\
@@ -8,7 +7,8 @@ token.
 
 A thread is the engine: at each step every running answer gets a token; new ones come in between two steps and make the
 next one longer. The event loop is its server: a token costs it `--token-cost` µs, a request eight turns of the loop,
-and tokens that pile up go out as one, as with vLLM's. Speaks vLLM's dialect, streams only."""
+and tokens that pile up go out as one, as with vLLM's. Speaks vLLM's dialect, streams only.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""README's lines for other libraries, on our server before the real embedded engine. Run by .ci/run --full: these
-packages are large."""
+"""README's examples for LangChain, instructor and openai, on our server with the real embedded engine."""
 
 from __future__ import annotations
 

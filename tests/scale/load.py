@@ -1,4 +1,4 @@
-"""A steady load, and what became of each request when something behind it was killed."""
+"""A steady load, and the outcome of each request when something behind it is killed."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def typed(said: str) -> bool:
     return not said.startswith(("ok", "untyped", "cut", "silent"))
 
 
-def told(answers: list[Answer], at: float) -> dict[str, Any]:
+def reported(answers: list[Answer], at: float) -> dict[str, Any]:
     """What a kill at that time did."""
     flying = [a for a in answers if a.began <= at < a.ended]
     hurt, after = [a for a in flying if a.said != "ok"], [a for a in answers if a.began > at]

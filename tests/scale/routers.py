@@ -1,11 +1,11 @@
-"""The engines' own routers between us and two engine servers: what passes, and what happens when one server is killed
--9 under load.
+"""The engines' own routers between us and two engine servers: what they pass on, and a server killed under load.
 
     python -m tests.scale.routers vllm|sglang [--fake] [--json tests/scale/results.json]
 
 Installs the router (PyPI) into an environment of its own under ~/.cache, and starts two real engine servers as
 tests/engines.py does (`--fake`: scripted ones, to try the router's settings in seconds). Whatever is started here is
-ended by its process id. Linux."""
+ended by its process id. Linux only.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests import engines
 from tests.fake_engine import FakeEngine
 from tests.harness import Command, until
 from tests.processes import free_port
-from tests.scale.load import Load, record, told
+from tests.scale.load import Load, record, reported
 
 HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm_inference-tests"
 # A dead server is out after two checks, one second apart, or after three failed requests; a request that found nobody
@@ -421,7 +421,7 @@ def killed(
                     with contextlib.suppress(AssertionError):
                         until(lambda: bool(fake.bodies), 75)
                     back = time.monotonic() - back
-            figures = told(load.answers, at)
+            figures = reported(load.answers, at)
             if bring_back:
                 figures["used_again_after_s"] = round(back, 1)
     record(

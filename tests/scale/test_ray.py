@@ -1,8 +1,8 @@
-"""The API on Ray Serve: a cluster of two nodes on this machine, two replicas, in front of a scripted vLLM; replicas and
-nodes are killed under load.
+"""The API on Ray Serve: two nodes, two replicas, a scripted vLLM; replicas and nodes are killed under load.
 
 Needs `pip install -r tests/scale/requirements.txt` (an environment of its own); skipped where Ray is not installed.
-Linux."""
+Linux.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ import llm_inference as product
 from tests.fake_engine import FakeEngine
 from tests.harness import Command, clean_env, good, payloads, refused, refused_v1, until
 from tests.processes import descendants, free_port
-from tests.scale.load import Load, record, told
+from tests.scale.load import Load, record, reported
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("aiohttp")
@@ -144,7 +144,7 @@ def test_both_nodes_have_a_replica_and_answer(cluster: Cluster) -> None:
     assert cluster.client.get("/ready").status_code == cluster.client.get("/docs").status_code == 200
 
 
-def test_errors_are_ours(cluster: Cluster) -> None:
+def test_errors_have_our_classes(cluster: Cluster) -> None:
     refused(
         httpx.post(cluster.url + "/api/v1/llm/generate", json=ASK, trust_env=False), "unauthorized"
     )  # loopback needs the key too
@@ -230,7 +230,7 @@ def test_a_rolling_update_loses_nothing(cluster: Cluster) -> None:
         until(lambda: cluster.whole_again(before), 60)
         took = time.monotonic() - at
         time.sleep(1)
-    figures = told(load.answers, at) | {"all_new_after_s": round(took, 1)}
+    figures = reported(load.answers, at) | {"all_new_after_s": round(took, 1)}
     record("ray", "rolling update under load", figures)
     assert all(answer.said == "ok" for answer in load.answers), figures
     refused(cluster.client.post("/api/v1/llm/generate", json=ASK | {"max_tokens": 5000}), "invalid_request")
@@ -266,7 +266,7 @@ def test_an_update_that_finds_no_engine_leaves_the_old_replicas(cluster: Cluster
     record(
         "ray",
         "update whose engine is gone",
-        told(load.answers, at) | {"refused_after_s": round(took, 1), "old_replicas_left": len(survivors)},
+        reported(load.answers, at) | {"refused_after_s": round(took, 1), "old_replicas_left": len(survivors)},
     )
     assert survivors and all(answer.said == "ok" for answer in load.answers), load.answers
     assert isinstance(failed[0], product.EngineUnavailable), failed
@@ -284,9 +284,9 @@ def hurt(
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
         until(lambda: cluster.whole_again(gone), patience)
-        whole = time.monotonic() - at
+        full = time.monotonic() - at
         time.sleep(2)
-    figures = told(load.answers, at) | {"full_capacity_after_s": round(whole, 1)}
+    figures = reported(load.answers, at) | {"full_capacity_after_s": round(full, 1)}
     record("ray", name, figures)
     return figures
 
@@ -361,7 +361,7 @@ def test_replicas_grow_with_the_load(cluster: Cluster) -> None:
         until(lambda: cluster.running() == 2, 90)
         grown = time.monotonic() - at
         time.sleep(1)
-    record("ray", "1 to 2 replicas", {"grown_after_s": round(grown, 1), **told(load.answers, at)})
+    record("ray", "1 to 2 replicas", {"grown_after_s": round(grown, 1), **reported(load.answers, at)})
     assert all(answer.said == "ok" for answer in load.answers)
 
 
