@@ -31,7 +31,9 @@ from tests.processes import ROOT, free_port, neutral_environment
 T = TypeVar("T")
 API = "/api/v1/llm"
 PROMPT = "Count from one to twenty, in words."
-KINDS = {cls.kind: cls for cls in (product.InferenceError, *product.InferenceError.__subclasses__())}
+KINDS: dict[str, type[product.InferenceError]] = {
+    cls.kind: cls for cls in (product.InferenceError, *product.InferenceError.__subclasses__())
+}
 SOON = 2.0  # seconds; the promise is one, and this machine has other work
 #: replies that are errors: before the answer, and in its middle
 BROKEN = (
