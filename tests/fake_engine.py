@@ -24,7 +24,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -271,7 +271,14 @@ class FakeEngine:
     def script(self, reply: Reply, path: str | None = None) -> None:
         """The next generation gets this; with `path`, the next request to that path does, of any method."""
         with self._changed:
-            self._queue.append((path, reply))
+            self._queue.append((path, self._named(reply)))
+
+    def _named(self, reply: Reply) -> Reply:
+        """A recording with this engine's model in it: llama.cpp names the model that really answered."""
+        if self.dialect != "llamacpp" or reply.status != 200:
+            return reply
+        name = b'"model":"%s"' % self.model.encode()
+        return replace(reply, pieces=[re.sub(rb'"model": ?"[^"]*"', name, piece) for piece in reply.pieces])
 
     def replay_chat(self, *names: str) -> None:
         """The same for the next chat calls only: a probe of the module's own does not use a recording up."""

@@ -101,7 +101,7 @@ class Stand:
         self._stack.enter_context(self.engine)
         settings = {"engine": self.engine.dialect, "base_url": self.engine.base_url, **self.settings}
         self.app = product.create_app(product.Settings(**settings))
-        self.hub: product.Hub = self.app.state.hub
+        self.gateway: product.Gateway = self.app.state.gateway
         self.url = self._stack.enter_context(serving(self.app))
         self.client = self._stack.enter_context(httpx.Client(base_url=self.url, timeout=20, trust_env=False))
         return self
@@ -189,7 +189,7 @@ def refused_v1(reply: httpx.Response, kind: str) -> str:
     assert (reply.status_code, error["type"], error["code"], reply.headers["x-error-kind"]) == (
         status,
         of_type,
-        kind,
+        KINDS[kind].openai_code or kind,
         kind,
     ), reply.text
     return str(error["message"])
@@ -301,8 +301,8 @@ async def collect(items: AsyncGenerator[T, None]) -> list[T]:
 
 def chunks(llm: product.LLMInferencer, prompt: str | Sequence[Any] = PROMPT, **options: Any) -> list[product.Chunk]:
     """Every chunk of a streamed answer."""
-    asked, build = llm.request(prompt, **options)
-    return [chunk for burst in asyncio.run(collect(llm.bursts(asked, build))) for chunk in burst]
+    asked = llm.request(prompt, **options)
+    return [chunk for burst in asyncio.run(collect(llm.bursts(asked))) for chunk in burst]
 
 
 @contextlib.contextmanager

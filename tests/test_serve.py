@@ -49,7 +49,7 @@ def port(request: pytest.FixtureRequest, limited: Stand) -> Iterator[int]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "h11":
             patch.setitem(__import__("sys").modules, "uvicorn.protocols.http.httptools_impl", None)
-        protocol = product.limited_protocol(limited.hub.settings)
+        protocol = product.limited_protocol(limited.gateway.settings)
     assert request.param in str(protocol.__mro__[1].__module__)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(
@@ -142,7 +142,7 @@ def test_a_client_that_does_not_read_is_gone(own: bool, path: str, body: dict[st
     with Stand("vllm", deadlines=product.Deadlines(idle=0.5)) as stand, contextlib.ExitStack() as stack:
         stand.engine.text = "word " * 60_000
         url = (
-            stack.enter_context(serving(stand.app, http=product.limited_protocol(stand.hub.settings)))
+            stack.enter_context(serving(stand.app, http=product.limited_protocol(stand.gateway.settings)))
             if own
             else stand.url
         )
@@ -155,8 +155,8 @@ def test_a_client_that_does_not_read_is_gone(own: bool, path: str, body: dict[st
         client.sendall(
             b"POST %s HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n" % (path.encode(), len(asked)) + asked
         )
-        until(lambda: stand.hub.in_flight == 1)
-        until(lambda: stand.hub.in_flight == 0)
+        until(lambda: stand.gateway.in_flight == 1)
+        until(lambda: stand.gateway.in_flight == 0)
         stand.engine.wait(lambda: stand.engine.live == 0)
         if own:
             client.settimeout(20)
@@ -172,7 +172,7 @@ def test_shutdown_does_not_wait_for_a_client_that_does_not_read(stuck: Any, monk
     """Under any server: whichever message it is that does not go out."""
     monkeypatch.setattr(product, "KEEP_ALIVE_COMMENT", 0.1)
     hub, ended = (
-        product.Hub(product.Settings(engine="vllm", base_url="127.0.0.1:9", deadlines=product.Deadlines(idle=0.2))),
+        product.Gateway(product.Settings(engine="vllm", base_url="127.0.0.1:9", deadlines=product.Deadlines(idle=0.2))),
         [],
     )
 
@@ -200,7 +200,7 @@ def test_shutdown_does_not_wait_for_a_client_that_does_not_read(stuck: Any, monk
         await asyncio.wait_for(One(hub)({"type": "http", "path": "/x", "headers": []}, receive, send), 20)
 
     asyncio.run(ask())
-    assert ended == [True] and hub.in_flight == 0
+    assert ended == [True] and gateway.in_flight == 0
 
 
 def test_a_connection_that_asks_nothing_is_closed(port: int) -> None:
@@ -516,7 +516,7 @@ def test_a_route_called_in_process() -> None:
     with Stand("vllm") as stand:
 
         async def ask(**body: Any) -> list[dict[str, Any]]:
-            exchange = stand.hub.direct["/api/v1/llm/chat"]()
+            exchange = stand.gateway.direct["/api/v1/llm/chat"]()
             return [event async for event in product.asked(exchange, "/api/v1/llm/chat", {"stream": True, **body})]
 
         events = asyncio.run(ask(messages=HI))
@@ -534,7 +534,7 @@ def test_leaving_a_route_called_in_process_stops_the_engine() -> None:
 
         async def leave() -> None:
             events = product.asked(
-                stand.hub.direct["/api/v1/llm/chat"](), "/api/v1/llm/chat", {"stream": True, "messages": HI}
+                stand.gateway.direct["/api/v1/llm/chat"](), "/api/v1/llm/chat", {"stream": True, "messages": HI}
             )
             async with contextlib.aclosing(events):
                 await anext(events)
@@ -543,7 +543,7 @@ def test_leaving_a_route_called_in_process_stops_the_engine() -> None:
 
         asyncio.run(leave())
         stand.engine.wait(lambda: stand.engine.live == 0)
-        assert stand.hub.in_flight == 0
+        assert stand.gateway.in_flight == 0
 
 
 # The command line names what is wrong and ignores nothing ------------------------------------------
@@ -672,7 +672,7 @@ def test_both_tries_are_counted(limited: Stand) -> None:
 
     def counted() -> float:
         return (
-            limited.hub.metrics.registry.get_sample_value("llm_tokens_total", {"engine": "vllm", "kind": "completion"})
+            limited.gateway.metrics.registry.get_sample_value("llm_tokens_total", {"engine": "vllm", "kind": "completion"})
             or 0.0
         )  # type: ignore[union-attr]
 

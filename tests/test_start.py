@@ -120,7 +120,7 @@ def test_a_dead_engine_is_an_error_at_once_and_is_started_again(make: Make, kind
     os.kill(pids[-1], signal.SIGKILL)
     with pytest.raises(InferenceError) as caught:
         list(pieces)
-    assert caught.value.code == 500 and caught.value.mend and time.monotonic() - began < 60
+    assert caught.value.code == 500 and caught.value.hint and time.monotonic() - began < 60
     until(lambda: not the_child().alive or the_child().generation > 1, 60)
     until(lambda: not any(map(alive, pids)), 30)
 
@@ -155,7 +155,7 @@ def fails_as(llm: LLMInferencer, kind: str, mend: str) -> None:
     with pytest.raises(InferenceError) as caught:
         llm.generate("hi", max_tokens=1)
     error = caught.value
-    assert (error.kind, mend in error.mend) == (kind, True), str(error)
+    assert (error.kind, mend in error.hint) == (kind, True), str(error)
     assert str(Path.home()) not in error.message, "callers over HTTP see the message"
     assert error.detail.startswith("log: ")
     assert not the_child().alive

@@ -41,7 +41,7 @@ def taken(schema: Any) -> bool:
     try:
         normalize_schema(schema)
     except (InvalidRequest, UnsupportedFeature) as exc:
-        assert exc.reason and exc.mend and len(str(exc)) < 1000
+        assert exc.reason and exc.hint and len(str(exc)) < 1000
         return False
     return True
 

@@ -35,7 +35,7 @@ def server() -> Iterator[tuple[str, FakeEngine]]:
                 "vllm" in httpx.get(url + "/api/v1/llm/models", trust_env=False).text
             )  # attached to now, for the tests' own environment is cleared
             yield url, engine
-            until(lambda: app.state.hub.in_flight == 0)
+            until(lambda: app.state.gateway.in_flight == 0)
 
 
 def shot(page: Page, tmp_path: Path, name: str) -> None:

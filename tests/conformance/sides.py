@@ -103,7 +103,7 @@ class Us(Side):
         try:
             done = asyncio.run(self._streamed(prompt, fields)) if stream else self.llm.complete(prompt, **fields)
         except InferenceError as exc:
-            raise Refusal(exc.kind, f"{exc.reason}; {exc.mend}", exc.kind in OUR_REFUSALS) from exc
+            raise Refusal(exc.kind, f"{exc.reason}; {exc.hint}", exc.kind in OUR_REFUSALS) from exc
         return Answer(
             text=done.text,
             finish=done.finish_reason,
@@ -118,9 +118,9 @@ class Us(Side):
         )
 
     async def _streamed(self, prompt: str | list[Json], fields: Json) -> Completion:
-        request, build = self.llm.request(prompt, **fields)
+        request = self.llm.request(prompt, **fields)
         chunks: list[Chunk] = []
-        async with contextlib.aclosing(self.llm.bursts(request, build)) as bursts:
+        async with contextlib.aclosing(self.llm.bursts(request)) as bursts:
             async for burst in bursts:
                 chunks += burst
         return Completion.from_chunks(chunks)
@@ -129,7 +129,7 @@ class Us(Side):
         try:
             return self.llm.embed(text)[0]
         except InferenceError as exc:
-            raise Refusal(exc.kind, f"{exc.reason}; {exc.mend}", exc.kind in OUR_REFUSALS) from exc
+            raise Refusal(exc.kind, f"{exc.reason}; {exc.hint}", exc.kind in OUR_REFUSALS) from exc
 
     def v1(self, path: str = CHAT, **body: Any) -> Answer:
         return self.http.post(path, {"model": f"{self.engine}/{self.model}", **body})

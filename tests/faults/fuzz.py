@@ -19,7 +19,7 @@ with atheris.instrument_imports(include=["llm_inference"]):
 
 SHAPES: tuple[Any, ...] = (product.GenerateBody, product.ChatBody, product.StructuredBody, product.V1Fields)
 ADAPTERS = [kind(base_url="127.0.0.1:9") for kind in product.LLMInferencer.ENGINE_MAP.values()]
-HUB = product.Hub(product.Settings(engine="llamacpp"))
+HUB = product.Gateway(product.Settings(engine="llamacpp"))
 RELAY = product.check_events
 
 
