@@ -225,6 +225,10 @@ def run_command(
     )
 
 
+def serve_flags(port: int, *more: str) -> list[str]:
+    return ["--serve", "--host", "127.0.0.1", "--port", str(port), *more]
+
+
 class Command:
     """`python llm_inference.py --serve …` (or a script or module with the same command line), ended by its pid."""
 
@@ -240,7 +244,7 @@ class Command:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         program = ["-m", module] if module else [str(script or ROOT / "llm_inference.py")]
-        argv = [python, *program, "--serve", "--port", str(self.port), "--host", "127.0.0.1", *args]
+        argv = [python, *program, *serve_flags(self.port, *args)]
         self.process = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,

@@ -585,14 +585,20 @@ def test_a_base_url_of_another_engine_is_refused_and_the_engine_named(
     assert other in str(caught.value) and wrong.asked == []
 
 
+def unreachable(dialect: Dialect, fake: Make, monkeypatch: pytest.MonkeyPatch) -> tuple[FakeEngine, Any]:
+    """An engine that was stopped, at its adapter's default address; and the adapter."""
+    gone = fake(dialect)
+    gone.stop()
+    adapter = LLMInferencer.ENGINE_MAP[dialect]
+    monkeypatch.setattr(adapter, "default_url", gone.base_url)
+    return gone, adapter
+
+
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_the_error_of_an_unreachable_engine_says_how_to_start_it(
     dialect: Dialect, fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gone = fake(dialect)
-    gone.stop()
-    cls = LLMInferencer.ENGINE_MAP[dialect]
-    monkeypatch.setattr(cls, "default_url", gone.base_url)
+    gone, cls = unreachable(dialect, fake, monkeypatch)
     for options in ({"base_url": gone.base_url}, {"launch": False}):
         llm = attach(dialect, **options)
         with pytest.raises(EngineUnavailable) as caught:
@@ -606,10 +612,7 @@ def test_the_error_of_an_unreachable_engine_says_how_to_start_it(
 def test_an_engine_that_is_not_installed_says_how_to_install_it(
     dialect: Dialect, fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gone = fake(dialect)
-    gone.stop()
-    cls = LLMInferencer.ENGINE_MAP[dialect]
-    monkeypatch.setattr(cls, "default_url", gone.base_url)
+    _, cls = unreachable(dialect, fake, monkeypatch)
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(EngineUnavailable) as caught:
         attach(dialect).generate("hi")

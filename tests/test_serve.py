@@ -25,7 +25,19 @@ from pydantic import TypeAdapter
 
 import llm_inference as product
 from tests.fake_engine import TEXT, FakeEngine, Reply
-from tests.harness import API, Command, Stand, clean_env, enveloped, refused, refused_v1, run_command, serving, until
+from tests.harness import (
+    API,
+    Command,
+    Stand,
+    clean_env,
+    enveloped,
+    refused,
+    refused_v1,
+    run_command,
+    serve_flags,
+    serving,
+    until,
+)
 from tests.processes import ROOT, descendants, free_port
 
 HI = [{"role": "user", "content": "hi"}]
@@ -333,17 +345,8 @@ def test_workers_of_a_silent_engine_can_be_stopped() -> None:
     """Nobody listens before there is an engine to ask, and SIGTERM is a clean end then too."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = free_port()
-        where = [
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--engine",
-            "vllm",
-            "--base-url",
-            f"127.0.0.1:{silent.getsockname()[1]}",
-        ]
-        argv = [sys.executable, str(ROOT / "llm_inference.py"), "--serve", "--workers", "2", *where]
+        where = ["--engine", "vllm", "--base-url", f"127.0.0.1:{silent.getsockname()[1]}"]
+        argv = [sys.executable, str(ROOT / "llm_inference.py"), *serve_flags(port, "--workers", "2", *where)]
         with subprocess.Popen(
             argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_env()
         ) as process:
@@ -597,19 +600,8 @@ def test_a_value_out_of_range_is_refused(argv: list[str], capsys: pytest.Capture
 def test_a_second_server_on_the_same_port_fails() -> None:
     """Both are started before either has bound: an engine that nobody can reach may take long to find."""
     port = free_port()
-    argv = [
-        sys.executable,
-        str(ROOT / "llm_inference.py"),
-        "--serve",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--engine",
-        "vllm",
-        "--base-url",
-        "http://127.0.0.1:9",
-    ]
+    where = ["--engine", "vllm", "--base-url", "http://127.0.0.1:9"]
+    argv = [sys.executable, str(ROOT / "llm_inference.py"), *serve_flags(port, *where)]
     both = [
         subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=clean_env()

@@ -463,7 +463,7 @@ def test_what_is_no_base_url_is_refused(bad: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reported", "numbers"),
+    ("text", "numbers"),
     [
         ("0.32.0", (0, 32, 0)),
         ("0.10.2+cpu", (0, 10, 2)),
@@ -474,8 +474,8 @@ def test_what_is_no_base_url_is_refused(bad: str) -> None:
         ("unknown", (999,)),
     ],
 )
-def test_versions_compare_as_numbers(reported: str, numbers: tuple[int, ...]) -> None:
-    assert version_tuple(reported) == numbers
+def test_versions_compare_as_numbers(text: str, numbers: tuple[int, ...]) -> None:
+    assert version_tuple(text) == numbers
     assert version_tuple("0.9") < version_tuple("0.10.0") < version_tuple("")
 
 
