@@ -687,7 +687,9 @@ class Sampling(TypedDict, total=False):
     choice: Annotated[list[NonEmpty] | None, Field(min_length=1, max_length=1000)]
     regex: Annotated[str | None, Field(min_length=1, max_length=4096)]
     grammar: Annotated[str | None, Field(min_length=1, max_length=65_536)]
-    on_unsupported: Annotated[Literal["error", "ignore"], Field(description="refuse what the engine lacks, or leave it out")]
+    on_unsupported: Annotated[
+        Literal["error", "ignore"], Field(description="refuse what the engine lacks, or leave it out")
+    ]
 
 
 class Options(Sampling, total=False):
@@ -710,7 +712,12 @@ _MESSAGES: TypeAdapter[Any] = TypeAdapter(Messages, config=ConfigDict(defer_buil
 _OPTIONS: TypeAdapter[Any] = TypeAdapter(Options)
 SAMPLING_FIELDS = frozenset({"schema", *Sampling.__annotations__})
 CONSTRAINTS = ("schema", "choice", "regex", "grammar")  #: what an answer may be held to, in our own vocabulary
-V1_CONSTRAINTS = ("response_format", "structured_outputs", "json_schema", "ebnf")  #: the same, in OpenAI's and the engines'
+V1_CONSTRAINTS = (
+    "response_format",
+    "structured_outputs",
+    "json_schema",
+    "ebnf",
+)  #: the same, in OpenAI's and the engines'
 
 
 @functools.cache
@@ -729,7 +736,14 @@ def range_of(field: str) -> str:
     return f"{'above' if 'gt' in bounds else 'from'} {low} to {high}"
 
 
-_JSON_NAMES = {str: "a string", bool: "a boolean", int: "an integer", float: "a number", list: "a list", dict: "an object"}
+_JSON_NAMES = {
+    str: "a string",
+    bool: "a boolean",
+    int: "an integer",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
 _EXPECTED = {
     "int_type": "an integer", "int_from_float": "an integer", "float_type": "a number", "bool_type": "true or false",
     "string_type": "a string", "list_type": "a list", "dict_type": "an object", "finite_number": "a finite number",
@@ -753,7 +767,15 @@ def _place(loc: Sequence[int | str]) -> str:
     for part in loc:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif re.fullmatch(r"[a-z_]{1,40}", part) and part not in ("str", "list", "bool", "int", "float", "dict", "literal"):
+        elif re.fullmatch(r"[a-z_]{1,40}", part) and part not in (
+            "str",
+            "list",
+            "bool",
+            "int",
+            "float",
+            "dict",
+            "literal",
+        ):
             path += f".{part}" if path else part
         elif part == loc[-1] and not path:
             path = str(part) if len(part) <= 40 else f"{part[:8]}…"
@@ -786,7 +808,12 @@ def _problem(error: dict[str, Any], where: str) -> str:
 
 
 def _one_bound(kind: str, context: dict[str, Any]) -> str:
-    words = {"greater_than": "above", "greater_than_equal": "at least", "less_than": "below", "less_than_equal": "at most"}
+    words = {
+        "greater_than": "above",
+        "greater_than_equal": "at least",
+        "less_than": "below",
+        "less_than_equal": "at most",
+    }
     return f"{words[kind]} {next(iter(context.values()), '')}"
 
 
@@ -852,7 +879,9 @@ class Chunk:
 
     text: str = ""
     reasoning: str = ""
-    tool_calls: tuple[dict[str, Any], ...] = ()  #: deltas in OpenAI's shape: index, id, function.name, function.arguments
+    tool_calls: tuple[
+        dict[str, Any], ...
+    ] = ()  #: deltas in OpenAI's shape: index, id, function.name, function.arguments
     logprobs: tuple[dict[str, Any], ...] = ()  #: OpenAI's logprobs.content items
     finish_reason: str | None = None  #: stop | length | tool_calls | content_filter
     usage: Usage | None = None
@@ -886,7 +915,9 @@ class Completion:
             raise BadEngineReply("the stream ended early", "ask again")
         answer, last = Answer(), chunks[-1]
         for chunk in chunks:
-            answer.add({"choices": [{"index": 0, "delta": chunk_delta(chunk), "logprobs": {"content": chunk.logprobs}}]})
+            answer.add(
+                {"choices": [{"index": 0, "delta": chunk_delta(chunk), "logprobs": {"content": chunk.logprobs}}]}
+            )
         answer.choices[0].finish_reason = last.finish_reason
         answer.usage, answer.timing = last.usage, last.timing or Timing(total=0.0)
         return dataclasses.replace(answer.completion(), result=last.result, ignored=last.ignored)
@@ -982,7 +1013,12 @@ def plain(value: Any) -> Any:
 
 
 def make_request(
-    *, messages: Any, schema: Any = None, build: "TypeAdapter[Any] | None" = None, model: str | None = None, **fields: Any
+    *,
+    messages: Any,
+    schema: Any = None,
+    build: "TypeAdapter[Any] | None" = None,
+    model: str | None = None,
+    **fields: Any,
 ) -> GenerateRequest:
     """Check the fields of a request together. `schema` is a JSON Schema. Raises InvalidRequest, UnsupportedFeature."""
     body = plain({name: value for name, value in fields.items() if value is not None})
@@ -1032,7 +1068,17 @@ def check_json(value: Any) -> None:
 
 
 #: keys of OpenAI's message dumps that carry nothing when empty
-_DUMPED = ("refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning", "reasoning_content", "name", "tool_call_id")
+_DUMPED = (
+    "refusal",
+    "annotations",
+    "audio",
+    "function_call",
+    "tool_calls",
+    "reasoning",
+    "reasoning_content",
+    "name",
+    "tool_call_id",
+)
 
 
 def without_dump_fields(messages: Any) -> Any:
@@ -1055,12 +1101,16 @@ def check_together(body: dict[str, Any]) -> None:
     """Raises InvalidRequest for fields that contradict each other, on every surface."""
     tools, choice = body.get("tools") or (), body.get("tool_choice")
     if choice not in (None, "none", "auto") and not tools:
-        raise InvalidRequest("tool_choice: there are no tools", "send tools, or leave tool_choice out", param="tool_choice")
+        raise InvalidRequest(
+            "tool_choice: there are no tools", "send tools, or leave tool_choice out", param="tool_choice"
+        )
     if isinstance(choice, dict):
         names = [name_of(tool) for tool in tools]
         if name_of(choice) not in names:
             listed = ", ".join(str(name) for name in names)[:200]
-            raise InvalidRequest("tool_choice: names a function that is not in tools", f"one of: {listed}", param="tool_choice")
+            raise InvalidRequest(
+                "tool_choice: names a function that is not in tools", f"one of: {listed}", param="tool_choice"
+            )
     if body.get("top_logprobs") and not body.get("logprobs"):
         raise InvalidRequest("top_logprobs: needs logprobs", "set logprobs to true", param="top_logprobs")
     constraint = constraint_of(body)
@@ -1134,7 +1184,9 @@ def response_schema(form: Any) -> dict[str, Any] | None:
     if isinstance(schema, dict):
         return schema or ANY_OBJECT
     reason = "response_format: its type is unknown, or its schema is missing"
-    raise InvalidRequest(reason, "send text, json_object, or json_schema with json_schema.schema", param="response_format")
+    raise InvalidRequest(
+        reason, "send text, json_object, or json_schema with json_schema.schema", param="response_format"
+    )
 
 
 def answer_schema(body: dict[str, Any]) -> dict[str, Any] | None:
@@ -1423,10 +1475,16 @@ class _ExpandedSize:
         if ref in self.open:
             self.low[-1] = min(self.low[-1], self.open.index(ref))
             return 1
+        try:
+            target = resolve_ref(self.root, ref)
+        except InvalidRequest:
+            if self.strict:
+                raise
+            return 1
         order = len(self.open)
         self.open.append(ref)
         self.low.append(order)
-        found = self._count(resolve_ref(self.root, ref), 0, depth + 1)
+        found = self._count(target, 0, depth + 1)
         low = self.low.pop()
         self.low[-1] = min(self.low[-1], low)
         if low == order:
@@ -1457,9 +1515,11 @@ class _ExpandedSize:
 
 def _check_keyword(key: str, value: Any) -> None:
     """Raises UnsupportedFeature for a keyword that would constrain and is not checked."""
-    if key in _KEYWORDS or key in _ANNOTATIONS or key.startswith("x-"):
-        return
     hint = _UNCHECKED.get(key)
+    if key == "items" and isinstance(value, list):
+        hint = "use prefixItems"
+    elif key in _KEYWORDS or key in _ANNOTATIONS or key.startswith("x-"):
+        return
     if key == "nullable" and value is True:
         hint = 'add "null" to its type'
     near = difflib.get_close_matches(key[:40], _KEYWORDS, n=1, cutoff=0.85)
@@ -1475,7 +1535,7 @@ def _subschemas(node: dict[str, Any]) -> Iterator[Any]:
     """The schemas in a schema; definitions are visited where they are referred to."""
     for key, value in node.items():
         if key in _SCHEMAS:
-            yield value
+            yield from value if isinstance(value, list) else [value]
         elif key in _SCHEMA_MAPS:
             yield from _of_kind(key, value, dict).values()
         elif key in _SCHEMA_LISTS:
@@ -1562,7 +1622,7 @@ class SchemaCheck:
     def __init__(self, schema: dict[str, Any]) -> None:
         self.steps = 0
         self._schema = _Rewriter(schema)
-        self._checks: dict[int, Callable[[Any], bool]] = {}
+        self._checks: dict[int, tuple[Any, Callable[[Any], bool]]] = {}
         self._fits(self._schema.body, None)
 
     def __call__(self, value: Any) -> None:
@@ -1579,11 +1639,10 @@ class SchemaCheck:
             raise ValueError("$: the check takes too many steps")
 
     def _fits(self, part: Any, value: Any) -> bool:
-        check = self._checks.get(id(part))
-        if check is None:
-            check = self._checks[id(part)] = self._compile(self._schema.whole(part))
+        if id(part) not in self._checks:
+            self._checks[id(part)] = part, self._compile(self._schema.whole(part))  # a kept part keeps its id
         try:
-            return check(value)
+            return self._checks[id(part)][1](value)
         except (ValueError, TypeError, OverflowError):  # a text that UTF-8 cannot say
             return False
 
@@ -1664,10 +1723,10 @@ def _likely(schema: dict[str, Any]) -> list[Any]:
 def _children(schema: dict[str, Any], value: Any) -> Iterator[tuple[Any, Any, str]]:
     """Each part of a value, with its schema and its place."""
     if isinstance(value, dict):
+        named, others = schema.get("properties", {}), schema.get("additionalProperties", True)
         for name, item in value.items():
-            part = schema.get("properties", {}).get(name, schema.get("additionalProperties", True))
-            if part is not False:
-                yield part, item, f".{name[:80]}"
+            if name in named or others is not False:
+                yield named.get(name, others), item, f".{name[:80]}"
     elif isinstance(value, list):
         first = schema.get("prefixItems", [])
         for index, item in enumerate(value):
@@ -1887,7 +1946,10 @@ def _read_branches(pattern: str) -> list[list[str | _Ranges]]:
             raise _NotPortable
         at = found.end()
         token = _token(found)
-        if token in ("|", ")") and branches[-1][-1:] in (["(?:"], ["|"]):  # an empty alternative: left recursion, to GBNF
+        if token in ("|", ")") and branches[-1][-1:] in (
+            ["(?:"],
+            ["|"],
+        ):  # an empty alternative: left recursion, to GBNF
             raise _NotPortable
         depth += (token == "(?:") - (token == ")")
         if depth < 0 or (depth and token in ("^", "$")):
@@ -2100,7 +2162,10 @@ class _LlamaCppSchema(_Rewriter):
         if not isinstance(part, dict) or self.inlined > 100:  # a cycle may lead back here
             return None
         for one, other in ((others, target), (target, others)):
-            if "additionalProperties" in one and not one.get("properties", {}).keys() >= other.get("properties", {}).keys():
+            if (
+                "additionalProperties" in one
+                and not one.get("properties", {}).keys() >= other.get("properties", {}).keys()
+            ):
                 return None
         joined = dict(others)
         for key, value in target.items():
@@ -2731,9 +2796,7 @@ def redact(text: str, limit: int = 400) -> str:
     """In one line of at most `limit` characters, without the addresses and paths that callers need not know."""
     words = text[: 4 * limit].split()  # the patterns are slow on a long text, and an engine may echo all it was sent
     line = " ".join(words[:-1] if len(text) > 4 * limit else words)
-    address = (
-        r"https?://\S+|\b\d{1,3}(\.\d{1,3}){3}(:\d+)?|\[[0-9a-fA-F:]+\]:\d+|(?<![\w-])[\w-]+(\.[\w-]+)*:\d{2,5}\b"
-    )
+    address = r"https?://\S+|\b\d{1,3}(\.\d{1,3}){3}(:\d+)?|\[[0-9a-fA-F:]+\]:\d+|(?<![\w-])[\w-]+(\.[\w-]+)*:\d{2,5}\b"
     line = re.sub(address, "<address>", line)
     line = re.sub(r"""(['"])/[^'"]*/[^'"]*\1""", "<path>", line)  # quoted, possibly with spaces
     return re.sub(r"(?<![\w.])(/[\w.@+-]+){2,}/?", "<path>", line)[:limit]
@@ -2831,7 +2894,9 @@ class Deadline:
     def _timeout(self) -> EngineTimeout:
         seconds = {"total": self.limits.total, "first token": self.limits.first_token, "idle": self.limits.idle}
         limit = seconds[self._expired]
-        return EngineTimeout(f"{self.engine}: {self._expired} deadline of {limit:g} s passed", "ask for less, or raise the deadline")
+        return EngineTimeout(
+            f"{self.engine}: {self._expired} deadline of {limit:g} s passed", "ask for less, or raise the deadline"
+        )
 
     def close(self) -> None:
         self._timer.cancel()
@@ -3114,7 +3179,7 @@ class SingleFlight:
 # A started engine is a process group behind a small watcher that holds a pipe to us: when the pipe ends, because we
 # closed it or because we died of anything, the watcher ends the whole group and every grandchild (it is their subreaper).
 # Both programs are kept as text: this file may be edited, moved or compiled away while an engine has to be started.
-WATCHER = '''
+WATCHER = """
 import contextlib, ctypes, json, os, shutil, signal, subprocess, sys, threading, time
 
 spec, over = json.loads(sys.argv[1]), threading.Event()
@@ -3192,7 +3257,7 @@ for wait in (until_owner_ends, until_engine_ends):
     threading.Thread(target=wait, daemon=True).start()
 over.wait()
 end()
-'''
+"""
 
 #: the embedded engine: llama.cpp's own HTTP server, out of the package xllamacpp
 LLAMACPP_SERVER = """
@@ -3366,7 +3431,9 @@ class EngineChild:
     def _refuse_while_backing_off(self) -> None:
         if self.failures >= self.GIVE_UP_AFTER:
             reason = f"{self.name} failed {self.failures} times in a row and is not started again"
-            raise EngineUnavailable(reason, "see the end of its log, correct the cause, and start again", detail=self.log_end())
+            raise EngineUnavailable(
+                reason, "see the end of its log, correct the cause, and start again", detail=self.log_end()
+            )
         wait = self.not_before - time.monotonic()
         if wait > 0:
             seconds = int(wait) + 1
@@ -4620,7 +4687,9 @@ class Connection:
             raise EngineTimeout(reason, "check that the address is right and the host is up") from exc
         except socket.gaierror as exc:
             where = f"at {target.url}"
-            raise EngineUnavailable(f"{self.name}: its host name is not known", "correct the address", detail=where) from exc
+            raise EngineUnavailable(
+                f"{self.name}: its host name is not known", "correct the address", detail=where
+            ) from exc
         except ConnectionRefusedError as exc:
             hint = "ask again" if target.child else f"start it: {self._adapter.start_hint}"
             raise EngineUnavailable(f"{self.name} refuses connections", hint, detail=f"at {target.url}") from exc
@@ -4796,7 +4865,9 @@ def error_text(data: bytes) -> str:
     return redact(str(text)) or "no reason given"
 
 
-Decoded = tuple[Burst | None, InferenceError | None, bool]  #: events, the error behind them, whether the answer has ended
+Decoded = tuple[
+    Burst | None, InferenceError | None, bool
+]  #: events, the error behind them, whether the answer has ended
 Decoder = Callable[[bytes], Decoded]
 Get = Callable[[str], Coroutine[Any, Any, Any]]
 
@@ -5372,7 +5443,9 @@ class SGLangAdapter(OpenAIAdapter):
         await self.check_served(model)
         info: dict[str, Any] = {}
         for path in ("/model_info", "/server_info"):
-            with contextlib.suppress(UnsupportedFeature, ModelNotFound, BadEngineReply):  # a router does not report them
+            with contextlib.suppress(
+                UnsupportedFeature, ModelNotFound, BadEngineReply
+            ):  # a router does not report them
                 info |= await self.fetch_json(path)
         missing = set()
         if not info or not info.get("has_image_understanding", True):
@@ -5627,7 +5700,9 @@ class OllamaAdapter(HTTPAdapter):
         elif isinstance(body["prompt"], str):
             wire |= {"prompt": body["prompt"], "raw": True}
         else:
-            raise UnsupportedFeature("prompt: ollama takes one text", "send one request for each prompt", param="prompt")
+            raise UnsupportedFeature(
+                "prompt: ollama takes one text", "send one request for each prompt", param="prompt"
+            )
         if body.get("n", 1) != 1:
             raise UnsupportedFeature("n: ollama gives one answer", "send several requests", param="n")
         wire |= self._encode_constraint(body)
@@ -6319,7 +6394,11 @@ class Fleet:
             slots += endpoint.slots
         bound = self.BALANCE * in_flight / slots
         order = rendezvous_order(up, key)
-        within = [endpoint for endpoint in order if (endpoint.in_flight + 1) / endpoint.slots <= max(bound, 1 / endpoint.slots)]
+        within = [
+            endpoint
+            for endpoint in order
+            if (endpoint.in_flight + 1) / endpoint.slots <= max(bound, 1 / endpoint.slots)
+        ]
         over = [endpoint for endpoint in order if endpoint not in within]
         return within + sorted(over, key=lambda endpoint: endpoint.load)
 
@@ -7123,7 +7202,6 @@ class EndpointConfig:
         if not env.get(self.api_key_env):
             raise _invalid("api_key_env", f"the environment variable {self.api_key_env} is not set", "set it")
         return env[self.api_key_env]
-
 
     def endpoint(self, deadlines: Deadlines) -> Endpoint:
         """The endpoint; nothing is reached or started yet."""
@@ -8686,8 +8764,12 @@ Send: TypeAlias = Callable[[dict[str, Any]], Coroutine[Any, Any, None]]
 class Body(Sampling, total=False):
     """What every one of our own routes takes beside its prompt or messages."""
 
-    engine_type: Annotated[str | None, Field(description="ollama, vllm, sglang, llamacpp or auto; default: the server's")]
-    model_name: Annotated[str | None, Field(max_length=1024, description="default: the server's, else the engine's first")]
+    engine_type: Annotated[
+        str | None, Field(description="ollama, vllm, sglang, llamacpp or auto; default: the server's")
+    ]
+    model_name: Annotated[
+        str | None, Field(max_length=1024, description="default: the server's, else the engine's first")
+    ]
     system: Annotated[str | None, Field(description="a system message before the others")]
     stream: Annotated[bool | None, Field(description="answer as server-sent events")]
     schema: Annotated[dict[str, Any] | None, Field(description="the short form, or a JSON Schema")]
@@ -9006,7 +9088,9 @@ def chat_request(body: dict[str, Any], path: str) -> GenerateRequest:
     prompts = body.get("prompt")
     if isinstance(prompts, list) and not all(type(token) is int for token in prompts):
         if len(prompts) * (body.get("n") or 1) > 128:
-            raise InvalidRequest("prompt, n: more than 128 answers in one request", "send several requests", param="prompt")
+            raise InvalidRequest(
+                "prompt, n: more than 128 answers in one request", "send several requests", param="prompt"
+            )
     refuse_addresses(body.get("messages") or ())
     if isinstance(body.get("input"), (dict, list)):
         refuse_address(body["input"])
@@ -9240,11 +9324,15 @@ class Metrics:
         self.prom, self.registry = prom, prom.CollectorRegistry()
         own: dict[str, Any] = {"registry": self.registry, "namespace": "llm"}
         labels = ("route", "engine", "endpoint")
-        self.requests = prom.Counter("requests", "Requests by route, engine and HTTP status", (*labels, "status"), **own)
+        self.requests = prom.Counter(
+            "requests", "Requests by route, engine and HTTP status", (*labels, "status"), **own
+        )
         self.errors = prom.Counter("errors", "Errors by engine and kind", ("engine", "endpoint", "kind"), **own)
         self.tokens = prom.Counter("tokens", "Tokens as the engine counted them", ("engine", "endpoint", "kind"), **own)
         timed = own | {"buckets": self.BUCKETS}
-        self.seconds = prom.Histogram("request_seconds", "Seconds from the request's header to its end", labels, **timed)
+        self.seconds = prom.Histogram(
+            "request_seconds", "Seconds from the request's header to its end", labels, **timed
+        )
         self.first = prom.Histogram("first_token_seconds", "Seconds to a stream's first event", labels, **timed)
         shared = own | {"multiprocess_mode": "livesum"}
         self.in_flight = prom.Gauge("requests_in_flight", "Requests being worked on", **shared)
@@ -9299,7 +9387,9 @@ class Gateway:
         self.in_flight = self.waiting = 0
         self.places = asyncio.Semaphore(settings.max_in_flight)
         self.state = "starting"
-        self.parsing = concurrent.futures.ThreadPoolExecutor(1)  # large bodies, one at a time: one thread's heap is enough
+        self.parsing = concurrent.futures.ThreadPoolExecutor(
+            1
+        )  # large bodies, one at a time: one thread's heap is enough
         self.listed: tuple[float, list[tuple[str, ModelInfo]]] = (float("-inf"), [])
         self.born = time.time()
         self.metrics: Metrics | None = None
@@ -9639,7 +9729,9 @@ class Exchange:
         who = served.endpoint or served.engine_type
         seconds = time.monotonic() - self.began
         kind = f" {self.error_kind}" if self.error_kind else ""
-        logger.info("%s %s %s %s %s %.3fs %s%s", self.request_id, path, who, served.model, status, seconds, tokens, kind)
+        logger.info(
+            "%s %s %s %s %s %.3fs %s%s", self.request_id, path, who, served.model, status, seconds, tokens, kind
+        )
         if self.gateway.metrics:
             self.gateway.metrics.record(self, path, status)
 
@@ -9933,7 +10025,11 @@ def envelope_route() -> Any:
             async def enveloped(request: Request) -> Response:
                 try:
                     refuse_loop(dict(request.scope["headers"]))
-                    if request.method == "POST" and request.scope.get("route") is not None and self.dependant.dependencies:
+                    if (
+                        request.method == "POST"
+                        and request.scope.get("route") is not None
+                        and self.dependant.dependencies
+                    ):
                         request._body = await read_body(request.receive)  # a dependency may read it too
                     return await handle(request)
                 except ClientGone:
@@ -10037,9 +10133,9 @@ def v1_body_schema(path: str) -> dict[str, Any]:
 
 # 14 Guards and server ----------------------------------------------------------------------------
 ASSETS = "/docs/assets"  # of fastapi-offline
-PUBLIC = frozenset({"/", "/ui", "/health", "/ready", "/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect", "/favicon.ico"}) | {
-    f"{ASSETS}/{name}" for name in ("swagger-ui-bundle.js", "swagger-ui.css", "redoc.standalone.js", "favicon.png")
-}
+PUBLIC = frozenset(
+    {"/", "/ui", "/health", "/ready", "/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect", "/favicon.ico"}
+) | {f"{ASSETS}/{name}" for name in ("swagger-ui-bundle.js", "swagger-ui.css", "redoc.standalone.js", "favicon.png")}
 FORWARDED = re.compile(rb"forwarded|via|x-forwarded.*|x-real-ip|x-client-ip|cf-connecting-ip|true-client-ip")
 
 
@@ -10297,7 +10393,11 @@ def add_server_routes(app: Any, gateway: Gateway) -> None:
         return Response(page, media_type=content_type)
 
     async def page() -> Response:
-        headers = {"content-security-policy": PAGE_POLICY, "cache-control": "no-cache", "referrer-policy": "no-referrer"}
+        headers = {
+            "content-security-policy": PAGE_POLICY,
+            "cache-control": "no-cache",
+            "referrer-policy": "no-referrer",
+        }
         return HTMLResponse(CHAT_PAGE, headers=headers)
 
     async def root() -> Response:
@@ -10475,7 +10575,9 @@ def run_server(settings: Settings, sockets: list[socket.socket]) -> None:
             if parent and sig == signal.SIGINT:
                 return  # Ctrl-C reaches the whole group; our parent passes it on
             gateway.draining = True  # readiness goes first, then the listening socket; a second signal does not wait
-            logging.getLogger("uvicorn.error").disabled = self.should_exit  # what a second signal cuts short was asked for
+            logging.getLogger(
+                "uvicorn.error"
+            ).disabled = self.should_exit  # what a second signal cuts short was asked for
             self.force_exit, self.should_exit = self.should_exit, True
 
     if parent:
@@ -10539,8 +10641,10 @@ async def drain(endpoint: Endpoint) -> None:
 
 
 # 15 Chat page -----------------------------------------------------------------------------------
-FAVICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><circle cx="8" cy="8" r="7" fill="#36c"/></svg>"""
-CHAT_PAGE = r'''<!doctype html>
+FAVICON = (
+    """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><circle cx="8" cy="8" r="7" fill="#36c"/></svg>"""
+)
+CHAT_PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>llm_inference</title>
 <link rel="icon" href="data:,">
 <style>
@@ -10779,7 +10883,7 @@ for (const node of document.querySelectorAll("[aria-label]")) node.ariaLabel = t
 for (const node of document.querySelectorAll("[placeholder]")) node.placeholder = t(node.placeholder)
 models()
 </script></html>
-'''
+"""
 
 
 # 16 Ray Serve ------------------------------------------------------------------------------------
@@ -10912,7 +11016,11 @@ def deploy(
     except ImportError as exc:
         raise EngineNotInstalled("Ray is not installed", 'pip install "ray[serve]"') from exc
     fields, where = _ray_settings(settings)
-    env = {"LLM_INFERENCE_INSTANCE": INSTANCE, RAY_GATE: RAY_MIDDLEWARES, "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0"}
+    env = {
+        "LLM_INFERENCE_INSTANCE": INSTANCE,
+        RAY_GATE: RAY_MIDDLEWARES,
+        "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",
+    }
     if not ray.is_initialized():
         modules = [str(Path(__file__).resolve())]
         ray.init(log_to_driver=False, logging_level="warning", runtime_env={"py_modules": modules, "env_vars": env})
@@ -11041,7 +11149,12 @@ def sharing(settings: Settings, workers: int) -> Iterator[Settings]:
         where: dict[str, Any] = {"endpoints": tuple(shared)}
         if not settings.endpoints:
             only = shared[0]
-            where = {"engine": only.engine, "model": only.model, "base_url": only.base_url, "engine_api_key": only.api_key}
+            where = {
+                "engine": only.engine,
+                "model": only.model,
+                "base_url": only.base_url,
+                "engine_api_key": only.api_key,
+            }
         yield dataclasses.replace(
             settings,
             python=None,

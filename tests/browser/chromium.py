@@ -1,11 +1,7 @@
-"""Headless Chromium on a network where no host but 127.0.0.1 can be reached.
-
-Needs the Debian packages chromium, chromium-driver and fonts-noto-cjk.
+"""Headless Chromium on a network where every host but 127.0.0.1 is unreachable (Debian: chromium, chromium-driver, fonts-noto-cjk).
 
 Screenshots go to $LLM_TEST_SHOTS (default: the test's temporary folder).
 """
-
-from __future__ import annotations
 
 import contextlib
 import json
@@ -24,6 +20,7 @@ from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys as Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 DESKTOP, PHONE = (1280, 800), (390, 844)
@@ -77,7 +74,7 @@ class Page:
 
 
 @contextlib.contextmanager
-def chromium(size: tuple[int, int] = DESKTOP) -> Iterator[Page]:
+def chromium(size: tuple[int, int] = DESKTOP, language: str = "en", dark: bool = False) -> Iterator[Page]:
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
     for flag in (
@@ -86,16 +83,19 @@ def chromium(size: tuple[int, int] = DESKTOP) -> Iterator[Page]:
         "--disable-dev-shm-usage",
         "--disable-gpu",
         "--hide-scrollbars",
-        "--lang=en",
+        f"--lang={language}",
         "--no-proxy-server",
         OFFLINE,
     ):
         options.add_argument(flag)
+    options.add_experimental_option("prefs", {"intl.accept_languages": language})
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
     try:
-        metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}
+        metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size[0] < 500}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
         yield Page(driver)
     finally:
         driver.quit()
