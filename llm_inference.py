@@ -9,7 +9,7 @@
     python llm_inference.py --api-test     exercise a running server
 
 Every caller (Python verbs, /api/v1/llm/*, /v1/*) becomes one checked request in OpenAI's chat vocabulary, and every
-engine answers with one stream of OpenAI-shaped chunks. The file reads top to bottom; each section uses only those above:
+engine answers with one stream of OpenAI-shaped chunks. The file reads top to bottom; a section uses those above it:
 
     1 Imports and logging   2 Errors   3 Fields and types   4 Structured output   5 Answers   6 Wire   7 Child processes
     8 BaseLLMAdapter   9 The four adapters   10 Endpoints and fleet   11 LLMInferencer   12 Settings
@@ -356,7 +356,7 @@ co   =                      =          =          ~              logprobs top_lo
 p    -                      =          =          ~              logprobs
 co   =                      =          =          =              tools
 co   -                      =          =          =              tool_choice
-c    -                      =          ~          =              parallel_tool_calls
+co   ~                      =          ~          =              parallel_tool_calls
 c    ~                      =          =          =              response_format
 p    ~                      =          =          ~              response_format
 c    ~                      =          =          =              reasoning_effort chat_template_kwargs
@@ -747,12 +747,12 @@ _JSON_NAMES = {
 _EXPECTED = {
     "int_type": "an integer", "int_from_float": "an integer", "float_type": "a number", "bool_type": "true or false",
     "string_type": "a string", "list_type": "a list", "dict_type": "an object", "finite_number": "a finite number",
-    "model_type": "an object", "dataclass_type": "an object", "typed_dict_type": "an object", "model_attributes_type": "an object",
+    "typed_dict_type": "an object", "model_attributes_type": "an object",
 }  # fmt: skip
 
 
 def explain(exc: ValidationError) -> tuple[str, str]:
-    """The reason and the field's name: `temperature: must be from 0 to 2, got 3`. Strings from the input never appear."""
+    """The reason (`temperature: must be from 0 to 2, got 3`) and the field's name; never a string from the input."""
     reasons: dict[str, str] = {}
     for error in exc.errors(include_url=False)[:6]:
         where = _place(error["loc"])
@@ -784,7 +784,7 @@ def _place(loc: Sequence[int | str]) -> str:
 
 def _problem(error: dict[str, Any], where: str) -> str:
     kind, context, given = error["type"], error.get("ctx") or {}, error.get("input")
-    got = f", got {given}" if type(given) in (int, float) and abs(given) < 1e20 else ""
+    got = f", got {given}" if isinstance(given, (int, float)) and abs(given) < 1e20 else ""
     if kind in _EXPECTED:
         return f"must be {_EXPECTED[kind]}, got {_JSON_NAMES.get(type(given), 'another type')}"
     if kind.startswith(("greater_than", "less_than")):
@@ -863,7 +863,7 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Seconds; None where it was not measured (an answer that is not streamed has no first token). `source`: who measured."""
+    """Seconds; None where it was not measured: only a streamed answer has a first token. `source`: who measured."""
 
     total: float
     ttft: float | None = None
@@ -981,7 +981,7 @@ class GenerateRequest:
     served: Served = dataclasses.field(default_factory=Served, compare=False)
 
     def __getattr__(self, name: str) -> Any:
-        """A field of the body, for an engine of one's own: `request.messages`, `request.max_tokens`; None: not asked for."""
+        """A field of the body, for custom adapters: `request.messages`, `request.max_tokens`; None: not given."""
         if name in SAMPLING_FIELDS or name in ("messages", "model", "prompt", "input"):
             return self.body.get(name)
         raise AttributeError(name)
@@ -1000,7 +1000,7 @@ class GenerateRequest:
 
 
 def plain(value: Any) -> Any:
-    """Tuples, sets, generators, Paths, enums and numpy's numbers as the JSON values they stand for; the rest unchanged."""
+    """Tuples, sets, generators, Paths and numpy's numbers as the JSON values they stand for; the rest unchanged."""
     if isinstance(value, Mapping):
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset, types.GeneratorType)):
@@ -2388,7 +2388,7 @@ FINISH_REASONS = ("stop", "length", "tool_calls", "content_filter")
 
 
 def finish_of(value: Any) -> str | None:
-    """OpenAI's finish reasons. An engine's own (`abort`, `load`, …) mean that the answer is not one: EngineUnavailable."""
+    """OpenAI's finish reasons. Raises EngineUnavailable for an engine's own (`abort`, `load`, …): that is no answer."""
     if value is None or value in FINISH_REASONS:
         return value  # type: ignore[no-any-return]
     if value == "function_call":
@@ -2473,6 +2473,27 @@ def payload_of(chunk: Chunk, base: Mapping[str, Any]) -> dict[str, Any]:
     else:
         choice["text"] = chunk.text
     return {**base, "choices": [choice]}
+
+
+def timing_from(answer: "Answer", started: float) -> Timing:
+    """Our clock for the whole answer and its first token; the engine's own speed where it reports one."""
+    now, usage = time.monotonic(), answer.usage or Usage()
+    first = answer.first_at
+    decode = now - first if first else now - started
+    tokens = usage.completion_tokens - 1 if first else usage.completion_tokens
+    speed = tokens / decode if decode > 0 and tokens > 0 else None
+    ours = Timing(
+        total=now - started,
+        ttft=first - started if first else None,
+        decode=decode if first else None,
+        tokens_per_second=speed,
+    )
+    theirs = answer.timing
+    if theirs is None or theirs.source != "engine":
+        return ours
+    return dataclasses.replace(
+        ours, queue=theirs.queue, decode=theirs.decode, tokens_per_second=theirs.tokens_per_second, source="engine"
+    )
 
 
 def join_tool_calls(deltas: Iterable[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
@@ -2640,7 +2661,7 @@ class Answer:
 
 
 def legacy_logprobs(items: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Logprobs in the shape of /v1/completions (tokens, token_logprobs, top_logprobs, text_offset), from either shape."""
+    """Logprobs in the shape of /v1/completions (tokens, token_logprobs …), from that shape or the one of chat."""
     if not items:
         return None
     found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
@@ -2659,7 +2680,7 @@ def legacy_logprobs(items: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 class Burst:
-    """Events of a stream that arrived together: bytes, parsed when somebody looks; or payloads, serialised when sent."""
+    """Events of a stream that arrived together: bytes, parsed when needed; or payloads, serialized when sent."""
 
     __slots__ = ("_data", "_payloads", "end")
 
@@ -2684,6 +2705,40 @@ class Burst:
                 if payload != b"[DONE]":
                     self._payloads.append(from_json(payload))
         return self._payloads
+
+
+class ChunkReader:
+    """Turns bursts into `Chunk`s; what belongs to the end (finish_reason, usage, timing) is kept for `last`."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.end, self.called = Answer(), False
+        self.finish: str | None = None
+
+    def chunks(self, burst: Burst) -> list[Chunk]:
+        found = []
+        for payload in burst.payloads:
+            chunk = chunk_of(payload)
+            self.finish = chunk.finish_reason or self.finish
+            self.end.usage, self.end.timing = chunk.usage or self.end.usage, chunk.timing or self.end.timing
+            if chunk.text or chunk.reasoning or chunk.tool_calls or chunk.logprobs:
+                self.called = self.called or bool(chunk.tool_calls)
+                if chunk.finish_reason or chunk.usage:
+                    chunk = dataclasses.replace(chunk, finish_reason=None, usage=None, timing=None)
+                found.append(chunk)
+        if found and not self.end.first_at:
+            self.end.first_at = time.monotonic()
+        return found
+
+    def last(self, served: Served) -> Chunk:
+        """The chunk that ends the stream."""
+        return Chunk(
+            finish_reason="tool_calls" if self.called and self.finish == "stop" else self.finish,
+            usage=self.end.usage or Usage(),
+            timing=timing_from(self.end, self.started),
+            result=served.result,
+            ignored=served.ignored,
+        )
 
 
 Checker = Callable[[Choice], Any]
@@ -2715,7 +2770,7 @@ def is_strict(tool: Any) -> bool:
 
 
 def check_text(request: GenerateRequest, choice: Choice) -> Any:
-    """A schema gives the parsed JSON (an instance where it was a Python type), the other constraints the text itself."""
+    """The parsed JSON for a schema (an instance where it was a Python type), the text for the other constraints."""
     body, cut = request.body, choice.finish_reason == "length"
     if cut and request.surface != OWN:
         return None  # OpenAI's clients expect a cut text with finish_reason "length"
@@ -2954,7 +3009,7 @@ def broken(exc: Exception) -> EngineUnavailable:
 
 
 class AiohttpWire(Wire):
-    """The fast one. The pool is unbounded: admission is ours, and a bounded pool can be starved by cancelled waiters."""
+    """The fast one. Its pool is unbounded: admission is ours, and cancelled waiters can starve a bounded pool."""
 
     def __init__(self, uds: str | None) -> None:
         import aiohttp
@@ -3177,7 +3232,7 @@ class SingleFlight:
 
 # 7 Child processes -------------------------------------------------------------------------------
 # A started engine is a process group behind a small watcher that holds a pipe to us: when the pipe ends, because we
-# closed it or because we died of anything, the watcher ends the whole group and every grandchild (it is their subreaper).
+# closed it or because we died of anything, the watcher ends the group and every grandchild (it is their subreaper).
 # Both programs are kept as text: this file may be edited, moved or compiled away while an engine has to be started.
 WATCHER = """
 import contextlib, ctypes, json, os, shutil, signal, subprocess, sys, threading, time
@@ -3282,7 +3337,7 @@ except Exception:
 threading.Event().wait()
 """
 
-#: a line of an engine's log that reports an error: an exception's name or the word after its prefixes, or llama.cpp's level E
+#: a line of an engine's log that reports an error: prefixes, then an exception's name or "error"; or llama.cpp's level E
 _ERROR_LINE = re.compile(
     r"^(?:\([^)]*\) |ERROR |[\d:.-]+ |\[[^]]*\] )*"
     r"((?:[\w./-]+(?: [\w./-]+)?: )?\s*(?:[\w.]*(?:Error|Exception)\b|Value error|error\b|cannot open).*|E .*)",
@@ -3293,7 +3348,8 @@ _ERROR_LINE = re.compile(
 _LOG_PATTERNS: tuple[tuple[str, type[InferenceError], str], ...] = (
     (
         r"out of memory|OutOfMemory|No available memory for the cache|less than desired GPU memory|failed to allocate|"
-        r"Not enough memory|can't allocate memory|Cannot allocate memory|MemoryError|KV cache is needed|leave no GPU memory",
+        r"Not enough memory|can't allocate memory|Cannot allocate memory|MemoryError|KV cache is needed|"
+        r"leave no GPU memory",
         OutOfMemory,
         "lower gpu_memory_utilization / mem_fraction_static or max_model_len, use a smaller or quantized model, "
         "or free the GPU",
@@ -3315,7 +3371,8 @@ _LOG_PATTERNS: tuple[tuple[str, type[InferenceError], str], ...] = (
         "correct launch_args (names: xllamacpp.CommonParams)",
     ),
     (
-        r"unrecognized arguments|invalid choice|expected (one|at least one) argument|argument --|unknown (shorthand )?flag",
+        r"unrecognized arguments|invalid choice|expected (one|at least one) argument|argument --|"
+        r"unknown (shorthand )?flag",
         InvalidRequest,
         "correct launch_args",
     ),
@@ -3331,7 +3388,8 @@ _LOG_PATTERNS: tuple[tuple[str, type[InferenceError], str], ...] = (
         "accept the model's licence and set HF_TOKEN in launch_env, or name a local folder",
     ),
     (
-        r"not a valid model identifier|does not appear to have a file named|Repo id must|does not exist|Repository Not Found",
+        r"not a valid model identifier|does not appear to have a file named|Repo id must|does not exist|"
+        r"Repository Not Found",
         ModelNotFound,
         "name a local folder or a model that the hub has",
     ),
@@ -3420,7 +3478,7 @@ class EngineChild:
         cls._all, cls._lock = {}, threading.RLock()
 
     def start(self, command: Command) -> None:
-        """Start it unless it runs. Raises EngineUnavailable while it backs off from a failure, and after five of them."""
+        """Start it unless it runs. Raises EngineUnavailable during the back-off after a failure, and after five."""
         with self._starting:
             if not self.holders:
                 raise EngineUnavailable(f"{self.name} was closed meanwhile", "ask again")
@@ -3462,7 +3520,7 @@ class EngineChild:
         self.generation += 1
 
     def _choose_address(self) -> str:
-        """Key, port and socket, kept over a new start where they are free (--workers know them). Returns the socket's folder."""
+        """Key, port and socket; they survive a restart where they are free, for --workers know them. The socket's folder."""
         self.key = self.key or secrets.token_urlsafe(24)
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -3567,7 +3625,7 @@ def _modified(log: Path) -> float:
 
 
 def private_folder(known: str) -> str:
-    """`known` where it is ours alone, else a new folder; its path is short enough for a unix socket (about 100 bytes)."""
+    """`known` where it is ours alone, else a new folder. Its path fits a unix socket's address (about 100 bytes)."""
     try:
         os.makedirs(known, 0o700, exist_ok=True)
         here = os.lstat(known)
@@ -4153,7 +4211,7 @@ class BaseLLMAdapter:
 
     # What a subclass may write
     def _stream(self, request: GenerateRequest) -> AsyncGenerator[list[Chunk], None]:
-        """The answer to a request (`request.messages`, `request.max_tokens` …). An engine's failure is raised by the first item or a later one."""
+        """The answer to a request (`request.messages`, `request.max_tokens` …), raising the engine's failures."""
         raise NotImplementedError
 
     async def connect(self) -> None:
@@ -4268,7 +4326,8 @@ class BaseLLMAdapter:
         cap = request.cap
         if cap is None or request.surface == EMBEDDINGS:
             return []
-        reduced, given = [], False
+        reduced: list[str] = []
+        given = False
         for name in ("max_tokens", "max_completion_tokens"):
             if name in body:
                 given = True
@@ -4294,7 +4353,7 @@ class BaseLLMAdapter:
         return await self.fold(request, body)
 
     async def fold(self, request: GenerateRequest, body: dict[str, Any]) -> Answer:
-        """The complete answer out of a stream: an engine stops a stream when we leave, and some do not stop the rest."""
+        """The complete answer out of a stream: every engine stops a stream when its reader disconnects."""
         streamed = body | {"stream": True, "stream_options": {"include_usage": True}}
         answer = Answer()
         async with contextlib.aclosing(self.events(request, streamed)) as bursts:
@@ -4360,7 +4419,7 @@ def embeddings_object(vectors: Sequence[Any], tokens: int, body: Mapping[str, An
 
 
 REQUEST_ID: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")  # of the HTTP request
-TRACE: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("trace", default={})  # traceparent, tracestate
+TRACE: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("trace", default=types.MappingProxyType({}))
 INSTANCE = os.environ.get("LLM_INFERENCE_INSTANCE") or secrets.token_hex(8)  # this server: it never calls itself
 LOOP_HEADER = "x-llm-inference-hop"
 
@@ -4640,10 +4699,11 @@ class Connection:
         async def get(path: str) -> Any:
             return await self.fetch(target, path, limits)
 
-        return await self._adapter.identify(get)
+        version: str | None = await self._adapter.identify(get)
+        return version
 
     async def _other_engine(self, target: Target) -> str | None:
-        """Which other engine lists models there (a router in between may hide who it is: then its address is trusted)."""
+        """Which other engine lists models there; None too for a router that hides who it is: its address is trusted."""
         engines = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llamacpp", "library": "ollama"}
         for owner in owners_of(await self.fetch(target, "/v1/models", self._adapter.deadlines)):
             if engines.get(owner) not in (None, self.name):
@@ -4705,7 +4765,7 @@ class Connection:
         return headers
 
     async def open(self, path: str, body: bytes, deadline: Deadline) -> Reply:
-        """The engine's reply to a POST, its status checked. A refused connection is tried once more where the engine is now."""
+        """The engine's reply to a POST, its status checked. A refused connection is retried once where the engine is now."""
         adapter = self._adapter
         target, version = await self.reach(), adapter.version
         try:
@@ -4799,7 +4859,7 @@ def owners_of(listed: Any) -> list[str]:
 #: what engines say in an error, and what it means: the first pattern that matches (recorded on real servers)
 _ENGINE_ERRORS: tuple[tuple[str, type[InferenceError], str], ...] = (
     (
-        r"Context size has been exceeded",  # llama.cpp during an answer; a prompt that does not fit alone says otherwise
+        r"Context size has been exceeded",  # llama.cpp during an answer; not for a prompt that does not fit alone
         EngineOverloaded,
         "its callers share one context, which is full: ask again, or start it with --no-kv-unified",
     ),
@@ -4848,7 +4908,7 @@ _ENGINE_ERRORS: tuple[tuple[str, type[InferenceError], str], ...] = (
 
 
 def error_text(data: bytes) -> str:
-    """The message in an engine's error body, in one line, without paths and addresses. Ollama nests JSON in a string."""
+    """The message in an engine's error body in one line, without paths and addresses (Ollama nests JSON in a string)."""
     text: Any = data.decode(errors="replace")
     for _ in range(4):
         try:
@@ -4921,7 +4981,7 @@ class HTTPAdapter(BaseLLMAdapter):
     # What identifies and starts the engine
     @abstractmethod
     async def identify(self, get: Get) -> str | None:
-        """The version of the engine that answers `get(path)`, "" where it reports none, None where it is another engine."""
+        """The version of the engine that answers `get(path)`; "" where it reports none, None for another engine."""
 
     def command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
         """argv and environment that start the engine on `child.port` (or `child.uds`) with `child.key`."""
@@ -5205,11 +5265,12 @@ class OpenAIAdapter(HTTPAdapter):
             reason = f"{self.engine_type} answered as {redact(str(named), 80)!r}, which was not asked for"
             raise EngineUnavailable(reason, "ask again: the server was replaced")
 
+    honours_one_call: ClassVar[bool] = True  #: does it keep to one call with parallel_tool_calls false?
     names_models: ClassVar[bool] = False  #: does a reply name the model that really answered?
 
     def decoder(self, request: GenerateRequest, body: dict[str, Any]) -> Decoder:
         finished, expected = 0, expected_choices(body)
-        first = True
+        first, one_call = True, body.get("parallel_tool_calls") is False and not self.honours_one_call
 
         def decode(data: bytes) -> Decoded:
             nonlocal finished, first
@@ -5227,6 +5288,8 @@ class OpenAIAdapter(HTTPAdapter):
             end = done is not None and error is None
             if not data:
                 return None, error, end
+            if one_call and b'"tool_calls"' in data:
+                return Burst(payloads=first_call_only(Burst(data)), end=end), error, end
             return Burst(data.replace(b'"reasoning_content":', b'"reasoning":'), end=end), error, end
 
         return decode
@@ -5282,7 +5345,7 @@ class OpenAIAdapter(HTTPAdapter):
         return dropped
 
     async def _rendered(self, model: str, probe: dict[str, Any]) -> Any:
-        """A prompt's tokens; where nothing reports them (a router in between, SGLang's /tokenize failing), their number."""
+        """A prompt's tokens; their number where nothing reports them (behind a router, or where /tokenize fails)."""
         body = {"model": model, "messages": [{"role": "user", "content": "x"}], **probe}
         with contextlib.suppress(InferenceError, KeyError, TypeError):
             return (await self.ask("/tokenize", body))["tokens"]
@@ -5308,6 +5371,16 @@ class OpenAIAdapter(HTTPAdapter):
             if name.startswith("guided_") or name in ("structured_outputs", "regex", "ebnf", "grammar"):
                 return f"{self.engine_type} has {self.constraint_fields}"
         return ""
+
+
+def first_call_only(burst: Burst) -> list[dict[str, Any]]:
+    """The chunks, without the tool calls behind the first."""
+    for payload in burst.payloads:
+        for choice in payload.get("choices") or ():
+            calls = message_of(choice).get("tool_calls")
+            if isinstance(calls, list):
+                message_of(choice)["tool_calls"] = [call for call in calls if call.get("index", 0) == 0]  # type: ignore[index]
+    return burst.payloads
 
 
 def expected_choices(body: Mapping[str, Any]) -> int:
@@ -5416,6 +5489,7 @@ class SGLangAdapter(OpenAIAdapter):
     embed_hint = "serve an embedding model: python -m sglang.launch_server --is-embedding --model-path MODEL"
     streams_only = True
     clamps_max_tokens = False
+    honours_one_call = False
     adapters_by_name = True
     offers_named_alone = True
     constraint_fields = "response_format, regex and ebnf"
@@ -5430,6 +5504,12 @@ class SGLangAdapter(OpenAIAdapter):
             return None
         info = await get("/server_info")
         return str(info.get("version", "")) if isinstance(info, dict) else ""
+
+    def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        path, wire = super().encode(request, body)
+        if request.path == COMPLETIONS and isinstance(wire.get("json_schema"), dict):
+            wire["json_schema"] = json.dumps(wire["json_schema"])
+        return path, wire
 
     def constrain(self, name: str, value: Any, request: GenerateRequest) -> dict[str, Any]:
         if name == "schema":
@@ -5475,7 +5555,7 @@ class SGLangAdapter(OpenAIAdapter):
 
 
 class LlamaCppAdapter(OpenAIAdapter):
-    """llama.cpp's server: one that runs, or the embedded one (xllamacpp) in a child. Source: tools/server/README.md, 2026-10."""
+    """llama.cpp's server: attached, or embedded (xllamacpp) in a child. Source: tools/server/README.md, 2026-10."""
 
     engine_type = "llamacpp"
     default_url, url_env, key_env = "http://127.0.0.1:8080", "LLAMACPP_BASE_URL", "LLAMACPP_API_KEY"
@@ -5501,12 +5581,36 @@ class LlamaCppAdapter(OpenAIAdapter):
     def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         refuse_lark(body.get("grammar"))
         path, wire = super().encode(request, body)
-        form = wire.get("response_format")
-        if isinstance(form, dict) and form.get("type") == "json_schema":
-            schema, exact = llamacpp_schema(form["json_schema"]["schema"])
-            request.served.enforced = exact
-            wire["response_format"] = form | {"json_schema": form["json_schema"] | {"schema": schema}}
+        schema = answer_schema(body)
+        if schema is not None and request.path != EMBEDDINGS:
+            wire |= self._encode_schema(request, schema)
+            if request.path == COMPLETIONS:  # it ignores response_format there
+                wire.pop("response_format", None)
+        if body.get("logprobs") is not None and request.path != EMBEDDINGS:
+            wire |= self._encode_logprobs(request, body)
+        if body.get("continue_final_message"):
+            wire["add_generation_prompt"] = False
         return path, wire
+
+    @staticmethod
+    def _encode_schema(request: GenerateRequest, schema: dict[str, Any]) -> dict[str, Any]:
+        if schema == ANY_OBJECT:
+            return (
+                {"json_schema": schema} if request.path == COMPLETIONS else {"response_format": {"type": "json_object"}}
+            )
+        converted, request.served.enforced = llamacpp_schema(schema)
+        if request.path == COMPLETIONS or "json_schema" in request.body:
+            return {"json_schema": converted}
+        form = request.body.get("response_format") or {"json_schema": {"strict": True}}
+        named = {"name": "answer", **form.get("json_schema", {}), "schema": converted}
+        return {"response_format": {"type": "json_schema", "json_schema": named}}
+
+    @staticmethod
+    def _encode_logprobs(request: GenerateRequest, body: dict[str, Any]) -> dict[str, Any]:
+        """Without top_logprobs it reports 20, with 0 no logprobs at all: ask for at least one, and cut (`decoder`)."""
+        if request.path == COMPLETIONS:
+            return {"logprobs": max(1, int(body["logprobs"]))}
+        return {"top_logprobs": max(1, body.get("top_logprobs") or 0)}
 
     def constrain(self, name: str, value: Any, request: GenerateRequest) -> dict[str, Any]:
         if name == "choice":
@@ -5517,20 +5621,22 @@ class LlamaCppAdapter(OpenAIAdapter):
 
     def decoder(self, request: GenerateRequest, body: dict[str, Any]) -> Decoder:
         decode = super().decoder(request, body)
-        if request.path != COMPLETIONS or body.get("logprobs") is None:
+        if not body.get("logprobs") and type(body.get("logprobs")) is not int:
             return decode
+        legacy = request.path == COMPLETIONS
+        wanted = int(body["logprobs"]) if legacy else body.get("top_logprobs") or 0
 
-        def with_legacy_logprobs(data: bytes) -> Decoded:
+        def with_openai_logprobs(data: bytes) -> Decoded:
             burst, error, ended = decode(data)
             if burst is None:
                 return burst, error, ended
             with well_formed(self.engine_type):
                 for payload in burst.payloads:
                     for choice in payload.get("choices") or ():
-                        choice["logprobs"] = legacy_logprobs(logprobs_of(choice))
+                        trim_logprobs(choice, wanted, legacy)
                 return Burst(payloads=burst.payloads, end=burst.end), error, ended
 
-        return with_legacy_logprobs
+        return with_openai_logprobs
 
     async def missing_features(self, model: str) -> set[str]:
         """What the model's chat template and projector do not know is silently dropped by llama.cpp."""
@@ -5545,7 +5651,7 @@ class LlamaCppAdapter(OpenAIAdapter):
             missing.add("images")
         target = await self.connection.reach()
         try:
-            empty = {"input": []}
+            empty: dict[str, Any] = {"input": []}
             await portal.run(self.connection.fetch(target, EMBEDDINGS, self.deadlines, empty, (501,)))
         except UnsupportedFeature:  # it was started without --embeddings
             missing.add("embed")
@@ -5614,7 +5720,7 @@ class LlamaCppAdapter(OpenAIAdapter):
         params: dict[str, Any] = {
             "model.path": str(file.path), "hostnames": [child.uds], "cors_origins": "localhost", "ui": False,
             "n_ctx": 4096, "n_parallel": slots, "verbosity": 1, "warmup": False,
-            "kv_unified": False, "cache_idle_slots": False,  # a context for each caller: a shared one that is full fails them all
+            "kv_unified": False, "cache_idle_slots": False,  # a context for each: a full shared one fails all callers
             "cpuparams.n_threads": threads, "cpuparams_batch.n_threads": threads,
         }  # fmt: skip
         if file.mmproj is not None:
@@ -5635,6 +5741,16 @@ class LlamaCppAdapter(OpenAIAdapter):
         file = await asyncio.to_thread(locate_model, model) or await self._pull(model)
         size = file.path.stat().st_size
         yield "success", size, size
+
+
+def trim_logprobs(choice: dict[str, Any], top: int, legacy: bool) -> None:
+    """Give a choice's logprobs OpenAI's shape, with `top` alternatives."""
+    items = logprobs_of(choice)
+    for item in items:
+        item["top_logprobs"] = item.get("top_logprobs", [])[:top]
+        item.pop("id", None)
+    if legacy:
+        choice["logprobs"] = legacy_logprobs(items)
 
 
 def _launch_parameter(setting: str) -> dict[str, Any]:
@@ -5671,7 +5787,11 @@ class OllamaAdapter(HTTPAdapter):
     """Ollama's native API. Source: github.com/ollama/ollama docs/api.md, 0.33."""
 
     engine_type = "ollama"
-    extras = frozenset({"tool_messages", "images", "embed", "pull", "parallel_tool_calls"})
+    extras = frozenset({"tool_messages", "images", "embed", "pull"})
+    #: options that a caller may not set: they belong to the machine, or go around max_tokens
+    NOT_OPTIONS: ClassVar[frozenset[str]] = frozenset(
+        {"num_gpu", "main_gpu", "num_thread", "num_batch", "use_mmap", "draft_num_predict", "num_predict"}
+    )
     in_auto = True
     default_url, url_env, key_env, package = "http://127.0.0.1:11434", "OLLAMA_HOST", "OLLAMA_API_KEY", "ollama"
     start_hint, install_hint = "ollama serve", "see ollama.com/download"
@@ -5679,7 +5799,8 @@ class OllamaAdapter(HTTPAdapter):
     pull_hint = "ollama pull MODEL (for example qwen3:0.6b)"
     features_ttl = 10.0  # a model may be created again under the same name
     CAPABILITIES: ClassVar[tuple[tuple[str, str], ...]] = (
-        ("tools", "tools"), ("tool_messages", "tools"), ("think", "thinking"), ("images", "vision"), ("embed", "embedding"),
+        ("tools", "tools"), ("tool_messages", "tools"), ("think", "thinking"), ("images", "vision"),
+        ("embed", "embedding"),
     )  # fmt: skip
 
     _default: tuple[float, str] = (float("-inf"), "")  #: when the model to use by default was looked for, and its name
@@ -5719,6 +5840,12 @@ class OllamaAdapter(HTTPAdapter):
     def _options(self, request: GenerateRequest, body: dict[str, Any]) -> dict[str, Any]:
         given = body.get("options")
         options = dict(given) if isinstance(given, dict) else {}
+        refused = self.NOT_OPTIONS & options.keys()
+        if refused:
+            reason = f"options.{min(refused)}: a caller cannot set it"
+            raise UnsupportedFeature(
+                reason, "use max_tokens for the length; the rest is the operator's", param="options"
+            )
         for name, word in self.fields(request.surface).items():
             if word.startswith("options") and name in body:
                 options[word.partition(".")[2] or name] = body[name]
@@ -5743,7 +5870,8 @@ class OllamaAdapter(HTTPAdapter):
             return bool(kwargs["enable_thinking"])
         found = body.get("think", body.get("reasoning_effort"))
         if isinstance(found, str):
-            return {"none": False, "minimal": "low", "xhigh": "high"}.get(found, found)
+            levels: dict[str, bool | str] = {"none": False, "minimal": "low", "xhigh": "high"}
+            return levels.get(found, found)
         return found
 
     @staticmethod
@@ -5762,7 +5890,7 @@ class OllamaAdapter(HTTPAdapter):
         return found
 
     def _chunk(self, payload: dict[str, Any], calls: int = 0, one_call: bool = False) -> Chunk:
-        """A line of Ollama's, or its complete answer. `calls`: how many came before (each may say that it is the first)."""
+        """A line of Ollama's, or its complete answer. `calls`: how many came before (each may claim index 0)."""
         message = payload.get("message") or {}
         found = []
         for index, call in enumerate(message.get("tool_calls") or (), calls):
@@ -5880,7 +6008,7 @@ class OllamaAdapter(HTTPAdapter):
     async def _with_numbers(
         self, exc: ContextTooLong, request: GenerateRequest, body: dict[str, Any]
     ) -> InferenceError:
-        """Ollama reports the numbers only where num_ctx is given: give the loaded one, so that nothing is loaded again."""
+        """Ollama reports the numbers only where num_ctx is given: the loaded one, so that nothing is loaded again."""
         loaded = await self._loaded_context(body["model"])
         if "tokens" in exc.reason or not loaded:
             return exc
@@ -6109,7 +6237,7 @@ class Endpoint:
         return self.adapter.model_name
 
     async def models(self) -> Mapping[str, ModelInfo]:
-        """What it serves, asked for again after ten seconds. Raises where it does not answer; absence is not remembered."""
+        """What it serves, refreshed after ten seconds. Raises where it does not answer; absence is not cached."""
         if self.on_request and not self.running:
             name = self.configured_name
             return {name: ModelInfo(name=name)}
@@ -6205,7 +6333,7 @@ def passed_over(error: InferenceError) -> bool:
 
 
 def prefix_hash(body: Mapping[str, Any]) -> int:
-    """A hash of a request's beginning, which the engines' prefix caches hold: system prompt, tools and first message."""
+    """A hash of a request's beginning, which prefix caches hold: system prompt, tools and first message."""
     beginning: list[Any] = [body.get("tools"), body.get("prompt"), body.get("input")]
     for message in body.get("messages") or ():
         beginning.append(message)
@@ -6543,27 +6671,6 @@ async def checked(
         yield burst
 
 
-def timing_from(answer: Answer, started: float) -> Timing:
-    """Our clock for the whole answer and its first token; the engine's own speed where it reports one."""
-    now, usage = time.monotonic(), answer.usage or Usage()
-    first = answer.first_at
-    decode = now - first if first else now - started
-    tokens = usage.completion_tokens - 1 if first else usage.completion_tokens
-    speed = tokens / decode if decode > 0 and tokens > 0 else None
-    ours = Timing(
-        total=now - started,
-        ttft=first - started if first else None,
-        decode=decode if first else None,
-        tokens_per_second=speed,
-    )
-    theirs = answer.timing
-    if theirs is None or theirs.source != "engine":
-        return ours
-    return dataclasses.replace(
-        ours, queue=theirs.queue, decode=theirs.decode, tokens_per_second=theirs.tokens_per_second, source="engine"
-    )
-
-
 # 11 LLMInferencer --------------------------------------------------------------------------------
 Prompt = str | Sequence[Mapping[str, Any]]  #: a user's prompt, or messages in OpenAI's shape
 
@@ -6581,7 +6688,7 @@ class EngineOptions(TypedDict, total=False):
 
 
 class LLMInferencer:
-    """One engine and one model, or a fleet of them, behind the same verbs. Every verb has an `a…` twin; both are thread-safe.
+    """One engine and one model, or a fleet, behind the same verbs. Every verb has an `a…` twin; both are thread-safe.
 
     engine_type: a key of ENGINE_MAP, or "auto": the first engine that answers, the embedded llama.cpp last.
     model_name: as the engine knows it; None = the engine's first. For llamacpp also the path of a .gguf file, or a
@@ -6613,7 +6720,7 @@ class LLMInferencer:
 
     @classmethod
     def from_config(cls, path: str | os.PathLike[str]) -> "LLMInferencer":
-        """The fleet that a TOML file describes (README has its keys). Raises InvalidRequest with the place in the file."""
+        """The fleet that a TOML file describes (see README). Raises InvalidRequest with the place in the file."""
         return load_settings({"config": os.fspath(path)}, "serve").inferencer()
 
     @classmethod
@@ -6710,26 +6817,16 @@ class LLMInferencer:
             return answer.completion(request.served)
 
     async def bursts(self, request: GenerateRequest) -> AsyncGenerator[list[Chunk], None]:
-        """The streamed answer as lists of chunks that arrived together; the last has its finish_reason and checked value."""
-        fleet, started = await self.found(), time.monotonic()
-        end, called = Answer(), False
-        finish: str | None = None
+        """The streamed answer, in lists of chunks that arrived together; the last has finish_reason and checked value."""
+        fleet, reader = await self.found(), ChunkReader()
         streamed = dataclasses.replace(request, body=request.body | STREAMED)
         async with contextlib.aclosing(fleet.events(streamed)) as bursts:
             async for burst in bursts:
                 with well_formed(request.served.engine_type):
-                    chunks = [chunk_of(payload) for payload in burst.payloads]
-                found = []
-                for chunk in chunks:
-                    finish = chunk.finish_reason or finish
-                    end.usage, end.timing = chunk.usage or end.usage, chunk.timing or end.timing
-                    if chunk.text or chunk.reasoning or chunk.tool_calls or chunk.logprobs:
-                        called = called or bool(chunk.tool_calls)
-                        found.append(dataclasses.replace(chunk, finish_reason=None, usage=None, timing=None))
-                if found:
-                    end.first_at = end.first_at or time.monotonic()
-                    yield found
-        yield [_last_chunk(request.served, end, "tool_calls" if called and finish == "stop" else finish, started)]
+                    chunks = reader.chunks(burst)
+                if chunks:
+                    yield chunks
+        yield [reader.last(request.served)]
 
     async def agenerate(self, prompt: str, **options: Unpack[Options]) -> str:
         """The answer's text to one user's prompt."""
@@ -6937,16 +7034,6 @@ async def _usable(endpoints: Sequence[Endpoint]) -> None:
     if not adapter.identified:
         raise EngineUnavailable("it did not say which engine it is")
     await adapter.model_for(None)
-
-
-def _last_chunk(served: Served, end: Answer, finish: str | None, started: float) -> Chunk:
-    return Chunk(
-        finish_reason=finish,
-        usage=end.usage or Usage(),
-        timing=timing_from(end, started),
-        result=served.result,
-        ignored=served.ignored,
-    )
 
 
 def messages_from(prompt: Any, system: Any = None) -> list[Any]:
@@ -7309,9 +7396,9 @@ def _with_names(endpoints: Iterable[EndpointConfig]) -> tuple[EndpointConfig, ..
 
 #: the fields of Settings that have a flag, by their key in the config file
 OPTIONS: dict[str, "dataclasses.Field[Any]"] = {}
-for _field in dataclasses.fields(Settings):
-    if "option" in _field.metadata and _field.metadata["option"].help:
-        OPTIONS[_field.metadata["option"].key or _field.name] = _field
+for _setting in dataclasses.fields(Settings):
+    if "option" in _setting.metadata and _setting.metadata["option"].help:
+        OPTIONS[_setting.metadata["option"].key or _setting.name] = _setting
 
 
 def _check_mode(place: str, key: str, mode: str) -> None:
@@ -8234,14 +8321,14 @@ def chat_from_messages(body: dict[str, Any], *, count_tokens: bool = False) -> t
             reader.ignore(name)
         elif name not in _MESSAGES_REFUSED:
             if name in chat:
-                raise _invalid(name, "has the meaning of another field of this request", "send one of them")
+                raise _bad_field(name, "has the meaning of another field of this request", "send one of them")
             chat[name] = value
         elif value:
             raise _unsupported(name, "is not supported on /v1/messages", _MESSAGES_REFUSED[name])
     return chat, list(reader.ignored)
 
 
-def _invalid(where: str, problem: str, hint: str) -> InvalidRequest:
+def _bad_field(where: str, problem: str, hint: str) -> InvalidRequest:
     return InvalidRequest(f"{where}: {problem}", hint, param=where)
 
 
@@ -8255,7 +8342,7 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
         if _checked(value, str, where) not in kind:
             raise _unsupported(where, f"{value[:100]!r} is not supported", f"send one of: {', '.join(kind)}")
     elif kind is not object and type(value) is not kind:  # a bool is not an integer
-        raise _invalid(where, f"must be {_JSON_TYPE_NAMES[kind]}", "correct the field")
+        raise _bad_field(where, f"must be {_JSON_TYPE_NAMES[kind]}", "correct the field")
     return value
 
 
@@ -8285,7 +8372,7 @@ class _MessagesReader:
     def ignore(self, name: str) -> None:
         self.ignored[name] = None
         if len(self.ignored) > self.MAX_IGNORED:
-            raise _invalid("tools", "too many types that are not supported", "send custom tools")
+            raise _bad_field("tools", "too many types that are not supported", "send custom tools")
 
     def take(self, name: str, kind: type, default: Any = None) -> Any:
         return _checked(self.body.pop(name, default), kind, name)
@@ -8300,10 +8387,10 @@ class _MessagesReader:
             elif name in _FIELD_HINTS and field:
                 self.ignore(name)
             elif field is not None and name not in _FIELD_HINTS:
-                raise _invalid(f"{where}.{name[:100]}", "is not a field of this object", "leave it out")
+                raise _bad_field(f"{where}.{name[:100]}", "is not a field of this object", "leave it out")
         for name in required:
             if name not in given:
-                raise _invalid(f"{where}.{name}", "is required", "add the field")
+                raise _bad_field(f"{where}.{name}", "is required", "add the field")
         return given
 
     def conversation(self) -> dict[str, Any]:
@@ -8321,7 +8408,7 @@ class _MessagesReader:
         if messages[-1]["role"] != "assistant":
             return {"messages": messages}
         if "tool_calls" in messages[-1] or not messages[-1]["content"]:
-            raise _invalid("messages", "the last message has no text to continue", "end with a user message")
+            raise _bad_field("messages", "the last message has no text to continue", "end with a user message")
         return {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}
 
     def _turns(self, messages: list[Any]) -> list[tuple[str, _Blocks]]:
@@ -8337,7 +8424,7 @@ class _MessagesReader:
             else:
                 turns.append((role, blocks))
         if not turns:
-            raise _invalid("messages", "must not be empty", "send at least one message")
+            raise _bad_field("messages", "must not be empty", "send at least one message")
         return turns
 
     def _blocks(self, place: str, content: Any, where: str) -> _Blocks:
@@ -8412,7 +8499,7 @@ class _MessagesReader:
         try:
             binascii.a2b_base64(given["data"], strict_mode=True)
         except ValueError:
-            raise _invalid(f"{where}.data", "is not base64", "send padded base64 without line breaks") from None
+            raise _bad_field(f"{where}.data", "is not base64", "send padded base64 without line breaks") from None
         url = f"data:{given['media_type']};base64,{given['data']}"
         return {"type": "image_url", "image_url": {"url": url}}
 
@@ -8440,16 +8527,16 @@ def _sampling_from_messages(reader: _MessagesReader, count_tokens: bool) -> dict
     if "max_tokens" in reader.body or not count_tokens:
         chat["max_tokens"] = reader.take("max_tokens", int)
         if chat["max_tokens"] < 1:
-            raise _invalid("max_tokens", "must be at least 1", "send how many tokens may be generated")
+            raise _bad_field("max_tokens", "must be at least 1", "send how many tokens may be generated")
     temperature = reader.body.get("temperature", 0)
     if type(temperature) not in (int, float) or not 0 <= temperature <= 1:
-        raise _invalid("temperature", "must be a number between 0 and 1", "send a value in that range")
+        raise _bad_field("temperature", "must be a number between 0 and 1", "send a value in that range")
     if reader.take("stream", bool, False):
         chat |= {"stream": True, "stream_options": {"include_usage": True}}
     stop = reader.take("stop_sequences", list, [])
     for number, text in enumerate(stop):
         if not _checked(text, str, f"stop_sequences[{number}]"):
-            raise _invalid(f"stop_sequences[{number}]", "must not be empty", "leave it out")
+            raise _bad_field(f"stop_sequences[{number}]", "must not be empty", "leave it out")
     if stop:
         chat["stop"] = stop
     return chat
@@ -8493,7 +8580,7 @@ def _tools_from_messages(reader: _MessagesReader) -> dict[str, Any]:
         elif re.fullmatch("[a-z0-9_]{1,64}", _checked(kind, str, f"{where}.type")):
             reader.ignore(f"tools.{kind}")
         else:
-            raise _invalid(f"{where}.type", "is not the name of a type", "send custom with an input_schema")
+            raise _bad_field(f"{where}.type", "is not the name of a type", "send custom with an input_schema")
     choice = _tool_choice_from_messages(reader, names)
     if not functions:
         return {}
@@ -8818,8 +8905,8 @@ class V1Body(TypedDict, total=False):
     grammar: Annotated[str | None, Field(max_length=65_536)]
 
 
-for _shape in (Body, GenerateBody, ChatBody, StructuredBody):
-    setattr(_shape, "__pydantic_config__", _STRICT)  # noqa: B010
+for _body in (Body, GenerateBody, ChatBody, StructuredBody):
+    setattr(_body, "__pydantic_config__", _STRICT)  # noqa: B010
 setattr(V1Body, "__pydantic_config__", _STRICT | {"extra": "allow"})  # noqa: B010
 
 
@@ -8897,40 +8984,6 @@ class Surface(ABC):
     def error_event(self, error: InferenceError) -> bytes:
         """The event of a failure after that."""
         return b"data: " + to_json(self.error(error)[1]) + b"\n\n"
-
-
-class ChunkReader:
-    """Turns bursts into `Chunk`s; what belongs to the end (finish_reason, usage, timing) is kept for `last`."""
-
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.end, self.finish, self.called = Answer(), None, False
-        self.finish: str | None
-
-    def chunks(self, burst: Burst) -> list[Chunk]:
-        found = []
-        for payload in burst.payloads:
-            chunk = chunk_of(payload)
-            self.finish = chunk.finish_reason or self.finish
-            self.end.usage, self.end.timing = chunk.usage or self.end.usage, chunk.timing or self.end.timing
-            if chunk.text or chunk.reasoning or chunk.tool_calls or chunk.logprobs:
-                self.called = self.called or bool(chunk.tool_calls)
-                if chunk.finish_reason or chunk.usage:
-                    chunk = dataclasses.replace(chunk, finish_reason=None, usage=None, timing=None)
-                found.append(chunk)
-        if found and not self.end.first_at:
-            self.end.first_at = time.monotonic()
-        return found
-
-    def last(self, served: Served) -> Chunk:
-        """The chunk that ends the stream."""
-        return Chunk(
-            finish_reason="tool_calls" if self.called and self.finish == "stop" else self.finish,
-            usage=self.end.usage or Usage(),
-            timing=timing_from(self.end, self.started),
-            result=served.result,
-            ignored=served.ignored,
-        )
 
 
 class OwnSurface(Surface):
@@ -9378,7 +9431,7 @@ class Metrics:
 
 
 class Gateway:
-    """One server's state: its inferencers, its limits, and what answers a POST. Callers choose names, never addresses."""
+    """One server's state: inferencers, limits, and what answers a POST. Callers choose names, never addresses."""
 
     def __init__(self, settings: Settings, llm: LLMInferencer | None = None) -> None:
         self.settings, self.draining = settings, False
@@ -9480,7 +9533,7 @@ class Gateway:
         return self.others[engine_type]
 
     async def _known_default(self) -> None:
-        """With engine "auto": wait until it is known which one it is; what keeps it from being found is its own error."""
+        """With engine "auto": wait until it is found; a failure to find it is not this request's error."""
         with contextlib.suppress(InferenceError):
             await self.default.found()
 
@@ -9518,7 +9571,7 @@ class Gateway:
         return await self.inferencer(owners[0]), model
 
     async def models(self) -> list[tuple[str, ModelInfo]]:
-        """(engine, model) of every engine that answers; asked for again after ten seconds, and at once where none did."""
+        """(engine, model) of every engine that answers; refreshed after ten seconds, and at once where none did."""
         if time.monotonic() - self.listed[0] > 10 or not self.listed[1]:
             self.listed = (time.monotonic(), await self._list())
         return self.listed[1]
@@ -9742,7 +9795,7 @@ class Exchange:
             self.task.cancel()
 
     async def fail(self, error: InferenceError) -> int:
-        """The error as an answer; as an event where the answer has begun, and then no clean end. Returns its HTTP status."""
+        """Send the error: as an answer, or as a last event where the answer has begun. Returns its HTTP status."""
         self.error_kind = error.kind
         self.served.usage = getattr(error, "usage", None) or self.served.usage
         status, body = self.surface.error(error)
@@ -9771,7 +9824,7 @@ class Exchange:
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def events(self, parts: AsyncGenerator[bytes, None]) -> None:
-        """Server-sent events: the first is awaited before the 200, silence is filled with comments, the end is the generator's.
+        """Send server-sent events: the first is awaited before the 200, and silence is filled with comments.
 
         A client that reads nothing for `idle` seconds counts as gone.
         """
@@ -9926,7 +9979,7 @@ def v1_responses() -> dict[int | str, dict[str, Any]]:
 def create_router(
     llm: LLMInferencer | None = None, settings: Settings | None = None, *, gateway: Gateway | None = None
 ) -> Any:
-    """A FastAPI router with `/api/v1/llm/…` for any app. Authentication is the host's: give include_router its dependencies.
+    """A FastAPI router with `/api/v1/llm/…` for any app. Authentication is the host's: see include_router(dependencies=).
 
     `llm` answers where a request names no engine; it is closed with the host's lifespan. The host's own routes, error
     handlers, logging, signals and event loop are left alone.
@@ -10030,7 +10083,7 @@ def envelope_route() -> Any:
                         and request.scope.get("route") is not None
                         and self.dependant.dependencies
                     ):
-                        request._body = await read_body(request.receive)  # a dependency may read it too
+                        request._body = await read_body(request.receive)  # type: ignore[arg-type]  # a dependency may read it
                     return await handle(request)
                 except ClientGone:
                     return Response(status_code=499)
@@ -10050,7 +10103,8 @@ def enveloped_error(exc: Exception, response: "Callable[..., StarletteResponse]"
 
 
 _KIND_BY_STATUS: dict[int, type[InferenceError]] = {
-    401: Unauthorized, 403: Unauthorized, 404: NotFound, 405: MethodNotAllowed, 413: PayloadTooLarge, 429: Busy, 503: NotReady,
+    401: Unauthorized, 403: Unauthorized, 404: NotFound, 405: MethodNotAllowed, 413: PayloadTooLarge, 429: Busy,
+    503: NotReady,
 }  # fmt: skip
 
 
@@ -10061,7 +10115,9 @@ def http_error(exc: Exception) -> tuple[InferenceError, int]:
         kind = _KIND_BY_STATUS.get(status, InvalidRequest if status < 500 else InferenceError)
         return kind(str(getattr(exc, "detail", "")) or "refused", "see /docs"), status
     if type(exc).__name__ == "RequestValidationError":  # FastAPI's, of a host's dependency
-        places = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in exc.errors()[:4]]  # type: ignore[attr-defined]
+        places = []
+        for each in exc.errors()[:4]:  # type: ignore[attr-defined]
+            places.append(f"{'.'.join(map(str, each['loc']))}: {each['msg']}")
         error: InferenceError = InvalidRequest("; ".join(places), "correct the named field")
     else:
         error = as_inference_error(exc)
@@ -10228,7 +10284,7 @@ def refusal_body(error: InferenceError, path: str) -> dict[str, Any]:
 
 
 def foreign_reason(scope: Scope, headers: Mapping[bytes, bytes], trusted: Sequence[str] = ()) -> str:
-    """What a call has that no call of this machine's own has; "" for one from here, by a loopback name, without a proxy."""
+    """Why a call is not this machine's own; "" for one from here, by a loopback name, without a proxy."""
     named = headers.get(b"host", b"").decode("latin-1")
     host = re.sub(r":\d+$", "", named).lower()
     peer = (scope.get("client") or ("",))[0]
@@ -10275,7 +10331,7 @@ _ROUTE_HINTS = {
 
 
 def create_app(settings: Settings | None = None, llm: LLMInferencer | None = None) -> Any:
-    """The whole server: our own routes, the /v1 surfaces, health, documentation, chat page, guards. An ASGI application."""
+    """The server as an ASGI application: our own routes, the /v1 surfaces, health, docs, chat page, guards."""
     from fastapi import FastAPI
     from starlette.middleware.cors import CORSMiddleware
 
@@ -10348,7 +10404,7 @@ def add_error_handlers(app: Any) -> None:
 
     async def failed(request: Request, exc: Exception) -> Response:
         error, status = http_error(exc)
-        path = path_below(request.scope)
+        path = path_below(dict(request.scope))
         if status == 404:
             error = NotFound(f"there is no route {path[:100]!r}", route_hint(path))
         headers = {**(getattr(exc, "headers", None) or {}), "x-error-kind": error.kind}
@@ -10609,7 +10665,7 @@ def _end_with(parent: Any) -> None:
 
 
 def reload_config(gateway: Gateway) -> None:
-    """SIGHUP: read the file again. New endpoints join, removed ones finish what they have; an invalid file changes nothing."""
+    """SIGHUP: new endpoints join, removed ones finish what they have; an invalid file changes nothing."""
     try:
         settings = load_settings({"config": gateway.settings.config}, "serve")
     except InferenceError as exc:
@@ -10893,7 +10949,7 @@ RAY_HINTS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"x
 
 
 class RayGate:
-    """Pure ASGI, in Ray's HTTP proxies: where a replica is lost, or Ray itself refuses, the request ends as every error here.
+    """Pure ASGI, in Ray's HTTP proxies: where a replica is lost, or Ray itself refuses, the error has our form.
 
     Ray alone answers plain text, or nothing. A stream that is cut ends with an error event, and without [DONE].
     """
@@ -11004,7 +11060,7 @@ def deploy(
     replicas: int | tuple[int, int] = 1,
     name: str = "llm_inference",
 ) -> None:
-    """Put the API on Ray Serve, in front of an engine that runs already; returns once it answers. Again: a rolling update.
+    """Put the API on Ray Serve, in front of a running engine; returns once it answers. Again: a rolling update.
 
     `replicas`: a number, or (least, most), between which Ray scales. Each has the limits of `settings`. In the cluster
     that RAY_ADDRESS names or that runs here, else in one that lives as long as this process. Ray drains a replica
@@ -11100,7 +11156,7 @@ def _ray_replica(settings: Settings, fields: dict[str, Any], replicas: int | tup
 
 # Server processes (--workers)
 def supervise(run: Callable[[], None], workers: int) -> None:
-    """That many processes of `run`, a new one for each that ends, until SIGTERM or Ctrl-C; a second one does not wait."""
+    """That many processes of `run`, replaced when they end, until SIGTERM or Ctrl-C; a second one does not wait."""
     import multiprocessing.connection
 
     context, stopping = multiprocessing.get_context("spawn"), False
@@ -11129,7 +11185,7 @@ def supervise(run: Callable[[], None], workers: int) -> None:
 
 @contextlib.contextmanager
 def sharing(settings: Settings, workers: int) -> Iterator[Settings]:
-    """What each of several workers gets: its part of the limits, and the engines, which this process finds, starts and keeps."""
+    """What each worker gets: its part of the limits, and the engines, which this process finds, starts and keeps."""
     with settings.inferencer() as llm, contextlib.ExitStack() as stack:
         fleet, over = portal.call(llm.found()), threading.Event()
         shared = [portal.call(_shared_endpoint(endpoint)) for endpoint in fleet.endpoints]
