@@ -3520,7 +3520,7 @@ class EngineChild:
         self.generation += 1
 
     def _choose_address(self) -> str:
-        """Key, port and socket; they survive a restart where they are free, for --workers know them. The socket's folder."""
+        """Choose key, port and socket; kept over a restart where free (--workers know them). The socket's folder."""
         self.key = self.key or secrets.token_urlsafe(24)
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -4273,7 +4273,7 @@ class BaseLLMAdapter:
         body = request.body | {"model": model}
         if body.get("tool_choice") == "none":  # no tools, no calls: honoured everywhere
             body = {name: value for name, value in body.items() if name not in ("tools", "tool_choice")}
-        missing, harmless, off = self._left_out(request, body, has)
+        missing, harmless, off = left_out(self, request, body, has)
         if missing and not (request.lenient and {"images", "tool_messages"}.isdisjoint(missing)):
             raise self._unsupported(model, missing, body)
         kept = {name: value for name, value in body.items() if name not in (*missing, *harmless, *off)}
@@ -4282,32 +4282,6 @@ class BaseLLMAdapter:
         served = request.served
         served.engine_type, served.model, served.ignored = self.engine_type, model, tuple(ignored)
         return kept
-
-    def _left_out(
-        self, request: GenerateRequest, body: dict[str, Any], has: Container[str]
-    ) -> tuple[list[str], list[str], set[str]]:
-        """The fields that the engine lacks, those that it does not need, and values that ask for nothing here."""
-        honoured, harmless = self.fields(request.surface), self.harmless(request.surface)
-        missing, off = set(), set()
-        for name in requested_features(body):
-            if name in has or (name in honoured and name not in self.capabilities):
-                continue
-            fields = [each for each in (THINKING_FIELDS if name == "think" else (name,)) if each in body]
-            if fields and all(is_off(each, body[each]) for each in fields):
-                off.update(fields)
-            else:
-                missing.update(fields or [name])
-        ignored = []
-        for name, value in body.items():
-            if name in honoured or name in missing or name in off:
-                continue
-            if name in harmless:
-                ignored.append(name)
-            elif is_off(name, value) or (name in SAMPLING_FIELDS and value is False):
-                off.add(name)
-            else:
-                missing.add(name)
-        return sorted(missing), ignored, off
 
     def harmless(self, surface: str) -> Container[str]:
         """The fields that cannot change an answer of this engine."""
@@ -4382,6 +4356,33 @@ class BaseLLMAdapter:
                 yield Burst(payloads=payloads, end=ended)
         if not ended:
             raise BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again")
+
+
+def left_out(
+    engine: BaseLLMAdapter, request: GenerateRequest, body: dict[str, Any], has: Container[str]
+) -> tuple[list[str], list[str], set[str]]:
+    """The fields that the engine lacks, those that it does not need, and values that ask for nothing here."""
+    honoured, harmless = engine.fields(request.surface), engine.harmless(request.surface)
+    missing, off = set(), set()
+    for name in requested_features(body):
+        if name in has or (name in honoured and name not in engine.capabilities):
+            continue
+        fields = [each for each in (THINKING_FIELDS if name == "think" else (name,)) if each in body]
+        if fields and all(is_off(each, body[each]) for each in fields):
+            off.update(fields)
+        else:
+            missing.update(fields or [name])
+    ignored = []
+    for name, value in body.items():
+        if name in honoured or name in missing or name in off:
+            continue
+        if name in harmless:
+            ignored.append(name)
+        elif is_off(name, value) or (name in SAMPLING_FIELDS and value is False):
+            off.add(name)
+        else:
+            missing.add(name)
+    return sorted(missing), ignored, off
 
 
 def wants_usage(body: Mapping[str, Any]) -> bool:
@@ -4594,14 +4595,137 @@ class Launcher:
             self.release()
 
 
-class Connection:
-    """Reaches one engine server: finds or starts it, and sends it requests."""
+class EngineClient(ABC):
+    """Sends requests to one engine server, wherever `reach` finds it."""
 
     def __init__(self, adapter: "HTTPAdapter") -> None:
         self._adapter = weakref.proxy(adapter)
         self.name = adapter.engine_type
+        self.sessions = Sessions()
+
+    @abstractmethod
+    async def reach(self) -> Target:
+        """Where the engine is."""
+
+    @abstractmethod
+    async def found_again(self, lost: Target, version: str, exc: EngineUnavailable) -> Target:
+        """Where the engine is after a connection was refused. Raises where it is gone, or another one."""
+
+    async def fetch(
+        self, target: Target, path: str, limits: Deadlines, body: Any = None, refusals: Container[int] = (401, 403)
+    ) -> Any:
+        """A small JSON question; None for anything but 200 with JSON. Raises what a status among `refusals` means."""
+        deadline = Deadline(limits, self.name)
+        method, data = ("GET", None) if body is None else ("POST", to_json(body))
+        try:
+            reply = await self.send(method, target, path, data, deadline, limits.connect)
+            try:
+                found = await deadline.wait(reply.body())
+            finally:
+                await reply.close()
+        finally:
+            deadline.close()
+        if reply.headers.get("x-llm-inference") == INSTANCE:
+            raise EngineUnavailable("that address is this very server", "give the engine's own address")
+        if reply.status in refusals:
+            raise self._adapter.read_error(reply.status, found, reply.headers)
+        if reply.status != 200:
+            return None
+        with contextlib.suppress(ValueError):
+            return from_json(found)
+        return None
+
+    async def post(self, path: str, body: bytes, deadlines: Deadlines) -> bytes:
+        """The engine's complete reply to a POST, as it came."""
+        await self.reach()  # to start an engine may take longer than an answer
+        deadline = Deadline(dataclasses.replace(deadlines, first_token=deadlines.total), self.name)
+        try:
+            reply = await self.open(path, body, deadline)
+            try:
+                return await deadline.wait(reply.body())
+            finally:
+                await reply.close()
+        finally:
+            deadline.close()
+
+    async def read(self, path: str, body: bytes, deadlines: Deadlines) -> AsyncGenerator[bytes, None]:
+        """The reply to a streamed call in complete lines, as they came. Leaving early closes the connection."""
+        await self.reach()
+        deadline = Deadline(deadlines, self.name)
+        reply: Reply | None = None
+        try:
+            reply, lines = await self.open(path, body, deadline), LineReader()
+            if reply.headers.get("content-type", "").startswith("application/json"):  # an error under 200
+                self._adapter.payload(await deadline.wait(reply.body()))
+                raise BadEngineReply(f"{self.name} did not stream", "check the server's version")
+            while data := await deadline.wait(reply.read()):
+                deadline.received()
+                if data := lines.complete(data):
+                    yield data
+            if rest := lines.end():
+                yield rest[0] + b"\n"
+        finally:
+            deadline.close()
+            if reply is not None:
+                await reply.close()
+
+    async def open(self, path: str, body: bytes, deadline: Deadline) -> Reply:
+        """The engine's reply to a POST, its status checked. A refused connection is retried where the engine is now."""
+        adapter = self._adapter
+        target, version = await self.reach(), adapter.version
+        try:
+            reply = await self.send("POST", target, path, body, deadline, adapter.deadlines.connect)
+        except EngineUnavailable as exc:
+            if not isinstance(exc.__cause__, ConnectionRefusedError):
+                raise
+            target = await self.found_again(target, version, exc)
+            reply = await self.send("POST", target, path, body, deadline, adapter.deadlines.connect)
+        if reply.status == 200 and reply.headers.get("content-encoding", "identity") == "identity":
+            return reply
+        try:
+            data = await deadline.wait(reply.body(1 << 20))
+        finally:
+            await reply.close()
+        raise adapter.read_error(reply.status, data, reply.headers)
+
+    async def send(
+        self, method: str, target: Target, path: str, body: bytes | None, deadline: Deadline, connect: float
+    ) -> Reply:
+        """Send one request; its reply's head. Raises EngineTimeout, EngineUnavailable."""
+        wire = await self.sessions.get(target.uds)
+        headers = self._request_headers(target, body)
+        try:
+            return await deadline.wait(wire.send(method, target.url + path, body, headers, connect))
+        except TimeoutError as exc:
+            reason = f"{self.name}: connect deadline of {connect:g} s passed"
+            raise EngineTimeout(reason, "check that the address is right and the host is up") from exc
+        except socket.gaierror as exc:
+            where = f"at {target.url}"
+            raise EngineUnavailable(
+                f"{self.name}: its host name is not known", "correct the address", detail=where
+            ) from exc
+        except ConnectionRefusedError as exc:
+            hint = "ask again" if target.child else f"start it: {self._adapter.start_hint}"
+            raise EngineUnavailable(f"{self.name} refuses connections", hint, detail=f"at {target.url}") from exc
+
+    def _request_headers(self, target: Target, body: bytes | None) -> dict[str, str]:
+        headers = {**target.headers, "accept-encoding": "identity", LOOP_HEADER: INSTANCE, **TRACE.get()}
+        if not self._adapter.keep_alive:
+            headers["connection"] = "close"
+        if body is not None:
+            headers["content-type"] = "application/json"
+        if request_id := REQUEST_ID.get():
+            headers["x-request-id"] = request_id
+        return headers
+
+
+class Connection(EngineClient):
+    """Finds one engine server, or starts it; what is known of a server ends with it."""
+
+    def __init__(self, adapter: "HTTPAdapter") -> None:
+        super().__init__(adapter)
         self.target: Target | None = None
-        self.sessions, self.launcher = Sessions(), Launcher(adapter.engine_type)
+        self.launcher = Launcher(adapter.engine_type)
         self._flight = SingleFlight()
 
     async def reach(self) -> Target:
@@ -4710,124 +4834,17 @@ class Connection:
                 return engines[owner]
         return None
 
-    async def fetch(
-        self, target: Target, path: str, limits: Deadlines, body: Any = None, refusals: Container[int] = (401, 403)
-    ) -> Any:
-        """A small JSON question; None for anything but 200 with JSON. Raises what a status among `refusals` means."""
-        deadline = Deadline(limits, self.name)
-        method, data = ("GET", None) if body is None else ("POST", to_json(body))
-        try:
-            reply = await self.send(method, target, path, data, deadline, limits.connect)
-            try:
-                found = await deadline.wait(reply.body())
-            finally:
-                await reply.close()
-        finally:
-            deadline.close()
-        if reply.headers.get("x-llm-inference") == INSTANCE:
-            raise EngineUnavailable("that address is this very server", "give the engine's own address")
-        if reply.status in refusals:
-            raise self._adapter.read_error(reply.status, found, reply.headers)
-        if reply.status != 200:
-            return None
-        with contextlib.suppress(ValueError):
-            return from_json(found)
-        return None
-
-    async def send(
-        self, method: str, target: Target, path: str, body: bytes | None, deadline: Deadline, connect: float
-    ) -> Reply:
-        """Send one request; its reply's head. Raises EngineTimeout, EngineUnavailable."""
-        wire = await self.sessions.get(target.uds)
-        headers = self._request_headers(target, body)
-        try:
-            return await deadline.wait(wire.send(method, target.url + path, body, headers, connect))
-        except TimeoutError as exc:
-            reason = f"{self.name}: connect deadline of {connect:g} s passed"
-            raise EngineTimeout(reason, "check that the address is right and the host is up") from exc
-        except socket.gaierror as exc:
-            where = f"at {target.url}"
-            raise EngineUnavailable(
-                f"{self.name}: its host name is not known", "correct the address", detail=where
-            ) from exc
-        except ConnectionRefusedError as exc:
-            hint = "ask again" if target.child else f"start it: {self._adapter.start_hint}"
-            raise EngineUnavailable(f"{self.name} refuses connections", hint, detail=f"at {target.url}") from exc
-
-    def _request_headers(self, target: Target, body: bytes | None) -> dict[str, str]:
-        headers = {**target.headers, "accept-encoding": "identity", LOOP_HEADER: INSTANCE, **TRACE.get()}
-        if not self._adapter.keep_alive:
-            headers["connection"] = "close"
-        if body is not None:
-            headers["content-type"] = "application/json"
-        if request_id := REQUEST_ID.get():
-            headers["x-request-id"] = request_id
-        return headers
-
-    async def open(self, path: str, body: bytes, deadline: Deadline) -> Reply:
-        """The engine's reply to a POST, its status checked. A refused connection is retried once where the engine is now."""
-        adapter = self._adapter
-        target, version = await self.reach(), adapter.version
-        try:
-            reply = await self.send("POST", target, path, body, deadline, adapter.deadlines.connect)
-        except EngineUnavailable as exc:
-            if not isinstance(exc.__cause__, ConnectionRefusedError):
-                raise
-            target = await self._found_again(target, version, exc)
-            reply = await self.send("POST", target, path, body, deadline, adapter.deadlines.connect)
-        if reply.status == 200 and reply.headers.get("content-encoding", "identity") == "identity":
-            return reply
-        try:
-            data = await deadline.wait(reply.body(1 << 20))
-        finally:
-            await reply.close()
-        raise adapter.read_error(reply.status, data, reply.headers)
-
-    async def _found_again(self, target: Target, version: str, exc: EngineUnavailable) -> Target:
-        if target.child is None:
-            if self.target is target:
+    async def found_again(self, lost: Target, version: str, exc: EngineUnavailable) -> Target:
+        if lost.child is None:
+            if self.target is lost:
                 self.forget()
-        elif target.child.alive:
+        elif lost.child.alive:
             raise exc
         found = await self.reach()
         if self._adapter.version != version:  # the body was written for the other one
             reason = f"{self.name} was replaced by version {self._adapter.version}"
             raise EngineUnavailable(reason, "ask again") from exc
         return found
-
-    async def post(self, path: str, body: bytes, deadlines: Deadlines) -> bytes:
-        """The engine's complete reply to a POST, as it came."""
-        await self.reach()  # to start an engine may take longer than an answer
-        deadline = Deadline(dataclasses.replace(deadlines, first_token=deadlines.total), self.name)
-        try:
-            reply = await self.open(path, body, deadline)
-            try:
-                return await deadline.wait(reply.body())
-            finally:
-                await reply.close()
-        finally:
-            deadline.close()
-
-    async def read(self, path: str, body: bytes, deadlines: Deadlines) -> AsyncGenerator[bytes, None]:
-        """The reply to a streamed call in complete lines, as they came. Leaving early closes the connection."""
-        await self.reach()
-        deadline = Deadline(deadlines, self.name)
-        reply: Reply | None = None
-        try:
-            reply, lines = await self.open(path, body, deadline), LineReader()
-            if reply.headers.get("content-type", "").startswith("application/json"):  # an error under 200
-                self._adapter.payload(await deadline.wait(reply.body()))
-                raise BadEngineReply(f"{self.name} did not stream", "check the server's version")
-            while data := await deadline.wait(reply.read()):
-                deadline.received()
-                if data := lines.complete(data):
-                    yield data
-            if rest := lines.end():
-                yield rest[0] + b"\n"
-        finally:
-            deadline.close()
-            if reply is not None:
-                await reply.close()
 
     async def close(self) -> None:
         await portal.run(self._close())
@@ -4930,6 +4947,46 @@ Decoded = tuple[
 ]  #: events, the error behind them, whether the answer has ended
 Decoder = Callable[[bytes], Decoded]
 Get = Callable[[str], Coroutine[Any, Any, Any]]
+
+
+def engine_error(
+    engine: "type[HTTPAdapter] | HTTPAdapter", status: int, data: bytes, headers: Mapping[str, str]
+) -> InferenceError:
+    """One of our errors from an engine's status and body: by what it says, else by its status."""
+    message = error_text(data)
+    given = headers.get("retry-after", "")
+    retry_after = int(given) if re.fullmatch(r"\d{1,5}", given) else None
+    reason = f"{engine.engine_type}: {message}"
+    for pattern, error, hint in _ENGINE_ERRORS:
+        if re.search(pattern, message, re.IGNORECASE) and (error is not EngineUnavailable or status >= 500):
+            if error is EngineOverloaded:
+                retry_after = retry_after or 2
+            return error(reason, engine.embed_hint if hint == "@embed" else hint, retry_after=retry_after)
+    return _error_by_status(engine, status, message, retry_after)
+
+
+def _error_by_status(
+    engine: "type[HTTPAdapter] | HTTPAdapter", status: int, message: str, retry_after: int | None
+) -> InferenceError:
+    name, reason = engine.engine_type, f"{engine.engine_type}: {message}"
+    if status in (401, 403):
+        hint = f"set --engine-api-key or {engine.key_env or 'api_key'}"
+        return EngineUnavailable(f"{name} refuses our key", hint)
+    if status == 404 and "model" in message:
+        return ModelNotFound(reason, "see models()")
+    if status == 404:
+        return UnsupportedFeature(f"{name} does not do this with the model it serves", engine.embed_hint)
+    if status in (429, 503):
+        return EngineOverloaded(reason, "ask again later", retry_after=retry_after or 2)
+    if status == 408:
+        return EngineTimeout(reason, "ask again", retry_after=retry_after)
+    if status in (409, 502, 504):
+        return EngineUnavailable(reason, "ask again", retry_after=retry_after)
+    if 400 <= status < 500:
+        return InvalidRequest(reason, "correct the request")
+    if status == 501:
+        return UnsupportedFeature(reason, "use another engine or model")
+    return BadEngineReply(f"{name} answered {status}: {message}", "see the engine's log")
 
 
 class HTTPAdapter(BaseLLMAdapter):
@@ -5125,36 +5182,7 @@ class HTTPAdapter(BaseLLMAdapter):
 
     def read_error(self, status: int, data: bytes, headers: Mapping[str, str] | None = None) -> InferenceError:
         """One of our errors from an engine's status and body."""
-        message = error_text(data)
-        given = (headers or {}).get("retry-after", "")
-        retry_after = int(given) if re.fullmatch(r"\d{1,5}", given) else None
-        reason = f"{self.engine_type}: {message}"
-        for pattern, error, hint in _ENGINE_ERRORS:
-            if re.search(pattern, message, re.IGNORECASE) and (error is not EngineUnavailable or status >= 500):
-                if error is EngineOverloaded:
-                    retry_after = retry_after or 2
-                return error(reason, self.embed_hint if hint == "@embed" else hint, retry_after=retry_after)
-        return self._error_by_status(status, reason, message, retry_after)
-
-    def _error_by_status(self, status: int, reason: str, message: str, retry_after: int | None) -> InferenceError:
-        if status in (401, 403):
-            hint = f"set --engine-api-key or {self.key_env or 'api_key'}"
-            return EngineUnavailable(f"{self.engine_type} refuses our key", hint)
-        if status == 404 and "model" in message:
-            return ModelNotFound(reason, "see models()")
-        if status == 404:
-            return UnsupportedFeature(f"{self.engine_type} does not do this with the model it serves", self.embed_hint)
-        if status in (429, 503):
-            return EngineOverloaded(reason, "ask again later", retry_after=retry_after or 2)
-        if status == 408:
-            return EngineTimeout(reason, "ask again", retry_after=retry_after)
-        if status in (409, 502, 504):
-            return EngineUnavailable(reason, "ask again", retry_after=retry_after)
-        if 400 <= status < 500:
-            return InvalidRequest(reason, "correct the request")
-        if status == 501:
-            return UnsupportedFeature(reason, "use another engine or model")
-        return BadEngineReply(f"{self.engine_type} answered {status}: {message}", "see the engine's log")
+        return engine_error(self, status, data, headers or {})
 
 
 def _called(arguments: str) -> list[dict[str, Any]]:
@@ -5379,7 +5407,7 @@ def first_call_only(burst: Burst) -> list[dict[str, Any]]:
         for choice in payload.get("choices") or ():
             calls = message_of(choice).get("tool_calls")
             if isinstance(calls, list):
-                message_of(choice)["tool_calls"] = [call for call in calls if call.get("index", 0) == 0]  # type: ignore[index]
+                choice["delta"] = {**message_of(choice), "tool_calls": [c for c in calls if c.get("index", 0) == 0]}
     return burst.payloads
 
 
@@ -5783,31 +5811,13 @@ def free_cores() -> int:
     return max(1, min(cores - 1, cores - round(os.getloadavg()[0])))
 
 
-class OllamaAdapter(HTTPAdapter):
-    """Ollama's native API. Source: github.com/ollama/ollama docs/api.md, 0.33."""
+class OllamaTranslator(HTTPAdapter):
+    """OpenAI's vocabulary to Ollama's native API, and back. Source: github.com/ollama/ollama docs/api.md, 0.33."""
 
-    engine_type = "ollama"
-    extras = frozenset({"tool_messages", "images", "embed", "pull"})
     #: options that a caller may not set: they belong to the machine, or go around max_tokens
     NOT_OPTIONS: ClassVar[frozenset[str]] = frozenset(
         {"num_gpu", "main_gpu", "num_thread", "num_batch", "use_mmap", "draft_num_predict", "num_predict"}
     )
-    in_auto = True
-    default_url, url_env, key_env, package = "http://127.0.0.1:11434", "OLLAMA_HOST", "OLLAMA_API_KEY", "ollama"
-    start_hint, install_hint = "ollama serve", "see ollama.com/download"
-    embed_hint = "use an embedding model: ollama pull nomic-embed-text"
-    pull_hint = "ollama pull MODEL (for example qwen3:0.6b)"
-    features_ttl = 10.0  # a model may be created again under the same name
-    CAPABILITIES: ClassVar[tuple[tuple[str, str], ...]] = (
-        ("tools", "tools"), ("tool_messages", "tools"), ("think", "thinking"), ("images", "vision"),
-        ("embed", "embedding"),
-    )  # fmt: skip
-
-    _default: tuple[float, str] = (float("-inf"), "")  #: when the model to use by default was looked for, and its name
-
-    async def identify(self, get: Get) -> str | None:
-        answer = await get("/api/version")
-        return str(answer["version"]) if isinstance(answer, dict) and "version" in answer else None
 
     def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         if request.path == EMBEDDINGS:
@@ -5984,6 +5994,29 @@ class OllamaAdapter(HTTPAdapter):
             return Burst(payloads=found, end=ended) if found else None, None, ended
 
         return decode
+
+
+class OllamaAdapter(OllamaTranslator):
+    """Ollama: its server, its models and their features."""
+
+    engine_type = "ollama"
+    extras = frozenset({"tool_messages", "images", "embed", "pull"})
+    in_auto = True
+    default_url, url_env, key_env, package = "http://127.0.0.1:11434", "OLLAMA_HOST", "OLLAMA_API_KEY", "ollama"
+    start_hint, install_hint = "ollama serve", "see ollama.com/download"
+    embed_hint = "use an embedding model: ollama pull nomic-embed-text"
+    pull_hint = "ollama pull MODEL (for example qwen3:0.6b)"
+    features_ttl = 10.0  # a model may be created again under the same name
+    CAPABILITIES: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("tools", "tools"), ("tool_messages", "tools"), ("think", "thinking"), ("images", "vision"),
+        ("embed", "embedding"),
+    )  # fmt: skip
+
+    _default: tuple[float, str] = (float("-inf"), "")  #: when the model to use by default was looked for, and its name
+
+    async def identify(self, get: Get) -> str | None:
+        answer = await get("/api/version")
+        return str(answer["version"]) if isinstance(answer, dict) and "version" in answer else None
 
     async def answer(self, request: GenerateRequest, body: dict[str, Any]) -> Answer:
         try:
@@ -6358,12 +6391,11 @@ def rendezvous_order(endpoints: Sequence[Endpoint], key: int) -> list[Endpoint]:
 Route = tuple[Endpoint, str | None]  #: where a request goes, and the model's name there
 
 
-class Fleet:
-    """The endpoints of one process, and which of them answers a request.
+class Router:
+    """Which endpoints may answer a request, best first.
 
     Requests with the same beginning go to the same endpoint while its load is at most 1.25 times the average
-    (rendezvous hashing with bounded loads, Mirrokni et al. 2016). An endpoint that fails before the first byte of an
-    answer is passed over for the next one; nothing is sent twice after that.
+    (rendezvous hashing with bounded loads, Mirrokni et al. 2016).
     """
 
     BALANCE = 1.25
@@ -6371,6 +6403,141 @@ class Fleet:
     def __init__(self, endpoints: Sequence[Endpoint], aliases: Mapping[str, Sequence[str]] | None = None) -> None:
         self.endpoints = list(endpoints)
         self.aliases = dict(aliases or {})
+
+    async def routes(self, request: GenerateRequest) -> list[Route]:
+        """Where the request may go, best first. Raises ModelNotFound, EngineUnavailable."""
+        if len(self.endpoints) == 1 and not self.aliases:  # one engine: it says itself what it does not serve
+            endpoint = self.endpoints[0]
+            return [(endpoint, without_engine(request.body.get("model"), endpoint))]
+        name = request.body.get("model")
+        groups = await self._resolve(name) if name is not None else await self._default_routes()
+        key = prefix_hash(request.body)
+        found: list[Route] = []
+        for group in groups:
+            models = dict(group)
+            found += [(endpoint, models[endpoint]) for endpoint in self._ordered(list(models), key)]
+        if found:
+            return found
+        raise self.unavailable([endpoint for group in groups for endpoint, _ in group])
+
+    def _ordered(self, endpoints: Sequence[Endpoint], key: int) -> list[Endpoint]:
+        """Those that are up, by rendezvous order; one whose load is over the bound goes behind the others."""
+        now = time.monotonic()
+        up = [endpoint for endpoint in endpoints if endpoint.available(now)]
+        if len(up) < 2:
+            return up
+        in_flight, slots = 1, 0
+        for endpoint in up:
+            in_flight += endpoint.in_flight
+            slots += endpoint.slots
+        bound = self.BALANCE * in_flight / slots
+        order = rendezvous_order(up, key)
+        within = [
+            endpoint
+            for endpoint in order
+            if (endpoint.in_flight + 1) / endpoint.slots <= max(bound, 1 / endpoint.slots)
+        ]
+        over = [endpoint for endpoint in order if endpoint not in within]
+        return within + sorted(over, key=lambda endpoint: endpoint.load)
+
+    async def _default_routes(self) -> list[list[Route]]:
+        """No model was asked for: the default one of the first endpoint that is up, wherever it is served."""
+        now = time.monotonic()
+        error: InferenceError | None = None
+        for endpoint in self.endpoints:
+            if not endpoint.available(now) and len(self.endpoints) > 1:
+                continue
+            try:
+                if endpoint.on_request and not endpoint.running:
+                    return [[(endpoint, None)]]
+                model = await endpoint.adapter.model_for(None)
+            except InferenceError as exc:
+                error = error or exc
+                endpoint.failed(exc)
+                continue
+            return await self._resolve(model)
+        raise error or self.unavailable(self.endpoints)
+
+    async def _resolve(self, name: str, seen: tuple[str, ...] = ()) -> list[list[Route]]:
+        """The endpoints for a name, in groups: an alias's targets in order, the replicas of a model together."""
+        if name in self.aliases and name not in seen:
+            groups: list[list[Route]] = []
+            for target in self.aliases[name]:
+                with contextlib.suppress(ModelNotFound):
+                    groups += await self._resolve(target, (*seen, name))
+            if groups:
+                return groups
+        prefix, _, rest = name.partition("/")
+        engines = {endpoint.adapter.engine_type for endpoint in self.endpoints}
+        within = [e for e in self.endpoints if prefix in (e.adapter.engine_type, e.name)] if rest else []
+        for candidates, model in ((within, rest), (self.endpoints, name)):
+            group = await self._serving(candidates, model)
+            if group:
+                return [group]
+            if candidates and prefix in engines:
+                break
+        raise await self._not_found(name)
+
+    async def _serving(self, endpoints: Sequence[Endpoint], model: str) -> list[Route]:
+        group: list[Route] = []
+        failures: list[InferenceError] = []
+        for endpoint in endpoints:
+            if endpoint.removed:
+                continue
+            if not endpoint.available(time.monotonic()):
+                if model in endpoint._listed or model == endpoint.default_model:
+                    group.append((endpoint, model))
+                continue
+            try:
+                if await endpoint.serves(model):
+                    group.append((endpoint, model))
+            except InferenceError as exc:
+                endpoint.failed(exc)
+                failures.append(exc)
+        if not group and failures and len(failures) == len(endpoints):
+            raise failures[0]
+        return group
+
+    async def _not_found(self, name: str) -> ModelNotFound:
+        known = {*self.aliases}
+        for endpoint in self.endpoints:
+            known |= set(endpoint._listed)
+        hint = did_you_mean(name, known, "see models() or GET /v1/models")
+        return ModelNotFound(f"no endpoint serves the model {name[:100]!r}", hint, param="model")
+
+    def unavailable(self, endpoints: Sequence[Endpoint]) -> EngineUnavailable:
+        """Every endpoint that could answer is down: the last error, and when the next one is tried."""
+        now = time.monotonic()
+        waits = [max(1, int(endpoint.retry_at - now) + 1) for endpoint in endpoints] or [1]
+        for endpoint in endpoints:
+            if endpoint.error:
+                reason = f"{endpoint.name} is down: {endpoint.error}"
+                return EngineUnavailable(reason, "ask again later", retry_after=min(waits))
+        return EngineUnavailable("no endpoint is up", "ask again later", retry_after=min(waits))
+
+    async def models(self) -> list[tuple[Endpoint, ModelInfo]]:
+        """What the endpoints serve, of those that answer; each raises only for itself."""
+        outcomes = await asyncio.gather(*(endpoint.models() for endpoint in self.endpoints), return_exceptions=True)
+        found = []
+        for endpoint, outcome in zip(self.endpoints, outcomes, strict=True):
+            if isinstance(outcome, InferenceError):
+                continue
+            if isinstance(outcome, BaseException):
+                raise outcome
+            for model in outcome.values():
+                found.append((endpoint, model))
+        return found
+
+
+class Fleet(Router):
+    """The endpoints of one process, and the answers to requests.
+
+    An endpoint that fails before the first byte of an answer is passed over for the next one; nothing is sent twice
+    after that.
+    """
+
+    def __init__(self, endpoints: Sequence[Endpoint], aliases: Mapping[str, Sequence[str]] | None = None) -> None:
+        super().__init__(endpoints, aliases)
         self._groups: dict[str, asyncio.Lock] = {}
 
     async def answer(self, request: GenerateRequest) -> Answer:
@@ -6494,130 +6661,6 @@ class Fleet:
             logger.info("%s is stopped: no request for %g s", endpoint.name, limit)
             await endpoint.adapter.close()
 
-    async def routes(self, request: GenerateRequest) -> list[Route]:
-        """Where the request may go, best first. Raises ModelNotFound, EngineUnavailable."""
-        if len(self.endpoints) == 1 and not self.aliases:  # one engine: it says itself what it does not serve
-            endpoint = self.endpoints[0]
-            return [(endpoint, without_engine(request.body.get("model"), endpoint))]
-        name = request.body.get("model")
-        groups = await self._resolve(name) if name is not None else await self._default_routes()
-        key = prefix_hash(request.body)
-        found: list[Route] = []
-        for group in groups:
-            models = dict(group)
-            found += [(endpoint, models[endpoint]) for endpoint in self._ordered(list(models), key)]
-        if found:
-            return found
-        raise self._unavailable([endpoint for group in groups for endpoint, _ in group])
-
-    def _ordered(self, endpoints: Sequence[Endpoint], key: int) -> list[Endpoint]:
-        """Those that are up, by rendezvous order; one whose load is over the bound goes behind the others."""
-        now = time.monotonic()
-        up = [endpoint for endpoint in endpoints if endpoint.available(now)]
-        if len(up) < 2:
-            return up
-        in_flight, slots = 1, 0
-        for endpoint in up:
-            in_flight += endpoint.in_flight
-            slots += endpoint.slots
-        bound = self.BALANCE * in_flight / slots
-        order = rendezvous_order(up, key)
-        within = [
-            endpoint
-            for endpoint in order
-            if (endpoint.in_flight + 1) / endpoint.slots <= max(bound, 1 / endpoint.slots)
-        ]
-        over = [endpoint for endpoint in order if endpoint not in within]
-        return within + sorted(over, key=lambda endpoint: endpoint.load)
-
-    async def _default_routes(self) -> list[list[Route]]:
-        """No model was asked for: the default one of the first endpoint that is up, wherever it is served."""
-        now = time.monotonic()
-        error: InferenceError | None = None
-        for endpoint in self.endpoints:
-            if not endpoint.available(now) and len(self.endpoints) > 1:
-                continue
-            try:
-                if endpoint.on_request and not endpoint.running:
-                    return [[(endpoint, None)]]
-                model = await endpoint.adapter.model_for(None)
-            except InferenceError as exc:
-                error = error or exc
-                endpoint.failed(exc)
-                continue
-            return await self._resolve(model)
-        raise error or self._unavailable(self.endpoints)
-
-    async def _resolve(self, name: str, seen: tuple[str, ...] = ()) -> list[list[Route]]:
-        """The endpoints for a name, in groups: an alias's targets in order, the replicas of a model together."""
-        if name in self.aliases and name not in seen:
-            groups: list[list[Route]] = []
-            for target in self.aliases[name]:
-                with contextlib.suppress(ModelNotFound):
-                    groups += await self._resolve(target, (*seen, name))
-            if groups:
-                return groups
-        prefix, _, rest = name.partition("/")
-        engines = {endpoint.adapter.engine_type for endpoint in self.endpoints}
-        within = [e for e in self.endpoints if prefix in (e.adapter.engine_type, e.name)] if rest else []
-        for candidates, model in ((within, rest), (self.endpoints, name)):
-            group = await self._serving(candidates, model)
-            if group:
-                return [group]
-            if candidates and prefix in engines:
-                break
-        raise await self._not_found(name)
-
-    async def _serving(self, endpoints: Sequence[Endpoint], model: str) -> list[Route]:
-        group: list[Route] = []
-        failures: list[InferenceError] = []
-        for endpoint in endpoints:
-            if endpoint.removed:
-                continue
-            if not endpoint.available(time.monotonic()):
-                if model in endpoint._listed or model == endpoint.default_model:
-                    group.append((endpoint, model))
-                continue
-            try:
-                if await endpoint.serves(model):
-                    group.append((endpoint, model))
-            except InferenceError as exc:
-                endpoint.failed(exc)
-                failures.append(exc)
-        if not group and failures and len(failures) == len(endpoints):
-            raise failures[0]
-        return group
-
-    async def _not_found(self, name: str) -> ModelNotFound:
-        known = {*self.aliases}
-        for endpoint in self.endpoints:
-            known |= set(endpoint._listed)
-        hint = did_you_mean(name, known, "see models() or GET /v1/models")
-        return ModelNotFound(f"no endpoint serves the model {name[:100]!r}", hint, param="model")
-
-    def _unavailable(self, endpoints: Sequence[Endpoint]) -> EngineUnavailable:
-        """Every endpoint that could answer is down: the last error, and when the next one is tried."""
-        now = time.monotonic()
-        waits = [max(1, int(endpoint.retry_at - now) + 1) for endpoint in endpoints] or [1]
-        for endpoint in endpoints:
-            if endpoint.error:
-                reason = f"{endpoint.name} is down: {endpoint.error}"
-                return EngineUnavailable(reason, "ask again later", retry_after=min(waits))
-        return EngineUnavailable("no endpoint is up", "ask again later", retry_after=min(waits))
-
-    async def models(self) -> list[tuple[Endpoint, ModelInfo]]:
-        """What the endpoints serve, of those that answer; each raises only for itself."""
-        outcomes = await asyncio.gather(*(endpoint.models() for endpoint in self.endpoints), return_exceptions=True)
-        found = []
-        for endpoint, outcome in zip(self.endpoints, outcomes, strict=True):
-            if isinstance(outcome, InferenceError):
-                continue
-            if isinstance(outcome, BaseException):
-                raise outcome
-            for model in outcome.values():
-                found.append((endpoint, model))
-        return found
-
     async def close(self) -> None:
         await asyncio.gather(*(endpoint.adapter.close() for endpoint in self.endpoints))
 
@@ -6687,124 +6730,31 @@ class EngineOptions(TypedDict, total=False):
     deadlines: Deadlines | None
 
 
-class LLMInferencer:
-    """One engine and one model, or a fleet, behind the same verbs. Every verb has an `a…` twin; both are thread-safe.
+class AsyncVerbs(ABC):
+    """The asynchronous verbs of `LLMInferencer`."""
 
-    engine_type: a key of ENGINE_MAP, or "auto": the first engine that answers, the embedded llama.cpp last.
-    model_name: as the engine knows it; None = the engine's first. For llamacpp also the path of a .gguf file, or a
-    model of the hub such as "Qwen/Qwen3-0.6B-GGUF:Q8_0".
-
-    Raises (all verbs): InferenceError's subclasses, each with `kind`, `reason`, `hint` and `retryable`.
-    """
-
-    ENGINE_MAP: ClassVar[dict[str, type[BaseLLMAdapter]]] = {
-        "ollama": OllamaAdapter,
-        "vllm": VLLMAdapter,
-        "sglang": SGLangAdapter,
-        "llamacpp": LlamaCppAdapter,
-    }
-
-    def __init__(
-        self,
-        engine_type: str = "auto",
-        model_name: str | os.PathLike[str] | None = None,
-        **options: Unpack[EngineOptions],
-    ) -> None:
-        self.options: dict[str, Any] = dict(options)
-        self.model_name = os.fspath(model_name) if model_name is not None else None
-        if engine_type == "auto" and self.model_name and self.model_name.partition("/")[0] in self.ENGINE_MAP:
-            engine_type, _, self.model_name = self.model_name.partition("/")
-        self._flight = SingleFlight()
-        made = self._endpoints("llamacpp" if engine_type == "auto" else engine_type)  # no I/O; checks the options
-        self.fleet: Fleet | None = None if engine_type == "auto" else Fleet(made)
-
-    @classmethod
-    def from_config(cls, path: str | os.PathLike[str]) -> "LLMInferencer":
-        """The fleet that a TOML file describes (see README). Raises InvalidRequest with the place in the file."""
-        return load_settings({"config": os.fspath(path)}, "serve").inferencer()
-
-    @classmethod
-    def from_fleet(cls, fleet: Fleet, model_name: str | None = None) -> "LLMInferencer":
-        """These endpoints."""
-        made = cls.__new__(cls)
-        made.options, made.model_name, made._flight, made.fleet = {}, model_name, SingleFlight(), fleet
-        return made
-
-    def _endpoints(self, engine_type: str, **more: Any) -> list[Endpoint]:
-        options = self.options | more
-        addresses = options.pop("base_url", None)
-        if addresses is None and options.get("launch") is not True:
-            listed = os.environ.get(getattr(engine_class(engine_type), "url_env", ""), "")
-            addresses = listed.split(",") if "," in listed else None
-        if addresses is None or isinstance(addresses, str):
-            addresses = addresses.split(",") if addresses and "," in addresses else [addresses]
-        found = []
-        for number, address in enumerate(addresses, 1):
-            address = address.strip() if address else None
-            adapter = make_adapter(engine_type, self.model_name, base_url=address, **options)
-            found.append(Endpoint(adapter, name=f"{engine_type}-{number}" if len(addresses) > 1 else engine_type))
-        return found
+    model_name: str | None
 
     @property
+    @abstractmethod
     def engine_type(self) -> str:
-        """The engine's name (the first one's of a fleet); "auto" until the first verb has found one."""
-        return self.fleet.endpoints[0].adapter.engine_type if self.fleet else "auto"
+        """The engine's name."""
 
+    @abstractmethod
     async def found(self) -> Fleet:
-        """The endpoints; with "auto", whichever engine answers first, in ENGINE_MAP's order."""
-        if self.fleet is None:
-            await self._flight.run("fleet", self._find_once)
-        assert self.fleet is not None
-        return self.fleet
+        """The endpoints."""
+
+    @abstractmethod
+    def request(self, prompt: Prompt, schema: Any = None, **fields: Any) -> GenerateRequest:
+        """A checked request. Raises InvalidRequest, UnsupportedFeature."""
 
     async def engine(self) -> BaseLLMAdapter:
         """The (first) endpoint's adapter."""
         return (await self.found()).endpoints[0].adapter
 
-    async def _find_once(self) -> None:
-        self.fleet = self.fleet or Fleet(await self._find())
+    async def aclose(self) -> None:
+        """End what was started and close what was opened. A verb called after that connects, or starts, anew."""
 
-    async def _find(self) -> list[Endpoint]:
-        names = [name for name, adapter in self.ENGINE_MAP.items() if adapter.in_auto]
-        candidates = [self._endpoints(name, launch=False) for name in names]
-        outcomes = await asyncio.gather(*map(_usable, candidates), return_exceptions=True)
-        chosen: list[Endpoint] | None = None
-        for endpoints, outcome in zip(candidates, outcomes, strict=True):
-            if isinstance(outcome, InvalidRequest):  # a setting is wrong: not to be passed over
-                raise outcome
-            if chosen is None and outcome is None:
-                chosen = endpoints
-        for endpoints in candidates:
-            if endpoints is not chosen:
-                await Fleet(endpoints).close()
-        if chosen is not None:
-            adapter = chosen[0].adapter
-            logger.info("auto: using %s (%s)", adapter.engine_type, adapter.how)
-            return chosen
-        if self.options.get("base_url"):
-            reason = "no engine that can be identified answers at base_url"
-            raise EngineUnavailable(reason, "start it, correct the address, or name the engine")
-        if self.options.get("launch", "auto") is False or not installed("xllamacpp"):
-            hint = f"start one of {', '.join(names)}, or pip install xllamacpp for the embedded one"
-            raise EngineUnavailable("no engine answers", hint)
-        logger.info("auto: no engine answers, so the embedded llama.cpp is started")
-        return self._endpoints("llamacpp")
-
-    def request(self, prompt: Prompt, schema: Any = None, **fields: Any) -> GenerateRequest:
-        """A checked request. Raises InvalidRequest, UnsupportedFeature."""
-        messages = messages_from(prompt, fields.pop("system", None))
-        build = None
-        if schema is not None:
-            schema, build = normalize_schema(schema)
-        if "model" in fields:
-            raise InvalidRequest("model: no such argument", "did you mean 'model_name'?", param="model")
-        model = fields.pop("model_name", None) or (self.model_name if len(self._known_endpoints()) != 1 else None)
-        return make_request(messages=messages, schema=schema, build=build, model=model, **fields)
-
-    def _known_endpoints(self) -> Sequence[Endpoint]:
-        return self.fleet.endpoints if self.fleet else (None,)  # type: ignore[return-value]
-
-    # The verbs, asynchronous
     async def acomplete(self, prompt: Prompt, *, schema: Any = None, **options: Unpack[Options]) -> Completion:
         """The complete `Completion`. `schema`: as in `structured_generate`.
 
@@ -6817,7 +6767,7 @@ class LLMInferencer:
             return answer.completion(request.served)
 
     async def bursts(self, request: GenerateRequest) -> AsyncGenerator[list[Chunk], None]:
-        """The streamed answer, in lists of chunks that arrived together; the last has finish_reason and checked value."""
+        """The streamed answer: chunks that arrived together; the last one has finish_reason and the checked value."""
         fleet, reader = await self.found(), ChunkReader()
         streamed = dataclasses.replace(request, body=request.body | STREAMED)
         async with contextlib.aclosing(fleet.events(streamed)) as bursts:
@@ -6838,6 +6788,10 @@ class LLMInferencer:
 
     @overload
     async def astructured_generate(self, prompt: Prompt, schema: type[T], **options: Unpack[Options]) -> T: ...
+    @overload
+    async def astructured_generate(
+        self, prompt: Prompt, schema: dict[str, Any], **options: Unpack[Options]
+    ) -> dict[str, Any]: ...
     @overload
     async def astructured_generate(self, prompt: Prompt, schema: Any = None, **options: Unpack[Options]) -> Any: ...
     async def astructured_generate(self, prompt: Prompt, schema: Any = None, **options: Unpack[Options]) -> Any:
@@ -6939,13 +6893,10 @@ class LLMInferencer:
         found = {"engine_type": adapter.engine_type, "healthy": True, "how": adapter.how}
         return found | {"version": adapter.version, "models": models}
 
-    async def aclose(self) -> None:
-        """End what was started and close what was opened. A verb called after that connects, or starts, anew."""
-        self._flight.cancel()
-        if self.fleet is not None:
-            await self.fleet.close()
 
-    # The same, synchronous
+class Verbs(AsyncVerbs):
+    """The same verbs, synchronous: the asynchronous ones, run on the portal's loop."""
+
     def complete(self, prompt: Prompt, *, schema: Any = None, **options: Unpack[Options]) -> Completion:
         """See `acomplete`."""
         return portal.call(self.acomplete(prompt, schema=schema, **options))
@@ -6960,6 +6911,10 @@ class LLMInferencer:
 
     @overload
     def structured_generate(self, prompt: Prompt, schema: type[T], **options: Unpack[Options]) -> T: ...
+    @overload
+    def structured_generate(
+        self, prompt: Prompt, schema: dict[str, Any], **options: Unpack[Options]
+    ) -> dict[str, Any]: ...
     @overload
     def structured_generate(self, prompt: Prompt, schema: Any = None, **options: Unpack[Options]) -> Any: ...
     def structured_generate(self, prompt: Prompt, schema: Any = None, **options: Unpack[Options]) -> Any:
@@ -6996,6 +6951,126 @@ class LLMInferencer:
     def close(self) -> None:
         """See `aclose`."""
         portal.call(self.aclose())
+
+
+class LLMInferencer(Verbs):
+    """One engine and one model, or a fleet, behind the same verbs. Every verb has an `a…` twin; both are thread-safe.
+
+    engine_type: a key of ENGINE_MAP, or "auto": the first engine that answers, the embedded llama.cpp last.
+    model_name: as the engine knows it; None = the engine's first. For llamacpp also the path of a .gguf file, or a
+    model of the hub such as "Qwen/Qwen3-0.6B-GGUF:Q8_0".
+
+    Raises (all verbs): InferenceError's subclasses, each with `kind`, `reason`, `hint` and `retryable`.
+    """
+
+    ENGINE_MAP: ClassVar[dict[str, type[BaseLLMAdapter]]] = {
+        "ollama": OllamaAdapter,
+        "vllm": VLLMAdapter,
+        "sglang": SGLangAdapter,
+        "llamacpp": LlamaCppAdapter,
+    }
+
+    def __init__(
+        self,
+        engine_type: str = "auto",
+        model_name: str | os.PathLike[str] | None = None,
+        **options: Unpack[EngineOptions],
+    ) -> None:
+        self.options: dict[str, Any] = dict(options)
+        self.model_name = os.fspath(model_name) if model_name is not None else None
+        if engine_type == "auto" and self.model_name and self.model_name.partition("/")[0] in self.ENGINE_MAP:
+            engine_type, _, self.model_name = self.model_name.partition("/")
+        self._flight = SingleFlight()
+        made = self._endpoints("llamacpp" if engine_type == "auto" else engine_type)  # no I/O; checks the options
+        self.fleet: Fleet | None = None if engine_type == "auto" else Fleet(made)
+
+    @classmethod
+    def from_config(cls, path: str | os.PathLike[str]) -> "LLMInferencer":
+        """The fleet that a TOML file describes (see README). Raises InvalidRequest with the place in the file."""
+        return load_settings({"config": os.fspath(path)}, "serve").inferencer()
+
+    @classmethod
+    def from_fleet(cls, fleet: Fleet, model_name: str | None = None) -> "LLMInferencer":
+        """These endpoints."""
+        made = cls.__new__(cls)
+        made.options, made.model_name, made._flight, made.fleet = {}, model_name, SingleFlight(), fleet
+        return made
+
+    def _endpoints(self, engine_type: str, **more: Any) -> list[Endpoint]:
+        options = self.options | more
+        addresses = options.pop("base_url", None)
+        if addresses is None and options.get("launch") is not True:
+            listed = os.environ.get(getattr(engine_class(engine_type), "url_env", ""), "")
+            addresses = listed.split(",") if "," in listed else None
+        if addresses is None or isinstance(addresses, str):
+            addresses = addresses.split(",") if addresses and "," in addresses else [addresses]
+        found = []
+        for number, address in enumerate(addresses, 1):
+            address = address.strip() if address else None
+            adapter = make_adapter(engine_type, self.model_name, base_url=address, **options)
+            found.append(Endpoint(adapter, name=f"{engine_type}-{number}" if len(addresses) > 1 else engine_type))
+        return found
+
+    @property
+    def engine_type(self) -> str:
+        """The engine's name (the first one's of a fleet); "auto" until the first verb has found one."""
+        return self.fleet.endpoints[0].adapter.engine_type if self.fleet else "auto"
+
+    async def found(self) -> Fleet:
+        """The endpoints; with "auto", whichever engine answers first, in ENGINE_MAP's order."""
+        if self.fleet is None:
+            await self._flight.run("fleet", self._find_once)
+        assert self.fleet is not None
+        return self.fleet
+
+    async def _find_once(self) -> None:
+        self.fleet = self.fleet or Fleet(await self._find())
+
+    async def _find(self) -> list[Endpoint]:
+        names = [name for name, adapter in self.ENGINE_MAP.items() if adapter.in_auto]
+        candidates = [self._endpoints(name, launch=False) for name in names]
+        outcomes = await asyncio.gather(*map(_usable, candidates), return_exceptions=True)
+        chosen: list[Endpoint] | None = None
+        for endpoints, outcome in zip(candidates, outcomes, strict=True):
+            if isinstance(outcome, InvalidRequest):  # a setting is wrong: not to be passed over
+                raise outcome
+            if chosen is None and outcome is None:
+                chosen = endpoints
+        for endpoints in candidates:
+            if endpoints is not chosen:
+                await Fleet(endpoints).close()
+        if chosen is not None:
+            adapter = chosen[0].adapter
+            logger.info("auto: using %s (%s)", adapter.engine_type, adapter.how)
+            return chosen
+        if self.options.get("base_url"):
+            reason = "no engine that can be identified answers at base_url"
+            raise EngineUnavailable(reason, "start it, correct the address, or name the engine")
+        if self.options.get("launch", "auto") is False or not installed("xllamacpp"):
+            hint = f"start one of {', '.join(names)}, or pip install xllamacpp for the embedded one"
+            raise EngineUnavailable("no engine answers", hint)
+        logger.info("auto: no engine answers, so the embedded llama.cpp is started")
+        return self._endpoints("llamacpp")
+
+    def request(self, prompt: Prompt, schema: Any = None, **fields: Any) -> GenerateRequest:
+        """A checked request. Raises InvalidRequest, UnsupportedFeature."""
+        messages = messages_from(prompt, fields.pop("system", None))
+        build = None
+        if schema is not None:
+            schema, build = normalize_schema(schema)
+        if "model" in fields:
+            raise InvalidRequest("model: no such argument", "did you mean 'model_name'?", param="model")
+        model = fields.pop("model_name", None) or (self.model_name if len(self._known_endpoints()) != 1 else None)
+        return make_request(messages=messages, schema=schema, build=build, model=model, **fields)
+
+    def _known_endpoints(self) -> Sequence[Endpoint]:
+        return self.fleet.endpoints if self.fleet else (None,)  # type: ignore[return-value]
+
+    async def aclose(self) -> None:
+        """End what was started and close what was opened. A verb called after that connects, or starts, anew."""
+        self._flight.cancel()
+        if self.fleet is not None:
+            await self.fleet.close()
 
     def __enter__(self) -> "LLMInferencer":
         portal.call(self.__aenter__())
@@ -9430,88 +9505,14 @@ class Metrics:
         return self.prom.generate_latest(registry), self.prom.CONTENT_TYPE_LATEST
 
 
-class Gateway:
-    """One server's state: inferencers, limits, and what answers a POST. Callers choose names, never addresses."""
+class Catalog:
+    """The engines and models of one server. Callers choose names, never addresses."""
 
     def __init__(self, settings: Settings, llm: LLMInferencer | None = None) -> None:
-        self.settings, self.draining = settings, False
+        self.settings = settings
         self.default = llm or settings.inferencer()
         self.others: dict[str, LLMInferencer] = {}  #: engines at their default addresses, which a request may name
-        self.in_flight = self.waiting = 0
-        self.places = asyncio.Semaphore(settings.max_in_flight)
-        self.state = "starting"
-        self.parsing = concurrent.futures.ThreadPoolExecutor(
-            1
-        )  # large bodies, one at a time: one thread's heap is enough
         self.listed: tuple[float, list[tuple[str, ModelInfo]]] = (float("-inf"), [])
-        self.born = time.time()
-        self.metrics: Metrics | None = None
-        self.direct: dict[str, Callable[[], Exchange]] = {}  #: what answers a POST, for our own server's short way
-        self._watching: asyncio.Task[None] | None = None
-
-    def watch(self) -> None:
-        """Keep knowing whether the default engine answers; does nothing the second time."""
-        if self._watching is None:
-            self._watching = asyncio.ensure_future(self._watch())
-
-    async def _watch(self) -> None:
-        """Reach the default engine (attach, else start the embedded one), and ask it from time to time."""
-        pause = 1.0
-        while True:
-            try:
-                await self._look()
-                self.state, pause = "ready", 5.0
-            except Exception as exc:  # a third party's adapter may raise anything; the watch goes on
-                error = as_inference_error(exc)
-                state = f"{error.kind}: {error.message}"
-                if self.state != state:
-                    logger.error("the engine is not ready: %s", error)
-                self.state, pause = state, min(10.0, pause * 1.5)
-            self._report()
-            await asyncio.sleep(pause)
-
-    async def _look(self) -> None:
-        fleet = await self.default.found()
-        await fleet.stop_idle()
-        if len(fleet.endpoints) == 1:
-            adapter = fleet.endpoints[0].adapter
-            if fleet.endpoints[0].on_request:
-                return
-            await adapter.connect()
-            await adapter.model_for(None)
-            await adapter.models()
-            return
-        for endpoint in fleet.endpoints:
-            if endpoint.available(time.monotonic()) or not endpoint.trying:
-                await self._look_at(endpoint)
-        if not any(endpoint.available(time.monotonic()) for endpoint in fleet.endpoints):
-            raise fleet._unavailable(fleet.endpoints)
-
-    @staticmethod
-    async def _look_at(endpoint: Endpoint) -> None:
-        if endpoint.on_request and not endpoint.running:
-            return
-        try:
-            await endpoint.adapter.connect()
-            await endpoint.models()
-            endpoint.recovered()
-        except InferenceError as exc:
-            endpoint.failed(exc)
-
-    def _report(self) -> None:
-        if not self.metrics:
-            return
-        self.metrics.up.set(self.state == "ready")
-        if self.default.fleet:
-            for endpoint in self.default.fleet.endpoints:
-                up = endpoint.available(time.monotonic())
-                self.metrics.child(self.metrics.endpoint_up, endpoint.name).set(up)
-
-    async def close(self) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
-        for llm in (self.default, *self.others.values()):
-            await llm.aclose()
 
     @property
     def configured(self) -> bool:
@@ -9536,39 +9537,6 @@ class Gateway:
         """With engine "auto": wait until it is found; a failure to find it is not this request's error."""
         with contextlib.suppress(InferenceError):
             await self.default.found()
-
-    async def route(self, surface: Surface) -> tuple[LLMInferencer, str | None]:
-        """Where a request goes: an alias, `engine/model`, or the engine and model that it names."""
-        engine_type, model = surface.engine_type, surface.model
-        if engine_type in (None, "auto") and model is not None:
-            if model in self.settings.aliases and not self.configured:
-                engine_type, _, model = self.settings.aliases[model][0].partition("/")
-            elif not self.configured:
-                prefix, _, rest = model.partition("/")
-                if rest and prefix in LLMInferencer.ENGINE_MAP:
-                    engine_type, model = prefix, rest
-        elif self.configured and engine_type not in (None, "auto"):
-            model = f"{engine_type}/{model}" if model else None
-        llm = await self.inferencer(engine_type)
-        if isinstance(surface, OwnSurface) or self.configured or engine_type is not None or model is None:
-            return llm, model or None
-        return await self._owner(llm, model)
-
-    async def _owner(self, llm: LLMInferencer, model: str) -> tuple[LLMInferencer, str]:
-        """For a bare name on /v1: the default engine where it serves the model, else the one engine that does."""
-        fleet = await llm.found()
-        if model == llm.model_name:
-            return llm, model
-        for endpoint in fleet.endpoints:
-            if await endpoint.serves(model):
-                return llm, model
-        owners = [engine_type for engine_type, info in await self.models() if info.name == model]
-        if len(set(owners)) != 1:
-            where = "on several engines" if owners else "on no engine"
-            names = [info.name for _, info in await self.models()]
-            hint = did_you_mean(model, names, "see GET /v1/models; write engine/model")
-            raise ModelNotFound(f"the model {model[:100]!r} is {where}", hint, param="model")
-        return await self.inferencer(owners[0]), model
 
     async def models(self) -> list[tuple[str, ModelInfo]]:
         """(engine, model) of every engine that answers; refreshed after ten seconds, and at once where none did."""
@@ -9619,6 +9587,121 @@ class Gateway:
                 health["error"] = exc.message
         known = {"reachable": health.pop("healthy"), "default": llm is self.default, "features": features}
         return known | health | {"engine_type": name}  # a default that was not found calls itself "auto"
+
+
+class Gateway(Catalog):
+    """One server's state: inferencers, limits, and what answers a POST. Callers choose names, never addresses."""
+
+    def __init__(self, settings: Settings, llm: LLMInferencer | None = None) -> None:
+        super().__init__(settings, llm)
+        self.draining = False
+        self.in_flight = self.waiting = 0
+        self.places = asyncio.Semaphore(settings.max_in_flight)
+        self.state = "starting"
+        self.parsing = concurrent.futures.ThreadPoolExecutor(
+            1
+        )  # large bodies, one at a time: one thread's heap is enough
+        self.born = time.time()
+        self.metrics: Metrics | None = None
+        self.direct: dict[str, Callable[[], Exchange]] = {}  #: what answers a POST, for our own server's short way
+        self._watching: asyncio.Task[None] | None = None
+
+    def watch(self) -> None:
+        """Keep knowing whether the default engine answers; does nothing the second time."""
+        if self._watching is None:
+            self._watching = asyncio.ensure_future(self._watch())
+
+    async def _watch(self) -> None:
+        """Reach the default engine (attach, else start the embedded one), and ask it from time to time."""
+        pause = 1.0
+        while True:
+            try:
+                await self._look()
+                self.state, pause = "ready", 5.0
+            except Exception as exc:  # a third party's adapter may raise anything; the watch goes on
+                error = as_inference_error(exc)
+                state = f"{error.kind}: {error.message}"
+                if self.state != state:
+                    logger.error("the engine is not ready: %s", error)
+                self.state, pause = state, min(10.0, pause * 1.5)
+            self._report()
+            await asyncio.sleep(pause)
+
+    async def _look(self) -> None:
+        fleet = await self.default.found()
+        await fleet.stop_idle()
+        if len(fleet.endpoints) == 1:
+            adapter = fleet.endpoints[0].adapter
+            if fleet.endpoints[0].on_request:
+                return
+            await adapter.connect()
+            await adapter.model_for(None)
+            await adapter.models()
+            return
+        for endpoint in fleet.endpoints:
+            if endpoint.available(time.monotonic()) or not endpoint.trying:
+                await self._look_at(endpoint)
+        if not any(endpoint.available(time.monotonic()) for endpoint in fleet.endpoints):
+            raise fleet.unavailable(fleet.endpoints)
+
+    @staticmethod
+    async def _look_at(endpoint: Endpoint) -> None:
+        if endpoint.on_request and not endpoint.running:
+            return
+        try:
+            await endpoint.adapter.connect()
+            await endpoint.models()
+            endpoint.recovered()
+        except InferenceError as exc:
+            endpoint.failed(exc)
+
+    def _report(self) -> None:
+        if not self.metrics:
+            return
+        self.metrics.up.set(self.state == "ready")
+        if self.default.fleet:
+            for endpoint in self.default.fleet.endpoints:
+                up = endpoint.available(time.monotonic())
+                self.metrics.child(self.metrics.endpoint_up, endpoint.name).set(up)
+
+    async def close(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+        for llm in (self.default, *self.others.values()):
+            await llm.aclose()
+
+    async def route(self, surface: Surface) -> tuple[LLMInferencer, str | None]:
+        """Where a request goes: an alias, `engine/model`, or the engine and model that it names."""
+        engine_type, model = surface.engine_type, surface.model
+        if engine_type in (None, "auto") and model is not None:
+            if model in self.settings.aliases and not self.configured:
+                engine_type, _, model = self.settings.aliases[model][0].partition("/")
+            elif not self.configured:
+                prefix, _, rest = model.partition("/")
+                if rest and prefix in LLMInferencer.ENGINE_MAP:
+                    engine_type, model = prefix, rest
+        elif self.configured and engine_type not in (None, "auto"):
+            model = f"{engine_type}/{model}" if model else None
+        llm = await self.inferencer(engine_type)
+        if isinstance(surface, OwnSurface) or self.configured or engine_type is not None or model is None:
+            return llm, model or None
+        return await self._owner(llm, model)
+
+    async def _owner(self, llm: LLMInferencer, model: str) -> tuple[LLMInferencer, str]:
+        """For a bare name on /v1: the default engine where it serves the model, else the one engine that does."""
+        fleet = await llm.found()
+        if model == llm.model_name:
+            return llm, model
+        for endpoint in fleet.endpoints:
+            if await endpoint.serves(model):
+                return llm, model
+        owners = [engine_type for engine_type, info in await self.models() if info.name == model]
+        if len(set(owners)) != 1:
+            where = "on several engines" if owners else "on no engine"
+            names = [info.name for _, info in await self.models()]
+            hint = did_you_mean(model, names, "see GET /v1/models; write engine/model")
+            raise ModelNotFound(f"the model {model[:100]!r} is {where}", hint, param="model")
+        return await self.inferencer(owners[0]), model
 
     def refuse_full(self) -> None:
         """Raises NotReady and Busy for a request that would not get a place: before its body is read, and after it."""
@@ -9979,7 +10062,7 @@ def v1_responses() -> dict[int | str, dict[str, Any]]:
 def create_router(
     llm: LLMInferencer | None = None, settings: Settings | None = None, *, gateway: Gateway | None = None
 ) -> Any:
-    """A FastAPI router with `/api/v1/llm/…` for any app. Authentication is the host's: see include_router(dependencies=).
+    """A FastAPI router with `/api/v1/llm/…` for any app. Authentication is the host's (include_router's dependencies).
 
     `llm` answers where a request names no engine; it is closed with the host's lifespan. The host's own routes, error
     handlers, logging, signals and event loop are left alone.
@@ -10083,7 +10166,8 @@ def envelope_route() -> Any:
                         and request.scope.get("route") is not None
                         and self.dependant.dependencies
                     ):
-                        request._body = await read_body(request.receive)  # type: ignore[arg-type]  # a dependency may read it
+                        # a dependency may read it too
+                        request._body = await read_body(request.receive)  # type: ignore[arg-type]
                     return await handle(request)
                 except ClientGone:
                     return Response(status_code=499)

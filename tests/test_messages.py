@@ -12,7 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_inference import (BadEngineReply, EngineUnavailable, InvalidRequest, MessageWriter, UnsupportedFeature, anthropic_error, anthropic_models, chat_from_messages)
+from llm_inference import (
+    BadEngineReply,
+    EngineUnavailable,
+    InvalidRequest,
+    MessageWriter,
+    UnsupportedFeature,
+    anthropic_error,
+    anthropic_models,
+    chat_from_messages,
+)
 
 HI = {"role": "user", "content": "Hi"}
 PIXEL = base64.b64encode(b"\x89PNG").decode()

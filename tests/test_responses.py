@@ -2,9 +2,7 @@
 
 import http.server
 import json
-import sys
 import threading
-from pathlib import Path
 from typing import ClassVar
 
 import openai
@@ -36,40 +34,77 @@ def call(index, arguments="", name=None, call_id=None):
 
 
 USAGE = {
-    "object": "chat.completion.chunk", "choices": [],
-    "usage": {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12, "prompt_tokens_details": {"cached_tokens": 3}},
-}  # fmt: skip
-LOGPROBS = {"content": [{"token": "a", "logprob": -0.1, "bytes": None, "top_logprobs": [{"token": "a", "logprob": -0.1, "bytes": None}]}]}
+    "object": "chat.completion.chunk",
+    "choices": [],
+    "usage": {
+        "prompt_tokens": 7,
+        "completion_tokens": 5,
+        "total_tokens": 12,
+        "prompt_tokens_details": {"cached_tokens": 3},
+    },
+}
+LOGPROBS = {
+    "content": [
+        {"token": "a", "logprob": -0.1, "bytes": None, "top_logprobs": [{"token": "a", "logprob": -0.1, "bytes": None}]}
+    ]
+}
 STREAMS = {
     "text": [chunk(role="assistant"), chunk(content="Hel"), chunk(content="lo"), chunk("stop"), USAGE],
     "reasoning": [chunk(reasoning="hm"), chunk(reasoning_content="m"), chunk(content="Hi"), chunk("stop"), USAGE],
     "calls": [
-        chunk(reasoning="r"), chunk(content="I look."),
-        chunk(tool_calls=[call(0, "", "f", "call_a")]), chunk(tool_calls=[call(0, '{"x"')]), chunk(tool_calls=[call(0, ":1}")]),
-        chunk(tool_calls=[call(1, "{}", "f", "call_b")]), chunk("tool_calls"), USAGE,
+        chunk(reasoning="r"),
+        chunk(content="I look."),
+        chunk(tool_calls=[call(0, "", "f", "call_a")]),
+        chunk(tool_calls=[call(0, '{"x"')]),
+        chunk(tool_calls=[call(0, ":1}")]),
+        chunk(tool_calls=[call(1, "{}", "f", "call_b")]),
+        chunk("tool_calls"),
+        USAGE,
     ],
-    "same ids": [chunk(tool_calls=[call(0, "{}", "f", "c"), call(1, "{}", "f", "c"), call(2, "{}", "f")]), chunk("tool_calls")],
+    "same ids": [
+        chunk(tool_calls=[call(0, "{}", "f", "c"), call(1, "{}", "f", "c"), call(2, "{}", "f")]),
+        chunk("tool_calls"),
+    ],
     "length": [chunk(content="cut"), chunk("length"), USAGE],
     "filtered": [chunk(content="no"), chunk("content_filter")],
     "refusal": [chunk(refusal="I can"), chunk(refusal="not"), chunk("stop")],
     "logprobs": [chunk(content="a", logprobs=LOGPROBS), chunk(content="", logprobs=LOGPROBS), chunk("stop")],
     "nothing": [chunk("stop"), USAGE],
     "text after a call": [chunk(tool_calls=[call(0, "{}", "f", "c")]), chunk(content="\n"), chunk("tool_calls")],
-}  # fmt: skip
+}
 BODIES = {
     "plain": {"model": "m", "input": "hi"},
     "full": {
-        "model": "m", "input": "hi", "instructions": "be", "tools": [FN, {"type": "web_search"}], "tool_choice": "auto",
-        "parallel_tool_calls": False, "metadata": {"a": "b"}, "reasoning": {"effort": "low", "summary": "auto"},
-        "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True}, "verbosity": "low"},
-        "temperature": 0.5, "top_p": 1, "max_output_tokens": 20, "max_tool_calls": 3, "user": "u", "prompt_cache_key": "k",
-        "safety_identifier": "s", "top_logprobs": 2, "truncation": "disabled", "include": ["reasoning.encrypted_content"],
+        "model": "m",
+        "input": "hi",
+        "instructions": "be",
+        "tools": [FN, {"type": "web_search"}],
+        "tool_choice": "auto",
+        "parallel_tool_calls": False,
+        "metadata": {"a": "b"},
+        "reasoning": {"effort": "low", "summary": "auto"},
+        "text": {
+            "format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True},
+            "verbosity": "low",
+        },
+        "temperature": 0.5,
+        "top_p": 1,
+        "max_output_tokens": 20,
+        "max_tool_calls": 3,
+        "user": "u",
+        "prompt_cache_key": "k",
+        "safety_identifier": "s",
+        "top_logprobs": 2,
+        "truncation": "disabled",
+        "include": ["reasoning.encrypted_content"],
     },
     "allowed": {
-        "model": "m", "input": "hi", "tools": [FN],
+        "model": "m",
+        "input": "hi",
+        "tools": [FN],
         "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "f"}]},
     },
-}  # fmt: skip
+}
 
 
 def run(body, chunks):
@@ -97,11 +132,20 @@ def whole_object(chunks):
             if delta.get("refusal"):
                 message["refusal"] = message.get("refusal", "") + delta["refusal"]
             for piece in delta.get("tool_calls") or ():
-                begun = {"id": piece["id"], "type": "function", "function": {"name": piece["function"]["name"], "arguments": ""}}
+                begun = {
+                    "id": piece["id"],
+                    "type": "function",
+                    "function": {"name": piece["function"]["name"], "arguments": ""},
+                }
                 full = calls.setdefault(piece["index"], begun)
                 full["function"]["arguments"] += piece["function"]["arguments"]
     message["tool_calls"] = list(calls.values())
-    choice = {"index": 0, "message": message, "finish_reason": finish, "logprobs": {"content": logprobs} if logprobs else None}
+    choice = {
+        "index": 0,
+        "message": message,
+        "finish_reason": finish,
+        "logprobs": {"content": logprobs} if logprobs else None,
+    }
     return {**found, "object": "chat.completion", "choices": [choice]}
 
 
@@ -131,23 +175,47 @@ def test_whole_is_what_the_stream_ends_with(body, stream):
 
 def test_text_event_sequence():
     assert [event["type"] for event in run(BODIES["plain"], STREAMS["text"])] == [
-        "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
-        "response.output_text.delta", "response.output_text.delta", "response.output_text.done",
-        "response.content_part.done", "response.output_item.done", "response.completed",
-    ]  # fmt: skip
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_text.delta",
+        "response.output_text.delta",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
 
 
 def test_call_event_sequence():
     events = run(BODIES["full"], STREAMS["calls"])
     assert [event["type"].removeprefix("response.") for event in events] == [
-        "created", "in_progress",
-        "output_item.added", "reasoning_summary_part.added", "reasoning_summary_text.delta",
-        "reasoning_summary_text.done", "reasoning_summary_part.done", "output_item.done",
-        "output_item.added", "content_part.added", "output_text.delta", "output_text.done", "content_part.done", "output_item.done",
-        "output_item.added", "function_call_arguments.delta", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done",
-        "output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done",
+        "created",
+        "in_progress",
+        "output_item.added",
+        "reasoning_summary_part.added",
+        "reasoning_summary_text.delta",
+        "reasoning_summary_text.done",
+        "reasoning_summary_part.done",
+        "output_item.done",
+        "output_item.added",
+        "content_part.added",
+        "output_text.delta",
+        "output_text.done",
+        "content_part.done",
+        "output_item.done",
+        "output_item.added",
+        "function_call_arguments.delta",
+        "function_call_arguments.delta",
+        "function_call_arguments.done",
+        "output_item.done",
+        "output_item.added",
+        "function_call_arguments.delta",
+        "function_call_arguments.done",
+        "output_item.done",
         "completed",
-    ]  # fmt: skip
+    ]
     output = events[-1]["response"]["output"]
     assert [item["type"] for item in output] == ["reasoning", "message", "function_call", "function_call"]
     assert output[0]["summary"] == [{"type": "summary_text", "text": "r"}]
@@ -307,13 +375,27 @@ def test_official_client_incomplete(client, monkeypatch):
 
 # Requests
 CODEX = {
-    "model": "m", "instructions": "You are Codex.", "store": False, "client_metadata": {"x": "y"}, "stream": True, "tool_choice": "auto",
-    "include": ["reasoning.encrypted_content"], "prompt_cache_key": "k", "parallel_tool_calls": False,
-    "reasoning": {"effort": "medium", "summary": "auto"}, "text": {"verbosity": "low"},
+    "model": "m",
+    "instructions": "You are Codex.",
+    "store": False,
+    "client_metadata": {"x": "y"},
+    "stream": True,
+    "tool_choice": "auto",
+    "include": ["reasoning.encrypted_content"],
+    "prompt_cache_key": "k",
+    "parallel_tool_calls": False,
+    "reasoning": {"effort": "medium", "summary": "auto"},
+    "text": {"verbosity": "low"},
     "tools": [
         {"type": "function", "name": "shell", "description": "", "strict": False, "parameters": {"type": "object"}},
-        {"type": "local_shell"}, {"type": "web_search", "external_web_access": False},
-        {"type": "custom", "name": "apply_patch", "description": "", "format": {"type": "grammar", "syntax": "lark", "definition": ""}},
+        {"type": "local_shell"},
+        {"type": "web_search", "external_web_access": False},
+        {
+            "type": "custom",
+            "name": "apply_patch",
+            "description": "",
+            "format": {"type": "grammar", "syntax": "lark", "definition": ""},
+        },
     ],
     "input": [
         {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "perms"}]},
@@ -322,45 +404,88 @@ CODEX = {
         {"type": "function_call", "name": "shell", "arguments": "{}", "call_id": "c1"},
         {"type": "function_call_output", "call_id": "c1", "output": "file"},
     ],
-}  # fmt: skip
+}
 
 
 def test_codex():
     chat, ignored = chat_from_responses(CODEX)
-    assert ignored == ["tools[1] (local_shell)", "tools[2] (web_search)", "tools[3] (custom)", "include (reasoning.encrypted_content)", "client_metadata"]
+    assert ignored == [
+        "tools[1] (local_shell)",
+        "tools[2] (web_search)",
+        "tools[3] (custom)",
+        "include (reasoning.encrypted_content)",
+        "client_metadata",
+    ]
     assert chat == {
-        "model": "m", "stream": True, "stream_options": {"include_usage": True}, "prompt_cache_key": "k",
-        "reasoning_effort": "medium", "verbosity": "low", "tool_choice": "auto", "parallel_tool_calls": False,
-        "tools": [{"type": "function", "function": {"name": "shell", "description": "", "strict": False, "parameters": {"type": "object"}}}],
+        "model": "m",
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "prompt_cache_key": "k",
+        "reasoning_effort": "medium",
+        "verbosity": "low",
+        "tool_choice": "auto",
+        "parallel_tool_calls": False,
+        "tools": [
+            {
+                "type": "function",
+                "function": {"name": "shell", "description": "", "strict": False, "parameters": {"type": "object"}},
+            }
+        ],
         "messages": [
             {"role": "system", "content": "You are Codex.\n\nperms"},
             {"role": "user", "content": "ls"},
-            {"role": "assistant", "content": None, "reasoning": "think",
-             "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "shell", "arguments": "{}"}}]},
+            {
+                "role": "assistant",
+                "content": None,
+                "reasoning": "think",
+                "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "shell", "arguments": "{}"}}],
+            },
             {"role": "tool", "tool_call_id": "c1", "content": "file"},
         ],
-    }  # fmt: skip
+    }
 
 
 def test_text_input_and_passed_fields():
-    chat, ignored = chat_from_responses({"input": "hi", "seed": 1, "top_k": 5, "stop": None, "user": "u", "max_output_tokens": 9})
-    assert chat == {"messages": [{"role": "user", "content": "hi"}], "seed": 1, "top_k": 5, "user": "u", "max_completion_tokens": 9}
+    chat, ignored = chat_from_responses(
+        {"input": "hi", "seed": 1, "top_k": 5, "stop": None, "user": "u", "max_output_tokens": 9}
+    )
+    assert chat == {
+        "messages": [{"role": "user", "content": "hi"}],
+        "seed": 1,
+        "top_k": 5,
+        "user": "u",
+        "max_completion_tokens": 9,
+    }
     assert ignored == []
 
 
 def test_images():
     content = [{"type": "input_text", "text": "what"}, {"type": "input_image", "image_url": PNG, "detail": "high"}]
     assert messages(input=[{"role": "user", "content": content}]) == [
-        {"role": "user", "content": [{"type": "text", "text": "what"}, {"type": "image_url", "image_url": {"url": PNG, "detail": "high"}}]}
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "what"},
+                {"type": "image_url", "image_url": {"url": PNG, "detail": "high"}},
+            ],
+        }
     ]
 
 
 def test_assistant_turns():
     def text(value):
-        return {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": value, "annotations": []}]}
+        return {
+            "type": "message",
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": value, "annotations": []}],
+        }
 
     fc = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
-    out = {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "1"}, {"type": "input_text", "text": "2"}]}
+    out = {
+        "type": "function_call_output",
+        "call_id": "c",
+        "output": [{"type": "input_text", "text": "1"}, {"type": "input_text", "text": "2"}],
+    }
     found = messages(input=[text("a"), text("b"), fc, text("c"), out, {"type": "reasoning", "summary": []}, text("d")])
     assert [m["role"] for m in found] == ["assistant", "assistant", "tool", "assistant"]
     assert [m["content"] for m in found] == ["a", "bc", "1\n2", "d"]
@@ -374,7 +499,10 @@ def test_later_system_messages_stay_where_they_are():
 def test_formats():
     schema = {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True, "description": None}
     chat, _ = chat_from_responses({"input": "x", "text": {"format": schema}})
-    assert chat["response_format"] == {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}, "strict": True}}
+    assert chat["response_format"] == {
+        "type": "json_schema",
+        "json_schema": {"name": "n", "schema": {"type": "object"}, "strict": True},
+    }
     chat, _ = chat_from_responses({"input": "x", "text": {"format": {"type": "json_object"}}})
     assert chat["response_format"] == {"type": "json_object"}
 
@@ -383,10 +511,16 @@ def test_tool_choices():
     two = [FN, {**FN, "name": "g"}]
     chat, _ = chat_from_responses({"input": "x", "tools": two, "tool_choice": {"type": "function", "name": "g"}})
     assert chat["tool_choice"] == {"type": "function", "function": {"name": "g"}} and len(chat["tools"]) == 2
-    allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "g"}, {"type": "web_search"}]}
+    allowed = {
+        "type": "allowed_tools",
+        "mode": "required",
+        "tools": [{"type": "function", "name": "g"}, {"type": "web_search"}],
+    }
     chat, _ = chat_from_responses({"input": "x", "tools": two, "tool_choice": allowed})
     assert chat["tool_choice"] == "required" and [t["function"]["name"] for t in chat["tools"]] == ["g"]
-    chat, ignored = chat_from_responses({"input": "x", "tools": [{"type": "web_search"}], "tool_choice": "auto", "parallel_tool_calls": True})
+    chat, ignored = chat_from_responses(
+        {"input": "x", "tools": [{"type": "web_search"}], "tool_choice": "auto", "parallel_tool_calls": True}
+    )
     assert not {"tools", "tool_choice", "parallel_tool_calls"} & chat.keys() and ignored == ["tools[0] (web_search)"]
 
 
@@ -422,12 +556,32 @@ REFUSED = [
     ({"input": [U, {"type": "web_search_call"}]}, UnsupportedFeature, "input[1].type"),
     ({"input": [{"type": "item_reference", "id": "m"}]}, UnsupportedFeature, "input[0].type"),
     ({"input": [{"role": "tool", "content": "a"}]}, InvalidRequest, "input[0].role"),
-    ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, UnsupportedFeature, "input[0].content[0].type"),
-    ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x/y.png"}]}]}, InvalidRequest, "input[0].content[0].image_url"),
-    ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]}, InvalidRequest, "input[0].content[0].image_url"),
-    ({"input": [{"role": "system", "content": [{"type": "input_image", "image_url": PNG}]}]}, UnsupportedFeature, "input[0].content[0].type"),
+    (
+        {"input": [{"role": "user", "content": [{"type": "input_file"}]}]},
+        UnsupportedFeature,
+        "input[0].content[0].type",
+    ),
+    (
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x/y.png"}]}]},
+        InvalidRequest,
+        "input[0].content[0].image_url",
+    ),
+    (
+        {"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]},
+        InvalidRequest,
+        "input[0].content[0].image_url",
+    ),
+    (
+        {"input": [{"role": "system", "content": [{"type": "input_image", "image_url": PNG}]}]},
+        UnsupportedFeature,
+        "input[0].content[0].type",
+    ),
     ({"input": [{"type": "function_call_output", "call_id": "c", "output": ""}]}, InvalidRequest, "input[0].call_id"),
-    ({"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": {}}]}, InvalidRequest, "input[0].arguments"),
+    (
+        {"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": {}}]},
+        InvalidRequest,
+        "input[0].arguments",
+    ),
     ({"include": ["x"]}, InvalidRequest, "include[0]"),
     ({"text": {"foo": 1}}, UnsupportedFeature, "text.foo"),
     ({"text": {"format": {"type": "json_schema", "name": "n"}}}, InvalidRequest, "text.format.schema"),
@@ -439,10 +593,14 @@ REFUSED = [
     ({"max_output_tokens": -(10**5000)}, InvalidRequest, "max_output_tokens"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, InvalidRequest, "tools[0].name"),
     ({"tools": [FN], "tool_choice": {"type": "function", "name": "g"}}, InvalidRequest, "tool_choice"),
-    ({"tools": [{"type": "web_search"}], "tool_choice": {"type": "web_search"}}, UnsupportedFeature, "tool_choice.type"),
+    (
+        {"tools": [{"type": "web_search"}], "tool_choice": {"type": "web_search"}},
+        UnsupportedFeature,
+        "tool_choice.type",
+    ),
     ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, UnsupportedFeature, "tool_choice"),
     ({"tool_choice": "required"}, UnsupportedFeature, "tool_choice"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("fields", "error", "param"), REFUSED)
@@ -461,22 +619,88 @@ def test_errors_do_not_echo_long_input():
 
 
 # Random and nearly right requests
-WORDS = st.sampled_from([
-    "message", "function_call", "function_call_output", "reasoning", "item_reference", "input_text", "input_image", "refusal", "user",
-    "assistant", "system", "function", "web_search", "allowed_tools", "auto", "required", "none", "json_schema", "c1", "f", "low", "concise", PNG, "",
-])  # fmt: skip
-KEYS = st.sampled_from([
-    "type", "role", "content", "text", "call_id", "name", "arguments", "output", "summary", "image_url", "detail", "tools", "mode", "schema",
-    "format", "effort", "encrypted_content", "refusal", "parameters", "strict", "verbosity", "zzz",
-])  # fmt: skip
+WORDS = st.sampled_from(
+    [
+        "message",
+        "function_call",
+        "function_call_output",
+        "reasoning",
+        "item_reference",
+        "input_text",
+        "input_image",
+        "refusal",
+        "user",
+        "assistant",
+        "system",
+        "function",
+        "web_search",
+        "allowed_tools",
+        "auto",
+        "required",
+        "none",
+        "json_schema",
+        "c1",
+        "f",
+        "low",
+        "concise",
+        PNG,
+        "",
+    ]
+)
+KEYS = st.sampled_from(
+    [
+        "type",
+        "role",
+        "content",
+        "text",
+        "call_id",
+        "name",
+        "arguments",
+        "output",
+        "summary",
+        "image_url",
+        "detail",
+        "tools",
+        "mode",
+        "schema",
+        "format",
+        "effort",
+        "encrypted_content",
+        "refusal",
+        "parameters",
+        "strict",
+        "verbosity",
+        "zzz",
+    ]
+)
 SCALARS = st.none() | st.booleans() | st.integers(-2, 5) | st.floats(allow_nan=False) | WORDS | st.text(max_size=3)
-JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(max_size=3), inner, max_size=5), max_leaves=12)
-ITEM = st.fixed_dictionaries({"type": WORDS}, optional=dict.fromkeys("role content call_id name arguments output summary image_url text".split(), JSON))
-NEAR = st.fixed_dictionaries({}, optional={
-    "input": st.text(max_size=3) | st.lists(ITEM, max_size=4) | JSON, "tools": st.lists(ITEM, max_size=3) | JSON, "tool_choice": WORDS | ITEM | JSON,
-    **dict.fromkeys("instructions text reasoning include stream_options metadata store stream temperature top_logprobs truncation".split(), JSON),
-    **dict.fromkeys("model prompt background max_output_tokens parallel_tool_calls prompt_cache_options seed".split(), JSON),
-})  # fmt: skip
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(max_size=3), inner, max_size=5),
+    max_leaves=12,
+)
+ITEM = st.fixed_dictionaries(
+    {"type": WORDS},
+    optional=dict.fromkeys("role content call_id name arguments output summary image_url text".split(), JSON),
+)
+NEAR = st.fixed_dictionaries(
+    {},
+    optional={
+        "input": st.text(max_size=3) | st.lists(ITEM, max_size=4) | JSON,
+        "tools": st.lists(ITEM, max_size=3) | JSON,
+        "tool_choice": WORDS | ITEM | JSON,
+        **dict.fromkeys(
+            [
+                *("instructions", "text", "reasoning", "include", "stream_options", "metadata", "store", "stream"),
+                *("temperature", "top_logprobs", "truncation"),
+            ],
+            JSON,
+        ),
+        **dict.fromkeys(
+            "model prompt background max_output_tokens parallel_tool_calls prompt_cache_options seed".split(), JSON
+        ),
+    },
+)
 
 
 @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
@@ -502,7 +726,13 @@ def test_cost_is_linear():
     parts = [{"type": "input_text", "text": "x"}] * 50_000
     calls = [{"type": "function_call", "call_id": f"c{n}", "name": "f", "arguments": "{}"} for n in range(50_000)]
     tools = [{**FN, "name": f"f{n}"} for n in range(20_000)]
-    allowed = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": f"f{n}"} for n in range(20_000)]}
+    allowed = {
+        "type": "allowed_tools",
+        "mode": "auto",
+        "tools": [{"type": "function", "name": f"f{n}"} for n in range(20_000)],
+    }
     started = time.process_time()
-    chat_from_responses({"input": [{"role": "assistant", "content": parts}, *calls], "tools": tools, "tool_choice": allowed})
+    chat_from_responses(
+        {"input": [{"role": "assistant", "content": parts}, *calls], "tools": tools, "tool_choice": allowed}
+    )
     assert time.process_time() - started < 3

@@ -241,8 +241,7 @@ class BareOllama(Bare):
 def bare_side(us: Us) -> Bare:
     """The engine that `us` talks to, asked without us; an embedded one is reached with its own key on its own
     socket."""
-    engine = us.llm._engine
-    target = engine._target  # type: ignore[union-attr]
+    target = asyncio.run(us.llm.engine()).connection.target  # type: ignore[attr-defined]
     http = HTTP(target.url, target.headers, target.uds)
     return (BareOllama if us.engine == "ollama" else Bare)(us.engine, http, us)
 
