@@ -2344,16 +2344,21 @@ def to_json(value: Any) -> bytes:
         raise InvalidRequest("a value is not valid Unicode or plain JSON", "send JSON values only") from exc
 
 
-@contextlib.contextmanager
-def well_formed(engine_type: str) -> Iterator[None]:
+class well_formed:
     """Around code that reads an engine's reply: missing or mistyped parts raise BadEngineReply."""
-    try:
-        yield
-    except InferenceError:
-        raise
-    except _MALFORMED as exc:
-        reason = f"{engine_type}'s reply is malformed ({type(exc).__name__})"
-        raise BadEngineReply(reason, "check the server's version") from exc
+
+    __slots__ = ("engine_type",)
+
+    def __init__(self, engine_type: str) -> None:
+        self.engine_type = engine_type
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: Any) -> None:
+        if isinstance(exc, _MALFORMED) and not isinstance(exc, InferenceError):
+            reason = f"{self.engine_type}'s reply is malformed ({type(exc).__name__})"
+            raise BadEngineReply(reason, "check the server's version") from exc
 
 
 def text_of(value: Any) -> str:
@@ -5306,7 +5311,9 @@ class OpenAIAdapter(HTTPAdapter):
             done = DONE.search(data) if b"[DONE]" in data else None
             if done is not None:
                 data = data[: done.start()] + b"data: [DONE]\n\n"
-            ends = len(FINISH.findall(data))
+            ends = 0
+            if b'"finish_reason":"' in data or b'"finish_reason": "' in data:
+                ends = len(FINISH.findall(data))
             if first or ends or b'"error"' in data or b"abort" in data or not CLEAN_EVENTS.fullmatch(data):
                 data, error = self._checked_part(data, body, first)
                 first = False
@@ -6300,18 +6307,16 @@ class Endpoint:
     def available(self, now: float) -> bool:
         return not self.removed and self.retry_at <= now and not self.trying
 
-    @contextlib.contextmanager
-    def at_work(self) -> Iterator[None]:
+    def begin(self) -> None:
+        """A request has been sent here; after an outage, the first one is the trial."""
         self.in_flight += 1
-        trial = self.failures > 0
-        self.trying = self.trying or trial
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
-            self.used_at = time.monotonic()
-            if trial:
-                self.trying = False
+        self.trying = self.trying or self.failures > 0
+
+    def finish(self) -> None:
+        """A request that was sent here has ended."""
+        self.in_flight -= 1
+        self.used_at = time.monotonic()
+        self.trying = False
 
     def failed(self, error: InferenceError) -> None:
         """An outage is counted once, however many requests notice it."""
@@ -6568,57 +6573,53 @@ class Fleet(Router):
         raise unsatisfied(request, answer, problem)
 
     async def _answer_once(self, request: GenerateRequest) -> Answer:
-        async def work(endpoint: Endpoint, mine: GenerateRequest) -> AsyncGenerator[Answer, None]:
+        async def work(endpoint: Endpoint, mine: GenerateRequest) -> Answer:
             started = time.monotonic()
             body = await endpoint.adapter.prepare(mine)
             answer = await endpoint.adapter.answer(mine, body)
             answer.timing = timing_from(answer, started)
-            yield answer
+            return answer
 
-        async with contextlib.aclosing(self._first_that_answers(request, work)) as answers:
-            async for answer in answers:
-                return answer
-        raise BadEngineReply("there was no answer", "ask again")
+        endpoint, answer = await self._first_that_answers(request, work)
+        endpoint.finish()
+        return answer
 
     async def events(self, request: GenerateRequest) -> AsyncGenerator[Burst, None]:
         """The streamed answer, checked before its end is passed on. Leaving early stops the engine's work."""
-
-        async def work(endpoint: Endpoint, mine: GenerateRequest) -> AsyncGenerator[Burst, None]:
-            body = await endpoint.adapter.prepare(mine)
-            checker = checker_for(mine, mine.served.ignored)
-            bursts = endpoint.adapter.events(mine, body)
-            async with contextlib.aclosing(bursts):
-                async for burst in bursts if checker is None else checked(mine, bursts, checker):
-                    yield burst
-
-        async with contextlib.aclosing(self._first_that_answers(request, work)) as bursts:
-            async for burst in bursts:
+        endpoint, stream = await self._first_that_answers(request, open_stream)
+        try:
+            burst: Burst | None = stream.first
+            while burst is not None:
                 yield burst
+                burst = await anext(stream.bursts, None)
+        except InferenceError as exc:
+            self._passed_over(endpoint, exc)
+            raise
+        finally:
+            endpoint.finish()
+            await stream.close()
 
     async def _first_that_answers(
-        self, request: GenerateRequest, work: Callable[[Endpoint, GenerateRequest], AsyncGenerator[T, None]]
-    ) -> AsyncGenerator[T, None]:
-        """What `work` yields, from the first endpoint that begins an answer."""
-        routes = await self.routes(request)
+        self, request: GenerateRequest, work: Callable[[Endpoint, GenerateRequest], Coroutine[Any, Any, T]]
+    ) -> tuple[Endpoint, T]:
+        """The result of `work` on the first endpoint that begins an answer; it counts as at work until `finish`."""
         last: InferenceError | None = None
-        for endpoint, model in routes:
-            mine = dataclasses.replace(request, body=with_model(request.body, model))
+        for endpoint, model in await self.routes(request):
+            body = with_model(request.body, model)
+            mine = request if body is request.body else dataclasses.replace(request, body=body)
             request.served.endpoint = endpoint.name
             request.served.engine_type = endpoint.adapter.engine_type
-            begun = False
             try:
-                async with self._started(endpoint), contextlib.aclosing(work(endpoint, mine)) as items:
-                    async for item in items:
-                        begun = True
-                        yield item
-                endpoint.recovered()
-                return
-            except InferenceError as exc:
-                if not passed_over(exc):
+                await self._begin(endpoint)
+                try:
+                    found = await work(endpoint, mine)
+                except BaseException:
+                    endpoint.finish()
                     raise
-                if len(self.endpoints) > 1:
-                    endpoint.failed(exc)
-                if begun:
+                endpoint.recovered()
+                return endpoint, found
+            except InferenceError as exc:
+                if not self._passed_over(endpoint, exc):
                     raise
                 last = exc
         assert last is not None
@@ -6627,19 +6628,24 @@ class Fleet(Router):
         finally:
             del last  # or it keeps this frame, and with it the request
 
-    @contextlib.asynccontextmanager
-    async def _started(self, endpoint: Endpoint) -> AsyncIterator[None]:
-        """The endpoint at work: started where it is started on request, the others of its group stopped first."""
-        if endpoint.group:
-            lock = self._groups.setdefault(endpoint.group, asyncio.Lock())
-            if not endpoint.running or lock.locked():
-                async with lock:
-                    await self._take_turn(endpoint)
-                    await endpoint.adapter.connect()
-                    with endpoint.at_work():
-                        pass
-        with endpoint.at_work():
-            yield
+    def _passed_over(self, endpoint: Endpoint, error: InferenceError) -> bool:
+        """Whether the error is an outage of the endpoint, which is noted where another one can answer."""
+        if not passed_over(error):
+            return False
+        if len(self.endpoints) > 1:
+            endpoint.failed(error)
+        return True
+
+    async def _begin(self, endpoint: Endpoint) -> None:
+        """The endpoint begins a request: started where it is started on request, the others of its group stopped first."""
+        if not endpoint.group:
+            endpoint.begin()
+            return
+        async with self._groups.setdefault(endpoint.group, asyncio.Lock()):
+            if not endpoint.running:
+                await self._take_turn(endpoint)
+                await endpoint.adapter.connect()
+            endpoint.begin()
 
     async def _take_turn(self, endpoint: Endpoint) -> None:
         """Stop the others of the group once they have answered what they have."""
@@ -6693,6 +6699,37 @@ def unsatisfied(request: GenerateRequest, answer: Answer, problem: str) -> Struc
     error = StructuredOutputInvalid(f"the answer does not satisfy its constraint: {problem}", hint, text=text)
     error.usage = request.served.usage
     return error
+
+
+@dataclass(slots=True)
+class OpenStream:
+    """A stream whose first burst has come."""
+
+    first: Burst
+    bursts: AsyncGenerator[Burst, None]
+    source: AsyncGenerator[Burst, None]  #: the adapter's
+
+    async def close(self) -> None:
+        """Leave it, which stops the engine's work unless it has ended."""
+        if self.bursts is not self.source:
+            await self.bursts.aclose()
+        await self.source.aclose()
+
+
+async def open_stream(endpoint: Endpoint, request: GenerateRequest) -> OpenStream:
+    """Ask the endpoint, and wait for the first burst. Raises what keeps it from coming."""
+    body = await endpoint.adapter.prepare(request)
+    checker = checker_for(request, request.served.ignored)
+    source = endpoint.adapter.events(request, body)
+    bursts = source if checker is None else checked(request, source, checker)
+    try:
+        return OpenStream(await anext(bursts), bursts, source)
+    except StopAsyncIteration:
+        raise BadEngineReply("the stream ended before it began", "ask again", retryable=True) from None
+    except BaseException:
+        await bursts.aclose()
+        await source.aclose()
+        raise
 
 
 async def checked(
@@ -9032,6 +9069,8 @@ class Surface(ABC):
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.streamed = False
+        self.cap: int | None = None  #: the server's limit of max_tokens
+        self.size = 0  #: bytes of the body
         self.engine_type: str | None = None  #: the engine that the caller names
         self.model: str | None = None  #: the model that the caller names
         self.ignored: tuple[str, ...] = ()  #: fields that this surface leaves out
@@ -9091,7 +9130,8 @@ class OwnSurface(Surface):
             schema, _ = normalize_schema(schema)
         messages = messages_from(prompt if messages is None else messages, body.pop("system", None))
         request = make_request(messages=messages, schema=schema, model=self.model, **body)
-        return with_body(request, STREAMED) if self.streamed else request
+        more = STREAMED if self.streamed else {}
+        return dataclasses.replace(request, body=request.body | more, cap=self.cap, size=self.size)
 
     def write(self, answer: Answer, served: Served) -> bytes:
         data = completion_data(answer.completion(served), chat=self.shape is ChatBody, structured=self.structured)
@@ -9110,10 +9150,6 @@ class OwnSurface(Surface):
 
     def error(self, error: InferenceError) -> tuple[int, dict[str, Any]]:
         return error.status, envelope(self.request_id, error=error)
-
-
-def with_body(request: GenerateRequest, more: Mapping[str, Any]) -> GenerateRequest:
-    return dataclasses.replace(request, body={**request.body, **more})
 
 
 def completion_data(done: Completion, *, chat: bool, structured: bool) -> dict[str, Any]:
@@ -9184,7 +9220,7 @@ class OpenAISurface(Surface):
         for name in ("model", required):
             if body.get(name) is None:
                 raise InvalidRequest(f"{name}: is required", "see OpenAI's API reference", param=name)
-        request = chat_request(without_no_ops(body), self.path)
+        request = chat_request(self, without_no_ops(body), self.path)
         self.model, self.streamed = request.body["model"], bool(request.body.get("stream"))
         return request
 
@@ -9210,7 +9246,7 @@ class OpenAISurface(Surface):
         return data if old == new else data.replace(old, new)
 
 
-def chat_request(body: dict[str, Any], path: str) -> GenerateRequest:
+def chat_request(surface: Surface, body: dict[str, Any], path: str) -> GenerateRequest:
     """A checked request out of one of OpenAI's bodies. Raises InvalidRequest, UnsupportedFeature."""
     check_body(V1Body, body)
     prompts = body.get("prompt")
@@ -9230,7 +9266,7 @@ def chat_request(body: dict[str, Any], path: str) -> GenerateRequest:
         body["messages"] = without_dump_fields(body["messages"])
     check_together(body)
     check_constraints(body)
-    return GenerateRequest(body=body, surface=path)
+    return GenerateRequest(body=body, surface=path, cap=surface.cap, size=surface.size)
 
 
 def refuse_addresses(messages: Iterable[Any]) -> None:
@@ -9277,8 +9313,7 @@ class ResponsesSurface(Surface):
         self.ignored, self.streamed, self.model = tuple(ignored), bool(chat.get("stream")), chat["model"]
         self.writer = ResponseWriter(body, f"resp_{self.request_id.replace('-', '')}", int(time.time()))
         self.started = False
-        request = chat_request(without_no_ops(chat), CHAT)
-        return with_body(request, STREAMED) if self.streamed else request
+        return chat_request(self, without_no_ops(chat) | (STREAMED if self.streamed else {}), CHAT)
 
     def write(self, answer: Answer, served: Served) -> bytes:
         return to_json(self.writer.whole(answer.payload))
@@ -9306,8 +9341,7 @@ class MessagesSurface(Surface):
         self.ignored, self.streamed, self.model = tuple(ignored), bool(chat.get("stream")), chat["model"]
         self.writer = MessageWriter(body, f"msg_{self.request_id.replace('-', '')}")
         self.started = False
-        request = chat_request(without_no_ops(chat), CHAT)
-        return with_body(request, STREAMED) if self.streamed else request
+        return chat_request(self, without_no_ops(chat) | (STREAMED if self.streamed else {}), CHAT)
 
     def write(self, answer: Answer, served: Served) -> bytes:
         return to_json(self.writer.whole(answer.payload))
@@ -9736,9 +9770,10 @@ class Gateway(Catalog):
     async def read(self, surface: Surface, raw: bytes) -> GenerateRequest:
         """The common request; a large body, a schema or a pattern is looked at in a thread, for it may take a while."""
 
+        surface.cap, surface.size = self.settings.max_tokens_cap, len(raw)
+
         def read() -> GenerateRequest:
-            request = surface.read(parse_object(raw))
-            return dataclasses.replace(request, cap=self.settings.max_tokens_cap, size=len(raw))
+            return surface.read(parse_object(raw))
 
         if len(raw) < 65_536 and not _COSTLY.search(raw):
             return read()
@@ -9831,28 +9866,20 @@ class Exchange:
         request = await self.gateway.read(surface, raw)
         self.served = request.served
         llm, model = await self.gateway.route(surface)
-        request = dataclasses.replace(request, body=with_model(request.body, model))
+        body = with_model(request.body, model)
+        if body is not request.body:
+            request = dataclasses.replace(request, body=body)
         self.served.model = model or "-"
         fleet = await llm.found()
         self.served.engine_type = llm.engine_type
         if surface.streamed:
-            await self.events(self._stream(fleet, request))
+            await self.events(fleet.events(request))
             return
         answer = await fleet.answer(request)
         self.served.usage = self.served.usage or answer.usage
         with well_formed(self.served.engine_type):
-            body = surface.write(answer, self.served)
-        await self.answer(body)
-
-    async def _stream(self, fleet: Fleet, request: GenerateRequest) -> AsyncGenerator[bytes, None]:
-        async with contextlib.aclosing(fleet.events(request)) as bursts:
-            async for burst in bursts:
-                with well_formed(self.served.engine_type):
-                    data = self.surface.event(burst, self.served)
-                if data:
-                    yield data
-        if end := self.surface.end(self.served):
-            yield end
+            data = surface.write(answer, self.served)
+        await self.answer(data)
 
     async def _fail_at_shutdown(self) -> None:
         with contextlib.suppress(TimeoutError, asyncio.CancelledError):  # a client that does not read is not waited for
@@ -9906,23 +9933,25 @@ class Exchange:
             headers.append((b"x-endpoint", self.served.endpoint.encode("ascii", "replace")))
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
-    async def events(self, parts: AsyncGenerator[bytes, None]) -> None:
+    async def events(self, bursts: AsyncGenerator[Burst, None]) -> None:
         """Send server-sent events: the first is awaited before the 200, and silence is filled with comments.
 
         A client that reads nothing for `idle` seconds counts as gone.
         """
-        async with contextlib.aclosing(parts):
-            part = await anext(parts, None)
+        surface, served = self.surface, self.served
+        async with contextlib.aclosing(bursts):
+            burst = await anext(bursts, None)
             self.first_event = time.monotonic()
             writer = EventWriter(self)
             comments = asyncio.ensure_future(writer.keep_alive())
             try:
                 no_cache = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
-                await self.head(200, self.surface.content_type, *no_cache)
-                while part is not None:
-                    self.sent = part
-                    await writer.write(part)
-                    part = await anext(parts, None)
+                await self.head(200, surface.content_type, *no_cache)
+                with well_formed(served.engine_type):
+                    while burst is not None:
+                        await writer.write(surface.event(burst, served))
+                        burst = await anext(bursts, None)
+                    await writer.write(surface.end(served))
                 await writer.write(b"", end=True)
             finally:
                 comments.cancel()
@@ -9937,11 +9966,11 @@ class EventWriter:
         self.changed, self.sending = self.loop.time(), True
 
     async def write(self, part: bytes, end: bool = False) -> None:
+        if not part and not end:
+            return
+        self.exchange.sent = part
         self.changed, self.sending = self.loop.time(), True
-        message: dict[str, Any] = {"type": "http.response.body", "body": part}
-        if not end:
-            message["more_body"] = True
-        await self.exchange.send(message)
+        await self.exchange.send({"type": "http.response.body", "body": part, "more_body": not end})
         self.changed, self.sending = self.loop.time(), False
 
     async def keep_alive(self) -> None:

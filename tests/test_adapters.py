@@ -493,7 +493,7 @@ def test_embeddings(dialect: Dialect, fake: Make, attach: Attach) -> None:
 )
 def test_a_chat_server_has_no_embeddings(dialect: Dialect, name: str, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
-    engine.replay(name)
+    engine.replay(name, name)  # llama.cpp is asked beforehand whether it can
     with pytest.raises(UnsupportedFeature):
         attach(engine).embed("a")
 

@@ -78,7 +78,6 @@ DROPPED = (
     "tools, tool_choice auto",
     "images",
     "/v1 n",
-    "/v1 structured_outputs",
     "/v1 logit_bias",
 )
 WE_REFUSE = (
@@ -99,6 +98,7 @@ WE_CHECK = (
     "regex",
     "/v1 response_format json_schema",
     "/v1 response_format json_schema, streamed",
+    "/v1 structured_outputs",
 )
 
 

@@ -321,7 +321,7 @@ def test_a_broken_gguf_is_a_model_error_with_the_engines_reason(
     before = set(engines())
     with pytest.raises(ModelNotFound) as caught:
         own(str(path)).generate("hi")
-    assert "broken" in caught.value.hint and caught.value.code == 400
+    assert "damaged" in caught.value.hint and caught.value.code == 400
     until(lambda: set(engines()) == before)
 
 

@@ -1,6 +1,6 @@
-"""Headless Chromium on a network where every host but 127.0.0.1 is unreachable (Debian: chromium, chromium-driver, fonts-noto-cjk).
+"""Headless Chromium on a network where every host but 127.0.0.1 is unreachable.
 
-Screenshots go to $LLM_TEST_SHOTS (default: the test's temporary folder).
+Debian's packages: chromium, chromium-driver, fonts-noto-cjk. Screenshots go to $LLM_TEST_SHOTS (default: the test's temporary folder).
 """
 
 import contextlib

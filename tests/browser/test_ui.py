@@ -1,7 +1,6 @@
 """The chat page in Chromium, on the real embedded model and a fake vLLM, with every other host unreachable."""
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,10 @@ from typing import Any
 import httpx
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-from chromium import DESKTOP, PHONE, Keys, Page, chromium  # noqa: E402
-from fake_engine import Reply  # noqa: E402
-from serving import Fake, serving, until  # noqa: E402
-
-import llm_inference as product  # noqa: E402
+import llm_inference as product
+from tests.browser.chromium import DESKTOP, PHONE, Keys, Page, chromium
+from tests.fake_engine import FakeEngine, Reply
+from tests.harness import serving, until
 
 NARROW = (360, 740)
 KEY = "sk-browser"
@@ -43,15 +40,15 @@ end"""
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[tuple[str, Fake]]:
+def server() -> Iterator[tuple[str, FakeEngine]]:
     """The embedded engine as the default one, and a fake vLLM beside it."""
-    with Fake("vllm") as engine, pytest.MonkeyPatch.context() as patch:
+    with FakeEngine("vllm") as engine, pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_BASE_URL", engine.base_url)
         app = product.create_app(product.Settings(engine="llamacpp"))
         with serving(app) as url:
             assert "vllm" in httpx.get(url + "/api/v1/llm/models", trust_env=False).text  # now it is attached
             yield url, engine
-            until(lambda: app.state.hub.in_flight == 0)
+            until(lambda: app.state.gateway.in_flight == 0)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +58,7 @@ def browser() -> Iterator[Page]:
 
 
 @pytest.fixture
-def page(browser: Page, server: tuple[str, Fake]) -> Iterator[Page]:
+def page(browser: Page, server: tuple[str, FakeEngine]) -> Iterator[Page]:
     """The page as it opens, in English at desktop size, with the fake vLLM chosen; its console must stay empty."""
     server[1].reset()
     opened(browser, server[0])
@@ -74,7 +71,7 @@ def page(browser: Page, server: tuple[str, Fake]) -> Iterator[Page]:
 
 
 @pytest.fixture
-def engine(server: tuple[str, Fake]) -> Fake:
+def engine(server: tuple[str, FakeEngine]) -> FakeEngine:
     return server[1]
 
 
@@ -109,8 +106,8 @@ def finished(page: Page, timeout: float = 30) -> str:
     return str(page.text("article:last-of-type"))
 
 
-def roles(engine: Fake) -> list[str]:
-    return [message["role"] for message in engine.asked()[-1]["messages"]]
+def roles(engine: FakeEngine) -> list[str]:
+    return [message["role"] for message in engine.body["messages"]]
 
 
 # ------------------------------------------------------------------------------------------------ what it looks like
@@ -120,7 +117,7 @@ def roles(engine: Fake) -> list[str]:
 @pytest.mark.parametrize("size", [DESKTOP, PHONE, NARROW], ids=["desktop", "phone", "narrow"])
 @pytest.mark.parametrize("language", ["en", "zh-CN"])
 def test_it_fits_in_both_languages(
-    server: tuple[str, Fake], language: str, size: tuple[int, int], dark: bool, tmp_path: Path
+    server: tuple[str, FakeEngine], language: str, size: tuple[int, int], dark: bool, tmp_path: Path
 ) -> None:
     server[1].reset().text = MARKDOWN + "\n" + "long" * 100
     with chromium(size, language, dark) as page:
@@ -153,7 +150,7 @@ def test_it_fits_in_both_languages(
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_the_default_model_answers(server: tuple[str, Fake], size: tuple[int, int], tmp_path: Path) -> None:
+def test_the_default_model_answers(server: tuple[str, FakeEngine], size: tuple[int, int], tmp_path: Path) -> None:
     with chromium(size) as page:
         opened(page, server[0])
         choose(page, next(option.text for option in page.all("#model option") if "llamacpp/" in option.text))
@@ -165,14 +162,14 @@ def test_the_default_model_answers(server: tuple[str, Fake], size: tuple[int, in
         shot(page, tmp_path, f"default-{size[0]}")
 
 
-def test_the_policy_allows_this_origin_alone(server: tuple[str, Fake]) -> None:
+def test_the_policy_allows_this_origin_alone(server: tuple[str, FakeEngine]) -> None:
     reply = httpx.get(server[0] + "/ui", trust_env=False)
     policy = reply.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "connect-src 'self'" in policy and "frame-ancestors 'none'" in policy
     assert "innerHTML" not in reply.text and "://" not in reply.text.replace("https?:\\/\\/", "")
 
 
-def test_the_root_leads_to_it(server: tuple[str, Fake]) -> None:
+def test_the_root_leads_to_it(server: tuple[str, FakeEngine]) -> None:
     reply = httpx.get(server[0] + "/", trust_env=False, follow_redirects=True)
     assert reply.url.path == "/ui" and reply.headers["content-type"].startswith("text/html")
 
@@ -180,7 +177,7 @@ def test_the_root_leads_to_it(server: tuple[str, Fake]) -> None:
 # ------------------------------------------------------------------------------------------------------ what it shows
 
 
-def test_markdown_is_shown(page: Page, engine: Fake) -> None:
+def test_markdown_is_shown(page: Page, engine: FakeEngine) -> None:
     engine.text = MARKDOWN
     ask(page, "Show it.")
     finished(page)
@@ -202,7 +199,7 @@ def test_markdown_is_shown(page: Page, engine: Fake) -> None:
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_html_in_an_answer_stays_text(page: Page, engine: Fake, attack: str) -> None:
+def test_html_in_an_answer_stays_text(page: Page, engine: FakeEngine, attack: str) -> None:
     engine.text = engine.reasoning = attack
     ask(page, attack)
     finished(page)
@@ -216,7 +213,7 @@ def test_html_in_an_answer_stays_text(page: Page, engine: Fake, attack: str) -> 
 
 
 @pytest.mark.parametrize("attack", ATTACKS[:2])
-def test_html_in_an_error_stays_text(page: Page, engine: Fake, attack: str) -> None:
+def test_html_in_an_error_stays_text(page: Page, engine: FakeEngine, attack: str) -> None:
     body = product.to_json({"error": {"message": attack, "type": "BadRequestError", "code": 400}})
     engine.script(Reply(status=400, headers={"content-type": "application/json"}, pieces=[body]))
     ask(page, "Go.")
@@ -236,7 +233,7 @@ def test_no_text_takes_long_to_show(page: Page, text: str) -> None:
     assert page.driver.execute_script(script, text) < 1000
 
 
-def test_reasoning_is_a_block_of_its_own(page: Page, engine: Fake) -> None:
+def test_reasoning_is_a_block_of_its_own(page: Page, engine: FakeEngine) -> None:
     engine.reasoning, engine.text, engine.pace = "thinking hard " * 20, "Forty-two. " * 10, 0.02
     ask(page, "Think.")
     page.wait(lambda: "thinking hard" in page.text(".reasoning div"))
@@ -247,21 +244,21 @@ def test_reasoning_is_a_block_of_its_own(page: Page, engine: Fake) -> None:
     assert "thinking hard" in page.text(".reasoning div")
 
 
-def test_a_cut_answer_is_marked(page: Page, engine: Fake) -> None:
+def test_a_cut_answer_is_marked(page: Page, engine: FakeEngine) -> None:
     engine.text = "word " * 50
     setting(page, "max_tokens", "5")
     ask(page, "Go on.")
     assert "Cut off by max_tokens" in finished(page) and page.all("article .warn")
-    assert engine.asked()[-1]["max_tokens"] == 5 and "temperature" not in engine.asked()[-1]
+    assert engine.body["max_tokens"] == 5 and "temperature" not in engine.body
 
 
-def test_settings_reach_the_engine(page: Page, engine: Fake) -> None:
+def test_settings_reach_the_engine(page: Page, engine: FakeEngine) -> None:
     setting(page, "system", "Be brief.")
     setting(page, "temperature", "0")
     setting(page, "top_p", "0.5")
     ask(page, "Hello.")
     finished(page)
-    asked = engine.asked()[-1]
+    asked = engine.body
     assert (asked["messages"][0], asked["temperature"], asked["top_p"]) == (
         {"role": "system", "content": "Be brief."},
         0,
@@ -269,7 +266,7 @@ def test_settings_reach_the_engine(page: Page, engine: Fake) -> None:
     )
 
 
-def test_a_schema_shows_the_checked_json(page: Page, engine: Fake, tmp_path: Path) -> None:
+def test_a_schema_shows_the_checked_json(page: Page, engine: FakeEngine, tmp_path: Path) -> None:
     engine.text = '{"city":"<b>Paris</b>"}'
     setting(page, "schema", '{"city": "string"}')
     ask(page, "Where?")
@@ -282,17 +279,17 @@ def test_a_schema_shows_the_checked_json(page: Page, engine: Fake, tmp_path: Pat
     "name, value, message",
     [("schema", "{", "not valid JSON"), ("temperature", "9", "2"), ("key", "schlüssel", "API key")],
 )
-def test_a_bad_setting_is_not_sent(page: Page, engine: Fake, name: str, value: str, message: str) -> None:
+def test_a_bad_setting_is_not_sent(page: Page, engine: FakeEngine, name: str, value: str, message: str) -> None:
     setting(page, name, value)
     ask(page, "Hello.")
     page.wait(lambda: message in page.text("#status"))
-    assert not page.all("article") and engine.asked() == []
+    assert not page.all("article") and engine.bodies == []
 
 
 # ----------------------------------------------------------------------------------------------- what may happen to it
 
 
-def test_stop_ends_the_generation(page: Page, engine: Fake, tmp_path: Path) -> None:
+def test_stop_ends_the_generation(page: Page, engine: FakeEngine, tmp_path: Path) -> None:
     engine.pace, engine.text = 0.05, "word " * 2000
     ask(page, "Go on for ever.")
     page.wait(lambda: "word word word" in page.text("article"))
@@ -307,10 +304,10 @@ def test_stop_ends_the_generation(page: Page, engine: Fake, tmp_path: Path) -> N
     page.all("#ask")[0].clear()
     ask(page, "Now shortly.")
     page.wait(lambda: "and again" in page.text("article:last-of-type"))
-    assert roles(engine) == ["user", "assistant", "user"] and "word" in engine.asked()[-1]["messages"][1]["content"]
+    assert roles(engine) == ["user", "assistant", "user"] and "word" in engine.body["messages"][1]["content"]
 
 
-def test_what_had_no_answer_is_no_part_of_the_history(page: Page, engine: Fake) -> None:
+def test_what_had_no_answer_is_no_part_of_the_history(page: Page, engine: FakeEngine) -> None:
     engine.script(Reply(delay=60))
     ask(page, "One.")
     engine.wait(lambda: engine.live == 1)
@@ -320,11 +317,11 @@ def test_what_had_no_answer_is_no_part_of_the_history(page: Page, engine: Fake) 
     assert page.all("#ask")[0].get_attribute("value") == "One."
     ask(page, " Two.")
     page.wait(lambda: "tokens" in page.text("article:last-of-type"))
-    assert roles(engine) == ["user"] and engine.asked()[-1]["messages"][0]["content"] == "One. Two."
+    assert roles(engine) == ["user"] and engine.body["messages"][0]["content"] == "One. Two."
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["while it talks", "before the first token"])
-def test_leaving_ends_the_generation(page: Page, engine: Fake, silent: bool) -> None:
+def test_leaving_ends_the_generation(page: Page, engine: FakeEngine, silent: bool) -> None:
     engine.pace, engine.text = 0.05, "word " * 2000
     if silent:
         engine.script(Reply(delay=60))
@@ -334,7 +331,7 @@ def test_leaving_ends_the_generation(page: Page, engine: Fake, silent: bool) -> 
     engine.wait(lambda: engine.live == 0)
 
 
-def test_a_stream_that_breaks_is_an_error(page: Page, engine: Fake, tmp_path: Path) -> None:
+def test_a_stream_that_breaks_is_an_error(page: Page, engine: FakeEngine, tmp_path: Path) -> None:
     chunk = {"id": "1", "object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"content": "Half a"}}]}
     headers = {"content-type": "text/event-stream"}
     engine.script(Reply(headers=headers, pieces=[b"data: " + product.to_json(chunk) + b"\n\n"], end="reset"))
@@ -368,7 +365,7 @@ def test_endpoint_and_ignored_fields_are_shown(page: Page) -> None:
 
 
 def test_a_server_that_is_gone_is_an_error(browser: Page) -> None:
-    with Fake("vllm") as engine:
+    with FakeEngine("vllm") as engine:
         app = product.create_app(product.Settings(engine="vllm", base_url=engine.base_url))
         with serving(app) as url:
             opened(browser, url)
@@ -379,7 +376,7 @@ def test_a_server_that_is_gone_is_an_error(browser: Page) -> None:
 
 
 def test_a_key_is_asked_for(browser: Page, tmp_path: Path) -> None:
-    with Fake("vllm") as engine:
+    with FakeEngine("vllm") as engine:
         app = product.create_app(product.Settings(engine="vllm", base_url=engine.base_url, api_keys=(KEY,)))
         with serving(app) as url:
             opened(browser, url)
@@ -402,7 +399,7 @@ def test_a_key_is_asked_for(browser: Page, tmp_path: Path) -> None:
     browser.errors()  # the browser logs each 401
 
 
-def test_keys_and_composition(page: Page, engine: Fake) -> None:
+def test_keys_and_composition(page: Page, engine: FakeEngine) -> None:
     box = page.all("#ask")[0]
     box.send_keys("one" + Keys.SHIFT + Keys.ENTER + Keys.NULL + "two")
     assert box.get_attribute("value") == "one\ntwo"
@@ -413,11 +410,11 @@ def test_keys_and_composition(page: Page, engine: Fake) -> None:
     assert not page.all("article")
     box.send_keys(Keys.ENTER)
     finished(page)
-    assert page.text("article.user") == "one\ntwo" and engine.asked()[-1]["messages"][0]["content"] == "one\ntwo"
+    assert page.text("article.user") == "one\ntwo" and engine.body["messages"][0]["content"] == "one\ntwo"
     assert page.driver.switch_to.active_element == box
 
 
-def test_a_reader_further_up_stays_there(page: Page, engine: Fake) -> None:
+def test_a_reader_further_up_stays_there(page: Page, engine: FakeEngine) -> None:
     engine.pace, engine.text = 0.01, "line of words\n\n" * 200
     ask(page, "Go on.")
     place = (
@@ -434,7 +431,7 @@ def test_a_reader_further_up_stays_there(page: Page, engine: Fake) -> None:
     assert there()[0] == 50
 
 
-def test_a_new_chat_forgets(page: Page, engine: Fake) -> None:
+def test_a_new_chat_forgets(page: Page, engine: FakeEngine) -> None:
     ask(page, "One.")
     finished(page)
     engine.pace, engine.text = 0.05, "word " * 2000

@@ -24,12 +24,14 @@ ROUTES = {  # every guarded route: its method and a body that would be answered
     "/v1/chat/completions": ("POST", asking("vllm", "x", v1=True, stream=True)),
     "/v1/completions": ("POST", {"model": "vllm/m", "prompt": "x"}),
     "/v1/embeddings": ("POST", {"model": "vllm/m", "input": "x"}),
+    "/v1/responses": ("POST", {"model": "vllm/m", "input": "x"}),
+    "/v1/messages": ("POST", {"model": "vllm/m", "max_tokens": 8, "messages": [{"role": "user", "content": "x"}]}),
+    "/v1/messages/count_tokens": ("POST", {"model": "vllm/m", "messages": [{"role": "user", "content": "x"}]}),
     "/metrics": ("GET", None),
     "/nowhere": ("GET", None),
-    "/ui/": ("GET", None),
-    "/ui/gradio_api/queue/join": ("POST", {"data": []}),
+    "/ui/below": ("POST", {"data": []}),
 }
-PUBLIC = {"/health", "/ready", "/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect"}
+PUBLIC = {"/", "/ui", "/favicon.ico", "/health", "/ready", "/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect"}
 PUBLIC_BELOW = ("/docs/", "/redoc/", "/static/", "/assets/")  # the pages' own scripts
 KEPT_OUT = (400, 401, 403, 404, 405, 408, 413, 414, 421, 431, 501, 505)
 
@@ -169,7 +171,7 @@ def names_public(target: str) -> bool:
     """Is it exactly one of the public paths, once decoded?"""
     path = target.removeprefix("http://127.0.0.1") if target.startswith("http://127.0.0.1") else target
     path = unquote(path.partition("?")[0].partition("#")[0])
-    return path in PUBLIC or path.startswith(PUBLIC_BELOW)
+    return (path.rstrip("/") or "/") in PUBLIC or path.startswith(PUBLIC_BELOW)
 
 
 def through(answer: Answer, target: str, method: str) -> str:

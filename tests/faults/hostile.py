@@ -29,7 +29,8 @@ from .rig import (
     wrong_error,
 )
 
-PATHS = ("/api/v1/llm/generate", API, "/api/v1/llm/structured-generate", V1, "/v1/completions", "/v1/embeddings")
+OTHERS = ("/v1/embeddings", "/v1/responses", "/v1/messages")  #: their fields have other names and bounds
+PATHS = ("/api/v1/llm/generate", API, "/api/v1/llm/structured-generate", V1, "/v1/completions", *OTHERS)
 VALID: dict[str, Json] = {
     "/api/v1/llm/generate": {"prompt": "hi", "max_tokens": 8, "temperature": 0.5, "stop": ["x"], "seed": 1},
     API: {
@@ -53,6 +54,20 @@ VALID: dict[str, Json] = {
     },
     "/v1/completions": {"model": "ollama/m", "prompt": "hi", "max_tokens": 8, "stop": "x", "stream": False},
     "/v1/embeddings": {"model": "vllm/m", "input": ["a", "b"]},
+    "/v1/responses": {
+        "model": "vllm/m",
+        "input": [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}],
+        "max_output_tokens": 16,
+        "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}}],
+    },
+    "/v1/messages": {
+        "model": "vllm/m",
+        "max_tokens": 8,
+        "system": "be brief",
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+        "stop_sequences": ["x"],
+        "stream": True,
+    },
 }
 #: 500s that a hostile but well-formed body may come to: the engine's text does not fit what was asked
 MAY_FAIL = {"structured_output_invalid"}
@@ -119,19 +134,18 @@ def refused_bodies() -> Iterator[tuple[str, str, bytes, set[str]]]:
         yield "nested too deep", path, with_(f'"metadata": {{"a": {json.dumps(nested(70))}}}'), invalid
         yield "nested very deep", path, b'{"metadata": ' + b"[" * 100_000, invalid
         yield "over 4 MiB", path, with_(f'"user": "{"x" * (4 << 20)}"'), {"payload_too_large"}
-        if path == "/v1/embeddings":
+        if path in OTHERS:
             continue
         for name, value in (
-            ("max_tokens", "8193"),
             ("max_tokens", "0"),
             ("max_tokens", "true"),
             ("max_tokens", '"7"'),
             ("max_tokens", "1e18"),
-            ("max_tokens", "-1"),
+            ("max_tokens", "-2"),
             ("temperature", "2.1"),
             ("temperature", '"1"'),
             ("top_p", "0"),
-            ("seed", "-1"),
+            ("seed", "true"),
             ("top_logprobs", "21"),
             ("stop", '["a","b","c","d","e"]'),
             ("stop", f'"{"x" * 300}"'),
@@ -153,8 +167,9 @@ def refused_bodies() -> Iterator[tuple[str, str, bytes, set[str]]]:
         "a" * 300,
         "",
     ):
-        yield "model name", API, json.dumps({**VALID[API], "model_name": model}).encode(), invalid
-        yield "model name", V1, json.dumps({**VALID[V1], "model": model}).encode(), invalid | {"model_not_found"}
+        for path, field in ((API, "model_name"), (V1, "model"), ("/v1/responses", "model"), ("/v1/messages", "model")):
+            body = json.dumps({**VALID[path], field: model}).encode()
+            yield "model name", path, body, invalid | {"model_not_found"}
     for schema in (ladder(16), ladder(30)):
         yield (
             "laddered $refs",
@@ -343,6 +358,8 @@ async def hostile_bodies(full: bool, off: str | None = None, focus: str = "") ->
         if not focus:
             await mutations(world, found, many, 5)
             await invented(world, found, 3000 if full else 150)
+        if focus in ("", "capped"):
+            await capped(world, found)
         if not focus or focus == "memory":
             await heavy(world, found, 4 if full else 1)
         if not focus or focus == "header":
@@ -370,6 +387,17 @@ async def must_refuse(world: World, found: Result, cases: list[tuple[str, str, b
     await at_once(cases, one, 4)
     found.need(world.generations() == before, f"{world.generations() - before} of them reached an engine")
     found.figures |= {"must be refused": len(cases), "slowest_s": round(max(times, default=0), 2)}
+
+
+async def capped(world: World, found: Result) -> None:
+    """More tokens than the server allows: the engine is asked for the limit, and the answer names the field."""
+    for path, field in ((API, "max_tokens"), (V1, "max_tokens"), (V1, "max_completion_tokens"), ("/v1/messages", "max_tokens")):
+        body = {key: value for key, value in VALID[path].items() if key not in ("max_tokens", "response_format")}
+        answer = await ask(world.port, path, {**body, field: 8193})
+        named = answer.headers.get("x-ignored-fields", "") if path != API else answer.body.decode()
+        sent = json.loads(world.engines["vllm"].requests[-1].body)
+        most = max(sent.get("max_tokens") or 0, sent.get("max_completion_tokens") or 0)
+        found.check(answer.status == 200 and field in named and most == 8192, f"capped {field} on {path}: {most} {named[:200]}")
 
 
 async def mutations(world: World, found: Result, many: int, seed: int) -> None:

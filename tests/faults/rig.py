@@ -420,7 +420,7 @@ def judge_stream(answer: Answer, v1: bool) -> tuple[str, str]:
             if done:
                 return "!something after [DONE]", ""
             if v1 and "error" in body:
-                kind = body["error"]["code"]
+                kind = kind_of(body["error"]["code"])
             elif v1:
                 for choice in body["choices"]:
                     text, finish = text + (choice["delta"].get("content") or ""), choice["finish_reason"] or finish
@@ -439,18 +439,28 @@ def judge_stream(answer: Answer, v1: bool) -> tuple[str, str]:
     return "good", text
 
 
+def kind_of(code: str) -> str:
+    """The kind that a code on /v1 stands for."""
+    return next((kind for kind, error in KINDS.items() if error.openai_code == code), code)
+
+
 def wrong_error(body: Any, v1: bool, kind: str, status: int) -> str:
     """What is wrong with an error's body, or nothing. Errors of HTTP itself (400 of the parser) are judged by the
     caller."""
     if kind not in KINDS:
         return f"!{status} without a known kind ({kind})"
     error = KINDS[kind]
-    if v1:
+    if isinstance(body, dict) and "type" in body:  # Anthropic's
+        inner = body.get("error")
+        good = list(body) == ["type", "error", "request_id"] and body["type"] == "error" and is_uuid(body["request_id"])
+        good = good and isinstance(inner, dict) and set(inner) == {"type", "message"} and v1
+        good = good and status in (error.v1[0], error.http)
+    elif v1:
         inner = body.get("error") if isinstance(body, dict) else None
         good = (
             isinstance(inner, dict)
             and set(inner) == {"message", "type", "param", "code"}
-            and inner["code"] == kind
+            and inner["code"] == (error.openai_code or kind)
             and status in (error.v1[0], error.http)
         )
     else:

@@ -88,11 +88,11 @@ def main() -> int:
         import uvicorn
 
         more: dict[str, Any] = json.loads(os.environ.get("FAULTS_SETTINGS") or "{}")
-        read, startup = product.settings_from, uvicorn.Server.startup
+        read, startup = product.load_settings, uvicorn.Server.startup
         known = {each.name for each in dataclasses.fields(product.Settings)}
 
-        def settings_from(args: Any) -> Any:
-            settings = read(args)
+        def load_settings(*args: Any) -> Any:
+            settings = read(*args)
             limits = dataclasses.replace(settings.deadlines, **more.get("deadlines", {}))
             return dataclasses.replace(
                 settings,
@@ -105,7 +105,7 @@ def main() -> int:
             await startup(self, sockets)
             sys.addaudithook(audit)
 
-        product.settings_from, uvicorn.Server.startup = settings_from, started  # type: ignore[method-assign]
+        product.load_settings, uvicorn.Server.startup = load_settings, started  # type: ignore[method-assign]
         if path := os.environ.get("FAULTS_CONTROL"):
             threading.Thread(target=control, args=(path,), name="control", daemon=True).start()
         found: int = product.main(sys.argv[1:])

@@ -1,0 +1,87 @@
+"""Command line: tables that fit the terminal, bars, first steps. Needs the module with both drafts in it."""
+
+import llm_inference as product
+import pytest
+
+ROWS = [
+    ("llamacpp", "started by us", "SmolLM2-135M-Instruct.Q4_1", "0.35 s", "58", "ok"),
+    ("vllm", "VLLM_BASE_URL", "a-very-long-model-name/" * 6, "-", "-", "failed: " + "why " * 40),
+]
+COLUMNS = ("engine", "found", "model", "first token", "tokens/s", "answer")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_table_folds_instead_of_cutting(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    product.table("title", COLUMNS, ROWS)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    given = ["title", *COLUMNS, *ROWS[0], *ROWS[1]]
+    assert sorted("".join(lines).replace(" ", "")) == sorted("".join(given).replace(" ", ""))
+
+
+def test_bars_compare_on_a_wide_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert product.with_bars([1.0, None, 2.0], "{:.0f}") == ["1", "-", "2"]
+    monkeypatch.setattr(product.sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "120")
+    assert product.with_bars([5.0, None, 10.0], "{:.0f}") == [" 5 ██████", "-", "10 ████████████"]
+    assert product.with_bars([5.0, None], "{:.0f}") == ["5", "-"]
+    monkeypatch.setenv("COLUMNS", "80")
+    assert product.with_bars([5.0, 10.0], "{:.0f}") == ["5", "10"]
+
+
+@pytest.mark.parametrize(("name", "says"), [
+    ("/usr/bin/llm-inference", "llm-inference --serve"), ("llm_inference.py", "python llm_inference.py --serve"),
+    ("/x/pytest", "python llm_inference.py --serve"),
+])  # fmt: skip
+def test_commands_are_shown_with_the_name_it_was_called_by(
+    name: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(product.sys, "argv", [name])
+    assert product.command("--serve") == says
+
+
+@pytest.mark.parametrize(("fields", "shown"), [
+    ({}, True), ({"engine": "llamacpp"}, True), ({"engine": "vllm"}, False),
+    ({"engine": "llamacpp", "model": "x.gguf"}, False),
+    ({"endpoints": (product.EndpointConfig(engine="llamacpp", model="m.gguf"),)}, False),
+])  # fmt: skip
+def test_the_banner_names_the_demo_model(
+    fields: dict[str, object], shown: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LLAMACPP_MODEL", "LLAMACPP_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    product.banner(product.Settings(**fields))
+    assert ("Qwen/Qwen3-0.6B-GGUF:Q8_0" in capsys.readouterr().out) is shown
+
+
+@pytest.mark.parametrize(("argv", "mode"), [
+    ([], "self-test"), (["--serve"], "serve"), (["--serve", "--ray"], "ray"), (["--api-test"], "api-test"),
+    (["--check-config"], "serve"),
+])  # fmt: skip
+def test_the_mode(argv: list[str], mode: str) -> None:
+    assert product.take_mode(product.parse_arguments(argv)) == mode
+
+
+def test_the_engines_own_arguments_stand_behind_two_dashes() -> None:
+    values = product.parse_arguments(["--serve", "--engine", "vllm", "--", "--tensor-parallel-size", "2", "--"])
+    assert values["launch_args"] == ["--tensor-parallel-size", "2", "--"] and values["engine"] == "vllm"
+    for argv in (["stray", "--", "x"], ["--ray"], ["--work", "2"]):
+        with pytest.raises(SystemExit):
+            product.parse_arguments(argv)
+
+
+def test_check_config(tmp_path: object, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(str(tmp_path))
+    text = '[[endpoint]]\nengine = "vllm"\nbase_url = "http://gpu1:8000"\nslots = 2\n[alias]\nfast = "vllm/m"\n'
+    with open("llm.toml", "w") as file:
+        file.write(text)
+    assert product.main(["--check-config", "--config", "llm.toml"]) == 0
+    said = capsys.readouterr().out
+    assert "http://gpu1:8000" in said and "attached" in said and "alias fast = vllm/m" in said
+    with open("llm.toml", "w") as file:
+        file.write(text.replace("2", "0"))
+    assert product.main(["--check-config", "--config", "llm.toml"]) == 2
+    assert "llm.toml: endpoint[1].slots (line 4)" in capsys.readouterr().err
