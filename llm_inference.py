@@ -2328,7 +2328,9 @@ _MALFORMED = (KeyError, IndexError, TypeError, AttributeError, ValueError)
 #: whole events in the engines' own form, which need no parsing: no control characters, one JSON object each
 CLEAN_EVENTS = re.compile(rb'(?:data: \{"[^\x00-\x1f]*\}\r?\n\r?\n|data: \[DONE\]\n\n)+')
 DONE = re.compile(rb"^data: ?\[DONE\]", re.MULTILINE)
-FINISH = re.compile(rb'"finish_reason": ?"')
+#: what is read from events without parsing them; inside a string the quotes would be escaped
+FINISH = re.compile(rb'"finish_reason": ?"([^"]*)"')
+MODEL = re.compile(rb'"model": ?("(?:[^"\\]|\\.)*")')
 
 
 def from_json(data: bytes | str) -> Any:
@@ -2390,6 +2392,7 @@ def vectors_of(found: Any, texts: Sequence[str]) -> list[list[float]]:
 
 
 FINISH_REASONS = ("stop", "length", "tool_calls", "content_filter")
+GOOD_ENDS = frozenset(reason.encode() for reason in FINISH_REASONS)
 
 
 def finish_of(value: Any) -> str | None:
@@ -5311,13 +5314,15 @@ class OpenAIAdapter(HTTPAdapter):
             done = DONE.search(data) if b"[DONE]" in data else None
             if done is not None:
                 data = data[: done.start()] + b"data: [DONE]\n\n"
-            ends = 0
+            ends: list[bytes] = []
             if b'"finish_reason":"' in data or b'"finish_reason": "' in data:
-                ends = len(FINISH.findall(data))
-            if first or ends or b'"error"' in data or b"abort" in data or not CLEAN_EVENTS.fullmatch(data):
-                data, error = self._checked_part(data, body, first)
-                first = False
-            finished += ends
+                ends = FINISH.findall(data)
+            if b'"error"' in data or not GOOD_ENDS.issuperset(ends) or not CLEAN_EVENTS.fullmatch(data):
+                data, error = self._checked_part(data)
+            if first and (named := MODEL.search(data)):
+                self._check_model({"model": from_json(named[1])}, body)
+            first = False
+            finished += len(ends)
             if done is not None and error is None and finished < expected:
                 return None, BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again"), False
             end = done is not None and error is None
@@ -5329,7 +5334,7 @@ class OpenAIAdapter(HTTPAdapter):
 
         return decode
 
-    def _checked_part(self, data: bytes, body: dict[str, Any], first: bool) -> tuple[bytes, InferenceError | None]:
+    def _checked_part(self, data: bytes) -> tuple[bytes, InferenceError | None]:
         """The lines of a stream up to the first that is an error or no event, and what that is."""
         good, failing = bytearray(), False
         for line in re.findall(rb"[^\n]*\n", data):
@@ -5342,16 +5347,14 @@ class OpenAIAdapter(HTTPAdapter):
                     if failing:
                         raise self.read_error(500, event)
                     if event != b"[DONE]":
-                        self._check_event(self.payload(event), body, first)
+                        self._check_event(self.payload(event))
             except InferenceError as exc:
                 return bytes(good), exc
             good += line
         return bytes(good), None
 
-    def _check_event(self, payload: dict[str, Any], body: dict[str, Any], first: bool) -> None:
+    def _check_event(self, payload: dict[str, Any]) -> None:
         with well_formed(self.engine_type):
-            if first:
-                self._check_model(payload, body)
             for choice in payload.get("choices") or ():
                 finish_of(choice.get("finish_reason"))
 

@@ -1,7 +1,8 @@
-"""Command line: tables that fit the terminal, bars, first steps. Needs the module with both drafts in it."""
+"""The command line: tables that fit the terminal, bars, first steps, and mistakes that are refused by name."""
+
+import pytest
 
 import llm_inference as product
-import pytest
 
 ROWS = [
     ("llamacpp", "started by us", "SmolLM2-135M-Instruct.Q4_1", "0.35 s", "58", "ok"),
@@ -85,3 +86,31 @@ def test_check_config(tmp_path: object, capsys: pytest.CaptureFixture[str], monk
         file.write(text.replace("2", "0"))
     assert product.main(["--check-config", "--config", "llm.toml"]) == 2
     assert "llm.toml: endpoint[1].slots (line 4)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--workers", "3"], "--workers means nothing to the self-test; it is for --serve"),
+        (["--no-auth"], "it is for --serve"),
+        (["--python", "/x"], "--python means nothing to the self-test; it is for --serve"),
+        (["--api-key", "x"], "--api-key"),
+        (["--host", "::1"], "--host"),
+        (["--api-test", "--timeout", "5"], "--timeout means nothing to --api-test"),
+        (["--api-test", "--verbose"], "--verbose"),
+        (["--api-test", "--engine-api-key", "x"], "--engine-api-key"),
+        (["--serve", "--json"], "it is for the self-test"),
+        (["--", "--x"], "'--x' means nothing to the self-test; it is for --serve"),
+        (["--serve", "--ray", "--workers", "2"], "--workers means nothing to --serve --ray"),
+        (["--serve", "--timeout", "nan"], "--timeout"),
+        (["--serve", "--cors-origin", "foo"], "--cors-origin"),
+        (["--serve", "--api-key", ","], "--api-key"),
+        (["--serve", "--alias", "x=foo"], "not name=engine/model"),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_refused(
+    argv: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert product.main(argv) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.startswith("invalid_request: ") and "Traceback" not in error

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import llm_inference as product
 import pytest
 
+import llm_inference as product
 from llm_inference import MODES, OPTIONS, EndpointConfig, Settings, build_parser, load_settings, resolve_aliases
 
 DESIGN = """\
@@ -161,6 +161,9 @@ def test_every_flag_is_a_variable_and_a_key() -> None:
     assert settings.aliases == {"x": ("vllm/m",), "y": ("vllm/m",)} and settings.host == "::1"
     with pytest.raises(product.InvalidRequest, match="LLM_INFERENCE_PORT: must be an integer from 1 to 65535, got 'x'"):
         load_settings({}, "serve", {"LLM_INFERENCE_PORT": "x"})
+    empty = dict.fromkeys(("LLM_INFERENCE_ENGINE", "LLM_INFERENCE_MODEL", "LLM_INFERENCE_API_KEY"), "")
+    unset = load_settings({}, "serve", empty)
+    assert (unset.engine, unset.model, unset.api_keys) == ("auto", None, ())
     assert load_settings({}, "self-test", {"LLM_INFERENCE_PORT": "x"}).port == 8000
     assert load_settings({}, "serve", {"LLM_INFERENCE_PORT": "tcp://10.0.0.1:80"}).port == 8000  # Kubernetes
 

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import random
+import re
 from typing import Any
 
 from .hostile import POISON, VALID
@@ -69,6 +70,7 @@ UPSTREAM_HEADERS = {
     "accept",
     "user-agent",
 }
+TRACE = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context: a number, no place
 WORDS = {
     "content",
     "text",
@@ -141,7 +143,8 @@ class Canary:
         path = seen.path.partition("?")[0]
         if path not in UPSTREAM_PATHS[engine.dialect] or "?" in seen.path:
             self.hits.append(f"{engine.dialect} was asked for {seen.path}")
-        if extra := set(seen.headers) - UPSTREAM_HEADERS:
+        traced = TRACE.fullmatch(seen.headers.get("traceparent", "")) is not None
+        if extra := set(seen.headers) - UPSTREAM_HEADERS - ({"traceparent", "tracestate"} if traced else set()):
             self.hits.append(f"{engine.dialect} got the headers {extra}")
         if seen.headers.get("host") not in (f"127.0.0.1:{engine.port}", f"localhost:{engine.port}"):
             self.hits.append(f"{engine.dialect} was called {seen.headers.get('host')}")
@@ -184,6 +187,7 @@ class Canary:
                         "format",
                         "parameters",
                         "structured_outputs",
+                        "cache_salt",  # vLLM's: it goes into a hash
                     )
                     and dialect
                 ):
@@ -394,9 +398,8 @@ async def places(full: bool, off: str | None = None, focus: str = "") -> Result:
                 hits = len(canary.hits)
                 target = "".join(c if 32 < ord(c) < 127 else f"%{ord(c):02x}" for c in path)
                 answer = await link.ask(request_bytes(target, body, headers, "POST" if body is not None else "GET"))
-                named = (
-                    answer.headers.get("x-error-kind") == "model_not_found"
-                )  # tells the name, which has passed the pattern
+                # these two tell the name that was looked up
+                named = answer.headers.get("x-error-kind") in ("model_not_found", "unknown_engine")
                 fine = answer.note != "hung" and (named or b"faults-canary" not in answer.body)
                 echo = "" if fine else f"echoed: {answer.body[:200]!r}"
                 found.check(

@@ -7,6 +7,7 @@ import asyncio
 import json
 from typing import Any
 
+import httpx
 import pytest
 from pydantic import BaseModel
 
@@ -94,6 +95,16 @@ def test_openai_agents_structured(stand: Stand, agents_model: Any) -> None:
     assert agents.Runner.run_sync(agent, "hi").final_output == Capital(city="Paris", large=True)
 
 
+def test_openai_agents_structured_with_tools(stand: Stand, agents_model: Any) -> None:
+    """A tool may be called, and the answer must satisfy the schema: refused, as no engine does both."""
+    import agents
+    import openai
+
+    agent = agents.Agent(name="a", model=agents_model, output_type=Capital, tools=[agents.function_tool(weather)])
+    with pytest.raises(openai.BadRequestError, match="cannot be combined"):
+        agents.Runner.run_sync(agent, "hi")
+
+
 def test_openai_agents_effort(stand: Stand, agents_model: Any) -> None:
     import agents
     from openai.types.shared import Reasoning
@@ -117,7 +128,9 @@ def pydantic_model(request: pytest.FixtureRequest, stand: Stand) -> Any:
     from pydantic_ai.providers.openai import OpenAIProvider
 
     if request.param == "anthropic":
-        return AnthropicModel(stand.model, provider=AnthropicProvider(base_url=stand.url, api_key=KEY))
+        profile = {"supports_json_schema_output": True}  # it knows which of Anthropic's models have it by their names
+        provider = AnthropicProvider(base_url=stand.url, api_key=KEY)
+        return AnthropicModel(stand.model, provider=provider, profile=profile)  # type: ignore[arg-type]
     provider = OpenAIProvider(base_url=f"{stand.url}/v1", api_key=KEY)
     kind = OpenAIResponsesModel if request.param == "responses" else OpenAIChatModel
     return kind(stand.model, provider=provider)
@@ -176,9 +189,14 @@ def langchain_model(request: pytest.FixtureRequest, stand: Stand) -> Any:
         found = pytest.importorskip("langchain_anthropic")
         return found.ChatAnthropic(model=stand.model, base_url=stand.url, api_key=KEY, max_tokens=256, max_retries=0)
     found = pytest.importorskip("langchain_openai")
-    url, responses = f"{stand.url}/v1", request.param == "responses"
     return found.ChatOpenAI(
-        model=stand.model, base_url=url, api_key=KEY, use_responses_api=responses, max_retries=0, max_tokens=256
+        model=stand.model,
+        base_url=f"{stand.url}/v1",
+        api_key=KEY,
+        use_responses_api=request.param == "responses",
+        http_async_client=httpx.AsyncClient(),  # its own is kept over event loops
+        max_retries=0,
+        max_tokens=256,
     )
 
 
@@ -312,12 +330,14 @@ def test_instructor(stand: Stand, mode: str) -> None:
         without_forced_calls(stand)
         stand.engine.tool_call = ("Capital", {"city": "Paris", "large": True})
     stand.engine.answer = lambda _: ANSWER
-    found = instructor.from_openai(
-        openai.OpenAI(base_url=f"{stand.url}/v1", api_key=KEY, max_retries=0), mode=instructor.Mode[mode]
-    )
-    ask: Any = [{"role": "user", "content": "hi"}]
-    answer = found.chat.completions.create(model=stand.model, messages=ask, response_model=Capital, max_retries=0)
-    assert answer == Capital(city="Paris", large=True)
+    made = openai.OpenAI(base_url=f"{stand.url}/v1", api_key=KEY, max_retries=0)
+    found = instructor.from_openai(made, mode=instructor.Mode[mode])
+    ask: Any = {"model": stand.model, "response_model": Capital, "max_retries": 0}
+    if mode == "RESPONSES_TOOLS":
+        answer = found.responses.create(input="hi", **ask)
+    else:
+        answer = found.chat.completions.create(messages=[{"role": "user", "content": "hi"}], **ask)
+    assert answer.model_dump() == {"city": "Paris", "large": True}
 
 
 @pytest.mark.parametrize("mode", ["ANTHROPIC_TOOLS", "ANTHROPIC_JSON"])
@@ -329,11 +349,8 @@ def test_instructor_on_messages(stand: Stand, mode: str) -> None:
         without_forced_calls(stand)
         stand.engine.tool_call = ("Capital", {"city": "Paris", "large": True})
     stand.engine.answer = lambda _: ANSWER
-    found = instructor.from_anthropic(
-        anthropic.Anthropic(base_url=stand.url, api_key=KEY, max_retries=0), mode=instructor.Mode[mode]
-    )
-    ask: Any = [{"role": "user", "content": "hi"}]
-    answer = found.messages.create(
-        model=stand.model, messages=ask, response_model=Capital, max_retries=0, max_tokens=256
-    )
-    assert answer == Capital(city="Paris", large=True)
+    made = anthropic.Anthropic(base_url=stand.url, api_key=KEY, max_retries=0)
+    found = instructor.from_anthropic(made, mode=instructor.Mode[mode])
+    ask: Any = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 256, "max_retries": 0}
+    answer = found.messages.create(model=stand.model, response_model=Capital, **ask)
+    assert answer.model_dump() == {"city": "Paris", "large": True}
