@@ -128,6 +128,7 @@ class Progress:
         self.on_terminal = sys.stderr.isatty()
 
     def show(self, detail: str = "") -> None:
+        """Redraw the line, at most five times a second and not in the first half second."""
         now = time.monotonic()
         if not self.on_terminal or now - self.shown_at < 0.2 or now - self.started < 0.5:
             return
@@ -135,6 +136,7 @@ class Progress:
         print(f"\r\x1b[K{self.title}: {detail} {now - self.started:.0f} s", end="", file=sys.stderr, flush=True)
 
     def done(self, detail: str = "done") -> None:
+        """Erase the line, and log how long it took."""
         if self.shown_at:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         logger.info("%s: %s (%.1f s)", self.title, detail, time.monotonic() - self.started)
@@ -189,6 +191,7 @@ class InferenceError(Exception):
 
     @property
     def message(self) -> str:
+        """The reason and the hint in one line."""
         return f"{self.reason}; {self.hint}" if self.hint else self.reason
 
     def __str__(self) -> str:
@@ -196,6 +199,7 @@ class InferenceError(Exception):
 
     @property
     def status(self) -> int:
+        """The HTTP status on our own routes."""
         return self.http or self.code
 
 
@@ -603,27 +607,37 @@ THINKING_FIELDS = ("think", "reasoning_effort", "chat_template_kwargs")
 
 
 class FunctionCall(TypedDict):
+    """What a tool call calls."""
+
     name: str
     arguments: str  # JSON text, as in OpenAI's API
 
 
 class ToolCall(TypedDict):
+    """A call of a tool, in OpenAI's shape."""
+
     id: str
     type: Literal["function"]
     function: FunctionCall
 
 
 class ImageURL(TypedDict):
+    """An image as a data: URL."""
+
     url: Annotated[str, Field(pattern=r"^data:image/[a-z0-9.+-]+;base64,")]  # data only: no engine fetches for a caller
     detail: NotRequired[Literal["auto", "low", "high"]]
 
 
 class TextPart(TypedDict):
+    """A text in a message's content."""
+
     type: Literal["text"]
     text: str
 
 
 class ImagePart(TypedDict):
+    """An image in a message's content."""
+
     type: Literal["image_url"]
     image_url: ImageURL
 
@@ -640,6 +654,8 @@ class Message(TypedDict):
 
 
 class Function(TypedDict):
+    """A function that the model may call; `parameters` is a JSON Schema."""
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: NotRequired[str]
     parameters: NotRequired[dict[str, Any]]
@@ -647,15 +663,21 @@ class Function(TypedDict):
 
 
 class Tool(TypedDict):
+    """A tool that the model may call."""
+
     type: Literal["function"]
     function: Function
 
 
 class NamedFunction(TypedDict):
+    """The function that must be called."""
+
     name: str
 
 
 class NamedTool(TypedDict):
+    """The tool that must be called (tool_choice)."""
+
     type: Literal["function"]
     function: NamedFunction
 
@@ -845,6 +867,7 @@ class Usage:
 
     @property
     def total_tokens(self) -> int:
+        """Prompt and completion together."""
         return self.prompt_tokens + self.completion_tokens
 
     def __add__(self, other: "Usage") -> "Usage":
@@ -854,6 +877,7 @@ class Usage:
         )
 
     def as_dict(self) -> dict[str, int]:
+        """OpenAI's usage object."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -988,6 +1012,7 @@ class GenerateRequest:
 
     @property
     def path(self) -> str:
+        """The OpenAI route that the body belongs to."""
         return CHAT if self.surface == OWN else self.surface
 
     @property
@@ -1053,6 +1078,7 @@ def _invalid_request(exc: ValidationError, body: dict[str, Any]) -> InvalidReque
 
 
 def check_model_name(model: Any) -> str:
+    """The name. Raises InvalidRequest for what cannot be one."""
     if not isinstance(model, str) or not 0 < len(model) <= 1024 or not model.isprintable():
         raise InvalidRequest("model: not the name of a model", "see models() or GET /v1/models", param="model")
     return model
@@ -2325,7 +2351,7 @@ def _quoted(tokens: list[str | _Ranges]) -> list[str | _Ranges]:
 # else; what passes unchanged stays the engine's bytes.
 _MALFORMED = (KeyError, IndexError, TypeError, AttributeError, ValueError)
 
-#: whole events in the engines' own form, which need no parsing: no control characters, one JSON object each
+#: complete events in the engines' own form, which need no parsing: no control characters, one JSON object each
 CLEAN_EVENTS = re.compile(rb'(?:data: \{"[^\x00-\x1f]*\}\r?\n\r?\n|data: \[DONE\]\n\n)+')
 DONE = re.compile(rb"^data: ?\[DONE\]", re.MULTILINE)
 #: what is read from events without parsing them; inside a string the quotes would be escaped
@@ -2405,6 +2431,7 @@ def finish_of(value: Any) -> str | None:
 
 
 def usage_of(payload: Mapping[str, Any]) -> Usage | None:
+    """The usage of a payload; None where it has none. Raises TypeError for counts that are none."""
     usage = payload.get("usage")
     if not usage:
         return None
@@ -2443,6 +2470,7 @@ def reasoning_of(message: Mapping[str, Any]) -> str:
 
 
 def logprobs_of(choice: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
+    """A choice's logprobs in the shape of chat completions."""
     logprobs = choice.get("logprobs")
     return logprobs.get("content") or () if isinstance(logprobs, dict) else ()
 
@@ -2467,6 +2495,7 @@ def chunk_of(payload: Mapping[str, Any]) -> Chunk:
 
 
 def chunk_delta(chunk: Chunk) -> dict[str, Any]:
+    """A chunk's parts as OpenAI's delta."""
     delta = {"content": chunk.text, "reasoning": chunk.reasoning, "tool_calls": list(chunk.tool_calls)}
     return {name: value for name, value in delta.items() if value}
 
@@ -2484,7 +2513,7 @@ def payload_of(chunk: Chunk, base: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def timing_from(answer: "Answer", started: float) -> Timing:
-    """Our clock for the whole answer and its first token; the engine's own speed where it reports one."""
+    """Our clock for the complete answer and its first token; the engine's own speed where it reports one."""
     now, usage = time.monotonic(), answer.usage or Usage()
     first = answer.first_at
     decode = now - first if first else now - started
@@ -2536,14 +2565,17 @@ class Choice:
 
     @property
     def text(self) -> str:
+        """The text so far."""
         return "".join(self.text_parts)
 
     @property
     def reasoning(self) -> str:
+        """The reasoning so far."""
         return "".join(self.reasoning_parts)
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The calls so far. Raises TypeError for deltas that are not OpenAI's."""
         return join_tool_calls(self.call_deltas)
 
     @property
@@ -2698,6 +2730,7 @@ class Burst:
 
     @property
     def data(self) -> bytes:
+        """The events as bytes."""
         if not self._data:
             events = [b"data: " + to_json(payload) + b"\n\n" for payload in self._payloads or ()]
             if self.end:
@@ -2707,6 +2740,7 @@ class Burst:
 
     @property
     def payloads(self) -> list[dict[str, Any]]:
+        """The events' JSON objects."""
         if self._payloads is None:
             self._payloads = []
             for payload in sse_payloads(line.strip() for line in self._data.split(b"\n")):
@@ -2724,6 +2758,7 @@ class ChunkReader:
         self.finish: str | None = None
 
     def chunks(self, burst: Burst) -> list[Chunk]:
+        """The chunks of a burst that hold text, reasoning, calls or logprobs."""
         found = []
         for payload in burst.payloads:
             chunk = chunk_of(payload)
@@ -2773,6 +2808,7 @@ def checker_for(request: GenerateRequest, ignored: Container[str] = ()) -> Check
 
 
 def is_strict(tool: Any) -> bool:
+    """Whether a tool asks for arguments that match its schema."""
     function = tool.get("function") if isinstance(tool, dict) else None
     return isinstance(function, dict) and bool(function.get("strict"))
 
@@ -2889,6 +2925,7 @@ class LineReader:
         return lines
 
     def feed(self, data: bytes) -> list[bytes]:
+        """The lines that are complete now, without their line breaks."""
         return [line.removesuffix(b"\r") for line in self.complete(data).split(b"\n")[:-1]]
 
     def end(self) -> list[bytes]:
@@ -2962,6 +2999,7 @@ class Deadline:
         )
 
     def close(self) -> None:
+        """Stop the timer."""
         self._timer.cancel()
 
 
@@ -2996,15 +3034,16 @@ class Wire(ABC):
     KEEP_ALIVE = 4.0  #: seconds; below the 5 s after which uvicorn and llama.cpp close an idle connection
 
     @abstractmethod
-    async def send(
-        self, method: str, url: str, body: bytes | None, headers: dict[str, str], connect: float
-    ) -> Reply: ...
+    async def send(self, method: str, url: str, body: bytes | None, headers: dict[str, str], connect: float) -> Reply:
+        """Send a request; its reply's head. Raises TimeoutError, socket.gaierror, ConnectionRefusedError, EngineUnavailable."""
 
     @abstractmethod
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Close all connections."""
 
     @staticmethod
     def open(uds: str | None) -> "Wire":
+        """The wire of the best HTTP package that is installed. Raises EngineNotInstalled."""
         for package, wire in (("aiohttp", AiohttpWire), ("httpx", HttpxWire)):
             if installed(package):
                 return wire(uds)
@@ -3136,6 +3175,7 @@ class Portal:
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop, started where it does not run in this process."""
         with self._lock:
             if self._loop is None or self._pid != os.getpid():  # a fork has no threads
                 self._loop, self._pid = asyncio.new_event_loop(), os.getpid()
@@ -3143,6 +3183,7 @@ class Portal:
             return self._loop
 
     def submit(self, work: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
+        """Start `work` on the loop."""
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
@@ -3211,6 +3252,7 @@ class SingleFlight:
         self._tasks: dict[Any, asyncio.Task[Any]] = {}
 
     async def run(self, key: Any, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """The result of `work`, or of the work with the same key that runs already."""
         return await portal.run(self._run(key, work))
 
     async def _run(self, key: Any, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -3234,6 +3276,7 @@ class SingleFlight:
             task.exception()  # retrieved: whoever waited may have left
 
     def cancel(self) -> None:
+        """Cancel all that runs."""
         for task in self._tasks.values():
             task.cancel()
 
@@ -3459,12 +3502,14 @@ class EngineChild:
 
     @classmethod
     def share(cls, identity: str, name: str) -> "EngineChild":
+        """The child of that identity, held once more."""
         with cls._lock:
             child = cls._all.setdefault(identity, cls(name))
             child.holders += 1
             return child
 
     def release(self) -> None:
+        """Hold it once less; the last one ends it."""
         with self._lock:
             self.holders -= 1
             if self.holders > 0:
@@ -3551,6 +3596,7 @@ class EngineChild:
 
     @property
     def alive(self) -> bool:
+        """Whether its process runs."""
         return self._process is not None and self._process.poll() is None
 
     def watch(self) -> None:
@@ -3602,11 +3648,13 @@ class EngineChild:
         return EngineUnavailable(reason, "see the end of its log", detail=self.log_end())
 
     def log_tail(self, size: int = 200_000) -> str:
+        """The end of its log, without its key."""
         with contextlib.suppress(OSError):
             return self.log.read_bytes()[-size:].decode(errors="replace").replace(self.key, "<key>")
         return ""
 
     def log_end(self) -> str:
+        """The log's path and last lines, for the operator."""
         lines = [f"  {line[:300]}" for line in self.log_tail(4000).splitlines()[-12:]]
         return "\n".join([f"log: {self.log}", *lines])
 
@@ -3618,6 +3666,7 @@ class EngineChild:
         return stage
 
     def stop(self) -> None:
+        """End it and all its processes; returns when they have ended."""
         if self._process is not None and self._process.stdin is not None:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()  # the watcher does the rest
@@ -4394,6 +4443,7 @@ def left_out(
 
 
 def wants_usage(body: Mapping[str, Any]) -> bool:
+    """Whether a stream is to end with its usage."""
     options = body.get("stream_options")
     return isinstance(options, dict) and bool(options.get("include_usage"))
 
@@ -4477,10 +4527,12 @@ class Target:
 
     @property
     def key(self) -> str | None:
+        """The key that the engine asks for."""
         return self.headers.get("authorization", "").removeprefix("Bearer ") or None
 
     @property
     def address(self) -> str:
+        """A base_url that leads there."""
         return f"unix:{self.uds}" if self.uds else self.url
 
 
@@ -4493,6 +4545,7 @@ class Sessions:
         ] = weakref.WeakKeyDictionary()
 
     async def get(self, uds: str | None) -> Wire:
+        """This loop's session."""
         loop = asyncio.get_running_loop()
         held = self._by_loop.get(loop)
         if held is not None and held[0] == uds:
@@ -4591,6 +4644,7 @@ class Launcher:
             pause = min(0.5, pause * 1.3)
 
     def release(self) -> None:
+        """Give up the child."""
         child, self.child = self.child, None
         if child is not None:
             child.release()
@@ -4855,6 +4909,7 @@ class Connection(EngineClient):
         return found
 
     async def close(self) -> None:
+        """Close the sessions and end what was started."""
         await portal.run(self._close())
         await self.sessions.close()
 
@@ -4868,6 +4923,7 @@ class Connection(EngineClient):
             self.launcher.release()
 
     def abandon(self) -> None:
+        """The same, when the adapter is collected."""
         self.sessions.abandon()
         self.launcher.abandon()
 
@@ -5053,6 +5109,7 @@ class HTTPAdapter(BaseLLMAdapter):
         raise EngineNotInstalled(f"{self.engine_type} cannot be started from here", self.start_hint)
 
     def can_start(self) -> bool:
+        """Whether the engine's package or program is here."""
         return bool(self.python) or bool(self.package and installed(self.package))
 
     async def before_start(self) -> None:
@@ -5063,6 +5120,7 @@ class HTTPAdapter(BaseLLMAdapter):
         return (self.model_name,)
 
     def child_target(self, child: EngineChild) -> Target:
+        """Where a started engine is."""
         headers = {"authorization": f"Bearer {child.key}"}
         return Target(f"http://127.0.0.1:{child.port}", headers, child=child, generation=child.generation)
 
@@ -5509,6 +5567,7 @@ def escape_regex(text: str) -> str:
 
 
 def one_of_regex(options: Iterable[str]) -> str:
+    """A regular expression that matches one of the texts."""
     return "(" + "|".join(map(escape_regex, options)) + ")"
 
 
@@ -6261,6 +6320,7 @@ class Endpoint:
 
     @property
     def load(self) -> float:
+        """Requests in flight per slot."""
         return self.in_flight / self.slots
 
     @property
@@ -6277,6 +6337,7 @@ class Endpoint:
 
     @property
     def default_model(self) -> str | None:
+        """The model that the operator named."""
         return self.adapter.model_name
 
     async def models(self) -> Mapping[str, ModelInfo]:
@@ -6308,6 +6369,7 @@ class Endpoint:
         return False
 
     def available(self, now: float) -> bool:
+        """Whether a request may be sent there now."""
         return not self.removed and self.retry_at <= now and not self.trying
 
     def begin(self) -> None:
@@ -6334,6 +6396,7 @@ class Endpoint:
         logger.warning("%s: %s", self.name, error.message)
 
     def recovered(self) -> None:
+        """It has answered: the outage is over."""
         if self.failures:
             self.failures, self.error, self.retry_at = 0, "", 0.0
 
@@ -6671,10 +6734,12 @@ class Fleet(Router):
             await endpoint.adapter.close()
 
     async def close(self) -> None:
+        """End what was started and close what was opened."""
         await asyncio.gather(*(endpoint.adapter.close() for endpoint in self.endpoints))
 
 
 def with_model(body: dict[str, Any], model: str | None) -> dict[str, Any]:
+    """A body with that model in it; the same body where it is there already."""
     if model == body.get("model"):
         return body
     return {name: value for name, value in {**body, "model": model}.items() if value is not None}
@@ -6696,6 +6761,7 @@ def enforced_by(request: GenerateRequest) -> Literal["engine", "checked", "none"
 
 
 def unsatisfied(request: GenerateRequest, answer: Answer, problem: str) -> StructuredOutputInvalid:
+    """The error for an answer that does not satisfy its constraint."""
     choice = answer.choices.get(0)
     text = (choice.text or choice.reasoning) if choice else None
     hint = "raise max_tokens, simplify the schema, or use a larger model"
@@ -8227,7 +8293,7 @@ class ResponseWriter:
         self._finish_reason = ""
         self._events = 0
 
-    def whole(self, payload: dict[str, Any]) -> dict[str, Any]:
+    def complete(self, payload: dict[str, Any]) -> dict[str, Any]:
         """The Response for a `chat.completion` object."""
         self.feed(payload)
         return dict(self.end()[-1]["response"])
@@ -8406,7 +8472,7 @@ _MESSAGES_REFUSED = {
     "mcp_servers": "call the MCP server from the client and offer its tools in tools",
     "container": "run code in the client",
     "compaction": "summarize the conversation in the client",
-    "thread": "send the whole conversation in messages",
+    "thread": "send all of the conversation in messages",
     "n": "send one request for each answer",
     "logprobs": "use /v1/chat/completions",
     "top_logprobs": "use /v1/chat/completions",
@@ -8755,7 +8821,7 @@ class MessageWriter:
         self._stop_sequence: str | None = None
         self._usage = {"input_tokens": 0, "output_tokens": 0}
 
-    def whole(self, payload: dict[str, Any]) -> dict[str, Any]:
+    def complete(self, payload: dict[str, Any]) -> dict[str, Any]:
         """A Message from a chat.completion object. Raises BadEngineReply."""
         content = _content_of_events(self.feed(payload) + self.end())
         return self._message(content, self._stop_reason())
@@ -8884,7 +8950,7 @@ def _input_of(arguments: str, cut: bool) -> Any:
 
 
 def _content_of_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The content blocks of a whole answer, where each block has one delta of a kind."""
+    """The content blocks of a complete answer, where each block has one delta of a kind."""
     blocks: list[dict[str, Any]] = []
     for event in events:
         if event["type"] == "content_block_start":
@@ -8978,14 +9044,20 @@ class Body(Sampling, total=False):
 
 
 class GenerateBody(Body, total=False):
+    """The body of /generate."""
+
     prompt: typing.Required[NonEmpty]
 
 
 class ChatBody(Body, total=False):
+    """The body of /chat."""
+
     messages: typing.Required[Messages]
 
 
 class StructuredBody(Body, total=False):
+    """The body of /structured-generate: a prompt or messages."""
+
     prompt: NonEmpty | None
     messages: Messages | None
 
@@ -9027,6 +9099,7 @@ setattr(V1Body, "__pydantic_config__", _STRICT | {"extra": "allow"})  # noqa: B0
 
 @functools.cache
 def body_adapter(shape: type) -> TypeAdapter[Any]:
+    """The validator of a body, built once."""
     return TypeAdapter(shape)
 
 
@@ -9054,6 +9127,7 @@ def envelope(request_id: str, data: Any = None, error: InferenceError | None = N
 
 
 def as_inference_error(exc: Exception) -> InferenceError:
+    """Any exception as one of ours; an unexpected one is logged."""
     if isinstance(exc, InferenceError):
         return exc
     logger.exception("unexpected error")
@@ -9114,6 +9188,7 @@ class OwnSurface(Surface):
 
     @property
     def structured(self) -> bool:
+        """Whether the answer is a checked value."""
         return self.shape is StructuredBody
 
     def read(self, body: dict[str, Any]) -> GenerateRequest:
@@ -9181,6 +9256,7 @@ def completion_data(done: Completion, *, chat: bool, structured: bool) -> dict[s
 
 
 def timing_data(timing: Timing) -> dict[str, Any]:
+    """`timing` of an answer, in seconds."""
     data = {"ttft": timing.ttft, "total": timing.total, "tokens_per_second": timing.tokens_per_second}
     return {name: round(value, 4) if value is not None else None for name, value in data.items()}
 
@@ -9319,7 +9395,7 @@ class ResponsesSurface(Surface):
         return chat_request(self, without_no_ops(chat) | (STREAMED if self.streamed else {}), CHAT)
 
     def write(self, answer: Answer, served: Served) -> bytes:
-        return to_json(self.writer.whole(answer.payload))
+        return to_json(self.writer.complete(answer.payload))
 
     def event(self, burst: Burst, served: Served) -> bytes:
         events = [] if self.started else self.writer.start()
@@ -9347,7 +9423,7 @@ class MessagesSurface(Surface):
         return chat_request(self, without_no_ops(chat) | (STREAMED if self.streamed else {}), CHAT)
 
     def write(self, answer: Answer, served: Served) -> bytes:
-        return to_json(self.writer.whole(answer.payload))
+        return to_json(self.writer.complete(answer.payload))
 
     def event(self, burst: Burst, served: Served) -> bytes:
         events = [] if self.started else self.writer.start()
@@ -9413,6 +9489,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def too_many_values(body: bytes) -> bool:
+    """Whether JSON text holds more values than a request may have."""
     count = 0
     for found in _JSON_VALUE.finditer(body):
         if found[1]:
@@ -9423,6 +9500,7 @@ def too_many_values(body: bytes) -> bool:
 
 
 def refuse_deep(value: Any) -> None:
+    """Raises InvalidRequest for a value that is nested too deeply."""
     level = [value]
     for _ in range(MAX_JSON_DEPTH):
         below: list[Any] = []
@@ -9444,7 +9522,7 @@ def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> None:
 
 
 async def read_body(receive: Receive) -> bytes:
-    """The whole body. Raises PayloadTooLarge past 4 MiB, ClientGone when the client disconnects."""
+    """The complete body. Raises PayloadTooLarge past 4 MiB, ClientGone when the client disconnects."""
     parts, size = [], 0
     while True:
         message = await receive()
@@ -9508,6 +9586,7 @@ class Metrics:
         self.children: dict[tuple[Any, ...], Any] = {}  # labels() costs more than all else here
 
     def child(self, metric: Any, *labels: Any) -> Any:
+        """The metric with these labels."""
         found = self.children.get((metric, labels))
         if found is None:
             found = self.children[(metric, labels)] = metric.labels(*labels)
@@ -9702,6 +9781,7 @@ class Gateway(Catalog):
                 self.metrics.child(self.metrics.endpoint_up, endpoint.name).set(up)
 
     async def close(self) -> None:
+        """End the watch, and close the inferencers."""
         if self._watching is not None:
             self._watching.cancel()
         for llm in (self.default, *self.others.values()):
@@ -9806,6 +9886,7 @@ class Exchange:
 
     @property
     def request_id(self) -> str:
+        """The caller's X-Request-Id where it is a UUID, else a new one."""
         return self.surface.request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -9865,6 +9946,7 @@ class Exchange:
         self.leave()
 
     async def work(self, raw: bytes) -> None:
+        """Read the body, find who answers, and send the answer."""
         surface = self.surface
         request = await self.gateway.read(surface, raw)
         self.served = request.served
@@ -9923,10 +10005,12 @@ class Exchange:
         return status
 
     async def answer(self, body: bytes, status: int = 200) -> None:
+        """Send a complete answer."""
         await self.head(status, b"application/json", (b"content-length", str(len(body)).encode()))
         await self.send({"type": "http.response.body", "body": body})
 
     async def head(self, status: int, content_type: bytes, *more: tuple[bytes, bytes]) -> None:
+        """Send the status and the headers."""
         self.started = True
         headers = [(b"content-type", content_type), (b"x-request-id", self.request_id.encode()), *more, *self.extra]
         ignored = (*self.surface.ignored, *self.served.ignored)
@@ -9969,6 +10053,7 @@ class EventWriter:
         self.changed, self.sending = self.loop.time(), True
 
     async def write(self, part: bytes, end: bool = False) -> None:
+        """Send a part of the stream."""
         if not part and not end:
             return
         self.exchange.sent = part
@@ -9977,6 +10062,7 @@ class EventWriter:
         self.changed, self.sending = self.loop.time(), False
 
     async def keep_alive(self) -> None:
+        """Until cancelled: comment on silence, and give up a client that does not read."""
         while True:
             await asyncio.sleep(min(KEEP_ALIVE_COMMENT, self.idle))
             quiet = self.loop.time() - self.changed
@@ -10419,6 +10505,7 @@ def foreign_reason(scope: Scope, headers: Mapping[bytes, bytes], trusted: Sequen
 
 @functools.lru_cache(1024)
 def is_loopback(address: str) -> bool:
+    """Whether an IP address is this machine's own; an IPv4 address may be written as IPv6."""
     try:
         found = ipaddress.ip_address(address)
     except ValueError:
@@ -10514,6 +10601,7 @@ def _restore_nulls(status: str, example: Any) -> None:
 
 
 def add_error_handlers(app: Any) -> None:
+    """Errors of routes that do not exist, or that fail, in the form of their surface."""
     from fastapi import Request, Response
     from fastapi.responses import JSONResponse
     from starlette.exceptions import HTTPException
@@ -10620,44 +10708,54 @@ class LimitsMixin:
     PIPELINED = 8  #: requests that may wait behind the one that is being answered
 
     def connection_made(self, transport: Any) -> None:
+        """Start the header's deadline."""
         super().connection_made(transport)  # type: ignore[misc]
         self.wait_for("header")
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Stop all timers."""
         self.wait_for("")
         self.resume_writing()
         super().connection_lost(exc)  # type: ignore[misc]
 
     def pause_writing(self) -> None:
+        """The client reads nothing: give it `idle` seconds."""
         super().pause_writing()  # type: ignore[misc]
         self.unread = self.loop.call_later(self.settings.deadlines.idle, self.transport.abort)
 
     def resume_writing(self) -> None:
+        """It reads again."""
         if self.unread is not None:
             self.unread.cancel()
         super().resume_writing()  # type: ignore[misc]
 
     def on_message_begin(self) -> None:
+        """A request's first byte."""
         self.trailing, self.bodiless, self.in_message = False, 0, True
         super().on_message_begin()  # type: ignore[misc]
 
     def on_message_complete(self) -> None:
+        """A request's last byte."""
         self.in_message = False
         super().on_message_complete()  # type: ignore[misc]
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        """A header field; trailers are dropped (RFC 9110, 6.5.1)."""
         if not self.trailing:  # a trailer may be dropped (RFC 9110, 6.5.1)
             super().on_header(name, value)  # type: ignore[misc]
 
     def on_headers_complete(self) -> None:
+        """The header is complete."""
         self.trailing = True
         super().on_headers_complete()  # type: ignore[misc]
 
     def on_body(self, body: bytes) -> None:
+        """A part of the body."""
         self.bodiless = 0
         super().on_body(body)  # type: ignore[misc]
 
     def data_received(self, data: bytes) -> None:
+        """Pass bytes on to the parser, and count them."""
         in_body = self.seen is not None and self.seen.more_body
         if not in_body and not self.partial and not self.in_message:
             data = data.lstrip(b"\r\n")  # an empty line before a request is ignored (RFC 9112, 2.2)
@@ -10692,6 +10790,7 @@ class LimitsMixin:
         self.flow.resume_reading()  # type: ignore[attr-defined]
 
     def wait_for(self, part: str) -> None:
+        """Start the deadline of "header" or "body"; "" stops it."""
         if self.transport.is_closing():
             part = ""
         if part == self.waiting_for:
@@ -10704,6 +10803,7 @@ class LimitsMixin:
             self.timer = self.loop.call_later(seconds, self.late)
 
     def late(self) -> None:
+        """A deadline has passed."""
         nothing_sent = self.waiting_for == "header" and not self.partial
         answered = self.waiting_for == "body" and self.seen.response_started
         if nothing_sent or answered:
@@ -10712,6 +10812,7 @@ class LimitsMixin:
             self.refuse(RequestTimeout(f"the request's {self.waiting_for} did not arrive in time", "send it faster"))
 
     def refuse(self, error: InferenceError) -> None:
+        """Answer with an error, and close the connection."""
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
             self.transport.close()  # during an answer: nothing else may stand there
             return
@@ -10728,6 +10829,7 @@ class LimitsMixin:
         self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
+        """What uvicorn calls for bytes that are not HTTP."""
         self.refuse(InvalidRequest("not HTTP/1.1", "send an HTTP/1.1 request"))
 
 
@@ -10745,7 +10847,7 @@ def run_server(settings: Settings, sockets: list[socket.socket]) -> None:
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: Any) -> None:
             if parent and sig == signal.SIGINT:
-                return  # Ctrl-C reaches the whole group; our parent passes it on
+                return  # Ctrl-C reaches all of the group; our parent passes it on
             gateway.draining = True  # readiness goes first, then the listening socket; a second signal does not wait
             logging.getLogger(
                 "uvicorn.error"
@@ -11098,6 +11200,7 @@ class RayExchange:
         self.sent = b""
 
     async def pass_on(self, message: dict[str, Any]) -> None:
+        """Pass a message of the replica's answer on."""
         if message["type"] == "http.response.start":
             message = self._head(message)
         elif self.refused is None:
@@ -11121,6 +11224,7 @@ class RayExchange:
         return message
 
     async def finish(self) -> None:
+        """End the answer where the replica did not."""
         if self.ended or (self.started and self.complete):  # a complete answer that has begun can only be cut
             return
         error = self.refused or NotReady("the replica that worked on this was lost", "ask again")
@@ -12025,6 +12129,7 @@ def take_mode(values: dict[str, Any]) -> str:
 
 
 def run(mode: str, settings: Settings) -> int:
+    """Run one mode of the command line; the exit status."""
     if mode == "api-test":
         return api_test(settings)
     if mode == "self-test":

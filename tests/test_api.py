@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gzip
 import http.client
 import json
 import os
@@ -410,10 +412,7 @@ BAD: list[tuple[str, Any]] = [
     ),
     *(("tool_choice", bad) for bad in (MARK, 1, {}, {"type": "function", "function": {MARK: 1}}, "required")),
     *(("think", bad) for bad in (MARK, 1, [])),
-    *(
-        ("schema", bad)
-        for bad in (MARK, [], 1, {"a": ["string", "number"]}, {"$ref": "http://127.0.0.1:9/" + MARK})
-    ),
+    *(("schema", bad) for bad in (MARK, [], 1, {"a": ["string", "number"]}, {"$ref": "http://127.0.0.1:9/" + MARK})),
     *(("choice", bad) for bad in ([], [1], MARK, [""])),
     *(("regex", bad) for bad in ("", 1, "(" + MARK, "(?=" + MARK + ")")),
     *(("grammar", bad) for bad in ("", 1)),
@@ -450,8 +449,8 @@ def test_a_name_that_is_looked_up_is_repeated_in_part(vllm: Stand, long: str) ->
 
 NO_OPS: list[dict[str, Any]] = [
     {"top_k": 0}, {"top_k": -1}, {"top_p": 1}, {"min_p": 0}, {"stop": []}, {"tools": []}, {"tool_choice": "auto"},
-    {"tool_choice": "none"}, {"max_tokens": -1}, {"repetition_penalty": 1.0}, {"presence_penalty": 0}, {"logprobs": False},
-    {"think": False}, {"parallel_tool_calls": True},
+    {"tool_choice": "none"}, {"max_tokens": -1}, {"repetition_penalty": 1.0}, {"presence_penalty": 0},
+    {"logprobs": False}, {"think": False}, {"parallel_tool_calls": True},
 ]  # fmt: skip
 
 
@@ -716,6 +715,57 @@ def test_a_body_that_is_announced_too_large_is_not_waited_for(vllm: Stand) -> No
 def test_any_content_type_is_read_as_json(vllm: Stand) -> None:
     for kind in ("application/json; charset=utf-8", "application/x-www-form-urlencoded", "text/plain"):
         good(vllm.raw("/generate", b'{"prompt":"hi"}', **{"content-type": kind}))
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+def test_a_byte_order_mark_is_no_part_of_the_body(vllm: Stand, path: str) -> None:
+    reply = vllm.raw(
+        path, b"\xef\xbb\xbf" + json.dumps({"prompt": "hi", **({"model": "m"} if path[1] == "v" else {})}).encode()
+    )
+    assert reply.status_code == 200, reply.text
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+def test_a_compressed_body_is_refused_by_name(vllm: Stand, path: str) -> None:
+    body = gzip.compress(json.dumps({"prompt": "hi", "model": "m"}).encode())
+    reply = vllm.raw(path, body, **{"content-encoding": "gzip"})
+    message = (refused_v1 if path[1] == "v" else refused)(reply, "invalid_request")
+    assert "content-encoding" in message and "uncompressed" in message and not vllm.engine.bodies
+
+
+@pytest.mark.parametrize("path", [*ROUTES, "/v1/chat/completions"])
+def test_a_trailing_slash_is_the_same_route(vllm: Stand, path: str) -> None:
+    answers_json(vllm)
+    body = {"model": "m", "messages": HI} if path[1] == "v" else body_of(path)
+    reply, other = vllm.post(path, **body), vllm.post(path + "/", **body)
+    assert (reply.status_code, other.status_code) == (200, 200) and set(reply.json()) == set(other.json())
+    assert vllm.client.get(f"{API}/models/").json()["data"] == vllm.client.get(f"{API}/models").json()["data"]
+
+
+def test_the_endpoint_is_named(stand: Stand) -> None:
+    for reply in (
+        stand.post("/generate", prompt="hi"),
+        stand.post("/generate", prompt="hi", stream=True),
+        stand.post("/v1/chat/completions", model=stand.model, messages=HI),
+        stand.post("/v1/chat/completions", model=stand.model, messages=HI, stream=True),
+    ):
+        assert (reply.status_code, reply.headers["x-endpoint"]) == (200, stand.engine.dialect)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": 9}, "temperature"),
+        ({"max_tokens": "x"}, "max_tokens"),
+        ({"tools": "x"}, "tools"),
+        ({"model": "nope"}, "model"),
+        ({"messages": []}, "messages"),
+        ({"nonsense": 1}, "nonsense"),
+    ],
+)
+def test_an_error_of_openais_form_names_the_field(stand: Stand, fields: dict[str, Any], param: str) -> None:
+    reply = stand.post("/v1/chat/completions", **{"model": stand.model, "messages": HI, **fields})
+    assert 400 <= reply.status_code < 500 and reply.json()["error"]["param"] == param, reply.text
 
 
 def test_the_cap_on_max_tokens_is_the_operators(vllm: Stand) -> None:
@@ -1089,6 +1139,31 @@ def test_callers_from_elsewhere_need_the_generated_key(vllm: Stand, headers: dic
     )
 
 
+@pytest.mark.parametrize(
+    ("peer", "status"),
+    [
+        ("127.0.0.1", 200),
+        ("127.8.9.10", 200),
+        ("::1", 200),
+        ("::ffff:127.0.0.1", 200),
+        ("::ffff:10.0.0.1", 401),
+        ("10.0.0.1", 401),
+        ("::", 401),
+        ("0.0.0.0", 401),
+        ("", 401),
+    ],
+)
+def test_this_machines_addresses_are_those_of_loopback(vllm: Stand, peer: str, status: int) -> None:
+    """A socket that listens on :: names an IPv4 caller ::ffff:127.0.0.1."""
+
+    async def ask() -> int:
+        transport = httpx.ASGITransport(vllm.app, client=(peer, 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return (await client.get("/v1/models")).status_code
+
+    assert asyncio.run(ask()) == status
+
+
 @pytest.fixture(scope="module")
 def keyed() -> Iterator[Stand]:
     with Stand("vllm", api_keys=("first", "second-ключ")) as found:
@@ -1236,6 +1311,11 @@ def test_cors_is_for_the_configured_origins_alone() -> None:
         reply = stand.client.options(f"{API}/chat", headers={"origin": "https://page.example", **preflight})
         assert reply.status_code == 200 and reply.headers["access-control-allow-origin"] == "https://page.example"
         assert "authorization" in reply.headers["access-control-allow-headers"].lower()
+        of_openais_client = ("x-stainless-os", "x-stainless-retry-count", "content-type")
+        asked = {**preflight, "access-control-request-headers": ",".join(of_openais_client)}
+        reply = stand.client.options("/v1/chat/completions", headers={"origin": "https://page.example", **asked})
+        allowed = reply.headers["access-control-allow-headers"].lower()
+        assert reply.status_code == 200 and all(name in allowed for name in of_openais_client)
         for headers in ({}, {"authorization": "Bearer k"}):  # a page must be able to read its refusal
             reply = stand.client.post(
                 f"{API}/chat", json={"messages": HI}, headers={"origin": "https://page.example", **headers}

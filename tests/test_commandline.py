@@ -33,10 +33,14 @@ def test_bars_compare_on_a_wide_terminal_only(monkeypatch: pytest.MonkeyPatch) -
     assert product.with_bars([5.0, 10.0], "{:.0f}") == ["5", "10"]
 
 
-@pytest.mark.parametrize(("name", "says"), [
-    ("/usr/bin/llm-inference", "llm-inference --serve"), ("llm_inference.py", "python llm_inference.py --serve"),
-    ("/x/pytest", "python llm_inference.py --serve"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("/usr/bin/llm-inference", "llm-inference --serve"),
+        ("llm_inference.py", "python llm_inference.py --serve"),
+        ("/x/pytest", "python llm_inference.py --serve"),
+    ],
+)
 def test_commands_are_shown_with_the_name_it_was_called_by(
     name: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,11 +48,16 @@ def test_commands_are_shown_with_the_name_it_was_called_by(
     assert product.command("--serve") == says
 
 
-@pytest.mark.parametrize(("fields", "shown"), [
-    ({}, True), ({"engine": "llamacpp"}, True), ({"engine": "vllm"}, False),
-    ({"engine": "llamacpp", "model": "x.gguf"}, False),
-    ({"endpoints": (product.EndpointConfig(engine="llamacpp", model="m.gguf"),)}, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        ({}, True),
+        ({"engine": "llamacpp"}, True),
+        ({"engine": "vllm"}, False),
+        ({"engine": "llamacpp", "model": "x.gguf"}, False),
+        ({"endpoints": (product.EndpointConfig(engine="llamacpp", model="m.gguf"),)}, False),
+    ],
+)
 def test_the_banner_names_the_demo_model(
     fields: dict[str, object], shown: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,10 +67,16 @@ def test_the_banner_names_the_demo_model(
     assert ("Qwen/Qwen3-0.6B-GGUF:Q8_0" in capsys.readouterr().out) is shown
 
 
-@pytest.mark.parametrize(("argv", "mode"), [
-    ([], "self-test"), (["--serve"], "serve"), (["--serve", "--ray"], "ray"), (["--api-test"], "api-test"),
-    (["--check-config"], "serve"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("argv", "mode"),
+    [
+        ([], "self-test"),
+        (["--serve"], "serve"),
+        (["--serve", "--ray"], "ray"),
+        (["--api-test"], "api-test"),
+        (["--check-config"], "serve"),
+    ],
+)
 def test_the_mode(argv: list[str], mode: str) -> None:
     assert product.take_mode(product.parse_arguments(argv)) == mode
 

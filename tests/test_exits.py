@@ -415,7 +415,6 @@ class Keeper:
             os.write(1, type(exc).__name__.encode())
     os = os
 keeper = Keeper()
-llm_inference.keeper = keeper
 """
     ended = run_script(script.replace("os.write", "self.os.write"), slow)
     ended_well(ended)

@@ -459,7 +459,7 @@ def stream(chunks, **fields):
 
 
 def whole(completion, **fields):
-    return MessageWriter(body(**fields), "msg_1").whole(completion)
+    return MessageWriter(body(**fields), "msg_1").complete(completion)
 
 
 def completion(finish="stop", extra=(), **message):
@@ -744,7 +744,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(529, anthropic_error("engine_overloaded", 529, "no", "req_1"))
         writer = MessageWriter(sent, "msg_1")
         if not sent.get("stream"):
-            return self.answer(200, writer.whole(self.server.completion))
+            return self.answer(200, writer.complete(self.server.completion))
         self.send_response(200)
         self.send_header("content-type", "text/event-stream; charset=utf-8")
         self.end_headers()

@@ -169,7 +169,7 @@ def test_events_have_the_official_types(body, stream):
 @pytest.mark.parametrize("body", BODIES)
 def test_whole_is_what_the_stream_ends_with(body, stream):
     streamed = run(BODIES[body], STREAMS[stream])[-1]["response"]
-    whole = ResponseWriter(BODIES[body], "resp_0123", 1700000000).whole(whole_object(STREAMS[stream]))
+    whole = ResponseWriter(BODIES[body], "resp_0123", 1700000000).complete(whole_object(STREAMS[stream]))
     assert whole == streamed
 
 
@@ -291,7 +291,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         chat_from_responses(body)
         writer = ResponseWriter(body, "resp_0123", 1700000000)
         if not body.get("stream"):
-            return self.reply("application/json", json.dumps(writer.whole(whole_object(self.chunks))))
+            return self.reply("application/json", json.dumps(writer.complete(whole_object(self.chunks))))
         events = []
         for payload in self.chunks:
             events += writer.feed(payload)

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import llm_inference as product
 from tests.fake_engine import TEXT, FakeEngine, Reply
 from tests.harness import (
     API,
+    SOON,
     Command,
     Stand,
     clean_env,
@@ -245,6 +247,82 @@ def test_requests_in_pieces_and_in_a_row_pass(port: int, limited: Stand) -> None
                 assert data, answer
                 answer += data
             assert answer.startswith(b"HTTP/1.1 200") and TEXT in answer.decode()
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["complete", "stream"])
+def test_a_client_that_leaves_with_a_request_behind_its_first(port: int, limited: Stand, stream: bool) -> None:
+    """uvicorn reads no further behind a pipelined request, and would not notice that the client has left."""
+    limited.engine.reset().script(Reply(delay=60))
+    body = json.dumps({"messages": HI, "stream": stream}).encode()
+    asked = START + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as wire:
+        wire.sendall(asked + b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        limited.engine.wait(lambda: limited.engine.live == 1)
+    limited.engine.wait(lambda: limited.engine.live == 0, SOON)
+    until(lambda: limited.gateway.in_flight == 0, SOON)
+
+
+@pytest.mark.parametrize("behind", [b"half of a body", b"x" * (8 << 20)], ids=["half", "much"])
+def test_what_comes_behind_a_request_does_not_get_into_its_answer(port: int, limited: Stand, behind: bytes) -> None:
+    """Its place is given back, its bytes are bounded, and no second answer stands inside of the first."""
+    limited.engine.reset()
+    limited.engine.pace, limited.engine.text = 0.05, "word " * 40
+    body = json.dumps({"messages": HI, "stream": True}).encode()
+    asked = START + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as wire:
+        wire.sendall(asked + START + b"Content-Length: %d\r\n\r\n" % (len(behind) + 9))
+        answer = wire.recv(65536)
+        with contextlib.suppress(OSError):
+            wire.sendall(behind)
+        with contextlib.suppress(OSError):
+            while data := wire.recv(65536):
+                answer += data
+    before, _, after = answer.partition(b"[DONE]")
+    assert before.count(b"HTTP/1.1 ") == 1 and after.count(b"HTTP/1.1 ") <= 1, answer
+    limited.engine.wait(lambda: limited.engine.live == 0)
+    until(lambda: limited.gateway.in_flight == 0)
+
+
+def test_two_requests_in_one_segment_however_it_is_cut() -> None:
+    """The second one's header reaches nobody else's: the key is read from where it stands."""
+    second = b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer k\r\nConnection: close\r\n\r\n"
+    both = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX-A: b\r\n\r\n" + second
+    with Stand("vllm", api_keys=("k",)) as stand:
+        protocol = product.limited_protocol(stand.gateway.settings)
+        with serving(stand.app, http=protocol) as url:
+            for cut in range(1, len(both)):
+                with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=5) as wire:
+                    wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    wire.sendall(both[:cut])
+                    time.sleep(0.002)
+                    wire.sendall(both[cut:])
+                    answer = b""
+                    while data := wire.recv(65536):
+                        answer += data
+                assert answer.count(b"HTTP/1.1 200") == 2, (cut, answer)
+
+
+def test_a_client_of_http_1_0_gets_a_plain_stream(port: int, limited: Stand) -> None:
+    """No chunks: its stream ends with the connection (RFC 9112, 6.1)."""
+    limited.engine.reset()
+    body = json.dumps({"messages": HI, "stream": True}).encode()
+    head = START.replace(b"HTTP/1.1", b"HTTP/1.0") + b"Authorization: Bearer %s\r\n" % (
+        limited.gateway.settings.made_key.encode()
+    )
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as wire:
+        wire.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        answer = b""
+        while data := wire.recv(65536):
+            answer += data
+    headers, _, text = answer.partition(b"\r\n\r\n")
+    assert b" 200 " in headers and b"chunked" not in headers.lower(), headers
+    assert text.startswith(b"data: {") and text.endswith(b"data: [DONE]\n\n")
+
+
+def test_a_body_in_a_coding_that_is_not_chunked_alone_is_refused(port: int) -> None:
+    head = START + b"Transfer-Encoding: gzip, chunked\r\nConnection: close\r\n\r\n"
+    status, _ = said(port, head, b"2\r\n{}\r\n0\r\n\r\n")
+    assert status in (400, 501)
 
 
 # ------------------------------------------------------------------------------------------------------ /metrics

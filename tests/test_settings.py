@@ -152,9 +152,13 @@ def test_flags_over_environment_over_file(written: Any) -> None:
 
 def test_every_flag_is_a_variable_and_a_key() -> None:
     env = {
-        "LLM_INFERENCE_NO_AUTH": "yes", "LLM_INFERENCE_API_KEY": "a, b", "LLM_INFERENCE_TIMEOUT": "7.5",
-        "LLM_INFERENCE_CORS_ORIGIN": "https://a,https://b", "LLM_INFERENCE_ALIAS": "x=vllm/m,y=x", "LLM_INFERENCE_HOST": "::1",
-    }  # fmt: skip
+        "LLM_INFERENCE_NO_AUTH": "yes",
+        "LLM_INFERENCE_API_KEY": "a, b",
+        "LLM_INFERENCE_TIMEOUT": "7.5",
+        "LLM_INFERENCE_CORS_ORIGIN": "https://a,https://b",
+        "LLM_INFERENCE_ALIAS": "x=vllm/m,y=x",
+        "LLM_INFERENCE_HOST": "::1",
+    }
     settings = load_settings({}, "serve", env)
     assert settings.no_auth and settings.api_keys == ("a", "b") and settings.cors_origins == ("https://a", "https://b")
     assert settings.deadlines == product.Deadlines(total=7.5, first_token=7.5, idle=7.5)
@@ -176,32 +180,61 @@ def test_the_defaults_are_todays() -> None:
     assert len(settings.made_key) >= 32 and settings.made_key != Settings().made_key
 
 
-@pytest.mark.parametrize(("argv", "mode", "says"), [
-    (["--workers", "3"], "self-test", "--workers means nothing to the self-test; it is for --serve"),
-    (["--port", "8000"], "self-test", "it is for --serve and --serve --ray and --api-test"),
-    (["--timeout", "5"], "api-test", "--timeout means nothing to --api-test"),
-    (["--json"], "serve", "it is for the self-test"), (["--workers", "2"], "ray", "--workers means nothing to --serve --ray"),
-    (["--config", "x"], "api-test", "--config means nothing to --api-test"), (["--replicas", "2"], "serve", "--serve --ray"),
-    (["--port", "0"], "serve", "--port: must be an integer from 1 to 65535, got '0'"), (["--port", "1.5"], "serve", "--port"),
-    (["--timeout", "nan"], "serve", "--timeout: must be a number from 0.1"), (["--timeout", "-1"], "serve", "--timeout"),
-    (["--api-key", ","], "serve", "--api-key: must be one or more keys"), (["--api-key", ""], "serve", "--api-key"),
-    (["--alias", "x"], "serve", "--alias: must be name=engine/model"), (["--alias", "my model=vllm/m"], "serve", "--alias"),
-    (["--alias", "=vllm/m"], "serve", "--alias"), (["--alias", "x="], "serve", "--alias"), (["--alias", "x=foo/bar"], "serve", "--alias x: no such engine"),
-    (["--alias", "x=foo"], "serve", "--alias x: not name=engine/model"), (["--cors-origin", "https://a/b"], "serve", "--cors-origin"),
-    (["--replicas", "2-"], "ray", "--replicas: must be a number or a range"), (["--model", ""], "serve", "--model"),
-    (["--python", "/x"], "serve", "--python: given without an engine"), (["--engine", "olama"], "self-test", "did you mean 'ollama'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("argv", "mode", "says"),
+    [
+        (["--workers", "3"], "self-test", "--workers means nothing to the self-test; it is for --serve"),
+        (["--port", "8000"], "self-test", "it is for --serve and --serve --ray and --api-test"),
+        (["--timeout", "5"], "api-test", "--timeout means nothing to --api-test"),
+        (["--json"], "serve", "it is for the self-test"),
+        (["--workers", "2"], "ray", "--workers means nothing to --serve --ray"),
+        (["--config", "x"], "api-test", "--config means nothing to --api-test"),
+        (["--replicas", "2"], "serve", "--serve --ray"),
+        (["--port", "0"], "serve", "--port: must be an integer from 1 to 65535, got '0'"),
+        (["--port", "1.5"], "serve", "--port"),
+        (["--timeout", "nan"], "serve", "--timeout: must be a number from 0.1"),
+        (["--timeout", "-1"], "serve", "--timeout"),
+        (["--api-key", ","], "serve", "--api-key: must be one or more keys"),
+        (["--api-key", ""], "serve", "--api-key"),
+        (["--alias", "x"], "serve", "--alias: must be name=engine/model"),
+        (["--alias", "my model=vllm/m"], "serve", "--alias"),
+        (["--alias", "=vllm/m"], "serve", "--alias"),
+        (["--alias", "x="], "serve", "--alias"),
+        (["--alias", "x=foo/bar"], "serve", "--alias x: no such engine"),
+        (["--alias", "x=foo"], "serve", "--alias x: not name=engine/model"),
+        (["--cors-origin", "https://a/b"], "serve", "--cors-origin"),
+        (["--replicas", "2-"], "ray", "--replicas: must be a number or a range"),
+        (["--model", ""], "serve", "--model"),
+        (["--python", "/x"], "serve", "--python: given without an engine"),
+        (["--engine", "olama"], "self-test", "did you mean 'ollama'"),
+    ],
+)
 def test_a_flag_that_is_wrong_is_refused_by_name(argv: list[str], mode: str, says: str) -> None:
     with pytest.raises(product.InvalidRequest) as caught:
         load_settings(flags_of(*argv), mode, {})
     assert says in caught.value.message
 
 
-@pytest.mark.parametrize("fields", [
-    {"max_in_flight": 0}, {"max_in_flight": True}, {"port": 70_000}, {"engine": "olama"}, {"cors_origins": ("x",)}, {"cors_origins": 5},
-    {"api_keys": [1]}, {"api_keys": ""}, {"aliases": {"a": "b"}}, {"aliases": 5}, {"deadlines": 0}, {"header_timeout": 0}, {"launch_args": "--x"},
-    {"header_timeout": float("nan")}, {"no_auth": 5},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_in_flight": 0},
+        {"max_in_flight": True},
+        {"port": 70_000},
+        {"engine": "olama"},
+        {"cors_origins": ("x",)},
+        {"cors_origins": 5},
+        {"api_keys": [1]},
+        {"api_keys": ""},
+        {"aliases": {"a": "b"}},
+        {"aliases": 5},
+        {"deadlines": 0},
+        {"header_timeout": 0},
+        {"launch_args": "--x"},
+        {"header_timeout": float("nan")},
+        {"no_auth": 5},
+    ],
+)
 def test_direct_construction_checks_too(fields: dict[str, Any]) -> None:
     with contextlib.suppress(StopIteration):
         (name,) = fields
@@ -215,9 +248,14 @@ def test_direct_construction_checks_too(fields: dict[str, Any]) -> None:
 
 def test_what_python_callers_give() -> None:
     settings = Settings(
-        api_keys=["a"], aliases={"x": "vllm/m"}, deadlines=product.Deadlines(idle=0.2), engine="vllm", page=False,
-        launch_args=["--x, y"], endpoints=[],
-    )  # fmt: skip
+        api_keys=["a"],
+        aliases={"x": "vllm/m"},
+        deadlines=product.Deadlines(idle=0.2),
+        engine="vllm",
+        page=False,
+        launch_args=["--x, y"],
+        endpoints=[],
+    )
     assert settings.api_keys == ("a",) and settings.aliases == {"x": ("vllm/m",)} and settings.deadlines.idle == 0.2
     assert settings.launch_args == ("--x, y",) and settings.endpoints == ()
     assert (

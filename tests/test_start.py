@@ -150,12 +150,12 @@ def test_a_frozen_engine_is_ended(make: Make, kind: str, monkeypatch: pytest.Mon
 
 
 # The errors of failed starts ---------------------------------------------------------------------
-def fails_as(llm: LLMInferencer, kind: str, mend: str) -> None:
+def fails_as(llm: LLMInferencer, kind: str, hint: str) -> None:
     """It fails as `kind`, says what to do, shows Python callers the log, and nothing of it stays."""
     with pytest.raises(InferenceError) as caught:
         llm.generate("hi", max_tokens=1)
     error = caught.value
-    assert (error.kind, mend in error.hint) == (kind, True), str(error)
+    assert (error.kind, hint in error.hint) == (kind, True), str(error)
     assert str(Path.home()) not in error.message, "callers over HTTP see the message"
     assert error.detail.startswith("log: ")
     assert not the_child().alive
@@ -174,11 +174,11 @@ def test_an_unknown_architecture(make: Make, altered: Callable[..., Path]) -> No
 
 
 def test_a_broken_config(make: Make, altered: Callable[..., Path]) -> None:
-    fails_as(make(altered("config.json")), "model_not_found", "broken")
+    fails_as(make(altered("config.json")), "model_not_found", "damaged")
 
 
 def test_broken_weights(make: Make, altered: Callable[..., Path]) -> None:
-    fails_as(make(altered("model.safetensors")), "model_not_found", "broken")
+    fails_as(make(altered("model.safetensors")), "model_not_found", "damaged")
 
 
 def test_a_context_that_the_model_does_not_have(make: Make, kind: str) -> None:
@@ -227,7 +227,7 @@ def test_given_up_after_five_failures(make: Make, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(InferenceError):
             llm.generate("hi")
         the_child().not_before = 0.0  # the test does not wait for the back-off
-    with pytest.raises(InferenceError, match="5 times in a row: given up"):
+    with pytest.raises(InferenceError, match="5 times in a row and is not started again"):
         llm.generate("hi")
 
 

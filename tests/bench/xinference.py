@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -221,7 +222,7 @@ def main() -> int:
         subprocess.run([sys.executable, "-m", "venv", str(HOME)], check=True)
         own = importlib.metadata.version("xllamacpp")
         subprocess.run([str(HOME / "bin" / "pip"), "install", "-q", "xinference", f"xllamacpp=={own}"], check=True)
-    gguf = llm_inference.pull_default_model()
+    gguf = llm_inference.pull_model(None, lambda done, total: None, threading.Event()).path
     found: dict[str, list[dict[str, float]]] = {"ours": [], "xinference": []}
     for _ in range(args.repeat):
         for name, runs in found.items():

@@ -25,7 +25,7 @@ ATTACKS = (
 )
 MARKDOWN = """# Title
 
-Some **bold**, *italic* and `code`, 2 * 3 * 4 and [a link](https://example.com/a?b=1).
+Some **bold**, `code` and 2 * 3 * 4.
 A second line.
 
 1. one
@@ -137,12 +137,12 @@ def test_it_fits_in_both_languages(
         shot(page, tmp_path, f"answer-{name}")
         assert not page.wide()
         words = (
-            ("发送", "设置", "首 token", "要求返回的结构")
+            ("发送", "设置", "系统提示词", "要求返回的结构")
             if language == "zh-CN"
-            else ("Send", "Settings", "first token")
+            else ("Send", "Settings", "System prompt")
         )
         assert all(word in page.text() for word in words)
-        assert ("token/秒" if language == "zh-CN" else "tokens/s") in figures
+        assert "tokens/s" in figures
         assert page.driver.execute_script("return document.documentElement.lang") == language
         assert page.driver.title == page.text("h1") == "llm_inference"
         page.network()
@@ -166,7 +166,7 @@ def test_the_policy_allows_this_origin_alone(server: tuple[str, FakeEngine]) -> 
     reply = httpx.get(server[0] + "/ui", trust_env=False)
     policy = reply.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "connect-src 'self'" in policy and "frame-ancestors 'none'" in policy
-    assert "innerHTML" not in reply.text and "://" not in reply.text.replace("https?:\\/\\/", "")
+    assert "innerHTML" not in reply.text and "://" not in reply.text
 
 
 def test_the_root_leads_to_it(server: tuple[str, FakeEngine]) -> None:
@@ -182,20 +182,14 @@ def test_markdown_is_shown(page: Page, engine: FakeEngine) -> None:
     ask(page, "Show it.")
     finished(page)
     for css, text in {
-        "h3": "Title",
-        "strong": "bold",
-        "em": "italic",
+        "b": "bold",
         "p code": "code",
-        "li": "one\nnested\ntwo",
+        ".item": "1. one\n   • nested\n2. two",
         "pre": 'if a < b:\n    print("**no bold**")',
         "p:last-of-type": "end",
     }.items():
         assert page.text(f"article:last-of-type > div {css}") == text
-    link = page.all("article a")[0]
-    assert link.get_attribute("href") == "https://example.com/a?b=1" and "noopener" in link.get_attribute("rel")
-    assert "2 * 3 * 4" in page.text("article") and len(page.all("article li.bullet")) == 1
-    page.all(".code button")[0].click()
-    assert page.driver.execute_script("return getSelection().toString()").startswith("if a < b:")
+    assert "# Title" in page.text("article") and "2 * 3 * 4" in page.text("article")
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -204,12 +198,10 @@ def test_html_in_an_answer_stays_text(page: Page, engine: FakeEngine, attack: st
     ask(page, attack)
     finished(page)
     assert page.driver.title == "llm_inference"
-    foreign = "script, img, svg, iframe, [onerror], [onload], [onmouseover], [srcdoc]"
+    foreign = "script, img, svg, iframe, a, [onerror], [onload], [onmouseover], [srcdoc]"
     assert not page.all(", ".join(f"article {css.strip()}" for css in foreign.split(",")))
-    assert all(link.get_attribute("href").startswith("https://") for link in page.all("article a"))
-    assert page.text("article.user") == attack
-    page.all(".reasoning summary")[0].click()
-    assert page.text(".reasoning div") == attack
+    assert page.text(".user") == attack
+    assert page.text(".reasoning") == attack
 
 
 @pytest.mark.parametrize("attack", ATTACKS[:2])
@@ -226,22 +218,19 @@ def test_html_in_an_error_stays_text(page: Page, engine: FakeEngine, attack: str
     "text", ["*" * 20_000, "**a " * 5000, "[" * 20_000, "[a](http://" * 2000, "`" * 19_999, "> " * 9000, "1. " * 7000]
 )
 def test_no_text_takes_long_to_show(page: Page, text: str) -> None:
-    script = """const began = performance.now(), turn = begin("")
-    turn.text = arguments[0]
-    draw(turn)
-    return performance.now() - began"""
+    script = """const began = performance.now()
+    talk.append(...markdown(arguments[0]))
+    return talk.scrollHeight && performance.now() - began"""
     assert page.driver.execute_script(script, text) < 1000
 
 
 def test_reasoning_is_a_block_of_its_own(page: Page, engine: FakeEngine) -> None:
     engine.reasoning, engine.text, engine.pace = "thinking hard " * 20, "Forty-two. " * 10, 0.02
     ask(page, "Think.")
-    page.wait(lambda: "thinking hard" in page.text(".reasoning div"))
-    page.wait(lambda: "Forty-two." in page.text("article:last-of-type > div"))
-    assert page.all(".reasoning")[0].get_attribute("open") is None
+    page.wait(lambda: "thinking hard" in page.text(".reasoning"))
     finished(page)
-    page.all(".reasoning summary")[0].click()
-    assert "thinking hard" in page.text(".reasoning div")
+    assert page.text(".reasoning").strip() == engine.reasoning.strip()
+    assert page.text("article:last-of-type > div").strip() == engine.text.strip()
 
 
 def test_a_cut_answer_is_marked(page: Page, engine: FakeEngine) -> None:
@@ -277,13 +266,14 @@ def test_a_schema_shows_the_checked_json(page: Page, engine: FakeEngine, tmp_pat
 
 @pytest.mark.parametrize(
     "name, value, message",
-    [("schema", "{", "not valid JSON"), ("temperature", "9", "2"), ("key", "schlüssel", "API key")],
+    [("schema", "{", "JSON schema is not valid JSON"), ("temperature", "9", "temperature: "), ("top_p", "-1", "top_p: ")],
 )
-def test_a_bad_setting_is_not_sent(page: Page, engine: FakeEngine, name: str, value: str, message: str) -> None:
+def test_a_bad_setting_is_refused_by_name(page: Page, engine: FakeEngine, name: str, value: str, message: str) -> None:
     setting(page, name, value)
     ask(page, "Hello.")
-    page.wait(lambda: message in page.text("#status"))
-    assert not page.all("article") and engine.bodies == []
+    assert message in finished(page) and page.all("article .error[role=alert]")
+    assert engine.bodies == [] and page.all("#ask")[0].get_attribute("value") == "Hello."
+    page.errors()  # the browser logs the 400
 
 
 # ----------------------------------------------------------------------------------------------- what may happen to it
@@ -295,7 +285,7 @@ def test_stop_ends_the_generation(page: Page, engine: FakeEngine, tmp_path: Path
     page.wait(lambda: "word word word" in page.text("article"))
     shot(page, tmp_path, "streaming")
     ask(page, "typed meanwhile")
-    assert engine.live == 1 and page.text("#send") == "Stop" and len(page.all("article.user")) == 1
+    assert engine.live == 1 and page.text("#send") == "Stop" and len(page.all(".user")) == 1
     page.all("#send")[0].click()
     engine.wait(lambda: engine.live == 0)
     assert "Stopped" in finished(page) and "tokens/s" not in page.text("article")
@@ -354,14 +344,14 @@ def test_an_end_without_the_final_event_is_an_error(page: Page) -> None:
     """As a proxy between browser and server leaves it."""
     stub_stream(page, {"delta": "Half"})
     ask(page, "Go.")
-    assert "The answer broke off before its end." in finished(page) and page.all("article .error[role=alert]")
+    assert "The connection to the server failed." in finished(page) and page.all("article .error[role=alert]")
 
 
 def test_endpoint_and_ignored_fields_are_shown(page: Page) -> None:
     stub_stream(page, {"finish_reason": "stop", "usage": None, "timing": {}, "ignored": ["top_p", "seed"]})
     ask(page, "Go.")
     shown = finished(page)
-    assert "endpoint: gpu1" in shown and "ignored: top_p, seed" in shown and "The answer is empty." in shown
+    assert "endpoint: gpu1" in shown and "ignored: top_p, seed" in shown
 
 
 def test_a_server_that_is_gone_is_an_error(browser: Page) -> None:
@@ -370,7 +360,7 @@ def test_a_server_that_is_gone_is_an_error(browser: Page) -> None:
         with serving(app) as url:
             opened(browser, url)
         ask(browser, "Anyone?")
-        assert "The server cannot be reached." in finished(browser)
+        assert "The connection to the server failed." in finished(browser)
         assert browser.all("#ask")[0].get_attribute("value") == "Anyone?"
     browser.errors()
 
@@ -380,21 +370,21 @@ def test_a_key_is_asked_for(browser: Page, tmp_path: Path) -> None:
         app = product.create_app(product.Settings(engine="vllm", base_url=engine.base_url, api_keys=(KEY,)))
         with serving(app) as url:
             opened(browser, url)
-            assert "asks for an API key" in browser.text("#status")
+            assert "asks for a valid API key" in browser.text("#status")
             key = browser.all("#key")[0]
             assert key.is_displayed() and browser.driver.switch_to.active_element == key
             shot(browser, tmp_path, "key")
-            key.send_keys("wrong\n")
-            browser.wait(lambda: "refuses this API key" in browser.text("#status"))
-            key.clear()
+            for wrong in ("wrong", "schlüssel"):
+                browser.driver.execute_script("document.getElementById('status').textContent = ''")
+                key.send_keys(wrong + "\n")
+                browser.wait(lambda: "asks for a valid API key" in browser.text("#status"))
+                key.clear()
             key.send_keys(KEY + "\n")
             browser.wait(lambda: browser.all("#model option") and not browser.text("#status"))
             ask(browser, "Hello.")
             assert "tokens" in finished(browser)
-            browser.driver.refresh()
-            browser.wait(lambda: browser.all("#model option"))
-            kept = "return [Object.values(sessionStorage), Object.keys(localStorage), document.cookie, location.search]"
-            assert browser.driver.execute_script(kept) == [[KEY], [], "", ""]
+            kept = "return [Object.keys(sessionStorage), Object.keys(localStorage), document.cookie, location.href]"
+            assert browser.driver.execute_script(kept) == [[], [], "", url + "/ui"]
             engine.wait(lambda: engine.live == 0)
     browser.errors()  # the browser logs each 401
 
@@ -410,7 +400,7 @@ def test_keys_and_composition(page: Page, engine: FakeEngine) -> None:
     assert not page.all("article")
     box.send_keys(Keys.ENTER)
     finished(page)
-    assert page.text("article.user") == "one\ntwo" and engine.body["messages"][0]["content"] == "one\ntwo"
+    assert page.text(".user") == "one\ntwo" and engine.body["messages"][0]["content"] == "one\ntwo"
     assert page.driver.switch_to.active_element == box
 
 

@@ -19,11 +19,12 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-from llm_inference import LlamaCppAdapter, LLMInferencer, pull_default_model
+from llm_inference import LlamaCppAdapter, LLMInferencer, pull_model
 from tests.engines import running
 from tests.processes import free_port
 
@@ -32,7 +33,7 @@ from ..bench import xinference
 from ..bench.proc import Process
 from . import features, judge
 from .__main__ import ask_all, merged
-from .sides import HTTP, Bare, Json, Us, through_us
+from .sides import HTTP, Bare, Json, Us, target_of, through_us
 
 PROVIDERS = {
     "llamacpp": "openai",
@@ -60,17 +61,17 @@ def engine(kind: str) -> Iterator[tuple[str, Path | None]]:
         with running("vllm") as server:
             yield server.base_url, None
         return
-    gguf, port = pull_default_model(), free_port()
-    command, env = LlamaCppAdapter(launch_args=(f"port={port}",))._command(
-        SimpleNamespace(uds="127.0.0.1", key=bench.KEY)
-    )  # type: ignore[arg-type]
+    model, port = pull_model(None, lambda done, total: None, threading.Event()), free_port()
+    adapter = LlamaCppAdapter(launch_args=(f"port={port}",))
+    adapter.file = model
+    command, env = adapter.command(SimpleNamespace(uds="127.0.0.1", key=bench.KEY))  # type: ignore[arg-type]
     with Process("llamacpp", command, port=port, env=env) as process:
-        yield process.url, gguf
+        yield process.url, model.path
 
 
 @contextlib.contextmanager
 def litellm(us: Us, settings: Json) -> Iterator[tuple[str, str]]:
-    port, target = free_port(), us.llm._engine._target  # type: ignore[union-attr]
+    port, target = free_port(), target_of(us)
     where = {"model": f"{PROVIDERS[us.engine]}/{us.model}", "api_base": target.url + "/v1", "api_key": bench.KEY}
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as config:
         json.dump(
@@ -116,7 +117,7 @@ def ask_peers(
 ) -> Iterator[tuple[str, Json | list[Json]]]:
     starts = {
         "us": contextlib.nullcontext((us.http.url, f"{us.engine}/{us.model}")),
-        "bare": contextlib.nullcontext((us.llm._engine._target.url, us.model)),  # type: ignore[union-attr]
+        "bare": contextlib.nullcontext((target_of(us).url, us.model)),
         "litellm": litellm(us, {}),
         "litellm-validating": litellm(us, {"enable_json_schema_validation": True}),
     }

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from llm_inference import Chunk, Completion, InferenceError, LLMInferencer, Settings, create_app
+from llm_inference import Chunk, Completion, InferenceError, LLMInferencer, Settings, Target, create_app
 from tests.harness import serving
 
 from .judge import Refusal, Undecidable
@@ -238,10 +238,17 @@ class BareOllama(Bare):
         )
 
 
+def target_of(us: Us) -> Target:
+    """Where the engine behind `us` is."""
+    found = asyncio.run(us.llm.engine()).connection.target  # type: ignore[attr-defined]
+    assert isinstance(found, Target)
+    return found
+
+
 def bare_side(us: Us) -> Bare:
     """The engine that `us` talks to, asked without us; an embedded one is reached with its own key on its own
     socket."""
-    target = asyncio.run(us.llm.engine()).connection.target  # type: ignore[attr-defined]
+    target = target_of(us)
     http = HTTP(target.url, target.headers, target.uds)
     return (BareOllama if us.engine == "ollama" else Bare)(us.engine, http, us)
 

@@ -541,7 +541,7 @@ def what_fails(llm: LLMInferencer, copy: Path) -> Json:
             for line in log.splitlines()
             if re.search(r"memory", line, re.I) and re.search(r"Error|not |No |less|larger|Exception", line, re.I)
         ]
-        said = {"kind": exc.kind, "reason": exc.reason, "mend": exc.hint, "retryable": exc.retryable}
+        said = {"kind": exc.kind, "reason": exc.reason, "hint": exc.hint, "retryable": exc.retryable}
         return said | {"log_lines": reported[-8:], "log_end": (exc.detail or "").splitlines()[-6:]}
 
 

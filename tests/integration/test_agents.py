@@ -116,70 +116,6 @@ def test_openai_agents_effort(stand: Stand, agents_model: Any) -> None:
     assert agents.Runner.run_sync(agent, "hi").final_output == TEXT
 
 
-# -------------------------------------------------------------------------------------------------- pydantic-ai
-
-
-@pytest.fixture(params=["responses", "chat", "anthropic"])
-def pydantic_model(request: pytest.FixtureRequest, stand: Stand) -> Any:
-    pytest.importorskip("pydantic_ai")
-    from pydantic_ai.models.anthropic import AnthropicModel
-    from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
-    from pydantic_ai.providers.anthropic import AnthropicProvider
-    from pydantic_ai.providers.openai import OpenAIProvider
-
-    if request.param == "anthropic":
-        profile = {"supports_json_schema_output": True}  # it knows which of Anthropic's models have it by their names
-        provider = AnthropicProvider(base_url=stand.url, api_key=KEY)
-        return AnthropicModel(stand.model, provider=provider, profile=profile)  # type: ignore[arg-type]
-    provider = OpenAIProvider(base_url=f"{stand.url}/v1", api_key=KEY)
-    kind = OpenAIResponsesModel if request.param == "responses" else OpenAIChatModel
-    return kind(stand.model, provider=provider)
-
-
-def test_pydantic_ai_text(stand: Stand, pydantic_model: Any) -> None:
-    from pydantic_ai import Agent
-
-    found = Agent(pydantic_model, instructions="Be brief.").run_sync("hi")
-    assert found.output == TEXT and found.usage.output_tokens > 0
-
-
-def test_pydantic_ai_tools(stand: Stand, pydantic_model: Any) -> None:
-    from pydantic_ai import Agent
-
-    stand.engine.tool_call = ("weather", {"city": "Köln"})
-    assert Agent(pydantic_model, tools=[weather]).run_sync("Weather?").output == TEXT
-    assert tool_result(stand) == "sunny in Köln"
-
-
-def test_pydantic_ai_stream(stand: Stand, pydantic_model: Any) -> None:
-    from pydantic_ai import Agent
-
-    stand.engine.tool_call = ("weather", {"city": "Köln"})
-
-    async def work() -> str:
-        async with Agent(pydantic_model, tools=[weather]).run_stream("Weather?") as running:
-            return "".join([piece async for piece in running.stream_text(delta=True)])
-
-    assert asyncio.run(work()) == TEXT
-
-
-def test_pydantic_ai_structured(stand: Stand, pydantic_model: Any) -> None:
-    from pydantic_ai import Agent, NativeOutput
-
-    stand.engine.answer = lambda _: ANSWER
-    found = Agent(pydantic_model, output_type=NativeOutput(Capital)).run_sync("hi")
-    assert found.output == Capital(city="Paris", large=True)
-
-
-def test_pydantic_ai_structured_by_a_call(stand: Stand, pydantic_model: Any) -> None:
-    from pydantic_ai import Agent
-
-    without_forced_calls(stand)
-    stand.engine.tool_call = ("final_result", {"city": "Paris", "large": True})
-    found = Agent(pydantic_model, output_type=Capital).run_sync("hi")
-    assert found.output == Capital(city="Paris", large=True)
-
-
 # ---------------------------------------------------------------------------------------------------- LangChain
 
 
@@ -246,6 +182,7 @@ def test_langchain_structured_by_a_call(stand: Stand, langchain_model: Any) -> N
 
 
 def test_langchain_knows_a_prompt_that_is_too_long(vllm: Stand) -> None:
+    pytest.importorskip("langchain_anthropic")
     from langchain_anthropic import ChatAnthropic
     from langchain_core.exceptions import ContextOverflowError
     from langchain_openai import ChatOpenAI

@@ -1,0 +1,1034 @@
+"""One example of each kind of fault that was found once, by its row (A1 … E20), on every surface where it can occur."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+import pydantic
+import pytest
+
+import llm_inference as product
+from llm_inference import Chunk, InferenceError, InvalidRequest, LLMInferencer, UnsupportedFeature
+from tests.conftest import Attach
+from tests.fake_engine import DIALECTS, OPENAI_DIALECTS, Dialect, FakeEngine, Reply, dumps
+from tests.harness import SOON, Command, Stand, collect, good, payloads, refused, refused_v1, serving, until
+
+Make = Callable[..., FakeEngine]
+Json = dict[str, Any]
+SURFACES = ("own", "own-stream", "v1", "v1-stream", "python", "python-stream")
+OBJECT: Json = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+CITY_TOOL: Json = {
+    "type": "function",
+    "function": {"name": "get", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+}
+
+
+@dataclass
+class Outcome:
+    """What a caller got, whatever the surface."""
+
+    kind: str = ""  #: the error's kind; "" for an answer
+    message: str = ""
+    status: int = 200
+    param: str | None = None
+    text: str = ""
+    finish: str | None = None
+    calls: list[tuple[str, Any]] = field(default_factory=list)
+    ignored: tuple[str, ...] = ()
+    model: str = ""
+    enforced_by: str = "none"
+    result: Any = None
+
+
+def ask(stand: Stand, surface: str, /, **fields: Any) -> Outcome:
+    """One request in our own vocabulary on that surface. `schema` becomes `response_format` on /v1."""
+    fields.setdefault("messages", [{"role": "user", "content": "Hi"}])
+    if surface.startswith("v1"):
+        return _ask_v1(stand.client, surface.endswith("stream"), {"model": stand.model, **fields})
+    if surface.startswith("own"):
+        return _ask_own(stand.client, surface.endswith("stream"), fields)
+    with LLMInferencer(stand.engine.dialect, base_url=stand.engine.base_url) as llm:
+        return ask_python(llm, surface.endswith("stream"), **fields)
+
+
+def _ask_own(client: httpx.Client, stream: bool, fields: Json) -> Outcome:
+    reply = client.post("/api/v1/llm/chat", json=fields | ({"stream": True} if stream else {}))
+    if reply.status_code != 200:
+        return Outcome(reply.headers["x-error-kind"], reply.json()["msg"], reply.status_code)
+    if not stream:
+        data = good(reply)
+        return Outcome(
+            text=data["text"],
+            finish=data["finish_reason"],
+            calls=[(c["function"]["name"], c["function"]["arguments"]) for c in data.get("tool_calls", ())],
+            ignored=tuple(data.get("ignored", ())),
+            model=data["model_name"],
+            enforced_by=data.get("enforced_by", "none"),
+        )
+    found = Outcome()
+    events = payloads(reply)
+    if events[-1] != "[DONE]":
+        message = events[-1]["msg"]
+        return Outcome(message.partition(":")[0], message, reply.status_code)
+    for event in events[:-1]:
+        data = event["data"]
+        found.text += data.get("delta", "")
+        found.finish = data.get("finish_reason") or found.finish
+        found.ignored = tuple(data.get("ignored", ())) or found.ignored
+        _join(found.calls, data.get("tool_call_delta", ()))
+    return found
+
+
+def _join(calls: list[tuple[str, Any]], deltas: Any) -> None:
+    for delta in deltas:
+        index = delta.get("index", len(calls))
+        while len(calls) <= index:
+            calls.append(("", ""))
+        name, arguments = calls[index]
+        function = delta.get("function") or {}
+        calls[index] = (name or function.get("name") or "", arguments + (function.get("arguments") or ""))
+
+
+def _ask_v1(client: httpx.Client, stream: bool, fields: Json) -> Outcome:
+    if "schema" in fields:
+        form = {"name": "a", "schema": fields.pop("schema")}
+        fields["response_format"] = {"type": "json_schema", "json_schema": form}
+    reply = client.post("/v1/chat/completions", json=fields | ({"stream": True} if stream else {}))
+    if reply.status_code != 200:
+        return _v1_error(reply.json()["error"], reply.status_code, reply.headers["x-error-kind"])
+    listed = reply.headers.get("x-ignored-fields", "")
+    found = Outcome(ignored=tuple(listed.split(", ")) if listed else ())
+    if not stream:
+        body = reply.json()
+        choice = body["choices"][0]
+        found.text, found.finish = choice["message"].get("content") or "", choice["finish_reason"]
+        found.model = body["model"]
+        for call in choice["message"].get("tool_calls") or ():
+            found.calls.append((call["function"]["name"], call["function"]["arguments"]))
+        return found
+    for event in payloads(reply):
+        if event == "[DONE]":
+            return found
+        if "error" in event:
+            return _v1_error(event["error"], 200, "")
+        for choice in event["choices"]:
+            found.text += choice["delta"].get("content") or ""
+            found.finish = choice.get("finish_reason") or found.finish
+            _join(found.calls, choice["delta"].get("tool_calls") or ())
+        found.model = event.get("model") or found.model
+    raise AssertionError("the stream has no end")
+
+
+def _v1_error(error: Json, status: int, kind: str) -> Outcome:
+    return Outcome(kind or error["code"], error["message"], status, error["param"])
+
+
+def ask_python(llm: LLMInferencer, stream: bool, **fields: Any) -> Outcome:
+    messages = fields.pop("messages")
+    try:
+        if not stream:
+            done = llm.complete(messages, **fields)
+        else:
+            request = llm.request(messages, **fields)
+            chunks: list[Chunk] = []
+            for burst in asyncio.run(collect(llm.bursts(request))):
+                chunks += burst
+            done = product.Completion.from_chunks(chunks)
+    except InferenceError as exc:
+        return Outcome(exc.kind, exc.message, exc.status, exc.param)
+    calls = [(call["function"]["name"], call["function"]["arguments"]) for call in done.tool_calls]
+    return Outcome(
+        text=done.text, finish=done.finish_reason, calls=calls, ignored=done.ignored, model=done.model_name,
+        enforced_by=done.enforced_by, result=done.result,
+    )  # fmt: skip
+
+
+def answered(outcome: Outcome) -> Outcome:
+    assert not outcome.kind, outcome
+    return outcome
+
+
+def failed(outcome: Outcome, *kinds: str) -> Outcome:
+    assert outcome.kind in kinds, outcome
+    return outcome
+
+
+def schema_reply(engine: FakeEngine, text: str) -> None:
+    engine.answer = lambda ask: text
+
+
+def call_reply(dialect: Dialect, calls: list[tuple[str, Any]], stream: bool, finish: str = "tool_calls") -> Reply:
+    """An answer with these calls, in the engine's own form."""
+    if dialect == "ollama":
+        own = [{"function": {"name": name, "arguments": arguments}} for name, arguments in calls]
+        line = {"model": "m", "created_at": "2026-01-01T00:00:00Z", "done": True, "done_reason": "stop"}
+        line |= {"message": {"role": "assistant", "content": "", "tool_calls": own}}
+        line |= {"prompt_eval_count": 3, "eval_count": 4}
+        kind = "application/x-ndjson" if stream else "application/json"
+        return Reply(headers={"content-type": kind}, pieces=[dumps(line) + b"\n"])
+    found = []
+    for index, (name, arguments) in enumerate(calls):
+        function = {"name": name, "arguments": json.dumps(arguments)}
+        found.append({"index": index, "id": f"c{index}", "type": "function", "function": function})
+    return openai_reply({"role": "assistant", "content": None, "tool_calls": found}, stream, finish)
+
+
+def openai_reply(message: Json, stream: bool, finish: Any = "stop") -> Reply:
+    """A complete answer with that message, or a stream with it as its one delta."""
+    base = {"id": "x", "created": 1, "model": "m"}
+    usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    if not stream:
+        body = {**base, "object": "chat.completion", "usage": usage}
+        body["choices"] = [{"index": 0, "message": message, "finish_reason": finish}]
+        return Reply(headers={"content-type": "application/json"}, pieces=[dumps(body)])
+    chunk = {**base, "object": "chat.completion.chunk"}
+    events = [
+        {**chunk, "choices": [{"index": 0, "delta": message, "finish_reason": None}]},
+        {**chunk, "choices": [{"index": 0, "delta": {}, "finish_reason": finish}]},
+        {**chunk, "choices": [], "usage": usage},
+    ]
+    return event_reply(*events)
+
+
+def event_reply(*events: Any) -> Reply:
+    """A stream of these events and [DONE]."""
+    pieces = [b"data: " + (each if isinstance(each, bytes) else dumps(each)) + b"\n\n" for each in events]
+    return Reply(headers={"content-type": "text/event-stream"}, pieces=[*pieces, b"data: [DONE]\n\n"], chunked=True)
+
+
+def streams_inside(dialect: Dialect, stream: bool) -> bool:
+    """Does the engine see a stream?"""
+    return stream or dialect in ("sglang", "llamacpp")
+
+
+def is_stream(surface: str) -> bool:
+    return surface.endswith("stream")
+
+
+# A. Silently dropped, or success that is none ---------------------------------------------------------------
+JSON_FORMATS = (
+    {"type": "json_object"},
+    {"type": "json_schema", "json_schema": {"name": "a", "schema": OBJECT}},
+    {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": OBJECT}},
+)
+
+
+@pytest.mark.parametrize("choice", [None, "auto", "required", {"type": "function", "function": {"name": "get"}}])
+@pytest.mark.parametrize("form", JSON_FORMATS, ids=["object", "schema", "strict"])
+@pytest.mark.parametrize("surface", ["v1", "v1-stream"])
+def test_a1_tools_with_a_response_format(surface: str, form: Json, choice: Any, stand: Stand) -> None:
+    fields = {"tools": [CITY_TOOL], "response_format": form} | ({"tool_choice": choice} if choice else {})
+    outcome = failed(ask(stand, surface, **fields), "invalid_request")
+    assert outcome.status == 400 and "response_format" in outcome.message
+    assert not stand.engine.asked
+
+
+@pytest.mark.parametrize("constraint", [{"schema": OBJECT}, {"choice": ["a"]}, {"regex": "a"}, {"grammar": 'root ::= "a"'}])
+@pytest.mark.parametrize("surface", ["own", "own-stream", "python", "python-stream"])
+def test_a1_tools_with_a_constraint(surface: str, constraint: Json, stand: Stand) -> None:
+    for choice in ("auto", "required"):
+        outcome = ask(stand, surface, tools=[CITY_TOOL], tool_choice=choice, **constraint)
+        failed(outcome, "invalid_request")
+    assert not stand.engine.asked
+
+
+def test_a1_on_responses_and_messages(stand: Stand) -> None:
+    tool = {"type": "function", "name": "get", "parameters": CITY_TOOL["function"]["parameters"]}
+    text = {"format": {"type": "json_schema", "name": "a", "schema": OBJECT}}
+    for choice in ("auto", "required"):
+        reply = stand.post(
+            "/v1/responses", model=stand.model, input="x", tools=[tool], tool_choice=choice, text=text
+        )
+        assert reply.status_code == 400, reply.text
+    tool = {"name": "get", "input_schema": CITY_TOOL["function"]["parameters"]}
+    form = {"format": {"type": "json_schema", "schema": OBJECT}}
+    reply = stand.post(
+        "/v1/messages", model=stand.model, max_tokens=9, messages=[{"role": "user", "content": "x"}], tools=[tool],
+        output_config=form,
+    )  # fmt: skip
+    assert reply.status_code == 400, reply.text
+    assert not stand.engine.asked
+
+
+@pytest.mark.parametrize("surface", ["v1", "v1-stream"])
+def test_a1_tools_that_are_switched_off_do_not_contradict(surface: str, stand: Stand) -> None:
+    schema_reply(stand.engine, '{"a": "x"}')
+    answered(ask(stand, surface, tools=[CITY_TOOL], tool_choice="none", schema=OBJECT))
+    answered(ask(stand, surface, tools=[CITY_TOOL], response_format={"type": "text"}))
+
+
+#: a pattern, and whether llama.cpp must be able to enforce it
+PATTERNS: dict[str, bool] = {
+    r"^\d{3}$": True,
+    r"^[\d]{2}-\d$": True,
+    r"^\w{2,4}$": True,
+    r"^\s?x\S$": True,
+    r"^\D{2}$": True,
+    r"^[^\d\s]{2}$": True,
+    r"^\W$": True,
+    r"^(?:ab|cd){2}$": True,
+    r"^(ok|no)$": True,
+    r"^a|b$": True,
+    r"\d{3}": True,
+    r"^ab": True,
+    r"ab$": True,
+    r"^\x41\u0042$": True,
+    r"^a\.b\/c\-d$": True,
+    r'^"\\$': True,
+    r"^a{0,2}b+?$": True,
+    r"^[A-Z][a-z]{2}\t$": True,
+    r"^\bfoo\b$": False,
+    r"^(?=a)ab$": False,
+    r"^(?!a)b$": False,
+    r"^(?i)ok$": False,
+    r"^\p{L}{2}$": False,
+    r"^(a)\1$": False,
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a2_pattern_on_the_embedded_engine(pattern: str, embedded: LLMInferencer) -> None:
+    """A2: constrained, or refused by name; never `engine` when it was not."""
+    text = {"type": "string", "pattern": pattern, "maxLength": 12}
+    schema = {"type": "object", "properties": {"x": text}, "required": ["x"]}
+    matches = product.matcher(pattern) if PATTERNS[pattern] else None
+    for seed in range(3):
+        try:
+            done = embedded.complete("Tell me a story.", schema=schema, max_tokens=60, temperature=1.5, seed=seed)
+        except UnsupportedFeature as exc:
+            assert not PATTERNS[pattern] and "pattern" in exc.message, exc
+            return
+        except product.StructuredOutputInvalid as exc:
+            assert not PATTERNS[pattern] or "max_tokens" in exc.message, (pattern, exc, exc.text)
+            continue
+        assert done.finish_reason == "stop"
+        if matches:
+            assert matches(done.result["x"]), done.result
+        if done.enforced_by == "engine":
+            assert PATTERNS[pattern], done
+
+
+@pytest.mark.parametrize("pattern", [pattern for pattern in PATTERNS if "$" in pattern and "^" in pattern])
+@pytest.mark.parametrize("surface", ["own", "own-stream", "v1", "v1-stream", "python", "python-stream"])
+def test_a2_what_llamacpp_is_sent(pattern: str, surface: str, all_stands: dict[str, Stand]) -> None:
+    """A2: no class that its converter does not know reaches llama.cpp, and nothing that is not anchored."""
+    stand = all_stands["llamacpp"]
+    stand.engine.reset()
+    schema = {"type": "object", "properties": {"x": {"type": "string", "pattern": pattern}}, "required": ["x"]}
+    ask(stand, surface, schema=schema)
+    for body in stand.engine.bodies:
+        sent = json.dumps(body.get("response_format") or body.get("json_schema"))
+        for unknown in (r"\\d", r"\\D", r"\\w", r"\\W", r"\\s", r"\\S", r"\\b", r"\\p", "(?="):
+            assert unknown not in sent.replace("\\\\\\\\", ""), sent
+
+
+REGEXES: dict[str, bool] = {
+    r"\d{3}": True,
+    r"^\d{3}$": True,
+    r"[\w-]{3}": True,
+    r"(yes|no)": True,
+    r"(?:a|b){2}": True,
+    r"[^\s]{2}": True,
+    r"\S \S": True,
+    r"\u4e2d\u6587?": True,
+    r"a\"b\\c": True,
+    r"\bfoo\b": False,
+    r"(?=f)foo": False,
+    r"(?i)foo": False,
+    r"(a)\1": False,
+    r"\Bx": False,
+    r"x(?<=x)": False,
+    r"a$b": False,
+}
+
+
+@pytest.mark.parametrize("regex", REGEXES)
+def test_a3_regex_on_the_embedded_engine(regex: str, embedded: LLMInferencer) -> None:
+    for seed in range(2):
+        try:
+            done = embedded.complete("Tell me a story.", regex=regex, max_tokens=40, temperature=1.5, seed=seed)
+        except (UnsupportedFeature, InvalidRequest) as exc:
+            assert not REGEXES[regex] and exc.reason, exc
+            return
+        assert REGEXES[regex] and done.enforced_by == "engine", done
+        assert product.full_matcher(regex)(done.text)
+
+
+TOOL_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content or '' }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function.name }} {{ call.function.arguments }}"
+    "</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def with_tools() -> Iterator[LLMInferencer]:
+    """The embedded engine with a template that knows tools."""
+    llm = LLMInferencer("llamacpp", launch=True, launch_args=[f"chat_template={TOOL_TEMPLATE}", "n_ctx=2048"])
+    yield llm
+    llm.close()
+
+
+@contextlib.contextmanager
+def served(llm: LLMInferencer, **settings: Any) -> Iterator[httpx.Client]:
+    """The server in front of an inferencer."""
+    app = product.create_app(product.Settings(**settings), llm)
+    with serving(app) as url, httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
+        yield client
+
+
+FORCED: tuple[Any, ...] = ("required", {"type": "function", "function": {"name": "get"}})
+
+
+@pytest.mark.parametrize("choice", FORCED, ids=["required", "named"])
+def test_a4_forced_call_on_the_embedded_engine(choice: Any, with_tools: LLMInferencer) -> None:
+    """A4: a real call, or an error that says so, whatever max_tokens is."""
+    fields = {"tools": [CITY_TOOL], "tool_choice": choice, "temperature": 0.0}
+    messages = [{"role": "user", "content": "Write a long story."}]
+    with served(with_tools) as client:
+        for limit in (4, 300, 1500):
+            for stream in (False, True):
+                v1 = _ask_v1(client, stream, {"model": "llamacpp/" + with_tools.models()[0].name} | fields | {"messages": messages, "max_tokens": limit})
+                own = _ask_own(client, stream, fields | {"messages": messages, "max_tokens": limit})
+                python = ask_python(with_tools, stream, messages=messages, max_tokens=limit, **fields)
+                for outcome in (v1, own, python):
+                    if outcome.kind:
+                        failed(outcome, "structured_output_invalid")
+                        assert "max_tokens" in outcome.message, outcome
+                    else:
+                        assert outcome.calls and outcome.calls[0][0] == "get" and not outcome.text, outcome
+
+
+@pytest.mark.parametrize("choice", FORCED, ids=["required", "named"])
+@pytest.mark.parametrize("finish", ["length", "stop"])
+@pytest.mark.parametrize("surface", SURFACES)
+@pytest.mark.parametrize("dialect", OPENAI_DIALECTS)
+def test_a4_prose_instead_of_a_forced_call(
+    dialect: Dialect, surface: str, finish: str, choice: Any, all_stands: dict[str, Stand]
+) -> None:
+    stand = all_stands[dialect]
+    stand.engine.reset()
+    for _ in range(2):
+        message = {"role": "assistant", "content": "Once upon a time"}
+        stand.engine.script_chat(openai_reply(message, streams_inside(dialect, is_stream(surface)), finish))
+    outcome = ask(stand, surface, tools=[CITY_TOOL], tool_choice=choice, max_tokens=1500)
+    failed(outcome, "structured_output_invalid")
+    assert "call" in outcome.message
+    assert ("max_tokens" in outcome.message) == (finish == "length"), outcome
+
+
+@pytest.mark.parametrize("path", ["/chat", "/generate", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a5_a_client_that_hangs_up(path: str, stream: bool, stand: Stand) -> None:
+    """A5: the engine stops within a second, also while another stream runs."""
+    stand.engine.text, stand.engine.pace = "word " * 400, 0.1
+    messages = [{"role": "user", "content": "x"}]
+    body: Json = {"prompt": "x"} if path in ("/generate", "/v1/completions") else {"messages": messages}
+    if path == "/v1/responses":
+        body = {"input": "x"}
+    if path.startswith("/v1"):
+        body |= {"model": stand.model, "max_tokens" if path != "/v1/responses" else "max_output_tokens": 900}
+    with stand.leaving("/v1/chat/completions", model=stand.model, messages=messages, stream=True) as other:
+        stand.engine.wait(lambda: stand.engine.live == 1)
+        with stand.leaving(path, **body, stream=stream):
+            stand.engine.wait(lambda: stand.engine.live == 2)
+        stand.engine.wait(lambda: stand.engine.live == 1, SOON)
+        other.close()
+    stand.engine.wait(lambda: stand.engine.live == 0, SOON)
+
+
+PREFILL = [{"role": "user", "content": "Capital of France?"}, {"role": "assistant", "content": "The capital of France is"}]
+
+
+@pytest.mark.parametrize("surface", ["v1", "v1-stream"])
+def test_a6_prefill_is_honoured(surface: str, stand: Stand) -> None:
+    outcome = ask(stand, surface, messages=PREFILL, continue_final_message=True, add_generation_prompt=False)
+    if stand.engine.dialect == "ollama":
+        failed(outcome, "unsupported_feature")
+    elif stand.engine.dialect == "sglang":  # it has no add_generation_prompt
+        failed(outcome, "unsupported_feature")
+        answered(ask(stand, surface, messages=PREFILL, continue_final_message=True))
+        assert stand.engine.body["continue_final_message"] is True
+    else:
+        answered(outcome)
+        assert stand.engine.body["add_generation_prompt"] is False
+        assert stand.engine.body["messages"][-1]["role"] == "assistant"
+
+
+def test_a6_prefill_on_the_embedded_engine(real: httpx.Client) -> None:
+    model = real.get("/v1/models").json()["data"][0]["id"]
+    for stream in (False, True):
+        body = {"model": model, "messages": PREFILL, "continue_final_message": True, "max_tokens": 6, "temperature": 0}
+        found = answered(_ask_v1(real, stream, body))
+        assert "Paris" in found.text, found
+
+
+STRICT_TOOL: Json = {
+    "type": "function",
+    "function": {
+        "name": "get",
+        "strict": True,
+        "parameters": {"type": "object", "properties": {"city": {"enum": ["London"]}}, "required": ["city"]},
+    },
+}
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Paris"}, {}, {"city": 5}])
+@pytest.mark.parametrize("surface", SURFACES)
+def test_a7_a_strict_tool_is_checked(surface: str, arguments: Json, stand: Stand) -> None:
+    stand.engine.tool_call = ("get", arguments)
+    failed(ask(stand, surface, tools=[STRICT_TOOL]), "structured_output_invalid")
+    stand.engine.tool_call = ("get", {"city": "London"})
+    assert answered(ask(stand, surface, tools=[STRICT_TOOL])).calls
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+def test_a7_strict_on_the_other_surfaces(path: str, stand: Stand) -> None:
+    stand.engine.tool_call = ("get", {"city": "Paris"})
+    parameters = STRICT_TOOL["function"]["parameters"]
+    if path == "/v1/responses":
+        body: Json = {"input": "x", "tools": [{"type": "function", "name": "get", "strict": True, "parameters": parameters}]}
+    else:
+        tool = {"name": "get", "strict": True, "input_schema": parameters}
+        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 99, "tools": [tool]}
+    reply = stand.post(path, model=stand.model, **body)
+    assert reply.status_code == 502, reply.text
+
+
+@pytest.mark.parametrize("surface", ["own", "own-stream", "python", "python-stream"])
+def test_a8_levels_of_thinking_on_ollama(surface: str, all_stands: dict[str, Stand]) -> None:
+    """A8: its template knows no levels: "low" is refused, or named; it is not silently the same as true."""
+    stand = all_stands["ollama"]
+    stand.engine.reset()
+    stand.engine.reasoning = "Hm."
+    for level in ("low", "high"):
+        outcome = ask(stand, surface, think=level)
+        assert outcome.kind == "unsupported_feature" or any("think" in name for name in outcome.ignored), outcome
+    answered(ask(stand, surface, think=True))
+    stand.engine.reasoning = ""
+
+
+@pytest.mark.parametrize("surface", ["v1", "v1-stream"])
+def test_a8_reasoning_effort_on_ollama(surface: str, all_stands: dict[str, Stand]) -> None:
+    stand = all_stands["ollama"]
+    stand.engine.reset()
+    stand.engine.reasoning = "Hm."
+    for level in ("low", "high"):
+        outcome = ask(stand, surface, reasoning_effort=level)
+        assert outcome.kind == "unsupported_feature" or "reasoning_effort" in outcome.ignored, outcome
+    stand.engine.reasoning = ""
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+@pytest.mark.parametrize("role", ["user", "assistant", "system"])
+def test_a8_a_messages_name_on_ollama(surface: str, role: str, all_stands: dict[str, Stand]) -> None:
+    stand = all_stands["ollama"]
+    stand.engine.reset()
+    messages = [{"role": role, "content": "Hi", "name": "Ann"}, {"role": "user", "content": "Hi"}]
+    outcome = ask(stand, surface, messages=messages)
+    assert outcome.kind == "unsupported_feature" or any("name" in each for each in outcome.ignored), outcome
+
+
+def test_a9_logprobs_on_the_embedded_engine(real: httpx.Client) -> None:
+    model = real.get("/v1/models").json()["data"][0]["id"]
+    body: Json = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "logprobs": True}
+    for more, wanted in (({"top_logprobs": 0}, 0), ({}, 0), ({"top_logprobs": 2}, 2)):
+        items = real.post("/v1/chat/completions", json=body | more).json()["choices"][0]["logprobs"]["content"]
+        assert len(items) == 3
+        for item in items:
+            assert set(item) == {"token", "logprob", "bytes", "top_logprobs"} and len(item["top_logprobs"]) == wanted
+        reply = real.post("/v1/chat/completions", json=body | more | {"stream": True})
+        items = []
+        for event in payloads(reply)[:-1]:
+            for choice in event["choices"]:
+                items += (choice.get("logprobs") or {}).get("content") or []
+        assert len(items) == 3, reply.text
+        assert all(len(item["top_logprobs"]) == wanted for item in items)
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a9_logprobs_of_completions_on_the_embedded_engine(number: int, stream: bool, real: httpx.Client) -> None:
+    model = real.get("/v1/models").json()["data"][0]["id"]
+    body = {"model": model, "prompt": "One, two,", "max_tokens": 3, "logprobs": number, "stream": stream}
+    reply = real.post("/v1/completions", json=body)
+    assert reply.status_code == 200, reply.text
+    if stream:
+        found: Json = {}
+        for event in payloads(reply)[:-1]:
+            for choice in event["choices"]:
+                for name, values in (choice.get("logprobs") or {}).items():
+                    found.setdefault(name, []).extend(values)
+    else:
+        found = reply.json()["choices"][0]["logprobs"]
+    assert set(found) == {"tokens", "token_logprobs", "top_logprobs", "text_offset"}, found
+    assert len(found["tokens"]) == len(found["token_logprobs"]) == len(found["text_offset"]) == 3
+    assert all(len(each) == number for each in found["top_logprobs"] or [()] * (number == 0))
+    assert found["text_offset"] == sorted(set(found["text_offset"])), "offsets in the whole text"
+
+
+@pytest.mark.parametrize("bias", [{"999999999": 5}, {"-1": 5}, "abc", {"5": "x"}, {"5": None}, [[1, 2, 3]], {"x": {}}])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a9_a_logit_bias_that_is_none(bias: Any, path: str, real: httpx.Client) -> None:
+    model = real.get("/v1/models").json()["data"][0]["id"]
+    body: Json = {"model": model, "max_tokens": 2, "logit_bias": bias}
+    body |= {"prompt": "x"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "x"}]}
+    reply = real.post(path, json=body)
+    assert reply.status_code == 400, reply.text
+    assert "logit_bias" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+@pytest.mark.parametrize("dialect", ["ollama", "sglang"])
+def test_a10_one_call_is_kept_to(dialect: Dialect, surface: str, all_stands: dict[str, Stand]) -> None:
+    stand = all_stands[dialect]
+    stand.engine.reset()
+    calls = [("get", {"city": "London"}), ("get", {"city": "Paris"})]
+    stand.engine.script_chat(call_reply(dialect, calls, streams_inside(dialect, is_stream(surface))))
+    outcome = ask(stand, surface, tools=[CITY_TOOL], parallel_tool_calls=False)
+    if outcome.kind:
+        failed(outcome, "unsupported_feature")
+        return
+    assert [json.loads(arguments) for _, arguments in outcome.calls] == [{"city": "London"}], outcome
+    assert "parallel_tool_calls" not in outcome.ignored
+    stand.engine.reset()
+    stand.engine.script_chat(call_reply(dialect, calls, streams_inside(dialect, is_stream(surface))))
+    assert len(answered(ask(stand, surface, tools=[CITY_TOOL], parallel_tool_calls=True)).calls) == 2
+
+
+@pytest.mark.parametrize("surface", ["v1", "own", "python"])
+@pytest.mark.parametrize("dialect", ["vllm", "llamacpp"])
+def test_a10_it_reaches_the_engines_that_honour_it(dialect: Dialect, surface: str, all_stands: dict[str, Stand]) -> None:
+    stand = all_stands[dialect]
+    stand.engine.reset()
+    answered(ask(stand, surface, tools=[CITY_TOOL], parallel_tool_calls=False))
+    assert stand.engine.body["parallel_tool_calls"] is False
+
+
+@pytest.mark.parametrize("surface", ["v1", "v1-stream", "own", "python"])
+@pytest.mark.parametrize("dialect", ["sglang", "ollama"])
+def test_a10_calls_without_an_index(dialect: Dialect, surface: str, all_stands: dict[str, Stand]) -> None:
+    """A10's sibling: two calls that both claim index 0, in two events."""
+    stand = all_stands[dialect]
+    stand.engine.reset()
+    if dialect == "ollama":
+        lines = []
+        for city, done in (("London", False), ("Paris", False), ("", True)):
+            calls = [{"function": {"index": 0, "name": "get", "arguments": {"city": city}}}] if city else []
+            message = {"role": "assistant", "content": "", "tool_calls": calls}
+            lines.append(dumps({"model": "m", "message": message, "done": done, "done_reason": "stop"}) + b"\n")
+        if not is_stream(surface):
+            pytest.skip("a complete answer has one list of calls")
+        stand.engine.script_chat(Reply(headers={"content-type": "application/x-ndjson"}, pieces=lines, chunked=True))
+    else:
+        deltas = []
+        for number, city in enumerate(("London", "Paris")):
+            function = {"name": "get", "arguments": json.dumps({"city": city})}
+            call = {"index": number, "id": f"c{number}", "type": "function", "function": function}
+            delta = {"tool_calls": [call]}
+            deltas.append({"id": "x", "model": "m", "choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+        end = {"id": "x", "model": "m", "choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]}
+        stand.engine.script_chat(event_reply(*deltas, end))
+    outcome = answered(ask(stand, surface, tools=[CITY_TOOL], parallel_tool_calls=False))
+    assert [json.loads(arguments) for _, arguments in outcome.calls] == [{"city": "London"}], outcome
+
+
+# B. Text that becomes code -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("form", ["plain", "list", "nested", "List", "Optional", "dict", "tuple", "model", "typed dict"])
+@pytest.mark.parametrize("verb", ["structured_generate", "complete", "batch"])
+def test_b1_a_text_is_never_a_type(form: str, verb: str, attach: Attach, fake: Make, tmp_path: Path) -> None:
+    import typing
+
+    mark = tmp_path / "evaluated"
+    code = f"__import__('os').system('touch {mark}')"
+    schemas: dict[str, Any] = {
+        "plain": code,
+        "list": [code],
+        "nested": {"a": {"b": [code]}},
+        "List": typing.List[code],  # type: ignore[valid-type] # noqa: UP006
+        "Optional": typing.Optional[code],  # type: ignore[valid-type] # noqa: UP045
+        "dict": typing.Dict[str, code],  # type: ignore[valid-type] # noqa: UP006
+        "tuple": (code, code),
+        "model": typing.ForwardRef(code),
+        "typed dict": typing.TypedDict("T", {"a": code}),  # type: ignore[misc, operator]
+    }
+    engine = fake("vllm")
+    schema_reply(engine, '{"a": "x"}')
+    llm = attach(engine)
+    try:
+        if verb == "batch":
+            (found,) = llm.batch(["x"], schema=schemas[form])
+            assert isinstance(found, InvalidRequest), found
+        else:
+            with pytest.raises(InvalidRequest):
+                getattr(llm, verb)("x", schema=schemas[form])
+    except InvalidRequest:
+        assert verb == "batch"
+    assert not mark.exists()
+    assert not engine.asked
+
+
+# C. Refused although right -----------------------------------------------------------------------------------
+NAMES = (
+    "/data/models/Qwen", "My Model 中文.gguf", "_m", "a b", "-x", "x:latest", "../m", "m?x=1&y=2", "m%20n", "Ünï/côdé", "x" * 200,
+    "Qwen/Qwen3-8B", "ollama/x", "vllm/m", '"q"', "a\\b", "model@main", "a,b", "a;b",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dialect", OPENAI_DIALECTS)
+def test_c1_what_is_listed_can_be_asked_for(name: str, dialect: Dialect, fake: Make) -> None:
+    with Stand(dialect, engine=FakeEngine(dialect, model=name)) as stand:
+        listed = [each["id"] for each in stand.client.get("/v1/models").json()["data"]]
+        assert f"{dialect}/{name}" in listed
+        for asked in (f"{dialect}/{name}", name):
+            if asked == name and name.partition("/")[0] in DIALECTS:
+                continue
+            for surface in ("v1", "v1-stream"):
+                assert answered(ask(stand, surface, model=asked)).model == asked
+        for surface in ("own", "own-stream", "python", "python-stream"):
+            answered(ask(stand, surface, model_name=name))
+        found = stand.client.get("/v1/models/" + "/".join(map(quoted, f"{dialect}/{name}".split("/"))))
+        assert found.status_code == 200 and found.json()["id"] == f"{dialect}/{name}", found.text
+
+
+def quoted(part: str) -> str:
+    from urllib.parse import quote
+
+    return quote(part, safe="")
+
+
+@pytest.mark.parametrize("name", ["hf.co/unsloth/Qwen3:Q4_K_M", "user/m:v1", "M:Latest"])
+def test_c1_on_ollama(name: str) -> None:
+    engine = FakeEngine("ollama", model=name)
+    with Stand("ollama", engine=engine) as stand:
+        (listed, *_) = [each["id"] for each in stand.client.get("/v1/models").json()["data"]]
+        for surface in ("v1", "v1-stream"):
+            assert answered(ask(stand, surface, model=listed)).model == listed
+        answered(ask(stand, "own", model_name=name))
+        answered(ask(stand, "python", model_name=name))
+
+
+#: a schema with a reference, an answer that fits, and one that does not
+REFERENCES: dict[str, tuple[Json, str, str]] = {
+    "array": (
+        {"type": "object", "properties": {"a": {"anyOf": [{"type": "null"}, {"type": "integer"}]},
+         "b": {"$ref": "#/properties/a/anyOf/1"}}, "required": ["b"]},
+        '{"b": 1}', '{"b": null}',
+    ),
+    "escaped": (
+        {"type": "object", "properties": {"b": {"$ref": "#/$defs/x~1y~0z%20w"}}, "required": ["b"],
+         "$defs": {"x/y~z w": {"type": "integer"}}},
+        '{"b": 1}', '{"b": "x"}',
+    ),
+    "prefixItems": (
+        {"type": "object", "properties": {"a": {"type": "array", "prefixItems": [{"type": "string"}, {"type": "integer"}]},
+         "b": {"$ref": "#/properties/a/prefixItems/1"}}, "required": ["b"]},
+        '{"b": 1}', '{"b": "x"}',
+    ),
+    "root": (
+        {"type": "object", "properties": {"n": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, "required": ["n"]},
+        '{"n": {"n": null}}', '{"n": 1}',
+    ),
+    "chain": (
+        {"type": "object", "properties": {"b": {"$ref": "#/$defs/x"}}, "required": ["b"],
+         "$defs": {"x": {"$ref": "#/$defs/y/anyOf/0"}, "y": {"anyOf": [{"type": "integer"}]}}},
+        '{"b": 1}', '{"b": "x"}',
+    ),
+    "allOf": (
+        {"type": "object", "properties": {"b": {"$ref": "#/allOf/0/properties/c"}}, "required": ["b"],
+         "allOf": [{"properties": {"c": {"type": "integer"}}}]},
+        '{"b": 1}', '{"b": "x"}',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("surface", SURFACES)
+def test_c2_references(name: str, surface: str, stand: Stand) -> None:
+    schema, fits, wrong = REFERENCES[name]
+    schema_reply(stand.engine, fits)
+    answered(ask(stand, surface, schema=schema))
+    schema_reply(stand.engine, wrong)
+    failed(ask(stand, surface, schema=schema), "structured_output_invalid")
+
+
+@pytest.mark.parametrize("ref", ["#/properties/a/anyOf/2", "#/properties/a/anyOf/-1", "#/properties/a/anyOf/01", "#/x", "other.json", "http://x/y", "#/properties/a/anyOf/٣"])
+def test_c2_references_to_nothing(ref: str, stand: Stand) -> None:
+    schema = {"type": "object", "properties": {"a": {"anyOf": [{"type": "null"}, {"type": "integer"}]}, "b": {"$ref": ref}}}
+    failed(ask(stand, "own", schema=schema), "invalid_request")
+    failed(ask(stand, "v1", schema=schema), "invalid_request")
+
+
+class LeafA(pydantic.BaseModel):
+    kind: str
+    value: int
+
+
+class LeafB(pydantic.BaseModel):
+    kind: str
+    name: str
+
+
+class NodeA(pydantic.BaseModel):
+    items: list["NodeA | NodeB | NodeC | NodeD | LeafA | LeafB"]
+    other: "NodeA | NodeB | NodeC | NodeD | LeafA | LeafB | None" = None
+
+
+class NodeB(pydantic.BaseModel):
+    left: "NodeA | NodeB | NodeC | NodeD | LeafA | LeafB"
+    right: "NodeA | NodeB | NodeC | NodeD | LeafA | LeafB"
+
+
+class NodeC(pydantic.BaseModel):
+    by_name: dict[str, "NodeA | NodeB | NodeC | NodeD | LeafA | LeafB"]
+
+
+class NodeD(pydantic.BaseModel):
+    of: "NodeA | NodeB | NodeC | NodeD | LeafA | LeafB"
+    depth: int
+
+
+for _node in (NodeA, NodeB, NodeC, NodeD):
+    _node.model_rebuild()
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+def test_c3_recursive_classes(surface: str, stand: Stand) -> None:
+    schema_reply(stand.engine, '{"items": [{"kind": "x", "value": 1}, {"of": {"kind": "x", "name": "y"}, "depth": 2}]}')
+    schema: Any = NodeA if surface.startswith("python") else NodeA.model_json_schema()
+    outcome = answered(ask(stand, surface, schema=schema))
+    if surface.startswith("python") and not is_stream(surface):
+        assert isinstance(outcome.result, NodeA)
+
+
+ANNOTATED = {"x-order": 1, "example": "x", "examples": ["x"], "$comment": "c", "deprecated": True, "readOnly": False, "title": "t"}
+TOOL_KEYWORDS: dict[str, Json] = {
+    "x-order": {"x-order": {"a": 1}},
+    "example": {"example": {"type": "x"}},
+    "nullable": {"nullable": True},
+    "contentMediaType": {"contentMediaType": "text/plain"},
+    "contentEncoding": {"contentEncoding": "base64"},
+    "enumNames": {"enum": ["a"], "enumNames": ["A"]},
+    "errorMessage": {"errorMessage": {"type": "no"}},
+    "markdownDescription": {"markdownDescription": "*x*"},
+    "strict": {"strict": True},
+    "look-ahead": {"pattern": "^(?=.*x).*$"},
+    "look-behind": {"pattern": "(?<!x)y"},
+    "unicode class": {"pattern": "^\\p{L}+$"},
+    "format": {"format": "color-hex"},
+    "$dynamicRef": {"$dynamicRef": "#x"},
+    "discriminator": {"discriminator": {"propertyName": "k", "mapping": {"a": "#/x"}}},
+    "default object": {"default": {"$ref": "x"}},
+    "xml": {"xml": {"name": "x"}},
+    "$anchor": {"$anchor": "here"},
+}
+OBJECT_KEYWORDS: dict[str, Json] = {
+    "dependentRequired": {"dependentRequired": {"a": ["b"]}},
+    "unevaluatedProperties": {"unevaluatedProperties": False},
+    "contains": {"properties": {"a": {"type": "array", "contains": {"type": "string"}}}},
+    "propertyNames": {"propertyNames": {"pattern": "^a"}},
+    "dependencies": {"dependencies": {"a": ["b"]}},
+    "$schema": {"$schema": "http://json-schema.org/draft-07/schema#"},
+    "$id": {"$id": "https://example.com/x"},
+    "definitions": {"definitions": {"x": {"type": "string"}}, "properties": {"a": {"$ref": "#/definitions/x"}}},
+    "if": {"if": {"properties": {"a": {"const": "x"}}}, "then": {"required": ["b"]}},
+    "additionalItems": {"properties": {"a": {"type": "array", "items": [{"type": "string"}], "additionalItems": False}}},
+}
+
+
+def tool_with(parameters: Json) -> Json:
+    return {"type": "function", "function": {"name": "other", "description": "d", "parameters": parameters}}
+
+
+@pytest.mark.parametrize("name", [*TOOL_KEYWORDS, *OBJECT_KEYWORDS])
+@pytest.mark.parametrize("surface", ["own", "v1", "v1-stream", "python-stream"])
+def test_c4_c6c_a_tool_that_is_offered(name: str, surface: str, stand: Stand) -> None:
+    """C4, C6c: annotations and newer keywords in a tool that is only offered are passed on as they are."""
+    if name in TOOL_KEYWORDS:
+        parameters: Json = {"type": "object", "properties": {"a": {"type": "string", **TOOL_KEYWORDS[name]}}}
+    else:
+        parameters = {"type": "object", "properties": {"a": {"type": "string"}}, **OBJECT_KEYWORDS[name]}
+    for choice in ({}, {"tool_choice": "auto"}):
+        answered(ask(stand, surface, tools=[CITY_TOOL, tool_with(parameters)], **choice))
+        assert stand.engine.body["tools"][1]["function"]["parameters"] == parameters
+    stand.engine.tool_call = ("other", {"a": "x"})
+    assert answered(ask(stand, surface, tools=[CITY_TOOL, tool_with(parameters)])).calls
+
+
+@pytest.mark.parametrize("name", ANNOTATED)
+@pytest.mark.parametrize("surface", SURFACES)
+def test_c4_annotations_in_a_schema(name: str, surface: str, stand: Stand) -> None:
+    schema_reply(stand.engine, '{"a": "x"}')
+    schema = {"type": "object", "properties": {"a": {"type": "string", name: ANNOTATED[name]}}, "required": ["a"]}
+    answered(ask(stand, surface, schema=schema))
+    if stand.engine.dialect != "ollama":
+        answered(ask(stand, surface, schema=schema | {name: ANNOTATED[name]}))
+
+
+#: what /structured-generate is given as `schema`, an answer that fits, and one that does not
+FORMS: dict[str, tuple[Json, str, str]] = {
+    "properties": ({"properties": {"a": {"type": "string"}}}, '{"a": "x"}', '{"a": 1}'),
+    "properties and required": ({"properties": {"a": {"type": "string"}}, "required": ["a"]}, '{"a": "x"}', "{}"),
+    "anyOf": ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "5", '"x"'),
+    "enum": ({"enum": ["a", "b"]}, '"a"', '"c"'),
+    "const": ({"const": 5}, "5", "6"),
+    "$ref": ({"$ref": "#/$defs/a", "$defs": {"a": {"type": "integer"}}}, "5", '"x"'),
+    "array": ({"type": "array", "items": {"type": "integer"}}, "[1]", '["x"]'),
+    "type": ({"type": "integer"}, "5", '"x"'),
+    "types": ({"type": ["integer", "null"]}, "null", '"x"'),
+    "additionalProperties": ({"additionalProperties": {"type": "integer"}}, '{"a": 1}', '{"a": "x"}'),
+    "additionalProperties false": (
+        {"properties": {"a": {"type": "string"}}, "additionalProperties": False}, '{"a": "x"}', '{"b": "x"}',
+    ),
+    "allOf": ({"allOf": [{"properties": {"a": {"type": "string"}}}]}, '{"a": "x"}', '{"a": 1}'),
+    "short": ({"city": "string", "population": "number"}, '{"city": "x", "population": 1}', '{"city": "x"}'),
+    "short, named as keywords": ({"title": "string", "description": "string"}, '{"title": "x", "description": "y"}', "{}"),
+    "short, a field named type": ({"type": "string", "name": "string"}, '{"type": "x", "name": "y"}', '"x"'),
+    "short, a field named items": ({"items": ["string"], "n": "integer"}, '{"items": ["x"], "n": 1}', '{"items": [1], "n": 1}'),
+    "short, a field named properties": ({"properties": "string", "a": "string"}, '{"properties": "x", "a": "y"}', "{}"),
+    "short, nested": ({"a": {"b": "integer"}}, '{"a": {"b": 1}}', '{"a": {"b": "x"}}'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_c5_short_form_or_json_schema(name: str, stand: Stand, attach: Attach) -> None:
+    schema, fits, wrong = FORMS[name]
+    schema_reply(stand.engine, fits)
+    data = good(stand.post("/structured-generate", prompt="x", schema=schema))
+    assert data["result"] == json.loads(fits)
+    assert attach(stand.engine).structured_generate("x", schema=schema) == json.loads(fits)
+    schema_reply(stand.engine, wrong)
+    refused(stand.post("/structured-generate", prompt="x", schema=schema), "structured_output_invalid")
+
+
+NO_OPS: dict[str, Json] = {
+    "top_k 0": {"top_k": 0}, "top_k -1": {"top_k": -1}, "top_p 1": {"top_p": 1}, "top_p 1.0": {"top_p": 1.0},
+    "min_p 0": {"min_p": 0}, "stop": {"stop": []}, "tools": {"tools": []}, "tool_choice": {"tool_choice": "auto"},
+    "tool_choice none": {"tool_choice": "none"}, "both": {"tools": [], "tool_choice": "auto"},
+    "both none": {"tools": [], "tool_choice": "none"}, "presence_penalty": {"presence_penalty": 0},
+    "frequency_penalty": {"frequency_penalty": 0.0}, "repetition_penalty": {"repetition_penalty": 1.0},
+    "max_tokens": {"max_tokens": -1}, "logprobs": {"logprobs": False}, "top_logprobs": {"logprobs": False, "top_logprobs": 0},
+    "parallel_tool_calls": {"parallel_tool_calls": True}, "null": {"temperature": None, "seed": None, "tools": None},
+    "parallel without tools": {"parallel_tool_calls": False},
+    "empty tool_choice": {"tools": None, "tool_choice": "none"},
+}  # fmt: skip
+V1_NO_OPS: dict[str, Json] = {
+    "echo": {"echo": False}, "best_of": {"best_of": 1}, "suffix": {"suffix": ""}, "min_tokens": {"min_tokens": 0},
+    "functions": {"functions": []}, "function_call": {"functions": [], "function_call": "auto"}, "n": {"n": 1},
+    "reasoning_effort": {"reasoning_effort": "none"}, "enable_thinking": {"chat_template_kwargs": {"enable_thinking": False}},
+    "chat_template_kwargs": {"chat_template_kwargs": {}}, "response_format": {"response_format": {"type": "text"}},
+    "logit_bias": {"logit_bias": {}}, "stream_options": {"stream_options": {}}, "modalities": {"modalities": ["text"]},
+    "store": {"store": False}, "metadata": {"metadata": {}}, "service_tier": {"service_tier": "auto"}, "user": {"user": ""},
+    "ignore_eos": {"ignore_eos": False}, "skip_special_tokens": {"skip_special_tokens": True}, "stop_token_ids": {"stop_token_ids": []},
+    "length_penalty": {"length_penalty": 1.0}, "use_beam_search": {"use_beam_search": False}, "bad_words": {"bad_words": []},
+    "mirostat": {"mirostat": 0}, "typical_p": {"typical_p": 1.0}, "max_completion_tokens": {"max_completion_tokens": -1},
+    "include_stop_str_in_output": {"include_stop_str_in_output": False}, "guided": {"guided_json": None},
+    "add_generation_prompt": {"add_generation_prompt": True}, "continue_final_message": {"continue_final_message": False},
+    "verbosity": {"verbosity": "medium"}, "prediction": {"prediction": None}, "web_search_options": {"web_search_options": None},
+    "audio": {"audio": None}, "dry": {"dry_multiplier": 0.0}, "xtc": {"xtc_probability": 0.0}, "repeat_penalty": {"repeat_penalty": 1.0},
+    "documents": {"documents": []}, "stop null": {"stop": None}, "priority": {"priority": 0}, "logprobs 0": {"top_logprobs": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_OPS)
+@pytest.mark.parametrize("surface", SURFACES)
+def test_c6_no_op_values(name: str, surface: str, stand: Stand) -> None:
+    """C6: a value that asks for nothing passes, on every engine in the same way."""
+    assert answered(ask(stand, surface, **NO_OPS[name])).finish == "stop"
+
+
+@pytest.mark.parametrize("name", V1_NO_OPS)
+@pytest.mark.parametrize("surface", ["v1", "v1-stream"])
+def test_c6b_no_op_values_on_v1(name: str, surface: str, stand: Stand) -> None:
+    assert answered(ask(stand, surface, **V1_NO_OPS[name])).finish == "stop"
+
+
+@pytest.mark.parametrize("name", [*NO_OPS, *V1_NO_OPS])
+def test_c6b_no_op_values_of_completions(name: str, stand: Stand) -> None:
+    values = (NO_OPS | V1_NO_OPS)[name]
+    reply = stand.post("/v1/completions", model=stand.model, prompt="x", **values)
+    assert reply.status_code == 200, reply.text
+
+
+@pytest.mark.parametrize("surface", ["own", "python", "own-stream", "python-stream"])
+def test_c6b_think_false_where_the_model_does_not(surface: str, stand: Stand) -> None:
+    answered(ask(stand, surface, think=False))
+
+
+@pytest.mark.parametrize("name", [*NO_OPS, *V1_NO_OPS])
+def test_c6_on_the_embedded_engine(name: str, real: httpx.Client) -> None:
+    """C6: what is sent to the real engine is accepted by it."""
+    model = real.get("/v1/models").json()["data"][0]["id"]
+    fields = {"max_tokens": 2} | (NO_OPS | V1_NO_OPS)[name]
+    if fields["max_tokens"] == -1:
+        fields["stop"] = [" "]
+    answered(_ask_v1(real, False, {"model": model, "messages": [{"role": "user", "content": "Hi"}]} | fields))
+    if name in NO_OPS:
+        answered(_ask_own(real, False, {"messages": [{"role": "user", "content": "Hi"}]} | fields))
+
+
+DUMP: Json = {"role": "assistant", "content": "Hello", "refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+def test_c7_message_dumps(surface: str, stand: Stand) -> None:
+    for dump in (DUMP, DUMP | {"reasoning_content": None}, DUMP | {"reasoning": None, "name": None, "tool_calls": []}):
+        messages = [{"role": "user", "content": "Hi"}, dump, {"role": "user", "content": "And?", "name": None}]
+        answered(ask(stand, surface, messages=messages))
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+def test_c7_a_dumped_call_and_its_result(surface: str, stand: Stand) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "get", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "Hi"},
+        DUMP | {"content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "5"},
+    ]
+    answered(ask(stand, surface, messages=messages, tools=[CITY_TOOL]))
+
+
+def test_c7_real_openai_dumps(stand: Stand) -> None:
+    from openai import OpenAI
+
+    client = OpenAI(base_url=stand.url + "/v1", api_key="x")
+    messages: list[Any] = [{"role": "user", "content": "Hi"}]
+    for _ in range(2):
+        done = client.chat.completions.create(model=stand.model, messages=messages)
+        messages += [done.choices[0].message.model_dump(), {"role": "user", "content": "And?"}]
+        good(stand.post("/chat", messages=messages))
+
+
+def test_c8_preflight_of_openais_client() -> None:
+    with Stand("vllm", cors_origins=("http://app.example",)) as stand:
+        for names in ("x-stainless-os", "authorization,content-type,x-stainless-arch,x-stainless-retry-count", "x-api-key,anthropic-version,anthropic-dangerous-direct-browser-access"):
+            asks = {"origin": "http://app.example", "access-control-request-method": "POST", "access-control-request-headers": names}
+            for path in ("/v1/chat/completions", "/api/v1/llm/chat", "/v1/models"):
+                reply = stand.client.options(path, headers=asks)
+                assert reply.status_code == 200, reply.text
+                allowed = {each.strip().lower() for each in reply.headers["access-control-allow-headers"].split(",")}
+                assert set(names.split(",")) <= allowed or "*" in allowed
+            reply = stand.client.options(path, headers=asks | {"origin": "http://evil.example"})
+            assert "access-control-allow-origin" not in reply.headers
+
+
+@pytest.mark.parametrize("host", ["::", "0.0.0.0", "::1"])
+def test_c9_loopback_through_a_mapped_address(host: str, fake: Make) -> None:
+    import socket
+
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    engine = fake("vllm")
+    with Command("--host", host, "--engine", "vllm", "--base-url", engine.base_url, ready=False) as command:
+        names = {"::": ["127.0.0.1", "[::1]", "localhost"], "0.0.0.0": ["127.0.0.1", "localhost"], "::1": ["[::1]"]}[host]
+        for name in names:
+            reply = httpx.get(f"http://{name}:{command.port}/v1/models", trust_env=False)
+            assert reply.status_code == 200, (name, reply.text)
