@@ -1274,13 +1274,15 @@ _SCHEMAS = frozenset(
 )
 _VALUES = frozenset(
     "$ref type enum const required pattern format uniqueItems multipleOf minLength maxLength minItems maxItems minimum "
-    "maximum exclusiveMinimum exclusiveMaximum minProperties maxProperties dependentRequired minContains maxContains".split()
+    "maximum exclusiveMinimum exclusiveMaximum minProperties maxProperties dependentRequired minContains "
+    "maxContains".split()
 )
 _KEYWORDS = _SCHEMA_MAPS | _SCHEMA_LISTS | _SCHEMAS | _VALUES
 # What holds an object and yet constrains nothing; an unknown keyword with any other value passes too.
 _ANNOTATIONS = frozenset(
     "$schema $id $anchor $comment $defs definitions $vocabulary title description default example examples deprecated "
-    "readOnly writeOnly discriminator contentEncoding contentMediaType contentSchema xml externalDocs errorMessage".split()
+    "readOnly writeOnly discriminator contentEncoding contentMediaType contentSchema xml externalDocs "
+    "errorMessage".split()
 )
 # Keywords that would constrain, which the checker does not know, and what says the same.
 _UNCHECKED: dict[str, str] = {
@@ -1414,12 +1416,24 @@ def _not_a_type(value: Any, where: str) -> InvalidRequest:
 def check_limits(schema: dict[str, Any]) -> None:
     """Refuse a schema that an answer must fit and that cannot be checked, or not at a bounded cost.
 
-    Raises InvalidRequest (too large, too deep, a reference that leaves it, an invalid value of a keyword, a pattern that
-    is no linear-time one) and UnsupportedFeature (a keyword that would constrain and is not checked).
+    Raises InvalidRequest (too large, too deep, a reference that leaves it, an invalid value of a keyword, a pattern
+    that is no linear-time one) and UnsupportedFeature (a keyword that would constrain and is not checked).
     """
     _check_size(schema)
     _ExpandedSize(schema, strict=True).check()
+    _refuse_circular(schema)
     SchemaCheck(schema)
+
+
+def _refuse_circular(schema: dict[str, Any]) -> None:
+    """Raises InvalidRequest for a reference that leads to itself and to nothing else."""
+    node: Any = schema
+    seen: set[str] = set()
+    while isinstance(node, dict) and isinstance(node.get("$ref"), str):
+        if node["$ref"] in seen:
+            raise InvalidRequest("schema: a $ref leads only to itself", "refer to a schema that says something")
+        seen.add(node["$ref"])
+        node = resolve_ref(schema, node["$ref"])
 
 
 def check_tool_schema(schema: dict[str, Any]) -> None:
@@ -1575,7 +1589,7 @@ def _of_kind(key: str, value: Any, kind: type) -> Any:
 
 
 def resolve_ref(schema: dict[str, Any], ref: str) -> Any:
-    """The part of the schema that a local JSON pointer (RFC 6901) names. Raises InvalidRequest. Nothing else is followed."""
+    """The part of the schema that a local JSON pointer (RFC 6901) names. Raises InvalidRequest."""
     if ref != "#" and not ref.startswith("#/"):
         raise _leaves()
     node: Any = schema
@@ -1595,7 +1609,7 @@ def resolve_ref(schema: dict[str, Any], ref: str) -> Any:
 class _Rewriter:
     """Copies a schema without its annotations, with all that is referred to as `#/$defs/r0`, `r1`, ….
 
-    Subclasses change nodes in `node`. The copy of the whole is `body` and `defs`.
+    Subclasses change nodes in `node`. The copy is `body` and `defs`.
     """
 
     def __init__(self, root: dict[str, Any]) -> None:
@@ -1630,7 +1644,7 @@ class _Rewriter:
             return dict(zip(value, map(self.node, value.values()), strict=True))
         return value
 
-    def whole(self, part: Any) -> Any:
+    def standalone(self, part: Any) -> Any:
         """A part of the body as a schema that stands by itself."""
         if not self.defs or not isinstance(part, dict):
             return part
@@ -1655,18 +1669,22 @@ class SchemaCheck:
         """Raises ValueError with the place and the keyword, such as `$.a[0]: does not fit {"type": "integer"}`."""
         if _is_deeper(value, MAX_VALUE_DEPTH):
             raise ValueError(f"$: nested deeper than {MAX_VALUE_DEPTH} levels")
-        self.steps = 0
-        if not self._fits(self._schema.body, value):
-            raise ValueError(self._misfit(self._schema.body, value, "$")[:500])
-        self._check_budget()
+        if self.fits(value):
+            return
+        try:
+            message = self._misfit(self._schema.body, value, "$")
+        except RecursionError:
+            message = "$: does not fit the schema"
+        raise ValueError(message[:500])
 
-    def _check_budget(self) -> None:
-        if self.steps > MAX_CHECK_STEPS:
-            raise ValueError("$: the check takes too many steps")
+    def fits(self, value: Any) -> bool:
+        """Whether a value fits the schema."""
+        self.steps = 0
+        return self._fits(self._schema.body, value) and self.steps <= MAX_CHECK_STEPS
 
     def _fits(self, part: Any, value: Any) -> bool:
         if id(part) not in self._checks:
-            self._checks[id(part)] = part, self._compile(self._schema.whole(part))  # a kept part keeps its id
+            self._checks[id(part)] = part, self._compile(self._schema.standalone(part))  # a kept part keeps its id
         try:
             return self._checks[id(part)][1](value)
         except (ValueError, TypeError, OverflowError):  # a text that UTF-8 cannot say
@@ -1706,26 +1724,40 @@ class SchemaCheck:
         return Step
 
     def _misfit(self, schema: Any, value: Any, at: str) -> str:
-        while isinstance(schema, dict) and "$ref" in schema and not self._fits({"$ref": schema["$ref"]}, value):
-            schema = self._schema.defs[schema["$ref"].rpartition("/")[2]]
-        self._check_budget()
+        if self.steps > MAX_CHECK_STEPS:
+            return "$: the check takes too many steps"
         if not isinstance(schema, dict):
             return f"{at}: nothing is allowed here"
-        for part in _likely(schema):
-            if not self._fits(part, value):
-                return self._misfit(part, value, at)
-        for part, item, place in _children(schema, value):
+        for part, item, place in self._children(schema, value):
             if not self._fits(part, item):
                 return self._misfit(part, item, at + place)
         return f"{at}: {self._reason(schema, value)}"
+
+    def _children(self, schema: dict[str, Any], value: Any) -> Iterator[tuple[Any, Any, str]]:
+        """Parts of a schema that a value must fit, each with the part of the value that it is for, and its place."""
+        if "$ref" in schema:
+            yield self._schema.defs[schema["$ref"].rpartition("/")[2]], value, ""
+        for part in schema.get("allOf", ()):
+            yield part, value, ""
+        others = [part for part in schema.get("anyOf", ()) if part != {"type": "null"}]
+        if len(others) == 1:
+            yield others[0], value, ""
+        if isinstance(value, dict):
+            yield from _fields_of(schema, value)
+        elif isinstance(value, list):
+            first = schema.get("prefixItems", [])
+            for index, item in enumerate(value):
+                part = first[index] if index < len(first) else schema.get("items", True)
+                yield part, item, f"[{index}]"
 
     def _reason(self, schema: dict[str, Any], value: Any) -> str:
         for name in schema.get("required", ()):
             if isinstance(value, dict) and name not in value:
                 return f"{name[:80]!r} is missing"
-        for name in value if isinstance(value, dict) and schema.get("additionalProperties") is False else ():
-            if name not in schema.get("properties", {}):
-                return f"{name[:80]!r} is not one of its properties"
+        if isinstance(value, dict) and schema.get("additionalProperties") is False:
+            unknown = value.keys() - schema.get("properties", {})
+            if unknown and "patternProperties" not in schema:
+                return f"{min(unknown)[:80]!r} is not one of its properties"
         for key, wanted in schema.items():
             if key not in _SCHEMA_MAPS and not self._fits({key: wanted}, value):
                 return f"does not fit {json.dumps({key: wanted}, ensure_ascii=False)[:200]}"
@@ -1740,23 +1772,11 @@ def _with_steps(defs: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _likely(schema: dict[str, Any]) -> list[Any]:
-    """The parts that say more of a misfit than the whole: of allOf each, of anyOf the only one besides null."""
-    others = [part for part in schema.get("anyOf", ()) if part != {"type": "null"}]
-    return schema.get("allOf", []) + (others if len(others) == 1 else [])
-
-
-def _children(schema: dict[str, Any], value: Any) -> Iterator[tuple[Any, Any, str]]:
-    """Each part of a value, with its schema and its place."""
-    if isinstance(value, dict):
-        named, others = schema.get("properties", {}), schema.get("additionalProperties", True)
-        for name, item in value.items():
-            if name in named or others is not False:
-                yield named.get(name, others), item, f".{name[:80]}"
-    elif isinstance(value, list):
-        first = schema.get("prefixItems", [])
-        for index, item in enumerate(value):
-            yield first[index] if index < len(first) else schema.get("items", True), item, f"[{index}]"
+def _fields_of(schema: dict[str, Any], value: dict[str, Any]) -> Iterator[tuple[Any, Any, str]]:
+    named, others = schema.get("properties", {}), schema.get("additionalProperties", True)
+    for name, item in value.items():
+        if name in named or others is not False:
+            yield named.get(name, others), item, f".{name[:80]}"
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
@@ -1815,26 +1835,27 @@ def _core_literal(schema: dict[str, Any]) -> Any:
 
 def _canonical(value: Any) -> str:
     """Equal for equal JSON values: 1 is 1.0, and true is not 1."""
-    return json.dumps(value, sort_keys=True, default=str) if not _is_whole_float(value) else str(int(value))
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return json.dumps(value, sort_keys=True)
 
 
-def _is_whole_float(value: Any) -> bool:
-    return isinstance(value, float) and value.is_integer()
+_CORE_SCALARS: dict[str, Any] = {
+    "string": core_schema.str_schema(strict=True),
+    "number": core_schema.float_schema(strict=True),
+    "boolean": core_schema.bool_schema(strict=True),
+    "null": core_schema.none_schema(),
+}
 
 
 def _core_type(kind: str, schema: dict[str, Any]) -> Any:
     if kind == "integer":
-        whole = core_schema.float_schema(strict=True, multiple_of=1.0)
-        return core_schema.union_schema([core_schema.int_schema(strict=True), whole], mode="left_to_right")
+        integral = core_schema.float_schema(strict=True, multiple_of=1.0)
+        return core_schema.union_schema([core_schema.int_schema(strict=True), integral], mode="left_to_right")
     if kind == "array":
         return core_schema.list_schema(_core_schema(schema.get("items", True)), strict=True)
     if kind != "object":
-        plain = {
-            "string": core_schema.str_schema,
-            "number": core_schema.float_schema,
-            "boolean": core_schema.bool_schema,
-        }
-        return plain[kind](strict=True) if kind in plain else core_schema.none_schema()
+        return _CORE_SCALARS[kind]
     required = schema.get("required", [])
     others = schema.get("additionalProperties", True)
     fields: dict[str, Any] = {}
@@ -1871,9 +1892,9 @@ def matcher(pattern: str, field: str = "pattern") -> Callable[[str], bool]:
 
 
 def full_matcher(regex: str) -> Callable[[str], bool]:
-    """Does the regex match a whole text? As `matcher`."""
+    """Does the regex match an entire text? As `matcher`."""
     _compiled(regex, None, "regex")  # by itself too: `a)|(?:b` is a regex between our brackets alone
-    tokens = _translate(regex, whole=True)
+    tokens = _translate(regex, full=True)
     if tokens is None:
         return _compiled(f"^(?:{regex})$", None, "regex")
     return _compiled(regex, f"^(?:{_as_text(tokens)})$", "regex")
@@ -1935,7 +1956,7 @@ _CLASSES |= {"D": _complement(_CLASSES["d"]), "W": _complement(_CLASSES["w"]), "
 
 
 class _NotPortable(Exception):
-    """The regex, or a part of it, cannot be said with sets of characters, groups and counts."""
+    """The regex, or a part of it, cannot be written with sets of characters, groups and counts."""
 
 
 def portable_regex(pattern: str) -> str | None:
@@ -1944,22 +1965,26 @@ def portable_regex(pattern: str) -> str | None:
     It matches the same texts as in ECMAScript, where `\\s` means ASCII white space, `\\S` none of Unicode's and `.`
     anything but a line feed. None where that is impossible (`\\b`, look-around, back-references, flags, `\\p`).
     """
-    tokens = _translate(pattern, whole=False)
-    return None if tokens is None else f"^{_as_text(tokens)}$"
+    tokens = _translate(pattern, full=False)
+    if tokens is None:
+        return None
+    return f"^{_as_text(tokens)}$"
 
 
-def _translate(pattern: str, *, whole: bool) -> list[str | _Ranges] | None:
-    """Tokens that match whole texts: where the pattern occurs, or (`whole`) the texts that it matches as a whole."""
+def _translate(pattern: str, *, full: bool) -> list[str | _Ranges] | None:
+    """Tokens that match entire texts: those that the pattern occurs in, or (`full`) those that it matches."""
     try:
         branches = _read_branches(pattern)
         for branch in branches:
-            _anchor(branch, whole)
+            _anchor(branch, full)
     except _NotPortable:
         return None
+    if len(branches) == 1:
+        return branches[0]
     tokens: list[str | _Ranges] = []
     for branch in branches:
         tokens += ["|", *branch]
-    return tokens[1:] if len(branches) == 1 else ["(?:", *tokens[1:], ")"]
+    return ["(?:", *tokens[1:], ")"]
 
 
 def _read_branches(pattern: str) -> list[list[str | _Ranges]]:
@@ -1999,7 +2024,8 @@ def _token(found: re.Match[str]) -> str | _Ranges:
         return found["repeat"]
     if found["members"]:
         ranges = _class_ranges(found["members"])
-        ranges = _complement(ranges) if found["negated"] else ranges
+        if found["negated"]:
+            ranges = _complement(ranges)
         if not ranges:
             raise _NotPortable
         return ranges
@@ -2049,8 +2075,8 @@ def _code_point(char: str) -> int:
     return ord(char[1])
 
 
-def _anchor(branch: list[str | _Ranges], whole: bool) -> None:
-    anything: list[str | _Ranges] = [] if whole else [_complement([]), "*"]
+def _anchor(branch: list[str | _Ranges], full: bool) -> None:
+    anything: list[str | _Ranges] = [] if full else [_complement([]), "*"]
     if branch[:1] == ["^"]:
         del branch[0]
     else:
@@ -2093,11 +2119,11 @@ def _char_text(code: int) -> str:
 # What llama.cpp enforces -------------------------------------------------------------------------
 # Its converter (common/json-schema.cpp, json-schema-to-grammar.cpp, 2026-10) drops most keywords without an error.
 def llamacpp_regex(regex: str) -> str:
-    """The grammar (GBNF) of the texts that the regex matches as a whole. Raises UnsupportedFeature.
+    """The grammar (GBNF) of the texts that the regex matches from end to end. Raises UnsupportedFeature.
 
     Not Lark: LLGuidance takes a `\\b` for no grammar at all, and a llama.cpp built without it aborts.
     """
-    tokens = _translate(regex, whole=True)
+    tokens = _translate(regex, full=True)
     if tokens is None:
         reason = r"regex: llama.cpp cannot enforce \b, look-around, back-references, flags, \p or anchors inside of it"
         raise UnsupportedFeature(reason, "write it with classes, groups, alternatives and counts up to 2000")
@@ -2111,11 +2137,11 @@ def llamacpp_schema(schema: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     it leaves out (properties that are not named, tuples of another length) the schema leaves open.
     """
     found = _LlamaCppSchema(schema)
-    return found.whole(found.body), found.exact
+    return found.standalone(found.body), found.exact
 
 
 _IMPLIED_TYPES = {
-    "object": "properties required additionalProperties patternProperties propertyNames minProperties maxProperties dependentRequired",
+    "object": "properties required additionalProperties patternProperties propertyNames minProperties maxProperties",
     "array": "items prefixItems minItems maxItems uniqueItems contains",
     "string": "pattern minLength maxLength format",
     "number": "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf",
@@ -2160,22 +2186,24 @@ class _LlamaCppSchema(_Rewriter):
         return self._typed(parts)
 
     def _all(self, parts: dict[str, Any]) -> dict[str, Any]:
-        """What can be said in one schema of allOf and what stands beside it."""
-        whole = {name: value for name, value in parts.items() if name != "allOf"}
+        """As much of allOf, and of what stands beside it, as one schema can hold."""
+        both = _without(parts, "allOf")
         for part in parts["allOf"]:
-            joined = self._joined(whole, part)
-            self.exact &= joined is not None
-            whole = whole if joined is None else joined
-        return whole
+            joined = self._joined(both, part)
+            if joined is None:
+                self.exact = False
+            else:
+                both = joined
+        return both
 
     def _alternatives(self, key: str, parts: dict[str, Any]) -> dict[str, Any]:
         """With what stands beside them put into each; a grammar cannot say "exactly one"."""
-        others = {name: value for name, value in parts.items() if name != key}
-        found = []
+        others, found = _without(parts, key), []
         for part in parts[key]:
             joined = self._joined(others, part)
-            self.exact &= joined is not None
-            found.append(self.node(part if joined is None else joined))
+            if joined is None:
+                self.exact, joined = False, part
+            found.append(self.node(joined))
         self.exact &= key == "anyOf" or self._exclusive(parts[key])
         return {"anyOf": found}
 
@@ -2226,7 +2254,7 @@ class _LlamaCppSchema(_Rewriter):
         check = SchemaCheck({**self.root, **parts}) if parts.keys() - {"enum", "const"} else None
         allowed: list[Any] = []
         for value in [parts["const"]] if "const" in parts else parts["enum"]:
-            if check is None or _passes(check, value):
+            if check is None or check.fits(value):
                 allowed.append(value)
         self.exact &= bool(allowed)
         return {"enum": allowed or parts.get("enum", [parts.get("const")])}
@@ -2247,7 +2275,8 @@ class _LlamaCppSchema(_Rewriter):
         fields, required = dict(parts.get("properties", {})), list(parts.get("required", ()))
         others = parts.get("additionalProperties", parts.get("unevaluatedProperties"))
         closed = others is None and bool(fields)  # llama.cpp adds no other properties to those that are named
-        others = True if others is None else others
+        if others is None or others == {"not": {}}:  # the latter is how zod says false
+            others = others is None
         for name in required:
             fields.setdefault(name, others)
         found: dict[str, Any] = {"required": required}
@@ -2279,47 +2308,43 @@ class _LlamaCppSchema(_Rewriter):
         return found if high is None else {**found, "maxItems": high}
 
     def _string(self, parts: dict[str, Any]) -> dict[str, Any]:
-        tokens = _translate(parts["pattern"], whole=False) if "pattern" in parts else None
-        limits = {key: parts[key] for key in ("minLength", "maxLength") if key in parts}
+        tokens = _translate(parts["pattern"], full=False) if "pattern" in parts else None
+        limits: dict[str, Any] = {key: parts[key] for key in ("minLength", "maxLength") if key in parts}
         name = parts.get("format")
         if tokens is not None:
             self.exact &= not limits and name not in _CHECKED_FORMATS
             return {"pattern": f"^{_as_text(_quoted(tokens))}$"}
         self.exact &= "pattern" not in parts
         if name in ("date", "time", "date-time", "uuid"):
-            self.exact &= not limits
+            self.exact &= not limits and name in ("time", "uuid")  # its dates have a 31st of February
             return {"format": name}
         self.exact &= name not in _CHECKED_FORMATS and limits.get("minLength", 0) <= _MAX_COUNT
         return {**limits, "minLength": min(limits.get("minLength", 0), _MAX_COUNT)}
 
     def _integer(self, parts: dict[str, Any]) -> dict[str, Any]:
-        low = [math.ceil(parts["minimum"])] if "minimum" in parts else []
-        high = [math.floor(parts["maximum"])] if "maximum" in parts else []
-        if "exclusiveMinimum" in parts:
-            low.append(math.floor(parts["exclusiveMinimum"]) + 1)
-        if "exclusiveMaximum" in parts:
-            high.append(math.ceil(parts["exclusiveMaximum"]) - 1)
         found: dict[str, Any] = {}
-        if low:
-            found["minimum"] = max(low)
-        if high:
-            found["maximum"] = min(high)
+        if "minimum" in parts:
+            found["minimum"] = math.ceil(parts["minimum"])
+        if "exclusiveMinimum" in parts:
+            above = math.floor(parts["exclusiveMinimum"]) + 1
+            found["minimum"] = max(above, found.get("minimum", above))
+        if "maximum" in parts:
+            found["maximum"] = math.floor(parts["maximum"])
+        if "exclusiveMaximum" in parts:
+            below = math.ceil(parts["exclusiveMaximum"]) - 1
+            found["maximum"] = min(below, found.get("maximum", below))
         if max(map(abs, found.values()), default=0) >= 10**15:  # it writes at most 16 digits
             self.exact = False
             return {}
         return found
 
 
+def _without(parts: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in parts.items() if name != key}
+
+
 def _all_differ(values: list[Any]) -> bool:
     return None not in values and len(set(map(_canonical, values))) == len(values)
-
-
-def _passes(check: SchemaCheck, value: Any) -> bool:
-    try:
-        check(value)
-    except ValueError:
-        return False
-    return True
 
 
 _ESCAPED = {8: "b", 9: "t", 10: "n", 12: "f", 13: "r", 34: '"', 92: "\\"}
@@ -3035,7 +3060,7 @@ class Wire(ABC):
 
     @abstractmethod
     async def send(self, method: str, url: str, body: bytes | None, headers: dict[str, str], connect: float) -> Reply:
-        """Send a request; its reply's head. Raises TimeoutError, socket.gaierror, ConnectionRefusedError, EngineUnavailable."""
+        """Send a request; its reply's head. Raises OSError's TimeoutError and the like, or EngineUnavailable."""
 
     @abstractmethod
     async def close(self) -> None:
@@ -3388,7 +3413,7 @@ except Exception:
 threading.Event().wait()
 """
 
-#: a line of an engine's log that reports an error: prefixes, then an exception's name or "error"; or llama.cpp's level E
+#: a line of an engine's log that reports an error: prefixes, then an exception's name or "error"; llama.cpp's level E
 _ERROR_LINE = re.compile(
     r"^(?:\([^)]*\) |ERROR |[\d:.-]+ |\[[^]]*\] )*"
     r"((?:[\w./-]+(?: [\w./-]+)?: )?\s*(?:[\w.]*(?:Error|Exception)\b|Value error|error\b|cannot open).*|E .*)",
@@ -4989,7 +5014,7 @@ _ENGINE_ERRORS: tuple[tuple[str, type[InferenceError], str], ...] = (
 
 
 def error_text(data: bytes) -> str:
-    """The message in an engine's error body in one line, without paths and addresses (Ollama nests JSON in a string)."""
+    """The message in an engine's error body in one line, without paths and addresses (Ollama nests JSON)."""
     text: Any = data.decode(errors="replace")
     for _ in range(4):
         try:
@@ -6703,7 +6728,7 @@ class Fleet(Router):
         return True
 
     async def _begin(self, endpoint: Endpoint) -> None:
-        """The endpoint begins a request: started where it is started on request, the others of its group stopped first."""
+        """The endpoint begins a request; where it is started on request, after its group's others have stopped."""
         if not endpoint.group:
             endpoint.begin()
             return
@@ -8273,7 +8298,7 @@ def _echo(body: dict[str, Any]) -> dict[str, Any]:
 class ResponseWriter:
     """Writes an answer in the form of the Responses API. `body` is one that `chat_from_responses` has accepted.
 
-    An event is sent as `event: TYPE` and `data: JSON`; no `[DONE]` follows. `whole` and `feed` read what an
+    An event is sent as `event: TYPE` and `data: JSON`; no `[DONE]` follows. `complete` and `feed` read what an
     engine sent: call them within `well_formed`.
     """
 
@@ -8803,7 +8828,7 @@ class MessageWriter:
     """Writes one answer in the Messages API's form, from OpenAI's chat-completion object or chunks.
 
     Streamed: `start`, `feed` for each chunk, `end`; each returns the next events. An event's type is also the name of
-    its server-sent event. `fail` has the event that ends a stream after a failure. Not streamed: `whole` alone.
+    its server-sent event. `fail` has the event that ends a stream after a failure. Not streamed: `complete` alone.
 
     `body` is a checked Messages body. With thinking.display "omitted", thinking is left out; signatures are empty.
     """
@@ -8989,7 +9014,7 @@ def anthropic_error(
 ) -> dict[str, Any]:
     """The body of an error response of Anthropic's API, from one of our kinds and its HTTP status.
 
-    With the error's `param`, Anthropic's tool runner learns that threads are not supported: it then sends the whole
+    With the error's `param`, Anthropic's tool runner learns that threads are not supported: it then sends all of the
     conversation instead.
     """
     error: dict[str, Any] = {"type": _ANTHROPIC_ERRORS.get(status, "api_error"), "message": message}
@@ -10121,6 +10146,21 @@ _ENVELOPE = {
         "data": {},
     },
 }
+_ANSWER: dict[str, Any] = {
+    "text": "Paris.",
+    "finish_reason": "stop",
+    "usage": {"prompt_tokens": 12, "completion_tokens": 3, "total_tokens": 15},
+    "engine_type": "llamacpp",
+    "model_name": "SmolLM2-135M-Instruct.Q4_1",
+    "timing": {"ttft": 0.05, "total": 0.1, "tokens_per_second": 48.0},
+}
+_CHECKED_JSON = {"text": '{"city": "Paris"}', "enforced_by": "engine", "result": {"city": "Paris"}}
+_ENGINE_EXAMPLE = {
+    "engine_type": "llamacpp", "reachable": True, "version": "b0", "models": [DEMO], "features": ["schema"],
+}  # fmt: skip
+_MODEL_EXAMPLE = {
+    "engine_type": "llamacpp", "name": "SmolLM2-135M-Instruct.Q4_1", "context_length": 4096, "size": 96_576_768,
+}  # fmt: skip
 _EXAMPLE_ID = "5f4e0a52-3f1f-4f0e-9d5e-2b7f5f0c7a11"
 NO_KEY = "the API key is missing or wrong"
 SEND_KEY = "send the header Authorization: Bearer KEY (--api-key, or the key printed at start)"
@@ -10218,39 +10258,21 @@ def create_router(
             openapi_extra={"requestBody": {"required": True, "content": content}},
         )
 
-    answer = {
-        "text": "Paris.",
-        "finish_reason": "stop",
-        "usage": {"prompt_tokens": 12, "completion_tokens": 3, "total_tokens": 15},
-        "engine_type": "llamacpp",
-        "model_name": "SmolLM2-135M-Instruct.Q4_1",
-        "timing": {"ttft": 0.05, "total": 0.1, "tokens_per_second": 48.0},
-    }
-    checked_json = {"text": '{"city": "Paris"}', "enforced_by": "engine", "result": {"city": "Paris"}}
-    add("/generate", GenerateBody, "Answer a prompt", answer)
-    add("/chat", ChatBody, "Answer messages", answer | {"message": {"role": "assistant", "content": "Paris."}})
-    add("/structured-generate", StructuredBody, "Answer with checked JSON", answer | checked_json)
-    engine = {"engine_type": "llamacpp", "reachable": True, "version": "b0", "models": [DEMO], "features": ["schema"]}
+    add("/generate", GenerateBody, "Answer a prompt", _ANSWER)
+    add("/chat", ChatBody, "Answer messages", _ANSWER | {"message": {"role": "assistant", "content": "Paris."}})
+    add("/structured-generate", StructuredBody, "Answer with checked JSON", _ANSWER | _CHECKED_JSON)
 
-    @router.get(
-        "/engines",
-        summary="Which engines are reachable, and what each can do",
-        responses=envelope_responses([engine], [_UNAUTHORIZED]),
-    )
     async def engines() -> Response:
         return JSONResponse(envelope(str(uuid.uuid4()), await here.engines()))
 
-    listed = {"engine_type": "llamacpp", "name": "SmolLM2-135M-Instruct.Q4_1", "context_length": 4096, "size": 96576768}
-
-    @router.get(
-        "/models",
-        summary="The models of every engine that answers",
-        responses=envelope_responses([listed], [_UNAUTHORIZED]),
-    )
     async def models() -> Response:
         found = [{"engine_type": name, **dataclasses.asdict(model)} for name, model in await here.models()]
         return JSONResponse(envelope(str(uuid.uuid4()), found))
 
+    listed = envelope_responses([_ENGINE_EXAMPLE], [_UNAUTHORIZED])
+    router.get("/engines", summary="Which engines are reachable, and what each can do", responses=listed)(engines)
+    listed = envelope_responses([_MODEL_EXAMPLE], [_UNAUTHORIZED])
+    router.get("/models", summary="The models of every engine that answers", responses=listed)(models)
     return router
 
 

@@ -173,7 +173,7 @@ def test_the_config_file_is_valid(half: str, tmp_path: Path) -> None:
     (text,) = blocks(half, "toml")
     file = tmp_path / "llm.toml"
     file.write_text(text)
-    done = run_command("--check-config", "--config", str(file), VLLM_API_KEY="a key")
+    done = run_command("--check-config", "--config", str(file), VLLM_API_KEY="secret")
     assert done.returncode == 0, done.stderr
     for name in ("vllm-2", "embedder", "on request", "best = vllm/Qwen/Qwen3-32B, else vllm/Qwen/Qwen3-8B"):
         assert name in done.stdout
@@ -181,7 +181,7 @@ def test_the_config_file_is_valid(half: str, tmp_path: Path) -> None:
 
 def test_the_config_file_serves_its_aliases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it stands, but for the two addresses and the model's name there."""
-    monkeypatch.setenv("VLLM_API_KEY", "a key")
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
     (text,) = blocks("zh", "toml")
     with FakeEngine("vllm") as one, FakeEngine("vllm") as two:
         text = text.replace("http://gpu1:8000", one.base_url).replace("http://gpu2:8000", two.base_url)
