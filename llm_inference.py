@@ -10154,7 +10154,7 @@ _ANSWER: dict[str, Any] = {
     "model_name": "SmolLM2-135M-Instruct.Q4_1",
     "timing": {"ttft": 0.05, "total": 0.1, "tokens_per_second": 48.0},
 }
-_CHECKED_JSON = {"text": '{"city": "Paris"}', "enforced_by": "engine", "result": {"city": "Paris"}}
+_CHECKED_JSON: dict[str, Any] = {"text": '{"city": "Paris"}', "enforced_by": "engine", "result": {"city": "Paris"}}
 _ENGINE_EXAMPLE = {
     "engine_type": "llamacpp", "reachable": True, "version": "b0", "models": [DEMO], "features": ["schema"],
 }  # fmt: skip

@@ -826,7 +826,7 @@ TOOL_KEYWORDS: dict[str, Json] = {
     "format": {"format": "color-hex"},
     "$dynamicRef": {"$dynamicRef": "#x"},
     "discriminator": {"discriminator": {"propertyName": "k", "mapping": {"a": "#/x"}}},
-    "default object": {"default": {"$ref": "x"}},
+    "default object": {"default": {"type": "x"}},
     "xml": {"xml": {"name": "x"}},
     "$anchor": {"$anchor": "here"},
 }
@@ -841,7 +841,6 @@ OBJECT_KEYWORDS: dict[str, Json] = {
     "definitions": {"definitions": {"x": {"type": "string"}}, "properties": {"a": {"$ref": "#/definitions/x"}}},
     "if": {"if": {"properties": {"a": {"const": "x"}}}, "then": {"required": ["b"]}},
     "a property called $ref": {"properties": {"$ref": {"type": "string"}, "pattern": {"type": "string"}}},
-    "const": {"properties": {"a": {"const": {"$ref": "x"}}}},
     "additionalItems": {"properties": {"a": {"type": "array", "items": [{"type": "string"}], "additionalItems": False}}},
 }
 
@@ -1034,3 +1033,565 @@ def test_c9_loopback_through_a_mapped_address(host: str, fake: Make) -> None:
         for name in names:
             reply = httpx.get(f"http://{name}:{command.port}/v1/models", trust_env=False)
             assert reply.status_code == 200, (name, reply.text)
+
+
+def test_c10_a_model_in_the_hubs_cache(tmp_path: Path, embedded: LLMInferencer) -> None:
+    """C10: links of the hub's cache (`snapshots/…` to `blobs/…`) are followed for the file, not for its parts' names."""
+    found = product.locate_model(None)
+    assert found is not None
+    blob = tmp_path / "blobs" / ("0" * 64)
+    blob.parent.mkdir()
+    blob.symlink_to(found.path)
+    folder = tmp_path / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    for name in ("m-00001-of-00001.gguf", "m.gguf"):
+        (folder / name).symlink_to(Path("../../blobs") / blob.name)
+        with LLMInferencer("llamacpp", str(folder / name), launch=True) as llm:
+            assert llm.generate("Hi", max_tokens=2)
+
+
+def test_c10_parts_of_a_model_in_the_hubs_cache(tmp_path: Path) -> None:
+    found = product.locate_model(None)
+    assert found is not None
+    header = found.path.read_bytes()[:4096]
+    folder = tmp_path / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    for number in (1, 2):
+        blob = tmp_path / "blobs" / (str(number) * 64)
+        blob.write_bytes(header)
+        (folder / f"m-0000{number}-of-00002.gguf").symlink_to(Path("../../blobs") / blob.name)
+    located = product.locate_model(str(folder / "m-00001-of-00002.gguf"))
+    assert located is not None and located.path.name == "m-00001-of-00002.gguf"
+    (folder / "m-00002-of-00002.gguf").unlink()
+    with pytest.raises(InferenceError, match="00002-of-00002"):
+        product.locate_model(str(folder / "m-00001-of-00002.gguf"))
+
+
+def test_c11_a_path_as_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = product.locate_model(None)
+    assert found is not None
+    (tmp_path / "m.gguf").symlink_to(found.path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for model in ("~/m.gguf", Path("m.gguf"), Path("~/m.gguf"), "./m.gguf"):
+        with LLMInferencer("llamacpp", model, launch=True) as llm:
+            assert llm.generate("Hi", max_tokens=2)
+            assert [each.name for each in llm.models()] == ["m"]
+
+
+def test_c11_pythons_own_values(attach: Attach, fake: Make) -> None:
+    import collections
+    import enum
+
+    import numpy as np
+
+    engine = fake("vllm")
+    llm = attach(engine)
+    for prompts in (("a", "b"), (each for each in "ab"), {"a": 1, "b": 2}.keys(), iter(["a", "b"]), collections.deque("ab")):
+        answers = llm.batch(prompts)
+        assert [each.text for each in answers if isinstance(each, product.Completion)] == [engine.text] * 2
+    for wrong in ("abc", b"abc", {"a": 1}, None, 5):
+        with pytest.raises(InvalidRequest):
+            llm.batch(wrong)  # type: ignore[arg-type]
+    llm.generate("x", max_tokens=np.int64(5), temperature=np.float32(0.5), top_p=np.float64(0.5), seed=np.int32(3))  # type: ignore[arg-type]
+    assert (engine.body["max_tokens"], engine.body["temperature"], engine.body["seed"]) == (5, 0.5, 3)
+    llm.generate("x", stop=("a", "b"), logprobs=np.bool_(True))  # type: ignore[arg-type]
+    assert engine.body["stop"] == ["a", "b"]
+    with pytest.raises(InvalidRequest):
+        llm.generate("x", max_tokens=np.float64(5.5))  # type: ignore[arg-type]
+    assert llm.chat(({"role": "user", "content": "x"},)) == engine.text
+    assert llm.chat(each for each in [{"role": "user", "content": "x"}]) == engine.text
+
+    class Color(enum.Enum):
+        RED = "red"
+        BLUE = "blue"
+
+    class Word(enum.StrEnum):
+        YES = "yes"
+
+    class Number(enum.IntEnum):
+        ONE = 1
+
+    for kind, text, value in ((Color, '"red"', Color.RED), (Word, '"yes"', Word.YES), (Number, "1", Number.ONE)):
+        schema_reply(engine, text)
+        assert llm.structured_generate("x", schema=kind) is value
+    schema_reply(engine, "red")
+    assert llm.structured_generate("x", choice=("red", "blue")) == "red"
+    assert llm.embed(("a", "b")) and llm.embed(each for each in "ab")  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module", params=DIALECTS)
+def capped(request: pytest.FixtureRequest) -> Iterator[Stand]:
+    with Stand(request.param, max_tokens_cap=6) as stand:
+        yield stand
+
+
+@pytest.mark.parametrize("surface", ["own", "own-stream", "v1", "v1-stream"])
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_c12_the_cap_applies_and_is_named(name: str, surface: str, capped: Stand) -> None:
+    if name == "max_completion_tokens" and surface.startswith("own"):
+        pytest.skip("ours has max_tokens")
+    capped.engine.reset()
+    outcome = answered(ask(capped, surface, **{name: 32000}))
+    assert outcome.finish == "length" and outcome.ignored == (name,), outcome
+    outcome = answered(ask(capped, surface, **{name: 6}))
+    assert not outcome.ignored
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"prompt": "x", "max_tokens": 32000}),
+        ("/v1/completions", {"prompt": "x", "max_tokens": 32000}),
+        ("/v1/responses", {"input": "x", "max_output_tokens": 32000}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 32000}),
+    ],
+)
+def test_c12_on_the_other_routes(path: str, body: Json, capped: Stand) -> None:
+    capped.engine.reset()
+    reply = capped.post(path, **body, **({"model": capped.model} if path.startswith("/v1") else {}))
+    assert reply.status_code == 200, reply.text
+    assert "tokens" in reply.headers.get("x-ignored-fields", "") or "max_tokens" in reply.json()["data"]["ignored"]
+    sent = capped.engine.body
+    assert (sent.get("max_tokens") or sent.get("max_completion_tokens") or sent["options"]["num_predict"]) == 6
+
+
+ROUTES = ("/health", "/ready", "/docs", "/redoc", "/openapi.json", "/ui", "/metrics", "/v1/models", "/api/v1/llm/engines", "/api/v1/llm/models")
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_c13_a_trailing_slash_is_the_same_route(path: str, vllm: Stand) -> None:
+    assert vllm.client.get(path + "/").status_code == vllm.client.get(path).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/generate", "/chat", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/structured-generate"])
+def test_c13_a_trailing_slash_of_a_post(path: str, vllm: Stand) -> None:
+    assert vllm.post(path + "/").json().keys() == vllm.post(path).json().keys()
+    assert vllm.post(path + "/").status_code == 400
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/ui", "/"])
+def test_c13_head(path: str, vllm: Stand) -> None:
+    reply = vllm.client.head(path)
+    assert reply.status_code in (200, 307) and not reply.content
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions", "/v1/responses", "/v1/messages"])
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "GZIP", "gzip, identity"])
+def test_c13_a_compressed_body(path: str, coding: str, vllm: Stand) -> None:
+    import gzip
+
+    reply = vllm.raw(path, gzip.compress(b'{"prompt": "x"}'), **{"content-encoding": coding})
+    assert reply.status_code in (400, 415) and "content-encoding" in reply.text.lower(), reply.text
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+def test_c13_a_byte_order_mark(path: str, vllm: Stand) -> None:
+    body = json.dumps({"prompt": "x", "model": vllm.model} if path.startswith("/v1") else {"prompt": "x"}).encode()
+    assert vllm.raw(path, b"\xef\xbb\xbf" + body).status_code == 200
+    for bad in (b"\xff\xfe" + body.decode().encode("utf-16-le"), b"\xef\xbb\xbf\xef\xbb\xbf" + body):
+        assert vllm.raw(path, bad).status_code == 400
+
+
+#: fields that an engine honours, on which of its routes
+HONOURED: dict[Dialect, list[Json]] = {
+    "llamacpp": [
+        {"samplers": ["top_k", "temperature"]}, {"timings_per_token": True}, {"dry_base": 1.5}, {"xtc_threshold": 0.2},
+        {"mirostat_tau": 4.0}, {"response_format": {"type": "json_object", "schema": OBJECT}}, {"reasoning_effort": "low"},
+        {"n_probs": 2}, {"dynatemp_range": 0.5}, {"typical_p": 0.9}, {"logit_bias": {"5": 1}}, {"json_schema": OBJECT},
+        {"dry_sequence_breakers": ["x"]}, {"top_n_sigma": 1.0}, {"ignore_eos": True}, {"grammar": 'root ::= "a"'}, {"repeat_last_n": 5},
+    ],
+    "vllm": [
+        {"prompt_logprobs": 1}, {"return_token_ids": True}, {"truncate_prompt_tokens": 100}, {"use_beam_search": True, "n": 2},
+        {"min_tokens": 3}, {"bad_words": ["x"]}, {"allowed_token_ids": [5]}, {"stop_token_ids": [5]}, {"length_penalty": 0.5},
+        {"include_stop_str_in_output": True}, {"skip_special_tokens": False}, {"spaces_between_special_tokens": False},
+        {"echo": True}, {"cache_salt": "x"}, {"structured_outputs": {"choice": ["a"]}}, {"logit_bias": {"5": 1}}, {"ignore_eos": True},
+    ],
+    "sglang": [
+        {"regex": "a"}, {"ebnf": 'root ::= "a"'}, {"no_stop_trim": True}, {"min_tokens": 3}, {"stop_token_ids": [5]},
+        {"return_hidden_states": True}, {"skip_special_tokens": False}, {"ignore_eos": True}, {"separate_reasoning": False},
+    ],
+    "ollama": [
+        {"options": {"num_ctx": 2048}}, {"keep_alive": "5m"}, {"keep_alive": 0}, {"options": {"mirostat": 1, "tfs_z": 0.5}},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_c14_fields_that_the_engine_honours(dialect: Dialect, stream: bool, all_stands: dict[str, Stand]) -> None:
+    stand = all_stands[dialect]
+    for fields in HONOURED[dialect]:
+        stand.engine.reset()
+        schema_reply(stand.engine, '{"a": "x"}' if "format" in str(fields) or "json_schema" in fields else "a")
+        outcome = ask(stand, "v1-stream" if stream else "v1", **fields)
+        assert not outcome.kind, (fields, outcome)
+        assert not outcome.ignored, (fields, outcome)
+        sent = stand.engine.body
+        for name, value in fields.items():
+            if name == "options":
+                assert value.items() <= sent["options"].items()
+            elif name not in ("response_format", "json_schema"):
+                assert sent[name] == value, (name, sent)
+
+
+def test_c14_dimensions_on_ollama(all_stands: dict[str, Stand]) -> None:
+    stand = all_stands["ollama"]
+    stand.engine.reset()
+    stand.engine.capabilities.append("embedding")
+    try:
+        reply = stand.post("/v1/embeddings", model=stand.model, input="x", dimensions=4)
+        assert reply.status_code == 200, reply.text
+        assert len(reply.json()["data"][0]["embedding"]) == 4
+    finally:
+        stand.engine.capabilities.remove("embedding")
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+@pytest.mark.parametrize("seed", [-1, -5, 2**63 - 1, 0])
+def test_c15_any_seed(surface: str, seed: int, stand: Stand) -> None:
+    answered(ask(stand, surface, seed=seed))
+    body = stand.engine.body
+    assert (body["options"] if stand.engine.dialect == "ollama" else body)["seed"] == seed
+
+
+@pytest.mark.parametrize("surface", ["v1", "v1-stream"])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_c15_the_alias_that_was_asked_for(surface: str, dialect: Dialect) -> None:
+    with Stand(dialect, aliases=[f"fast={dialect}/m"]) as stand:
+        for name in ("fast", f"{dialect}/m", "m"):
+            assert answered(ask(stand, surface, model=name)).model == name
+        for path, body in (("/v1/completions", {"prompt": "x"}), ("/v1/responses", {"input": "x"})):
+            assert stand.post(path, model="fast", **body).json()["model"] == "fast"
+            text = stand.post(path, model="fast", stream=True, **body).text
+            assert '"model":"fast"' in text and '"model":"m"' not in text
+
+
+WRONG_FIELDS: dict[str, Json] = {
+    "temperature": {"temperature": 3}, "top_p": {"top_p": 0}, "max_tokens": {"max_tokens": 0}, "stop": {"stop": [""]},
+    "seed": {"seed": "x"}, "tools": {"tools": "x"}, "tool_choice": {"tool_choice": "required"}, "n": {"n": 0},
+    "messages": {"messages": []}, "response_format": {"response_format": {"type": "x"}}, "model": {"model": None},
+    "top_logprobs": {"top_logprobs": 3}, "stream": {"stream": "x"}, "nonsense": {"nonsense": 1}, "chat_template": {"chat_template": "x"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_FIELDS)
+def test_c15_param_names_the_field(name: str, stand: Stand) -> None:
+    outcome = ask(stand, "v1", **WRONG_FIELDS[name])
+    assert outcome.status == 400 and (outcome.param or "").partition("[")[0] == name, outcome
+
+
+# D. Untyped or untrue errors ---------------------------------------------------------------------------------
+IMPOSSIBLE: dict[str, Any] = {
+    "surrogate": "\udcff",
+    "surrogate in the middle": "a\ud800b",
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_d1_what_json_cannot_say(name: str, dialect: Dialect, fake: Make, attach: Attach) -> None:
+    llm, bad = attach(fake(dialect)), IMPOSSIBLE[name]
+    found = llm.batch(["ok", bad, "ok"])
+    assert [isinstance(each, InvalidRequest) for each in found] == [False, True, False], found
+    calls: list[Callable[[], Any]] = [
+        lambda: llm.generate(bad), lambda: list(llm.stream(bad)), lambda: llm.embed(bad), lambda: llm.embed(["ok", bad]),
+        lambda: llm.chat([{"role": "user", "content": bad}]), lambda: llm.generate("x", system=bad),
+        lambda: llm.generate("x", engine_options={"x": bad}), lambda: llm.generate("x", engine_options={bad: 1}),
+        lambda: llm.generate("x", engine_options={"x": object()}), lambda: llm.generate("x", engine_options={"x": float("nan")}),
+        lambda: llm.generate("x", stop=bad), lambda: llm.structured_generate("x", schema={"properties": {bad: {}}}),
+        lambda: llm.structured_generate("x", choice=[bad]), lambda: llm.generate("x", model_name=bad), lambda: llm.generate("x", engine_options={"x": {1, 2}}),
+        lambda: llm.generate("x", engine_options={"x": b"\xff"}), lambda: asyncio.run(llm.agenerate(bad)), lambda: llm.embed(5),  # type: ignore[arg-type]
+        lambda: llm.embed([5]), lambda: llm.generate(5), lambda: llm.pull(bad), lambda: llm.generate("x", engine_options=5),  # type: ignore[arg-type, list-item]
+        lambda: llm.generate("x", engine_options={"x": 10**400}), lambda: llm.embed("x", model_name=bad),
+    ]  # fmt: skip
+    for number, call in enumerate(calls):
+        try:
+            call()
+        except (InvalidRequest, UnsupportedFeature, product.ModelNotFound):
+            continue
+        except BaseException as exc:
+            raise AssertionError(f"call {number}: {exc!r}") from exc
+        assert number in (9, 14, 22), f"call {number} passed"
+
+
+def test_d1_a_value_that_contains_itself(fake: Make, attach: Attach) -> None:
+    llm = attach(fake("vllm"))
+    loop: list[Any] = []
+    loop.append(loop)
+    deep: Any = 1
+    for _ in range(100_000):
+        deep = [deep]
+    for value in (loop, deep):
+        with pytest.raises(InvalidRequest):
+            llm.generate("x", engine_options={"x": value})
+        with pytest.raises(InvalidRequest):
+            llm.structured_generate("x", schema={"a": value})
+
+
+def test_d2_long_texts_on_the_embedded_engine() -> None:
+    with LLMInferencer("llamacpp", launch=True, launch_args=["embedding=true", "pooling_type=1"]) as llm:
+        for words in (601, 2000):
+            assert len(llm.embed("word " * words)) == 1
+        assert len(llm.embed(["word " * 700] * 5)) == 5
+        with pytest.raises(product.ContextTooLong):
+            llm.embed("word " * 20_000)
+
+
+@pytest.mark.parametrize("arguments", ["", "{}", None])
+@pytest.mark.parametrize("surface", SURFACES)
+def test_d3_empty_arguments_in_the_history(arguments: Any, surface: str, stand: Stand) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "get", "arguments": arguments}}
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "5"},
+    ]
+    outcome = ask(stand, surface, messages=messages, tools=[CITY_TOOL])
+    if arguments is None:
+        assert outcome.kind in ("", "invalid_request"), outcome
+        return
+    answered(outcome)
+    sent = next(each for each in stand.engine.body["messages"] if each["role"] == "assistant")
+    assert sent["tool_calls"][0]["function"]["arguments"] in ("{}", {})
+
+
+def test_d3_on_the_embedded_engine(with_tools: LLMInferencer) -> None:
+    for arguments in ("", "{}"):
+        call = {"id": "c", "type": "function", "function": {"name": "get", "arguments": arguments}}
+        messages = [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": "5"},
+        ]
+        for stream in (False, True):
+            answered(ask_python(with_tools, stream, messages=messages, tools=[CITY_TOOL], max_tokens=4))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_d4_two_prompts_on_the_embedded_engine(stream: bool, real: httpx.Client) -> None:
+    model = real.get("/v1/models").json()["data"][0]["id"]
+    for prompts in (["One,", "Two,"], ["One,"], ["a", "b", "c"]):
+        body = {"model": model, "prompt": prompts, "max_tokens": 3, "stream": stream}
+        reply = real.post("/v1/completions", json=body)
+        assert reply.status_code == 200, reply.text
+        found: set[int] = set()
+        for event in payloads(reply)[:-1] if stream else [reply.json()]:
+            assert "error" not in event, event
+            found |= {choice["index"] for choice in event["choices"]}
+        assert found == set(range(len(prompts)))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("dialect", OPENAI_DIALECTS)
+def test_d4_null_events(dialect: Dialect, stream: bool, all_stands: dict[str, Stand]) -> None:
+    """D4: the engine's `data: null` is no event, wherever it stands."""
+    stand = all_stands[dialect]
+    stand.engine.reset()
+    events: list[Any] = [None]
+    for index in (0, 1):
+        for text, finish in (("a", None), ("", "stop")):
+            choice = {"index": index, "text": text, "finish_reason": finish, "logprobs": None}
+            events.append({"id": "x", "object": "text_completion", "model": "m", "choices": [choice]})
+        events.append(None)
+    if not streams_inside(dialect, stream):
+        pytest.skip("vLLM is not asked to stream")
+    stand.engine.script(event_reply(*events), "/v1/completions")
+    reply = stand.post("/v1/completions", model=stand.model, prompt=["a", "b"], stream=stream)
+    assert reply.status_code == 200 and "null\n" not in reply.text, reply.text
+
+
+#: deltas of tool calls that are none
+BAD_DELTAS: dict[str, Any] = {
+    "object arguments": [{"index": 0, "id": "c", "function": {"name": "get", "arguments": {"city": "x"}}}],
+    "mixed index types": [
+        {"index": 0, "id": "c", "function": {"name": "get", "arguments": "{}"}},
+        {"index": "1", "id": "d", "function": {"name": "get", "arguments": "{}"}},
+    ],
+    "no object": ["x"],
+    "null": [None],
+    "no list": {"index": 0},
+    "text": "get",
+    "function is a text": [{"index": 0, "id": "c", "function": "get"}],
+    "name is a number": [{"index": 0, "id": "c", "function": {"name": 5, "arguments": "{}"}}],
+    "negative index": [{"index": -1, "id": "c", "function": {"name": "get", "arguments": "{}"}}],
+    "float index": [{"index": 0.5, "id": "c", "function": {"name": "get", "arguments": "{}"}}],
+    "list arguments": [{"index": 0, "id": "c", "function": {"name": "get", "arguments": ["x"]}}],
+    "number": 5,
+    "huge index": [{"index": 10**12, "id": "c", "function": {"name": "get", "arguments": "{}"}}],
+    "no function": [{"index": 0, "id": "c"}],
+    "id is an object": [{"index": 0, "id": {}, "function": {"name": "get", "arguments": "{}"}}],
+}
+
+
+@pytest.mark.parametrize("name", BAD_DELTAS)
+@pytest.mark.parametrize("surface", SURFACES)
+@pytest.mark.parametrize("dialect", OPENAI_DIALECTS)
+@pytest.mark.parametrize("parallel", [None, False])
+def test_d5_e9_deltas_that_are_none(
+    name: str, surface: str, dialect: Dialect, parallel: bool | None, all_stands: dict[str, Stand]
+) -> None:
+    stand = all_stands[dialect]
+    stand.engine.reset()
+    message = {"role": "assistant", "content": None, "tool_calls": BAD_DELTAS[name]}
+    for _ in range(2):
+        stand.engine.script_chat(openai_reply(message, streams_inside(dialect, is_stream(surface)), "tool_calls"))
+    more = {} if parallel is None else {"parallel_tool_calls": parallel}
+    outcome = ask(stand, surface, tools=[CITY_TOOL], **more)
+    assert outcome.kind in ("", "bad_engine_reply", "structured_output_invalid"), outcome
+
+
+@pytest.mark.parametrize("name", BAD_DELTAS)
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_d5_e9_on_responses_and_messages(name: str, path: str, stream: bool, all_stands: dict[str, Stand]) -> None:
+    for dialect in OPENAI_DIALECTS:
+        stand = all_stands[dialect]
+        stand.engine.reset()
+        message = {"role": "assistant", "content": None, "tool_calls": BAD_DELTAS[name]}
+        stand.engine.script_chat(openai_reply(message, streams_inside(dialect, stream), "tool_calls"))
+        parameters = CITY_TOOL["function"]["parameters"]
+        body: Json = {"input": "x", "tools": [{"type": "function", "name": "get", "parameters": parameters}]}
+        if path == "/v1/messages":
+            tools = [{"name": "get", "input_schema": parameters}]
+            body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 99, "tools": tools}
+        reply = stand.post(path, model=stand.model, stream=stream, **body)
+        assert "internal_error" not in reply.text and "unexpected error" not in reply.text, (dialect, reply.text)
+        assert reply.status_code in (200, 502), reply.text
+
+
+@pytest.mark.parametrize("calls", [["x"], [None], {"a": 1}, [{"function": "x"}], [{"function": {"name": 5}}], [{}], [{"function": {"name": "get", "arguments": "x"}}], 5])
+@pytest.mark.parametrize("surface", SURFACES)
+def test_d5_e9_calls_of_ollama_that_are_none(calls: Any, surface: str, all_stands: dict[str, Stand]) -> None:
+    stand = all_stands["ollama"]
+    stand.engine.reset()
+    message = {"role": "assistant", "content": "", "tool_calls": calls}
+    line = dumps({"model": "m", "message": message, "done": True, "done_reason": "stop"}) + b"\n"
+    for _ in range(2):
+        kind = "application/x-ndjson" if is_stream(surface) else "application/json"
+        stand.engine.script_chat(Reply(headers={"content-type": kind}, pieces=[line]))
+    outcome = ask(stand, surface, tools=[CITY_TOOL])
+    assert outcome.kind in ("", "bad_engine_reply", "structured_output_invalid"), outcome
+
+
+@pytest.mark.parametrize("prefix", ["/x", "/a/b"])
+def test_d7_e19_mounted_under_a_path(prefix: str, fake: Make) -> None:
+    """D7, E19: ready; public paths stay public; /v1's refusals are OpenAI's."""
+    from fastapi import FastAPI
+
+    engine = fake("vllm")
+    for keys in ((), ("secret",)):
+        host = FastAPI()
+        settings = product.Settings(engine="vllm", base_url=engine.base_url, api_keys=keys)
+        host.mount(prefix, product.create_app(settings))
+        with serving(host, ready=None) as url, httpx.Client(base_url=url + prefix, trust_env=False) as client:
+            until(lambda: client.get("/ready").json()["status"] == "ready")
+            for path in ("/health", "/ready", "/docs", "/openapi.json", "/ui"):
+                for headers in ({}, {"host": "example.com"}):
+                    assert client.get(path, headers=headers).status_code == 200, path
+            refused_v1(client.get("/v1/models", headers={"host": "example.com"}), "unauthorized")
+            refused(client.get("/api/v1/llm/engines", headers={"host": "example.com"}), "unauthorized")
+            key = {"authorization": "Bearer secret"}
+            assert client.get("/v1/models", headers=key).status_code == 200
+            body = {"model": "vllm/m", "messages": [{"role": "user", "content": "x"}]}
+            assert client.post("/v1/chat/completions", headers=key, json=body).status_code == 200
+            assert client.post("/api/v1/llm/generate", headers=key, json={"prompt": "x"}).status_code == 200
+            assert client.get("/v1/nope", headers=key).json().keys() == {"error"}
+            assert client.get("", headers=key).status_code in (200, 307)
+            assert client.get("/", headers=key, follow_redirects=True).status_code == 200
+
+
+@pytest.mark.parametrize("dialect", ["ollama", "vllm", "sglang"])
+def test_d8_an_engine_that_is_not_running(dialect: str, alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    for verb in ("models", "generate"):
+        with LLMInferencer.__new__(LLMInferencer) if False else contextlib.nullcontext():
+            llm = LLMInferencer(dialect, "m")
+            with pytest.raises(product.EngineUnavailable) as caught:
+                llm.models() if verb == "models" else llm.generate("x")
+            assert "start it" in caught.value.message and caught.value.message.index("start") < caught.value.message.index("install")
+
+
+def test_d9_requests_before_the_engine_is_found(fake: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D9: with engine "auto" a request that names an engine waits for it."""
+    for adapter in (product.OllamaAdapter, product.SGLangAdapter, product.LlamaCppAdapter):
+        monkeypatch.setattr(adapter, "default_url", "http://127.0.0.1:9")
+    engine = fake("vllm")
+    monkeypatch.setattr(product.VLLMAdapter, "default_url", engine.base_url)
+    slow = Reply(headers={"content-type": "application/json"}, pieces=[b'{"object":"list","data":[{"id":"m","owned_by":"vllm"}]}'], delay=1.0)
+    for path, body in (
+        ("/api/v1/llm/generate", {"prompt": "x", "engine_type": "vllm"}), ("/api/v1/llm/generate", {"prompt": "x"}),
+        ("/v1/chat/completions", {"model": "vllm/m", "messages": [{"role": "user", "content": "x"}]}),
+        ("/v1/chat/completions", {"model": "m", "messages": [{"role": "user", "content": "x"}]}),
+    ):
+        engine.script(slow, "/v1/models")
+        with serving(product.create_app(product.Settings(engine="auto")), ready=None) as url:
+            reply = httpx.post(url + path, json=body, trust_env=False, timeout=20)
+            assert reply.status_code == 200, (path, reply.text)
+
+
+def test_d10_errors_say_what_to_do(vllm: Stand, attach: Attach) -> None:
+    message = refused(vllm.post("/generate", prompt="x", temperature=3), "invalid_request")
+    assert "0" in message and "2" in message and "3" in message and "temperature" in message
+    assert "Input should" not in message
+    for url in ("https://example.com/x.png", "file:///etc/passwd", "x"):
+        part = {"type": "image_url", "image_url": {"url": url}}
+        messages = [{"role": "user", "content": [part]}]
+        for reply in (vllm.post("/chat", messages=messages), vllm.post("/v1/chat/completions", model=vllm.model, messages=messages)):
+            assert reply.status_code == 400 and "data:" in reply.text and "pattern" not in reply.text, reply.text
+    for schema, wanted in (({"a": "strng"}, "string"), ({"a": "nubmer"}, "number"), ({"a": "int"}, "integer"), ({"a": ["bol"]}, "boolean")):
+        if schema == {"a": "int"}:
+            continue
+        message = refused(vllm.post("/structured-generate", prompt="x", schema=schema), "invalid_request")
+        assert f"did you mean {wanted!r}" in message.replace('"', "'"), message
+    for name, wanted in (("vLLM", "vllm"), ("olama", "ollama"), ("SGLang", "sglang"), ("llama.cpp", "llamacpp"), ("llama_cpp", "llamacpp")):
+        message = refused(vllm.post("/generate", prompt="x", engine_type=name), "unknown_engine")
+        assert "did you mean" in message and wanted in message, message
+        with pytest.raises(product.UnknownEngine, match=wanted):
+            LLMInferencer(name)
+    for given, wanted in (("max_token", "max_tokens"), ("temprature", "temperature"), ("model", "model_name"), ("messages", "prompt")):
+        message = refused(vllm.post("/generate", prompt="x", **{given: "x"}), "invalid_request")
+        assert wanted in message, message
+
+
+def test_d11_one_name_for_the_model(fake: Make, attach: Attach) -> None:
+    llm = attach(fake("vllm"))
+    for call in (lambda: llm.generate("x", model="m"), lambda: list(llm.stream("x", model="m")), lambda: LLMInferencer("vllm", model="m"), lambda: llm.batch(["x"], model="m")):  # type: ignore[call-arg, call-overload, misc]
+        try:
+            found = call()
+        except InvalidRequest as exc:
+            message = exc.message
+        else:
+            assert isinstance(found, list), found
+            message = found[0].message
+        assert "did you mean 'model_name'" in message.replace('"', "'"), message
+    for call in (lambda: llm.embed("x", model="m"),):  # type: ignore[call-arg]
+        with pytest.raises((InvalidRequest, TypeError)):
+            call()
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+@pytest.mark.parametrize("stream", ["ctx_overflow", "ctx_overflow_stream"])
+def test_d12_a_prompt_that_is_too_long(surface: str, stream: str, all_stands: dict[str, Stand]) -> None:
+    stand = all_stands["llamacpp"]
+    stand.engine.reset()
+    stand.engine.replay_chat(stream)
+    outcome = failed(ask(stand, surface), "context_too_long", "context_length_exceeded")
+    assert "maximum context length" in outcome.message
+    import re
+
+    assert len(re.findall(r"\d+ tokens", outcome.message)) == 2, outcome.message
+    if surface.startswith("v1"):
+        stand.engine.replay_chat(stream)
+        reply = stand.post("/v1/chat/completions", model=stand.model, messages=[{"role": "user", "content": "x"}])
+        assert reply.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_d12_on_the_embedded_engine(real: httpx.Client) -> None:
+    model = real.get("/v1/models").json()["data"][0]["id"]
+    for stream in (False, True):
+        body = {"model": model, "messages": [{"role": "user", "content": "word " * 9000}], "stream": stream}
+        error = real.post("/v1/chat/completions", json=body).json()["error"]
+        assert error["code"] == "context_length_exceeded" and "maximum context length" in error["message"]
+        assert "90" in error["message"] and "4096" in error["message"], error

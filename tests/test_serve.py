@@ -283,6 +283,15 @@ def test_what_comes_behind_a_request_does_not_get_into_its_answer(port: int, lim
     until(lambda: limited.gateway.in_flight == 0)
 
 
+def test_a_large_body_is_no_request_behind_another(port: int, limited: Stand) -> None:
+    limited.engine.reset()
+    body = json.dumps({"messages": [{"role": "user", "content": "x" * (3 << 20)}]}).encode()
+    head = START + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+    for parts in ((head + body,), (head, body)):
+        status, answer = said(port, *parts)
+        assert (status, answer["data"]["text"]) == (200, TEXT)
+
+
 def test_two_requests_in_one_segment_however_it_is_cut() -> None:
     """The second one's header reaches nobody else's: the key is read from where it stands."""
     second = b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer k\r\nConnection: close\r\n\r\n"

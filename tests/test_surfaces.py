@@ -802,7 +802,9 @@ def test_openai_responses_stream(client: openai.OpenAI) -> None:
 
 
 def test_openai_responses_parse(client: openai.OpenAI) -> None:
-    found = client.responses.parse(model=MODEL, input="Is Paris large?", text_format=Capital, max_output_tokens=32)
+    found = client.responses.parse(
+        model=MODEL, input="Is Paris large?", text_format=Capital, max_output_tokens=64, temperature=0
+    )
     assert isinstance(found.output_parsed, Capital)
 
 
@@ -829,10 +831,12 @@ def test_tools_on_a_model_without_them(client: openai.OpenAI) -> None:
 
 def test_openai_chat_parse(client: openai.OpenAI) -> None:
     ask_for: Any = [{"role": "user", "content": "Is Paris large?"}]
-    found = client.chat.completions.parse(model=MODEL, messages=ask_for, response_format=Capital, max_tokens=32)
+    found = client.chat.completions.parse(
+        model=MODEL, messages=ask_for, response_format=Capital, max_tokens=64, temperature=0
+    )
     assert isinstance(found.choices[0].message.parsed, Capital)
     with client.chat.completions.stream(
-        model=MODEL, messages=ask_for, response_format=Capital, max_tokens=32
+        model=MODEL, messages=ask_for, response_format=Capital, max_tokens=64, temperature=0
     ) as stream:
         final = stream.get_final_completion()
     assert isinstance(final.choices[0].message.parsed, Capital)

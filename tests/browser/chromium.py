@@ -1,6 +1,7 @@
 """Headless Chromium on a network where every host but 127.0.0.1 is unreachable.
 
-Debian's packages: chromium, chromium-driver, fonts-noto-cjk. Screenshots go to $LLM_TEST_SHOTS (default: the test's temporary folder).
+Debian's packages: chromium, chromium-driver, fonts-noto-cjk. Screenshots go to
+$LLM_TEST_SHOTS (default: the test's temporary folder).
 """
 
 import contextlib
@@ -63,11 +64,7 @@ class Page:
                 self.failed.append(message["params"]["response"]["url"])
 
     def errors(self) -> list[str]:
-        return [
-            e["message"]
-            for e in self.driver.get_log("browser")
-            if e["level"] == "SEVERE" and "favicon" not in e["message"]
-        ]
+        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
 
     def shot(self, path: Any) -> None:
         self.driver.save_screenshot(str(path))

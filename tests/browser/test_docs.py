@@ -1,16 +1,17 @@
 """/docs and /redoc in Chromium; no other host can be reached."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
 import pytest
 
-from tests.browser.chromium import DESKTOP, PHONE, By, chromium
+import llm_inference as product
+from tests.browser.chromium import DESKTOP, PHONE, Page, chromium
 from tests.harness import Stand
 
 pytest.importorskip("fastapi_offline")
+KEY = "sk-docs"
+GENERATE = "#operations-llm-generate_api_v1_llm_generate_post"
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE])
@@ -26,20 +27,40 @@ def test_the_page_needs_no_other_host(path: str, size: tuple[int, int], tmp_path
         assert not {*page.asked} - {logo} and not page.failed and all(logo in error for error in page.errors())
 
 
+def click(page: Page, css: str) -> None:
+    page.wait(lambda: page.all(css))
+    script = "arguments[0].scrollIntoView({block: 'center'}); arguments[0].click()"
+    page.driver.execute_script(script, page.all(css)[0])
+
+
+def shot(page: Page, tmp_path: Path, name: str) -> None:
+    page.shot(Path(os.environ.get("LLM_TEST_SHOTS", tmp_path)) / f"{name}.png")
+
+
 def test_an_example_runs_from_the_page(tmp_path: Path) -> None:
     with Stand("vllm") as stand, chromium() as page:
         page.open(stand.url + "/docs")
-        page.wait(lambda: page.all("#operations-llm-generate_api_v1_llm_generate_post"))
-        for css in (
-            "#operations-llm-generate_api_v1_llm_generate_post .opblock-summary-control",
-            ".try-out__btn",
-            "button.execute",
-        ):
-            page.wait(lambda css=css: page.all(css))  # type: ignore[misc]
-            page.driver.execute_script(
-                "arguments[0].scrollIntoView({block: 'center'}); arguments[0].click()",
-                page.driver.find_element(By.CSS_SELECTOR, css),
-            )
+        for css in (f"{GENERATE} .opblock-summary-control", ".try-out__btn", "button.execute"):
+            click(page, css)
         page.wait(lambda: '"msg": "success"' in page.text(".live-responses-table"))
-        page.shot(Path(os.environ.get("LLM_TEST_SHOTS", tmp_path)) / "docs-executed.png")
-        assert stand.engine.bodies[0]["messages"][-1]["content"] == "用一句话介绍北京。"
+        shot(page, tmp_path, "docs-executed")
+        assert stand.engine.body["messages"][-1]["content"] == product.EXAMPLES[product.GenerateBody]["prompt"]
+        assert page.errors() == []
+
+
+def test_authorize_sends_the_key(tmp_path: Path) -> None:
+    with Stand("vllm", api_keys=(KEY,)) as stand, chromium() as page:
+        page.open(stand.url + "/docs")
+        for css in (f"{GENERATE} .opblock-summary-control", ".try-out__btn", "button.execute"):
+            click(page, css)
+        page.wait(lambda: "unauthorized: " in page.text(".live-responses-table"))
+        assert stand.engine.bodies == []
+        click(page, ".scheme-container button.authorize")
+        page.wait(lambda: page.all(".auth-container input"))
+        page.all(".auth-container input")[0].send_keys(KEY)
+        shot(page, tmp_path, "docs-authorize")
+        click(page, ".auth-container button.authorize")
+        click(page, ".auth-container .btn-done")
+        click(page, "button.execute")
+        page.wait(lambda: '"msg": "success"' in page.text(".live-responses-table"))
+        assert len(page.errors()) == 1  # the browser logs the 401
