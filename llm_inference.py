@@ -6383,6 +6383,11 @@ class Endpoint:
         """What a started endpoint's model is called before it runs."""
         return model_alias(self.default_model)
 
+    @property
+    def known_models(self) -> frozenset[str]:
+        """The names that it listed last, and the one that the operator gave."""
+        return frozenset(self._listed) | ({self.default_model} if self.default_model else set())
+
     async def serves(self, model: str) -> bool:
         """A list that names the model is good for ten seconds; one that does not is asked for again."""
         for fresh in (False, True):
@@ -6558,11 +6563,16 @@ class Router:
         """The endpoints for a name, in groups: an alias's targets in order, the replicas of a model together."""
         if name in self.aliases and name not in seen:
             groups: list[list[Route]] = []
+            error: InferenceError | None = None
             for target in self.aliases[name]:
-                with contextlib.suppress(ModelNotFound):
+                try:
                     groups += await self._resolve(target, (*seen, name))
+                except InferenceError as exc:
+                    error = exc
             if groups:
                 return groups
+            if error is not None:
+                raise error
         prefix, _, rest = name.partition("/")
         engines = {endpoint.adapter.engine_type for endpoint in self.endpoints}
         within = [e for e in self.endpoints if prefix in (e.adapter.engine_type, e.name)] if rest else []
@@ -6575,29 +6585,36 @@ class Router:
         raise await self._not_found(name)
 
     async def _serving(self, endpoints: Sequence[Endpoint], model: str) -> list[Route]:
+        """Those of the endpoints that serve the model, whether they are up or not.
+
+        Raises EngineUnavailable where none is known to, and one that is down may.
+        """
         group: list[Route] = []
-        failures: list[InferenceError] = []
+        unknown: list[Endpoint] = []
         for endpoint in endpoints:
-            if endpoint.removed:
-                continue
-            if not endpoint.available(time.monotonic()):
-                if model in endpoint._listed or model == endpoint.default_model:
-                    group.append((endpoint, model))
-                continue
             try:
-                if await endpoint.serves(model):
+                if endpoint.removed:
+                    continue
+                if not endpoint.available(time.monotonic()):
+                    if model in endpoint.known_models:
+                        group.append((endpoint, model))
+                    elif not endpoint.known_models:
+                        unknown.append(endpoint)
+                elif await endpoint.serves(model):
                     group.append((endpoint, model))
             except InferenceError as exc:
+                if len(endpoints) == 1:
+                    raise
                 endpoint.failed(exc)
-                failures.append(exc)
-        if not group and failures and len(failures) == len(endpoints):
-            raise failures[0]
+                unknown.append(endpoint)
+        if not group and unknown:
+            raise self.unavailable(unknown)
         return group
 
     async def _not_found(self, name: str) -> ModelNotFound:
         known = {*self.aliases}
         for endpoint in self.endpoints:
-            known |= set(endpoint._listed)
+            known |= endpoint.known_models
         hint = did_you_mean(name, known, "see models() or GET /v1/models")
         return ModelNotFound(f"no endpoint serves the model {name[:100]!r}", hint, param="model")
 
@@ -6747,6 +6764,15 @@ class Fleet(Router):
                 await asyncio.sleep(0.05)
             logger.info("%s is stopped: %s takes its turn", other.name, endpoint.name)
             await other.adapter.close()
+
+    async def connect(self) -> None:
+        """Reach every endpoint that is not started on request. Raises where none can be reached."""
+        wanted = [endpoint for endpoint in self.endpoints if not endpoint.on_request]
+        outcomes = await asyncio.gather(*(endpoint.adapter.connect() for endpoint in wanted), return_exceptions=True)
+        errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        for error in errors:
+            if len(errors) == len(wanted) or not isinstance(error, InferenceError):
+                raise error
 
     async def stop_idle(self) -> None:
         """Stop the endpoints that have had no request for their `stop_after` seconds."""
@@ -7212,7 +7238,7 @@ class LLMInferencer(Verbs):
 
     async def __aenter__(self) -> "LLMInferencer":
         try:
-            await (await self.engine()).connect()
+            await (await self.found()).connect()
         except BaseException:
             await self.aclose()
             raise
@@ -7556,7 +7582,6 @@ class Settings:
     header_timeout: float = setting(10.0, low=0.1, high=1e6)  #: seconds until a request's header has arrived
     body_timeout: float = setting(30.0, low=0.1, high=1e6)  #: the same for its body
     endpoints: tuple[EndpointConfig, ...] = ()
-    page: bool = True  #: the chat page, whose state is one process's
     made_key: str = dataclasses.field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)  #: else
     # fmt: on
 
@@ -10146,7 +10171,7 @@ _ENVELOPE = {
         "data": {},
     },
 }
-_ANSWER: dict[str, Any] = {
+_ANSWER_EXAMPLE: dict[str, Any] = {
     "text": "Paris.",
     "finish_reason": "stop",
     "usage": {"prompt_tokens": 12, "completion_tokens": 3, "total_tokens": 15},
@@ -10154,7 +10179,7 @@ _ANSWER: dict[str, Any] = {
     "model_name": "SmolLM2-135M-Instruct.Q4_1",
     "timing": {"ttft": 0.05, "total": 0.1, "tokens_per_second": 48.0},
 }
-_CHECKED_JSON: dict[str, Any] = {"text": '{"city": "Paris"}', "enforced_by": "engine", "result": {"city": "Paris"}}
+_CHECKED_EXAMPLE: dict[str, Any] = {"text": '{"city": "Paris"}', "enforced_by": "engine", "result": {"city": "Paris"}}
 _ENGINE_EXAMPLE = {
     "engine_type": "llamacpp", "reachable": True, "version": "b0", "models": [DEMO], "features": ["schema"],
 }  # fmt: skip
@@ -10258,9 +10283,9 @@ def create_router(
             openapi_extra={"requestBody": {"required": True, "content": content}},
         )
 
-    add("/generate", GenerateBody, "Answer a prompt", _ANSWER)
-    add("/chat", ChatBody, "Answer messages", _ANSWER | {"message": {"role": "assistant", "content": "Paris."}})
-    add("/structured-generate", StructuredBody, "Answer with checked JSON", _ANSWER | _CHECKED_JSON)
+    add("/generate", GenerateBody, "Answer a prompt", _ANSWER_EXAMPLE)
+    add("/chat", ChatBody, "Answer messages", _ANSWER_EXAMPLE | {"message": {"role": "assistant", "content": "Paris."}})
+    add("/structured-generate", StructuredBody, "Answer with checked JSON", _ANSWER_EXAMPLE | _CHECKED_EXAMPLE)
 
     async def engines() -> Response:
         return JSONResponse(envelope(str(uuid.uuid4()), await here.engines()))
@@ -10448,7 +10473,8 @@ class Guard:
         try:
             self._check(scope, headers, path)
         except InferenceError as error:
-            logger.info("- %s refused: %s", repr(path)[:100], error.kind)
+            own_probe = headers.get(LOOP_HEADER.encode()) == INSTANCE.encode()
+            logger.log(logging.DEBUG if own_probe else logging.INFO, "- %s refused: %s", repr(path)[:100], error.kind)
             await self._refuse(error, path, send)
             return
         exchange = self.gateway.direct.get(path) if scope["method"] == "POST" else None
@@ -11989,7 +12015,7 @@ def local_url(settings: Settings) -> str:
     return f"http://{host}:{settings.port}"
 
 
-def banner(settings: Settings, *, ray: bool = False) -> None:
+def banner(settings: Settings) -> None:
     """Prints where everything is, which engine answers and who needs a key."""
     url = local_url(settings)
     print(f"llm_inference {__version__}")
@@ -11997,8 +12023,7 @@ def banner(settings: Settings, *, ray: bool = False) -> None:
     print(f"  OpenAI      {url}/v1   also /v1/responses, and Anthropic's /v1/messages")
     print(f"  Swagger UI  {url}/docs")
     print(f"  ReDoc       {url}/redoc")
-    if settings.workers == 1 and not ray:
-        print(f"  Chat page   {url}/ui")
+    print(f"  Chat page   {url}/ui")
     print(f"  ready       {url}/ready")
     for line in _served(settings):
         print(f"  {line}")
@@ -12110,7 +12135,7 @@ def serve_on_ray(settings: Settings) -> int:
     least, _, most = settings.replicas.partition("-")
     replicas = (int(least), int(most or least))
     deploy(settings, host=settings.host, port=settings.port, replicas=replicas)
-    banner(settings, ray=True)
+    banner(settings)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):  # Ray has installed its own handlers
         signal.signal(number, lambda *_: stop.set())
