@@ -778,7 +778,9 @@ def explain(exc: ValidationError) -> tuple[str, str]:
     reasons: dict[str, str] = {}
     for error in exc.errors(include_url=False)[:6]:
         where = _place(error["loc"])
-        reasons.setdefault(where, f"{where or 'body'}: {_problem(dict(error), where)}"[:300])
+        reason = f"{where or 'body'}: {_problem(dict(error), where)}"[:300]
+        if where not in reasons or error["type"] not in _EXPECTED:  # of a union, the member whose type fits
+            reasons[where] = reason
     first = next(iter(reasons))
     return ", or ".join(list(reasons.values())[:3]), first
 
@@ -1077,10 +1079,10 @@ def _invalid_request(exc: ValidationError, body: dict[str, Any]) -> InvalidReque
     return InvalidRequest(reason.replace(f"{param or 'body'}:", f"{where}:", 1), "correct the named field", param=where)
 
 
-def check_model_name(model: Any) -> str:
+def check_model_name(model: Any, field: str = "model_name") -> str:
     """The name. Raises InvalidRequest for what cannot be one."""
     if not isinstance(model, str) or not 0 < len(model) <= 1024 or not model.isprintable():
-        raise InvalidRequest("model: not the name of a model", "see models() or GET /v1/models", param="model")
+        raise InvalidRequest(f"{field}: not the name of a model", "see models() or GET /v1/models", param=field)
     return model
 
 
@@ -4591,10 +4593,13 @@ class Sessions:
 
     def abandon(self) -> None:
         """Close those of loops that run, where nobody closed them: when the adapter is collected, or at exit."""
-        for loop, (_, _, keeper) in list(self._by_loop.items()):
+        for loop in list(self._by_loop):
             if loop.is_running() and threading.current_thread().name != Portal.THREAD:
+                held = self._by_loop.pop(loop, None)  # taken out first: `close` must not close it a second time
+                if held is None:
+                    continue
                 with contextlib.suppress(Exception):
-                    closing = asyncio.run_coroutine_threadsafe(_aclose(keeper), loop)
+                    closing = asyncio.run_coroutine_threadsafe(_aclose(held[2]), loop)
                     closing.result(1 if loop is portal.loop and not sys.is_finalizing() else 0)
 
 
@@ -5485,7 +5490,7 @@ class OpenAIAdapter(HTTPAdapter):
         base = model.partition(":")[0] if self.adapters_by_name else model
         if model not in served and base not in served:
             hint = did_you_mean(model, served, f"it serves {', '.join(served) or 'nothing'}")
-            raise ModelNotFound(f"{self.engine_type} does not serve {model!r}", hint, param="model")
+            raise ModelNotFound(f"{self.engine_type} does not serve {model[:100]!r}", hint, param="model")
 
     def suggestion(self, missing: Sequence[str]) -> str:
         for name in missing:
@@ -6432,8 +6437,7 @@ class Endpoint:
 
     def describe(self) -> dict[str, Any]:
         """For /ready, /engines and the chat page."""
-        now = time.monotonic()
-        state = "up" if self.available(now) else "down"
+        state = "down" if self.failures or self.removed else "up"
         if self.on_request and not self.running:
             state = "stopped"
         return {
@@ -6523,6 +6527,8 @@ class Router:
 
     def _ordered(self, endpoints: Sequence[Endpoint], key: int) -> list[Endpoint]:
         """Those that are up, by rendezvous order; one whose load is over the bound goes behind the others."""
+        if len(self.endpoints) == 1:
+            return list(endpoints)
         now = time.monotonic()
         up = [endpoint for endpoint in endpoints if endpoint.available(now)]
         if len(up) < 2:
@@ -9378,6 +9384,8 @@ class OpenAISurface(Surface):
 def chat_request(surface: Surface, body: dict[str, Any], path: str) -> GenerateRequest:
     """A checked request out of one of OpenAI's bodies. Raises InvalidRequest, UnsupportedFeature."""
     check_body(V1Body, body)
+    if "model" in body:
+        check_model_name(body["model"], "model")
     prompts = body.get("prompt")
     if isinstance(prompts, list) and not all(type(token) is int for token in prompts):
         if len(prompts) * (body.get("n") or 1) > 128:
@@ -9797,18 +9805,35 @@ class Gateway(Catalog):
         fleet = await self.default.found()
         await fleet.stop_idle()
         if len(fleet.endpoints) == 1:
-            adapter = fleet.endpoints[0].adapter
-            if fleet.endpoints[0].on_request:
-                return
-            await adapter.connect()
-            await adapter.model_for(None)
-            await adapter.models()
+            await self._look_at_only(fleet.endpoints[0])
             return
         for endpoint in fleet.endpoints:
             if endpoint.available(time.monotonic()) or not endpoint.trying:
                 await self._look_at(endpoint)
         if not any(endpoint.available(time.monotonic()) for endpoint in fleet.endpoints):
             raise fleet.unavailable(fleet.endpoints)
+
+    @staticmethod
+    async def _look_at_only(endpoint: Endpoint) -> None:
+        if endpoint.on_request:
+            return
+        try:
+            await endpoint.adapter.connect()
+            await endpoint.adapter.model_for(None)
+            await endpoint.adapter.models()
+        except InferenceError as exc:
+            endpoint.failed(exc)
+            raise
+        endpoint.recovered()
+
+    def status(self) -> str:
+        """For /ready: an endpoint that has answered since the last look makes the server ready."""
+        if self.draining:
+            return "stopping"
+        fleet = self.default.fleet
+        if self.state == "starting" or fleet is None:
+            return self.state
+        return "ready" if any(not endpoint.failures for endpoint in fleet.endpoints) else self.state
 
     @staticmethod
     async def _look_at(endpoint: Endpoint) -> None:
@@ -9827,7 +9852,7 @@ class Gateway(Catalog):
         self.metrics.up.set(self.state == "ready")
         if self.default.fleet:
             for endpoint in self.default.fleet.endpoints:
-                up = endpoint.available(time.monotonic())
+                up = not endpoint.failures and not endpoint.removed
                 self.metrics.child(self.metrics.endpoint_up, endpoint.name).set(up)
 
     async def close(self) -> None:
@@ -10630,6 +10655,7 @@ def build_openapi(build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     schema = build()
     for path in schema["paths"].values():
         for operation in path.values():
+            operation["responses"].pop("422", None)  # FastAPI's, of path parameters, which any text satisfies
             for status, response in operation["responses"].items():
                 for content in response.get("content", {}).values():
                     _restore_nulls(status, content.get("example", {}))
@@ -10684,7 +10710,7 @@ def add_server_routes(app: Any, gateway: Gateway) -> None:
         return JSONResponse({"status": "ok", "version": __version__}, headers={"x-llm-inference": INSTANCE})
 
     async def ready() -> Response:
-        state = "stopping" if gateway.draining else gateway.state
+        state = gateway.status()
         found: dict[str, Any] = {"status": state, "engine_type": gateway.default.engine_type}
         found |= {"in_flight": gateway.in_flight, "waiting": gateway.waiting}
         fleet = gateway.default.fleet
@@ -10725,6 +10751,13 @@ def add_server_routes(app: Any, gateway: Gateway) -> None:
         app.add_api_route(path, answer, methods=both, include_in_schema=False)
 
 
+async def send_unchunked(cycle: Any, send: Send, message: dict[str, Any]) -> None:
+    """To a client of HTTP/1.0, which knows no chunks: the connection's end is the body's (RFC 9112, 6.3)."""
+    cycle.chunked_encoding = False
+    cycle.expected_content_length = len(message.get("body", b""))
+    await send(message)
+
+
 def limited_protocol(settings: Settings) -> type:
     """uvicorn's HTTP protocol with what it lacks: see `LimitsMixin`."""
     try:
@@ -10753,7 +10786,8 @@ class LimitsMixin:
     cycle: Any
     transport: Any
     loop: Any
-    PIPELINED = 8  #: requests that may wait behind the one that is being answered
+    unanswered: Sequence[Any] = ()  #: requests before the last one whose answers are not complete
+    behind = 0  #: bytes that came behind a request that is being answered
 
     def connection_made(self, transport: Any) -> None:
         """Start the header's deadline."""
@@ -10765,6 +10799,10 @@ class LimitsMixin:
         self.wait_for("")
         self.resume_writing()
         super().connection_lost(exc)  # type: ignore[misc]
+        for cycle in self.unanswered:  # uvicorn tells only the request that came last
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
 
     def pause_writing(self) -> None:
         """The client reads nothing: give it `idle` seconds."""
@@ -10795,7 +10833,11 @@ class LimitsMixin:
     def on_headers_complete(self) -> None:
         """The header is complete."""
         self.trailing = True
+        before = self.cycle
         super().on_headers_complete()  # type: ignore[misc]
+        self.unanswered = [cycle for cycle in (*self.unanswered, before) if cycle and not cycle.response_complete]
+        if self.cycle is not None and self.cycle is not before and self.cycle.scope["http_version"] == "1.0":
+            self.cycle.send = functools.partial(send_unchunked, self.cycle, self.cycle.send)
 
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
@@ -10810,6 +10852,8 @@ class LimitsMixin:
             if not data:
                 return
         self.bodiless += len(data)
+        if self._answering():
+            self.behind += len(data)
         super().data_received(data)  # type: ignore[misc]
         self._count(data, in_body)
         self._keep_reading()
@@ -10827,15 +10871,21 @@ class LimitsMixin:
             if self.partial > MAX_HEADER and not self.transport.is_closing():
                 self.refuse(HeaderTooLarge(f"header: over {MAX_HEADER} bytes", "send less"))
 
+    def _answering(self) -> bool:
+        """Has a request come to its end whose answer has not?"""
+        for cycle in (*self.unanswered, self.cycle):
+            if cycle is not None and not cycle.more_body and not cycle.response_complete:
+                return True
+        return False
+
     def _keep_reading(self) -> None:
         """uvicorn stops reading behind a pipelined request, and would not notice that the client leaves."""
-        pipeline = getattr(self, "pipeline", ())
-        if not pipeline or self.transport.is_closing():
-            return
-        if len(pipeline) > self.PIPELINED:
+        if not self._answering():
+            self.behind = 0
+        elif self.behind > MAX_HEADER:
             self.transport.close()
-            return
-        self.flow.resume_reading()  # type: ignore[attr-defined]
+        elif not self.transport.is_closing():
+            self.flow.resume_reading()  # type: ignore[attr-defined]
 
     def wait_for(self, part: str) -> None:
         """Start the deadline of "header" or "body"; "" stops it."""
@@ -10861,9 +10911,10 @@ class LimitsMixin:
 
     def refuse(self, error: InferenceError) -> None:
         """Answer with an error, and close the connection."""
-        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
-            self.transport.close()  # during an answer: nothing else may stand there
-            return
+        for cycle in (*self.unanswered, self.cycle):
+            if cycle is not None and cycle.response_started and not cycle.response_complete:
+                self.transport.close()  # during an answer: nothing else may stand there
+                return
         path = str(self.seen.scope["path"]) if self.waiting_for == "body" else ""
         body = to_json(refusal_body(error, path))
         lines = [
