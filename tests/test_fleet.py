@@ -6,6 +6,7 @@ The laws are those of the design's section on endpoints. Most tests run fake eng
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -279,7 +280,7 @@ def test_names_lead_to_endpoints(fake: Make) -> None:
     configs = (attached(one), attached(two, "second"), attached(small))
     with Site(*configs, aliases={"fast": "vllm/b", "best": ["sglang/none", "fast"]}) as site:
         for name, engine in (("a", one), ("vllm/a", one), ("vllm/b", two), ("second/b", two), ("fast", two)):
-            assert who([one, two, small], lambda name=name: good(site.generate(model_name=name))) is engine
+            assert who([one, two, small], functools.partial(site.generate, model_name=name)) is engine
         assert who([one, two, small], lambda: good(site.generate(model_name="best"))) is two
         assert who([one, two, small], lambda: good(site.generate(model_name="ollama/b"))) is small
         assert who([one, two, small], lambda: good(site.generate(engine_type="ollama", model_name="b"))) is small
@@ -554,7 +555,7 @@ def test_the_same_over_http(fault: str, fake: Make) -> None:
     for stream in (False, True):
         engines = [fake("vllm"), fake("vllm")]
         with Site(*map(attached, engines)) as site:
-            first = who(engines, lambda site=site: site.v1("m"))
+            first = who(engines, functools.partial(site.v1, "m"))
             break_with(first, FAULTS[fault])
             reply = site.v1("m", stream=stream)
             assert reply.status_code == 200 and first.text in text_of(reply, stream)
@@ -712,7 +713,7 @@ def test_an_alias_whose_first_target_was_never_there(fake: Make) -> None:
     fallback = fake("ollama", model="small")
     gone = EndpointConfig(engine="vllm", base_url=f"http://127.0.0.1:{free_port()}")
     llm = LLMInferencer.from_fleet(
-        Settings(endpoints=(gone, attached(fallback)), aliases={"best": ["vllm/big", "ollama/small"]}).fleet()
+        Settings(endpoints=(gone, attached(fallback)), aliases={"best": ("vllm/big", "ollama/small")}).fleet()
     )
     with contextlib.closing(llm):
         for number in range(3):
@@ -809,7 +810,7 @@ def test_a_request_on_its_way_passes_over_what_failed_meanwhile(attach: Attach, 
     break_with(second, None)
     with Refuser(second.port) as dead:
         for number in range(6):
-            first.script_chat(dataclasses.replace(FAULTS["503"], delay=0.3 + number * 0.2))  # type: ignore[type-var]
+            first.script_chat(dataclasses.replace(FAULTS["503"], delay=0.3 + number * 0.2))  # type: ignore[arg-type, type-var]
         endpoint_at(llm, second).in_flight = 100  # so that all go to the first
         errors = asyncio.run(failures(llm, 6))
         assert {error.kind for error in errors} <= {"engine_unavailable", "engine_overloaded"}

@@ -39,7 +39,7 @@ CAPITAL: Json = {
     "required": ["city", "large"],
     "additionalProperties": False,
 }
-#: what Codex sends with every turn (codex-rs, core/src/client.rs)
+#: a turn like those of Codex, written by hand: not a recording
 CODEX: Json = {
     "instructions": "You are a coding agent.",
     "input": [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}],
@@ -57,7 +57,7 @@ CODEX: Json = {
     "include": ["reasoning.encrypted_content"],
     "prompt_cache_key": "0190b2c6",
 }
-#: what Claude Code sends with every turn
+#: a turn like those of Claude Code, written by hand: not a recording
 CLAUDE_CODE: Json = {
     "system": [{"type": "text", "text": "You are Claude Code.", "cache_control": {"type": "ephemeral"}}],
     "messages": [{"role": "user", "content": [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}]}],

@@ -100,6 +100,8 @@ class Us(Side):
         self.llm, self.http = llm, HTTP(url)
 
     def ask(self, prompt: str | list[Json], *, stream: bool = False, **fields: Any) -> Answer:
+        if "model" in fields:  # OpenAI's word; in Python it is another
+            fields["model_name"] = fields.pop("model")
         try:
             done = asyncio.run(self._streamed(prompt, fields)) if stream else self.llm.complete(prompt, **fields)
         except InferenceError as exc:

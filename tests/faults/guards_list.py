@@ -84,8 +84,8 @@ GUARDS: dict[str, Guard] = {
         "engine:early end ollama api",
     ),
     "relayed events are looked at": Guard(
-        """if first or ends or b'"error"' in data""",
-        "if False",
+        "or not GOOD_ENDS.issuperset(ends) or not CLEAN_EVENTS.fullmatch(data):",
+        "and False:",
         "network",
         "engine:garbage inside vllm v1",
     ),

@@ -147,7 +147,7 @@ def refused_bodies() -> Iterator[tuple[str, str, bytes, set[str]]]:
             ("top_p", "0"),
             ("seed", "true"),
             ("top_logprobs", "21"),
-            ("stop", '["a","b","c","d","e"]'),
+            ("stop", json.dumps(list("abcdefghijklmnopq"))),
             ("stop", f'"{"x" * 300}"'),
             ("stop", '[""]'),
         ):
@@ -391,13 +391,15 @@ async def must_refuse(world: World, found: Result, cases: list[tuple[str, str, b
 
 async def capped(world: World, found: Result) -> None:
     """More tokens than the server allows: the engine is asked for the limit, and the answer names the field."""
-    for path, field in ((API, "max_tokens"), (V1, "max_tokens"), (V1, "max_completion_tokens"), ("/v1/messages", "max_tokens")):
-        body = {key: value for key, value in VALID[path].items() if key not in ("max_tokens", "response_format")}
+    both = ("max_tokens", "max_completion_tokens")
+    for path, field in ((API, both[0]), (V1, both[0]), (V1, both[1]), ("/v1/messages", both[0])):
+        body = {key: value for key, value in VALID[path].items() if key not in (*both, "response_format")}
         answer = await ask(world.port, path, {**body, field: 8193})
         named = answer.headers.get("x-ignored-fields", "") if path != API else answer.body.decode()
         sent = json.loads(world.engines["vllm"].requests[-1].body)
-        most = max(sent.get("max_tokens") or 0, sent.get("max_completion_tokens") or 0)
-        found.check(answer.status == 200 and field in named and most == 8192, f"capped {field} on {path}: {most} {named[:200]}")
+        most = max(sent.get(name) or 0 for name in both)
+        fine = answer.status == 200 and field in named and most == 8192
+        found.check(fine, f"capped {field} on {path}: {most} {named[:200]}")
 
 
 async def mutations(world: World, found: Result, many: int, seed: int) -> None:

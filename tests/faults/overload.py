@@ -165,7 +165,7 @@ async def soak(full: bool, off: str | None = None, focus: str = "") -> Result:
                     dialect, v1, stream, name = DIALECTS[turn % 4], turn // 4 % 2 == 1, turn // 8 % 2 == 1, nonce()
                     body: Json = asking(dialect, name, v1=v1, stream=stream)
                     if turn % 17 == 0:  # a bad one
-                        body["max_tokens"] = -1
+                        body["max_tokens"] = -2
                     if turn % 23 == 0:  # one that leaves
                         await link.ask(request_bytes(V1 if v1 else API, body), timeout=0.002)
                         continue
