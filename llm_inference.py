@@ -10168,21 +10168,23 @@ def response_class() -> "Callable[[Exchange], StarletteResponse]":
     return ExchangeResponse
 
 
+FIRST_PROMPT = "What is the capital of China? Answer in one short sentence."  # the demo model answers it well
 DEMO = "llamacpp/SmolLM2-135M-Instruct.Q4_1"
 EXAMPLES: dict[type, dict[str, Any]] = {
-    GenerateBody: {"prompt": "What is the capital of France?", "max_tokens": 64},
-    ChatBody: {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 64},
+    GenerateBody: {"prompt": FIRST_PROMPT, "max_tokens": 64},
+    ChatBody: {"messages": [{"role": "user", "content": FIRST_PROMPT}], "max_tokens": 64},
     StructuredBody: {
-        "prompt": "Name a city and its population.",
-        "schema": {"city": "string", "population": "number"},
+        "prompt": "Anna is 34 years old.",
+        "schema": {"name": "string", "age": "integer"},
         "max_tokens": 128,
+        "temperature": 0,
     },
 }
 V1_EXAMPLES: dict[str, dict[str, Any]] = {
     CHAT: {"model": DEMO, "messages": EXAMPLES[ChatBody]["messages"], "max_tokens": 64},
     COMPLETIONS: {"model": DEMO, "prompt": "The capital of France is", "max_tokens": 16},
     EMBEDDINGS: {"model": "ollama/nomic-embed-text", "input": ["hello"]},
-    RESPONSES: {"model": DEMO, "input": "What is the capital of France?", "max_output_tokens": 64},
+    RESPONSES: {"model": DEMO, "input": FIRST_PROMPT, "max_output_tokens": 64},
     MESSAGES: {"model": DEMO, "messages": EXAMPLES[ChatBody]["messages"], "max_tokens": 64},
     COUNT_TOKENS: {"model": DEMO, "messages": EXAMPLES[ChatBody]["messages"]},
 }
@@ -11023,207 +11025,146 @@ CHAT_PAGE = r"""<!doctype html>
 <style>
 * { box-sizing: border-box; overflow-wrap: anywhere }
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
-body { display: flex; flex-direction: column; gap: .6rem; height: 100dvh; max-width: 52rem; margin: auto;
-  padding: .7rem }
-header, footer, #examples, .fields { display: flex; flex-wrap: wrap; gap: .5rem; padding: 2px }
-footer { flex-wrap: nowrap } #ask { flex: 1; resize: none } #model { flex: 1 14rem; min-width: 0 }
-h1, h3 { font-size: 1.1rem; margin: .3rem 0 } [hidden], #status:empty { display: none !important }
-button, select, input, textarea { font: inherit; border: 1px solid #888; border-radius: .5rem;
-  padding: .4rem .7rem }
-#send { background: light-dark(#0b57d0, #8ab4f8); color: Canvas }
-#settings { max-height: 55dvh; flex-shrink: 0 } #talk { flex: 1; min-height: 6rem }
-#settings, #talk, pre { overflow: auto }
-label { flex: 1 9rem; font-size: .9rem } label * { display: block; width: 100% } .wide { flex: 100% }
-.user, p, pre, .reasoning div { white-space: pre-wrap; margin-block: .5rem } .user, pre, code { background: #8882 }
-.user { margin-left: auto; max-width: 85%; width: fit-content; padding: .5rem .9rem; border-radius: .9rem }
-.code { position: relative } pre { padding: .7rem } .bullet { list-style: disc }
-.code button { position: absolute; right: .3rem; top: .3rem; font-size: .8rem; padding: 0 .5rem }
-.reasoning, .note { opacity: .75; font-size: .9rem } .warn { opacity: 1; color: light-dark(#7a4b00, #f0c070) }
-.reasoning, .error { border-left: 4px solid; padding: .3rem .7rem }
-.error { color: light-dark(#a31515, #ffb4ab); background: #c001 }
-::placeholder { color: inherit; opacity: .7 } #demo code { display: block }
+body { display: flex; flex-direction: column; gap: 8px; height: 100dvh; max-width: 52rem; margin: auto; padding: 8px }
+header, footer, #examples, #settings div { display: flex; flex-wrap: wrap; gap: 8px; padding: 2px }
+h1 { font-size: 1.1rem; margin: .3rem 0 } #model { flex: 1 14rem; min-width: 0 } footer { flex-wrap: nowrap }
+button, select, input, textarea { font: inherit; border: 1px solid #888; border-radius: 8px; padding: .4rem .7rem }
+label { flex: 1 10rem } label * { display: block; width: 100% } #send { background: #05c; color: white }
+#ask, #talk { flex: 1; min-height: 4rem; resize: none } #settings { max-height: 50dvh; flex-shrink: 0 }
+#settings, #talk, pre { overflow: auto } p, pre { margin: .3rem 0; white-space: pre-wrap }
+.item { padding-left: 1.3em; text-indent: -1.3em } .user { margin-left: 15%; border-radius: .9rem }
+.user, pre { padding: .5rem .9rem } .user, pre, code { background: #8883 } .note { font-size: .9rem }
+.reasoning, .error { border-left: 4px solid #888; padding-left: .7rem } .warn, .error { color: light-dark(#a00, #fba) }
+[hidden], #status:empty, .reasoning:empty, #examples:not(:only-child) { display: none }
 </style>
-<header><h1>llm_inference</h1><button id="new">New chat</button><select id="model" aria-label="Model"></select></header>
-<div id="demo" class="note" hidden>
-<span>This tiny demo model is often wrong and knows little but English. For a real one:</span>
+<header><h1>llm_inference</h1><button id="new" data-zh="新对话">New chat</button>
+<select id="model" aria-label="Model" data-zh="模型"></select></header>
+<div id="demo" hidden>
+<span data-zh="当前是演示用的微型模型，经常答错，基本只懂英文。换用正式模型：">This demo model is often wrong. For a real one:</span>
 <code>python llm_inference.py --serve --model Qwen/Qwen3-0.6B-GGUF:Q8_0</code></div>
-<details id="settings"><summary>Settings</summary><div class="fields">
-<label class="wide"><span>API key</span><input id="key" type="password" autocomplete="off" pattern="[!-~]*"></label>
-<label class="wide"><span>System prompt</span><textarea id="system" rows="2"></textarea></label>
-<label>temperature<input id="temperature" type="number" min="0" max="2" step="any" placeholder="default"></label>
-<label>top_p<input id="top_p" type="number" min="0" max="1" step="any" placeholder="default"></label>
-<label>max_tokens<input id="max_tokens" type="number" min="1" value="1024"></label>
-<label class="wide"><span>JSON schema</span>
-<textarea id="schema" rows="2" placeholder='{"city": "string", "population": "number"}'></textarea></label>
-</div></details>
-<main id="talk" role="log" tabindex="0" aria-label="Conversation"><div id="examples"></div></main>
+<details id="settings"><summary data-zh="设置">Settings</summary><div>
+<label><span data-zh="API 密钥">API key</span><input id="key" type="password" autocomplete="off"></label>
+<label><span data-zh="系统提示词">System prompt</span><textarea id="system"></textarea></label>
+<label>temperature<input id="temperature" type="number" step="any"></label>
+<label>top_p<input id="top_p" type="number" step="any"></label>
+<label>max_tokens<input id="max_tokens" type="number" value="1024"></label>
+<label><span data-zh="JSON Schema（要求返回的结构）">JSON schema</span>
+<textarea id="schema" placeholder='{"name": "string", "age": "integer"}'></textarea></label></div></details>
+<main id="talk" role="log" tabindex="0" aria-label="Conversation" data-zh="对话"><div id="examples"></div></main>
 <div id="status" class="error" role="alert"></div>
-<footer><textarea id="ask" rows="2" autofocus aria-label="Message"
-placeholder="Enter sends, Shift+Enter: new line"></textarea>
-<button id="send">Send</button></footer>
+<footer><textarea id="ask" rows="2" autofocus aria-label="Message" data-zh="消息"></textarea>
+<button id="send" data-zh="发送">Send</button></footer>
 <script>
-const CHINESE = {
-  Model: "模型", "New chat": "新对话", Settings: "设置", "API key": "API 密钥", "System prompt": "系统提示词",
-  default: "默认", Conversation: "对话", Message: "消息", Send: "发送", Stop: "停止", Copy: "复制",
-  Reasoning: "思考过程", "Enter sends, Shift+Enter: new line": "Enter 发送，Shift+Enter 换行",
-  "The server cannot be reached.": "无法连接服务器。",
-  "This tiny demo model is often wrong and knows little but English. For a real one:":
-    "当前是演示用的微型模型，经常答错，基本只懂英文。换用正式模型：", "JSON schema": "JSON Schema（要求返回的结构）",
-  You: "你", "Cut off by max_tokens": "已达 max_tokens 上限，回答被截断", "first token {} s": "首 token {} 秒",
-  Answer: "回答", "{} tokens/s": "{} token/秒", "{} prompt + {} answer tokens": "输入 {} + 输出 {} token",
-  "ignored: {}": "已忽略：{}", "endpoint: {}": "端点：{}", Stopped: "已停止",
-  "The server asks for an API key.": "服务器要求提供 API 密钥。",
-  "The server refuses this API key.": "API 密钥不正确。", "The server has no model.": "服务器没有可用的模型。",
-  "The answer broke off before its end.": "回答尚未完成，连接已中断。", "The answer is empty.": "回答为空。",
-  "not valid JSON": "不是有效的 JSON"
-}
-const EXAMPLES = ["List three benefits of walking.", "Explain in two sentences why the sky is blue."]
-const CHINESE_EXAMPLES = ["用一句话介绍北京。", "天空为什么是蓝色的？", "用 Python 写一个快速排序函数。"]
-const MARKS = /(`[^`\n]+`|\*\*(?=\S).{1,500}?\*\*|\*(?=\S)[^*\n]+\*|\[[^[\]\n]+\]\(https?:\/\/[^\s()]{1,2000}\))/
-const FENCE = / *```.*/.source, HEADING = /#{1,6} .*/.source, ITEM = / *(?:[-*+]|\d{1,9}[.)]) .*/.source
-const LIST = `^${ITEM}(?:\n${ITEM})*`, TEXT = `^.*\\S.*(?:\n(?!${FENCE}|${HEADING}|${ITEM}).*\\S.*)*`
-const BLOCKS = RegExp(`^${FENCE}(?:\n(?!${FENCE}).*)*(?:\n${FENCE})?|^${HEADING}|${LIST}|${TEXT}`, "gm")
-const $ = id => document.getElementById(id), talk = $("talk"), chinese = navigator.language.startsWith("zh")
-const t = (text, ...values) => values.reduce((line, v) => line.replace("{}", () => v), chinese && CHINESE[text] || text)
-let turns = [], running = null
-function alarm(text) {
-  $("status").textContent = text && `⚠ ${text}`
-}
+const EXAMPLES = [
+  "What is the capital of China? Answer in one short sentence.",
+  "What is HTTP? Answer in one short sentence.",
+]
+const CHINESE_EXAMPLES = ["用一句话介绍北京。", "天空为什么是蓝色的？"]
+const $ = id => document.getElementById(id), talk = $("talk"), inChinese = navigator.language.startsWith("zh")
+const t = (english, chinese) => inChinese ? chinese : english
+let messages = [], running = null  // the conversation, and what stops the answer that is being written
+
 function make(tag, properties, ...inside) {  // elements and text nodes only: nothing in an answer is read as HTML
   const node = Object.assign(document.createElement(tag), properties)
   node.append(...inside)
   return node
 }
-function inline(tag, text, properties) {
-  return make(tag, properties, ...text.split(MARKS).map((part, i) => {
-    const [, label, href] = /^\[(.*)\]\((.*)\)$/.exec(part) ?? []
-    if (i % 2 == 0) return part
-    if (href) return make("a", {href, target: "_blank", rel: "noopener noreferrer"}, label)
-    if (part[0] == "`") return make("code", {}, part.slice(1, -1))
-    return part[1] == "*" ? inline("strong", part.slice(2, -2)) : inline("em", part.slice(1, -1))
-  }))
+function paragraph(line) {  // an item of a list keeps its mark, and hangs
+  const className = /^ *([-*+]|\d+[.)]) /.test(line) ? "item" : ""
+  const parts = line.replace(/^( *)[-*+] /, "$1• ").split(/`([^`]+)`|\*\*([^*]+)\*\*/)  // text, code, bold, text, …
+  const nodes = parts.map((part = "", i) => part && i % 3 ? make(["code", "b"][i % 3 - 1], {}, part) : part)
+  return make("p", {className}, ...nodes)
 }
-function block(source) {
-  if (/^#+ /.test(source)) return inline("h3", source.replace(/^#+ /, ""))
-  if (RegExp(`^${ITEM}`).test(source)) return make("ol", {}, ...Array.from(source.matchAll(/^( *)(\S+) (.*)/gm), item))
-  if (!/^ *```/.test(source)) return inline("p", source)
-  const code = make("pre", {}, source.replace(/^.*\n?/, "").replace(/\n? *```.*$/, ""))
-  const onclick = () => { getSelection().selectAllChildren(code); document.execCommand("copy") }
-  return make("div", {className: "code"}, code, make("button", {onclick}, t("Copy")))
+function markdown(text) {
+  const parts = text.split(/^ *```.*\n?/m)  // the odd ones are code
+  return parts.flatMap((part, i) => i % 2 ? make("pre", {}, part.trimEnd()) : part.trim().split("\n").map(paragraph))
 }
-function item([, indent, mark, text]) {
-  const kind = mark.length > 1 ? {value: parseInt(mark)} : {className: "bullet"}
-  return inline("li", text, {...kind, style: `margin-left: ${Math.min(indent.length, 12) / 2}em`})
-}
-function draw({thought, answer, reasoning, text, schema}, ...notes) {
+function draw({box, thought, shown, reasoning, text, schema}, note = "", className = "note") {
   const atEnd = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 40
-  const sources = (schema && text ? "```\n" + text + "\n```" : text).match(BLOCKS) ?? []
-  thought.hidden = !reasoning
-  thought.lastChild.textContent = reasoning
-  while (answer.lastChild && answer.lastChild.source != sources[answer.children.length - 1]) answer.lastChild.remove()
-  answer.append(...sources.slice(answer.children.length).map(source => Object.assign(block(source), {source})))
-  answer.parentNode.append(...notes)
+  const blocks = schema ? [make("pre", {}, text)] : markdown(text)
+  thought.textContent = reasoning
+  while (shown.lastChild && !shown.lastChild.isEqualNode(blocks[shown.children.length - 1])) shown.lastChild.remove()
+  shown.append(...blocks.slice(shown.children.length))
+  if (note) box.append(make("p", {className, role: className == "error" ? "alert" : null}, note))
   if (atEnd) talk.scrollTop = talk.scrollHeight
 }
 async function call(path, options) {
-  const key = $("key").value, headers = {"content-type": "application/json"}
+  const key = $("key").value.replace(/[^!-~]/g, "?"), headers = {"content-type": "application/json"}
   if (key) headers.authorization = `Bearer ${key}`
-  const reply = await fetch(path, {headers, ...options})
-    .catch(error => { throw error.name == "AbortError" ? error : Error(t("The server cannot be reached.")) })
+  const reply = await fetch(location.pathname.replace(/\/ui\/?$/, "") + path, {headers, ...options})
   if (reply.ok) return reply
   const {msg, error} = await reply.json().catch(() => ({}))
-  if (reply.status != 401) throw Error(msg ?? error?.message ?? `HTTP ${reply.status} ${reply.statusText}`)
+  if (reply.status != 401) throw Error(msg ?? error?.message ?? `HTTP ${reply.status}`)
   $("settings").open = true
   $("key").focus()
-  throw Error(t(key ? "The server refuses this API key." : "The server asks for an API key."))
+  throw Error(t("The server asks for a valid API key.", "服务器要求提供有效的 API 密钥。"))
 }
+const reason = error => `⚠ ${error instanceof TypeError ? t("The connection failed.", "连接失败。") : error.message}`
 async function models() {
-  const {data, error} = await call("/v1/models").then(reply => reply.json()).catch(error => ({data: [], error}))
-  $("model").replaceChildren(...data.map(model => new Option(model.id)))
-  alarm(error ? error.message : data.length ? "" : t("The server has no model."))
-  greet()
+  try {
+    const {data} = await (await call("/v1/models")).json()
+    $("model").replaceChildren(...data.map(model => new Option(model.id)))
+    $("status").textContent = ""
+    greet()
+  } catch (error) { $("status").textContent = reason(error) }
 }
 function greet() {
-  const demo = $("model").value.includes("SmolLM2-135M"), examples = chinese && !demo ? CHINESE_EXAMPLES : EXAMPLES
+  const demo = $("model").value.includes("SmolLM2-135M"), examples = inChinese && !demo ? CHINESE_EXAMPLES : EXAMPLES
   const onclick = event => { $("ask").value = event.target.textContent; $("ask").focus() }
   $("demo").hidden = !demo
   $("examples").replaceChildren(...examples.map(text => make("button", {onclick}, text)))
 }
-async function* events(reply) {
-  const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader()
-  for (let rest = "", part = await reader.read(); !part.done; part = await reader.read()) {
-    const found = (rest + part.value).split("\n\n")
-    rest = found.pop()
-    for (const event of found) if (event.startsWith("data: {")) yield JSON.parse(event.slice(6))
-  }
-}
-async function answer(turn, body) {
-  const path = `/api/v1/llm/${turn.schema ? "structured-generate" : "chat"}`
-  const reply = await call(path, {method: "POST", body: JSON.stringify(body), signal: running.signal})
-  for await (const {code, msg, data} of events(reply)) {
-    if (code != 200) throw Error(msg)
-    if (data.delta && !turn.text) turn.thought.open = false
-    turn.reasoning += data.reasoning_delta ?? ""
-    turn.text = "result" in data ? JSON.stringify(data.result, null, 2) : turn.text + (data.delta ?? "")
-    if (data.finish_reason) turn.last = {...data, endpoint: reply.headers.get("x-endpoint")}
-    turn.frame ??= requestAnimationFrame(() => { turn.frame = null; draw(turn) })
-  }
-  if (!turn.last) throw TypeError()
-}
-function ending({last, text}, error) {
-  const line = (className, ...inside) => make("p", {className, role: className == "error" ? "alert" : null}, ...inside)
-  if (error?.name == "AbortError") return [line("note warn", "■ ", t("Stopped"))]
-  const broken = error instanceof TypeError && t("The answer broke off before its end.")
-  if (error) return [line("error", "⚠ ", broken || error.message)]
-  const {timing, usage, ignored, endpoint} = last, cut = last.finish_reason == "length" && t("Cut off by max_tokens")
-  const figures = [timing?.ttft != null && t("first token {} s", timing.ttft.toFixed(2)),
-    timing?.tokens_per_second && t("{} tokens/s", timing.tokens_per_second.toFixed(0)),
-    usage && t("{} prompt + {} answer tokens", usage.prompt_tokens, usage.completion_tokens),
-    endpoint && t("endpoint: {}", endpoint), ignored?.length && t("ignored: {}", ignored.join(", "))]
-  const mark = cut ? `✂ ${cut}` : !text && t("The answer is empty.")
-  return [...(mark ? [line("note warn", mark)] : []), line("note", figures.filter(Boolean).join(" · "))]
-}
-function begin(question) {
-  const summary = make("summary", {}, t("Reasoning"))
-  const thought = make("details", {className: "reasoning", open: true, hidden: true}, summary, make("div"))
-  const answer = make("div"), box = make("article", {ariaLabel: t("Answer")}, thought, answer)
-  talk.append(make("article", {className: "user", ariaLabel: t("You")}, question), box)
-  talk.scrollTop = talk.scrollHeight
-  return {question, thought, answer, schema: $("schema").value.trim(), text: "", reasoning: ""}
-}
-function request(turn) {
-  const body = {model_name: $("model").value || null, messages: [], stream: true, on_unsupported: "ignore"}
-  const add = (role, content) => content && body.messages.push({role, content})
-  add("system", $("system").value.trim())
-  for (const {question, text} of turns) if (text) { add("user", question); add("assistant", text) }
-  add("user", turn.question)
+function request({question, schema}) {
+  const body = {model_name: $("model").value || null, stream: true, on_unsupported: "ignore"}
+  const system = {role: "system", content: $("system").value.trim()}
+  body.messages = [...(system.content ? [system] : []), ...messages, {role: "user", content: question}]
   for (const id of ["temperature", "top_p", "max_tokens"]) if ($(id).value) body[id] = Number($(id).value)
-  if (turn.schema) body.schema = JSON.parse(turn.schema)
-  return body
+  try { if (schema) body.schema = JSON.parse(schema) } catch (error) { throw Error(`JSON schema: ${error.message}`) }
+  return JSON.stringify(body)
 }
-function busy(controller) {
-  running = controller
-  talk.ariaBusy = !!controller
-  $("send").textContent = t(controller ? "Stop" : "Send")
+async function answer(turn) {
+  const path = `/api/v1/llm/${turn.schema ? "structured-generate" : "chat"}`
+  const reply = await call(path, {method: "POST", body: request(turn), signal: running.signal})
+  const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader()
+  let last = {}, rest = ""
+  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+    const events = (rest + part.value).split("\n\n")
+    rest = events.pop()
+    for (const event of events.filter(event => event.startsWith("data: {"))) {
+      const {code, msg, data} = JSON.parse(event.slice(6))
+      if (code != 200) throw Error(msg)
+      turn.reasoning += data.reasoning_delta ?? ""
+      turn.text = "result" in data ? JSON.stringify(data.result, null, 2) : turn.text + (data.delta ?? "")
+      last = data
+    }
+    draw(turn)
+  }
+  if (!last.finish_reason) throw TypeError()  // the stream broke off
+  if (last.finish_reason == "length") draw(turn, `✂ ${t("Cut off by max_tokens", "回答被 max_tokens 截断")}`, "note warn")
+  const speed = last.timing?.tokens_per_second, figures = speed ? `${speed.toFixed(0)} tokens/s · ` : ""
+  draw(turn, `${figures}${t("endpoint", "端点")}: ${reply.headers.get("x-endpoint")}`)
+  if (last.ignored?.length) draw(turn, `${t("ignored", "已忽略")}: ${last.ignored.join(", ")}`, "note warn")
 }
 async function send() {
-  const question = $("ask").value.trim(), invalid = document.querySelector("#settings :invalid")
+  const question = $("ask").value.trim(), history = messages
   if (running || !question) return
-  if (invalid) {
-    $("settings").open = true
-    invalid.focus()
-    return alarm(`${invalid.labels[0].innerText.trim()}: ${invalid.validationMessage}`)
+  const thought = make("p", {className: "reasoning"}), shown = make("div"), box = make("article", {}, thought, shown)
+  const turn = {question, box, thought, shown, schema: $("schema").value.trim(), text: "", reasoning: ""}
+  talk.append(make("p", {className: "user"}, question), box)
+  talk.scrollTop = talk.scrollHeight
+  $("ask").value = $("status").textContent = ""
+  $("send").textContent = t("Stop", "停止")
+  talk.ariaBusy = true
+  running = new AbortController()
+  try { await answer(turn) } catch (error) {
+    if (error.name == "AbortError") draw(turn, `■ ${t("Stopped", "已停止")}`, "note warn")
+    else draw(turn, reason(error), "error")
   }
-  const turn = begin(question), body = request(turn)
-  turns.push(turn)
-  $("examples").hidden = true
-  $("ask").value = ""
-  alarm("")
-  busy(new AbortController())
-  const error = await answer(turn, body).catch(error => error)
-  busy(null)
-  draw(turn, ...ending(turn, error))
-  if (!turn.text && turns.includes(turn)) $("ask").value ||= question
+  talk.ariaBusy = false
+  running = null
+  $("send").textContent = t("Send", "发送")
+  if (turn.text) history.push({role: "user", content: question}, {role: "assistant", content: turn.text})
+  else if (history == messages) $("ask").value ||= question
 }
 window.onpagehide = () => running?.abort()  // a page that the browser keeps to go back to would read on
 $("send").onclick = () => running ? running.abort() : send()
@@ -11234,28 +11175,17 @@ $("ask").onkeydown = event => {
 }
 $("new").onclick = () => {
   running?.abort()
-  turns = []
+  messages = []
   talk.replaceChildren($("examples"))
-  $("examples").hidden = false
   $("ask").focus()
 }
-$("schema").oninput = ({target}) => {
-  target.setCustomValidity("")
-  try { JSON.parse(target.value.trim() || "null") } catch { target.setCustomValidity(t("not valid JSON")) }
-}
-$("key").onchange = ({target}) => {
-  if (!target.reportValidity()) return
-  sessionStorage.setItem("llm_inference_key", target.value)
-  models()
-}
+$("key").onchange = models
 $("model").onchange = greet
-$("key").value = sessionStorage.getItem("llm_inference_key")
-document.documentElement.lang = chinese ? "zh-CN" : "en"
-for (const node of document.querySelectorAll("span, summary, button")) node.textContent = t(node.textContent)
-for (const node of document.querySelectorAll("[aria-label]")) node.ariaLabel = t(node.ariaLabel)
-for (const node of document.querySelectorAll("[placeholder]")) node.placeholder = t(node.placeholder)
+document.documentElement.lang = t("en", "zh-CN")
+for (const node of inChinese ? document.querySelectorAll("[data-zh]") : [])
+  node[node.ariaLabel ? "ariaLabel" : "textContent"] = node.dataset.zh
 models()
-</script></html>
+</script>
 """
 
 
@@ -11558,7 +11488,6 @@ async def _shared_endpoint(endpoint: Endpoint) -> EndpointConfig:
 
 # 17 Command line ---------------------------------------------------------------------------------
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
-FIRST_PROMPT = "What is the capital of China? Answer in one short sentence."  # the demo model answers it well
 REAL_MODEL = "--engine llamacpp --model Qwen/Qwen3-0.6B-GGUF:Q8_0"
 
 

@@ -252,7 +252,6 @@ def test_what_python_callers_give() -> None:
         aliases={"x": "vllm/m"},
         deadlines=product.Deadlines(idle=0.2),
         engine="vllm",
-        page=False,
         launch_args=["--x, y"],
         endpoints=[],
     )
