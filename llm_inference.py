@@ -999,6 +999,7 @@ class GenerateRequest:
     body: dict[str, Any]
     surface: str = OWN  #: which fields may stand in the body: a key of SURFACES
     lenient: bool = False  #: leave out what the engine lacks instead of refusing it
+    hints: frozenset[str] = frozenset()  #: fields that are left out, and reported, where the engine or model lacks them
     build: "TypeAdapter[Any] | None" = None  #: makes the value where the schema was a Python type
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  #: engine_options
     timeout: float | None = None  #: seconds for the answer
@@ -4358,8 +4359,10 @@ class BaseLLMAdapter:
         if body.get("tool_choice") == "none":  # no tools, no calls: honoured everywhere
             body = {name: value for name, value in body.items() if name not in ("tools", "tool_choice")}
         missing, harmless, off = left_out(self, request, body, has)
+        harmless += [name for name in missing if name in request.hints]
+        missing = [name for name in missing if name not in request.hints]
         if missing and not (request.lenient and {"images", "tool_messages"}.isdisjoint(missing)):
-            raise self._unsupported(model, missing, body)
+            raise self._unsupported(model, missing, request)
         kept = {name: value for name, value in body.items() if name not in (*missing, *harmless, *off)}
         ignored = [*harmless, *missing]
         ignored += await self._cap_tokens(request, kept)
@@ -4371,12 +4374,15 @@ class BaseLLMAdapter:
         """The fields that cannot change an answer of this engine."""
         return HARMLESS
 
-    def _unsupported(self, model: str, missing: Sequence[str], body: Container[str]) -> UnsupportedFeature:
+    def _unsupported(self, model: str, missing: Sequence[str], request: GenerateRequest) -> UnsupportedFeature:
         reason = f"{self.engine_type} ({model}) does not support {', '.join(missing)[:200]}"
         for name in missing:
-            if name in reasons() and name in body:
+            if name in reasons() and name in request.body:
                 return UnsupportedFeature(f"{name}: {reasons()[name]}", "leave it out", param=name)
-        hint = self.suggestion(missing) or 'leave it out, use another engine, or send on_unsupported="ignore"'
+        hint = 'leave it out, use another engine, or send on_unsupported="ignore"'
+        if request.surface != OWN:
+            hint = "leave it out, or use another engine"
+        hint = self.suggestion(missing) or hint
         return UnsupportedFeature(reason, hint, param=missing[0])
 
     async def _cap_tokens(self, request: GenerateRequest, body: dict[str, Any]) -> list[str]:
@@ -5311,6 +5317,7 @@ class OpenAIAdapter(HTTPAdapter):
     offers_named_alone: ClassVar[bool] = False  #: must a named function be the only one that is offered?
     constraint_fields: ClassVar[str] = "response_format"  #: what constrains an answer on /v1
     pull_hint = "it downloads its model when it starts"
+    reasoning_field: ClassVar[str] = "reasoning_content"  #: of an assistant's message, in and out
 
     def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         words = self.fields(request.surface)
@@ -5323,7 +5330,9 @@ class OpenAIAdapter(HTTPAdapter):
         if isinstance(wire.get("stop"), str):
             wire["stop"] = [wire["stop"]]
         if "messages" in wire:
-            wire["messages"] = repaired_messages(wire["messages"])
+            wire["messages"] = repaired_messages(wire["messages"], self.reasoning_field)
+        if wire.get("continue_final_message") and "add_generation_prompt" in words:
+            wire["add_generation_prompt"] = False  # vLLM refuses one without the other
         if body.get("tools") and body.get("tool_choice") not in (None, "auto"):
             wire |= self._forced(body)
         wire |= self._encode_constraint(request, body)
@@ -5516,12 +5525,17 @@ def expected_choices(body: Mapping[str, Any]) -> int:
     return prompts * n if isinstance(n, int) else 1
 
 
-def repaired_messages(messages: Any) -> Any:
-    """Messages whose tool calls have "{}" for empty arguments, which some templates need to be JSON."""
+def repaired_messages(messages: Any, reasoning_field: str) -> Any:
+    """Messages with the reasoning under the engine's name for it, and "{}" for a call's empty arguments: some
+    templates need JSON there.
+    """
     if not isinstance(messages, list):
         return messages
     found = []
     for message in messages:
+        other = "reasoning" if reasoning_field == "reasoning_content" else "reasoning_content"
+        if isinstance(message, dict) and other in message:
+            message = {reasoning_field if name == other else name: value for name, value in message.items()}
         if isinstance(message, dict) and isinstance(message.get("tool_calls"), list):
             message = message | {"tool_calls": [_repaired_call(call) for call in message["tool_calls"]]}
         found.append(message)
@@ -5543,6 +5557,7 @@ class VLLMAdapter(OpenAIAdapter):
     start_hint, install_hint = "vllm serve MODEL", "pip install vllm"
     embed_hint = "serve an embedding model: vllm serve MODEL --runner pooling"
     constraint_fields = "response_format and structured_outputs"
+    reasoning_field = "reasoning"
     routed = False  #: is vllm-router in between? (0.1.17: calls are then not held to their schema)
 
     async def identify(self, get: Get) -> str | None:
@@ -6221,6 +6236,8 @@ class OllamaAdapter(OllamaTranslator):
             return "Ollama has schema and choice; vllm, sglang and llamacpp have regex and grammar"
         if "tool_choice" in missing:
             return 'Ollama has tool_choice "none" and "auto"; vllm and sglang have the others'
+        if "continue_final_message" in missing:
+            return "end with a user message"
         return ""
 
     async def pull(self, model: str) -> AsyncGenerator[tuple[str, int, int], None]:
@@ -7900,6 +7917,9 @@ def chat_from_responses(body: dict[str, Any]) -> tuple[dict[str, Any], list[str]
     chat["messages"] = _messages_from_input(body, ignored)
     chat |= _tool_fields(body, ignored)
     chat |= _text_fields(body.get("text") or {})
+    if chat.get("tool_choice") not in (None, "auto", "none") and "response_format" in chat:
+        del chat["response_format"]  # it is for a message, and the answer will be a call: instructor sends both
+        ignored.append("text.format")
     chat |= _reasoning_fields(body.get("reasoning") or {}, ignored)
     chat |= _output_fields(body, ignored)
     names = list(dict.fromkeys(ignored))
@@ -8367,7 +8387,6 @@ class ResponseWriter:
     def feed(self, payload: dict[str, Any]) -> list[dict[str, Any]]:
         """The events for a `chat.completion.chunk`. Raises BadEngineReply for tool calls that overlap."""
         events = self.start()
-        self._model = payload.get("model") or self._model
         if payload.get("usage"):
             self._usage = _response_usage(payload["usage"])
         for choice in payload.get("choices") or ():
@@ -8646,7 +8665,7 @@ class _MessagesReader:
             return {"messages": messages}
         if "tool_calls" in messages[-1] or not messages[-1]["content"]:
             raise _bad_field("messages", "the last message has no text to continue", "end with a user message")
-        return {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}
+        return {"messages": messages, "continue_final_message": True}
 
     def _turns(self, messages: list[Any]) -> list[tuple[str, _Blocks]]:
         """Consecutive messages of one role are one turn, as in Anthropic's API."""
@@ -9139,7 +9158,7 @@ class V1Body(TypedDict, total=False):
     repetition_penalty: Annotated[float | None, Field(gt=0, le=2)]
     logprobs: bool | Annotated[int, Field(ge=0, le=20)] | None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)]
-    tools: Annotated[list[dict[str, Any]] | None, Field(max_length=128)]
+    tools: Annotated[list[dict[str, Any]] | None, Field(max_length=1024)]
     tool_choice: str | dict[str, Any] | None
     parallel_tool_calls: bool | None
     encoding_format: Literal["float", "base64"] | None
@@ -9198,6 +9217,7 @@ class Surface(ABC):
     """
 
     content_type = b"text/event-stream; charset=utf-8"
+    names: ClassVar[Mapping[str, str]] = {}  #: field of the common request → its name in this API
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
@@ -9223,6 +9243,13 @@ class Surface(ABC):
     def end(self, served: Served) -> bytes:
         """The events after the last burst."""
         return b""
+
+    def rename(self, error: InferenceError) -> None:
+        """Give the field at fault the name that this API has for it."""
+        name = self.names.get(error.param or "")
+        if name is not None:
+            error.reason = re.sub(rf"\b{error.param}\b", name, error.reason)
+            error.param = name
 
     def error(self, error: InferenceError) -> tuple[int, dict[str, Any]]:
         """HTTP status and body of a failure before the answer has begun."""
@@ -9443,6 +9470,11 @@ def sse(events: Iterable[Mapping[str, Any]]) -> bytes:
 class ResponsesSurface(Surface):
     """POST /v1/responses: OpenAI's Responses API, without a store."""
 
+    names: ClassVar[Mapping[str, str]] = {
+        "max_completion_tokens": "max_output_tokens", "reasoning_effort": "reasoning.effort",
+        "response_format": "text.format", "schema": "text.format.schema", "verbosity": "text.verbosity",
+    }  # fmt: skip
+
     def read(self, body: dict[str, Any]) -> GenerateRequest:
         if body.get("model") is None:
             raise InvalidRequest("model: is required", "see GET /v1/models", param="model")
@@ -9450,7 +9482,8 @@ class ResponsesSurface(Surface):
         self.ignored, self.streamed, self.model = tuple(ignored), bool(chat.get("stream")), chat["model"]
         self.writer = ResponseWriter(body, f"resp_{self.request_id.replace('-', '')}", int(time.time()))
         self.started = False
-        return chat_request(self, without_no_ops(chat) | (STREAMED if self.streamed else {}), CHAT)
+        request = chat_request(self, without_no_ops(chat) | (STREAMED if self.streamed else {}), CHAT)
+        return dataclasses.replace(request, hints=frozenset(THINKING_FIELDS))
 
     def write(self, answer: Answer, served: Served) -> bytes:
         return to_json(self.writer.complete(answer.payload))
@@ -9473,12 +9506,20 @@ class ResponsesSurface(Surface):
 class MessagesSurface(Surface):
     """POST /v1/messages: Anthropic's Messages API."""
 
+    names: ClassVar[Mapping[str, str]] = {
+        "chat_template_kwargs": "thinking", "continue_final_message": "messages", "response_format": "output_config.format",
+        "reasoning_effort": "output_config.effort", "schema": "output_config.format.schema", "stop": "stop_sequences",
+    }  # fmt: skip
+
     def read(self, body: dict[str, Any]) -> GenerateRequest:
+        if body.get("model") is None:
+            raise InvalidRequest("model: is required", "see GET /v1/models", param="model")
         chat, ignored = chat_from_messages(body)
         self.ignored, self.streamed, self.model = tuple(ignored), bool(chat.get("stream")), chat["model"]
         self.writer = MessageWriter(body, f"msg_{self.request_id.replace('-', '')}")
         self.started = False
-        return chat_request(self, without_no_ops(chat) | (STREAMED if self.streamed else {}), CHAT)
+        request = chat_request(self, without_no_ops(chat) | (STREAMED if self.streamed else {}), CHAT)
+        return dataclasses.replace(request, hints=frozenset(THINKING_FIELDS))
 
     def write(self, answer: Answer, served: Served) -> bytes:
         return to_json(self.writer.complete(answer.payload))
@@ -9495,7 +9536,10 @@ class MessagesSurface(Surface):
         return sse(self.writer.end())
 
     def error(self, error: InferenceError) -> tuple[int, dict[str, Any]]:
-        body = anthropic_error(error.kind, error.v1[0], error.message, self.request_id)
+        message = error.message
+        if isinstance(error, ContextTooLong):  # the words by which Claude Code and LangChain know it
+            message = f"prompt is too long: {message}"
+        body = anthropic_error(error.kind, error.v1[0], message, self.request_id, param=error.param)
         return (529 if body["error"]["type"] == "overloaded_error" else error.v1[0]), body
 
     def error_event(self, error: InferenceError) -> bytes:
@@ -10067,6 +10111,7 @@ class Exchange:
     async def fail(self, error: InferenceError) -> int:
         """Send the error: as an answer, or as a last event where the answer has begun. Returns its HTTP status."""
         self.error_kind = error.kind
+        self.surface.rename(error)
         self.served.usage = getattr(error, "usage", None) or self.served.usage
         status, body = self.surface.error(error)
         if self.started:
@@ -10088,7 +10133,8 @@ class Exchange:
         """Send the status and the headers."""
         self.started = True
         headers = [(b"content-type", content_type), (b"x-request-id", self.request_id.encode()), *more, *self.extra]
-        ignored = (*self.surface.ignored, *self.served.ignored)
+        ignored = [*self.surface.ignored]
+        ignored += [self.surface.names.get(name, name) for name in self.served.ignored]
         if ignored and not isinstance(self.surface, OwnSurface):
             headers.append((b"x-ignored-fields", ", ".join(ignored).encode("ascii", "replace")[:4000]))
         if self.served.endpoint:
@@ -10442,12 +10488,14 @@ def create_v1_router(gateway: Gateway) -> Any:
         return JSONResponse({"object": "list", "data": found})
 
     @router.get("/models/{name:path}", summary="OpenAI: one model")
-    async def model(name: str) -> Response:
+    async def model(name: str, request: Request) -> Response:
+        anthropic = "anthropic-version" in request.headers
         for each in await listed():
             if name and name in (each["id"], each["id"].partition("/")[2]):
-                return JSONResponse(each)
+                return JSONResponse(anthropic_models([each])["data"][0] if anthropic else each)
         error = ModelNotFound(f"no endpoint serves the model {name[:100]!r}", "see GET /v1/models", param="model")
-        return JSONResponse(error_object(error), error.v1[0], {"x-error-kind": error.kind})
+        body = refusal_body(error, MESSAGES if anthropic else CHAT)
+        return JSONResponse(body, error.v1[0], {"x-error-kind": error.kind})
 
     return router
 
@@ -10502,7 +10550,7 @@ class Guard:
         except InferenceError as error:
             own_probe = headers.get(LOOP_HEADER.encode()) == INSTANCE.encode()
             logger.log(logging.DEBUG if own_probe else logging.INFO, "- %s refused: %s", repr(path)[:100], error.kind)
-            await self._refuse(error, path, send)
+            await self._refuse(error, MESSAGES if b"anthropic-version" in headers else path, send)
             return
         exchange = self.gateway.direct.get(path) if scope["method"] == "POST" else None
         if exchange is not None:  # past FastAPI's machinery, which has nothing to add to these routes
@@ -10556,7 +10604,9 @@ class Guard:
 def refusal_body(error: InferenceError, path: str) -> dict[str, Any]:
     """The body of an error where no surface is known yet: by the path's own form."""
     if path.startswith(MESSAGES):
-        return anthropic_error(error.kind, error.status, error.message, str(uuid.uuid4()))
+        return anthropic_error(
+            error.kind, error.v1[0] if error.http is None else error.http, error.message, str(uuid.uuid4())
+        )
     return error_object(error) if path.startswith("/v1") else envelope(str(uuid.uuid4()), error=error)
 
 
@@ -10698,6 +10748,8 @@ def route_hint(path: str) -> str:
     """The route that does what somebody expected of another one."""
     known = [API + name for name in ("/generate", "/chat", "/structured-generate", "/engines", "/models")]
     known += [*V1_SURFACES, "/v1/models", "/health", "/ready", "/metrics", "/docs", "/ui"]
+    if path.startswith(f"{RESPONSES}/"):
+        return f"responses are not stored here: send the earlier items in the input of {RESPONSES}"
     if path in _ROUTE_HINTS:
         return f"use {_ROUTE_HINTS[path]}"
     return did_you_mean(path, known, "see /docs", cutoff=0.75)

@@ -26,7 +26,9 @@ GUARDS: dict[str, Guard] = {
     "body limit": Guard(LIMITS, "= 4 << 30, 32 << 10, 64, 100_000", "hostile_bodies", "over 4 MiB"),
     "header limit": Guard(LIMITS, "= 4 << 20, 32 << 20, 64, 100_000", "hostile_bodies", "header"),
     "JSON depth": Guard(LIMITS, "= 4 << 20, 32 << 10, 6400, 100_000", "hostile_bodies", "nested too deep"),
-    "no key twice": Guard("object_pairs_hook=_refuse_duplicate_keys", "object_pairs_hook=dict", "hostile_bodies", "a key twice"),
+    "no key twice": Guard(
+        "object_pairs_hook=_refuse_duplicate_keys", "object_pairs_hook=dict", "hostile_bodies", "a key twice"
+    ),
     "tokens capped": Guard(
         "if type(body[name]) is int and body[name] > cap:",
         "if False:",
@@ -77,11 +79,11 @@ GUARDS: dict[str, Guard] = {
         "network",
         "engine:early end vllm v1",
     ),
-    "a stream has its finish": Guard(
+    "an answer has its finish": Guard(
         "        if None in finished or len(finished) < choices:",
         "        if False:",
         "network",
-        "engine:early end ollama api",
+        "engine:no finish vllm api",
     ),
     "relayed events are looked at": Guard(
         "or not GOOD_ENDS.issuperset(ends) or not CLEAN_EVENTS.fullmatch(data):",

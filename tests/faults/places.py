@@ -398,7 +398,7 @@ async def places(full: bool, off: str | None = None, focus: str = "") -> Result:
                 hits = len(canary.hits)
                 target = "".join(c if 32 < ord(c) < 127 else f"%{ord(c):02x}" for c in path)
                 answer = await link.ask(request_bytes(target, body, headers, "POST" if body is not None else "GET"))
-                named = answer.status in (400, 404) and len(answer.body) < 700  # a refusal names what it refuses, cut short
+                named = answer.status in (400, 404) and len(answer.body) < 700  # a refusal names what it refuses
                 fine = answer.note != "hung" and (named or b"faults-canary" not in answer.body)
                 echo = "" if fine else f"echoed: {answer.body[:200]!r}"
                 found.check(
