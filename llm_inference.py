@@ -1143,6 +1143,8 @@ def check_together(body: dict[str, Any]) -> None:
     if body.get("top_logprobs") and not body.get("logprobs"):
         raise InvalidRequest("top_logprobs: needs logprobs", "set logprobs to true", param="top_logprobs")
     constraint = constraint_of(body)
+    if constraint == "response_format" and choice in (None, "auto"):
+        return  # a call or an answer in that format: see `relaxed`
     if constraint and tools and choice != "none":
         reason = f"{constraint} and tools cannot be combined: a tool call would not satisfy {constraint}"
         raise InvalidRequest(reason, "send one of them", param=constraint)
@@ -1165,8 +1167,13 @@ def check_constraints(body: dict[str, Any]) -> None:
     if len(given) > 1:
         raise InvalidRequest(f"{' and '.join(given)} cannot be combined", "send one constraint at most", param=given[1])
     _check_raw_schemas(body)
-    if (schema := answer_schema(body)) is not None:
-        check_limits(schema)
+    schema = answer_schema(body)
+    if schema is not None:
+        try:
+            check_limits(schema)
+        except InferenceError as exc:
+            exc.param = exc.param or "schema"
+            raise
     for tool in body.get("tools") or ():
         if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
             _check_parameters(tool["function"], body.get("tool_choice"))
@@ -2824,7 +2831,7 @@ def checker_for(request: GenerateRequest, ignored: Container[str] = ()) -> Check
     """
     body = request.body
     if constraint_of(body):
-        return functools.partial(check_text, request)
+        return functools.partial(check_text, request)  # or a call, where tools are offered beside the format
     tools = body.get("tools") or ()
     choice = body.get("tool_choice")
     if not tools or choice == "none" or "tools" in ignored:
@@ -2844,6 +2851,8 @@ def is_strict(tool: Any) -> bool:
 def check_text(request: GenerateRequest, choice: Choice) -> Any:
     """The parsed JSON for a schema (an instance where it was a Python type), the text for the other constraints."""
     body, cut = request.body, choice.finish_reason == "length"
+    if choice.call_deltas and body.get("tools"):
+        return check_calls(request, None, choice)
     if cut and request.surface != OWN:
         return None  # OpenAI's clients expect a cut text with finish_reason "length"
     if cut and request.constraint == "grammar":
@@ -2901,6 +2910,20 @@ def _check_arguments(function: Mapping[str, Any], arguments: str) -> None:
     except InferenceError:
         return  # merely offered, with keywords that nobody here can check: passed on as it is
     check(value)
+
+
+def relaxed(request: GenerateRequest, final: bool = False) -> GenerateRequest:
+    """The request as it is sent where tools are offered beside a response format.
+
+    The format would constrain the decoding and leave no room for a call. So it is left out, and the text, if it is one,
+    is checked; a text that does not fit is asked for again (`final`) with the format and without the tools.
+    """
+    body = request.body
+    if not body.get("tools") or body.get("tool_choice") == "none" or constraint_of(body) != "response_format":
+        return request
+    left_out = ("tools", "tool_choice", "parallel_tool_calls") if final else ("response_format",)
+    kept = {name: value for name, value in body.items() if name not in left_out}
+    return dataclasses.replace(request, body=kept)
 
 
 async def run_check(answer: Answer, checker: Checker) -> None:
@@ -6683,8 +6706,8 @@ class Fleet(Router):
         """
         spent, seconds, problem = Usage(), 0.0, ""
         answer = Answer()
-        for _ in range(2):
-            answer = await self._answer_once(request)
+        for final in (False, True):
+            answer = await self._answer_once(relaxed(request, final))
             spent += answer.usage or Usage()
             seconds += answer.timing.total if answer.timing else 0.0
             request.served.usage = spent if answer.usage else None
@@ -6861,9 +6884,10 @@ class OpenStream:
 
 async def open_stream(endpoint: Endpoint, request: GenerateRequest) -> OpenStream:
     """Ask the endpoint, and wait for the first burst. Raises what keeps it from coming."""
-    body = await endpoint.adapter.prepare(request)
+    sent = relaxed(request)
+    body = await endpoint.adapter.prepare(sent)
     checker = checker_for(request, request.served.ignored)
-    source = endpoint.adapter.events(request, body)
+    source = endpoint.adapter.events(sent, body)
     bursts = source if checker is None else checked(request, source, checker)
     try:
         return OpenStream(await anext(bursts), bursts, source)

@@ -405,11 +405,29 @@ def test_a_response_formats_schema_is_json_schema(stand: Stand, schema: dict[str
 
 
 def test_tools_and_a_response_format_are_refused_together(stand: Stand) -> None:
-    """The format would leave no room for a call (A1)."""
-    for choice in ("auto", "required", {"type": "function", "function": {"name": "get_weather"}}):
+    """The format would leave no room for the call that is asked for (A1)."""
+    for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
         asked = {"tools": [WEATHER], "tool_choice": choice, "response_format": CITY}
         reply = stand.post(CHAT, model=stand.model, messages=HI, **asked)
         assert "tools" in refused_v1(reply, "invalid_request") and not stand.engine.bodies
+
+
+def test_tools_offered_beside_a_format_give_a_call_or_an_answer_in_that_format(stand: Stand) -> None:
+    stand.engine.capabilities = [*{*stand.engine.capabilities, "tools"}]
+    asked = {"model": stand.model, "messages": HI, "tools": [WEATHER], "response_format": CITY}
+    stand.engine.tool_call = ("get_weather", {"city": "Paris"})
+    assert stand.post(CHAT, **asked).json()["choices"][0]["message"]["tool_calls"]
+    stand.engine.tool_call = None
+    answers = ["no JSON", '{"city":"Paris","population":1}']
+    stand.engine.answer = lambda ask: answers.pop(0)
+    stand.engine.requests.clear()
+    reply = stand.post(CHAT, **asked)
+    assert json.loads(reply.json()["choices"][0]["message"]["content"])["city"] == "Paris", reply.text
+    first, second = stand.engine.bodies
+    name = "format" if stand.engine.dialect == "ollama" else "response_format"
+    assert name not in first and "tools" in first and name in second and "tools" not in second
+    stand.engine.answer = lambda ask: "no JSON"
+    assert "structured_output_invalid" in stand.post(CHAT, **asked, stream=True).text
 
 
 def test_the_call_of_a_named_function_is_a_call_although_the_engine_says_stop(all_stands: dict[str, Stand]) -> None:

@@ -538,7 +538,6 @@ def test_names_are_those_of_the_callers_api(vllm: Stand) -> None:
     for fields, name in (
         ({"max_output_tokens": 2_000_000}, "max_output_tokens"),
         ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "strng"}}}}, "text.format"),
-        ({"text": {"format": {"type": "json_object"}}, "tools": [WEATHER]}, "text.format"),
     ):
         reply = ask(vllm, RESPONSES, **fields)
         assert name in refused(reply, RESPONSES, "invalid_request")
