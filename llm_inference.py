@@ -983,6 +983,7 @@ class Served:
     """Who answers a request, and how it went; filled in on the way, for the caller's headers and the log."""
 
     endpoint: str = ""
+    begun: bool = False  #: has the engine's answer begun?
     engine_type: str = "-"
     model: str = "-"
     ignored: tuple[str, ...] = ()
@@ -3068,6 +3069,12 @@ class Reply(ABC):
     async def close(self) -> None:
         """Reuse the connection after a complete reply, else close it (which stops the engine's work)."""
 
+    begun = False  #: has a byte of the body come?
+
+    def ended_early(self, exc: Exception) -> InferenceError:
+        error = BadEngineReply if self.begun else EngineUnavailable
+        return error(f"the reply ended early ({type(exc).__name__})", "ask again")
+
     async def body(self, limit: int = 32 << 20) -> bytes:
         """All of its bytes. Raises BadEngineReply past `limit`."""
         parts, size = [], 0
@@ -3156,9 +3163,11 @@ class _AiohttpReply(Reply):
 
     async def read(self) -> bytes:
         try:
-            return await self._read()  # type: ignore[no-any-return]
+            data: bytes = await self._read()
+            self.begun = True
+            return data
         except (self._aiohttp.ClientError, OSError) as exc:
-            raise BadEngineReply(f"the reply ended early ({type(exc).__name__})", "ask again") from exc
+            raise self.ended_early(exc) from exc
 
     async def close(self) -> None:
         if self._response.content.at_eof():
@@ -3203,9 +3212,11 @@ class _HttpxReply(Reply):
 
     async def read(self) -> bytes:
         try:
-            return await anext(self._parts, b"")
+            data = await anext(self._parts, b"")
+            self.begun = True
+            return data
         except self._httpx.HTTPError as exc:
-            raise BadEngineReply(f"the reply ended early ({type(exc).__name__})", "ask again") from exc
+            raise self.ended_early(exc) from exc
 
     async def close(self) -> None:
         await self._response.aclose()
@@ -4939,7 +4950,12 @@ class Connection(EngineClient):
     async def probe(self, target: Target, connect: float | None = None) -> str | None:
         """The version of the engine at `target`, "" where it does not report one, None where it is another engine."""
         limits = self._adapter.deadlines
-        limits = dataclasses.replace(limits, connect=connect or limits.connect, first_token=10.0, total=15.0)
+        limits = dataclasses.replace(
+            limits,
+            connect=min(connect or limits.connect, limits.connect),
+            first_token=min(10.0, limits.first_token),
+            total=min(15.0, limits.total),
+        )
 
         async def get(path: str) -> Any:
             return await self.fetch(target, path, limits)
@@ -5249,6 +5265,7 @@ class HTTPAdapter(BaseLLMAdapter):
             async for data in lines:
                 burst, error, ended = decode(data)
                 if burst is not None:
+                    request.served.begun = True
                     yield burst
                 if error is not None:
                     try:
@@ -6412,7 +6429,7 @@ class Endpoint:
 
     async def models(self) -> Mapping[str, ModelInfo]:
         """What it serves, refreshed after ten seconds. Raises where it does not answer; absence is not cached."""
-        if self.on_request and not self.running:
+        if self.named_before and not self.running:
             name = self.configured_name
             return {name: ModelInfo(name=name)}
         if time.monotonic() - self._listed_at > self.LIST_TTL:
@@ -6433,15 +6450,23 @@ class Endpoint:
         """The names that it listed last, and the one that the operator gave."""
         return frozenset(self._listed) | ({self.default_model} if self.default_model else set())
 
+    @property
+    def named_before(self) -> bool:
+        """Is its model's name known before it runs? Then nobody waits for its start who asks for another."""
+        started = self.config is not None and self.config.base_url is None
+        return self.on_request or (started and self.default_model is not None)
+
+    def lists(self, model: str) -> bool:
+        return model in self._listed or f"{model}:latest" in self._listed
+
+    def is_fresh(self, now: float) -> bool:
+        return now - self._listed_at <= self.LIST_TTL
+
     async def serves(self, model: str) -> bool:
-        """A list that names the model is good for ten seconds; one that does not is asked for again."""
-        for fresh in (False, True):
-            if fresh:
-                self._listed_at = float("-inf")
-            listed = await self.models()
-            if model in listed or f"{model}:latest" in listed:
-                return True
-        return False
+        """Asks for its list, whether or not the last one is still good."""
+        self._listed_at = float("-inf")
+        listed = await self.models()
+        return model in listed or f"{model}:latest" in listed
 
     def available(self, now: float) -> bool:
         """Whether a request may be sent there now."""
@@ -6467,13 +6492,13 @@ class Endpoint:
             return
         self.failures += 1
         pause = min(self.LONGEST_PAUSE, self.FIRST_PAUSE * 2 ** min(self.failures - 1, 10))
-        self.retry_at = now + (error.retry_after or pause)
+        self.retry_at = now + max(pause, error.retry_after or 0)
         logger.warning("%s: %s", self.name, error.message)
 
     def recovered(self) -> None:
         """It has answered: the outage is over."""
         if self.failures:
-            self.failures, self.error, self.retry_at = 0, "", 0.0
+            self.failures, self.error, self.retry_at, self.trying = 0, "", 0.0, False
 
     def describe(self) -> dict[str, Any]:
         """For /ready, /engines and the chat page."""
@@ -6505,9 +6530,7 @@ def passed_over(error: InferenceError) -> bool:
     """May another endpoint be asked, where nothing of the answer has come yet?"""
     if isinstance(error, EngineTimeout):
         return isinstance(error.__cause__, TimeoutError)  # the connect deadline: nothing was sent
-    return isinstance(error, (EngineUnavailable, EngineOverloaded)) or (
-        isinstance(error, BadEngineReply) and error.retryable
-    )
+    return isinstance(error, (EngineUnavailable, EngineOverloaded))
 
 
 def prefix_hash(body: Mapping[str, Any]) -> int:
@@ -6523,12 +6546,11 @@ def prefix_hash(body: Mapping[str, Any]) -> int:
 def rendezvous_order(endpoints: Sequence[Endpoint], key: int) -> list[Endpoint]:
     """The endpoints in an order that is the same for equal keys, and changes for few keys when one joins or leaves.
 
-    Highest random weight (Thaler and Ravishankar 1998), mixed by splitmix64's finalizer.
+    Highest random weight (Thaler and Ravishankar 1998), mixed as in splitmix64.
     """
-    weights = {}
+    mixed_key, weights = key * 0xBF58476D1CE4E5B9, {}
     for endpoint in endpoints:
-        mixed = (key * 0xBF58476D1CE4E5B9 + endpoint.seed) & 0xFFFFFFFFFFFFFFFF
-        mixed = ((mixed ^ (mixed >> 30)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed_key ^ endpoint.seed) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
         weights[endpoint] = mixed ^ (mixed >> 31)
     return sorted(endpoints, key=weights.__getitem__, reverse=True)
 
@@ -6551,11 +6573,20 @@ class Router:
 
     async def routes(self, request: GenerateRequest) -> list[Route]:
         """Where the request may go, best first. Raises ModelNotFound, EngineUnavailable."""
-        if len(self.endpoints) == 1 and not self.aliases:  # one engine: it says itself what it does not serve
-            endpoint = self.endpoints[0]
+        endpoint = self.endpoints[0] if self.endpoints else None
+        alone = len(self.endpoints) == 1 and not self.aliases
+        if endpoint and alone and not endpoint.only:  # one engine: it says itself what it does not serve
             return [(endpoint, without_engine(request.body.get("model"), endpoint))]
         name = request.body.get("model")
-        groups = await self._resolve(name) if name is not None else await self._default_routes()
+        if name is None:
+            groups = await self._default_routes(self.endpoints)
+        elif name.endswith("/"):  # an engine without a model
+            named = [each for each in self.endpoints if name[:-1] in (each.adapter.engine_type, each.name)]
+            if not named:
+                raise ModelNotFound(f"no endpoint runs {name[:-1]}", "see GET /v1/models", param="engine_type")
+            groups = await self._default_routes(named)
+        else:
+            groups = await self._resolve(name)
         key = prefix_hash(request.body)
         found: list[Route] = []
         for group in groups:
@@ -6579,19 +6610,18 @@ class Router:
             slots += endpoint.slots
         bound = self.BALANCE * in_flight / slots
         order = rendezvous_order(up, key)
-        within = [
-            endpoint
-            for endpoint in order
-            if (endpoint.in_flight + 1) / endpoint.slots <= max(bound, 1 / endpoint.slots)
-        ]
-        over = [endpoint for endpoint in order if endpoint not in within]
+        within: list[Endpoint] = []
+        over: list[Endpoint] = []
+        for endpoint in order:
+            more = endpoint.in_flight + 1
+            (within if more == 1 or more <= bound * endpoint.slots else over).append(endpoint)
         return within + sorted(over, key=lambda endpoint: endpoint.load)
 
-    async def _default_routes(self) -> list[list[Route]]:
+    async def _default_routes(self, endpoints: Sequence[Endpoint]) -> list[list[Route]]:
         """No model was asked for: the default one of the first endpoint that is up, wherever it is served."""
         now = time.monotonic()
         error: InferenceError | None = None
-        for endpoint in self.endpoints:
+        for endpoint in endpoints:
             if not endpoint.available(now) and len(self.endpoints) > 1:
                 continue
             try:
@@ -6603,7 +6633,7 @@ class Router:
                 endpoint.failed(exc)
                 continue
             return await self._resolve(model)
-        raise error or self.unavailable(self.endpoints)
+        raise error or self.unavailable(endpoints)
 
     async def _resolve(self, name: str, seen: tuple[str, ...] = ()) -> list[list[Route]]:
         """The endpoints for a name, in groups: an alias's targets in order, the replicas of a model together."""
@@ -6631,31 +6661,46 @@ class Router:
         raise await self._not_found(name)
 
     async def _serving(self, endpoints: Sequence[Endpoint], model: str) -> list[Route]:
-        """Those of the endpoints that serve the model, whether they are up or not.
-
-        Raises EngineUnavailable where none is known to, and one that is down may.
-        """
+        """The endpoints that serve a model. Lists older than ten seconds are asked for again, all at once; the others
+        only where none names the model."""
+        now = time.monotonic()
         group: list[Route] = []
-        unknown: list[Endpoint] = []
+        stale: list[Endpoint] = []
+        others: list[Endpoint] = []
         for endpoint in endpoints:
-            try:
-                if endpoint.removed:
-                    continue
-                if not endpoint.available(time.monotonic()):
-                    if model in endpoint.known_models:
-                        group.append((endpoint, model))
-                    elif not endpoint.known_models:
-                        unknown.append(endpoint)
-                elif await endpoint.serves(model):
-                    group.append((endpoint, model))
-            except InferenceError as exc:
-                if len(endpoints) == 1:
-                    raise
-                endpoint.failed(exc)
-                unknown.append(endpoint)
-        if not group and unknown:
+            if endpoint.removed:
+                continue
+            available = endpoint.available(now)
+            if available and not endpoint.is_fresh(now):
+                stale.append(endpoint)
+            elif endpoint.lists(model) or not available and model in endpoint.known_models:
+                group.append((endpoint, model))
+            elif available:
+                others.append(endpoint)
+        failures = await self._ask(stale, model, group) if stale else []
+        if not group and others:
+            failures += await self._ask(others, model, group)
+        if len(endpoints) == 1 and failures:
+            raise failures[0]
+        unknown = [endpoint for endpoint in endpoints if endpoint.failures and not endpoint.known_models]
+        if not group and unknown:  # nobody knows what these serve
             raise self.unavailable(unknown)
         return group
+
+    @staticmethod
+    async def _ask(endpoints: Sequence[Endpoint], model: str, group: list[Route]) -> list[InferenceError]:
+        """Adds those that serve the model to `group`; returns the failures."""
+        failures = []
+        outcomes = await asyncio.gather(*(each.serves(model) for each in endpoints), return_exceptions=True)
+        for endpoint, outcome in zip(endpoints, outcomes, strict=True):
+            if isinstance(outcome, InferenceError):
+                endpoint.failed(outcome)
+                failures.append(outcome)
+            elif isinstance(outcome, BaseException):
+                raise outcome
+            elif outcome:
+                group.append((endpoint, model))
+        return failures
 
     async def _not_found(self, name: str) -> ModelNotFound:
         known = {*self.aliases}
@@ -6666,13 +6711,17 @@ class Router:
 
     def unavailable(self, endpoints: Sequence[Endpoint]) -> EngineUnavailable:
         """Every endpoint that could answer is down: the last error, and when the next one is tried."""
-        now = time.monotonic()
-        waits = [max(1, int(endpoint.retry_at - now) + 1) for endpoint in endpoints] or [1]
         for endpoint in endpoints:
             if endpoint.error:
                 reason = f"{endpoint.name} is down: {endpoint.error}"
-                return EngineUnavailable(reason, "ask again later", retry_after=min(waits))
-        return EngineUnavailable("no endpoint is up", "ask again later", retry_after=min(waits))
+                return EngineUnavailable(reason, "ask again later", retry_after=self.pause(endpoints))
+        return EngineUnavailable("no endpoint is up", "ask again later", retry_after=self.pause(endpoints))
+
+    @staticmethod
+    def pause(endpoints: Iterable[Endpoint]) -> int:
+        """Seconds until the next one is tried."""
+        now = time.monotonic()
+        return min((max(1, math.ceil(endpoint.retry_at - now)) for endpoint in endpoints), default=1)
 
     async def models(self) -> list[tuple[Endpoint, ModelInfo]]:
         """What the endpoints serve, of those that answer; each raises only for itself."""
@@ -6758,13 +6807,17 @@ class Fleet(Router):
     ) -> tuple[Endpoint, T]:
         """The result of `work` on the first endpoint that begins an answer; it counts as at work until `finish`."""
         last: InferenceError | None = None
-        for endpoint, model in await self.routes(request):
+        routes = await self.routes(request)
+        for endpoint, model in routes:
+            if len(self.endpoints) > 1 and not endpoint.available(time.monotonic()):
+                continue  # it has failed since, or another request finds out whether it is back
             body = with_model(request.body, model)
             mine = request if body is request.body else dataclasses.replace(request, body=body)
             request.served.endpoint = endpoint.name
             request.served.engine_type = endpoint.adapter.engine_type
             try:
-                await self._begin(endpoint)
+                request.served.begun = False
+                await self._begin(endpoint, request)
                 try:
                     found = await work(endpoint, mine)
                 except BaseException:
@@ -6774,11 +6827,14 @@ class Fleet(Router):
                 return endpoint, found
             except InferenceError as exc:
                 if not self._passed_over(endpoint, exc):
+                    if exc.code == 400:  # that too is an answer
+                        endpoint.recovered()
+                    raise
+                if request.served.begun:
                     raise
                 last = exc
-        assert last is not None
         try:
-            raise last
+            raise self._last_error(last, [endpoint for endpoint, _ in routes])
         finally:
             del last  # or it keeps this frame, and with it the request
 
@@ -6790,10 +6846,33 @@ class Fleet(Router):
             endpoint.failed(error)
         return True
 
-    async def _begin(self, endpoint: Endpoint) -> None:
+    def _last_error(self, last: InferenceError | None, tried: Sequence[Endpoint]) -> InferenceError:
+        if last is None:
+            return self.unavailable(tried)
+        if len(self.endpoints) > 1:
+            last.retry_after = last.retry_after or self.pause(tried)
+        return last
+
+    async def _begin(self, endpoint: Endpoint, request: GenerateRequest) -> None:
         """The endpoint begins a request; where it is started on request, after its group's others have stopped."""
+        if endpoint.running and not endpoint.group:
+            endpoint.begin()
+            return
+        try:
+            async with asyncio.timeout(endpoint.adapter.deadlines.within(request.timeout).total):
+                await self._start(endpoint)
+        except TimeoutError:
+            reason = f"{endpoint.name} is not ready yet ({endpoint.progress or 'waiting for its turn'})"
+            raise EngineTimeout(reason, "ask again later", retry_after=5) from None
+
+    async def _start(self, endpoint: Endpoint) -> None:
         if not endpoint.group:
             endpoint.begin()
+            try:
+                await endpoint.adapter.connect()
+            except BaseException:
+                endpoint.finish()
+                raise
             return
         async with self._groups.setdefault(endpoint.group, asyncio.Lock()):
             if not endpoint.running:
@@ -7063,7 +7142,7 @@ class AsyncVerbs(ABC):
             return vectors
         body = {"input": texts_of(given), "encoding_format": "float"}
         check_json(body)
-        body["model"] = model_name or self.model_name or await embedding_model(adapter)
+        body["model"] = model_name or self.model_name or await embedding_model(fleet)
         answer = await fleet.answer(GenerateRequest(body=body, surface=EMBEDDINGS))
         with well_formed(adapter.engine_type):
             items = sorted(answer.payload["data"], key=lambda item: item["index"])
@@ -7295,12 +7374,12 @@ class LLMInferencer(Verbs):
         await self.aclose()
 
 
-async def embedding_model(adapter: BaseLLMAdapter) -> str:
-    """The first model that says that it embeds, else the engine's default one."""
-    for model in await adapter.models():
+async def embedding_model(fleet: Fleet) -> str:
+    """The first model that its engine says is for embeddings, else the first endpoint's default one."""
+    for _, model in await fleet.models():
         if "embedding" in model.capabilities:
             return model.name
-    return await adapter.model_for(None)
+    return await fleet.endpoints[0].adapter.model_for(None)
 
 
 STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
@@ -7629,6 +7708,7 @@ class Settings:
     header_timeout: float = setting(10.0, low=0.1, high=1e6)  #: seconds until a request's header has arrived
     body_timeout: float = setting(30.0, low=0.1, high=1e6)  #: the same for its body
     endpoints: tuple[EndpointConfig, ...] = ()
+    flags: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)  #: the command line, for SIGHUP
     made_key: str = dataclasses.field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)  #: else
     # fmt: on
 
@@ -7637,6 +7717,10 @@ class Settings:
         _check_engine(self.engine, "auto")
         object.__setattr__(self, "aliases", resolve_aliases(self.aliases))
         object.__setattr__(self, "endpoints", _with_names(self.endpoints))
+        for number, endpoint in enumerate(self.endpoints, 1):
+            if endpoint.start == "on_request" and self.workers > 1:
+                problem = "server processes cannot take turns on what a request starts"
+                raise _invalid(f"endpoints.{number}.start", problem, "serve it with --workers 1")
         for field in ("base_url", "engine_api_key", "launch_args", "python"):
             if getattr(self, field) and self.endpoints:
                 raise _invalid(field, "means nothing beside [[endpoint]] tables", "put it into the endpoint's table")
@@ -9718,6 +9802,11 @@ class Metrics:
             found = self.children[(metric, labels)] = metric.labels(*labels)
         return found
 
+    def forget(self, endpoint: str) -> None:
+        """An endpoint that is no longer served is not shown as up."""
+        if self.children.pop((self.endpoint_up, (endpoint,)), None):
+            self.endpoint_up.remove(endpoint)
+
     def record(self, exchange: "Exchange", route: str, status: int) -> None:
         """One request that has ended."""
         served = exchange.served
@@ -9800,7 +9889,11 @@ class Catalog:
             return []
 
         lists = await asyncio.gather(*(one(name) for name in LLMInferencer.ENGINE_MAP))
-        return [pair for pairs in lists for pair in pairs]
+        found = {}
+        for pairs in lists:
+            for engine_type, model in pairs:
+                found[engine_type, model.name] = model  # a replica is no second model
+        return [(engine_type, model) for (engine_type, _), model in found.items()]
 
     async def engines(self) -> list[dict[str, Any]]:
         """What each engine is: reachable, version, models, features, endpoints; or why not."""
@@ -9875,9 +9968,7 @@ class Gateway(Catalog):
         if len(fleet.endpoints) == 1:
             await self._look_at_only(fleet.endpoints[0])
             return
-        for endpoint in fleet.endpoints:
-            if endpoint.available(time.monotonic()) or not endpoint.trying:
-                await self._look_at(endpoint)
+        await asyncio.gather(*map(self._look_at, fleet.endpoints))
         if not any(endpoint.available(time.monotonic()) for endpoint in fleet.endpoints):
             raise fleet.unavailable(fleet.endpoints)
 
@@ -9905,14 +9996,17 @@ class Gateway(Catalog):
 
     @staticmethod
     async def _look_at(endpoint: Endpoint) -> None:
-        if endpoint.on_request and not endpoint.running:
+        if not endpoint.available(time.monotonic()) or (endpoint.on_request and not endpoint.running):
             return
+        endpoint.trying = endpoint.failures > 0
         try:
             await endpoint.adapter.connect()
             await endpoint.models()
             endpoint.recovered()
         except InferenceError as exc:
             endpoint.failed(exc)
+        finally:
+            endpoint.trying = False
 
     def _report(self) -> None:
         if not self.metrics:
@@ -9935,17 +10029,30 @@ class Gateway(Catalog):
         engine_type, model = surface.engine_type, surface.model
         if engine_type in (None, "auto") and model is not None:
             if model in self.settings.aliases and not self.configured:
-                engine_type, _, model = self.settings.aliases[model][0].partition("/")
+                engine_type, model = await self._alias_target(model)
             elif not self.configured:
                 prefix, _, rest = model.partition("/")
                 if rest and prefix in LLMInferencer.ENGINE_MAP:
                     engine_type, model = prefix, rest
         elif self.configured and engine_type not in (None, "auto"):
-            model = f"{engine_type}/{model}" if model else None
+            model = f"{engine_type}/{model or ''}"
         llm = await self.inferencer(engine_type)
         if isinstance(surface, OwnSurface) or self.configured or engine_type is not None or model is None:
             return llm, model or None
         return await self._owner(llm, model)
+
+    async def _alias_target(self, alias: str) -> tuple[str, str]:
+        """Engine and model of the first target whose engine can be reached, else of the last."""
+        engine_type = model = ""
+        for target in self.settings.aliases[alias]:
+            engine_type, _, model = target.partition("/")
+            if len(self.settings.aliases[alias]) > 1:
+                try:
+                    await (await (await self.inferencer(engine_type)).engine()).connect()
+                except InferenceError:
+                    continue
+            break
+        return engine_type, model
 
     async def _owner(self, llm: LLMInferencer, model: str) -> tuple[LLMInferencer, str]:
         """For a bare name on /v1: the default engine where it serves the model, else the one engine that does."""
@@ -10007,6 +10114,9 @@ class Gateway(Catalog):
 
 
 _COSTLY = re.compile(rb'"(schema|json_schema|regex|grammar|ebnf|parameters|structured_outputs|input_schema|format)"')
+#: W3C Trace Context's headers, which are passed on to the engine (w3.org/TR/trace-context)
+TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+TRACESTATE = re.compile(rb"[a-z0-9_\-*/@]{1,241}=[ -~]{1,256}(,[a-z0-9_\-*/@]{1,241}=[ -~]{1,256}){0,3}")
 UUID = re.compile(rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -10067,10 +10177,11 @@ class Exchange:
             self.surface = self.make_surface(given.decode())
         REQUEST_ID.set(self.request_id)
         trace = {}
-        for name in (b"traceparent", b"tracestate"):
-            value = headers.get(name, b"")
-            if value and len(value) <= 512 and value.isascii():
-                trace[name.decode()] = value.decode()
+        parent, state = headers.get(b"traceparent", b""), headers.get(b"tracestate", b"")
+        if TRACEPARENT.fullmatch(parent):
+            trace["traceparent"] = parent.decode()
+            if TRACESTATE.fullmatch(state):
+                trace["tracestate"] = state.decode()
         TRACE.set(trace)
 
     async def _read(self, headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
@@ -11062,7 +11173,10 @@ def _end_with(parent: Any) -> None:
 def reload_config(gateway: Gateway) -> None:
     """SIGHUP: new endpoints join, removed ones finish what they have; an invalid file changes nothing."""
     try:
-        settings = load_settings({"config": gateway.settings.config}, "serve")
+        flags = gateway.settings.flags
+        settings = dataclasses.replace(load_settings(flags, "serve"), flags=flags)
+        if not settings.endpoints:
+            raise InvalidRequest(f"{settings.config}: holds no [[endpoint]]", "name at least one")
     except InferenceError as exc:
         logger.error("the configuration is unchanged: %s", exc.message)
         return
@@ -11080,6 +11194,8 @@ def reload_config(gateway: Gateway) -> None:
     logger.info("the configuration was read again: %d endpoints, %d removed", len(kept), len(removed))
     for endpoint in removed:
         endpoint.removed = True
+        if gateway.metrics:
+            gateway.metrics.forget(endpoint.name)
         asyncio.run_coroutine_threadsafe(drain(endpoint), portal.loop)
 
 
@@ -11496,6 +11612,8 @@ def supervise(run: Callable[[], None], workers: int) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda *_: logger.error("SIGHUP: with --workers, restart to read the file again"))
     while running or not stopping:
         running[:] = [process for process in running if process.is_alive()]
         while not stopping and len(running) < workers:
@@ -11518,6 +11636,8 @@ def sharing(settings: Settings, workers: int) -> Iterator[Settings]:
         def keep() -> None:
             while not over.wait(1):
                 for endpoint in fleet.endpoints:
+                    if endpoint.config is not None and endpoint.config.base_url:
+                        continue
                     with contextlib.suppress(InferenceError):
                         portal.call(endpoint.adapter.connect())  # starts a child again that has ended
 
@@ -11550,6 +11670,9 @@ async def _shared_endpoint(endpoint: Endpoint) -> EndpointConfig:
     """An endpoint as the workers attach to it."""
     adapter = endpoint.adapter
     assert isinstance(adapter, HTTPAdapter)
+    config: EndpointConfig | None = endpoint.config
+    if config is not None and config.base_url:  # attached: each worker reaches it, or waits for it, by itself
+        return config
     target = await adapter.connection.reach()
     return EndpointConfig(
         name=endpoint.name,
@@ -12248,7 +12371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         values = parse_arguments(argv)
         mode = take_mode(values)
         checking = values.pop("check_config", False)
-        settings = load_settings(values, mode)
+        settings = dataclasses.replace(load_settings(values, mode), flags=values)
         if checking:
             return check_config(settings)
         level = logging.WARNING
