@@ -5451,9 +5451,8 @@ class OpenAIAdapter(HTTPAdapter):
             done = DONE.search(data) if b"[DONE]" in data else None
             if done is not None:
                 data = data[: done.start()] + b"data: [DONE]\n\n"
-            ends: list[bytes] = []
-            if b'"finish_reason":"' in data or b'"finish_reason": "' in data:
-                ends = FINISH.findall(data)
+            end_at = max(data.find(b'"finish_reason":"'), data.find(b'"finish_reason": "'))
+            ends = FINISH.findall(data, end_at) if end_at >= 0 else []
             if b'"error"' in data or not GOOD_ENDS.issuperset(ends) or not CLEAN_EVENTS.fullmatch(data):
                 data, error = self._checked_part(data)
             if first and (named := MODEL.search(data)):
@@ -5656,6 +5655,7 @@ def one_of_regex(options: Iterable[str]) -> str:
     return "(" + "|".join(map(escape_regex, options)) + ")"
 
 
+@functools.lru_cache(64)
 def version_tuple(version: str) -> tuple[int, ...]:
     """(0, 32, 0) from "0.32.0+cpu"; a version that is not reported counts as new."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3]) or (999,)
@@ -10082,11 +10082,14 @@ class Gateway(Catalog):
     async def admitted(self) -> AsyncIterator[None]:
         """A place among those in flight, after a bounded wait. Raises Busy at once when the queue is full."""
         self.refuse_full()
-        self._count(waiting=1)
-        try:
-            await self.places.acquire()
-        finally:
-            self._count(waiting=-1)
+        if self.places.locked():
+            self._count(waiting=1)
+            try:
+                await self.places.acquire()
+            finally:
+                self._count(waiting=-1)
+        else:
+            await self.places.acquire()  # without waiting
         self._count(in_flight=1)
         try:
             yield
@@ -10126,7 +10129,7 @@ class Exchange:
     def __init__(self, gateway: Gateway, surface: SurfaceMaker) -> None:
         self.gateway, self.make_surface = gateway, surface
         self.began = time.monotonic()
-        self.surface = surface(str(uuid.uuid4()))
+        self.surface: Surface
         self.served = Served()
         self.error_kind, self.first_event = "", 0.0
         self.started = False  #: has the answer begun?
@@ -10173,8 +10176,7 @@ class Exchange:
 
     def _identify(self, headers: Mapping[bytes, bytes]) -> None:
         given = headers.get(b"x-request-id", b"")
-        if UUID.fullmatch(given):
-            self.surface = self.make_surface(given.decode())
+        self.surface = self.make_surface(given.decode() if UUID.fullmatch(given) else str(uuid.uuid4()))
         REQUEST_ID.set(self.request_id)
         trace = {}
         parent, state = headers.get(b"traceparent", b""), headers.get(b"tracestate", b"")

@@ -294,7 +294,7 @@ def test_a_fleet_with_an_engine_named_and_no_model(fake: Make) -> None:
     one, small = fake("vllm", model="a"), fake("ollama", model="b")
     with Site(attached(one), attached(small)) as site:
         assert good(site.generate(engine_type="ollama"))["engine_type"] == "ollama"
-        assert "llamacpp" in refused(site.generate(engine_type="llamacpp"), "engine_unavailable")
+        assert "llamacpp" in refused(site.generate(engine_type="llamacpp"), "model_not_found")
 
 
 def test_without_a_name_the_first_endpoints_model_answers(fake: Make) -> None:

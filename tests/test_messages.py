@@ -187,7 +187,7 @@ def test_consecutive_messages_of_one_role_are_one_turn():
 def test_a_prefill():
     chat, _ = chat_from_messages(body(HI, {"role": "assistant", "content": "The answer is ("}))
     assert chat["messages"][-1] == {"role": "assistant", "content": "The answer is ("}
-    assert (chat["continue_final_message"], chat["add_generation_prompt"]) == (True, False)
+    assert chat["continue_final_message"] is True
 
 
 @pytest.mark.parametrize("content", ["", [], [{"type": "tool_use", "id": "a", "name": "f", "input": {}}]])
