@@ -9521,12 +9521,9 @@ def chat_request(surface: Surface, body: dict[str, Any], path: str) -> GenerateR
     check_body(V1Body, body)
     if "model" in body:
         check_model_name(body["model"], "model")
-    prompts = body.get("prompt")
-    if isinstance(prompts, list) and not all(type(token) is int for token in prompts):
-        if len(prompts) * (body.get("n") or 1) > 128:
-            raise InvalidRequest(
-                "prompt, n: more than 128 answers in one request", "send several requests", param="prompt"
-            )
+    if expected_choices(body) > 128:
+        reason = "prompt, n: more than 128 answers in one request"
+        raise InvalidRequest(reason, "send several requests", param="prompt")
     refuse_addresses(body.get("messages") or ())
     if isinstance(body.get("input"), (dict, list)):
         refuse_address(body["input"])
@@ -9615,8 +9612,9 @@ class MessagesSurface(Surface):
     """POST /v1/messages: Anthropic's Messages API."""
 
     names: ClassVar[Mapping[str, str]] = {
-        "chat_template_kwargs": "thinking", "continue_final_message": "messages", "response_format": "output_config.format",
-        "reasoning_effort": "output_config.effort", "schema": "output_config.format.schema", "stop": "stop_sequences",
+        "chat_template_kwargs": "thinking", "continue_final_message": "messages", "stop": "stop_sequences",
+        "response_format": "output_config.format", "reasoning_effort": "output_config.effort",
+        "schema": "output_config.format.schema",
     }  # fmt: skip
 
     def read(self, body: dict[str, Any]) -> GenerateRequest:
@@ -11234,7 +11232,8 @@ label { flex: 1 10rem } label * { display: block; width: 100% } #send { backgrou
 <header><h1>llm_inference</h1><button id="new" data-zh="新对话">New chat</button>
 <select id="model" aria-label="Model" data-zh="模型"></select></header>
 <div id="demo" hidden>
-<span data-zh="当前是演示用的微型模型，经常答错，基本只懂英文。换用正式模型：">This demo model is often wrong. For a real one:</span>
+<span data-zh="当前是演示用的微型模型，经常答错，基本只懂英文。换用正式模型：">
+This demo model is often wrong. For a real one:</span>
 <code>python llm_inference.py --serve --model Qwen/Qwen3-0.6B-GGUF:Q8_0</code></div>
 <details id="settings"><summary data-zh="设置">Settings</summary><div>
 <label><span data-zh="API 密钥">API key</span><input id="key" type="password" autocomplete="off"></label>
