@@ -7013,6 +7013,32 @@ class EngineOptions(TypedDict, total=False):
     deadlines: Deadlines | None
 
 
+def tool_from(function: Callable[..., Any]) -> Tool:
+    """A Python function as a tool. Raises InvalidRequest where its parameters have no JSON Schema."""
+    try:
+        parameters = TypeAdapter(function).json_schema()  # type: ignore[arg-type]
+    except Exception as exc:  # pydantic raises several unrelated classes here
+        reason = f"tools: no JSON Schema can be made of the parameters of {function.__name__}"
+        raise InvalidRequest(reason, "annotate them with types that have one", param="tools") from exc
+    described: Function = {"name": function.__name__, "parameters": parameters}
+    if function.__doc__:
+        described["description"] = inspect.cleandoc(function.__doc__)
+    return {"type": "function", "function": described}
+
+
+async def call_function(function: Callable[..., Any], arguments: str) -> str:
+    """Call a function with a tool call's arguments; what it returns as JSON (a text as it is), or its error as text."""
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(function)  # type: ignore[arg-type]
+        if inspect.iscoroutinefunction(function):
+            result = await adapter.validate_json(arguments or "{}")
+        else:
+            result = await asyncio.to_thread(adapter.validate_json, arguments or "{}")
+    except Exception as exc:  # whatever it is, the model may do better with it
+        return f"error: {type(exc).__name__}: {exc}"[:1000]
+    return result if isinstance(result, str) else to_json(plain(result)).decode()
+
+
 class AsyncVerbs(ABC):
     """The asynchronous verbs of `LLMInferencer`."""
 
@@ -7132,6 +7158,27 @@ class AsyncVerbs(ABC):
             progress.done(f"{finished} answers")
         return answers
 
+    async def arun(
+        self, prompt: Prompt, *, tools: Sequence[Callable[..., Any]], max_turns: int = 8, **options: Any
+    ) -> Completion:
+        """The answer of a model that may call Python functions, after at most `max_turns` requests.
+
+        A function's name, docstring and annotated parameters become the tool; its result, or its error as text, goes
+        back to the model. Raises InferenceError where the model still calls after `max_turns`.
+        """
+        functions = {function.__name__: function for function in tools}
+        offered: list[Any] = [tool_from(function) for function in tools]
+        messages = messages_from(prompt, options.pop("system", None))
+        for _ in range(max_turns):
+            done = await self.acomplete(messages, **{**options, "tools": offered})
+            if not done.tool_calls:
+                return done
+            messages.append({"role": "assistant", "content": done.text or None, "tool_calls": list(done.tool_calls)})
+            for call in done.tool_calls:
+                text = await call_function(functions[call["function"]["name"]], call["function"]["arguments"])
+                messages.append({"role": "tool", "tool_call_id": call["id"], "content": text})
+        raise InferenceError(f"the model still calls functions after {max_turns} turns", "raise max_turns")
+
     async def aembed(self, texts: str | Sequence[str], *, model_name: str | None = None) -> list[list[float]]:
         """One vector a text."""
         given = [texts] if isinstance(texts, str) else plain(texts)
@@ -7214,6 +7261,12 @@ class Verbs(AsyncVerbs):
     ) -> list[Completion | InferenceError]:
         """See `abatch`."""
         return portal.call(self.abatch(prompts, concurrency=concurrency, schema=schema, **options))
+
+    def run(
+        self, prompt: Prompt, *, tools: Sequence[Callable[..., Any]], max_turns: int = 8, **options: Any
+    ) -> Completion:
+        """See `arun`."""
+        return portal.call(self.arun(prompt, tools=tools, max_turns=max_turns, **options))
 
     def embed(self, texts: str | Sequence[str], *, model_name: str | None = None) -> list[list[float]]:
         """See `aembed`."""
