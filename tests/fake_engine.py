@@ -179,6 +179,7 @@ class FakeEngine:
         self.base_url = "http://localhost" if uds else ""
         self.api_key: str | None = None  # asked for where the real engine asks for it
         self.capabilities = ["completion", "tools"]
+        self.details: Json = {}  #: that /api/show tells beside the recorded ones
         self.context = 8192
         self.text, self.answer, self.reasoning = TEXT, None, ""  # type: str, Callable[[Json], str] | None, str
         self.tool_call: Call | None = None
@@ -612,7 +613,7 @@ class FakeEngine:
                 "modelfile": "",
                 "parameters": "",
                 "template": "",
-                "details": self._like("02_tags")["models"][0]["details"],
+                "details": self._like("02_tags")["models"][0]["details"] | self.details,
                 "model_info": info,
                 "tensors": [],
                 "capabilities": self._able(),

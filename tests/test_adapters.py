@@ -419,6 +419,11 @@ def test_thinking_on_each_engine(fake: Make, attach: Attach) -> None:
     ollama, vllm, sglang = fake("ollama"), fake("vllm"), fake("sglang")
     ollama.reasoning = sglang.reasoning = vllm.reasoning = "hm"
     sglang.flags["reasoning_parser"] = "qwen3"
+    for family, level in (("qwen3", True), ("gptoss", "low")):  # gpt-oss alone has levels
+        ollama.details = {"family": family}
+        low = attach(ollama).complete("hi", think="low")
+        assert ollama.body["think"] == level
+        assert low.ignored == (("think",) if level is True else ())
     for think in (True, False, "low"):
         assert sent(ollama, attach(ollama), think=think) == base("ollama") | {"think": think}
         for tokens in ([1, 2], [1]):  # the rendered prompt differs: the template looks at it

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 import pydantic
@@ -21,6 +21,8 @@ from tests.harness import SOON, Command, Stand, collect, good, payloads, refused
 Make = Callable[..., FakeEngine]
 Json = dict[str, Any]
 SURFACES = ("own", "own-stream", "v1", "v1-stream", "python", "python-stream")
+#: each interface once, for what does not depend on how the answer is read
+EACH_INTERFACE = ("own", "v1-stream", "python")
 OBJECT: Json = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
 CITY_TOOL: Json = {
     "type": "function",
@@ -212,6 +214,9 @@ def is_stream(surface: str) -> bool:
 
 
 # A. Silently dropped, or success that is none ---------------------------------------------------------------
+#: how a forced call together with a format may be refused; Ollama cannot force a call at all
+FORCED_REFUSALS = ("invalid_request", "unsupported_feature")
+FORCED: tuple[Any, ...] = ("required", {"type": "function", "function": {"name": "get"}})
 JSON_FORMATS = (
     {"type": "json_object"},
     {"type": "json_schema", "json_schema": {"name": "a", "schema": OBJECT}},
@@ -219,41 +224,64 @@ JSON_FORMATS = (
 )
 
 
-@pytest.mark.parametrize("choice", [None, "auto", "required", {"type": "function", "function": {"name": "get"}}])
 @pytest.mark.parametrize("form", JSON_FORMATS, ids=["object", "schema", "strict"])
 @pytest.mark.parametrize("surface", ["v1", "v1-stream"])
-def test_a1_tools_with_a_response_format(surface: str, form: Json, choice: Any, stand: Stand) -> None:
-    fields = {"tools": [CITY_TOOL], "response_format": form} | ({"tool_choice": choice} if choice else {})
-    outcome = failed(ask(stand, surface, **fields), "invalid_request")
-    assert outcome.status == 400 and "response_format" in outcome.message
+def test_a1_a_forced_call_with_a_response_format(surface: str, form: Json, stand: Stand) -> None:
+    """A1: a call and an answer in that format cannot both be had."""
+    for choice in FORCED:
+        outcome = failed(
+            ask(stand, surface, tools=[CITY_TOOL], tool_choice=choice, response_format=form), "invalid_request"
+        )
+        assert outcome.status == 400 and "response_format" in outcome.message
     assert not stand.engine.asked
 
 
-@pytest.mark.parametrize("constraint", [{"schema": OBJECT}, {"choice": ["a"]}, {"regex": "a"}, {"grammar": 'root ::= "a"'}])
+@pytest.mark.parametrize("surface", ["v1", "v1-stream"])
+def test_a1_offered_tools_with_a_response_format(surface: str, stand: Stand) -> None:
+    """A1's sibling: a call, or an answer in that format; never an answer that is neither."""
+    form = JSON_FORMATS[1]
+    for choice in ({}, {"tool_choice": "auto"}):
+        stand.engine.tool_call = ("get", {"city": "Paris"})
+        assert answered(ask(stand, surface, tools=[CITY_TOOL], response_format=form, **choice)).calls
+        stand.engine.tool_call = None
+        schema_reply(stand.engine, "no JSON")
+        failed(ask(stand, surface, tools=[CITY_TOOL], response_format=form, **choice), "structured_output_invalid")
+
+
+@pytest.mark.parametrize(
+    "constraint", [{"schema": OBJECT}, {"choice": ["a"]}, {"regex": "a"}, {"grammar": 'root ::= "a"'}]
+)
 @pytest.mark.parametrize("surface", ["own", "own-stream", "python", "python-stream"])
-def test_a1_tools_with_a_constraint(surface: str, constraint: Json, stand: Stand) -> None:
+def test_a1_tools_with_a_constraint(surface: str, constraint: Json, vllm: Stand) -> None:
     for choice in ("auto", "required"):
-        outcome = ask(stand, surface, tools=[CITY_TOOL], tool_choice=choice, **constraint)
+        outcome = ask(vllm, surface, tools=[CITY_TOOL], tool_choice=choice, **constraint)
         failed(outcome, "invalid_request")
-    assert not stand.engine.asked
+    assert not vllm.engine.asked
 
 
 def test_a1_on_responses_and_messages(stand: Stand) -> None:
-    tool = {"type": "function", "name": "get", "parameters": CITY_TOOL["function"]["parameters"]}
+    """A1: a call where one is forced, else a call or an answer in that format; never an answer that is neither."""
+    parameters = CITY_TOOL["function"]["parameters"]
     text = {"format": {"type": "json_schema", "name": "a", "schema": OBJECT}}
-    for choice in ("auto", "required"):
-        reply = stand.post(
-            "/v1/responses", model=stand.model, input="x", tools=[tool], tool_choice=choice, text=text
-        )
-        assert reply.status_code == 400, reply.text
-    tool = {"name": "get", "input_schema": CITY_TOOL["function"]["parameters"]}
-    form = {"format": {"type": "json_schema", "schema": OBJECT}}
-    reply = stand.post(
-        "/v1/messages", model=stand.model, max_tokens=9, messages=[{"role": "user", "content": "x"}], tools=[tool],
-        output_config=form,
-    )  # fmt: skip
-    assert reply.status_code == 400, reply.text
-    assert not stand.engine.asked
+    response: Json = {
+        "input": "x",
+        "tools": [{"type": "function", "name": "get", "parameters": parameters}],
+        "text": text,
+    }
+    messages = [{"role": "user", "content": "x"}]
+    message: Json = {"messages": messages, "max_tokens": 99, "tools": [{"name": "get", "input_schema": parameters}]}
+    message["output_config"] = {"format": {"type": "json_schema", "schema": OBJECT}}
+    asked = [("/v1/responses", response | {"tool_choice": choice}) for choice in ("auto", "required")]
+    asked += [("/v1/messages", message | {"tool_choice": {"type": choice}}) for choice in ("auto", "any")]
+    for path, body in asked:
+        stand.engine.reset()
+        for call in (None, ("get", {"city": "Paris"})):
+            stand.engine.tool_call = call
+            reply = stand.post(path, model=stand.model, **body)
+            if reply.status_code == 200:
+                assert "tool_use" in reply.text or '"function_call"' in reply.text, reply.text
+            else:
+                assert reply.headers["x-error-kind"] in ("structured_output_invalid", *FORCED_REFUSALS), reply.text
 
 
 @pytest.mark.parametrize("surface", ["v1", "v1-stream"])
@@ -292,15 +320,20 @@ PATTERNS: dict[str, bool] = {
 }
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+#: those that the real engine is asked with: what it must refuse costs nothing
+ASKED_PATTERNS = [r"^\d{3}$", r"^\w{2,4}$", r"^[^\d\s]{2}$", r"^\D{2}$", r"^a|b$", r"\d{3}", r'^"\\$', r"^\x41\u0042$"]
+ASKED_PATTERNS += [pattern for pattern, enforced in PATTERNS.items() if not enforced]
+
+
+@pytest.mark.parametrize("pattern", ASKED_PATTERNS)
 def test_a2_pattern_on_the_embedded_engine(pattern: str, embedded: LLMInferencer) -> None:
     """A2: constrained, or refused by name; never `engine` when it was not."""
-    text = {"type": "string", "pattern": pattern, "maxLength": 12}
+    text = {"type": "string", "pattern": pattern, "maxLength": 8}
     schema = {"type": "object", "properties": {"x": text}, "required": ["x"]}
     matches = product.matcher(pattern) if PATTERNS[pattern] else None
-    for seed in range(3):
+    for seed in range(2):
         try:
-            done = embedded.complete("Tell me a story.", schema=schema, max_tokens=60, temperature=1.5, seed=seed)
+            done = embedded.complete("Tell me a story.", schema=schema, max_tokens=40, temperature=1.5, seed=seed)
         except (UnsupportedFeature, InvalidRequest) as exc:
             assert not PATTERNS[pattern] and "pattern" in exc.message, exc
             return
@@ -315,7 +348,7 @@ def test_a2_pattern_on_the_embedded_engine(pattern: str, embedded: LLMInferencer
 
 
 @pytest.mark.parametrize("pattern", [pattern for pattern in PATTERNS if "$" in pattern and "^" in pattern])
-@pytest.mark.parametrize("surface", ["own", "own-stream", "v1", "v1-stream", "python", "python-stream"])
+@pytest.mark.parametrize("surface", ["own", "v1-stream"])
 def test_a2_what_llamacpp_is_sent(pattern: str, surface: str, all_stands: dict[str, Stand]) -> None:
     """A2: no class that its converter does not know reaches llama.cpp, and nothing that is not anchored."""
     stand = all_stands["llamacpp"]
@@ -350,9 +383,9 @@ REGEXES: dict[str, bool] = {
 
 @pytest.mark.parametrize("regex", REGEXES)
 def test_a3_regex_on_the_embedded_engine(regex: str, embedded: LLMInferencer) -> None:
-    for seed in range(2):
+    for seed in range(1):
         try:
-            done = embedded.complete("Tell me a story.", regex=regex, max_tokens=40, temperature=1.5, seed=seed)
+            done = embedded.complete("Tell me a story.", regex=regex, max_tokens=16, temperature=1.5, seed=seed)
         except (UnsupportedFeature, InvalidRequest) as exc:
             assert not REGEXES[regex] and exc.reason, exc
             return
@@ -386,9 +419,6 @@ def served(llm: LLMInferencer, **settings: Any) -> Iterator[httpx.Client]:
         yield client
 
 
-FORCED: tuple[Any, ...] = ("required", {"type": "function", "function": {"name": "get"}})
-
-
 @pytest.mark.parametrize("choice", FORCED, ids=["required", "named"])
 def test_a4_forced_call_on_the_embedded_engine(choice: Any, with_tools: LLMInferencer) -> None:
     """A4: a real call, or an error that says so, whatever max_tokens is."""
@@ -396,8 +426,8 @@ def test_a4_forced_call_on_the_embedded_engine(choice: Any, with_tools: LLMInfer
     messages = [{"role": "user", "content": "Write a long story."}]
     with served(with_tools) as client:
         model = "llamacpp/" + with_tools.models()[0].name
-        for limit in (4, 100):
-            for stream in (False, True):
+        for limit, streams in ((4, (False, True)), (60, (True,))):
+            for stream in streams:
                 asked = fields | {"messages": messages, "max_tokens": limit}
                 v1 = _ask_v1(client, stream, {"model": model} | asked)
                 for outcome in (v1, _ask_own(client, stream, asked), ask_python(with_tools, stream, **asked)):
@@ -408,28 +438,35 @@ def test_a4_forced_call_on_the_embedded_engine(choice: Any, with_tools: LLMInfer
                         assert outcome.calls and outcome.calls[0][0] == "get" and not outcome.text, outcome
 
 
-@pytest.mark.parametrize("choice", FORCED, ids=["required", "named"])
 @pytest.mark.parametrize("finish", ["length", "stop"])
 @pytest.mark.parametrize("surface", SURFACES)
 @pytest.mark.parametrize("dialect", OPENAI_DIALECTS)
 def test_a4_prose_instead_of_a_forced_call(
-    dialect: Dialect, surface: str, finish: str, choice: Any, all_stands: dict[str, Stand]
+    dialect: Dialect, surface: str, finish: str, all_stands: dict[str, Stand]
 ) -> None:
     stand = all_stands[dialect]
     stand.engine.reset()
     for _ in range(2):
         message = {"role": "assistant", "content": "Once upon a time"}
         stand.engine.script_chat(openai_reply(message, streams_inside(dialect, is_stream(surface)), finish))
+    choice = FORCED[finish == "stop"]
     outcome = ask(stand, surface, tools=[CITY_TOOL], tool_choice=choice, max_tokens=1500)
     failed(outcome, "structured_output_invalid")
     assert "call" in outcome.message
     assert ("max_tokens was reached" in outcome.message) == (finish == "length"), outcome
 
 
-@pytest.mark.parametrize("path", ["/chat", "/generate", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"])
-@pytest.mark.parametrize("stream", [False, True])
-def test_a5_a_client_that_hangs_up(path: str, stream: bool, stand: Stand) -> None:
+A5_PATHS = ("/chat", "/generate", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+#: complete answers of the two engines that work on after a hang-up, and one streamed answer of each of the others
+A5_CASES = [(dialect, path, False) for dialect in ("llamacpp", "sglang") for path in A5_PATHS]
+A5_CASES += [(dialect, "/v1/chat/completions", True) for dialect in DIALECTS]
+
+
+@pytest.mark.parametrize(("dialect", "path", "stream"), A5_CASES)
+def test_a5_a_client_that_hangs_up(dialect: Dialect, path: str, stream: bool, all_stands: dict[str, Stand]) -> None:
     """A5: the engine stops within a second, also while another stream runs."""
+    stand = all_stands[dialect]
+    stand.engine.reset()
     stand.engine.text, stand.engine.pace = "word " * 400, 0.1
     messages = [{"role": "user", "content": "x"}]
     body: Json = {"prompt": "x"} if path in ("/generate", "/v1/completions") else {"messages": messages}
@@ -446,7 +483,10 @@ def test_a5_a_client_that_hangs_up(path: str, stream: bool, stand: Stand) -> Non
     stand.engine.wait(lambda: stand.engine.live == 0, SOON)
 
 
-PREFILL = [{"role": "user", "content": "Capital of France?"}, {"role": "assistant", "content": "The capital of France is"}]
+PREFILL = [
+    {"role": "user", "content": "Capital of France?"},
+    {"role": "assistant", "content": "The capital of France is"},
+]
 
 
 @pytest.mark.parametrize("surface", ["v1", "v1-stream"])
@@ -482,11 +522,14 @@ STRICT_TOOL: Json = {
 }
 
 
-@pytest.mark.parametrize("arguments", [{"city": "Paris"}, {}, {"city": 5}])
 @pytest.mark.parametrize("surface", SURFACES)
-def test_a7_a_strict_tool_is_checked(surface: str, arguments: Json, stand: Stand) -> None:
-    stand.engine.tool_call = ("get", arguments)
-    failed(ask(stand, surface, tools=[STRICT_TOOL]), "structured_output_invalid")
+def test_a7_a_strict_tool_is_checked(surface: str, stand: Stand) -> None:
+    wrong: list[Json] = [{"city": "Paris"}]
+    if stand.engine.dialect == "ollama":  # it checks nothing itself
+        wrong += [{}, {"city": 5}]
+    for arguments in wrong:
+        stand.engine.tool_call = ("get", arguments)
+        failed(ask(stand, surface, tools=[STRICT_TOOL]), "structured_output_invalid")
     stand.engine.tool_call = ("get", {"city": "London"})
     assert answered(ask(stand, surface, tools=[STRICT_TOOL])).calls
 
@@ -496,7 +539,10 @@ def test_a7_strict_on_the_other_surfaces(path: str, stand: Stand) -> None:
     stand.engine.tool_call = ("get", {"city": "Paris"})
     parameters = STRICT_TOOL["function"]["parameters"]
     if path == "/v1/responses":
-        body: Json = {"input": "x", "tools": [{"type": "function", "name": "get", "strict": True, "parameters": parameters}]}
+        body: Json = {
+            "input": "x",
+            "tools": [{"type": "function", "name": "get", "strict": True, "parameters": parameters}],
+        }
     else:
         tool = {"name": "get", "strict": True, "input_schema": parameters}
         body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 99, "tools": [tool]}
@@ -529,13 +575,13 @@ def test_a8_reasoning_effort_on_ollama(surface: str, thinking: Stand) -> None:
 
 
 @pytest.mark.parametrize("surface", SURFACES)
-@pytest.mark.parametrize("role", ["user", "assistant", "system"])
-def test_a8_a_messages_name_on_ollama(surface: str, role: str, all_stands: dict[str, Stand]) -> None:
+def test_a8_a_messages_name_on_ollama(surface: str, all_stands: dict[str, Stand]) -> None:
     stand = all_stands["ollama"]
     stand.engine.reset()
-    messages = [{"role": role, "content": "Hi", "name": "Ann"}, {"role": "user", "content": "Hi"}]
-    outcome = ask(stand, surface, messages=messages)
-    assert outcome.kind == "unsupported_feature" or any("name" in each for each in outcome.ignored), outcome
+    for role in ("user", "assistant", "system"):
+        messages = [{"role": role, "content": "Hi", "name": "Ann"}, {"role": "user", "content": "Hi"}]
+        outcome = ask(stand, surface, messages=messages)
+        assert outcome.kind == "unsupported_feature" or any("name" in each for each in outcome.ignored), outcome
 
 
 def test_a9_logprobs_on_the_embedded_engine(real: httpx.Client) -> None:
@@ -607,7 +653,9 @@ def test_a10_one_call_is_kept_to(dialect: Dialect, surface: str, all_stands: dic
 
 @pytest.mark.parametrize("surface", ["v1", "own", "python"])
 @pytest.mark.parametrize("dialect", ["vllm", "llamacpp"])
-def test_a10_it_reaches_the_engines_that_honour_it(dialect: Dialect, surface: str, all_stands: dict[str, Stand]) -> None:
+def test_a10_it_reaches_the_engines_that_honour_it(
+    dialect: Dialect, surface: str, all_stands: dict[str, Stand]
+) -> None:
     stand = all_stands[dialect]
     stand.engine.reset()
     answered(ask(stand, surface, tools=[CITY_TOOL], parallel_tool_calls=False))
@@ -643,7 +691,9 @@ def test_a10_calls_without_an_index(dialect: Dialect, surface: str, all_stands: 
 
 
 # B. Text that becomes code -----------------------------------------------------------------------------------
-@pytest.mark.parametrize("form", ["plain", "list", "nested", "List", "Optional", "dict", "tuple", "model", "typed dict"])
+@pytest.mark.parametrize(
+    "form", ["plain", "list", "nested", "List", "Optional", "dict", "tuple", "model", "typed dict"]
+)
 @pytest.mark.parametrize("verb", ["structured_generate", "complete", "batch"])
 def test_b1_a_text_is_never_a_type(form: str, verb: str, attach: Attach, fake: Make, tmp_path: Path) -> None:
     import typing
@@ -679,24 +729,43 @@ def test_b1_a_text_is_never_a_type(form: str, verb: str, attach: Attach, fake: M
 
 # C. Refused although right -----------------------------------------------------------------------------------
 NAMES = (
-    "/data/models/Qwen", "My Model 中文.gguf", "_m", "a b", "-x", "x:latest", "..m", "m?x=1&y=2", "m%20n", "Ünï/côdé", "x" * 200,
-    "Qwen/Qwen3-8B", "ollama/x", "vllm/m", '"q"', "a\\b", "model@main", "a,b", "a;b",
-)  # fmt: skip
+    "/data/models/Qwen",
+    "My Model 中文.gguf",
+    "_m",
+    "a b",
+    "-x",
+    "x:latest",
+    "..m",
+    "m?x=1&y=2",
+    "m%20n",
+    "Ünï/côdé",
+    "x" * 200,
+    "Qwen/Qwen3-8B",
+    "ollama/x",
+    "vllm/m",
+    '"q"',
+    "a\\b",
+    "model@main",
+    "a,b",
+    "a;b",
+)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dialect", OPENAI_DIALECTS)
-def test_c1_what_is_listed_can_be_asked_for(name: str, dialect: Dialect, fake: Make) -> None:
+@pytest.mark.parametrize(
+    ("dialect", "name"),
+    [("vllm", name) for name in NAMES] + [(each, name) for each in ("sglang", "llamacpp") for name in NAMES[:3]],
+)
+def test_c1_what_is_listed_can_be_asked_for(dialect: Dialect, name: str) -> None:
     with Stand(dialect, engine=FakeEngine(dialect, model=name)) as stand:
         listed = [each["id"] for each in stand.client.get("/v1/models").json()["data"]]
         assert f"{dialect}/{name}" in listed
         for asked in (f"{dialect}/{name}", name):
             if asked == name and name.partition("/")[0] in DIALECTS:
                 continue
-            for surface in ("v1", "v1-stream"):
-                assert answered(ask(stand, surface, model=asked)).model == asked
-        for surface in ("own", "own-stream", "python", "python-stream"):
-            answered(ask(stand, surface, model_name=name))
+            assert answered(ask(stand, "v1", model=asked)).model == asked
+        plain = name.partition("/")[0] not in DIALECTS  # `ollama/x` names an engine too: then the full name is needed
+        answered(ask(stand, "own-stream", model_name=name if plain else f"{dialect}/{name}"))
+        answered(ask(stand, "python", model_name=name if plain else f"{dialect}/{name}"))
         found = stand.client.get("/v1/models/" + "/".join(map(quoted, f"{dialect}/{name}".split("/"))))
         assert found.status_code == 200 and found.json()["id"] == f"{dialect}/{name}", found.text
 
@@ -721,39 +790,69 @@ def test_c1_on_ollama(name: str) -> None:
 #: a schema with a reference, an answer that fits, and one that does not
 REFERENCES: dict[str, tuple[Json, str, str]] = {
     "array": (
-        {"type": "object", "properties": {"a": {"anyOf": [{"type": "null"}, {"type": "integer"}]},
-         "b": {"$ref": "#/properties/a/anyOf/1"}}, "required": ["b"]},
-        '{"b": 1}', '{"b": null}',
+        {
+            "type": "object",
+            "properties": {
+                "a": {"anyOf": [{"type": "null"}, {"type": "integer"}]},
+                "b": {"$ref": "#/properties/a/anyOf/1"},
+            },
+            "required": ["b"],
+        },
+        '{"b": 1}',
+        '{"b": null}',
     ),
     "escaped": (
-        {"type": "object", "properties": {"b": {"$ref": "#/$defs/x~1y~0z%20w"}}, "required": ["b"],
-         "$defs": {"x/y~z w": {"type": "integer"}}},
-        '{"b": 1}', '{"b": "x"}',
+        {
+            "type": "object",
+            "properties": {"b": {"$ref": "#/$defs/x~1y~0z%20w"}},
+            "required": ["b"],
+            "$defs": {"x/y~z w": {"type": "integer"}},
+        },
+        '{"b": 1}',
+        '{"b": "x"}',
     ),
     "prefixItems": (
-        {"type": "object", "properties": {"a": {"type": "array", "prefixItems": [{"type": "string"}, {"type": "integer"}]},
-         "b": {"$ref": "#/properties/a/prefixItems/1"}}, "required": ["b"]},
-        '{"b": 1}', '{"b": "x"}',
+        {
+            "type": "object",
+            "properties": {
+                "a": {"type": "array", "prefixItems": [{"type": "string"}, {"type": "integer"}]},
+                "b": {"$ref": "#/properties/a/prefixItems/1"},
+            },
+            "required": ["b"],
+        },
+        '{"b": 1}',
+        '{"b": "x"}',
     ),
     "root": (
         {"type": "object", "properties": {"n": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, "required": ["n"]},
-        '{"n": {"n": null}}', '{"n": 1}',
+        '{"n": {"n": null}}',
+        '{"n": 1}',
     ),
     "chain": (
-        {"type": "object", "properties": {"b": {"$ref": "#/$defs/x"}}, "required": ["b"],
-         "$defs": {"x": {"$ref": "#/$defs/y/anyOf/0"}, "y": {"anyOf": [{"type": "integer"}]}}},
-        '{"b": 1}', '{"b": "x"}',
+        {
+            "type": "object",
+            "properties": {"b": {"$ref": "#/$defs/x"}},
+            "required": ["b"],
+            "$defs": {"x": {"$ref": "#/$defs/y/anyOf/0"}, "y": {"anyOf": [{"type": "integer"}]}},
+        },
+        '{"b": 1}',
+        '{"b": "x"}',
     ),
     "allOf": (
-        {"type": "object", "properties": {"b": {"$ref": "#/allOf/0/properties/c"}}, "required": ["b"],
-         "allOf": [{"properties": {"c": {"type": "integer"}}}]},
-        '{"b": 1}', '{"b": "x"}',
+        {
+            "type": "object",
+            "properties": {"b": {"$ref": "#/allOf/0/properties/c"}},
+            "required": ["b"],
+            "allOf": [{"properties": {"c": {"type": "integer"}}}],
+        },
+        '{"b": 1}',
+        '{"b": "x"}',
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-@pytest.mark.parametrize("surface", SURFACES)
+@pytest.mark.parametrize("surface", ["own-stream", "v1"])
 def test_c2_references(name: str, surface: str, stand: Stand) -> None:
     schema, fits, wrong = REFERENCES[name]
     schema_reply(stand.engine, fits)
@@ -762,11 +861,25 @@ def test_c2_references(name: str, surface: str, stand: Stand) -> None:
     failed(ask(stand, surface, schema=schema), "structured_output_invalid")
 
 
-@pytest.mark.parametrize("ref", ["#/properties/a/anyOf/2", "#/properties/a/anyOf/-1", "#/properties/a/anyOf/01", "#/x", "other.json", "http://x/y", "#/properties/a/anyOf/٣"])
-def test_c2_references_to_nothing(ref: str, stand: Stand) -> None:
-    schema = {"type": "object", "properties": {"a": {"anyOf": [{"type": "null"}, {"type": "integer"}]}, "b": {"$ref": ref}}}
-    failed(ask(stand, "own", schema=schema), "invalid_request")
-    failed(ask(stand, "v1", schema=schema), "invalid_request")
+@pytest.mark.parametrize(
+    "ref",
+    [
+        "#/properties/a/anyOf/2",
+        "#/properties/a/anyOf/-1",
+        "#/properties/a/anyOf/01",
+        "#/x",
+        "other.json",
+        "http://x/y",
+        "#/properties/a/anyOf/٣",
+    ],
+)
+def test_c2_references_to_nothing(ref: str, vllm: Stand) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"anyOf": [{"type": "null"}, {"type": "integer"}]}, "b": {"$ref": ref}},
+    }
+    failed(ask(vllm, "own", schema=schema), "invalid_request")
+    failed(ask(vllm, "v1", schema=schema), "invalid_request")
 
 
 class LeafA(pydantic.BaseModel):
@@ -802,7 +915,7 @@ for _node in (NodeA, NodeB, NodeC, NodeD):
     _node.model_rebuild()
 
 
-@pytest.mark.parametrize("surface", SURFACES)
+@pytest.mark.parametrize("surface", EACH_INTERFACE)
 def test_c3_recursive_classes(surface: str, stand: Stand) -> None:
     schema_reply(stand.engine, '{"items": [{"kind": "x", "value": 1}, {"of": {"kind": "x", "name": "y"}, "depth": 2}]}')
     schema: Any = NodeA if surface.startswith("python") else NodeA.model_json_schema()
@@ -811,7 +924,15 @@ def test_c3_recursive_classes(surface: str, stand: Stand) -> None:
         assert isinstance(outcome.result, NodeA)
 
 
-ANNOTATED = {"x-order": 1, "example": "x", "examples": ["x"], "$comment": "c", "deprecated": True, "readOnly": False, "title": "t"}
+ANNOTATED = {
+    "x-order": 1,
+    "example": "x",
+    "examples": ["x"],
+    "$comment": "c",
+    "deprecated": True,
+    "readOnly": False,
+    "title": "t",
+}
 TOOL_KEYWORDS: dict[str, Json] = {
     "x-order": {"x-order": {"a": 1}},
     "example": {"example": {"type": "x"}},
@@ -843,37 +964,43 @@ OBJECT_KEYWORDS: dict[str, Json] = {
     "definitions": {"definitions": {"x": {"type": "string"}}, "properties": {"a": {"$ref": "#/definitions/x"}}},
     "if": {"if": {"required": ["a"]}, "then": {"required": ["b"]}},
     "a property called $ref": {"properties": {"$ref": {"type": "string"}, "pattern": {"type": "string"}}},
-    "additionalItems": {"properties": {"a": {"type": "array", "items": [{"type": "string"}], "additionalItems": False}}},
+    "additionalItems": {
+        "properties": {"a": {"type": "array", "items": [{"type": "string"}], "additionalItems": False}}
+    },
 }
 
 
-def tool_with(parameters: Json) -> Json:
-    return {"type": "function", "function": {"name": "other", "description": "d", "parameters": parameters}}
+def tool_with(parameters: Json, name: str) -> Json:
+    return {"type": "function", "function": {"name": name, "description": "d", "parameters": parameters}}
 
 
-@pytest.mark.parametrize("name", [*TOOL_KEYWORDS, *OBJECT_KEYWORDS])
-@pytest.mark.parametrize("surface", ["own", "v1", "v1-stream", "python-stream"])
-def test_c4_c6c_a_tool_that_is_offered(name: str, surface: str, stand: Stand) -> None:
-    """C4, C6c: annotations and newer keywords in a tool that is only offered are passed on as they are."""
-    if name in TOOL_KEYWORDS:
-        parameters: Json = {"type": "object", "properties": {"a": {"type": "string", **TOOL_KEYWORDS[name]}}}
-    else:
-        parameters = {"type": "object", "properties": {"a": {"type": "string"}}, **OBJECT_KEYWORDS[name]}
+@pytest.mark.parametrize("surface", EACH_INTERFACE)
+def test_c4_c6c_tools_that_are_offered(surface: str, stand: Stand) -> None:
+    """C4, C6c: annotations and newer keywords in tools that are only offered are passed on as they are."""
+    tools = [CITY_TOOL]
+    for name, keywords in (TOOL_KEYWORDS | OBJECT_KEYWORDS).items():
+        parameters: Json = {"type": "object", "properties": {"a": {"type": "string"}}}
+        if name in TOOL_KEYWORDS:
+            parameters["properties"]["a"] |= keywords
+        else:
+            parameters |= keywords
+        tools.append(tool_with(parameters, f"f{len(tools)}"))
     for choice in ({}, {"tool_choice": "auto"}):
-        answered(ask(stand, surface, tools=[CITY_TOOL, tool_with(parameters)], **choice))
-        assert stand.engine.body["tools"][1]["function"]["parameters"] == parameters
-    stand.engine.tool_call = ("other", {})
-    assert answered(ask(stand, surface, tools=[CITY_TOOL, tool_with(parameters)])).calls
+        answered(ask(stand, surface, tools=tools, **choice))
+        sent = stand.engine.body["tools"]
+        assert [each["function"]["parameters"] for each in sent] == [each["function"]["parameters"] for each in tools]
+    for tool in tools:
+        stand.engine.tool_call = (tool["function"]["name"], {})
+        assert answered(ask(stand, surface, tools=tools)).calls
 
 
-@pytest.mark.parametrize("name", ANNOTATED)
-@pytest.mark.parametrize("surface", SURFACES)
-def test_c4_annotations_in_a_schema(name: str, surface: str, stand: Stand) -> None:
+@pytest.mark.parametrize("surface", EACH_INTERFACE)
+def test_c4_annotations_in_a_schema(surface: str, stand: Stand) -> None:
     schema_reply(stand.engine, '{"a": "x"}')
-    schema = {"type": "object", "properties": {"a": {"type": "string", name: ANNOTATED[name]}}, "required": ["a"]}
+    schema = {"type": "object", "properties": {"a": {"type": "string", **ANNOTATED}}, "required": ["a"]}
     answered(ask(stand, surface, schema=schema))
     if stand.engine.dialect != "ollama":
-        answered(ask(stand, surface, schema=schema | {name: ANNOTATED[name]}))
+        answered(ask(stand, surface, schema=schema | ANNOTATED))
 
 
 #: what /structured-generate is given as `schema`, an answer that fits, and one that does not
@@ -889,106 +1016,174 @@ FORMS: dict[str, tuple[Json, str, str]] = {
     "types": ({"type": ["integer", "null"]}, "null", '"x"'),
     "additionalProperties": ({"additionalProperties": {"type": "integer"}}, '{"a": 1}', '{"a": "x"}'),
     "additionalProperties false": (
-        {"properties": {"a": {"type": "string"}}, "additionalProperties": False}, '{"a": "x"}', '{"b": "x"}',
+        {"properties": {"a": {"type": "string"}}, "additionalProperties": False},
+        '{"a": "x"}',
+        '{"b": "x"}',
     ),
     "allOf": ({"allOf": [{"properties": {"a": {"type": "string"}}}]}, '{"a": "x"}', '{"a": 1}'),
     "short": ({"city": "string", "population": "number"}, '{"city": "x", "population": 1}', '{"city": "x"}'),
-    "short, named as keywords": ({"title": "string", "description": "string"}, '{"title": "x", "description": "y"}', "{}"),
+    "short, named as keywords": (
+        {"title": "string", "description": "string"},
+        '{"title": "x", "description": "y"}',
+        "{}",
+    ),
     "short, a field named type": ({"type": "string", "name": "string"}, '{"type": "x", "name": "y"}', '"x"'),
-    "short, a field named items": ({"items": ["string"], "n": "integer"}, '{"items": ["x"], "n": 1}', '{"items": [1], "n": 1}'),
+    "short, a field named items": (
+        {"items": ["string"], "n": "integer"},
+        '{"items": ["x"], "n": 1}',
+        '{"items": [1], "n": 1}',
+    ),
     "short, a field named properties": ({"properties": "string", "a": "string"}, '{"properties": "x", "a": "y"}', "{}"),
     "short, nested": ({"a": {"b": "integer"}}, '{"a": {"b": 1}}', '{"a": {"b": "x"}}'),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_c5_short_form_or_json_schema(name: str, stand: Stand, attach: Attach) -> None:
+def test_c5_short_form_or_json_schema(name: str, vllm: Stand, attach: Attach) -> None:
     schema, fits, wrong = FORMS[name]
-    schema_reply(stand.engine, fits)
-    data = good(stand.post("/structured-generate", prompt="x", schema=schema))
+    schema_reply(vllm.engine, fits)
+    data = good(vllm.post("/structured-generate", prompt="x", schema=schema))
     assert data["result"] == json.loads(fits)
-    assert attach(stand.engine).structured_generate("x", schema=schema) == json.loads(fits)
-    schema_reply(stand.engine, wrong)
-    refused(stand.post("/structured-generate", prompt="x", schema=schema), "structured_output_invalid")
+    assert attach(vllm.engine).structured_generate("x", schema=schema) == json.loads(fits)
+    schema_reply(vllm.engine, wrong)
+    refused(vllm.post("/structured-generate", prompt="x", schema=schema), "structured_output_invalid")
 
 
 NO_OPS: dict[str, Json] = {
-    "top_k 0": {"top_k": 0}, "top_k -1": {"top_k": -1}, "top_p 1": {"top_p": 1}, "top_p 1.0": {"top_p": 1.0},
-    "min_p 0": {"min_p": 0}, "stop": {"stop": []}, "tools": {"tools": []}, "tool_choice": {"tool_choice": "auto"},
-    "tool_choice none": {"tool_choice": "none"}, "both": {"tools": [], "tool_choice": "auto"},
-    "both none": {"tools": [], "tool_choice": "none"}, "presence_penalty": {"presence_penalty": 0},
-    "frequency_penalty": {"frequency_penalty": 0.0}, "repetition_penalty": {"repetition_penalty": 1.0},
-    "max_tokens": {"max_tokens": -1}, "logprobs": {"logprobs": False}, "top_logprobs": {"logprobs": False, "top_logprobs": 0},
-    "parallel_tool_calls": {"parallel_tool_calls": True}, "null": {"temperature": None, "seed": None, "tools": None},
+    "top_k 0": {"top_k": 0},
+    "top_k -1": {"top_k": -1},
+    "top_p 1": {"top_p": 1},
+    "top_p 1.0": {"top_p": 1.0},
+    "min_p 0": {"min_p": 0},
+    "stop": {"stop": []},
+    "tools": {"tools": []},
+    "tool_choice": {"tool_choice": "auto"},
+    "tool_choice none": {"tool_choice": "none"},
+    "both": {"tools": [], "tool_choice": "auto"},
+    "both none": {"tools": [], "tool_choice": "none"},
+    "presence_penalty": {"presence_penalty": 0},
+    "frequency_penalty": {"frequency_penalty": 0.0},
+    "repetition_penalty": {"repetition_penalty": 1.0},
+    "max_tokens": {"max_tokens": -1},
+    "logprobs": {"logprobs": False},
+    "top_logprobs": {"logprobs": False, "top_logprobs": 0},
+    "parallel_tool_calls": {"parallel_tool_calls": True},
+    "null": {"temperature": None, "seed": None, "tools": None},
     "parallel without tools": {"parallel_tool_calls": False},
     "empty tool_choice": {"tools": None, "tool_choice": "none"},
-}  # fmt: skip
+}
 V1_NO_OPS: dict[str, Json] = {
-    "echo": {"echo": False}, "best_of": {"best_of": 1}, "suffix": {"suffix": ""}, "min_tokens": {"min_tokens": 0},
-    "functions": {"functions": []}, "function_call": {"functions": [], "function_call": "auto"}, "n": {"n": 1},
-    "reasoning_effort": {"reasoning_effort": "none"}, "enable_thinking": {"chat_template_kwargs": {"enable_thinking": False}},
-    "chat_template_kwargs": {"chat_template_kwargs": {}}, "response_format": {"response_format": {"type": "text"}},
-    "logit_bias": {"logit_bias": {}}, "stream_options": {"stream_options": {}}, "modalities": {"modalities": ["text"]},
-    "store": {"store": False}, "metadata": {"metadata": {}}, "service_tier": {"service_tier": "auto"}, "user": {"user": ""},
-    "ignore_eos": {"ignore_eos": False}, "skip_special_tokens": {"skip_special_tokens": True}, "stop_token_ids": {"stop_token_ids": []},
-    "length_penalty": {"length_penalty": 1.0}, "use_beam_search": {"use_beam_search": False}, "bad_words": {"bad_words": []},
-    "mirostat": {"mirostat": 0}, "typical_p": {"typical_p": 1.0}, "max_completion_tokens": {"max_completion_tokens": -1},
-    "include_stop_str_in_output": {"include_stop_str_in_output": False}, "guided": {"guided_json": None},
-    "add_generation_prompt": {"add_generation_prompt": True}, "continue_final_message": {"continue_final_message": False},
-    "verbosity": {"verbosity": "medium"}, "prediction": {"prediction": None}, "web_search_options": {"web_search_options": None},
-    "audio": {"audio": None}, "dry": {"dry_multiplier": 0.0}, "xtc": {"xtc_probability": 0.0}, "repeat_penalty": {"repeat_penalty": 1.0},
-    "documents": {"documents": []}, "stop null": {"stop": None}, "priority": {"priority": 0}, "logprobs 0": {"top_logprobs": 0},
-}  # fmt: skip
+    "echo": {"echo": False},
+    "best_of": {"best_of": 1},
+    "suffix": {"suffix": ""},
+    "min_tokens": {"min_tokens": 0},
+    "functions": {"functions": []},
+    "function_call": {"functions": [], "function_call": "auto"},
+    "n": {"n": 1},
+    "reasoning_effort": {"reasoning_effort": "none"},
+    "enable_thinking": {"chat_template_kwargs": {"enable_thinking": False}},
+    "chat_template_kwargs": {"chat_template_kwargs": {}},
+    "response_format": {"response_format": {"type": "text"}},
+    "logit_bias": {"logit_bias": {}},
+    "stream_options": {"stream_options": {}},
+    "modalities": {"modalities": ["text"]},
+    "store": {"store": False},
+    "metadata": {"metadata": {}},
+    "service_tier": {"service_tier": "auto"},
+    "user": {"user": ""},
+    "ignore_eos": {"ignore_eos": False},
+    "skip_special_tokens": {"skip_special_tokens": True},
+    "stop_token_ids": {"stop_token_ids": []},
+    "length_penalty": {"length_penalty": 1.0},
+    "use_beam_search": {"use_beam_search": False},
+    "bad_words": {"bad_words": []},
+    "mirostat": {"mirostat": 0},
+    "typical_p": {"typical_p": 1.0},
+    "max_completion_tokens": {"max_completion_tokens": -1},
+    "include_stop_str_in_output": {"include_stop_str_in_output": False},
+    "guided": {"guided_json": None},
+    "add_generation_prompt": {"add_generation_prompt": True},
+    "continue_final_message": {"continue_final_message": False},
+    "verbosity": {"verbosity": "medium"},
+    "prediction": {"prediction": None},
+    "web_search_options": {"web_search_options": None},
+    "audio": {"audio": None},
+    "dry": {"dry_multiplier": 0.0},
+    "xtc": {"xtc_probability": 0.0},
+    "repeat_penalty": {"repeat_penalty": 1.0},
+    "documents": {"documents": []},
+    "stop null": {"stop": None},
+    "priority": {"priority": 0},
+    "logprobs 0": {"top_logprobs": 0},
+}
 
 
-@pytest.mark.parametrize("name", NO_OPS)
-@pytest.mark.parametrize("surface", SURFACES)
-def test_c6_no_op_values(name: str, surface: str, stand: Stand) -> None:
+def not_answered(values: dict[str, Json], asked: Callable[[Json], Outcome]) -> dict[str, Outcome]:
+    """Those of the values that are refused, or change the answer."""
+    found = {}
+    for name, fields in values.items():
+        outcome = asked(fields)
+        if outcome.kind or outcome.finish != "stop":
+            found[name] = outcome
+    return found
+
+
+@pytest.mark.parametrize("surface", EACH_INTERFACE)
+def test_c6_no_op_values(surface: str, stand: Stand) -> None:
     """C6: a value that asks for nothing passes, on every engine in the same way."""
-    assert answered(ask(stand, surface, **NO_OPS[name])).finish == "stop"
+    assert not not_answered(NO_OPS, lambda fields: ask(stand, surface, **fields))
 
 
-@pytest.mark.parametrize("name", V1_NO_OPS)
 @pytest.mark.parametrize("surface", ["v1", "v1-stream"])
-def test_c6b_no_op_values_on_v1(name: str, surface: str, stand: Stand) -> None:
-    assert answered(ask(stand, surface, **V1_NO_OPS[name])).finish == "stop"
+def test_c6b_no_op_values_on_v1(surface: str, stand: Stand) -> None:
+    assert not not_answered(V1_NO_OPS, lambda fields: ask(stand, surface, **fields))
 
 
-@pytest.mark.parametrize("name", [*NO_OPS, *V1_NO_OPS])
-def test_c6b_no_op_values_of_completions(name: str, stand: Stand) -> None:
-    values = (NO_OPS | V1_NO_OPS)[name]
-    reply = stand.post("/v1/completions", model=stand.model, prompt="x", **values)
-    assert reply.status_code == 200, reply.text
+def test_c6b_no_op_values_of_completions(stand: Stand) -> None:
+    for name, values in (NO_OPS | V1_NO_OPS).items():
+        reply = stand.post("/v1/completions", model=stand.model, prompt="x", **values)
+        assert reply.status_code == 200, (name, reply.text)
 
 
-@pytest.mark.parametrize("surface", ["own", "python", "own-stream", "python-stream"])
+@pytest.mark.parametrize("surface", ["own", "python-stream"])
 def test_c6b_think_false_where_the_model_does_not(surface: str, stand: Stand) -> None:
     answered(ask(stand, surface, think=False))
 
 
-@pytest.mark.parametrize("name", [*NO_OPS, *V1_NO_OPS])
-def test_c6_on_the_embedded_engine(name: str, real: httpx.Client) -> None:
-    """C6: what is sent to the real engine is accepted by it."""
+@pytest.mark.parametrize("part", range(4))
+def test_c6_on_the_embedded_engine(part: int, real: httpx.Client) -> None:
+    """C6: what is sent to the real engine is accepted by it, several such values at once."""
     model = real.get("/v1/models").json()["data"][0]["id"]
-    fields = {"max_tokens": 2} | (NO_OPS | V1_NO_OPS)[name]
-    if fields["max_tokens"] == -1:
-        fields["stop"] = [" "]
-    answered(_ask_v1(real, False, {"model": model, "messages": [{"role": "user", "content": "Hi"}]} | fields))
-    if name in NO_OPS:
-        answered(_ask_own(real, False, {"messages": [{"role": "user", "content": "Hi"}]} | fields))
+    names = list(NO_OPS | V1_NO_OPS)[part::4]
+    fields: Json = {"stop": [" ", "."]}
+    for name in names:
+        fields |= {key: value for key, value in (NO_OPS | V1_NO_OPS)[name].items() if key != "stop"}
+    if "max_completion_tokens" in fields:
+        fields.pop("max_tokens", None)
+    asked = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2} | fields
+    outcome = _ask_v1(real, False, asked)
+    assert not outcome.kind, (names, outcome)
 
 
-DUMP: Json = {"role": "assistant", "content": "Hello", "refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+DUMP: Json = {
+    "role": "assistant",
+    "content": "Hello",
+    "refusal": None,
+    "annotations": [],
+    "audio": None,
+    "function_call": None,
+    "tool_calls": None,
+}
 
 
-@pytest.mark.parametrize("surface", SURFACES)
+@pytest.mark.parametrize("surface", EACH_INTERFACE)
 def test_c7_message_dumps(surface: str, stand: Stand) -> None:
     for dump in (DUMP, DUMP | {"reasoning_content": None}, DUMP | {"reasoning": None, "name": None, "tool_calls": []}):
         messages = [{"role": "user", "content": "Hi"}, dump, {"role": "user", "content": "And?", "name": None}]
         answered(ask(stand, surface, messages=messages))
 
 
-@pytest.mark.parametrize("surface", SURFACES)
+@pytest.mark.parametrize("surface", EACH_INTERFACE)
 def test_c7_a_dumped_call_and_its_result(surface: str, stand: Stand) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "get", "arguments": "{}"}}
     messages = [
@@ -1012,8 +1207,16 @@ def test_c7_real_openai_dumps(stand: Stand) -> None:
 
 def test_c8_preflight_of_openais_client() -> None:
     with Stand("vllm", cors_origins=("http://app.example",)) as stand:
-        for names in ("x-stainless-os", "authorization,content-type,x-stainless-arch,x-stainless-retry-count", "x-api-key,anthropic-version,anthropic-dangerous-direct-browser-access"):
-            asks = {"origin": "http://app.example", "access-control-request-method": "POST", "access-control-request-headers": names}
+        for names in (
+            "x-stainless-os",
+            "authorization,content-type,x-stainless-arch,x-stainless-retry-count",
+            "x-api-key,anthropic-version,anthropic-dangerous-direct-browser-access",
+        ):
+            asks = {
+                "origin": "http://app.example",
+                "access-control-request-method": "POST",
+                "access-control-request-headers": names,
+            }
             for path in ("/v1/chat/completions", "/api/v1/llm/chat", "/v1/models"):
                 reply = stand.client.options(path, headers=asks)
                 assert reply.status_code == 200, reply.text
@@ -1023,7 +1226,7 @@ def test_c8_preflight_of_openais_client() -> None:
             assert "access-control-allow-origin" not in reply.headers
 
 
-@pytest.mark.parametrize("host", ["::", "0.0.0.0"])
+@pytest.mark.parametrize("host", ["::"])
 def test_c9_loopback_through_a_mapped_address(host: str, fake: Make) -> None:
     import socket
 
@@ -1037,7 +1240,7 @@ def test_c9_loopback_through_a_mapped_address(host: str, fake: Make) -> None:
 
 
 def test_c10_a_model_in_the_hubs_cache(tmp_path: Path, embedded: LLMInferencer) -> None:
-    """C10: links of the hub's cache (`snapshots/…` to `blobs/…`) are followed for the file, not for its parts' names."""
+    """C10: links of the hub's cache are followed for the file, not for its parts' names."""
     found = product.locate_model(None)
     assert found is not None
     blob = tmp_path / "blobs" / ("0" * 64)
@@ -1045,7 +1248,7 @@ def test_c10_a_model_in_the_hubs_cache(tmp_path: Path, embedded: LLMInferencer) 
     blob.symlink_to(found.path)
     folder = tmp_path / "snapshots" / "abc"
     folder.mkdir(parents=True)
-    for name in ("m-00001-of-00001.gguf", "m.gguf"):
+    for name in ("m-00001-of-00001.gguf",):
         (folder / name).symlink_to(Path("../../blobs") / blob.name)
         with LLMInferencer("llamacpp", str(folder / name), launch=True) as llm:
             assert llm.generate("Hi", max_tokens=2)
@@ -1075,7 +1278,7 @@ def test_c11_a_path_as_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "m.gguf").symlink_to(found.path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    for model in ("~/m.gguf", Path("m.gguf"), Path("~/m.gguf"), "./m.gguf"):
+    for model in ("~/m.gguf", Path("m.gguf")):
         with LLMInferencer("llamacpp", model, launch=True) as llm:
             assert llm.generate("Hi", max_tokens=2)
             assert [each.name for each in llm.models()] == ["m"]
@@ -1087,7 +1290,13 @@ def test_c11_pythons_own_values(attach: Attach, fake: Make) -> None:
 
     engine = fake("vllm")
     llm = attach(engine)
-    for prompts in (("a", "b"), (each for each in "ab"), {"a": 1, "b": 2}.keys(), iter(["a", "b"]), collections.deque("ab")):
+    for prompts in (
+        ("a", "b"),
+        (each for each in "ab"),
+        {"a": 1, "b": 2}.keys(),
+        iter(["a", "b"]),
+        collections.deque("ab"),
+    ):
         answers = llm.batch(prompts)
         assert [each.text for each in answers if isinstance(each, product.Completion)] == [engine.text] * 2
     for wrong in ("abc", b"abc", {"a": 1}, None, 5):
@@ -1170,7 +1379,18 @@ def test_c12_on_the_other_routes(path: str, body: Json, capped: Stand) -> None:
     assert (sent.get("max_tokens") or sent.get("max_completion_tokens") or sent["options"]["num_predict"]) == 6
 
 
-ROUTES = ("/health", "/ready", "/docs", "/redoc", "/openapi.json", "/ui", "/metrics", "/v1/models", "/api/v1/llm/engines", "/api/v1/llm/models")
+ROUTES = (
+    "/health",
+    "/ready",
+    "/docs",
+    "/redoc",
+    "/openapi.json",
+    "/ui",
+    "/metrics",
+    "/v1/models",
+    "/api/v1/llm/engines",
+    "/api/v1/llm/models",
+)
 
 
 @pytest.mark.parametrize("path", ROUTES)
@@ -1178,7 +1398,19 @@ def test_c13_a_trailing_slash_is_the_same_route(path: str, vllm: Stand) -> None:
     assert vllm.client.get(path + "/").status_code == vllm.client.get(path).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/generate", "/chat", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/structured-generate"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/generate",
+        "/chat",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/embeddings",
+        "/structured-generate",
+    ],
+)
 def test_c13_a_trailing_slash_of_a_post(path: str, vllm: Stand) -> None:
     assert vllm.post(path + "/").json().keys() == vllm.post(path).json().keys()
     assert vllm.post(path + "/").status_code == 400
@@ -1210,25 +1442,60 @@ def test_c13_a_byte_order_mark(path: str, vllm: Stand) -> None:
 #: fields that an engine honours, on which of its routes
 HONOURED: dict[Dialect, list[Json]] = {
     "llamacpp": [
-        {"samplers": ["top_k", "temperature"]}, {"timings_per_token": True}, {"dry_base": 1.5}, {"xtc_threshold": 0.2},
-        {"mirostat_tau": 4.0}, {"response_format": {"type": "json_object", "schema": OBJECT}},
-        {"n_probs": 2}, {"dynatemp_range": 0.5}, {"typical_p": 0.9}, {"logit_bias": {"5": 1}}, {"json_schema": OBJECT},
-        {"dry_sequence_breakers": ["x"]}, {"top_n_sigma": 1.0}, {"ignore_eos": True}, {"grammar": 'root ::= "a"'}, {"repeat_last_n": 5},
+        {"samplers": ["top_k", "temperature"]},
+        {"timings_per_token": True},
+        {"dry_base": 1.5},
+        {"xtc_threshold": 0.2},
+        {"mirostat_tau": 4.0},
+        {"response_format": {"type": "json_object", "schema": OBJECT}},
+        {"n_probs": 2},
+        {"dynatemp_range": 0.5},
+        {"typical_p": 0.9},
+        {"logit_bias": {"5": 1}},
+        {"json_schema": OBJECT},
+        {"dry_sequence_breakers": ["x"]},
+        {"top_n_sigma": 1.0},
+        {"ignore_eos": True},
+        {"grammar": 'root ::= "a"'},
+        {"repeat_last_n": 5},
     ],
     "vllm": [
-        {"prompt_logprobs": 1}, {"return_token_ids": True}, {"truncate_prompt_tokens": 100}, {"use_beam_search": True},
-        {"min_tokens": 3}, {"bad_words": ["x"]}, {"allowed_token_ids": [5]}, {"stop_token_ids": [5]}, {"length_penalty": 0.5},
-        {"include_stop_str_in_output": True}, {"skip_special_tokens": False}, {"spaces_between_special_tokens": False},
-        {"echo": True}, {"cache_salt": "x"}, {"structured_outputs": {"choice": ["a"]}}, {"logit_bias": {"5": 1}}, {"ignore_eos": True},
+        {"prompt_logprobs": 1},
+        {"return_token_ids": True},
+        {"truncate_prompt_tokens": 100},
+        {"use_beam_search": True},
+        {"min_tokens": 3},
+        {"bad_words": ["x"]},
+        {"allowed_token_ids": [5]},
+        {"stop_token_ids": [5]},
+        {"length_penalty": 0.5},
+        {"include_stop_str_in_output": True},
+        {"skip_special_tokens": False},
+        {"spaces_between_special_tokens": False},
+        {"echo": True},
+        {"cache_salt": "x"},
+        {"structured_outputs": {"choice": ["a"]}},
+        {"logit_bias": {"5": 1}},
+        {"ignore_eos": True},
     ],
     "sglang": [
-        {"regex": "a"}, {"ebnf": 'root ::= "a"'}, {"no_stop_trim": True}, {"min_tokens": 3}, {"stop_token_ids": [5]},
-        {"return_hidden_states": True}, {"skip_special_tokens": False}, {"ignore_eos": True}, {"separate_reasoning": False},
+        {"regex": "a"},
+        {"ebnf": 'root ::= "a"'},
+        {"no_stop_trim": True},
+        {"min_tokens": 3},
+        {"stop_token_ids": [5]},
+        {"return_hidden_states": True},
+        {"skip_special_tokens": False},
+        {"ignore_eos": True},
+        {"separate_reasoning": False},
     ],
     "ollama": [
-        {"options": {"num_ctx": 2048}}, {"keep_alive": "5m"}, {"keep_alive": 0}, {"options": {"mirostat": 1, "tfs_z": 0.5}},
+        {"options": {"num_ctx": 2048}},
+        {"keep_alive": "5m"},
+        {"keep_alive": 0},
+        {"options": {"mirostat": 1, "tfs_z": 0.5}},
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -1249,8 +1516,8 @@ def test_c14_fields_that_the_engine_honours(dialect: Dialect, stream: bool, all_
                 assert sent[name] == value, (name, sent)
 
 
-@pytest.mark.parametrize("surface", ["v1", "v1-stream", "python", "own"])
-@pytest.mark.parametrize("template", ["{{ reasoning_effort }}", "{% if reasoning_effort %}x{% endif %}{{ messages }}"])
+@pytest.mark.parametrize("surface", EACH_INTERFACE)
+@pytest.mark.parametrize("template", ["{% if reasoning_effort %}x{% endif %}{{ messages }}"])
 def test_c14_reasoning_effort_with_a_template_that_uses_it(surface: str, template: str, fake: Make) -> None:
     """C14: as gpt-oss's does, which has no enable_thinking."""
     with Stand("llamacpp") as stand:
@@ -1277,20 +1544,20 @@ def test_c14_dimensions_on_ollama(all_stands: dict[str, Stand]) -> None:
         stand.engine.capabilities.remove("embedding")
 
 
-@pytest.mark.parametrize("surface", SURFACES)
-@pytest.mark.parametrize("seed", [-1, -5, 2**63 - 1, 0])
-def test_c15_any_seed(surface: str, seed: int, stand: Stand) -> None:
-    answered(ask(stand, surface, seed=seed))
-    body = stand.engine.body
-    assert (body["options"] if stand.engine.dialect == "ollama" else body)["seed"] == seed
+@pytest.mark.parametrize("surface", EACH_INTERFACE)
+def test_c15_any_seed(surface: str, stand: Stand) -> None:
+    for seed in (-1, -5, 2**63 - 1, 0):
+        answered(ask(stand, surface, seed=seed))
+        body = stand.engine.body
+        assert (body["options"] if stand.engine.dialect == "ollama" else body)["seed"] == seed
 
 
-@pytest.mark.parametrize("surface", ["v1", "v1-stream"])
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_c15_the_alias_that_was_asked_for(surface: str, dialect: Dialect) -> None:
+def test_c15_the_alias_that_was_asked_for(dialect: Dialect) -> None:
     with Stand(dialect, aliases=[f"fast={dialect}/m"]) as stand:
         for name in ("fast", f"{dialect}/m", "m"):
-            assert answered(ask(stand, surface, model=name)).model == name
+            for surface in ("v1", "v1-stream"):
+                assert answered(ask(stand, surface, model=name)).model == name
         for path, body in (("/v1/completions", {"prompt": "x"}), ("/v1/responses", {"input": "x"})):
             assert stand.post(path, model="fast", **body).json()["model"] == "fast"
             text = stand.post(path, model="fast", stream=True, **body).text
@@ -1298,16 +1565,27 @@ def test_c15_the_alias_that_was_asked_for(surface: str, dialect: Dialect) -> Non
 
 
 WRONG_FIELDS: dict[str, Json] = {
-    "temperature": {"temperature": 3}, "top_p": {"top_p": 0}, "max_tokens": {"max_tokens": 0}, "stop": {"stop": [""]},
-    "seed": {"seed": "x"}, "tools": {"tools": "x"}, "tool_choice": {"tool_choice": "required"}, "n": {"n": 0},
-    "messages": {"messages": []}, "response_format": {"response_format": {"type": "x"}}, "model": {"model": None},
-    "top_logprobs": {"top_logprobs": 3}, "stream": {"stream": "x"}, "nonsense": {"nonsense": 1}, "chat_template": {"chat_template": "x"},
-}  # fmt: skip
+    "temperature": {"temperature": 3},
+    "top_p": {"top_p": 0},
+    "max_tokens": {"max_tokens": 0},
+    "stop": {"stop": [""]},
+    "seed": {"seed": "x"},
+    "tools": {"tools": "x"},
+    "tool_choice": {"tool_choice": "required"},
+    "n": {"n": 0},
+    "messages": {"messages": []},
+    "response_format": {"response_format": {"type": "x"}},
+    "model": {"model": None},
+    "top_logprobs": {"top_logprobs": 3},
+    "stream": {"stream": "x"},
+    "nonsense": {"nonsense": 1},
+    "chat_template": {"chat_template": "x"},
+}
 
 
 @pytest.mark.parametrize("name", WRONG_FIELDS)
-def test_c15_param_names_the_field(name: str, stand: Stand) -> None:
-    outcome = ask(stand, "v1", **WRONG_FIELDS[name])
+def test_c15_param_names_the_field(name: str, vllm: Stand) -> None:
+    outcome = ask(vllm, "v1", **WRONG_FIELDS[name])
     assert outcome.status == 400 and (outcome.param or "").partition("[")[0] == name, outcome
 
 
@@ -1318,23 +1596,40 @@ IMPOSSIBLE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", IMPOSSIBLE)
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize(
+    ("name", "dialect"),
+    [("surrogate", "vllm"), ("surrogate", "ollama"), ("surrogate", "llamacpp"), ("surrogate in the middle", "vllm")],
+)
 def test_d1_what_json_cannot_say(name: str, dialect: Dialect, fake: Make, attach: Attach) -> None:
     llm, bad = attach(fake(dialect)), IMPOSSIBLE[name]
     found = llm.batch(["ok", bad, "ok"])
     assert [isinstance(each, InvalidRequest) for each in found] == [False, True, False], found
     calls: list[Callable[[], Any]] = [
-        lambda: llm.generate(bad), lambda: list(llm.stream(bad)), lambda: llm.embed(bad), lambda: llm.embed(["ok", bad]),
-        lambda: llm.chat([{"role": "user", "content": bad}]), lambda: llm.generate("x", system=bad),
-        lambda: llm.generate("x", engine_options={"x": bad}), lambda: llm.generate("x", engine_options={bad: 1}),
-        lambda: llm.generate("x", engine_options={"x": object()}), lambda: llm.generate("x", engine_options={"x": float("nan")}),
-        lambda: llm.generate("x", stop=bad), lambda: llm.structured_generate("x", schema={"properties": {bad: {}}}),
-        lambda: llm.structured_generate("x", choice=[bad]), lambda: llm.generate("x", model_name=bad), lambda: llm.generate("x", engine_options={"x": {1, 2}}),
-        lambda: llm.generate("x", engine_options={"x": b"\xff"}), lambda: asyncio.run(llm.agenerate(bad)), lambda: llm.embed(5),  # type: ignore[arg-type]
-        lambda: llm.embed([5]), lambda: llm.generate(5), lambda: llm.pull(bad), lambda: llm.generate("x", engine_options=5),  # type: ignore[arg-type, list-item]
-        lambda: llm.generate("x", engine_options={"x": 10**400}), lambda: llm.embed("x", model_name=bad),
-    ]  # fmt: skip
+        lambda: llm.generate(bad),
+        lambda: list(llm.stream(bad)),
+        lambda: llm.embed(bad),
+        lambda: llm.embed(["ok", bad]),
+        lambda: llm.chat([{"role": "user", "content": bad}]),
+        lambda: llm.generate("x", system=bad),
+        lambda: llm.generate("x", engine_options={"x": bad}),
+        lambda: llm.generate("x", engine_options={bad: 1}),
+        lambda: llm.generate("x", engine_options={"x": object()}),
+        lambda: llm.generate("x", engine_options={"x": float("nan")}),
+        lambda: llm.generate("x", stop=bad),
+        lambda: llm.structured_generate("x", schema={"properties": {bad: {}}}),
+        lambda: llm.structured_generate("x", choice=[bad]),
+        lambda: llm.generate("x", model_name=bad),
+        lambda: llm.generate("x", engine_options={"x": {1, 2}}),
+        lambda: llm.generate("x", engine_options={"x": b"\xff"}),
+        lambda: asyncio.run(llm.agenerate(bad)),
+        lambda: llm.embed(5),
+        lambda: llm.embed([5]),
+        lambda: llm.generate(5),
+        lambda: llm.pull(bad),
+        lambda: llm.generate("x", engine_options=5),
+        lambda: llm.generate("x", engine_options={"x": 10**400}),
+        lambda: llm.embed("x", model_name=bad),
+    ]
     for number, call in enumerate(calls):
         try:
             call()
@@ -1361,29 +1656,29 @@ def test_d1_a_value_that_contains_itself(fake: Make, attach: Attach) -> None:
 
 def test_d2_long_texts_on_the_embedded_engine() -> None:
     with LLMInferencer("llamacpp", launch=True, launch_args=["embedding=true", "pooling_type=1"]) as llm:
-        for words in (601, 2000):
+        for words in (601,):
             assert len(llm.embed("word " * words)) == 1
-        assert len(llm.embed(["word " * 700] * 5)) == 5
+        assert len(llm.embed(["word " * 601, "x"])) == 2
         with pytest.raises(product.ContextTooLong):
-            llm.embed("word " * 20_000)
+            llm.embed("word " * 9000)
 
 
-@pytest.mark.parametrize("arguments", ["", "{}", None])
-@pytest.mark.parametrize("surface", SURFACES)
-def test_d3_empty_arguments_in_the_history(arguments: Any, surface: str, stand: Stand) -> None:
-    call = {"id": "c", "type": "function", "function": {"name": "get", "arguments": arguments}}
-    messages = [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "c", "content": "5"},
-    ]
-    outcome = ask(stand, surface, messages=messages, tools=[CITY_TOOL])
-    if arguments is None:
-        assert outcome.kind in ("", "invalid_request"), outcome
-        return
-    answered(outcome)
-    sent = next(each for each in stand.engine.body["messages"] if each["role"] == "assistant")
-    assert sent["tool_calls"][0]["function"]["arguments"] in ("{}", {})
+@pytest.mark.parametrize("surface", EACH_INTERFACE)
+def test_d3_empty_arguments_in_the_history(surface: str, stand: Stand) -> None:
+    for arguments in ("", "{}", None):
+        call = {"id": "c", "type": "function", "function": {"name": "get", "arguments": arguments}}
+        messages = [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": "5"},
+        ]
+        outcome = ask(stand, surface, messages=messages, tools=[CITY_TOOL])
+        if arguments is None:
+            assert outcome.kind in ("", "invalid_request"), outcome
+            continue
+        answered(outcome)
+        sent = next(each for each in stand.engine.body["messages"] if each["role"] == "assistant")
+        assert sent["tool_calls"][0]["function"]["arguments"] in ("{}", {})
 
 
 def test_d3_on_the_embedded_engine(with_tools: LLMInferencer) -> None:
@@ -1455,33 +1750,31 @@ BAD_DELTAS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", BAD_DELTAS)
-@pytest.mark.parametrize("surface", SURFACES)
-@pytest.mark.parametrize("dialect", OPENAI_DIALECTS)
-@pytest.mark.parametrize("parallel", [None, False])
-def test_d5_e9_deltas_that_are_none(
-    name: str, surface: str, dialect: Dialect, parallel: bool | None, all_stands: dict[str, Stand]
-) -> None:
+@pytest.mark.parametrize("surface", ["own", "own-stream", "v1", "v1-stream", "python-stream"])
+@pytest.mark.parametrize("dialect", ["vllm", "llamacpp"])
+def test_d5_e9_deltas_that_are_none(name: str, surface: str, dialect: Dialect, all_stands: dict[str, Stand]) -> None:
     stand = all_stands[dialect]
     stand.engine.reset()
     message = {"role": "assistant", "content": None, "tool_calls": BAD_DELTAS[name]}
-    for _ in range(2):
-        stand.engine.script_chat(openai_reply(message, streams_inside(dialect, is_stream(surface)), "tool_calls"))
-    more = {} if parallel is None else {"parallel_tool_calls": parallel}
-    if surface.startswith("v1"):  # what passes unchanged is not looked into
-        messages = [{"role": "user", "content": "Hi"}]
-        more |= {"model": stand.model, "messages": messages, "stream": is_stream(surface)}
-        reply = stand.post("/v1/chat/completions", tools=[CITY_TOOL], **more)
-        assert reply.status_code in (200, 502) and "internal_error" not in reply.text, reply.text
-        return
-    outcome = ask(stand, surface, tools=[CITY_TOOL], **more)
-    assert outcome.kind in ("", "bad_engine_reply", "structured_output_invalid"), outcome
+    for more in ({}, {"parallel_tool_calls": False}):
+        for _ in range(2):
+            stand.engine.script_chat(openai_reply(message, streams_inside(dialect, is_stream(surface)), "tool_calls"))
+        if surface.startswith("v1"):  # what passes unchanged is not looked into
+            body: Json = {"model": stand.model, "messages": [{"role": "user", "content": "Hi"}]}
+            body |= {"stream": is_stream(surface), "tools": [CITY_TOOL], **more}
+            reply = stand.post("/v1/chat/completions", **body)
+            assert reply.status_code in (200, 502) and "internal_error" not in reply.text, reply.text
+        else:
+            outcome = ask(stand, surface, tools=[CITY_TOOL], **more)
+            assert outcome.kind in ("", "bad_engine_reply", "structured_output_invalid"), outcome
+        stand.engine.reset()
 
 
 @pytest.mark.parametrize("name", BAD_DELTAS)
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_d5_e9_on_responses_and_messages(name: str, path: str, stream: bool, all_stands: dict[str, Stand]) -> None:
-    for dialect in OPENAI_DIALECTS:
+    for dialect in ("vllm", "llamacpp"):
         stand = all_stands[dialect]
         stand.engine.reset()
         message = {"role": "assistant", "content": None, "tool_calls": BAD_DELTAS[name]}
@@ -1496,8 +1789,20 @@ def test_d5_e9_on_responses_and_messages(name: str, path: str, stream: bool, all
         assert reply.status_code in (200, 502), reply.text
 
 
-@pytest.mark.parametrize("calls", [["x"], [None], {"a": 1}, [{"function": "x"}], [{"function": {"name": 5}}], [{}], [{"function": {"name": "get", "arguments": "x"}}], 5])
-@pytest.mark.parametrize("surface", SURFACES)
+@pytest.mark.parametrize(
+    "calls",
+    [
+        ["x"],
+        [None],
+        {"a": 1},
+        [{"function": "x"}],
+        [{"function": {"name": 5}}],
+        [{}],
+        [{"function": {"name": "get", "arguments": "x"}}],
+        5,
+    ],
+)
+@pytest.mark.parametrize("surface", EACH_INTERFACE)
 def test_d5_e9_calls_of_ollama_that_are_none(calls: Any, surface: str, all_stands: dict[str, Stand]) -> None:
     stand = all_stands["ollama"]
     stand.engine.reset()
@@ -1545,7 +1850,9 @@ def test_d8_an_engine_that_is_not_running(dialect: str, alone: None, monkeypatch
             llm = LLMInferencer(dialect, "m")
             with pytest.raises(product.EngineUnavailable) as caught:
                 llm.models() if verb == "models" else llm.generate("x")
-            assert "start it" in caught.value.message and caught.value.message.index("start") < caught.value.message.index("install")
+            assert "start it" in caught.value.message and caught.value.message.index(
+                "start"
+            ) < caught.value.message.index("install")
 
 
 def test_d9_requests_before_the_engine_is_found(fake: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1554,9 +1861,14 @@ def test_d9_requests_before_the_engine_is_found(fake: Make, monkeypatch: pytest.
         monkeypatch.setattr(adapter, "default_url", "http://127.0.0.1:9")
     engine = fake("vllm")
     monkeypatch.setattr(product.VLLMAdapter, "default_url", engine.base_url)
-    slow = Reply(headers={"content-type": "application/json"}, pieces=[b'{"object":"list","data":[{"id":"m","owned_by":"vllm"}]}'], delay=1.0)
+    slow = Reply(
+        headers={"content-type": "application/json"},
+        pieces=[b'{"object":"list","data":[{"id":"m","owned_by":"vllm"}]}'],
+        delay=0.5,
+    )
     for path, body in (
-        ("/api/v1/llm/generate", {"prompt": "x", "engine_type": "vllm"}), ("/api/v1/llm/generate", {"prompt": "x"}),
+        ("/api/v1/llm/generate", {"prompt": "x", "engine_type": "vllm"}),
+        ("/api/v1/llm/generate", {"prompt": "x"}),
         ("/v1/chat/completions", {"model": "vllm/m", "messages": [{"role": "user", "content": "x"}]}),
         ("/v1/chat/completions", {"model": "m", "messages": [{"role": "user", "content": "x"}]}),
     ):
@@ -1573,26 +1885,50 @@ def test_d10_errors_say_what_to_do(vllm: Stand, attach: Attach) -> None:
     for url in ("https://example.com/x.png", "file:///etc/passwd", "x"):
         part = {"type": "image_url", "image_url": {"url": url}}
         messages = [{"role": "user", "content": [part]}]
-        for reply in (vllm.post("/chat", messages=messages), vllm.post("/v1/chat/completions", model=vllm.model, messages=messages)):
+        for reply in (
+            vllm.post("/chat", messages=messages),
+            vllm.post("/v1/chat/completions", model=vllm.model, messages=messages),
+        ):
             assert reply.status_code == 400 and "data:" in reply.text and "pattern" not in reply.text, reply.text
-    for schema, wanted in (({"a": "strng"}, "string"), ({"a": "nubmer"}, "number"), ({"a": "int"}, "integer"), ({"a": ["bol"]}, "boolean")):
+    for schema, wanted in (
+        ({"a": "strng"}, "string"),
+        ({"a": "nubmer"}, "number"),
+        ({"a": "int"}, "integer"),
+        ({"a": ["bol"]}, "boolean"),
+    ):
         if schema == {"a": "int"}:
             continue
         message = refused(vllm.post("/structured-generate", prompt="x", schema=schema), "invalid_request")
         assert f"did you mean {wanted!r}" in message.replace('"', "'"), message
-    for name, wanted in (("vLLM", "vllm"), ("olama", "ollama"), ("SGLang", "sglang"), ("llama.cpp", "llamacpp"), ("llama_cpp", "llamacpp")):
+    for name, wanted in (
+        ("vLLM", "vllm"),
+        ("olama", "ollama"),
+        ("SGLang", "sglang"),
+        ("llama.cpp", "llamacpp"),
+        ("llama_cpp", "llamacpp"),
+    ):
         message = refused(vllm.post("/generate", prompt="x", engine_type=name), "unknown_engine")
         assert "did you mean" in message and wanted in message, message
         with pytest.raises(product.UnknownEngine, match=wanted):
             LLMInferencer(name)
-    for given, wanted in (("max_token", "max_tokens"), ("temprature", "temperature"), ("model", "model_name"), ("messages", "prompt")):
+    for given, wanted in (
+        ("max_token", "max_tokens"),
+        ("temprature", "temperature"),
+        ("model", "model_name"),
+        ("messages", "prompt"),
+    ):
         message = refused(vllm.post("/generate", prompt="x", **{given: "x"}), "invalid_request")
         assert wanted in message, message
 
 
 def test_d11_one_name_for_the_model(fake: Make, attach: Attach) -> None:
     llm = attach(fake("vllm"))
-    for call in (lambda: llm.generate("x", model="m"), lambda: list(llm.stream("x", model="m")), lambda: LLMInferencer("vllm", model="m"), lambda: llm.batch(["x"], model="m")):  # type: ignore[call-arg, call-overload, misc]
+    for call in (
+        lambda: llm.generate("x", model="m"),
+        lambda: list(llm.stream("x", model="m")),
+        lambda: LLMInferencer("vllm", model="m"),
+        lambda: llm.batch(["x"], model="m"),
+    ):  # type: ignore[call-arg, call-overload, misc]
         try:
             found = call()
         except InvalidRequest as exc:
