@@ -7365,32 +7365,19 @@ def _invalid(param: str, problem: str, hint: str) -> InvalidRequest:
 
 
 @functools.cache
-def _adapter(owner: Any, name: str) -> TypeAdapter[Any]:
-    """Checks a field's value; texts become numbers and booleans, lists tuples."""
-    field = owner.__dataclass_fields__[name]
-    option = field.metadata["option"]
+def _check_of(owner: Any, name: str) -> tuple[TypeAdapter[Any], str]:
+    """What checks a field's value (texts become numbers and booleans, lists tuples), and what it expects in words."""
+    kind = owner.__dataclass_fields__[name].type
+    option: Option = owner.__dataclass_fields__[name].metadata["option"]
+    if kind is bool:
+        return TypeAdapter(kind), "true or false"
     if option.high == math.inf:
-        return TypeAdapter(field.type)
-    limits = BeforeValidator(_no_boolean), Field(ge=option.low, le=option.high)
-    number: Any = Annotated[int, *limits]
-    if field.type is not int:
-        number = Annotated[float, *limits]
-    return TypeAdapter(number, config=ConfigDict(allow_inf_nan=False))
-
-
-def _no_boolean(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a boolean is no number")
-    return value
-
-
-def _expected(field: "dataclasses.Field[Any]") -> str:
-    option = field.metadata["option"]
-    if field.type is bool:
-        return "true or false"
-    if option.high == math.inf:
-        return str(option.expected)
-    return f"{'an integer' if field.type is int else 'a number'} from {option.low:g} to {option.high:.9g}"
+        return TypeAdapter(kind), option.expected
+    noun = "a number"
+    if kind is int:
+        noun = "an integer"
+    limited: Any = Annotated[kind, Field(ge=option.low, le=option.high)]
+    return TypeAdapter(limited), f"{noun} from {option.low:g} to {option.high:.9g}"
 
 
 def _check_fields(settings: Any) -> None:
@@ -7399,14 +7386,16 @@ def _check_fields(settings: Any) -> None:
         value = getattr(settings, field.name)
         if "option" not in field.metadata or value is None and field.default is None:
             continue
+        adapter, expected = _check_of(settings.__class__, field.name)
         try:
-            checked = _adapter(settings.__class__, field.name).validate_python(value)
+            if isinstance(value, bool) and field.type is not bool:
+                raise TypeError("pydantic would take it for a number")
+            object.__setattr__(settings, field.name, adapter.validate_python(value))
         except (ValidationError, TypeError, AttributeError):
             got = ""
             if isinstance(value, str | int | float) and not field.metadata["option"].secret:
                 got = f", got {value!r}"[:80]
-            raise _invalid(field.name, f"must be {_expected(field)}{got}", "correct it, or leave it out") from None
-        object.__setattr__(settings, field.name, checked)
+            raise _invalid(field.name, f"must be {expected}{got}", "correct it, or leave it out") from None
 
 
 def _check_engine(name: str, *further: str) -> None:
@@ -7439,19 +7428,17 @@ def _alias_table(value: Any) -> dict[str, Any]:
     return found
 
 
+def _as_deadlines(value: Any) -> Deadlines:
+    if isinstance(value, Deadlines):
+        return value
+    return Deadlines().within(TypeAdapter(Annotated[float, Field(ge=0.1, le=1e6)]).validate_python(value))
+
+
 _Name = Annotated[str, Field(pattern=r"^[^\s=,]{1,255}$")]
 _Aliases = Annotated[Mapping[_Name, Annotated[tuple[_Name, ...], Field(min_length=1)]], BeforeValidator(_alias_table)]
 _Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]
 _Replicas = Annotated[str, BeforeValidator(str), Field(pattern=r"^[1-9]\d{0,3}(-[1-9]\d{0,3})?$")]
 _EndpointName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,64}$")]  # it is the value of a response header
-
-
-def _as_deadlines(value: Any) -> Deadlines:
-    if isinstance(value, Deadlines):
-        return value
-    return Deadlines().within(
-        TypeAdapter(Annotated[float, Field(ge=0.1, le=1e6, allow_inf_nan=False)]).validate_python(_no_boolean(value))
-    )
 
 
 def resolve_aliases(aliases: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -7460,41 +7447,39 @@ def resolve_aliases(aliases: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[s
     Raises InvalidRequest, `param` being `aliases.<name>`, for one that leads nowhere or in a circle.
     """
     resolved: dict[str, tuple[str, ...]] = {}
+
+    def resolve(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            circle = " -> ".join((*path[path.index(name) :], name))
+            raise _invalid(f"aliases.{name}", f"leads in a circle ({circle})", "end it with engine/model")
+        if len(path) >= _MAX_CHAIN:
+            raise _invalid(f"aliases.{name}", f"is reached through {_MAX_CHAIN} other aliases", "shorten the chain")
+        found: list[str] = []
+        for target in aliases[name]:
+            if target not in aliases:
+                _check_target(name, target, aliases)
+            elif target not in resolved:
+                resolve(target, (*path, name))
+            found += resolved.get(target, (target,))
+        resolved[name] = tuple(dict.fromkeys(found))
+
     for name in aliases:
-        _resolve_alias(name, aliases, resolved, ())
+        if name not in resolved:
+            resolve(name, ())
     return resolved
 
 
-def _resolve_alias(
-    name: str, aliases: Mapping[str, tuple[str, ...]], resolved: dict[str, tuple[str, ...]], path: tuple[str, ...]
-) -> tuple[str, ...]:
-    if name in resolved:
-        return resolved[name]
-    if name in path:
-        circle = " -> ".join((*path[path.index(name) :], name))
-        raise _invalid(f"aliases.{name}", f"leads in a circle ({circle})", "end it with engine/model")
-    if len(path) >= _MAX_CHAIN:
-        raise _invalid(f"aliases.{name}", f"is reached through {_MAX_CHAIN} other aliases", "shorten the chain")
-    found: list[str] = []
-    for target in aliases[name]:
-        if target in aliases:
-            found += _resolve_alias(target, aliases, resolved, (*path, name))
-        else:
-            found.append(_check_target(name, target, aliases))
-    resolved[name] = tuple(dict.fromkeys(found))
-    return resolved[name]
-
-
-def _check_target(name: str, target: str, aliases: Mapping[str, Any]) -> str:
+def _check_target(name: str, target: str, aliases: Mapping[str, Any]) -> None:
     engine, _, model = target.partition("/")
-    if model and engine in LLMInferencer.ENGINE_MAP:
-        return target
     known: Iterable[str] = LLMInferencer.ENGINE_MAP
-    problem = f"no such engine in engine/model: {target[:60]!r}"
+    if model and engine in known:
+        return
+    problem = "no such engine in engine/model"
     if not model:
         known = aliases.keys() - {name}
-        problem = f"not name=engine/model, nor another alias: {target[:60]!r}"
-    raise _invalid(f"aliases.{name}", problem, did_you_mean(engine, known, "for example vllm/Qwen/Qwen3-8B"))
+        problem = "not name=engine/model, nor another alias"
+    hint = did_you_mean(engine, known, "for example vllm/Qwen/Qwen3-8B")
+    raise _invalid(f"aliases.{name}", f"{problem}: {target[:60]!r}", hint)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -7528,13 +7513,12 @@ class EndpointConfig:
             raise _invalid("api_key_env", "was given beside api_key", "give one of them")
         if self.base_url and not self.base_url.startswith("unix:"):
             clean_url(self.base_url)
-        for key in ("stop_after", "group", "python", "launch_args", "launch_env"):
-            if getattr(self, key) and self.base_url:
+        for key in ("start", "stop_after", "group", "python", "launch_args", "launch_env"):
+            if getattr(self, key) in ("at_start", None, (), {}):
+                continue
+            if self.base_url:
                 raise _invalid(key, "this endpoint has a base_url, so it is not started here", f"remove {key}")
-        if self.start == "on_request" and self.base_url:
-            raise _invalid("start", "this endpoint has a base_url, so it is not started here", "remove start")
-        for key in ("stop_after", "group"):
-            if getattr(self, key) and self.start == "at_start":
+            if key in ("stop_after", "group") and self.start == "at_start":
                 raise _invalid(key, "what is stopped must be started again by a request", 'add start = "on_request"')
 
     def key(self, env: Mapping[str, str] = os.environ) -> str | None:
@@ -7614,10 +7598,11 @@ class Settings:
         object.__setattr__(self, "aliases", resolve_aliases(self.aliases))
         object.__setattr__(self, "endpoints", _with_names(self.endpoints))
         for field in ("base_url", "engine_api_key", "launch_args", "python"):
-            if getattr(self, field) and self.endpoints:
+            if not getattr(self, field):
+                continue
+            if self.endpoints:
                 raise _invalid(field, "means nothing beside [[endpoint]] tables", "put it into the endpoint's table")
-        for field in ("launch_args", "python"):
-            if getattr(self, field) and self.engine == "auto":
+            if self.engine == "auto" and field in ("launch_args", "python"):
                 raise _invalid(field, "given without an engine", "name the engine that it is for")
 
     def inferencer(self, **options: Any) -> LLMInferencer:
@@ -7662,27 +7647,30 @@ def _check_mode(place: str, key: str, mode: str) -> None:
         raise InvalidRequest(f"{place} means nothing to {MODES[mode]}", f"it is for {uses}")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
 class ConfigFile:
-    """A TOML file: settings, [[endpoint]] tables and an [alias] table."""
+    """A TOML file: settings, [[endpoint]] tables and an [alias] table.
 
-    path: str
-    text: str
-    tables: dict[str, Any]
+    Raises InvalidRequest with the place in the file; for a syntax error with its line and column.
+    """
 
-    @classmethod
-    def read(cls, path: str) -> "ConfigFile":
-        """Raises InvalidRequest; for a syntax error with its line and column."""
+    def __init__(self, path: str) -> None:
+        self.path = path
         try:
             text = Path(path).expanduser().read_text("utf-8-sig")
-            return cls(path, text, tomllib.loads(text))
+            self.tables = tomllib.loads(text)
         except OSError as exc:
             raise InvalidRequest(f"{path}: cannot be read ({exc.strerror})", "name a readable file") from None
         except ValueError as exc:  # not TOML, or not UTF-8
             raise InvalidRequest(f"{path}: not valid TOML: {exc}", "correct the syntax") from None
+        self.lines = _lines_of(text)
+
+    def place(self, label: str) -> str:
+        """`llm.toml: endpoint[2].slots (line 14)` for `endpoint[2].slots`; the line of its table where it has none."""
+        line = self.lines.get(label) or self.lines.get(label.rpartition(".")[0])
+        return f"{self.path}: {label} (line {line})" if line else f"{self.path}: {label}"
 
     def values(self, mode: str, env: Mapping[str, str]) -> dict[str, Any]:
-        """The fields of `Settings` that the file gives. Raises InvalidRequest with the place in the file."""
+        """The fields of `Settings` that the file gives."""
         self._check_keys(self.tables, "", OPTIONS.keys() - {"config", "json"} | {"endpoint"})
         found: dict[str, Any] = {}
         for key, value in self.tables.items():
@@ -7694,19 +7682,19 @@ class ConfigFile:
             found[OPTIONS[key].name] = value
         return found
 
-    def _endpoints(self, tables: Any, env: Mapping[str, str]) -> tuple[EndpointConfig, ...]:
+    def _endpoints(self, tables: Any, env: Mapping[str, str]) -> list[EndpointConfig]:
         if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
             raise InvalidRequest(f"{self.place('endpoint')}: must be an array of tables", "write [[endpoint]]")
         found = []
         for number, table in enumerate(tables, 1):
-            self._check_keys(table, f"endpoints.{number}.", EndpointConfig.__dataclass_fields__)
+            self._check_keys(table, f"endpoint[{number}].", EndpointConfig.__dataclass_fields__)
             try:
                 found.append(EndpointConfig(**table))
                 found[-1].key(env)
             except InvalidRequest as exc:
-                param = exc.param or "base_url"
-                raise _at(self.place(f"endpoints.{number}.{param}"), exc, param) from None
-        return tuple(found)
+                key = exc.param or "base_url"
+                raise _at(self.place(f"endpoint[{number}].{key}"), exc, key) from None
+        return found
 
     def _check_keys(self, table: Iterable[str], prefix: str, known: Iterable[str]) -> None:
         for key in table:
@@ -7714,32 +7702,25 @@ class ConfigFile:
                 hint = did_you_mean(key, known, f"the keys are {', '.join(sorted(known))}")
                 raise InvalidRequest(f"{self.place(prefix + key)}: no such key", hint)
 
-    def place(self, param: str) -> str:
-        """`llm.toml: endpoint[2].slots (line 14)` for `endpoints.2.slots`, the second endpoint's."""
-        table, number, key, label = "", 0, param, param
-        if param.startswith("endpoints."):
-            _, digits, key = param.split(".", 2)
-            table, number, label = "endpoint", int(digits), f"endpoint[{digits}].{key}"
-        elif param.startswith("aliases."):
-            table, number, key = "alias", 1, param.partition(".")[2]
-            label = f"alias.{key}"
-        line = _line_of(self.text, table, number, key)
-        return f"{self.path}: {label} (line {line})" if line else f"{self.path}: {label}"
 
-
-def _line_of(text: str, table: str, number: int, key: str) -> int | None:
-    """The line where a key stands in the table's `number`th occurrence; without the key, the table's heading."""
-    found, heading, occurrence = None, "", 0
-    is_key = re.compile(rf"\s*(\[+\s*)?[\"']?{re.escape(key)}[\"']?\s*[].=]")
-    for line_number, line in enumerate(text.split("\n"), 1):
-        if match := re.match(r"\s*\[\[?\s*([A-Za-z][\w.-]*)\s*\]", line):
-            heading = match[1]
-            occurrence += heading == table
-            if heading == table and occurrence == number:
-                found = line_number
-        if (not table or heading == table and occurrence == number) and is_key.match(line):
-            return line_number
-    return found
+def _lines_of(text: str) -> dict[str, int]:
+    """The lines where the keys and tables of a TOML file stand: of `alias`, `alias.fast`, `endpoint[2].slots`, …"""
+    lines: dict[str, int] = {}
+    prefix, endpoints = "", 0
+    for number, line in enumerate(text.split("\n"), 1):
+        heading = re.match(r"\s*\[\[?\s*([\w-]+)([\w.-]*)\s*\]", line)
+        key = re.match(r"\s*[\"']?([^\s\"'=.#]+)[\"']?\s*[.=]", line)
+        if heading:
+            table, rest = heading.groups()
+            lines.setdefault(table, number)
+            if table == "endpoint":
+                endpoints += not rest
+                table = f"endpoint[{endpoints}]"
+            lines.setdefault(table + rest, number)
+            prefix = f"{table}{rest}."
+        elif key:
+            lines.setdefault(prefix + key[1], number)
+    return lines
 
 
 def _at(place: str, exc: InvalidRequest, param: str) -> InvalidRequest:
@@ -7756,9 +7737,9 @@ def load_settings(argv_values: Mapping[str, Any], mode: str = "serve", env: Mapp
     file = None
     path = argv_values.get("config") or env.get("LLM_INFERENCE_CONFIG")
     if path and mode != "api-test":
-        file = ConfigFile.read(path)
+        file = ConfigFile(path)
         values = file.values(mode, env)
-    for key, (place, value) in (_from_environment(mode, env) | _from_flags(argv_values, mode)).items():
+    for key, (place, value) in dict(_given(argv_values, mode, env)).items():
         name = OPTIONS[key].name
         if key == "alias" and isinstance(values.get(name), Mapping):
             value = values[name] | _alias_table(value)  # by name, over the file's
@@ -7769,27 +7750,21 @@ def load_settings(argv_values: Mapping[str, Any], mode: str = "serve", env: Mapp
         raise _placed(exc, places, file) from None
 
 
-def _from_environment(mode: str, env: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    found = {}
+def _given(argv_values: Mapping[str, Any], mode: str, env: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, Any]]]:
+    """Key, place and value of what the environment gives; then of the flags."""
     for key, field in OPTIONS.items():
         option, variable = field.metadata["option"], f"LLM_INFERENCE_{key.upper()}"
         text = env.get(variable, "")
         if text.startswith("tcp://"):
             continue  # Kubernetes sets LLM_INFERENCE_PORT so for a service that is called llm-inference
         if text and mode in option.modes and option.has_variable:
-            found[key] = variable, text
-    return found
-
-
-def _from_flags(argv_values: Mapping[str, Any], mode: str) -> dict[str, tuple[str, Any]]:
-    found = {}
+            yield key, (variable, text)
     for key, value in argv_values.items():
         flag = f"--{key.replace('_', '-')}"
         if key == "launch_args":
             flag = repr(value[0][:40])
         _check_mode(flag, key, mode)
-        found[key] = flag, value
-    return found
+        yield key, (flag, value)
 
 
 def _placed(exc: InvalidRequest, places: Mapping[str, str], file: ConfigFile | None) -> InvalidRequest:
@@ -7797,8 +7772,9 @@ def _placed(exc: InvalidRequest, places: Mapping[str, str], file: ConfigFile | N
     param = exc.param or ""
     field, _, name = param.partition(".")
     if file and (field not in places or name and name in file.tables.get("alias", ())):
-        key = {option.name: key for key, option in OPTIONS.items()}.get(param, param)
-        return _at(file.place(key), exc, param)
+        key = next((key for key, option in OPTIONS.items() if option.name == field), field)
+        label = re.sub(r"^endpoints\.(\d+)", r"endpoint[\1]", f"{key}.{name}".rstrip("."))
+        return _at(file.place(label), exc, param)
     if field in places:
         return _at(f"{places[field]} {name}".strip(), exc, param)
     return exc
@@ -7821,25 +7797,21 @@ def build_parser(prog: str = "llm_inference.py") -> "argparse.ArgumentParser":
     modes.add_argument("-h", "--help", action="help", help="print this text, and exit")
     groups: dict[str, Any] = {}
     for key, field in OPTIONS.items():
-        name = field.metadata["option"].group
-        if name not in groups:
-            groups[name] = parser.add_argument_group(name)
-        _add_argument(groups[name], key, field)
+        option: Option = field.metadata["option"]
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        name, form = f"--{key.replace('_', '-')}", {"action": "store", "metavar": option.metavar}
+        text = option.help.format(engines=", ".join(LLMInferencer.ENGINE_MAP))
+        if field.type is bool:
+            form = {"action": "store_true"}
+        elif isinstance(field.default, int | str):
+            text += f" (default: {field.default})"
+        elif key == "launch_args":
+            name, form = key, {"nargs": "*", "metavar": option.metavar}
+        elif key in ("alias", "cors_origin", "api_key"):
+            form["action"] = "append"
+        groups[option.group].add_argument(name, help=text, **form)
     return parser
-
-
-def _add_argument(group: Any, key: str, field: "dataclasses.Field[Any]") -> None:
-    option: Option = field.metadata["option"]
-    text = option.help.format(engines=", ".join(LLMInferencer.ENGINE_MAP))
-    if isinstance(field.default, int | str) and field.type is not bool:
-        text += f" (default: {field.default})"
-    if key == "launch_args":
-        group.add_argument(key, nargs="*", metavar=option.metavar, help=text)
-    elif field.type is bool:
-        group.add_argument(f"--{key.replace('_', '-')}", action="store_true", help=text)
-    else:
-        action = "append" if key in ("alias", "cors_origin", "api_key") else "store"
-        group.add_argument(f"--{key.replace('_', '-')}", action=action, metavar=option.metavar, help=text)
 
 
 _DESCRIPTION = """\
