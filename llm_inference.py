@@ -7648,10 +7648,7 @@ def _check_mode(place: str, key: str, mode: str) -> None:
 
 
 class ConfigFile:
-    """A TOML file: settings, [[endpoint]] tables and an [alias] table.
-
-    Raises InvalidRequest with the place in the file; for a syntax error with its line and column.
-    """
+    """A TOML file: settings, [[endpoint]] tables and an [alias] table. Raises InvalidRequest."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -7664,8 +7661,12 @@ class ConfigFile:
             raise InvalidRequest(f"{path}: not valid TOML: {exc}", "correct the syntax") from None
         self.lines = _lines_of(text)
 
-    def place(self, label: str) -> str:
-        """`llm.toml: endpoint[2].slots (line 14)` for `endpoint[2].slots`; the line of its table where it has none."""
+    def place(self, param: str) -> str:
+        """`llm.toml: endpoint[2].slots (line 14)` for `endpoints.2.slots`; its table's line where it has none."""
+        field, dot, name = param.partition(".")
+        if field not in self.tables:
+            field = next((key for key, option in OPTIONS.items() if option.name == field), field)
+        label = re.sub(r"^endpoints\.(\d+)", r"endpoint[\1]", field + dot + name)
         line = self.lines.get(label) or self.lines.get(label.rpartition(".")[0])
         return f"{self.path}: {label} (line {line})" if line else f"{self.path}: {label}"
 
@@ -7684,23 +7685,23 @@ class ConfigFile:
 
     def _endpoints(self, tables: Any, env: Mapping[str, str]) -> list[EndpointConfig]:
         if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-            raise InvalidRequest(f"{self.place('endpoint')}: must be an array of tables", "write [[endpoint]]")
+            raise _invalid("endpoint", "must be an array of tables", "write [[endpoint]]")
         found = []
         for number, table in enumerate(tables, 1):
-            self._check_keys(table, f"endpoint[{number}].", EndpointConfig.__dataclass_fields__)
+            self._check_keys(table, f"endpoints.{number}.", EndpointConfig.__dataclass_fields__)
             try:
                 found.append(EndpointConfig(**table))
                 found[-1].key(env)
             except InvalidRequest as exc:
                 key = exc.param or "base_url"
-                raise _at(self.place(f"endpoint[{number}].{key}"), exc, key) from None
+                raise _invalid(f"endpoints.{number}.{key}", exc.reason.removeprefix(f"{key}: "), exc.hint) from None
         return found
 
     def _check_keys(self, table: Iterable[str], prefix: str, known: Iterable[str]) -> None:
         for key in table:
             if key not in known:
                 hint = did_you_mean(key, known, f"the keys are {', '.join(sorted(known))}")
-                raise InvalidRequest(f"{self.place(prefix + key)}: no such key", hint)
+                raise _invalid(prefix + key, "no such key", hint)
 
 
 def _lines_of(text: str) -> dict[str, int]:
@@ -7723,10 +7724,6 @@ def _lines_of(text: str) -> dict[str, int]:
     return lines
 
 
-def _at(place: str, exc: InvalidRequest, param: str) -> InvalidRequest:
-    return InvalidRequest(f"{place}: {exc.reason.removeprefix(f'{param}: ')}", exc.hint, param=exc.param)
-
-
 def load_settings(argv_values: Mapping[str, Any], mode: str = "serve", env: Mapping[str, str] = os.environ) -> Settings:
     """Flags (by their key) over the environment over the config file. `mode`: a key of `MODES`.
 
@@ -7736,18 +7733,22 @@ def load_settings(argv_values: Mapping[str, Any], mode: str = "serve", env: Mapp
     places: dict[str, str] = {}
     file = None
     path = argv_values.get("config") or env.get("LLM_INFERENCE_CONFIG")
-    if path and mode != "api-test":
-        file = ConfigFile(path)
-        values = file.values(mode, env)
-    for key, (place, value) in dict(_given(argv_values, mode, env)).items():
-        name = OPTIONS[key].name
-        if key == "alias" and isinstance(values.get(name), Mapping):
-            value = values[name] | _alias_table(value)  # by name, over the file's
-        places[name], values[name] = place, value
     try:
+        if path and mode != "api-test":
+            file = ConfigFile(path)
+            values = file.values(mode, env)
+        for key, (place, value) in dict(_given(argv_values, mode, env)).items():
+            name = OPTIONS[key].name
+            if key == "alias" and isinstance(values.get(name), Mapping):
+                value = values[name] | _alias_table(value)  # by name, over the file's
+            places[name], values[name] = place, value
         return Settings(**values)
     except InvalidRequest as exc:
-        raise _placed(exc, places, file) from None
+        place = _place_of(exc.param or "", places, file)
+        if not place:
+            raise
+        reason = exc.reason.removeprefix(f"{exc.param}: ")
+        raise InvalidRequest(f"{place}: {reason}", exc.hint, param=exc.param) from None
 
 
 def _given(argv_values: Mapping[str, Any], mode: str, env: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, Any]]]:
@@ -7767,17 +7768,14 @@ def _given(argv_values: Mapping[str, Any], mode: str, env: Mapping[str, str]) ->
         yield key, (flag, value)
 
 
-def _placed(exc: InvalidRequest, places: Mapping[str, str], file: ConfigFile | None) -> InvalidRequest:
-    """The same error, beginning with the place where the value was given."""
-    param = exc.param or ""
+def _place_of(param: str, places: Mapping[str, str], file: ConfigFile | None) -> str:
+    """Where the value of a field was given: `--alias fast`, or `llm.toml: alias.fast (line 3)`."""
     field, _, name = param.partition(".")
-    if file and (field not in places or name and name in file.tables.get("alias", ())):
-        key = next((key for key, option in OPTIONS.items() if option.name == field), field)
-        label = re.sub(r"^endpoints\.(\d+)", r"endpoint[\1]", f"{key}.{name}".rstrip("."))
-        return _at(file.place(label), exc, param)
+    if param and file and (field not in places or name and name in file.tables.get("alias", ())):
+        return file.place(param)
     if field in places:
-        return _at(f"{places[field]} {name}".strip(), exc, param)
-    return exc
+        return f"{places[field]} {name}".strip()
+    return ""
 
 
 def build_parser(prog: str = "llm_inference.py") -> "argparse.ArgumentParser":
@@ -11716,15 +11714,11 @@ def _find_server(session: "Session", base: str, settings: Settings) -> str:
         raise InvalidRequest(f"the server at {base} asks for a key", "give --api-key KEY")
     if listed.status_code != 200:
         raise InvalidRequest(f"{base} answers {listed.status_code} to GET /v1/models", listed.text[:200])
-    engine = str(ready.get("engine_type"))
-    if settings.engine != "auto":
-        engine = settings.engine
+    engine = ready.get("engine_type") if settings.engine == "auto" else settings.engine
     if settings.model:
         return f"{engine}/{settings.model}"
-    for model in listed.json()["data"]:
-        if model["owned_by"] == engine:
-            return str(model["id"])
-    return f"{engine}/none"
+    served = [str(model["id"]) for model in listed.json()["data"] if model["owned_by"] == engine]
+    return served[0] if served else f"{engine}/none"
 
 
 def _run_case(session: "Session", base: str, case: Case) -> tuple[str, ...]:
@@ -12016,13 +12010,10 @@ def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
 
 def take_mode(values: dict[str, Any]) -> str:
     """Takes the flags that choose the mode out of `values`; returns a key of `MODES`."""
-    given = {flag for flag in ("ray", "serve", "api_test") if values.pop(flag, False)}
-    if "check_config" in values and not given:
-        return "serve"
-    for flag in ("ray", "api_test", "serve"):
-        if flag in given:
-            return flag.replace("_", "-")
-    return "self-test"
+    chosen = [flag for flag in ("ray", "api_test", "serve") if values.pop(flag, False)]
+    if chosen:
+        return chosen[0].replace("_", "-")
+    return "serve" if "check_config" in values else "self-test"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
