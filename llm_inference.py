@@ -11368,11 +11368,11 @@ def _ray_settings(settings: Settings) -> Settings:
         raise InvalidRequest("Ray Serve needs an API key", hint)
     if settings.launch_args or settings.python or settings.endpoints:
         raise InvalidRequest("Ray Serve starts no engine", "start it yourself, and give its address (--base-url)")
-    with settings.inferencer(launch=False) as llm:
-        try:
+    try:
+        with settings.inferencer(launch=False) as llm:
             engine = portal.call(attachable(portal.call(llm.found()).endpoints[0]))
-        except InferenceError as exc:
-            raise InvalidRequest(f"Ray Serve needs an engine that runs already: {exc.reason}", exc.hint) from exc
+    except InferenceError as exc:
+        raise InvalidRequest(f"Ray Serve needs an engine that runs already: {exc.reason}", exc.hint) from exc
     return dataclasses.replace(settings, engine=engine.engine, base_url=engine.base_url, engine_api_key=engine.api_key)
 
 
