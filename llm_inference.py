@@ -7373,9 +7373,7 @@ def _check_of(owner: Any, name: str) -> tuple[TypeAdapter[Any], str]:
         return TypeAdapter(kind), "true or false"
     if option.high == math.inf:
         return TypeAdapter(kind), option.expected
-    noun = "a number"
-    if kind is int:
-        noun = "an integer"
+    noun = "an integer" if kind is int else "a number"
     limited: Any = Annotated[kind, Field(ge=option.low, le=option.high)]
     return TypeAdapter(limited), f"{noun} from {option.low:g} to {option.high:.9g}"
 
@@ -11583,13 +11581,11 @@ def _endpoints_of(settings: Settings) -> Sequence[EndpointConfig]:
     """The configured endpoints, else those that `settings` would find."""
     if settings.endpoints:
         return settings.endpoints
-    names = [settings.engine]
-    if settings.engine == "auto":
-        names = list(LLMInferencer.ENGINE_MAP)
+    names = list(LLMInferencer.ENGINE_MAP) if settings.engine == "auto" else [settings.engine]
+    known: dict[str, Any] = {"model": settings.model, "api_key": settings.engine_api_key}
     found = []
     for engine, url in itertools.product(names, (settings.base_url or "").split(",")):
-        address, key = url.strip() or None, settings.engine_api_key
-        found.append(EndpointConfig(engine=engine, name=engine, model=settings.model, base_url=address, api_key=key))
+        found.append(EndpointConfig(engine=engine, name=engine, base_url=url.strip() or None, **known))
     return found
 
 
@@ -11714,11 +11710,13 @@ def _find_server(session: "Session", base: str, settings: Settings) -> str:
         raise InvalidRequest(f"the server at {base} asks for a key", "give --api-key KEY")
     if listed.status_code != 200:
         raise InvalidRequest(f"{base} answers {listed.status_code} to GET /v1/models", listed.text[:200])
-    engine = ready.get("engine_type") if settings.engine == "auto" else settings.engine
-    if settings.model:
-        return f"{engine}/{settings.model}"
-    served = [str(model["id"]) for model in listed.json()["data"] if model["owned_by"] == engine]
-    return served[0] if served else f"{engine}/none"
+    engine = settings.engine
+    if engine == "auto":
+        engine = str(ready.get("engine_type"))
+    for model in listed.json()["data"]:
+        if not settings.model and model["owned_by"] == engine:
+            return str(model["id"])
+    return f"{engine}/{settings.model or 'none'}"
 
 
 def _run_case(session: "Session", base: str, case: Case) -> tuple[str, ...]:
@@ -11873,7 +11871,7 @@ def _bad_cases(model: str, asks_for_key: bool) -> list[Case]:
 # Serving
 def local_url(settings: Settings) -> str:
     """The server's address as this machine reaches it."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(settings.host, settings.host)
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     if ":" in host:
         host = f"[{host}]"
     return f"http://{host}:{settings.port}"
@@ -12018,8 +12016,10 @@ def take_mode(values: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 1 where something failed, 2 for a mistake in the settings."""
+    if argv is None:
+        argv = sys.argv[1:]
     try:
-        values = parse_arguments(sys.argv[1:] if argv is None else argv)
+        values = parse_arguments(argv)
         mode = take_mode(values)
         checking = values.pop("check_config", False)
         settings = load_settings(values, mode)
@@ -12031,7 +12031,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.basicConfig(level=level, format=LOG_FORMAT, stream=sys.stderr)
         if mode in ("serve", "ray"):
             return serve(settings, ray=mode == "ray")
-        return api_test(settings) if mode == "api-test" else self_test(settings)
+        if mode == "api-test":
+            return api_test(settings)
+        return self_test(settings)
     except InferenceError as exc:
         print(f"{exc.kind}: {exc}", file=sys.stderr)
         return 2
