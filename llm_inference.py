@@ -7891,6 +7891,19 @@ def _content_of(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
     return "\n".join(texts)
 
 
+def _tool_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _assistant_message(text: str, thoughts: list[str], calls: list[dict[str, Any]]) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if thoughts:
+        message["reasoning"] = "\n".join(thoughts)
+    if calls:
+        message |= {"content": text or None, "tool_calls": calls}
+    return message
+
+
 class _Reader:
     """Reads a request of another API. `body` keeps the fields that nobody has taken yet, without nulls."""
 
@@ -7954,31 +7967,38 @@ class _Reader:
 class _Writer:
     """Folds chunks, or a complete object, into blocks that follow each other: reasoning, texts and tool calls.
 
-    A subclass writes a block in its API's form: `_begin`, `_delta` and `_finish_block`.
+    A subclass writes the events in its API's form.
     """
 
     kinds: Collection[str]  #: what the API has a block for, of reasoning, text, refusal and call
     call_prefix: str  #: of the ids of calls that came without one
+    _start: Callable[[], None]
+    _read_usage: Callable[[Mapping[str, Any]], None]
+    _begin: Callable[[str, str, str], None]  #: kind, and a call's name and id
+    _delta: Callable[[str, str, Sequence[dict[str, Any]]], None]  #: kind, text, log probabilities
+    _finish_block: Callable[[str, str, bool], None]  #: kind, all of its text, whether the answer ended inside it
 
     def __init__(self, body: dict[str, Any]) -> None:
         self._model = body.get("model") or ""
+        self._started = False
         self._events: list[dict[str, Any]] = []  #: not yet handed out
         self._block: tuple[str, int] | None = None  #: the open one: its kind, and which tool call it is
         self._pieces: list[str] = []  #: its text
         self._calls: dict[int, str] = {}  #: the engine's index → id
         self._finish: str | None = None
 
-    def _begin(self, kind: str, name: str, call_id: str) -> None:
-        raise NotImplementedError
+    def start(self) -> list[dict[str, Any]]:
+        """The events before the first chunk; `feed` includes them where they were not asked for."""
+        if not self._started:
+            self._started = True
+            self._start()
+        return self._hand_out()
 
-    def _delta(self, kind: str, text: str, logprobs: Sequence[dict[str, Any]]) -> None:
-        raise NotImplementedError
-
-    def _finish_block(self, kind: str, text: str, cut: bool) -> None:
-        raise NotImplementedError
-
-    def _read_usage(self, usage: Mapping[str, Any]) -> None:
-        raise NotImplementedError
+    def feed(self, payload: dict[str, Any]) -> list[dict[str, Any]]:
+        """The events for a `chat.completion.chunk`. Raises BadEngineReply."""
+        events = self.start()
+        self._read(payload)
+        return events + self._hand_out()
 
     def _hand_out(self) -> list[dict[str, Any]]:
         events, self._events = self._events, []
@@ -8185,8 +8205,7 @@ class _ResponsesReader(_Reader):
             case "message":
                 self._add_message(given, where)
             case "function_call":
-                function = {"name": given["name"], "arguments": given["arguments"]}
-                self._calls.append({"id": given["call_id"], "type": "function", "function": function})
+                self._calls.append(_tool_call(given["call_id"], given["name"], given["arguments"]))
                 self._call_ids.add(given["call_id"])
             case "function_call_output":
                 self._add_call_output(given, where)
@@ -8196,12 +8215,7 @@ class _ResponsesReader(_Reader):
     def _end_turn(self) -> None:
         if not (self._reasoning or self._texts or self._calls):
             return
-        message: dict[str, Any] = {"role": "assistant", "content": "".join(self._texts)}
-        if self._reasoning:
-            message["reasoning"] = "\n".join(self._reasoning)
-        if self._calls:
-            message |= {"content": message["content"] or None, "tool_calls": self._calls}
-        self.messages.append(message)
+        self.messages.append(_assistant_message("".join(self._texts), self._reasoning, self._calls))
         self._reasoning, self._texts, self._calls = [], [], []
 
     def _add_message(self, item: dict[str, Any], where: str) -> None:
@@ -8449,28 +8463,17 @@ class ResponseWriter(_Writer):
         self.feed(payload)
         return dict(self.end()[-1]["response"])
 
-    def start(self) -> list[dict[str, Any]]:
-        """The events before the first chunk; `feed` includes them where they were not asked for."""
-        self._start()
-        return self._hand_out()
-
-    def feed(self, payload: dict[str, Any]) -> list[dict[str, Any]]:
-        """The events for a `chat.completion.chunk`. Raises BadEngineReply."""
-        self._start()
-        self._read(payload)
-        return self._hand_out()
-
     def end(self) -> list[dict[str, Any]]:
         """The last events, up to `response.completed` or `response.incomplete`."""
-        self._start()
+        events = self.start()
         reason = _INCOMPLETE.get(self._finish or "")
-        self._close(cut=reason is not None)
+        status = "incomplete" if reason else "completed"
+        self._close(cut=status == "incomplete")
+        response = self._response(status)
         if reason:
-            response = {**self._response("incomplete"), "incomplete_details": {"reason": reason}}
-            self._event("response.incomplete", response=response)
-        else:
-            self._event("response.completed", response=self._response("completed"))
-        return self._hand_out()
+            response["incomplete_details"] = {"reason": reason}
+        self._event(f"response.{status}", response=response)
+        return events + self._hand_out()
 
     def fail(self, code: str, message: str) -> list[dict[str, Any]]:
         """The last events where the answer failed: `error`, then `response.failed` with the items that were complete.
@@ -8478,20 +8481,19 @@ class ResponseWriter(_Writer):
         Some clients pass over `response.failed` (langchain-ai/langchain#39039), and openai-python raises only for an
         event that has an object `error`; the flat fields are the documented ones.
         """
-        self._start()
+        events = self.start()
         error = {"code": code if code in _ERROR_CODES else "server_error", "message": message}
         nested = {"type": error["code"], **error, "param": None}
         self._event("error", **error, param=None, error=nested)
         if self._block:
             self._output.pop()
         self._event("response.failed", response={**self._response("failed"), "error": error})
-        return self._hand_out()
+        return events + self._hand_out()
 
     def _start(self) -> None:
-        if not self._sent:
-            response = self._response("in_progress")
-            self._event("response.created", response=response)
-            self._event("response.in_progress", response=response)
+        response = self._response("in_progress")
+        self._event("response.created", response=response)
+        self._event("response.in_progress", response=response)
 
     def _event(self, kind: str, **fields: Any) -> None:
         self._events.append({"type": kind, "sequence_number": self._sent, **fields})
@@ -8580,6 +8582,19 @@ _BLOCKS = {
     "system": ("text",),
     "tool_result": ("text", "image"),
 }
+#: Their fields: those that each needs, and others.
+_BLOCK_FIELDS: dict[str, _Specs] = {
+    "text": {"type": str, "text": str},
+    "image": {"type": str, "source": dict},
+    "thinking": {"type": str, "thinking": str},
+    "redacted_thinking": {"type": str},
+    "tool_use": {"type": str, "id": str, "name": str, "input": dict},
+    "tool_result": {"type": str, "tool_use_id": str},
+}
+_BLOCK_OPTIONS: dict[str, _Specs] = {
+    "redacted_thinking": {"data": object},
+    "tool_result": {"content": object, "is_error": bool},
+}
 # fmt: off
 #: Fields about caching, billing, placement and budgets, which are left out and reported: of the body, and in it.
 _BODY_HINTS = frozenset((
@@ -8601,7 +8616,6 @@ _MESSAGES_REFUSED = {
     "logprobs": "use /v1/chat/completions",
     "top_logprobs": "use /v1/chat/completions",
 }
-_Blocks = list[tuple[str, dict[str, Any]]]  # each with its path, such as messages[1].content[0]
 
 
 def chat_from_messages(body: dict[str, Any], *, count_tokens: bool = False) -> tuple[dict[str, Any], list[str]]:
@@ -8637,111 +8651,54 @@ class _MessagesReader(_Reader):
     """Reads the conversation of a Messages body."""
 
     hints = _FIELD_HINTS
-
-    def __init__(self, body: dict[str, Any]) -> None:
-        super().__init__(body)
-        self._images = 0
+    images = 0  #: in tool results, so far
 
     def conversation(self) -> dict[str, Any]:
         messages: list[dict[str, Any]] = []
         system = self._system_text(self._blocks("system", self.body.pop("system", ""), "system"))
         if system:
             messages.append({"role": "system", "content": system})
-        for role, blocks in self._turns(self.take("messages", list)):
+        turns = []
+        for number, message in enumerate(self.take("messages", list)):
+            where = f"messages[{number}]"
+            given = self.fields(message, where, {"role": ("user", "assistant", "system"), "content": object})
+            turns.append((given["role"], self._blocks(given["role"], given["content"], f"{where}.content")))
+        for role, group in itertools.groupby(turns, key=lambda turn: turn[0]):  # as in Anthropic's API
+            blocks = [block for _, some in group for block in some]
             if role == "user":
                 messages += self._user_turn(blocks)
             elif role == "assistant":
                 messages.append(self._assistant_turn(blocks))
             else:
                 messages.append({"role": "system", "content": self._system_text(blocks)})
+        if not turns:
+            raise _bad_field("messages", "must not be empty", "send at least one message")
         if messages[-1]["role"] != "assistant":
             return {"messages": messages}
         if "tool_calls" in messages[-1] or not messages[-1]["content"]:
             raise _bad_field("messages", "the last message has no text to continue", "end with a user message")
         return {"messages": messages, "continue_final_message": True}
 
-    def _turns(self, messages: list[Any]) -> list[tuple[str, _Blocks]]:
-        """Consecutive messages of one role are one turn, as in Anthropic's API."""
-        turns: list[tuple[str, _Blocks]] = []
-        for number, message in enumerate(messages):
-            where = f"messages[{number}]"
-            given = self.fields(message, where, {"role": ("user", "assistant", "system"), "content": object})
-            role = given["role"]
-            blocks = self._blocks(role, given["content"], f"{where}.content")
-            if turns and turns[-1][0] == role:
-                turns[-1][1].extend(blocks)
-            else:
-                turns.append((role, blocks))
-        if not turns:
-            raise _bad_field("messages", "must not be empty", "send at least one message")
-        return turns
-
-    def _blocks(self, place: str, content: Any, where: str) -> _Blocks:
+    def _blocks(self, place: str, content: Any, where: str) -> list[dict[str, Any]]:
+        """Checked content blocks, also those in tool results; images as OpenAI's parts."""
         if isinstance(content, str):
-            return [(where, {"type": "text", "text": content})]
+            return [_text_part(content)]
         blocks = []
         for number, block in enumerate(self.check(content, list, where)):
             path = f"{where}[{number}]"
-            self.type_of(block, _BLOCKS[place], path)
-            blocks.append((path, block))
+            kind = self.type_of(block, _BLOCKS[place], path)
+            given = self.fields(block, path, _BLOCK_FIELDS[kind], _BLOCK_OPTIONS.get(kind, _NO_FIELDS))
+            if kind == "redacted_thinking":
+                self.ignore(kind)
+                continue
+            if kind == "image":
+                given = self._image(given["source"], f"{path}.source")
+            elif kind == "tool_result":
+                given["content"] = self._blocks(kind, given.get("content", ""), f"{path}.content")
+            blocks.append(given)
         return blocks
 
-    def _user_turn(self, blocks: _Blocks) -> list[dict[str, Any]]:
-        """The tool results, in their order, then everything else as one user message."""
-        messages: list[dict[str, Any]] = []
-        attached: list[dict[str, Any]] = []
-        parts: list[dict[str, Any]] = []
-        for where, block in blocks:
-            if block["type"] == "tool_result":
-                messages.append(self._tool_result(block, where, attached))
-            else:
-                parts.append(self._part(block, where))
-        parts = attached + parts
-        if parts or not messages:
-            messages.append({"role": "user", "content": _content_of(parts)})
-        return messages
-
-    def _assistant_turn(self, blocks: _Blocks) -> dict[str, Any]:
-        texts, thoughts, calls = [], [], []
-        for where, block in blocks:
-            if block["type"] == "text":
-                texts.append(self._text(block, where))
-            elif block["type"] == "thinking":
-                thoughts.append(self.fields(block, where, {"type": str, "thinking": str})["thinking"])
-            elif block["type"] == "tool_use":
-                given = self.fields(block, where, {"type": str, "id": str, "name": str, "input": dict})
-                function = {"name": given["name"], "arguments": to_json(given["input"]).decode()}
-                calls.append({"id": given["id"], "type": "function", "function": function})
-            else:
-                self.ignore("redacted_thinking")
-        message: dict[str, Any] = {"role": "assistant", "content": "\n".join(texts)}
-        if thoughts:
-            message["reasoning"] = "\n".join(thoughts)
-        if calls:
-            message["tool_calls"] = calls
-        return message
-
-    def _system_text(self, blocks: _Blocks) -> str:
-        """Without Claude Code's billing line, which changes with each request: no prefix cache would ever hit."""
-        texts = []
-        for where, block in blocks:
-            text = self._text(block, where)
-            if text.startswith("x-anthropic-billing-header:"):
-                self.ignore("x-anthropic-billing-header")
-                text = text.partition("\n")[2]
-            if text:
-                texts.append(text)
-        return "\n".join(texts)
-
-    def _text(self, block: dict[str, Any], where: str) -> str:
-        text: str = self.fields(block, where, {"type": str, "text": str})["text"]
-        return text
-
-    def _part(self, block: dict[str, Any], where: str) -> dict[str, Any]:
-        if block["type"] == "text":
-            return _text_part(self._text(block, where))
-        source = self.fields(block, where, {"type": str, "source": dict})["source"]
-        where += ".source"
+    def _image(self, source: dict[str, Any], where: str) -> dict[str, Any]:
         if source.get("type") in ("url", "file"):
             raise _unsupported(f"{where}.type", "images by reference are not supported", "send the image as base64")
         given = self.fields(source, where, {"type": ("base64",), "media_type": _IMAGE_TYPES, "data": str})
@@ -8751,23 +8708,58 @@ class _MessagesReader(_Reader):
             raise _bad_field(f"{where}.data", "is not base64", "send padded base64 without line breaks") from None
         return _image_part(url=f"data:{given['media_type']};base64,{given['data']}")
 
-    def _tool_result(self, block: dict[str, Any], where: str, attached: list[dict[str, Any]]) -> dict[str, Any]:
+    def _user_turn(self, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The tool results, in their order, then everything else as one user message."""
+        results: list[dict[str, Any]] = []
+        attached: list[dict[str, Any]] = []
+        parts: list[dict[str, Any]] = []
+        for block in blocks:
+            if block["type"] == "tool_result":
+                results.append(self._tool_result(block, attached))
+            else:
+                parts.append(block)
+        if results and not (attached or parts):
+            return results
+        return [*results, {"role": "user", "content": _content_of(attached + parts)}]
+
+    def _tool_result(self, block: dict[str, Any], attached: list[dict[str, Any]]) -> dict[str, Any]:
         """A tool message. Its images go to `attached`: most chat templates take only text here."""
-        optional = {"content": object, "is_error": bool}
-        given = self.fields(block, where, {"type": str, "tool_use_id": str}, optional)
         texts = []
-        for path, inner in self._blocks("tool_result", given.get("content", ""), f"{where}.content"):
-            part = self._part(inner, path)
+        for part in block["content"]:
             if part["type"] == "image_url":
-                self._images += 1
-                label = _text_part(f"[image {self._images}]")
+                self.images += 1
+                label = _text_part(f"[image {self.images}]")
                 attached += [label, part]
                 part = label
             texts.append(part["text"])
         content = "\n".join(texts)
-        if given.get("is_error"):
+        if block.get("is_error"):
             content = f"Error: {content}"
-        return {"role": "tool", "tool_call_id": given["tool_use_id"], "content": content}
+        return {"role": "tool", "tool_call_id": block["tool_use_id"], "content": content}
+
+    def _assistant_turn(self, blocks: list[dict[str, Any]]) -> dict[str, Any]:
+        texts, thoughts, calls = [], [], []
+        for block in blocks:
+            match block["type"]:
+                case "text":
+                    texts.append(block["text"])
+                case "thinking":
+                    thoughts.append(block["thinking"])
+                case "tool_use":
+                    calls.append(_tool_call(block["id"], block["name"], to_json(block["input"]).decode()))
+        return _assistant_message("\n".join(texts), thoughts, calls)
+
+    def _system_text(self, blocks: list[dict[str, Any]]) -> str:
+        """Without Claude Code's billing line, which changes with each request: no prefix cache would ever hit."""
+        texts = []
+        for block in blocks:
+            text = block["text"]
+            if text.startswith("x-anthropic-billing-header:"):
+                self.ignore("x-anthropic-billing-header")
+                text = text.partition("\n")[2]
+            if text:
+                texts.append(text)
+        return "\n".join(texts)
 
 
 def _sampling_from_messages(reader: _Reader, count_tokens: bool) -> dict[str, Any]:
@@ -8781,9 +8773,6 @@ def _sampling_from_messages(reader: _Reader, count_tokens: bool) -> dict[str, An
     if reader.take("stream", bool, False):
         chat |= STREAMED
     stop = reader.take("stop_sequences", list, [])
-    for number, text in enumerate(stop):
-        if not reader.check(text, str, f"stop_sequences[{number}]"):
-            raise _bad_field(f"stop_sequences[{number}]", "must not be empty", "leave it out")
     if stop:
         chat["stop"] = stop
     return chat
@@ -8896,28 +8885,24 @@ class MessageWriter(_Writer):
         self.end()
         return self._message(self._content, self._stop_reason())
 
-    def start(self) -> list[dict[str, Any]]:
-        """message_start and ping. The token counts come with message_delta, at the end."""
-        return [{"type": "message_start", "message": self._message([], None)}, {"type": "ping"}]
-
-    def feed(self, payload: dict[str, Any]) -> list[dict[str, Any]]:
-        """The events of a chat.completion.chunk. Raises BadEngineReply."""
-        self._read(payload)
-        return self._hand_out()
-
     def end(self) -> list[dict[str, Any]]:
         """content_block_stop of the open block, message_delta and message_stop. Raises BadEngineReply."""
         if self._finish is None:
             raise BadEngineReply("the engine's answer has no finish_reason", "send the request again")
+        events = self.start()
         self._close(cut=self._finish == "length")
         delta = {"stop_reason": self._stop_reason(), "stop_sequence": self._stop_sequence}
         self._events.append({"type": "message_delta", "delta": delta, "usage": self._usage})
         self._events.append({"type": "message_stop"})
-        return self._hand_out()
+        return events + self._hand_out()
 
     def fail(self, type: str, message: str) -> list[dict[str, Any]]:
         """The last event of a stream that fails; `type` is an error type of Anthropic's API."""
         return [{"type": "error", "error": {"type": type, "message": message}}]
+
+    def _start(self) -> None:
+        """The token counts come with message_delta, at the end."""
+        self._events += [{"type": "message_start", "message": self._message([], None)}, {"type": "ping"}]
 
     def _message(self, content: list[dict[str, Any]], stop_reason: str | None) -> dict[str, Any]:
         return {
