@@ -7856,6 +7856,7 @@ the engines' keys: OLLAMA_API_KEY, VLLM_API_KEY, SGLANG_API_KEY, LLAMACPP_API_KE
 # Other APIs ----------------------------------------------------------------------------------------
 # What the Responses API and the Messages API share: their requests become chat-completions bodies, and what the engine
 # answers is folded into blocks that follow each other.
+_Turn = tuple[str, list[dict[str, Any]]]  # a role, and its blocks: text, image_url, thinking, tool_use, tool_result
 _Specs = Mapping[str, Any]  # of fields: a JSON type (object: any), or the words that may stand there
 _NO_FIELDS: _Specs = {}
 
@@ -7891,28 +7892,17 @@ def _content_of(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
     return "\n".join(texts)
 
 
-def _tool_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
-    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def _assistant_message(text: str, thoughts: list[str], calls: list[dict[str, Any]]) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": text}
-    if thoughts:
-        message["reasoning"] = "\n".join(thoughts)
-    if calls:
-        message |= {"content": text or None, "tool_calls": calls}
-    return message
-
-
 class _Reader:
     """Reads a request of another API. `body` keeps the fields that nobody has taken yet, without nulls."""
 
     hints: frozenset[str] = frozenset()  #: fields of objects that are left out and reported
     unknown_field = staticmethod(_bad_field)
+    text_joint = system_joint = "\n"
 
     def __init__(self, body: dict[str, Any]) -> None:
         self.body = body.copy()
         self.ignored: dict[str, None] = {}
+        self._images = 0  #: in tool results, so far
         for name, value in body.items():
             if value is None:
                 del self.body[name]
@@ -7962,6 +7952,65 @@ class _Reader:
             if name not in given:
                 raise _bad_field(f"{where}.{name}", "is required", "add the field")
         return given
+
+    def messages_of(self, turns: Iterable[_Turn]) -> list[dict[str, Any]]:
+        messages: list[dict[str, Any]] = []
+        for role, blocks in turns:
+            if role == "user":
+                messages += self._user_turn(blocks)
+            elif role == "assistant":
+                messages.append(self._assistant_turn(blocks))
+            else:
+                text = self.system_joint.join([block["text"] for block in blocks])
+                messages.append({"role": "system", "content": text})
+        return messages
+
+    def _user_turn(self, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The tool results, in their order, then everything else as one user message."""
+        results: list[dict[str, Any]] = []
+        attached: list[dict[str, Any]] = []
+        parts: list[dict[str, Any]] = []
+        for block in blocks:
+            if block["type"] == "tool_result":
+                results.append(self._tool_result(block, attached))
+            else:
+                parts.append(block)
+        if results and not (attached or parts):
+            return results
+        return [*results, {"role": "user", "content": _content_of(attached + parts)}]
+
+    def _tool_result(self, block: dict[str, Any], attached: list[dict[str, Any]]) -> dict[str, Any]:
+        """A tool message. Its images go to `attached`: most chat templates take only text here."""
+        texts = []
+        for part in block["content"]:
+            if part["type"] == "image_url":
+                self._images += 1
+                label = _text_part(f"[image {self._images}]")
+                attached += [label, part]
+                part = label
+            texts.append(part["text"])
+        content = "\n".join(texts)
+        if block.get("is_error"):
+            content = f"Error: {content}"
+        return {"role": "tool", "tool_call_id": block["tool_use_id"], "content": content}
+
+    def _assistant_turn(self, blocks: list[dict[str, Any]]) -> dict[str, Any]:
+        texts, thoughts, calls = [], [], []
+        for block in blocks:
+            match block["type"]:
+                case "text":
+                    texts.append(block["text"])
+                case "thinking":
+                    thoughts.append(block["thinking"])
+                case "tool_use":
+                    function = {"name": block["name"], "arguments": block["input"]}
+                    calls.append({"id": block["id"], "type": "function", "function": function})
+        message: dict[str, Any] = {"role": "assistant", "content": self.text_joint.join(texts)}
+        if thoughts:
+            message["reasoning"] = "\n".join(thoughts)
+        if calls:
+            message |= {"content": message["content"] or None, "tool_calls": calls}
+        return message
 
 
 class _Writer:
@@ -8092,10 +8141,10 @@ _ITEMS: dict[str, _Specs] = {
     "function_call_output": {"call_id": str, "output": object},
     "reasoning": {},
 }
-#: The parts of their contents → the field that holds the text.
-_PARTS = {
+#: The parts of text in their contents → the field that holds it.
+_TEXT_PARTS = {
     "input_text": "text", "output_text": "text", "text": "text", "summary_text": "text", "reasoning_text": "text",
-    "refusal": "refusal", "input_image": "",
+    "refusal": "refusal",
 }
 #: Fields of items and parts that are read, or say nothing new; others are noted.
 _ITEM_FIELDS: _Specs = dict.fromkeys((
@@ -8145,16 +8194,12 @@ class _ResponsesReader(_Reader):
     """Makes messages of input items: reasoning, text and calls that follow each other are one message."""
 
     unknown_field = staticmethod(_unsupported)
+    text_joint, system_joint = "", "\n\n"
 
     def __init__(self, body: dict[str, Any]) -> None:
         super().__init__(body)
         self._check_body()
-        self.messages: list[dict[str, Any]] = []
-        self._system: list[str] = []  #: before all else, as one message: many templates take no second one
         self._call_ids: set[str] = set()
-        self._reasoning: list[str] = []  # these three: the assistant's message that is being put together
-        self._texts: list[str] = []
-        self._calls: list[dict[str, Any]] = []
 
     def _check_body(self) -> None:
         for name, spec in _RESPONSES_FIELDS.items():
@@ -8186,91 +8231,64 @@ class _ResponsesReader(_Reader):
         if not isinstance(items, list) or not items:
             problem = "must be a string or a list of at least one item"
             raise _bad_field("input", problem, "send the conversation in input")
+        turns: list[_Turn] = []
         instructions = self.body.pop("instructions", "")
-        if instructions:
-            self._system.append(instructions)
+        if instructions:  # one message with system messages that follow: many templates take no second one
+            turns.append(("system", [_text_part(instructions)]))
+        kinds: set[str] = set()  #: of the last turn's blocks
         for index, item in enumerate(items):
-            self._add(item, f"input[{index}]")
-        self._end_turn()
-        if self._system:
-            self.messages.insert(0, {"role": "system", "content": "\n\n".join(self._system)})
-        return self.messages
+            role, blocks = self._turn(item, f"input[{index}]")
+            added = {block["type"] for block in blocks}
+            if role == "assistant" and not blocks:
+                continue
+            joins = role == "system"
+            if role == "assistant":  # reasoning and text after an answer begin the next one
+                joins = "text" not in kinds or "tool_use" in kinds | added
+            if joins and turns and turns[-1][0] == role:
+                turns[-1][1].extend(blocks)
+                kinds |= added
+            else:
+                turns.append((role, blocks))
+                kinds = added
+        return self.messages_of(turns)
 
-    def _add(self, item: Any, where: str) -> None:
+    def _turn(self, item: Any, where: str) -> _Turn:
         kind = "message"
         if self.check(item, dict, where).get("type") is not None:
             kind = self.type_of(item, tuple(_ITEMS), where)
         given = self.fields(item, where, _ITEMS[kind], _ITEM_FIELDS, noted_in="input")
         match kind:
             case "message":
-                self._add_message(given, where)
+                role = given["role"].replace("developer", "system")  # few templates know a developer role
+                return role, self._parts(given["content"], f"{where}.content", images=role == "user")
             case "function_call":
-                self._calls.append(_tool_call(given["call_id"], given["name"], given["arguments"]))
                 self._call_ids.add(given["call_id"])
+                call = {"id": given["call_id"], "name": given["name"], "input": given["arguments"]}
+                return "assistant", [{"type": "tool_use", **call}]
             case "function_call_output":
-                self._add_call_output(given, where)
-            case "reasoning":
-                self._add_reasoning(given, where)
-
-    def _end_turn(self) -> None:
-        if not (self._reasoning or self._texts or self._calls):
-            return
-        self.messages.append(_assistant_message("".join(self._texts), self._reasoning, self._calls))
-        self._reasoning, self._texts, self._calls = [], [], []
-
-    def _add_message(self, item: dict[str, Any], where: str) -> None:
-        role, content, where = item["role"], item["content"], f"{where}.content"
-        if role != "assistant" or (self._texts and not self._calls):
-            self._end_turn()
-        if role == "user":
-            self.messages.append({"role": role, "content": _content_of(self._parts(content, where))})
-        elif role == "assistant":
-            self._texts += self._texts_of(content, where)
-        elif self.messages:  # few templates know a developer role, and some leave out what has one
-            self.messages.append({"role": "system", "content": "\n".join(self._texts_of(content, where))})
-        else:
-            self._system.append("\n".join(self._texts_of(content, where)))
-
-    def _add_call_output(self, item: dict[str, Any], where: str) -> None:
-        call_id = item["call_id"]
-        if call_id not in self._call_ids:
-            problem = "no function_call item before it has this id"
-            raise _bad_field(f"{where}.call_id", problem, "send the function_call item too")
-        self._end_turn()
-        text = "\n".join(self._texts_of(item["output"], f"{where}.output"))
-        self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
-
-    def _add_reasoning(self, item: dict[str, Any], where: str) -> None:
-        texts: list[str] = []
-        for name in ("content", "summary"):
-            if not texts:
-                texts = self._texts_of(item.get(name, []), f"{where}.{name}")
-        if self._texts and not self._calls:
-            self._end_turn()
-        self._reasoning += texts
-        if not texts and "encrypted_content" in item:
+                if given["call_id"] not in self._call_ids:
+                    problem = "no function_call item before it has this id"
+                    raise _bad_field(f"{where}.call_id", problem, "send the function_call item too")
+                content = self._parts(given["output"], f"{where}.output")
+                return "user", [{"type": "tool_result", "tool_use_id": given["call_id"], "content": content}]
+        parts = self._parts(given.get("content", []), f"{where}.content")
+        parts = parts or self._parts(given.get("summary", []), f"{where}.summary")
+        if not parts and "encrypted_content" in given:
             self.ignore("input.encrypted_content")
+        return "assistant", [{"type": "thinking", "thinking": part["text"]} for part in parts]
 
-    def _texts_of(self, content: Any, where: str) -> list[str]:
-        texts = []
-        for index, part in enumerate(self._parts(content, where)):
-            if part["type"] != "text":
-                raise _unsupported(f"{where}[{index}].type", "must be text here", "send images in user messages")
-            texts.append(part["text"])
-        return texts
-
-    def _parts(self, content: Any, where: str) -> list[dict[str, Any]]:
+    def _parts(self, content: Any, where: str, *, images: bool = False) -> list[dict[str, Any]]:
         """A content, which is a string or a list, as parts of a chat message."""
         if isinstance(content, str):
             return [_text_part(content)]
         parts = []
         for index, part in enumerate(self.check(content, list, where)):
             path = f"{where}[{index}]"
-            name = _PARTS[self.type_of(part, tuple(_PARTS), path)]
-            if name:
-                parts.append(_text_part(self.fields(part, path, {name: str}, _ITEM_FIELDS, noted_in="input")[name]))
-            else:
+            if self.check(part, dict, path).get("type") == "input_image" and images:
                 parts.append(self._image(part, path))
+                continue
+            name = _TEXT_PARTS[self.type_of(part, tuple(_TEXT_PARTS), path)]
+            parts.append(_text_part(self.fields(part, path, {name: str}, _ITEM_FIELDS, noted_in="input")[name]))
         return parts
 
     def _image(self, part: dict[str, Any], where: str) -> dict[str, Any]:
@@ -8619,14 +8637,13 @@ _MESSAGES_REFUSED = {
 
 
 def chat_from_messages(body: dict[str, Any], *, count_tokens: bool = False) -> tuple[dict[str, Any], list[str]]:
-    """An OpenAI chat-completions body, and the names of what was left out of it.
+    """The body of a Messages request as a chat-completions body, and the names of what was left out of it.
 
-    With `count_tokens`, the body is one of `/v1/messages/count_tokens`, which has no max_tokens. Fields that the
-    Messages API does not define are passed on as they are. Two things have no place in OpenAI's API and become text:
-    a tool result with is_error begins with "Error: ", and an image in a tool result is replaced by "[image 1]" and
-    stands under that label at the start of the user message that follows.
+    With `count_tokens` it is one of `/v1/messages/count_tokens`, which has no max_tokens. Fields that the API does not
+    have pass unchanged. A tool result with is_error becomes a text that begins with "Error: "; an image in a tool
+    result becomes "[image 1]", and stands under that label in the user message that follows.
 
-    Raises InvalidRequest or UnsupportedFeature; `param` is the path of the field, as messages[1].content[0].type.
+    Raises InvalidRequest and UnsupportedFeature, with the field as `param`: `messages[1].content[0].type`.
     """
     reader = _MessagesReader(body)
     chat = reader.conversation()
@@ -8651,28 +8668,22 @@ class _MessagesReader(_Reader):
     """Reads the conversation of a Messages body."""
 
     hints = _FIELD_HINTS
-    images = 0  #: in tool results, so far
 
     def conversation(self) -> dict[str, Any]:
-        messages: list[dict[str, Any]] = []
-        system = self._system_text(self._blocks("system", self.body.pop("system", ""), "system"))
-        if system:
-            messages.append({"role": "system", "content": system})
         turns = []
         for number, message in enumerate(self.take("messages", list)):
             where = f"messages[{number}]"
             given = self.fields(message, where, {"role": ("user", "assistant", "system"), "content": object})
             turns.append((given["role"], self._blocks(given["role"], given["content"], f"{where}.content")))
-        for role, group in itertools.groupby(turns, key=lambda turn: turn[0]):  # as in Anthropic's API
-            blocks = [block for _, some in group for block in some]
-            if role == "user":
-                messages += self._user_turn(blocks)
-            elif role == "assistant":
-                messages.append(self._assistant_turn(blocks))
-            else:
-                messages.append({"role": "system", "content": self._system_text(blocks)})
         if not turns:
             raise _bad_field("messages", "must not be empty", "send at least one message")
+        joined: list[_Turn] = []
+        for role, group in itertools.groupby(turns, key=lambda turn: turn[0]):  # as in Anthropic's API
+            joined.append((role, [block for _, blocks in group for block in blocks]))
+        messages = self.messages_of(joined)
+        system = self._blocks("system", self.body.pop("system", ""), "system")
+        if system:
+            messages[:0] = self.messages_of([("system", system)])
         if messages[-1]["role"] != "assistant":
             return {"messages": messages}
         if "tool_calls" in messages[-1] or not messages[-1]["content"]:
@@ -8682,7 +8693,7 @@ class _MessagesReader(_Reader):
     def _blocks(self, place: str, content: Any, where: str) -> list[dict[str, Any]]:
         """Checked content blocks, also those in tool results; images as OpenAI's parts."""
         if isinstance(content, str):
-            return [_text_part(content)]
+            content = [_text_part(content)]
         blocks = []
         for number, block in enumerate(self.check(content, list, where)):
             path = f"{where}[{number}]"
@@ -8691,8 +8702,16 @@ class _MessagesReader(_Reader):
             if kind == "redacted_thinking":
                 self.ignore(kind)
                 continue
+            if place == "system" and given["text"].startswith("x-anthropic-billing-header:"):
+                # Claude Code's first line changes with each request: no prefix cache would ever hit
+                self.ignore("x-anthropic-billing-header")
+                given["text"] = given["text"].partition("\n")[2]
+            if place == "system" and not given["text"]:
+                continue
             if kind == "image":
                 given = self._image(given["source"], f"{path}.source")
+            elif kind == "tool_use":
+                given["input"] = to_json(given["input"]).decode()
             elif kind == "tool_result":
                 given["content"] = self._blocks(kind, given.get("content", ""), f"{path}.content")
             blocks.append(given)
@@ -8707,59 +8726,6 @@ class _MessagesReader(_Reader):
         except ValueError:
             raise _bad_field(f"{where}.data", "is not base64", "send padded base64 without line breaks") from None
         return _image_part(url=f"data:{given['media_type']};base64,{given['data']}")
-
-    def _user_turn(self, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The tool results, in their order, then everything else as one user message."""
-        results: list[dict[str, Any]] = []
-        attached: list[dict[str, Any]] = []
-        parts: list[dict[str, Any]] = []
-        for block in blocks:
-            if block["type"] == "tool_result":
-                results.append(self._tool_result(block, attached))
-            else:
-                parts.append(block)
-        if results and not (attached or parts):
-            return results
-        return [*results, {"role": "user", "content": _content_of(attached + parts)}]
-
-    def _tool_result(self, block: dict[str, Any], attached: list[dict[str, Any]]) -> dict[str, Any]:
-        """A tool message. Its images go to `attached`: most chat templates take only text here."""
-        texts = []
-        for part in block["content"]:
-            if part["type"] == "image_url":
-                self.images += 1
-                label = _text_part(f"[image {self.images}]")
-                attached += [label, part]
-                part = label
-            texts.append(part["text"])
-        content = "\n".join(texts)
-        if block.get("is_error"):
-            content = f"Error: {content}"
-        return {"role": "tool", "tool_call_id": block["tool_use_id"], "content": content}
-
-    def _assistant_turn(self, blocks: list[dict[str, Any]]) -> dict[str, Any]:
-        texts, thoughts, calls = [], [], []
-        for block in blocks:
-            match block["type"]:
-                case "text":
-                    texts.append(block["text"])
-                case "thinking":
-                    thoughts.append(block["thinking"])
-                case "tool_use":
-                    calls.append(_tool_call(block["id"], block["name"], to_json(block["input"]).decode()))
-        return _assistant_message("\n".join(texts), thoughts, calls)
-
-    def _system_text(self, blocks: list[dict[str, Any]]) -> str:
-        """Without Claude Code's billing line, which changes with each request: no prefix cache would ever hit."""
-        texts = []
-        for block in blocks:
-            text = block["text"]
-            if text.startswith("x-anthropic-billing-header:"):
-                self.ignore("x-anthropic-billing-header")
-                text = text.partition("\n")[2]
-            if text:
-                texts.append(text)
-        return "\n".join(texts)
 
 
 def _sampling_from_messages(reader: _Reader, count_tokens: bool) -> dict[str, Any]:
@@ -8860,12 +8826,10 @@ _DELTAS = {
 
 
 class MessageWriter(_Writer):
-    """Writes one answer in the Messages API's form, from OpenAI's chat-completion object or chunks.
+    """Writes an answer in the form of the Messages API. `body` is one that `chat_from_messages` has accepted.
 
-    Streamed: `start`, `feed` for each chunk, `end`; each returns the next events. An event's type is also the name of
-    its server-sent event. `fail` has the event that ends a stream after a failure. Not streamed: `complete` alone.
-
-    `body` is a checked Messages body. With thinking.display "omitted", thinking is left out; signatures are empty.
+    An event's type is also the name of its server-sent event. With thinking.display "omitted", thinking is left out;
+    signatures are empty.
     """
 
     def __init__(self, body: dict[str, Any], message_id: str) -> None:
