@@ -8233,24 +8233,28 @@ class _ResponsesReader(_Reader):
             raise _bad_field("input", problem, "send the conversation in input")
         turns: list[_Turn] = []
         instructions = self.body.pop("instructions", "")
-        if instructions:  # one message with system messages that follow: many templates take no second one
+        if instructions:
             turns.append(("system", [_text_part(instructions)]))
-        kinds: set[str] = set()  #: of the last turn's blocks
         for index, item in enumerate(items):
-            role, blocks = self._turn(item, f"input[{index}]")
+            turns.append(self._turn(item, f"input[{index}]"))
+        return self.messages_of(self._joined(turns))
+
+    def _joined(self, turns: list[_Turn]) -> list[_Turn]:
+        """System messages that follow each other are one, for many templates take no second one."""
+        joined: list[_Turn] = []
+        kinds: set[str] = set()  #: of the last turn's blocks
+        for role, blocks in turns:
             added = {block["type"] for block in blocks}
-            if role == "assistant" and not blocks:
-                continue
             joins = role == "system"
             if role == "assistant":  # reasoning and text after an answer begin the next one
                 joins = "text" not in kinds or "tool_use" in kinds | added
-            if joins and turns and turns[-1][0] == role:
-                turns[-1][1].extend(blocks)
+            if joins and joined and joined[-1][0] == role:
+                joined[-1][1].extend(blocks)
                 kinds |= added
-            else:
-                turns.append((role, blocks))
+            elif blocks or role != "assistant":
+                joined.append((role, blocks))
                 kinds = added
-        return self.messages_of(turns)
+        return joined
 
     def _turn(self, item: Any, where: str) -> _Turn:
         kind = "message"
@@ -8319,17 +8323,15 @@ def _tools_from_responses(reader: _Reader) -> dict[str, Any]:
         del function["type"]
         functions[function["name"]] = function
     names, choice = _chosen(functions, reader.body.pop("tool_choice", None))
+    chat: dict[str, Any] = {"tools": [{"type": "function", "function": functions[name]} for name in names]}
     parallel = reader.body.pop("parallel_tool_calls", None)
     if choice not in (None, "auto", "none") and not names:
         problem = "requires a call, and none of the tools that it allows is a function"
         raise _unsupported("tool_choice", problem, "send function tools")
-    if not names:
-        return {}
-    chat: dict[str, Any] = {"tools": [{"type": "function", "function": functions[name]} for name in names]}
     for name, value in (("tool_choice", choice), ("parallel_tool_calls", parallel)):
         if value is not None:
             chat[name] = value
-    return chat
+    return chat if names else {}
 
 
 def _chosen(names: Collection[str], choice: Any) -> tuple[Collection[str], Any]:
@@ -8517,6 +8519,13 @@ class ResponseWriter(_Writer):
         self._events.append({"type": kind, "sequence_number": self._sent, **fields})
         self._sent += 1
 
+    def _item_event(self, form: _Text, kind: str, **fields: Any) -> None:
+        """An event about the text of the last item."""
+        place = {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}
+        if form.part:
+            place[f"{form.place}_index"] = 0
+        self._event(f"response.{kind}", **place, **fields)
+
     def _response(self, status: str) -> dict[str, Any]:
         now = {"status": status, "model": self._model, "output": list(self._output), "usage": self._usage}
         return {**self._base, **now, "error": None, "incomplete_details": None}
@@ -8547,21 +8556,15 @@ class ResponseWriter(_Writer):
         self._logprobs = []
         self._event("response.output_item.added", output_index=index, item=dict(item))
         if text.part:
-            self._event(f"response.{text.part_events}.added", **self._place(text), part=self._part(text, ""))
+            self._item_event(text, f"{text.part_events}.added", part=self._part(text, ""))
 
     def _delta(self, kind: str, text: str, logprobs: Sequence[dict[str, Any]]) -> None:
         form = self._forms[kind]
-        self._event(f"response.{form.events}.delta", **self._place(form), delta=text)
+        self._item_event(form, f"{form.events}.delta", delta=text)
         if form is _ANSWER:
             found = [_response_logprob(entry) for entry in logprobs]
             self._events[-1]["logprobs"] = found
             self._logprobs += found
-
-    def _place(self, text: _Text) -> dict[str, Any]:
-        place = {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}
-        if text.part:
-            place[f"{text.place}_index"] = 0
-        return place
 
     def _part(self, text: _Text, value: str) -> dict[str, Any]:
         part: dict[str, Any] = {"type": text.part, text.value: value}
@@ -8571,19 +8574,19 @@ class ResponseWriter(_Writer):
 
     def _finish_block(self, kind: str, text: str, cut: bool) -> None:
         form, item = self._forms[kind], self._output[-1]
-        part, place = self._part(form, text), self._place(form)
-        self._event(f"response.{form.events}.done", **place, **{form.value: text})
+        part = self._part(form, text)
+        self._item_event(form, f"{form.events}.done", **{form.value: text})
         if form is _ANSWER:
             self._events[-1]["logprobs"] = self._logprobs
         if form is _CALL:
             self._events[-1]["name"] = item["name"]
         item[form.place] = text
         if form.part:
-            self._event(f"response.{form.part_events}.done", **place, part=part)
+            self._item_event(form, f"{form.part_events}.done", part=part)
             item[form.place] = [part]
         if "status" in item:
             item["status"] = "incomplete" if cut else "completed"
-        self._event("response.output_item.done", output_index=place["output_index"], item=item)
+        self._event("response.output_item.done", output_index=len(self._output) - 1, item=item)
 
 
 # The Messages API (POST /v1/messages)
@@ -8699,23 +8702,31 @@ class _MessagesReader(_Reader):
             path = f"{where}[{number}]"
             kind = self.type_of(block, _BLOCKS[place], path)
             given = self.fields(block, path, _BLOCK_FIELDS[kind], _BLOCK_OPTIONS.get(kind, _NO_FIELDS))
-            if kind == "redacted_thinking":
-                self.ignore(kind)
-                continue
-            if place == "system" and given["text"].startswith("x-anthropic-billing-header:"):
-                # Claude Code's first line changes with each request: no prefix cache would ever hit
-                self.ignore("x-anthropic-billing-header")
-                given["text"] = given["text"].partition("\n")[2]
-            if place == "system" and not given["text"]:
-                continue
-            if kind == "image":
-                given = self._image(given["source"], f"{path}.source")
-            elif kind == "tool_use":
-                given["input"] = to_json(given["input"]).decode()
-            elif kind == "tool_result":
-                given["content"] = self._blocks(kind, given.get("content", ""), f"{path}.content")
+            match kind:
+                case "image":
+                    given = self._image(given["source"], f"{path}.source")
+                case "tool_use":
+                    given["input"] = to_json(given["input"]).decode()
+                case "tool_result":
+                    given["content"] = self._blocks(kind, given.get("content", ""), f"{path}.content")
+                case "redacted_thinking":
+                    self.ignore(kind)
             blocks.append(given)
+        if place == "system":
+            return self._without_billing(blocks)
         return blocks
+
+    def _without_billing(self, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Without Claude Code's first line, which changes with each request: no prefix cache would ever hit."""
+        kept = []
+        for block in blocks:
+            text = block["text"]
+            if text.startswith("x-anthropic-billing-header:"):
+                self.ignore("x-anthropic-billing-header")
+                text = text.partition("\n")[2]
+            if text:
+                kept.append(_text_part(text))
+        return kept
 
     def _image(self, source: dict[str, Any], where: str) -> dict[str, Any]:
         if source.get("type") in ("url", "file"):
