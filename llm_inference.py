@@ -8673,6 +8673,7 @@ class _MessagesReader(_Reader):
     hints = _FIELD_HINTS
 
     def conversation(self) -> dict[str, Any]:
+        system = self._blocks("system", self.body.pop("system", ""), "system")
         turns = []
         for number, message in enumerate(self.take("messages", list)):
             where = f"messages[{number}]"
@@ -8683,10 +8684,9 @@ class _MessagesReader(_Reader):
         joined: list[_Turn] = []
         for role, group in itertools.groupby(turns, key=lambda turn: turn[0]):  # as in Anthropic's API
             joined.append((role, [block for _, blocks in group for block in blocks]))
-        messages = self.messages_of(joined)
-        system = self._blocks("system", self.body.pop("system", ""), "system")
         if system:
-            messages[:0] = self.messages_of([("system", system)])
+            joined.insert(0, ("system", system))
+        messages = self.messages_of(joined)
         if messages[-1]["role"] != "assistant":
             return {"messages": messages}
         if "tool_calls" in messages[-1] or not messages[-1]["content"]:
