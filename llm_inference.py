@@ -8063,36 +8063,304 @@ Where to attach: OLLAMA_HOST, VLLM_BASE_URL, SGLANG_BASE_URL, LLAMACPP_BASE_URL;
 the engines' keys: OLLAMA_API_KEY, VLLM_API_KEY, SGLANG_API_KEY, LLAMACPP_API_KEY."""
 
 
-# The Responses API (POST /v1/responses) ------------------------------------------------------------
+# Other APIs ----------------------------------------------------------------------------------------
+# What the Responses API and the Messages API share: their requests become chat-completions bodies, and what the engine
+# answers is folded into blocks that follow each other.
+_Turn = tuple[str, list[dict[str, Any]]]  # a role, and its blocks: text, image_url, thinking, tool_use, tool_result
+_Specs = Mapping[str, Any]  # of fields: a JSON type (object: any), or the words that may stand there
+_NO_FIELDS: _Specs = {}
+
+
+def _bad_field(where: str, problem: str, hint: str) -> InferenceError:
+    return InvalidRequest(f"{where}: {problem}", hint, param=where)
+
+
+def _unsupported(where: str, problem: str, hint: str) -> InferenceError:
+    return UnsupportedFeature(f"{where}: {problem}", hint, param=where)
+
+
+def _header_safe(name: str) -> str:
+    """A name that the client chose, as far as it may stand in a header."""
+    return name if re.fullmatch("[A-Za-z0-9_.-]{1,64}", name) else "other"
+
+
+def _text_part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _image_part(**image: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": image}
+
+
+def _content_of(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """Text alone becomes one string, which every chat template accepts."""
+    texts = []
+    for part in parts:
+        if part["type"] != "text":
+            return parts
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+class _Reader:
+    """Reads a request of another API. `body` keeps the fields that nobody has taken yet, without nulls."""
+
+    hints: frozenset[str] = frozenset()  #: fields of objects that are left out and reported
+    unknown_field = staticmethod(_bad_field)
+    text_joint = system_joint = "\n"
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        self.body = body.copy()
+        self.ignored: dict[str, None] = {}
+        self._images = 0  #: in tool results, so far
+        for name, value in body.items():
+            if value is None:
+                del self.body[name]
+
+    def ignore(self, name: str) -> None:
+        self.ignored[name] = None
+
+    def take(self, name: str, spec: Any, default: Any = None) -> Any:
+        return self.check(self.body.pop(name, default), spec, name)
+
+    def check(self, value: Any, spec: Any, where: str) -> Any:
+        """The value, if it is of that type (object: any), or one of those words."""
+        if isinstance(spec, tuple):
+            if self.check(value, str, where) not in spec:
+                refusal = _unsupported if where.endswith("type") else _bad_field
+                raise refusal(where, f"{value[:100]!r} is not supported", f"send one of: {', '.join(spec)}")
+        elif spec is float and type(value) is int:
+            return value
+        elif spec is not object and type(value) is not spec:  # a bool is not an integer
+            given = _JSON_NAMES.get(type(value), "null")
+            raise _bad_field(where, f"must be {_JSON_NAMES[spec]}, got {given}", "correct the field")
+        return value
+
+    def type_of(self, value: Any, spec: Any, where: str) -> str:
+        kind: str = self.check(self.check(value, dict, where).get("type"), spec, f"{where}.type")
+        return kind
+
+    def fields(
+        self, value: Any, where: str, required: _Specs, optional: _Specs = _NO_FIELDS, noted_in: str = ""
+    ) -> dict[str, Any]:
+        """The fields of an object, checked, without nulls. Others are noted as `noted_in.NAME`, or else refused."""
+        specs = {**optional, **required}
+        given = {}
+        for name, field in self.check(value, dict, where).items():
+            if field is None:
+                continue
+            path = f"{where}.{name[:100]}"
+            if name in specs:
+                given[name] = self.check(field, specs[name], path)
+            elif noted_in and field:
+                self.ignore(f"{noted_in}.{_header_safe(name)}")
+            elif name in self.hints and field:
+                self.ignore(name)
+            elif not noted_in and name not in self.hints:
+                raise self.unknown_field(path, "is not a field that is supported here", f"send only {', '.join(specs)}")
+        for name in required:
+            if name not in given:
+                raise _bad_field(f"{where}.{name}", "is required", "add the field")
+        return given
+
+    def messages_of(self, turns: Iterable[_Turn]) -> list[dict[str, Any]]:
+        messages: list[dict[str, Any]] = []
+        for role, blocks in turns:
+            if role == "user":
+                messages += self._user_turn(blocks)
+            elif role == "assistant":
+                messages.append(self._assistant_turn(blocks))
+            else:
+                text = self.system_joint.join([block["text"] for block in blocks])
+                messages.append({"role": "system", "content": text})
+        return messages
+
+    def _user_turn(self, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The tool results, in their order, then everything else as one user message."""
+        results: list[dict[str, Any]] = []
+        attached: list[dict[str, Any]] = []
+        parts: list[dict[str, Any]] = []
+        for block in blocks:
+            if block["type"] == "tool_result":
+                results.append(self._tool_result(block, attached))
+            else:
+                parts.append(block)
+        if results and not (attached or parts):
+            return results
+        return [*results, {"role": "user", "content": _content_of(attached + parts)}]
+
+    def _tool_result(self, block: dict[str, Any], attached: list[dict[str, Any]]) -> dict[str, Any]:
+        """A tool message. Its images go to `attached`: most chat templates take only text here."""
+        texts = []
+        for part in block["content"]:
+            if part["type"] == "image_url":
+                self._images += 1
+                label = _text_part(f"[image {self._images}]")
+                attached += [label, part]
+                part = label
+            texts.append(part["text"])
+        content = "\n".join(texts)
+        if block.get("is_error"):
+            content = f"Error: {content}"
+        return {"role": "tool", "tool_call_id": block["tool_use_id"], "content": content}
+
+    def _assistant_turn(self, blocks: list[dict[str, Any]]) -> dict[str, Any]:
+        texts, thoughts, calls = [], [], []
+        for block in blocks:
+            match block["type"]:
+                case "text":
+                    texts.append(block["text"])
+                case "thinking":
+                    thoughts.append(block["thinking"])
+                case "tool_use":
+                    function = {"name": block["name"], "arguments": block["input"]}
+                    calls.append({"id": block["id"], "type": "function", "function": function})
+        message: dict[str, Any] = {"role": "assistant", "content": self.text_joint.join(texts)}
+        if thoughts:
+            message["reasoning"] = "\n".join(thoughts)
+        if calls:
+            message |= {"content": message["content"] or None, "tool_calls": calls}
+        return message
+
+
+class _Writer:
+    """Folds chunks, or a complete object, into blocks that follow each other: reasoning, texts and tool calls.
+
+    A subclass writes the events in its API's form.
+    """
+
+    kinds: Collection[str]  #: what the API has a block for, of reasoning, text, refusal and call
+    call_prefix: str  #: of the ids of calls that came without one
+    _start: Callable[[], None]
+    _read_usage: Callable[[Mapping[str, Any]], None]
+    _begin: Callable[[str, str, str], None]  #: kind, and a call's name and id
+    _delta: Callable[[str, str, Sequence[dict[str, Any]]], None]  #: kind, text, log probabilities
+    _finish_block: Callable[[str, str, bool], None]  #: kind, all of its text, whether the answer ended inside it
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        self._model = body.get("model") or ""
+        self._started = False
+        self._events: list[dict[str, Any]] = []  #: not yet handed out
+        self._block: tuple[str, int] | None = None  #: the open one: its kind, and which tool call it is
+        self._pieces: list[str] = []  #: its text
+        self._calls: dict[int, str] = {}  #: the engine's index → id
+        self._finish: str | None = None
+
+    def start(self) -> list[dict[str, Any]]:
+        """The events before the first chunk; `feed` includes them where they were not asked for."""
+        if not self._started:
+            self._started = True
+            self._start()
+        return self._hand_out()
+
+    def feed(self, payload: dict[str, Any]) -> list[dict[str, Any]]:
+        """The events for a `chat.completion.chunk`. Raises BadEngineReply."""
+        events = self.start()
+        self._read(payload)
+        return events + self._hand_out()
+
+    def _hand_out(self) -> list[dict[str, Any]]:
+        events, self._events = self._events, []
+        return events
+
+    def _read(self, payload: Mapping[str, Any]) -> None:
+        """Raises BadEngineReply."""
+        with well_formed("the engine"):
+            if payload.get("usage"):
+                self._read_usage(payload["usage"])
+            for choice in payload.get("choices") or ():
+                self._read_choice(choice)
+
+    def _read_choice(self, choice: Mapping[str, Any]) -> None:
+        message = message_of(choice)
+        self._write("reasoning", reasoning_of(message))
+        self._write("text", text_of(message.get("content")), logprobs_of(choice))
+        self._write("refusal", text_of(message.get("refusal")))
+        for position, call in enumerate(message.get("tool_calls") or ()):
+            self._write_call(call, position)
+        self._finish = finish_of(choice.get("finish_reason")) or self._finish
+
+    def _write(self, kind: str, text: str, logprobs: Sequence[dict[str, Any]] = ()) -> None:
+        if kind not in self.kinds:
+            return
+        if text or (logprobs and self._block == (kind, 0)):  # a token may be part of a character
+            self._open((kind, 0))
+            self._pieces.append(text)
+            self._delta(kind, text, logprobs)
+
+    def _write_call(self, call: Mapping[str, Any], position: int) -> None:
+        """A part of a tool call: the first has its name. Arguments that are an object are complete."""
+        index, function = call.get("index"), call["function"]
+        if index is None:
+            index = position
+        if type(index) is not int:
+            raise TypeError("the index of a tool call is not an integer")
+        if self._block != ("call", index):
+            name, call_id = text_of(function.get("name")), text_of(call.get("id"))
+            if index in self._calls or not name:
+                raise ValueError("a tool call continues after the next block began, or has no name")
+            if not call_id or call_id in self._calls.values():  # clients tell calls apart by this id
+                call_id = f"{self.call_prefix}{len(self._calls)}"
+            self._open(("call", index), name, call_id)
+            self._calls[index] = call_id
+        arguments = function.get("arguments")
+        if isinstance(arguments, dict):
+            arguments = to_json(arguments).decode()
+        if arguments:
+            self._pieces.append(text_of(arguments))
+            self._delta("call", arguments, ())
+
+    def _open(self, block: tuple[str, int], name: str = "", call_id: str = "") -> None:
+        if self._block != block:
+            self._close()
+            self._block, self._pieces = block, []
+            self._begin(block[0], name, call_id)
+
+    def _close(self, cut: bool = False) -> None:
+        """`cut`: the answer ended inside this block."""
+        if self._block is not None:
+            self._finish_block(self._block[0], "".join(self._pieces), cut)
+            self._block = None
+
+
+# The Responses API (POST /v1/responses)
 # Source of the wire facts: OpenAI's API reference, as typed in openai-python 3.57 (`openai.types.responses`).
 _SUMMARIES = ("auto", "concise", "detailed")
 _LOGPROBS = "message.output_text.logprobs"
-_Spec = type | tuple[str, ...]  #: a field's JSON type, or the words that it may be
-
 # fmt: off
-_RESPONSES_FIELDS: dict[str, _Spec] = {
+_RESPONSES_FIELDS: _Specs = {
     "background": bool, "include": list, "instructions": str, "max_output_tokens": int, "max_tool_calls": int,
     "metadata": dict, "model": str, "parallel_tool_calls": bool, "prompt_cache_key": str, "reasoning": dict,
     "safety_identifier": str, "store": bool, "stream": bool, "stream_options": dict, "temperature": float,
     "text": dict, "tools": list, "top_logprobs": int, "top_p": float, "truncation": ("disabled", "auto"), "user": str,
 }
-_TEXT_FIELDS: dict[str, _Spec] = {"format": dict, "verbosity": ("low", "medium", "high")}
-_FORMAT_FIELDS: dict[str, _Spec] = {
-    "type": ("text", "json_object", "json_schema"), "name": str, "schema": dict, "strict": bool, "description": str,
-}
-_REASONING_FIELDS: dict[str, _Spec] = {
-    "effort": str, "summary": _SUMMARIES, "generate_summary": _SUMMARIES, "context": str
-}
-_FUNCTION_FIELDS: dict[str, _Spec] = {"name": str, "description": str, "parameters": dict, "strict": bool}
+_TEXT_FIELDS: _Specs = {"format": dict, "verbosity": ("low", "medium", "high")}
+_FORMATS = ("text", "json_object", "json_schema")
+_FORMAT_FIELDS: _Specs = {"type": str, "name": str, "schema": dict, "strict": bool, "description": str}
+_REASONING_FIELDS: _Specs = {"effort": str, "summary": _SUMMARIES, "generate_summary": _SUMMARIES, "context": str}
+_FUNCTION_FIELDS: _Specs = {"name": str, "description": str, "parameters": dict, "strict": bool}
 _INCLUDABLE = (
     _LOGPROBS, "code_interpreter_call.outputs", "computer_call_output.output.image_url", "file_search_call.results",
     "message.input_image.image_url", "reasoning.encrypted_content", "web_search_call.action.sources",
     "web_search_call.results",
 )
-_ITEM_KEYS = frozenset({
+#: The input items that are read, with the fields that each needs.
+_ITEMS: dict[str, _Specs] = {
+    "message": {"role": ("user", "assistant", "system", "developer"), "content": object},
+    "function_call": {"call_id": str, "name": str, "arguments": str},
+    "function_call_output": {"call_id": str, "output": object},
+    "reasoning": {},
+}
+#: The parts of text in their contents → the field that holds it.
+_TEXT_PARTS = {
+    "input_text": "text", "output_text": "text", "text": "text", "summary_text": "text", "reasoning_text": "text",
+    "refusal": "refusal",
+}
+#: Fields of items and parts that are read, or say nothing new; others are noted.
+_ITEM_FIELDS: _Specs = dict.fromkeys((
     "annotations", "arguments", "call_id", "content", "detail", "encrypted_content", "file_id", "id", "image_url",
     "logprobs", "name", "output", "parsed", "parsed_arguments", "refusal", "role", "status", "summary", "text", "type",
-})
+), object)
 _NEEDS_STORE = {  # responses are not stored: field → what to do instead
     "background": "send the request without it, and with stream where the answer is long",
     "conversation": "send the earlier items in input",
@@ -8104,12 +8372,9 @@ _CHAT_ONLY = {  # field of chat completions → what /v1/responses has instead
     "max_tokens": "max_output_tokens", "n": "one request for each answer", "reasoning_effort": "reasoning.effort",
     "response_format": "text.format", "verbosity": "text.verbosity",
 }
-_HINTS = ("client_metadata", "prompt_cache_options", "store")  #: Codex sends the first, others `store: true` by habit
-_UNCHANGED = {"model", "prompt_cache_key", "safety_identifier", "temperature", "top_p", "user"}
-_TRANSLATED = _RESPONSES_FIELDS.keys() - _UNCHANGED | _NEEDS_STORE.keys() | {"input", "tool_choice", *_HINTS}
 # fmt: on
-_DATA_IMAGE = re.compile(r"data:image/[a-z0-9.+-]+;base64,")
-_HEADER_SAFE = re.compile(r"[A-Za-z0-9_.-]{1,40}")
+#: Left out; reported where they ask for something. Codex sends the first, others `store: true` by habit.
+_RESPONSES_HINTS = ("client_metadata", "prompt_cache_options", "store")
 
 
 def chat_from_responses(body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -8118,290 +8383,165 @@ def chat_from_responses(body: dict[str, Any]) -> tuple[dict[str, Any], list[str]
     Fields that the API does not have (`top_k`, `seed`, `stop` ...) pass unchanged, for the table of fields to decide.
     Raises InvalidRequest and UnsupportedFeature, with the field as `param`: `input[2].type`.
     """
-    _check_responses_fields(body)
-    ignored: list[str] = []
-    chat: dict[str, Any] = {}
-    for name, value in body.items():
-        if name not in _TRANSLATED and value is not None:
-            chat[name] = value
-    chat["messages"] = _messages_from_input(body, ignored)
-    chat |= _tool_fields(body, ignored)
-    chat |= _text_fields(body.get("text") or {})
+    reader = _ResponsesReader(body)
+    chat: dict[str, Any] = {"messages": reader.conversation()}
+    chat |= _tools_from_responses(reader)
+    chat |= _text_from_responses(reader)
     if chat.get("tool_choice") not in (None, "auto", "none") and "response_format" in chat:
         del chat["response_format"]  # it is for a message, and the answer will be a call: instructor sends both
-        ignored.append("text.format")
-    chat |= _reasoning_fields(body.get("reasoning") or {}, ignored)
-    chat |= _output_fields(body, ignored)
-    names = list(dict.fromkeys(ignored))
-    more = [f"and {len(names) - 32} more"] if len(names) > 32 else []
-    return chat, names[:32] + more  # they are sent in a header
+        reader.ignore("text.format")
+    chat |= _output_from_responses(reader)
+    for name in _RESPONSES_HINTS:
+        if reader.body.pop(name, None):
+            reader.ignore(name)
+    names = list(reader.ignored)
+    if len(names) > 32:  # they are sent in a header
+        names[32:] = [f"and {len(names) - 32} more"]
+    return reader.body | chat, names
 
 
-def _shown(value: Any) -> str:
-    """A value in an error message: the beginning of a text, the type of anything else."""
-    if isinstance(value, str):
-        return repr(value[:100])
-    return _JSON_NAMES.get(type(value), "null")
+class _ResponsesReader(_Reader):
+    """Makes messages of input items: reasoning, text and calls that follow each other are one message."""
 
+    unknown_field = staticmethod(_unsupported)
+    text_joint, system_joint = "", "\n\n"
 
-def _header_safe(name: Any) -> str:
-    if isinstance(name, str) and _HEADER_SAFE.fullmatch(name):
-        return name
-    return "other"
+    def __init__(self, body: dict[str, Any]) -> None:
+        super().__init__(body)
+        self._check_body()
+        self._call_ids: set[str] = set()
 
+    def _check_body(self) -> None:
+        for name, spec in _RESPONSES_FIELDS.items():
+            if name in self.body:
+                self.check(self.body[name], spec, name)
+        for name in ("max_output_tokens", "max_tool_calls"):
+            if self.body.get(name, 1) < 1:
+                raise _bad_field(name, "is too small", "send a positive number")
+        for name, hint in _NEEDS_STORE.items():
+            if self.body.pop(name, False) is not False:
+                raise _unsupported(name, "responses are not stored here", hint)
+        for name, equivalent in _CHAT_ONLY.items():
+            if name in self.body:
+                raise _bad_field(name, "not a field of /v1/responses", f"send {equivalent}")
+        if self.body.pop("truncation", "") == "auto":
+            hint = 'send "disabled", and an input that fits the context'
+            raise _unsupported("truncation", "an input is never shortened here", hint)
+        self.body.pop("max_tool_calls", None)  # it limits the tools that OpenAI runs
+        metadata = self.body.pop("metadata", {})
+        for name, value in metadata.items():
+            if len(metadata) > 16 or len(name) > 64 or not isinstance(value, str) or len(value) > 512:
+                problem = "must be at most 16 strings of at most 512 characters, with names of at most 64"
+                raise _bad_field("metadata", problem, "send fewer or shorter ones")
 
-def _field(holder: Mapping[str, Any], name: str, spec: _Spec, where: str = "", *, required: bool = False) -> Any:
-    """The field's value, None where it is absent or null. Raises InvalidRequest where it is not as `spec` says."""
-    value = holder.get(name)
-    if value is None and not required:
-        return None
-    if isinstance(spec, tuple):
-        expected, fits = f"one of {', '.join(spec)}", value in spec
-    else:
-        expected, fits = _JSON_NAMES[spec], type(value) is spec or (spec is float and type(value) is int)
-    if not fits:
-        reason = f"{where}{name}: must be {expected}, got {_shown(value)}"
-        raise InvalidRequest(reason, f"send {expected}", param=f"{where}{name}")
-    return value
+    def conversation(self) -> list[dict[str, Any]]:
+        items = self.body.pop("input", None)
+        if isinstance(items, str):
+            items = [{"role": "user", "content": items}]
+        if not isinstance(items, list) or not items:
+            problem = "must be a string or a list of at least one item"
+            raise _bad_field("input", problem, "send the conversation in input")
+        turns: list[_Turn] = []
+        instructions = self.body.pop("instructions", "")
+        if instructions:
+            turns.append(("system", [_text_part(instructions)]))
+        for index, item in enumerate(items):
+            turns.append(self._turn(item, f"input[{index}]"))
+        return self.messages_of(self._joined(turns))
 
+    def _joined(self, turns: list[_Turn]) -> list[_Turn]:
+        """System messages that follow each other are one, for many templates take no second one."""
+        joined: list[_Turn] = []
+        kinds: set[str] = set()  #: of the last turn's blocks
+        for role, blocks in turns:
+            added = {block["type"] for block in blocks}
+            joins = role == "system"
+            if role == "assistant":  # reasoning and text after an answer begin the next one
+                joins = "text" not in kinds or "tool_use" in kinds | added
+            if joins and joined and joined[-1][0] == role:
+                joined[-1][1].extend(blocks)
+                kinds |= added
+            elif blocks or role != "assistant":
+                joined.append((role, blocks))
+                kinds = added
+        return joined
 
-def _fields(holder: Mapping[str, Any], specs: Mapping[str, _Spec], where: str) -> dict[str, Any]:
-    """The fields that are not null, all checked. Raises UnsupportedFeature for one that is not in `specs`."""
-    found = {}
-    for name, value in holder.items():
-        if value is None:
-            continue
-        if name not in specs:
-            field = f"{where}{name[:100]}"
-            raise UnsupportedFeature(f"{field}: not supported", f"send only {', '.join(specs)}", param=field)
-        found[name] = _field(holder, name, specs[name], where)
-    return found
-
-
-def _check_responses_fields(body: dict[str, Any]) -> None:
-    for name, spec in _RESPONSES_FIELDS.items():
-        value = _field(body, name, spec)
-        if spec is int and value is not None and value < (name != "top_logprobs"):
-            raise InvalidRequest(f"{name}: is too small", "send a positive number", param=name)
-    for name, hint in _NEEDS_STORE.items():
-        if body.get(name) is not None and body[name] is not False:
-            raise UnsupportedFeature(f"{name}: responses are not stored here", hint, param=name)
-    for name, instead in _CHAT_ONLY.items():
-        if body.get(name) is not None:
-            raise InvalidRequest(f"{name}: not a field of /v1/responses", f"send {instead}", param=name)
-    if body.get("truncation") == "auto":
-        hint = 'send "disabled", and an input that fits the context'
-        raise UnsupportedFeature("truncation: an input is never shortened here", hint, param="truncation")
-    metadata = body.get("metadata") or {}
-    for name, value in metadata.items():
-        if len(metadata) > 16 or len(name) > 64 or not isinstance(value, str) or len(value) > 512:
-            reason = "metadata: must be at most 16 strings of at most 512 characters, with names of at most 64"
-            raise InvalidRequest(reason, "send fewer or shorter ones", param="metadata")
-
-
-# Responses: input items to messages
-def _messages_from_input(body: dict[str, Any], ignored: list[str]) -> list[dict[str, Any]]:
-    items = body.get("input")
-    if isinstance(items, str):
-        items = [{"role": "user", "content": items}]
-    if not isinstance(items, list) or not items:
-        reason = f"input: must be a string or a list of at least one item, got {_shown(items)}"
-        raise InvalidRequest(reason, "send the conversation in input", param="input")
-    conversation = _Conversation(ignored)
-    if body.get("instructions"):
-        conversation.system.append(body["instructions"])
-    for index, item in enumerate(items):
-        conversation.add(item, f"input[{index}].")
-    return conversation.finish()
-
-
-class _Conversation:
-    """Chat messages, made of input items: reasoning, text and calls that follow each other are one message."""
-
-    def __init__(self, ignored: list[str]) -> None:
-        self.ignored = ignored
-        self.system: list[str] = []  #: before all else, as one message: many templates take no second one
-        self.messages: list[dict[str, Any]] = []
-        self.call_ids: set[str] = set()
-        self.reasoning: list[str] = []  # these three: the assistant's message that is being put together
-        self.texts: list[str] = []
-        self.calls: list[dict[str, Any]] = []
-
-    def finish(self) -> list[dict[str, Any]]:
-        self._end_turn()
-        if self.system:
-            self.messages.insert(0, {"role": "system", "content": "\n\n".join(self.system)})
-        return self.messages
-
-    def add(self, item: Any, where: str) -> None:
-        """`where` is the item's place, such as `input[2].`."""
-        kind = self._type_of(item, where, "message")
+    def _turn(self, item: Any, where: str) -> _Turn:
+        kind = "message"
+        if self.check(item, dict, where).get("type") is not None:
+            kind = self.type_of(item, tuple(_ITEMS), where)
+        given = self.fields(item, where, _ITEMS[kind], _ITEM_FIELDS, noted_in="input")
         match kind:
             case "message":
-                self._add_message(item, where)
+                role = given["role"].replace("developer", "system")  # few templates know a developer role
+                return role, self._parts(given["content"], f"{where}.content", images=role == "user")
             case "function_call":
-                self._add_call(item, where)
+                self._call_ids.add(given["call_id"])
+                call = {"id": given["call_id"], "name": given["name"], "input": given["arguments"]}
+                return "assistant", [{"type": "tool_use", **call}]
             case "function_call_output":
-                self._add_call_output(item, where)
-            case "reasoning":
-                self._add_reasoning(item, where)
-            case _:
-                hint = "send the message, reasoning, function_call and function_call_output items themselves"
-                raise UnsupportedFeature(f"{where}type: {_shown(kind)} is not supported", hint, param=f"{where}type")
+                if given["call_id"] not in self._call_ids:
+                    problem = "no function_call item before it has this id"
+                    raise _bad_field(f"{where}.call_id", problem, "send the function_call item too")
+                content = self._parts(given["output"], f"{where}.output")
+                return "user", [{"type": "tool_result", "tool_use_id": given["call_id"], "content": content}]
+        parts = self._parts(given.get("content", []), f"{where}.content")
+        parts = parts or self._parts(given.get("summary", []), f"{where}.summary")
+        if not parts and "encrypted_content" in given:
+            self.ignore("input.encrypted_content")
+        return "assistant", [{"type": "thinking", "thinking": part["text"]} for part in parts]
 
-    def _type_of(self, item: Any, where: str, default: str = "") -> str:
-        """The type of an item or a part; keys without a use here are noted."""
-        if not isinstance(item, dict):
-            place = where.removesuffix(".")
-            raise InvalidRequest(f"{place}: must be an object, got {_shown(item)}", "send an object", param=place)
-        for name, value in item.items():
-            if name not in _ITEM_KEYS and value is not None:
-                self.ignored.append(f"input.{_header_safe(name)}")
-        return _field(item, "type", str, where, required=not default) or default
-
-    def _end_turn(self) -> None:
-        if not (self.reasoning or self.texts or self.calls):
-            return
-        message: dict[str, Any] = {"role": "assistant", "content": "".join(self.texts)}
-        if self.reasoning:
-            message["reasoning"] = "\n".join(self.reasoning)
-        if self.calls:
-            message |= {"content": message["content"] or None, "tool_calls": self.calls}
-        self.messages.append(message)
-        self.reasoning, self.texts, self.calls = [], [], []
-
-    def _add_message(self, item: dict[str, Any], where: str) -> None:
-        role = _field(item, "role", ("user", "assistant", "system", "developer"), where, required=True)
-        if role != "assistant" or (self.texts and not self.calls):
-            self._end_turn()
-        if role == "user":
-            parts: Any = self._parts(item, "content", where)
-            if len(parts) == 1 and parts[0]["type"] == "text":
-                parts = parts[0]["text"]
-            self.messages.append({"role": role, "content": parts})
-            return
-        texts = self._texts(item, "content", where)
-        if role == "assistant":
-            self.texts += texts
-        elif self.messages:  # few templates know a developer role, and some leave out what has one
-            self.messages.append({"role": "system", "content": "\n".join(texts)})
-        else:
-            self.system.append("\n".join(texts))
-
-    def _add_call(self, item: dict[str, Any], where: str) -> None:
-        function = {name: _field(item, name, str, where, required=True) for name in ("name", "arguments")}
-        call_id = _field(item, "call_id", str, where, required=True)
-        self.calls.append({"id": call_id, "type": "function", "function": function})
-        self.call_ids.add(call_id)
-
-    def _add_call_output(self, item: dict[str, Any], where: str) -> None:
-        call_id = _field(item, "call_id", str, where, required=True)
-        if call_id not in self.call_ids:
-            reason = f"{where}call_id: no function_call item before it has this id"
-            raise InvalidRequest(reason, "send the function_call item too", param=f"{where}call_id")
-        self._end_turn()
-        text = "\n".join(self._texts(item, "output", where))
-        self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
-
-    def _add_reasoning(self, item: dict[str, Any], where: str) -> None:
-        texts: list[str] = []
-        for name in ("content", "summary"):
-            if not texts and item.get(name) is not None:
-                texts = self._texts(item, name, where)
-        if self.texts and not self.calls:
-            self._end_turn()
-        self.reasoning += texts
-        if not texts and item.get("encrypted_content") is not None:
-            self.ignored.append("input.encrypted_content")
-
-    def _texts(self, item: dict[str, Any], name: str, where: str) -> list[str]:
-        texts = []
-        for index, part in enumerate(self._parts(item, name, where)):
-            if part["type"] != "text":
-                field = f"{where}{name}[{index}].type"
-                raise UnsupportedFeature(f"{field}: must be text here", "send images in user messages", param=field)
-            texts.append(part["text"])
-        return texts
-
-    def _parts(self, item: dict[str, Any], name: str, where: str) -> list[dict[str, Any]]:
+    def _parts(self, content: Any, where: str, *, images: bool = False) -> list[dict[str, Any]]:
         """A content, which is a string or a list, as parts of a chat message."""
-        if isinstance(item.get(name), str):
-            return [{"type": "text", "text": item[name]}]
+        if isinstance(content, str):
+            return [_text_part(content)]
         parts = []
-        for index, part in enumerate(_field(item, name, list, where, required=True)):
-            parts.append(self._part(part, f"{where}{name}[{index}]."))
+        for index, part in enumerate(self.check(content, list, where)):
+            path = f"{where}[{index}]"
+            if self.check(part, dict, path).get("type") == "input_image" and images:
+                parts.append(self._image(part, path))
+                continue
+            name = _TEXT_PARTS[self.type_of(part, tuple(_TEXT_PARTS), path)]
+            parts.append(_text_part(self.fields(part, path, {name: str}, _ITEM_FIELDS, noted_in="input")[name]))
         return parts
 
-    def _part(self, part: Any, where: str) -> dict[str, Any]:
-        kind = self._type_of(part, where)
-        match kind:
-            case "input_text" | "output_text" | "text" | "summary_text" | "reasoning_text":
-                return {"type": "text", "text": _field(part, "text", str, where, required=True)}
-            case "refusal":
-                return {"type": "text", "text": _field(part, "refusal", str, where, required=True)}
-            case "input_image":
-                return self._image(part, where)
-        hint = "send input_text, and images as input_image"
-        raise UnsupportedFeature(f"{where}type: {_shown(kind)} is not supported", hint, param=f"{where}type")
-
     def _image(self, part: dict[str, Any], where: str) -> dict[str, Any]:
-        url = _field(part, "image_url", str, where) or ""
-        if not _DATA_IMAGE.match(url):
-            reason = f"{where}image_url: must be a data: URL; images are neither fetched nor stored here"
-            raise InvalidRequest(reason, "send the image as a data: URL", param=f"{where}image_url")
-        image = {"url": url}
-        if part.get("detail") in ("auto", "low", "high"):
-            image["detail"] = part["detail"]
-        elif part.get("detail") is not None:
-            self.ignored.append("input.detail")
-        return {"type": "image_url", "image_url": image}
+        given = self.fields(part, where, {}, _ITEM_FIELDS, noted_in="input")
+        url, detail = str(given.get("image_url")), given.get("detail")
+        if not re.match(r"data:image/[a-z0-9.+-]+;base64,", url):
+            problem = "must be a data: URL; images are neither fetched nor stored here"
+            raise _bad_field(f"{where}.image_url", problem, "send the image as a data: URL")
+        if detail in ("auto", "low", "high"):
+            return _image_part(url=url, detail=detail)
+        if detail is not None:
+            self.ignore("input.detail")
+        return _image_part(url=url)
 
 
-# Responses: the other fields
-def _tool_fields(body: dict[str, Any], ignored: list[str]) -> dict[str, Any]:
-    """`tools`, `tool_choice` and `parallel_tool_calls` for the chat body: none of them without function tools."""
-    functions = _functions(body.get("tools") or (), ignored)
-    names, choice = _chosen(functions, body.get("tool_choice"))
-    if choice not in (None, "auto", "none") and not names:
-        reason = "tool_choice: requires a call, and none of the tools that it allows is a function"
-        raise UnsupportedFeature(reason, "send function tools", param="tool_choice")
-    if not names:
-        return {}
-    fields: dict[str, Any] = {"tools": [{"type": "function", "function": functions[name]} for name in names]}
-    if choice is not None:
-        fields["tool_choice"] = choice
-    if body.get("parallel_tool_calls") is not None:
-        fields["parallel_tool_calls"] = body["parallel_tool_calls"]
-    return fields
-
-
-def _functions(tools: Sequence[Any], ignored: list[str]) -> dict[str, dict[str, Any]]:
-    """The function tools by name. Hosted and other tools are offers, which are left out."""
+def _tools_from_responses(reader: _Reader) -> dict[str, Any]:
+    """`tools`, `tool_choice` and `parallel_tool_calls`: none of them without function tools."""
     functions: dict[str, dict[str, Any]] = {}
-    for index, tool in enumerate(tools):
+    for index, tool in enumerate(reader.body.pop("tools", ())):
         where = f"tools[{index}]"
-        if not isinstance(tool, dict):
-            raise InvalidRequest(f"{where}: must be an object, got {_shown(tool)}", "send a tool", param=where)
-        kind = _field(tool, "type", str, f"{where}.", required=True)
-        if kind != "function":
-            ignored.append(f"{where} ({_header_safe(kind)})")
+        kind = reader.type_of(tool, str, where)
+        if kind != "function":  # hosted and other tools are offers, which are left out
+            reader.ignore(f"{where} ({_header_safe(kind)})")
             continue
-        function = _function(tool, f"{where}.", ignored)
+        function = reader.fields(tool, where, {"type": str, "name": str}, _FUNCTION_FIELDS, noted_in=where)
         if function["name"] in functions:
-            raise InvalidRequest(f"{where}.name: is there twice", "send other names", param=f"{where}.name")
+            raise _bad_field(f"{where}.name", "is there twice", "send other names")
+        del function["type"]
         functions[function["name"]] = function
-    return functions
-
-
-def _function(tool: dict[str, Any], where: str, ignored: list[str]) -> dict[str, Any]:
-    _field(tool, "name", str, where, required=True)
-    function = {}
-    for name, value in tool.items():
-        if name in _FUNCTION_FIELDS and value is not None:
-            function[name] = _field(tool, name, _FUNCTION_FIELDS[name], where)
-        elif name != "type" and value is not None and value is not False:
-            ignored.append(f"{where}{_header_safe(name)}")
-    return function
+    names, choice = _chosen(functions, reader.body.pop("tool_choice", None))
+    chat: dict[str, Any] = {"tools": [{"type": "function", "function": functions[name]} for name in names]}
+    parallel = reader.body.pop("parallel_tool_calls", None)
+    if choice not in (None, "auto", "none") and not names:
+        problem = "requires a call, and none of the tools that it allows is a function"
+        raise _unsupported("tool_choice", problem, "send function tools")
+    for name, value in (("tool_choice", choice), ("parallel_tool_calls", parallel)):
+        if value is not None:
+            chat[name] = value
+    return chat if names else {}
 
 
 def _chosen(names: Collection[str], choice: Any) -> tuple[Collection[str], Any]:
@@ -8414,10 +8554,10 @@ def _chosen(names: Collection[str], choice: Any) -> tuple[Collection[str], Any]:
         case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": list(tools)}:
             return _allowed(names, tools), mode
         case {"type": str(kind)} if kind not in ("function", "allowed_tools"):
-            reason = f"tool_choice.type: {_shown(kind)} cannot be forced: it is not run here"
-            raise UnsupportedFeature(reason, "choose a function", param="tool_choice.type")
+            problem = f"{kind[:100]!r} cannot be forced: it is not run here"
+            raise _unsupported("tool_choice.type", problem, "choose a function")
     hint = 'send "auto", "none", "required", a function in tools, or allowed_tools with mode and tools'
-    raise InvalidRequest("tool_choice: not of a known form, or not in tools", hint, param="tool_choice")
+    raise _bad_field("tool_choice", "not of a known form, or not in tools", hint)
 
 
 def _allowed(names: Collection[str], tools: list[Any]) -> list[str]:
@@ -8430,92 +8570,75 @@ def _allowed(names: Collection[str], tools: list[Any]) -> list[str]:
             case {"type": str(kind)} if kind != "function":
                 pass
             case _:
-                field = f"tool_choice.tools[{index}]"
-                raise InvalidRequest(f"{field}: is not in tools", 'send {"type": "function", "name"}', param=field)
+                raise _bad_field(f"tool_choice.tools[{index}]", "is not in tools", 'send {"type": "function", "name"}')
     return [name for name in names if name in allowed]
 
 
-def _text_fields(text: dict[str, Any]) -> dict[str, Any]:
-    fields = _fields(text, _TEXT_FIELDS, "text.")
-    form = fields.pop("format", None)
+def _text_from_responses(reader: _Reader) -> dict[str, Any]:
+    """`response_format` and `verbosity`."""
+    chat = reader.fields(reader.body.pop("text", {}), "text", {}, _TEXT_FIELDS)
+    form, where = chat.pop("format", None), "text.format"
     if form is None:
-        return fields
-    schema = _fields(form, _FORMAT_FIELDS, "text.format.")
-    kind = _field(form, "type", _FORMAT_FIELDS["type"], "text.format.", required=True)
-    if kind == "json_schema":
-        for name in ("name", "schema"):
-            _field(form, name, _FORMAT_FIELDS[name], "text.format.", required=True)
-        del schema["type"]
-        schema = {"type": kind, "json_schema": schema}
-    return {**fields, "response_format": schema}
+        return chat
+    if reader.type_of(form, _FORMATS, where) != "json_schema":
+        return chat | {"response_format": reader.fields(form, where, {}, _FORMAT_FIELDS)}
+    schema = reader.fields(form, where, {"name": str, "schema": dict}, _FORMAT_FIELDS)
+    del schema["type"]
+    return chat | {"response_format": {"type": "json_schema", "json_schema": schema}}
 
 
-def _reasoning_fields(reasoning: dict[str, Any], ignored: list[str]) -> dict[str, Any]:
-    """The effort. A summary is asked of the writer, which sends the reasoning itself, unabridged."""
-    fields = _fields(reasoning, _REASONING_FIELDS, "reasoning.")
-    for name, value in fields.items():
-        if value == "concise" or name == "context":  # which earlier reasoning counts is for the chat template to say
-            ignored.append(f"reasoning.{name}")
-    if "effort" not in fields:
-        return {}
-    return {"reasoning_effort": fields["effort"]}
-
-
-def _output_fields(body: dict[str, Any], ignored: list[str]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    include = body.get("include") or ()
+def _output_from_responses(reader: _Reader) -> dict[str, Any]:
+    """The effort, log probabilities, length and stream. A summary is asked of the writer, which sends all reasoning."""
+    chat: dict[str, Any] = {}
+    reasoning = reader.fields(reader.body.pop("reasoning", {}), "reasoning", {}, _REASONING_FIELDS)
+    for name, value in reasoning.items():
+        if name == "effort":
+            chat["reasoning_effort"] = value
+        elif value == "concise" or name == "context":  # which earlier reasoning counts is for the template to say
+            reader.ignore(f"reasoning.{name}")
+    include = reader.body.pop("include", ())
     for index, name in enumerate(include):
-        _field({f"include[{index}]": name}, f"include[{index}]", _INCLUDABLE, required=True)
-        if name != _LOGPROBS:
-            ignored.append(f"include ({name})")
-    if _LOGPROBS in include or body.get("top_logprobs"):
-        fields |= {"logprobs": True, "top_logprobs": body.get("top_logprobs") or 0}
-    if body.get("max_output_tokens") is not None:
-        fields["max_completion_tokens"] = body["max_output_tokens"]
-    if body.get("stream"):
-        fields |= {"stream": True, "stream_options": {"include_usage": True}}
-    options = _fields(body.get("stream_options") or {}, {"include_obfuscation": bool}, "stream_options.")
+        if reader.check(name, _INCLUDABLE, f"include[{index}]") != _LOGPROBS:
+            reader.ignore(f"include ({name})")
+    top_logprobs = reader.body.pop("top_logprobs", 0)
+    if _LOGPROBS in include or top_logprobs:
+        chat |= {"logprobs": True, "top_logprobs": top_logprobs}
+    if "max_output_tokens" in reader.body:
+        chat["max_completion_tokens"] = reader.body.pop("max_output_tokens")
+    options = reader.fields(reader.body.pop("stream_options", {}), "stream_options", {}, {"include_obfuscation": bool})
     if options.get("include_obfuscation"):
-        ignored.append("stream_options.include_obfuscation")
-    ignored += [name for name in _HINTS if body.get(name)]
-    return fields
+        reader.ignore("stream_options.include_obfuscation")
+    if reader.body.pop("stream", False):
+        chat |= STREAMED
+    return chat
 
 
-# Responses: the answer
 class _Text(NamedTuple):
-    """A kind of text in `output`: the item that holds it, where and how, and the names of its events."""
+    """A kind of block in `output`: the item that holds it, where and how, and the names of its events."""
 
     item: str
-    id: str  #: how the item's id begins
     place: str  #: the item's field for its parts, or for the text itself
-    type: str  #: of the part; "" where the item has none
+    part: str  #: the part's type; "" where the item has none
     value: str  #: the field of the finished text
-    events: str  #: …delta, …done
-    part_events: str  #: …added, …done
-    place_index: str
+    events: str  #: response.….delta, response.….done
+    part_events: str = "content_part"  #: response.….added, response.….done
 
 
-_CONTENT = "response.content_part."
+_ANSWER = _Text("message", "content", "output_text", "text", "output_text")
+_REFUSAL = _Text("message", "content", "refusal", "refusal", "refusal")
+_REASONING = _Text("reasoning", "content", "reasoning_text", "text", "reasoning_text")
+_SUMMARY = _Text("reasoning", "summary", "summary_text", "text", "reasoning_summary_text", "reasoning_summary_part")
+_CALL = _Text("function_call", "arguments", "", "arguments", "function_call_arguments")
+_ITEM_IDS = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
 # fmt: off
-_ANSWER = _Text(
-    "message", "msg", "content", "output_text", "text", "response.output_text.", _CONTENT, "content_index")
-_REFUSAL = _Text(
-    "message", "msg", "content", "refusal", "refusal", "response.refusal.", _CONTENT, "content_index")
-_REASONING = _Text(
-    "reasoning", "rs", "content", "reasoning_text", "text", "response.reasoning_text.", _CONTENT, "content_index")
-_SUMMARY = _Text(
-    "reasoning", "rs", "summary", "summary_text", "text", "response.reasoning_summary_text.",
-    "response.reasoning_summary_part.", "summary_index")
-_CALL = _Text(
-    "function_call", "fc", "arguments", "", "arguments", "response.function_call_arguments.", "", "")
 _ECHOED: dict[str, Any] = {  # what a Response repeats of its request → the value where it has none
     "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {},
     "parallel_tool_calls": True, "prompt_cache_key": None, "reasoning": {}, "safety_identifier": None,
     "temperature": None, "text": {}, "tool_choice": "auto", "top_logprobs": None, "top_p": None,
     "truncation": "disabled", "user": None,
 }
-_ERROR_CODES = ("context_length_exceeded", "invalid_prompt", "rate_limit_exceeded", "server_error")
 # fmt: on
+_ERROR_CODES = ("context_length_exceeded", "invalid_prompt", "rate_limit_exceeded", "server_error")
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}  #: finish_reason → reason
 
 
@@ -8526,19 +8649,6 @@ def _response_logprob(entry: Mapping[str, Any]) -> dict[str, Any]:
     for other in entry.get("top_logprobs") or ():
         found["top_logprobs"].append({**other, "bytes": other.get("bytes") or []})
     return found
-
-
-def _response_usage(usage: Mapping[str, Any]) -> dict[str, Any]:
-    read, written = count_of(usage.get("prompt_tokens")), count_of(usage.get("completion_tokens"))
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-    reasoning = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
-    return {
-        "input_tokens": read,
-        "input_tokens_details": {"cached_tokens": count_of(cached), "cache_write_tokens": 0},
-        "output_tokens": written,
-        "output_tokens_details": {"reasoning_tokens": count_of(reasoning)},
-        "total_tokens": read + written,
-    }
 
 
 def _echo(body: dict[str, Any]) -> dict[str, Any]:
@@ -8556,64 +8666,44 @@ def _echo(body: dict[str, Any]) -> dict[str, Any]:
     return echo
 
 
-class ResponseWriter:
+class ResponseWriter(_Writer):
     """Writes an answer in the form of the Responses API. `body` is one that `chat_from_responses` has accepted.
 
-    An event is sent as `event: TYPE` and `data: JSON`; no `[DONE]` follows. `complete` and `feed` read what an
-    engine sent: call them within `well_formed`.
+    An event is sent as `event: TYPE` and `data: JSON`; no `[DONE]` follows.
     """
 
+    kinds = ("reasoning", "text", "refusal", "call")
+
     def __init__(self, body: dict[str, Any], response_id: str, created: int) -> None:
+        super().__init__(body)
         self._base = {"id": response_id, "object": "response", "created_at": created, **_echo(body)}
         self._suffix = response_id.removeprefix("resp_")
-        self._model = body.get("model") or ""
+        self.call_prefix = f"call_{self._suffix}"
         reasoning = body.get("reasoning") or {}
-        wants_summary = reasoning.get("summary") or reasoning.get("generate_summary")
-        self._reasoning = _SUMMARY if wants_summary else _REASONING
+        self._forms = {"reasoning": _REASONING, "text": _ANSWER, "refusal": _REFUSAL, "call": _CALL}
+        if reasoning.get("summary") or reasoning.get("generate_summary"):
+            self._forms["reasoning"] = _SUMMARY
         self._output: list[dict[str, Any]] = []
-        self._open: _Text | None = None  #: the kind of the last item while it grows
-        self._pieces: list[str] = []
         self._logprobs: list[dict[str, Any]] = []
-        self._calls: dict[int, dict[str, Any]] = {}  #: the engine's index → item
         self._usage: dict[str, Any] | None = None
-        self._finish_reason = ""
-        self._events = 0
+        self._sent = 0
 
     def complete(self, payload: dict[str, Any]) -> dict[str, Any]:
         """The Response for a `chat.completion` object."""
         self.feed(payload)
         return dict(self.end()[-1]["response"])
 
-    def start(self) -> list[dict[str, Any]]:
-        """The events before the first chunk; `feed` includes them where they were not asked for."""
-        if self._events:
-            return []
-        response = self._response("in_progress")
-        return [
-            self._event("response.created", response=response),
-            self._event("response.in_progress", response=response),
-        ]
-
-    def feed(self, payload: dict[str, Any]) -> list[dict[str, Any]]:
-        """The events for a `chat.completion.chunk`. Raises BadEngineReply for tool calls that overlap."""
-        events = self.start()
-        if payload.get("usage"):
-            self._usage = _response_usage(payload["usage"])
-        for choice in payload.get("choices") or ():
-            events += self._write(message_of(choice), logprobs_of(choice))
-            self._finish_reason = choice.get("finish_reason") or self._finish_reason
-        return events
-
     def end(self) -> list[dict[str, Any]]:
         """The last events, up to `response.completed` or `response.incomplete`."""
         events = self.start()
-        reason = _INCOMPLETE.get(self._finish_reason)
+        reason = _INCOMPLETE.get(self._finish or "")
         status = "incomplete" if reason else "completed"
-        events += self._close(status)
+        self._close(cut=status == "incomplete")
         response = self._response(status)
         if reason:
             response["incomplete_details"] = {"reason": reason}
-        return [*events, self._event(f"response.{status}", response=response)]
+        self._event(f"response.{status}", response=response)
+        return events + self._hand_out()
 
     def fail(self, code: str, message: str) -> list[dict[str, Any]]:
         """The last events where the answer failed: `error`, then `response.failed` with the items that were complete.
@@ -8623,123 +8713,118 @@ class ResponseWriter:
         """
         events = self.start()
         error = {"code": code if code in _ERROR_CODES else "server_error", "message": message}
-        events.append(self._event("error", **error, param=None, error={"type": error["code"], **error, "param": None}))
-        if self._open:
+        nested = {"type": error["code"], **error, "param": None}
+        self._event("error", **error, param=None, error=nested)
+        if self._block:
             self._output.pop()
-        response = {**self._response("failed"), "error": error}
-        return [*events, self._event("response.failed", response=response)]
+        self._event("response.failed", response={**self._response("failed"), "error": error})
+        return events + self._hand_out()
 
-    def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
-        event = {"type": kind, "sequence_number": self._events, **fields}
-        self._events += 1
-        return event
+    def _start(self) -> None:
+        response = self._response("in_progress")
+        self._event("response.created", response=response)
+        self._event("response.in_progress", response=response)
+
+    def _event(self, kind: str, **fields: Any) -> None:
+        self._events.append({"type": kind, "sequence_number": self._sent, **fields})
+        self._sent += 1
+
+    def _item_event(self, form: _Text, kind: str, **fields: Any) -> None:
+        """An event about the text of the last item."""
+        place = {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}
+        if form.part:
+            place[f"{form.place}_index"] = 0
+        self._event(f"response.{kind}", **place, **fields)
 
     def _response(self, status: str) -> dict[str, Any]:
         now = {"status": status, "model": self._model, "output": list(self._output), "usage": self._usage}
         return {**self._base, **now, "error": None, "incomplete_details": None}
 
-    def _write(self, message: Mapping[str, Any], logprobs: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The events for the texts and calls of a delta, or of a complete message."""
-        reasoning, answer, refusal = reasoning_of(message), text_of(message.get("content")), message.get("refusal")
-        if reasoning:
-            yield from self._append(self._reasoning, reasoning)
-        calls = message.get("tool_calls") or ()
-        if answer or (logprobs and self._open is _ANSWER and not calls):  # a token may be part of a character
-            yield from self._append(_ANSWER, answer, logprobs)
-        if refusal:
-            yield from self._append(_REFUSAL, text_of(refusal))
-        for position, call in enumerate(calls):
-            yield from self._write_call(call, position)
+    def _read_usage(self, usage: Mapping[str, Any]) -> None:
+        read, written = count_of(usage.get("prompt_tokens")), count_of(usage.get("completion_tokens"))
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+        reasoning = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
+        self._usage = {
+            "input_tokens": read,
+            "input_tokens_details": {"cached_tokens": count_of(cached), "cache_write_tokens": 0},
+            "output_tokens": written,
+            "output_tokens_details": {"reasoning_tokens": count_of(reasoning)},
+            "total_tokens": read + written,
+        }
 
-    def _write_call(self, call: Mapping[str, Any], position: int) -> Iterator[dict[str, Any]]:
-        """A call, or the next piece of the one with its index. In a complete message, the position is the index."""
-        function, index = call.get("function") or {}, call.get("index")
-        if index is None:
-            index = position
-        if index not in self._calls:
-            yield from self._begin(_CALL, text_of(function.get("name")), text_of(call.get("id")))
-            self._calls[index] = self._output[-1]
-        elif self._calls[index] is not self._output[-1]:
-            raise BadEngineReply("a tool call went on after the next item had begun", "ask again")
-        if function.get("arguments"):
-            yield from self._append(_CALL, text_of(function["arguments"]))
-
-    def _append(self, text: _Text, piece: str, logprobs: Sequence[Any] = ()) -> Iterator[dict[str, Any]]:
-        if self._open is not text:
-            yield from self._begin(text)
-        self._pieces.append(piece)
-        event = self._event(f"{text.events}delta", **self._place(), delta=piece)
-        if text is _ANSWER:
-            event["logprobs"] = [_response_logprob(entry) for entry in logprobs]
-            self._logprobs += event["logprobs"]
-        yield event
-
-    def _place(self) -> dict[str, Any]:
-        place = {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}
-        if self._open and self._open.place_index:
-            place[self._open.place_index] = 0
-        return place
-
-    def _begin(self, text: _Text, name: str = "", call_id: str = "") -> Iterator[dict[str, Any]]:
-        """End the item that is open and begin another one."""
-        yield from self._close("completed")
-        index = len(self._output)
-        item: dict[str, Any] = {"id": f"{text.id}_{self._suffix}{index}", "type": text.item}
-        if text.item == "message":
-            item |= {"status": "in_progress", "role": "assistant", "content": []}
-        elif text.item == "reasoning":
-            item |= {"summary": []}
-        else:
-            if not call_id or call_id in [other["call_id"] for other in self._calls.values()]:
-                call_id = f"call_{self._suffix}{index}"  # clients tell calls apart by this id
-            item |= {"status": "in_progress", "call_id": call_id, "name": name, "arguments": ""}
+    def _begin(self, kind: str, name: str, call_id: str) -> None:
+        text, index = self._forms[kind], len(self._output)
+        item: dict[str, Any] = {"id": f"{_ITEM_IDS[text.item]}_{self._suffix}{index}", "type": text.item}
+        match kind:
+            case "reasoning":
+                item["summary"] = []
+            case "call":
+                item |= {"status": "in_progress", "call_id": call_id, "name": name, "arguments": ""}
+            case _:
+                item |= {"status": "in_progress", "role": "assistant", "content": []}
         self._output.append(item)
-        self._open, self._pieces, self._logprobs = text, [], []
-        yield self._event("response.output_item.added", output_index=index, item=dict(item))
-        if text.type:
-            yield self._event(f"{text.part_events}added", **self._place(), part=self._part())
+        self._logprobs = []
+        self._event("response.output_item.added", output_index=index, item=dict(item))
+        if text.part:
+            self._item_event(text, f"{text.part_events}.added", part=self._part(text, ""))
 
-    def _part(self) -> dict[str, Any]:
-        text = self._open or _ANSWER
-        part: dict[str, Any] = {"type": text.type, text.value: "".join(self._pieces)}
+    def _delta(self, kind: str, text: str, logprobs: Sequence[dict[str, Any]]) -> None:
+        form = self._forms[kind]
+        self._item_event(form, f"{form.events}.delta", delta=text)
+        if form is _ANSWER:
+            found = [_response_logprob(entry) for entry in logprobs]
+            self._events[-1]["logprobs"] = found
+            self._logprobs += found
+
+    def _part(self, text: _Text, value: str) -> dict[str, Any]:
+        part: dict[str, Any] = {"type": text.part, text.value: value}
         if text is _ANSWER:
             part |= {"annotations": [], "logprobs": list(self._logprobs)}
         return part
 
-    def _close(self, status: str) -> Iterator[dict[str, Any]]:
-        text = self._open
-        if text is None:
-            return
-        item, part, place = self._output[-1], self._part(), self._place()
-        done = self._event(f"{text.events}done", **place, **{text.value: part[text.value]})
-        if text is _ANSWER:
-            done["logprobs"] = self._logprobs
-        if text is _CALL:
-            done["name"] = item["name"]
-        yield done
-        if text.type:
-            yield self._event(f"{text.part_events}done", **place, part=part)
-        item[text.place] = [part] if text.type else part[text.value]
+    def _finish_block(self, kind: str, text: str, cut: bool) -> None:
+        form, item = self._forms[kind], self._output[-1]
+        part = self._part(form, text)
+        self._item_event(form, f"{form.events}.done", **{form.value: text})
+        if form is _ANSWER:
+            self._events[-1]["logprobs"] = self._logprobs
+        if form is _CALL:
+            self._events[-1]["name"] = item["name"]
+        item[form.place] = text
+        if form.part:
+            self._item_event(form, f"{form.part_events}.done", part=part)
+            item[form.place] = [part]
         if "status" in item:
-            item["status"] = status
-        self._open = None
-        yield self._event("response.output_item.done", output_index=place["output_index"], item=item)
+            item["status"] = "incomplete" if cut else "completed"
+        self._event("response.output_item.done", output_index=len(self._output) - 1, item=item)
 
 
-# Messages API ------------------------------------------------------------------------------------
+# The Messages API (POST /v1/messages)
 # Shapes: platform.claude.com/docs/en/api/messages and the types of the Python package anthropic 2.14.
 #: OpenAI's field has no level above high that every engine takes.
 _REASONING_EFFORT = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "required"}
 _STOP_REASONS = {"stop": "end_turn", "tool_calls": "end_turn", "length": "max_tokens", "content_filter": "refusal"}
 _IMAGE_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
-_JSON_TYPE_NAMES = {str: "a string", dict: "an object", list: "an array", int: "an integer", bool: "true or false"}
 #: The content blocks of each role, and of a tool result.
 _BLOCKS = {
     "user": ("text", "image", "tool_result"),
     "assistant": ("text", "thinking", "redacted_thinking", "tool_use"),
     "system": ("text",),
     "tool_result": ("text", "image"),
+}
+#: Their fields: those that each needs, and others.
+_BLOCK_FIELDS: dict[str, _Specs] = {
+    "text": {"type": str, "text": str},
+    "image": {"type": str, "source": dict},
+    "thinking": {"type": str, "thinking": str},
+    "redacted_thinking": {"type": str},
+    "tool_use": {"type": str, "id": str, "name": str, "input": dict},
+    "tool_result": {"type": str, "tool_use_id": str},
+}
+_BLOCK_OPTIONS: dict[str, _Specs] = {
+    "redacted_thinking": {"data": object},
+    "tool_result": {"content": object, "is_error": bool},
 }
 # fmt: off
 #: Fields about caching, billing, placement and budgets, which are left out and reported: of the body, and in it.
@@ -8762,20 +8847,16 @@ _MESSAGES_REFUSED = {
     "logprobs": "use /v1/chat/completions",
     "top_logprobs": "use /v1/chat/completions",
 }
-_Kinds = Mapping[str, Any]  # of fields: a type, or the words that may stand there
-_NO_FIELDS: _Kinds = {}
-_Blocks = list[tuple[str, dict[str, Any]]]  # each with its path, such as messages[1].content[0]
 
 
 def chat_from_messages(body: dict[str, Any], *, count_tokens: bool = False) -> tuple[dict[str, Any], list[str]]:
-    """An OpenAI chat-completions body, and the names of what was left out of it.
+    """The body of a Messages request as a chat-completions body, and the names of what was left out of it.
 
-    With `count_tokens`, the body is one of `/v1/messages/count_tokens`, which has no max_tokens. Fields that the
-    Messages API does not define are passed on as they are. Two things have no place in OpenAI's API and become text:
-    a tool result with is_error begins with "Error: ", and an image in a tool result is replaced by "[image 1]" and
-    stands under that label at the start of the user message that follows.
+    With `count_tokens` it is one of `/v1/messages/count_tokens`, which has no max_tokens. Fields that the API does not
+    have pass unchanged. A tool result with is_error becomes a text that begins with "Error: "; an image in a tool
+    result becomes "[image 1]", and stands under that label in the user message that follows.
 
-    Raises InvalidRequest or UnsupportedFeature; `param` is the path of the field, as messages[1].content[0].type.
+    Raises InvalidRequest and UnsupportedFeature, with the field as `param`: `messages[1].content[0].type`.
     """
     reader = _MessagesReader(body)
     chat = reader.conversation()
@@ -8791,174 +8872,73 @@ def chat_from_messages(body: dict[str, Any], *, count_tokens: bool = False) -> t
             chat[name] = value
         elif value:
             raise _unsupported(name, "is not supported on /v1/messages", _MESSAGES_REFUSED[name])
+    if len(reader.ignored) > 64:  # they are sent in a header
+        raise _bad_field("tools", "too many types that are not supported", "send custom tools")
     return chat, list(reader.ignored)
 
 
-def _bad_field(where: str, problem: str, hint: str) -> InvalidRequest:
-    return InvalidRequest(f"{where}: {problem}", hint, param=where)
+class _MessagesReader(_Reader):
+    """Reads the conversation of a Messages body."""
 
-
-def _unsupported(where: str, problem: str, hint: str) -> UnsupportedFeature:
-    return UnsupportedFeature(f"{where}: {problem}", hint, param=where)
-
-
-def _checked(value: Any, kind: Any, where: str) -> Any:
-    """The value, if it is of that type (object: any), or one of those words."""
-    if isinstance(kind, tuple):
-        if _checked(value, str, where) not in kind:
-            raise _unsupported(where, f"{value[:100]!r} is not supported", f"send one of: {', '.join(kind)}")
-    elif kind is not object and type(value) is not kind:  # a bool is not an integer
-        raise _bad_field(where, f"must be {_JSON_TYPE_NAMES[kind]}", "correct the field")
-    return value
-
-
-def _content_of(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """Text alone becomes one string, which every chat template accepts."""
-    texts = []
-    for part in parts:
-        if part["type"] != "text":
-            return parts
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
-class _MessagesReader:
-    """Reads the conversation of a Messages body. `body` keeps the fields that nobody has taken yet."""
-
-    MAX_IGNORED = 64  # the names are sent in a header
-
-    def __init__(self, body: dict[str, Any]) -> None:
-        self.body = body.copy()
-        self.ignored: dict[str, None] = {}
-        self._images = 0
-        for name, value in body.items():
-            if value is None:
-                del self.body[name]
-
-    def ignore(self, name: str) -> None:
-        self.ignored[name] = None
-        if len(self.ignored) > self.MAX_IGNORED:
-            raise _bad_field("tools", "too many types that are not supported", "send custom tools")
-
-    def take(self, name: str, kind: type, default: Any = None) -> Any:
-        return _checked(self.body.pop(name, default), kind, name)
-
-    def fields(self, value: Any, where: str, required: _Kinds, optional: _Kinds = _NO_FIELDS) -> dict[str, Any]:
-        """The fields of an object, checked, without nulls and hints."""
-        known = {**required, **optional}
-        given = {}
-        for name, field in _checked(value, dict, where).items():
-            if name in known and field is not None:
-                given[name] = _checked(field, known[name], f"{where}.{name}")
-            elif name in _FIELD_HINTS and field:
-                self.ignore(name)
-            elif field is not None and name not in _FIELD_HINTS:
-                raise _bad_field(f"{where}.{name[:100]}", "is not a field of this object", "leave it out")
-        for name in required:
-            if name not in given:
-                raise _bad_field(f"{where}.{name}", "is required", "add the field")
-        return given
+    hints = _FIELD_HINTS
 
     def conversation(self) -> dict[str, Any]:
-        messages: list[dict[str, Any]] = []
-        system = self._system_text(self._blocks("system", self.body.pop("system", ""), "system"))
+        system = self._blocks("system", self.body.pop("system", ""), "system")
+        turns = []
+        for number, message in enumerate(self.take("messages", list)):
+            where = f"messages[{number}]"
+            given = self.fields(message, where, {"role": ("user", "assistant", "system"), "content": object})
+            turns.append((given["role"], self._blocks(given["role"], given["content"], f"{where}.content")))
+        if not turns:
+            raise _bad_field("messages", "must not be empty", "send at least one message")
+        joined: list[_Turn] = []
+        for role, group in itertools.groupby(turns, key=lambda turn: turn[0]):  # as in Anthropic's API
+            joined.append((role, [block for _, blocks in group for block in blocks]))
         if system:
-            messages.append({"role": "system", "content": system})
-        for role, blocks in self._turns(self.take("messages", list)):
-            if role == "user":
-                messages += self._user_turn(blocks)
-            elif role == "assistant":
-                messages.append(self._assistant_turn(blocks))
-            else:
-                messages.append({"role": "system", "content": self._system_text(blocks)})
+            joined.insert(0, ("system", system))
+        messages = self.messages_of(joined)
         if messages[-1]["role"] != "assistant":
             return {"messages": messages}
         if "tool_calls" in messages[-1] or not messages[-1]["content"]:
             raise _bad_field("messages", "the last message has no text to continue", "end with a user message")
         return {"messages": messages, "continue_final_message": True}
 
-    def _turns(self, messages: list[Any]) -> list[tuple[str, _Blocks]]:
-        """Consecutive messages of one role are one turn, as in Anthropic's API."""
-        turns: list[tuple[str, _Blocks]] = []
-        for number, message in enumerate(messages):
-            where = f"messages[{number}]"
-            given = self.fields(message, where, {"role": ("user", "assistant", "system"), "content": object})
-            role = given["role"]
-            blocks = self._blocks(role, given["content"], f"{where}.content")
-            if turns and turns[-1][0] == role:
-                turns[-1][1].extend(blocks)
-            else:
-                turns.append((role, blocks))
-        if not turns:
-            raise _bad_field("messages", "must not be empty", "send at least one message")
-        return turns
-
-    def _blocks(self, place: str, content: Any, where: str) -> _Blocks:
+    def _blocks(self, place: str, content: Any, where: str) -> list[dict[str, Any]]:
+        """Checked content blocks, also those in tool results; images as OpenAI's parts."""
         if isinstance(content, str):
-            return [(where, {"type": "text", "text": content})]
+            content = [_text_part(content)]
         blocks = []
-        for number, block in enumerate(_checked(content, list, where)):
+        for number, block in enumerate(self.check(content, list, where)):
             path = f"{where}[{number}]"
-            _checked(_checked(block, dict, path).get("type"), _BLOCKS[place], f"{path}.type")
-            blocks.append((path, block))
+            kind = self.type_of(block, _BLOCKS[place], path)
+            given = self.fields(block, path, _BLOCK_FIELDS[kind], _BLOCK_OPTIONS.get(kind, _NO_FIELDS))
+            match kind:
+                case "image":
+                    given = self._image(given["source"], f"{path}.source")
+                case "tool_use":
+                    given["input"] = to_json(given["input"]).decode()
+                case "tool_result":
+                    given["content"] = self._blocks(kind, given.get("content", ""), f"{path}.content")
+                case "redacted_thinking":
+                    self.ignore(kind)
+            blocks.append(given)
+        if place == "system":
+            return self._without_billing(blocks)
         return blocks
 
-    def _user_turn(self, blocks: _Blocks) -> list[dict[str, Any]]:
-        """The tool results, in their order, then everything else as one user message."""
-        messages: list[dict[str, Any]] = []
-        attached: list[dict[str, Any]] = []
-        parts: list[dict[str, Any]] = []
-        for where, block in blocks:
-            if block["type"] == "tool_result":
-                messages.append(self._tool_result(block, where, attached))
-            else:
-                parts.append(self._part(block, where))
-        parts = attached + parts
-        if parts or not messages:
-            messages.append({"role": "user", "content": _content_of(parts)})
-        return messages
-
-    def _assistant_turn(self, blocks: _Blocks) -> dict[str, Any]:
-        texts, thoughts, calls = [], [], []
-        for where, block in blocks:
-            if block["type"] == "text":
-                texts.append(self._text(block, where))
-            elif block["type"] == "thinking":
-                thoughts.append(self.fields(block, where, {"type": str, "thinking": str})["thinking"])
-            elif block["type"] == "tool_use":
-                given = self.fields(block, where, {"type": str, "id": str, "name": str, "input": dict})
-                function = {"name": given["name"], "arguments": to_json(given["input"]).decode()}
-                calls.append({"id": given["id"], "type": "function", "function": function})
-            else:
-                self.ignore("redacted_thinking")
-        message: dict[str, Any] = {"role": "assistant", "content": "\n".join(texts)}
-        if thoughts:
-            message["reasoning"] = "\n".join(thoughts)
-        if calls:
-            message["tool_calls"] = calls
-        return message
-
-    def _system_text(self, blocks: _Blocks) -> str:
-        """Without Claude Code's billing line, which changes with each request: no prefix cache would ever hit."""
-        texts = []
-        for where, block in blocks:
-            text = self._text(block, where)
+    def _without_billing(self, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Without Claude Code's first line, which changes with each request: no prefix cache would ever hit."""
+        kept = []
+        for block in blocks:
+            text = block["text"]
             if text.startswith("x-anthropic-billing-header:"):
                 self.ignore("x-anthropic-billing-header")
                 text = text.partition("\n")[2]
             if text:
-                texts.append(text)
-        return "\n".join(texts)
+                kept.append(_text_part(text))
+        return kept
 
-    def _text(self, block: dict[str, Any], where: str) -> str:
-        text: str = self.fields(block, where, {"type": str, "text": str})["text"]
-        return text
-
-    def _part(self, block: dict[str, Any], where: str) -> dict[str, Any]:
-        if block["type"] == "text":
-            return {"type": "text", "text": self._text(block, where)}
-        source = self.fields(block, where, {"type": str, "source": dict})["source"]
-        where += ".source"
+    def _image(self, source: dict[str, Any], where: str) -> dict[str, Any]:
         if source.get("type") in ("url", "file"):
             raise _unsupported(f"{where}.type", "images by reference are not supported", "send the image as base64")
         given = self.fields(source, where, {"type": ("base64",), "media_type": _IMAGE_TYPES, "data": str})
@@ -8966,49 +8946,26 @@ class _MessagesReader:
             binascii.a2b_base64(given["data"], strict_mode=True)
         except ValueError:
             raise _bad_field(f"{where}.data", "is not base64", "send padded base64 without line breaks") from None
-        url = f"data:{given['media_type']};base64,{given['data']}"
-        return {"type": "image_url", "image_url": {"url": url}}
-
-    def _tool_result(self, block: dict[str, Any], where: str, attached: list[dict[str, Any]]) -> dict[str, Any]:
-        """A tool message. Its images go to `attached`: most chat templates take only text here."""
-        optional = {"content": object, "is_error": bool}
-        given = self.fields(block, where, {"type": str, "tool_use_id": str}, optional)
-        texts = []
-        for path, inner in self._blocks("tool_result", given.get("content", ""), f"{where}.content"):
-            part = self._part(inner, path)
-            if part["type"] == "image_url":
-                self._images += 1
-                label = {"type": "text", "text": f"[image {self._images}]"}
-                attached += [label, part]
-                part = label
-            texts.append(part["text"])
-        content = "\n".join(texts)
-        if given.get("is_error"):
-            content = f"Error: {content}"
-        return {"role": "tool", "tool_call_id": given["tool_use_id"], "content": content}
+        return _image_part(url=f"data:{given['media_type']};base64,{given['data']}")
 
 
-def _sampling_from_messages(reader: _MessagesReader, count_tokens: bool) -> dict[str, Any]:
+def _sampling_from_messages(reader: _Reader, count_tokens: bool) -> dict[str, Any]:
     chat: dict[str, Any] = {}
     if "max_tokens" in reader.body or not count_tokens:
         chat["max_tokens"] = reader.take("max_tokens", int)
         if chat["max_tokens"] < 1:
             raise _bad_field("max_tokens", "must be at least 1", "send how many tokens may be generated")
-    temperature = reader.body.get("temperature", 0)
-    if type(temperature) not in (int, float) or not 0 <= temperature <= 1:
+    if not 0 <= reader.check(reader.body.get("temperature", 0), float, "temperature") <= 1:
         raise _bad_field("temperature", "must be a number between 0 and 1", "send a value in that range")
     if reader.take("stream", bool, False):
-        chat |= {"stream": True, "stream_options": {"include_usage": True}}
+        chat |= STREAMED
     stop = reader.take("stop_sequences", list, [])
-    for number, text in enumerate(stop):
-        if not _checked(text, str, f"stop_sequences[{number}]"):
-            raise _bad_field(f"stop_sequences[{number}]", "must not be empty", "leave it out")
     if stop:
         chat["stop"] = stop
     return chat
 
 
-def _output_from_messages(reader: _MessagesReader) -> dict[str, Any]:
+def _output_from_messages(reader: _Reader) -> dict[str, Any]:
     """From thinking, output_config, and output_format as an earlier beta of the API had it."""
     chat: dict[str, Any] = {}
     thinks = True
@@ -9033,39 +8990,31 @@ def _output_from_messages(reader: _MessagesReader) -> dict[str, Any]:
     return chat
 
 
-def _tools_from_messages(reader: _MessagesReader) -> dict[str, Any]:
+def _tools_from_messages(reader: _Reader) -> dict[str, Any]:
     """Custom tools as functions. A tool of Anthropic's own types is left out, unless tool_choice demands it."""
-    functions = []
-    names = []
+    optional = {"type": str, "description": str, "strict": bool, "input_examples": list}
+    functions: list[dict[str, Any]] = []
     for number, tool in enumerate(reader.take("tools", list, [])):
         where = f"tools[{number}]"
-        kind = _checked(tool, dict, where).get("type")
-        if kind is None or kind == "custom":
-            functions.append({"type": "function", "function": _function_from_tool(reader, tool, where)})
-            names.append(tool["name"])
-        elif re.fullmatch("[a-z0-9_]{1,64}", _checked(kind, str, f"{where}.type")):
+        kind = reader.check(tool, dict, where).get("type") or "custom"
+        if kind != "custom":
+            if _header_safe(reader.check(kind, str, f"{where}.type")) != kind:
+                raise _bad_field(f"{where}.type", "is not the name of a type", "send custom with an input_schema")
             reader.ignore(f"tools.{kind}")
-        else:
-            raise _bad_field(f"{where}.type", "is not the name of a type", "send custom with an input_schema")
-    choice = _tool_choice_from_messages(reader, names)
+            continue
+        function = reader.fields(tool, where, {"name": str, "input_schema": dict}, optional)
+        function.pop("type", None)
+        function["parameters"] = function.pop("input_schema")
+        if "input_examples" in function:  # JSON Schema has a keyword for them, which constrains nothing
+            function["parameters"] = function["parameters"] | {"examples": function.pop("input_examples")}
+        functions.append(function)
+    choice = _tool_choice_from_messages(reader, [function["name"] for function in functions])
     if not functions:
         return {}
-    return {"tools": functions} | choice
+    return {"tools": [{"type": "function", "function": function} for function in functions]} | choice
 
 
-def _function_from_tool(reader: _MessagesReader, tool: dict[str, Any], where: str) -> dict[str, Any]:
-    optional = {"type": str, "description": str, "strict": bool, "input_examples": list}
-    given = reader.fields(tool, where, {"name": str, "input_schema": dict}, optional)
-    function = {"name": given["name"], "parameters": given["input_schema"]}
-    if "input_examples" in given:  # JSON Schema has a keyword for them, which constrains nothing
-        function["parameters"] = given["input_schema"] | {"examples": given["input_examples"]}
-    for name in ("description", "strict"):
-        if name in given:
-            function[name] = given[name]
-    return function
-
-
-def _tool_choice_from_messages(reader: _MessagesReader, names: Collection[str]) -> dict[str, Any]:
+def _tool_choice_from_messages(reader: _Reader, names: Collection[str]) -> dict[str, Any]:
     if "tool_choice" not in reader.body:
         return {}
     required, optional = {"type": tuple(_TOOL_CHOICES)}, {"name": str, "disable_parallel_tool_use": bool}
@@ -9084,58 +9033,61 @@ def _tool_choice_from_messages(reader: _MessagesReader, names: Collection[str]) 
     return chat
 
 
-class MessageWriter:
-    """Writes one answer in the Messages API's form, from OpenAI's chat-completion object or chunks.
+#: A new content block of each kind; the type of its deltas, and their field for the text.
+_NEW_BLOCKS: dict[str, dict[str, Any]] = {
+    "reasoning": {"type": "thinking", "thinking": "", "signature": ""},
+    "text": {"type": "text", "text": ""},
+    "call": {"type": "tool_use"},
+}
+_DELTAS = {
+    "reasoning": ("thinking_delta", "thinking"),
+    "text": ("text_delta", "text"),
+    "call": ("input_json_delta", "partial_json"),
+}
 
-    Streamed: `start`, `feed` for each chunk, `end`; each returns the next events. An event's type is also the name of
-    its server-sent event. `fail` has the event that ends a stream after a failure. Not streamed: `complete` alone.
 
-    `body` is a checked Messages body. With thinking.display "omitted", thinking is left out; signatures are empty.
+class MessageWriter(_Writer):
+    """Writes an answer in the form of the Messages API. `body` is one that `chat_from_messages` has accepted.
+
+    An event's type is also the name of its server-sent event. With thinking.display "omitted", thinking is left out;
+    signatures are empty.
     """
 
     def __init__(self, body: dict[str, Any], message_id: str) -> None:
-        self._id, self._model = message_id, body.get("model") or ""
+        super().__init__(body)
+        self._id, self.call_prefix = message_id, f"toolu_{message_id}_"
+        self.kinds = ("text", "call")
+        if (body.get("thinking") or {}).get("display") != "omitted":
+            self.kinds = ("reasoning", "text", "call")
         self._stop_sequences = body.get("stop_sequences") or []
-        self._shows_thinking = (body.get("thinking") or {}).get("display") != "omitted"
-        self._events: list[dict[str, Any]] = []
-        self._block: tuple[str, int] | None = None  # of the open block: its kind, and which tool call it is
-        self._index = 0  # of the open block, or of the next one
-        self._calls: set[int] = set()
-        self._arguments: list[str] = []
-        self._finish: str | None = None
         self._stop_sequence: str | None = None
+        self._content: list[dict[str, Any]] = []
         self._usage = {"input_tokens": 0, "output_tokens": 0}
 
     def complete(self, payload: dict[str, Any]) -> dict[str, Any]:
         """A Message from a chat.completion object. Raises BadEngineReply."""
-        content = _content_of_events(self.feed(payload) + self.end())
-        return self._message(content, self._stop_reason())
-
-    def start(self) -> list[dict[str, Any]]:
-        """message_start and ping. The token counts come with message_delta, at the end."""
-        return [{"type": "message_start", "message": self._message([], None)}, {"type": "ping"}]
-
-    def feed(self, payload: dict[str, Any]) -> list[dict[str, Any]]:
-        """The events of a chat.completion.chunk. Raises BadEngineReply."""
-        self._events = []
-        with well_formed("the engine"):
-            self._read(payload)
-        return self._events
+        self.feed(payload)
+        self.end()
+        return self._message(self._content, self._stop_reason())
 
     def end(self) -> list[dict[str, Any]]:
         """content_block_stop of the open block, message_delta and message_stop. Raises BadEngineReply."""
         if self._finish is None:
             raise BadEngineReply("the engine's answer has no finish_reason", "send the request again")
-        self._events = []
+        events = self.start()
         self._close(cut=self._finish == "length")
         delta = {"stop_reason": self._stop_reason(), "stop_sequence": self._stop_sequence}
         self._events.append({"type": "message_delta", "delta": delta, "usage": self._usage})
         self._events.append({"type": "message_stop"})
-        return self._events
+        return events + self._hand_out()
 
     def fail(self, type: str, message: str) -> list[dict[str, Any]]:
         """The last event of a stream that fails; `type` is an error type of Anthropic's API."""
         return [{"type": "error", "error": {"type": type, "message": message}}]
+
+    def _start(self) -> None:
+        """The token counts come with message_delta, at the end."""
+        self._events += [{"type": "message_start", "message": self._message([], None)}, {"type": "ping"}]
 
     def _message(self, content: list[dict[str, Any]], stop_reason: str | None) -> dict[str, Any]:
         return {
@@ -9151,79 +9103,52 @@ class MessageWriter:
             return "stop_sequence"
         return reason
 
-    def _read(self, payload: dict[str, Any]) -> None:
-        if payload.get("usage"):
-            self._usage = _messages_usage(payload["usage"])
-        if not payload.get("choices"):
-            return
-        choice = payload["choices"][0]
-        delta = message_of(choice)
-        if self._shows_thinking:
-            self._write_text("thinking", reasoning_of(delta), {"signature": ""})
-        self._write_text("text", text_of(delta.get("content")), {})
-        for position, call in enumerate(delta.get("tool_calls") or ()):
-            self._write_call(call, position)
-        self._finish = finish_of(choice.get("finish_reason")) or self._finish
+    def _read_usage(self, usage: Mapping[str, Any]) -> None:
+        """OpenAI's prompt_tokens are all of them; Anthropic's input_tokens are without those that a cache had."""
+        details = usage.get("prompt_tokens_details") or {}
+        cached = count_of(details.get("cached_tokens"))
+        self._usage = {
+            "input_tokens": max(0, count_of(usage["prompt_tokens"]) - cached),
+            "output_tokens": count_of(usage.get("completion_tokens")),
+        }
+        if "cached_tokens" in details:
+            self._usage |= {"cache_read_input_tokens": cached, "cache_creation_input_tokens": 0}
+
+    def _read_choice(self, choice: Mapping[str, Any]) -> None:
+        super()._read_choice(choice)
         for name in ("stop_reason", "matched_stop"):  # vLLM, SGLang; a number is the id of a token
             if choice.get(name) in self._stop_sequences:
                 self._stop_sequence = choice[name]
 
-    def _write_text(self, kind: str, text: str, extra: dict[str, str]) -> None:
-        if text:
-            self._open((kind, 0), {"type": kind, kind: "", **extra})
-            self._write_delta(f"{kind}_delta", kind, text)
+    def _event(self, kind: str, **fields: Any) -> None:
+        self._events.append({"type": f"content_block_{kind}", "index": len(self._content) - 1, **fields})
 
-    def _write_call(self, call: dict[str, Any], position: int) -> None:
-        """A part of a tool call: the first has its name. Arguments that are an object are complete."""
-        index = call.get("index")
-        if index is None:
-            index = position
-        if type(index) is not int:
-            raise TypeError("the index of a tool call is not an integer")
-        function = call["function"]
-        if self._block != ("tool_use", index):
-            name = text_of(function.get("name"))
-            if index in self._calls or not name:
-                raise ValueError("a tool call continues after the next one began, or has no name")
-            call_id = text_of(call.get("id")) or f"toolu_{self._id}_{len(self._calls)}"
-            block = {"type": "tool_use", "id": call_id, "name": name, "input": {}}
-            self._open(("tool_use", index), block)
-            self._calls.add(index)
-        arguments = function.get("arguments")
-        if isinstance(arguments, dict):
-            arguments = to_json(arguments).decode()
-        arguments = text_of(arguments)
-        if arguments:
-            self._write_delta("input_json_delta", "partial_json", arguments)
-            self._arguments.append(arguments)
+    def _begin(self, kind: str, name: str, call_id: str) -> None:
+        block = dict(_NEW_BLOCKS[kind])
+        if kind == "call":
+            block |= {"id": call_id, "name": name, "input": {}}
+        self._content.append(block)
+        self._event("start", content_block=dict(block))
 
-    def _open(self, block: tuple[str, int], content: dict[str, Any]) -> None:
-        if self._block == block:
-            return
-        self._close()
-        self._block = block
-        self._events.append({"type": "content_block_start", "index": self._index, "content_block": content})
+    def _delta(self, kind: str, text: str, logprobs: Sequence[dict[str, Any]] = ()) -> None:
+        delta, name = _DELTAS[kind]
+        self._event("delta", delta={"type": delta, name: text})
 
-    def _write_delta(self, kind: str, name: str, text: str) -> None:
-        delta = {"type": kind, name: text}
-        self._events.append({"type": "content_block_delta", "index": self._index, "delta": delta})
-
-    def _close(self, cut: bool = False) -> None:
-        """`cut`: the answer ended inside this block, at max_tokens."""
-        if self._block is None:
-            return
-        if self._block[0] == "thinking":
-            self._write_delta("signature_delta", "signature", "")
-        if self._block[0] == "tool_use":
-            arguments = "".join(self._arguments).strip()
-            self._arguments = []
-            if not arguments:
-                self._write_delta("input_json_delta", "partial_json", "{}")
-            elif not isinstance(_input_of(arguments, cut), dict):
+    def _finish_block(self, kind: str, text: str, cut: bool) -> None:
+        block = self._content[-1]
+        if kind == "call":
+            block["input"] = {}
+            if text.strip():
+                block["input"] = _input_of(text.strip(), cut)
+            else:
+                self._delta(kind, "{}")
+            if not isinstance(block["input"], dict):
                 raise BadEngineReply("a tool call's arguments are not a JSON object", "send the request again")
-        self._events.append({"type": "content_block_stop", "index": self._index})
-        self._block = None
-        self._index += 1
+        else:
+            block[_DELTAS[kind][1]] = text
+        if kind == "reasoning":
+            self._event("delta", delta={"type": "signature_delta", "signature": ""})
+        self._event("stop")
 
 
 def _input_of(arguments: str, cut: bool) -> Any:
@@ -9232,34 +9157,6 @@ def _input_of(arguments: str, cut: bool) -> Any:
         return pydantic_core.from_json(arguments, allow_inf_nan=False, allow_partial=cut)
     except ValueError:
         return None
-
-
-def _content_of_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The content blocks of a complete answer, where each block has one delta of a kind."""
-    blocks: list[dict[str, Any]] = []
-    for event in events:
-        if event["type"] == "content_block_start":
-            blocks.append(event["content_block"])
-        elif event["type"] == "content_block_delta":
-            for name, text in event["delta"].items():
-                if name == "partial_json":
-                    blocks[-1]["input"] = _input_of(text, cut=True)
-                elif name != "type":
-                    blocks[-1][name] = text
-    return blocks
-
-
-def _messages_usage(usage: dict[str, Any]) -> dict[str, int]:
-    """OpenAI's prompt_tokens are all of them; Anthropic's input_tokens are without those that a cache had."""
-    details = usage.get("prompt_tokens_details") or {}
-    cached = count_of(details.get("cached_tokens"))
-    found = {
-        "input_tokens": max(0, count_of(usage["prompt_tokens"]) - cached),
-        "output_tokens": count_of(usage.get("completion_tokens")),
-    }
-    if "cached_tokens" in details:
-        found |= {"cache_read_input_tokens": cached, "cache_creation_input_tokens": 0}
-    return found
 
 
 #: platform.claude.com/docs/en/api/errors. Other 4xx are invalid_request_error, other 5xx api_error.
