@@ -1280,6 +1280,7 @@ _VALUES = frozenset(
     "maximum exclusiveMinimum exclusiveMaximum minProperties maxProperties dependentRequired minContains "
     "maxContains".split()
 )
+_STANDALONE = _VALUES | {"anyOf", "oneOf", "not"}  # those that mean the same by themselves
 _KEYWORDS = _SCHEMA_MAPS | _SCHEMA_LISTS | _SCHEMAS | _VALUES
 # What holds an object and yet constrains nothing; an unknown keyword with any other value passes too.
 _ANNOTATIONS = frozenset(
@@ -1287,12 +1288,11 @@ _ANNOTATIONS = frozenset(
     "readOnly writeOnly discriminator contentEncoding contentMediaType contentSchema xml externalDocs "
     "errorMessage".split()
 )
-# Keywords that would constrain, which the checker does not know, and what says the same.
-_UNCHECKED: dict[str, str] = {
-    "$dynamicRef": "use $ref", "$recursiveRef": "use $ref", "additionalItems": "use prefixItems and items",
-    "dependencies": "use dependentRequired or dependentSchemas", "divisibleBy": "use multipleOf", "disallow": "use not",
-    "extends": "use allOf", "formatMinimum": "use pattern", "formatMaximum": "use pattern",
-}  # fmt: skip
+# Keywords that would constrain, which the checker does not know.
+_UNCHECKED = frozenset(
+    "$dynamicRef $recursiveRef additionalItems dependencies divisibleBy disallow extends formatMinimum "
+    "formatMaximum".split()
+)
 _TYPE_ALIASES = {
     "str": "string", "text": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array",
     "dict": "object", "none": "null",
@@ -1300,7 +1300,7 @@ _TYPE_ALIASES = {
 # A dict with one of these, holding such a value, may be a JSON Schema; otherwise it is the short form.
 _MARKS: dict[str, Any] = {
     "$schema": str, "$ref": str, "type": (str, list), "enum": list, "const": object, "anyOf": list, "oneOf": list,
-    "allOf": list, "properties": dict, "additionalProperties": (bool, dict),
+    "allOf": list, "additionalProperties": (bool, dict),
 }  # fmt: skip
 
 
@@ -1342,29 +1342,16 @@ def normalize_schema(schema: Any) -> tuple[dict[str, Any], TypeAdapter[Any] | No
 
 def _is_json_schema(schema: dict[str, Any]) -> bool:
     """Else it is the short form. Raises InvalidRequest for what could be both."""
-    if not any(key in schema and _marks_a_schema(key, schema[key]) for key in _MARKS):
+    fields = schema.get("properties")
+    marked = isinstance(fields, dict) and all(isinstance(part, (bool, dict)) for part in fields.values())
+    if not marked and not any(key in schema and isinstance(schema[key], kind) for key, kind in _MARKS.items()):
         return False
-    if "$schema" in schema:
-        return True
     if not all(key in _KEYWORDS or key in _ANNOTATIONS or key.startswith("x-") for key in schema):
         return not all(map(_is_short, schema.values()))
     if len(schema) > 1 and all(map(_is_type_word, schema.values())):
         reason = "schema: could be the short form or a JSON Schema"
         raise InvalidRequest(reason, 'write it in full: {"type": "object", "properties": {…}}')
     return True
-
-
-def _marks_a_schema(key: str, value: Any) -> bool:
-    if not isinstance(value, _MARKS[key]):
-        return False
-    if key not in ("properties", "additionalProperties"):
-        return True
-    parts = value.values() if key == "properties" else [value]
-    return all(isinstance(part, bool) or part == {} or _is_schema_dict(part) for part in parts)
-
-
-def _is_schema_dict(value: Any) -> bool:
-    return isinstance(value, dict) and _is_json_schema(value)
 
 
 def _is_type_word(value: Any) -> bool:
@@ -1431,20 +1418,12 @@ def _check_size(schema: Any) -> None:
         raise InvalidRequest(f"schema: {size} bytes", f"at most {MAX_SCHEMA_BYTES}")
     if _is_deeper(schema, 3 * MAX_SCHEMA_DEPTH):
         raise InvalidRequest("schema: nested too deep", f"at most {MAX_SCHEMA_DEPTH} levels")
-    _refuse_outside_refs(schema, root=True)
-
-
-def _refuse_outside_refs(node: Any, root: bool = False) -> None:
-    """No reference leaves the schema, wherever it stands: an engine may look where we do not."""
-    if isinstance(node, dict):
-        if isinstance(node.get("$ref"), str) and not node["$ref"].startswith("#"):
-            raise _leaves()
-        if isinstance(node.get("$id"), str) and not root:
-            raise UnsupportedFeature("schema: an $id inside of it", "leave it out and refer to #/$defs/…")
-        node = list(node.values())
-    if isinstance(node, list):
-        for child in node:
-            _refuse_outside_refs(child)
+    for layer in _layers(schema):  # wherever it stands: an engine may look where we do not
+        for node in layer:
+            if isinstance(node, dict) and isinstance(node.get("$ref"), str) and not node["$ref"].startswith("#"):
+                raise _leaves()
+            if isinstance(node, dict) and isinstance(node.get("$id"), str) and node is not schema:
+                raise UnsupportedFeature("schema: an $id inside of it", "leave it out and refer to #/$defs/…")
 
 
 def _leaves() -> InvalidRequest:
@@ -1513,17 +1492,15 @@ class _ExpandedSize:
 
 def _check_keyword(key: str, value: Any) -> None:
     """Raises UnsupportedFeature for a keyword that would constrain and is not checked."""
-    hint = _UNCHECKED.get(key, "")
+    hint = "say it with another keyword"
     if key == "items" and isinstance(value, list):
         hint = "use prefixItems"
     elif key in _KEYWORDS or key in _ANNOTATIONS or key.startswith("x-"):
         return
-    if key == "nullable" and value is True:
-        hint = 'add "null" to its type'
-    hint = did_you_mean(key[:40], _KEYWORDS, hint, cutoff=0.85)
-    if hint or isinstance(value, dict):
-        reason = f"schema: the keyword {key[:40]!r} is not checked"
-        raise UnsupportedFeature(reason, hint or "say it with another keyword")
+    near = did_you_mean(key[:40], _KEYWORDS, cutoff=0.85)
+    known = key in _UNCHECKED or near or key == "items" or (key == "nullable" and value is True)
+    if known or isinstance(value, dict) or _is_type_word(value):
+        raise UnsupportedFeature(f"schema: the keyword {key[:40]!r} is not checked", near or hint)
 
 
 def _subschemas(node: dict[str, Any]) -> Iterator[Any]:
@@ -1584,8 +1561,9 @@ class _Rewriter:
         if not isinstance(schema, dict):
             return schema
         copy: dict[str, Any] = {}
-        for key in schema.keys() & _KEYWORDS:
-            copy[key] = self.value(key, schema[key])
+        for key, value in schema.items():
+            if key in _KEYWORDS:
+                copy[key] = self.value(key, value)
         return copy
 
     def value(self, key: str, value: Any) -> Any:
@@ -1598,12 +1576,6 @@ class _Rewriter:
         if key in _SCHEMA_MAPS and isinstance(value, dict):
             return dict(zip(value, map(self.node, value.values()), strict=True))
         return value
-
-    def standalone(self, part: Any) -> Any:
-        """A part of the body as a schema that stands by itself."""
-        if not self.defs or not isinstance(part, dict):
-            return part
-        return {**part, "$defs": self.defs}
 
 
 class SchemaCheck:
@@ -1646,14 +1618,13 @@ class SchemaCheck:
         except ImportError:
             _refuse_beyond_simple([part, *self._schema.defs.values()])
             return functools.partial(_fits_simple, part, self._schema.defs)
-        schema = self._schema.standalone(part)
+        schema = part
         if self._schema.defs and isinstance(part, dict):
-            schema["$defs"] = dict(zip(self._schema.defs, map(_with_steps, self._schema.defs.values()), strict=True))
-        options = jsonschema_rs.RegexOptions()
+            defs = dict(zip(self._schema.defs, map(_with_steps, self._schema.defs.values()), strict=True))
+            schema = {**part, "$defs": defs}
+        options: dict[str, Any] = {"offline": True, "validate_formats": True, "keywords": {"x-steps": self._step()}}
         try:
-            check = jsonschema_rs.Draft202012Validator(
-                schema, offline=True, validate_formats=True, pattern_options=options, keywords={"x-steps": self._step()}
-            )
+            check = jsonschema_rs.Draft202012Validator(schema, pattern_options=jsonschema_rs.RegexOptions(), **options)
         except (jsonschema_rs.ValidationError, ValueError) as exc:
             place = ".".join(map(str, getattr(exc, "instance_path", ())))[-100:]
             raise InvalidRequest(f"schema: invalid at {place or 'its top'}", "see json-schema.org") from None
@@ -1686,9 +1657,9 @@ class SchemaCheck:
         for name in schema.get("required", ()):
             if isinstance(value, dict) and name not in value:
                 return f"{at}: {name[:80]!r} is missing"
-        for key in schema.keys() & _VALUES:
-            if not self._fits({key: schema[key]}, value):
-                return f"{at}: does not fit {json.dumps({key: schema[key]}, ensure_ascii=False)[:200]}"
+        for key, wanted in schema.items():
+            if key in _STANDALONE and not self._fits({key: wanted}, value):
+                return f"{at}: does not fit {json.dumps({key: wanted}, ensure_ascii=False)[:200]}"
         return f"{at}: does not fit the schema"
 
     def _children(self, schema: dict[str, Any], value: Any) -> Iterator[tuple[Any, Any, str]]:
@@ -1711,19 +1682,20 @@ def _with_steps(part: Any) -> dict[str, Any]:
     return {"allOf": [{"x-steps": 1 + len(json.dumps(part)) // 50}, part]}
 
 
-def _is_deeper(value: Any, levels: int) -> bool:
-    """Level by level, not by recursion: a parsed answer may be nested deeper than Python's stack."""
+def _layers(value: Any) -> Iterator[list[Any]]:
+    """A JSON value level by level, without recursion: it may be nested deeper than Python's stack."""
     layer = [value]
-    while layer and levels >= 0:
-        levels -= 1
+    while layer:
+        yield layer
         below: list[Any] = []
         for item in layer:
-            if isinstance(item, dict):
-                below.extend(item.values())
-            elif isinstance(item, list):
-                below.extend(item)
+            if isinstance(item, (dict, list)):
+                below.extend(item.values() if isinstance(item, dict) else item)
         layer = below
-    return bool(layer)
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    return any(depth > levels for depth, _ in enumerate(_layers(value)))
 
 
 # Without jsonschema-rs: the short form and plain schemas.
@@ -1834,6 +1806,7 @@ _SPACES: _Ranges = [(9, 13), (32, 32), (133, 133), (160, 160), (0x1680, 0x1680),
 _CLASSES: dict[str, _Ranges] = {
     "DIGIT": [(48, 57)], "WORD": [(48, 57), (65, 90), (95, 95), (97, 122)], "SPACE": [(9, 13), (32, 32)],
 }  # fmt: skip
+_BACKSLASH = r"\x5C"
 _JSON_ESCAPES = {8: "b", 9: "t", 10: "n", 12: "f", 13: "r", 34: '"', 92: "\\"}
 
 
@@ -1854,16 +1827,16 @@ def _complement(ranges: _Ranges) -> _Ranges:
 
 def _set_of(members: list[tuple[Any, Any]]) -> _Ranges:
     """The characters of a parsed class. Negated, it excludes all that anybody takes for white space."""
-    negated = str(members[0][0]) == "NEGATE"
+    negated = members[0][0] is re_parser.NEGATE
     ranges: _Ranges = []
     for kind, value in members[negated:]:
-        name = str(value).removeprefix("CATEGORY_").removeprefix("NOT_")
-        if str(kind) != "CATEGORY":
-            ranges.append(value if str(kind) == "RANGE" else (value, value))
-        elif "NOT_" not in str(value):
-            ranges += _SPACES if negated and name == "SPACE" else _CLASSES[name]
-        else:
-            ranges += _complement(_SPACES if not negated and name == "SPACE" else _CLASSES[name])
+        if kind is not re_parser.CATEGORY:
+            ranges.append(value if kind is re_parser.RANGE else (value, value))
+            continue
+        name = str(value).removeprefix("CATEGORY_")
+        inverse = name.startswith("NOT_")
+        found = _SPACES if name.endswith("SPACE") and inverse != negated else _CLASSES[name.removeprefix("NOT_")]
+        ranges += _complement(found) if inverse else found
     return _complement(ranges) if negated else ranges
 
 
@@ -1889,74 +1862,62 @@ class _Grammar:
         self.text = self._from_start(list(parsed))
 
     def _from_start(self, items: list[Any]) -> str:
-        if items and str(items[0][1]) == "AT_BEGINNING":
+        if items and items[0] == (re_parser.AT, re_parser.AT_BEGINNING):
             return self._to_end(items[1:])
-        if len(items) == 1 and str(items[0][0]) == "BRANCH":
+        if len(items) == 1 and items[0][0] is re_parser.BRANCH:
             return f"({'|'.join(map(self._from_start, map(list, items[0][1][1])))})"
         return self.anything + self._to_end(items)
 
     def _to_end(self, items: list[Any]) -> str:
-        if items and str(items[-1][1]) == "AT_END":
+        if items and items[-1] == (re_parser.AT, re_parser.AT_END):
             return self._all(items[:-1])
-        if items and str(items[-1][0]) == "BRANCH":
-            ends = "|".join(map(self._to_end, map(list, items[-1][1][1])))
-            return f"{self._all(items[:-1])}({ends})"
+        if items and items[-1][0] is re_parser.BRANCH:
+            return f"{self._all(items[:-1])}({'|'.join(map(self._to_end, map(list, items[-1][1][1])))})"
         return self._all(items) + self.anything
 
     def _all(self, items: Any) -> str:
         return "".join(map(self._one, items))
 
     def _one(self, item: tuple[Any, Any]) -> str:
-        kind, value = str(item[0]), item[1]
-        if kind == "LITERAL":
-            return self._class([(value, value)])
-        if kind == "NOT_LITERAL":
-            return self._class(_complement([(value, value)]))
-        if kind == "ANY":
-            return self._class(_complement([(10, 10)]))
-        if kind == "IN":
-            return self._class(_set_of(value))
-        if kind == "BRANCH":
-            options = list(filter(None, map(self._all, value[1])))
-            return f"({'|'.join(options)})" + "?" * (len(options) < len(value[1]))
-        if kind == "SUBPATTERN" and not value[1] and not value[2]:
-            return f"({self._all(value[3]) or self._fail()})"
-        if kind in ("MAX_REPEAT", "MIN_REPEAT"):
-            return self._repeat(*value)
-        return self._fail()
-
-    def _repeat(self, low: int, high: Any, item: Any) -> str:
-        if item.getwidth()[0] == 0 or low > _MAX_COUNT:  # what may be empty is left recursion, repeated
-            self._fail()
-        if str(high) == "MAXREPEAT":
-            return f"({self._all(item)}){{{low},}}"
-        if high > _MAX_COUNT:
-            self._fail()
-        return f"({self._all(item)}){{{low},{high}}}"
-
-    def _fail(self) -> str:
+        match item:
+            case re_parser.LITERAL, code:
+                return self._class([(code, code)])
+            case re_parser.NOT_LITERAL, code:
+                return self._class(_complement([(code, code)]))
+            case re_parser.ANY, _:
+                return self._class(_complement([(10, 10)]))
+            case re_parser.IN, members:
+                return self._class(_set_of(members))
+            case re_parser.BRANCH, (_, branches):
+                options = list(filter(None, map(self._all, branches)))
+                return f"({'|'.join(options)})" + "?" * (len(options) < len(branches))
+            case re_parser.SUBPATTERN, (_, 0, 0, inner) if len(inner):
+                return f"({self._all(inner)})"
+            case ((re_parser.MAX_REPEAT | re_parser.MIN_REPEAT), (low, high, inner)) if inner.getwidth()[0]:
+                # what may be empty would be left recursion, repeated
+                upper = "" if high is re_parser.MAXREPEAT else high
+                if max(low, upper or 0) <= _MAX_COUNT:
+                    return f"({self._all(inner)}){{{low},{upper}}}"
         raise _NotPortable
 
     def _class(self, ranges: _Ranges) -> str:
-        if not self.quoted:
-            return f"[{''.join(map(_range_text, ranges)) or self._fail()}]"
-        plain = _complement([*_complement(ranges), (0, 31), (34, 34), (92, 92)])
-        options: list[str] = []
-        if plain:
-            options.append(f"[{''.join(map(_range_text, plain))}]")
-        for code, letter in _JSON_ESCAPES.items():
-            if any(low <= code <= high for low, high in ranges):
-                options.append(rf"[\x5C][\x{ord(letter):02X}]")
-        if not options:
-            self._fail()
-        return options[0] if plain and len(options) == 1 else f"({'|'.join(options)})"
+        escapes = ""
+        if self.quoted:
+            for code, letter in _JSON_ESCAPES.items():
+                if any(low <= code <= high for low, high in ranges):
+                    escapes += f"\\x{ord(letter):02X}"
+            ranges = _complement([*_complement(ranges), (0, 31), (34, 34), (92, 92)])
+        if not ranges and not escapes:
+            raise _NotPortable
+        options = [f"[{''.join(map(_range_text, ranges))}]"] if ranges else []
+        if not escapes:
+            return options[0]
+        return f"({'|'.join([*options, f'[{_BACKSLASH}][{escapes}]'])})"
 
 
 def _range_text(ends: tuple[int, int]) -> str:
-    texts: list[str] = []
-    for code in ends:
-        texts.append(f"\\x{code:02X}" if code < 128 else f"\\U{code:08X}")
-    return texts[0] if ends[0] == ends[1] else "-".join(texts)
+    low, high = (f"\\x{code:02X}" if code < 128 else f"\\U{code:08X}" for code in ends)
+    return low if low == high else f"{low}-{high}"
 
 
 def llamacpp_regex(regex: str) -> str:
@@ -1979,7 +1940,7 @@ def llamacpp_schema(schema: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     it leaves out (properties that are not named, tuples of another length) the schema leaves open.
     """
     found = _LlamaCppSchema(schema)
-    return found.standalone(found.body), found.exact
+    return {**found.body, "$defs": found.defs} if found.defs else found.body, found.exact
 
 
 # What its grammars can say, by type; the first type with one of a schema's keywords is the one that it means.
