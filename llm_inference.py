@@ -44,11 +44,11 @@ import logging
 import math
 import os
 import re
+import re._parser as re_parser  # type: ignore[import-not-found]
 import secrets
 import shutil
 import signal
 import socket
-import string
 import struct
 import subprocess
 import sys
@@ -1291,6 +1291,7 @@ _VALUES = frozenset(
     "maximum exclusiveMinimum exclusiveMaximum minProperties maxProperties dependentRequired minContains "
     "maxContains".split()
 )
+_STANDALONE = _VALUES | {"anyOf", "oneOf", "not"}  # those that mean the same by themselves
 _KEYWORDS = _SCHEMA_MAPS | _SCHEMA_LISTS | _SCHEMAS | _VALUES
 # What holds an object and yet constrains nothing; an unknown keyword with any other value passes too.
 _ANNOTATIONS = frozenset(
@@ -1298,18 +1299,20 @@ _ANNOTATIONS = frozenset(
     "readOnly writeOnly discriminator contentEncoding contentMediaType contentSchema xml externalDocs "
     "errorMessage".split()
 )
-# Keywords that would constrain, which the checker does not know, and what says the same.
-_UNCHECKED: dict[str, str] = {
-    "$dynamicRef": "use $ref", "$recursiveRef": "use $ref", "additionalItems": "use prefixItems and items",
-    "dependencies": "use dependentRequired or dependentSchemas", "divisibleBy": "use multipleOf", "disallow": "use not",
-    "extends": "use allOf", "formatMinimum": "use pattern", "formatMaximum": "use pattern",
-}  # fmt: skip
+# Keywords that would constrain, which the checker does not know.
+_UNCHECKED = frozenset(
+    "$dynamicRef $recursiveRef additionalItems dependencies divisibleBy disallow extends formatMinimum "
+    "formatMaximum".split()
+)
 _TYPE_ALIASES = {
     "str": "string", "text": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array",
     "dict": "object", "none": "null",
 }  # fmt: skip
-_FLAG_X: Final = re.compile(r"(?<!\\)(?:\\\\)*\(\?[a-zA-Z-]*x")
-_COUNT: Final = re.compile(r"\{\s*0*(\d*)\s*(?:,\s*0*(\d*)\s*)?\}")
+# A dict with one of these, holding such a value, may be a JSON Schema; otherwise it is the short form.
+_MARKS: dict[str, Any] = {
+    "$schema": str, "$ref": str, "type": (str, list), "enum": list, "const": object, "anyOf": list, "oneOf": list,
+    "allOf": list, "additionalProperties": (bool, dict),
+}  # fmt: skip
 
 
 class _SchemaGenerator(GenerateJsonSchema):
@@ -1331,38 +1334,28 @@ def normalize_schema(schema: Any) -> tuple[dict[str, Any], TypeAdapter[Any] | No
     if schema is None or schema == {}:
         return ANY_OBJECT, None
     if isinstance(schema, dict):
+        _check_size(schema)
         found = schema if _is_json_schema(schema) else _from_short_form(schema, "schema")
         check_limits(found)
         return found, None
-    if isinstance(schema, (str, bytes, int, float, list, tuple, set)) or _holds_text(schema):
-        raise InvalidRequest("schema: neither a dict nor a type", "give a dict, a Pydantic model or a type")
+    hint = "give a dict, a Pydantic model or a type"
+    if isinstance(schema, (str, bytes, int, float, list, tuple, set, ForwardRef)):  # pydantic would evaluate a text
+        raise InvalidRequest("schema: neither a dict nor a type", hint)
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(schema)
         found = adapter.json_schema(schema_generator=_SchemaGenerator)
     except Exception as exc:  # pydantic raises several unrelated classes here
         reason = f"schema: no JSON Schema can be made of this type ({type(exc).__name__})"
-        raise InvalidRequest(reason, "give a dict, a Pydantic model or a type") from exc
+        raise InvalidRequest(reason, hint) from exc
     check_limits(found)
     return found, adapter
 
 
-def _holds_text(kind: Any) -> bool:
-    """Whether a type has a text in it where a type should be: pydantic would evaluate it."""
-    if isinstance(kind, (str, ForwardRef)):
-        return True
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Literal:
-        return False
-    if origin is typing.Annotated:
-        parts = parts[:1]
-    return any(map(_holds_text, parts))
-
-
 def _is_json_schema(schema: dict[str, Any]) -> bool:
     """Else it is the short form. Raises InvalidRequest for what could be both."""
-    if "$schema" in schema:
-        return True
-    if not any(key in schema and _marks_a_schema(key, schema[key]) for key in _MARKS):
+    fields = schema.get("properties")
+    marked = isinstance(fields, dict) and all(isinstance(part, (bool, dict)) for part in fields.values())
+    if not marked and not any(key in schema and isinstance(schema[key], kind) for key, kind in _MARKS.items()):
         return False
     if not all(key in _KEYWORDS or key in _ANNOTATIONS or key.startswith("x-") for key in schema):
         return not all(map(_is_short, schema.values()))
@@ -1370,23 +1363,6 @@ def _is_json_schema(schema: dict[str, Any]) -> bool:
         reason = "schema: could be the short form or a JSON Schema"
         raise InvalidRequest(reason, 'write it in full: {"type": "object", "properties": {…}}')
     return True
-
-
-_MARKS = ("$ref", "type", "enum", "const", "anyOf", "oneOf", "allOf", "properties")
-
-
-def _marks_a_schema(key: str, value: Any) -> bool:
-    if key == "properties":
-        return isinstance(value, dict) and all(_is_bool_or_schema(part) for part in value.values())
-    if key == "type":
-        return _is_type_word(value) or (isinstance(value, list) and bool(value) and all(map(_is_type_word, value)))
-    if key == "$ref":
-        return isinstance(value, str)
-    return key == "const" or (isinstance(value, list) and bool(value))
-
-
-def _is_bool_or_schema(value: Any) -> bool:
-    return isinstance(value, bool) or (isinstance(value, dict) and (not value or _is_json_schema(value)))
 
 
 def _is_type_word(value: Any) -> bool:
@@ -1399,22 +1375,20 @@ def _is_short(value: Any) -> bool:
     return _is_type_word(value) or isinstance(value, dict)
 
 
-def _from_short_form(value: Any, where: str, depth: int = 0) -> dict[str, Any]:
+def _from_short_form(value: Any, where: str) -> dict[str, Any]:
     """`{"city": "string", "tags": ["string"], "at": {"lat": "number"}}` as a JSON Schema with all fields required."""
-    if depth > MAX_SCHEMA_DEPTH:
-        raise InvalidRequest("schema: nested too deep", f"at most {MAX_SCHEMA_DEPTH} levels")
     if _is_type_word(value):
         return {"type": value}
     if isinstance(value, list) and len(value) == 1:
-        return {"type": "array", "items": _from_short_form(value[0], where + "[0]", depth + 1)}
-    if isinstance(value, dict) and value:
-        if depth and _is_json_schema(value):
-            return value
-        fields: dict[str, Any] = {}
-        for name, part in value.items():
-            fields[str(name)] = _from_short_form(part, f"{where}.{name}"[:100], depth + 1)
-        return {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
-    raise _not_a_type(value, where)
+        return {"type": "array", "items": _from_short_form(value[0], where + "[0]")}
+    if not isinstance(value, dict) or not value:
+        raise _not_a_type(value, where)
+    if where != "schema" and _is_json_schema(value):
+        return value
+    fields: dict[str, Any] = {}
+    for name, part in value.items():
+        fields[str(name)] = _from_short_form(part, f"{where}.{name}"[:100])
+    return {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
 
 
 def _not_a_type(value: Any, where: str) -> InvalidRequest:
@@ -1427,6 +1401,7 @@ def _not_a_type(value: Any, where: str) -> InvalidRequest:
     return InvalidRequest(f"{where}: {value[:40]!r} is not a type", hint)
 
 
+# Limits ------------------------------------------------------------------------------------------
 def check_limits(schema: dict[str, Any]) -> None:
     """Refuse a schema that an answer must fit and that cannot be checked, or not at a bounded cost.
 
@@ -1434,49 +1409,32 @@ def check_limits(schema: dict[str, Any]) -> None:
     that is no linear-time one) and UnsupportedFeature (a keyword that would constrain and is not checked).
     """
     _check_size(schema)
-    _ExpandedSize(schema, strict=True).check()
-    _refuse_circular(schema)
+    _ExpandedSize(schema, strict=True)
     SchemaCheck(schema)
-
-
-def _refuse_circular(schema: dict[str, Any]) -> None:
-    """Raises InvalidRequest for a reference that leads to itself and to nothing else."""
-    node: Any = schema
-    seen: set[str] = set()
-    while isinstance(node, dict) and isinstance(node.get("$ref"), str):
-        if node["$ref"] in seen:
-            raise InvalidRequest("schema: a $ref leads only to itself", "refer to a schema that says something")
-        seen.add(node["$ref"])
-        node = resolve_ref(schema, node["$ref"])
 
 
 def check_tool_schema(schema: dict[str, Any]) -> None:
     """The limits of size, depth and references for a tool that is only offered; what it says is left to the engine."""
     _check_size(schema)
-    _ExpandedSize(schema, strict=False).check()
+    _ExpandedSize(schema, strict=False)
 
 
 def _check_size(schema: Any) -> None:
+    """Also the depth of nesting, so that walking through a schema never exhausts Python's stack."""
     try:
         size = len(json.dumps(schema, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as exc:
         raise InvalidRequest("schema: not plain JSON, or nested too deep", "give JSON values only") from exc
     if size > MAX_SCHEMA_BYTES:
         raise InvalidRequest(f"schema: {size} bytes", f"at most {MAX_SCHEMA_BYTES}")
-    _refuse_outside_refs(schema, root=True)
-
-
-def _refuse_outside_refs(node: Any, root: bool = False) -> None:
-    """No reference leaves the schema, wherever it stands: an engine may look where we do not."""
-    if isinstance(node, dict):
-        if isinstance(node.get("$ref"), str) and not node["$ref"].startswith("#"):
-            raise _leaves()
-        if isinstance(node.get("$id"), str) and not root:
-            raise UnsupportedFeature("schema: an $id inside of it", "leave it out and refer to #/$defs/…")
-        node = list(node.values())
-    if isinstance(node, list):
-        for child in node:
-            _refuse_outside_refs(child)
+    if _is_deeper(schema, 3 * MAX_SCHEMA_DEPTH):
+        raise InvalidRequest("schema: nested too deep", f"at most {MAX_SCHEMA_DEPTH} levels")
+    for layer in _layers(schema):  # wherever it stands: an engine may look where we do not
+        for node in layer:
+            if isinstance(node, dict) and isinstance(node.get("$ref"), str) and not node["$ref"].startswith("#"):
+                raise _leaves()
+            if isinstance(node, dict) and isinstance(node.get("$id"), str) and node is not schema:
+                raise UnsupportedFeature("schema: an $id inside of it", "leave it out and refer to #/$defs/…")
 
 
 def _leaves() -> InvalidRequest:
@@ -1484,105 +1442,76 @@ def _leaves() -> InvalidRequest:
 
 
 class _ExpandedSize:
-    """Counts the parts of a schema with its references expanded, by Tarjan's algorithm on the references.
+    """Counts the parts of a schema with its references expanded, so that ladders of references are found out.
 
-    A reference to what is being expanded, or belongs to one cycle with it, counts once: grammar compilers and the
-    checker keep it as a rule. Any other one counts with all that it names, so ladders of references are found out.
+    What refers to itself counts once: grammar compilers and the checker keep it as a rule.
     """
 
     def __init__(self, root: dict[str, Any], *, strict: bool) -> None:
-        self.root, self.strict, self.patterns = root, strict, 0
-        self.open: list[str] = []  # references whose cycle is not complete
-        self.low: list[int] = [0]
-        self.sizes: dict[str, int] = {}
+        self.root, self.strict, self.size = root, strict, 0
+        self.recursive: set[str] = set()
+        self.patterns: set[str] = set()
+        self._count(root, (), 0, 0)
+        if sum(map(pattern_cost, self.patterns)) > MAX_PATTERN_COST // 2:
+            raise InvalidRequest("schema: its patterns are too complex together", "fewer or shorter patterns")
 
-    def check(self) -> None:
-        try:
-            self._count(self.root, 0, 0)
-        except RecursionError:
-            raise self._too_complex() from None
-
-    def _too_complex(self) -> InvalidRequest:
-        limits = f"at most {MAX_SCHEMA_NODES} parts and {MAX_SCHEMA_DEPTH} levels"
-        return InvalidRequest("schema: too large or too deep with its references expanded", limits)
-
-    def _count(self, node: Any, level: int, depth: int) -> int:
-        if isinstance(node, bool):
-            return 1
-        if not isinstance(node, dict):
+    def _count(self, node: Any, path: tuple[str, ...], level: int, depth: int) -> None:
+        """`path` are the references that led here, `level` counts from the last of them."""
+        if not isinstance(node, (bool, dict)):
             raise InvalidRequest("schema: a part of it is no schema", "a schema is an object, true or false")
-        if level > MAX_SCHEMA_DEPTH or depth > MAX_EXPANDED_DEPTH:
-            raise self._too_complex()
+        self.size += 1
+        if self.size > MAX_SCHEMA_NODES or level > MAX_SCHEMA_DEPTH or depth > MAX_EXPANDED_DEPTH:
+            limits = f"at most {MAX_SCHEMA_NODES} parts and {MAX_SCHEMA_DEPTH} levels"
+            raise InvalidRequest("schema: too large or too deep with its references expanded", limits)
+        if isinstance(node, bool):
+            return
         self._check_keywords(node)
-        found = 1
         if isinstance(node.get("$ref"), str):
-            found += self._follow(node["$ref"], depth)
+            self._follow(node["$ref"], path, depth)
         for child in _subschemas(node):
-            found += self._count(child, level + 1, depth + 1)
-        if found > MAX_SCHEMA_NODES:
-            raise self._too_complex()
-        return found
+            self._count(child, path, level + 1, depth + 1)
 
-    def _follow(self, ref: str, depth: int) -> int:
-        if ref in self.sizes:
-            return self.sizes[ref]
-        if ref in self.open:
-            self.low[-1] = min(self.low[-1], self.open.index(ref))
-            return 1
+    def _follow(self, ref: str, path: tuple[str, ...], depth: int) -> None:
+        if ref in path:
+            self.recursive.update(path[path.index(ref) :])
+        if ref in self.recursive:
+            return
         try:
             target = resolve_ref(self.root, ref)
         except InvalidRequest:
             if self.strict:
                 raise
-            return 1
-        order = len(self.open)
-        self.open.append(ref)
-        self.low.append(order)
-        found = self._count(target, 0, depth + 1)
-        low = self.low.pop()
-        self.low[-1] = min(self.low[-1], low)
-        if low == order:
-            self.sizes.update(dict.fromkeys(self.open[order:], found))
-            del self.open[order:]
-        return found
+            return
+        self._count(target, (*path, ref), 0, depth + 1)
 
     def _check_keywords(self, node: dict[str, Any]) -> None:
         kinds = node.get("type", [])
         for word in kinds if isinstance(kinds, list) else [kinds]:
             if not _is_type_word(word):
                 raise _not_a_type(word, "schema: type")
-        if self.strict:
-            for key, value in node.items():
-                _check_keyword(str(key), value)
-            self._check_patterns(node)
-
-    def _check_patterns(self, node: dict[str, Any]) -> None:
-        patterns = list(_of_kind("patternProperties", node.get("patternProperties", {}), dict))
+        if not self.strict:
+            return
+        for key, value in node.items():
+            _check_keyword(str(key), value)
+        patterns = set(_of_kind("patternProperties", node.get("patternProperties", {}), dict))
         if isinstance(node.get("pattern"), str):
-            patterns.append(node["pattern"])
-        for pattern in patterns:
-            self.patterns += pattern_cost(pattern)
-            if self.patterns > MAX_PATTERN_COST // 2:
-                raise InvalidRequest("schema: its patterns are too complex together", "fewer or shorter patterns")
+            patterns.add(node["pattern"])
+        for pattern in patterns - self.patterns:
             matcher(pattern, "schema: pattern")
+        self.patterns |= patterns
 
 
 def _check_keyword(key: str, value: Any) -> None:
     """Raises UnsupportedFeature for a keyword that would constrain and is not checked."""
-    hint = _UNCHECKED.get(key)
+    hint = "say it with another keyword"
     if key == "items" and isinstance(value, list):
         hint = "use prefixItems"
     elif key in _KEYWORDS or key in _ANNOTATIONS or key.startswith("x-"):
         return
-    if key == "nullable" and value is True:
-        hint = 'add "null" to its type'
-    near = difflib.get_close_matches(key[:40], _KEYWORDS, n=1, cutoff=0.85)
-    if near:
-        hint = f"did you mean {near[0]}?"
-    if hint or isinstance(value, dict):
-        raise UnsupportedFeature(
-            f"schema: the keyword {key[:40]!r} is not checked", hint or "say it with another keyword"
-        )
+    near = did_you_mean(key[:40], _KEYWORDS, cutoff=0.85)
+    known = key in _UNCHECKED or near or key == "items" or (key == "nullable" and value is True)
+    if known or isinstance(value, dict) or _is_type_word(value):
+        raise UnsupportedFeature(f"schema: the keyword {key[:40]!r} is not checked", near or hint)
 
 
 def _subschemas(node: dict[str, Any]) -> Iterator[Any]:
@@ -1607,12 +1536,12 @@ def resolve_ref(schema: dict[str, Any], ref: str) -> Any:
     if ref != "#" and not ref.startswith("#/"):
         raise _leaves()
     node: Any = schema
-    for step in ref.split("/")[1:]:
+    for step in urllib.parse.unquote(ref).split("/")[1:]:
         step = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(node, list) and step.isdecimal() and len(step) < 6 and int(step) < len(node):
-            node = node[int(step)]
-        elif isinstance(node, dict) and step in node:
+        if isinstance(node, dict) and step in node:
             node = node[step]
+        elif isinstance(node, list) and re.fullmatch("0|[1-9][0-9]{0,4}", step) and int(step) < len(node):
+            node = node[int(step)]
         else:
             raise InvalidRequest(f"schema: $ref {ref[:100]!r} names a part that is not there", "put it under $defs")
     if not isinstance(node, (dict, bool)):
@@ -1620,6 +1549,7 @@ def resolve_ref(schema: dict[str, Any], ref: str) -> Any:
     return node
 
 
+# The check ---------------------------------------------------------------------------------------
 class _Rewriter:
     """Copies a schema without its annotations, with all that is referred to as `#/$defs/r0`, `r1`, ….
 
@@ -1658,12 +1588,6 @@ class _Rewriter:
             return dict(zip(value, map(self.node, value.values()), strict=True))
         return value
 
-    def standalone(self, part: Any) -> Any:
-        """A part of the body as a schema that stands by itself."""
-        if not self.defs or not isinstance(part, dict):
-            return part
-        return {**part, "$defs": self.defs}
-
 
 class SchemaCheck:
     """Does a JSON value fit a schema that `check_limits` passed? JSON Schema 2020-12, formats included.
@@ -1683,13 +1607,8 @@ class SchemaCheck:
         """Raises ValueError with the place and the keyword, such as `$.a[0]: does not fit {"type": "integer"}`."""
         if _is_deeper(value, MAX_VALUE_DEPTH):
             raise ValueError(f"$: nested deeper than {MAX_VALUE_DEPTH} levels")
-        if self.fits(value):
-            return
-        try:
-            message = self._misfit(self._schema.body, value, "$")
-        except RecursionError:
-            message = "$: does not fit the schema"
-        raise ValueError(message[:500])
+        if not self.fits(value):
+            raise ValueError(self._misfit(self._schema.body, value, "$")[:500])
 
     def fits(self, value: Any) -> bool:
         """Whether a value fits the schema."""
@@ -1698,24 +1617,25 @@ class SchemaCheck:
 
     def _fits(self, part: Any, value: Any) -> bool:
         if id(part) not in self._checks:
-            self._checks[id(part)] = part, self._compile(self._schema.standalone(part))  # a kept part keeps its id
+            self._checks[id(part)] = part, self._compile(part)  # a kept part keeps its id
         try:
             return self._checks[id(part)][1](value)
         except (ValueError, TypeError, OverflowError):  # a text that UTF-8 cannot say
             return False
 
-    def _compile(self, schema: Any) -> Callable[[Any], bool]:
+    def _compile(self, part: Any) -> Callable[[Any], bool]:
         try:
             import jsonschema_rs
         except ImportError:
-            return _simple_check(schema)
-        if isinstance(schema, dict) and "$defs" in schema:
-            schema = {**schema, "$defs": _with_steps(schema["$defs"])}
-        options = jsonschema_rs.RegexOptions()
+            _refuse_beyond_simple([part, *self._schema.defs.values()])
+            return functools.partial(_fits_simple, part, self._schema.defs)
+        schema = part
+        if self._schema.defs and isinstance(part, dict):
+            defs = dict(zip(self._schema.defs, map(_with_steps, self._schema.defs.values()), strict=True))
+            schema = {**part, "$defs": defs}
+        options: dict[str, Any] = {"offline": True, "validate_formats": True, "keywords": {"x-steps": self._step()}}
         try:
-            check = jsonschema_rs.Draft202012Validator(
-                schema, offline=True, validate_formats=True, pattern_options=options, keywords={"x-steps": self._step()}
-            )
+            check = jsonschema_rs.Draft202012Validator(schema, pattern_options=jsonschema_rs.RegexOptions(), **options)
         except (jsonschema_rs.ValidationError, ValueError) as exc:
             place = ".".join(map(str, getattr(exc, "instance_path", ())))[-100:]
             raise InvalidRequest(f"schema: invalid at {place or 'its top'}", "see json-schema.org") from None
@@ -1745,7 +1665,13 @@ class SchemaCheck:
         for part, item, place in self._children(schema, value):
             if not self._fits(part, item):
                 return self._misfit(part, item, at + place)
-        return f"{at}: {self._reason(schema, value)}"
+        for name in schema.get("required", ()):
+            if isinstance(value, dict) and name not in value:
+                return f"{at}: {name[:80]!r} is missing"
+        for key, wanted in schema.items():
+            if key in _STANDALONE and not self._fits({key: wanted}, value):
+                return f"{at}: does not fit {json.dumps({key: wanted}, ensure_ascii=False)[:200]}"
+        return f"{at}: does not fit the schema"
 
     def _children(self, schema: dict[str, Any], value: Any) -> Iterator[tuple[Any, Any, str]]:
         """Parts of a schema that a value must fit, each with the part of the value that it is for, and its place."""
@@ -1753,98 +1679,75 @@ class SchemaCheck:
             yield self._schema.defs[schema["$ref"].rpartition("/")[2]], value, ""
         for part in schema.get("allOf", ()):
             yield part, value, ""
-        others = [part for part in schema.get("anyOf", ()) if part != {"type": "null"}]
-        if len(others) == 1:
-            yield others[0], value, ""
-        if isinstance(value, dict):
-            yield from _fields_of(schema, value)
-        elif isinstance(value, list):
-            first = schema.get("prefixItems", [])
+        named, others = schema.get("properties", {}), schema.get("additionalProperties", True)
+        if isinstance(value, dict) and "patternProperties" not in schema:
+            for name, item in value.items():
+                yield named.get(name, others), item, f".{name[:80]}"
+        elif isinstance(value, list) and "prefixItems" not in schema:
             for index, item in enumerate(value):
-                part = first[index] if index < len(first) else schema.get("items", True)
-                yield part, item, f"[{index}]"
-
-    def _reason(self, schema: dict[str, Any], value: Any) -> str:
-        for name in schema.get("required", ()):
-            if isinstance(value, dict) and name not in value:
-                return f"{name[:80]!r} is missing"
-        if isinstance(value, dict) and schema.get("additionalProperties") is False:
-            unknown = value.keys() - schema.get("properties", {})
-            if unknown and "patternProperties" not in schema:
-                return f"{min(unknown)[:80]!r} is not one of its properties"
-        for key, wanted in schema.items():
-            if key not in _SCHEMA_MAPS and not self._fits({key: wanted}, value):
-                return f"does not fit {json.dumps({key: wanted}, ensure_ascii=False)[:200]}"
-        return "does not fit the schema"
+                yield schema.get("items", True), item, f"[{index}]"
 
 
-def _with_steps(defs: dict[str, Any]) -> dict[str, Any]:
-    """The definitions, each behind the keyword that counts: its size in units of 50 bytes."""
-    found: dict[str, Any] = {}
-    for name, part in defs.items():
-        found[name] = {"allOf": [{"x-steps": 1 + len(json.dumps(part)) // 50}, part]}
-    return found
+def _with_steps(part: Any) -> dict[str, Any]:
+    """A definition behind the keyword that counts: its size in units of 50 bytes."""
+    return {"allOf": [{"x-steps": 1 + len(json.dumps(part)) // 50}, part]}
 
 
-def _fields_of(schema: dict[str, Any], value: dict[str, Any]) -> Iterator[tuple[Any, Any, str]]:
-    named, others = schema.get("properties", {}), schema.get("additionalProperties", True)
-    for name, item in value.items():
-        if name in named or others is not False:
-            yield named.get(name, others), item, f".{name[:80]}"
+def _layers(value: Any) -> Iterator[list[Any]]:
+    """A JSON value level by level, without recursion: it may be nested deeper than Python's stack."""
+    layer = [value]
+    while layer:
+        yield layer
+        below: list[Any] = []
+        for item in layer:
+            if isinstance(item, (dict, list)):
+                below.extend(item.values() if isinstance(item, dict) else item)
+        layer = below
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
-    """Level by level, not by recursion: a parsed answer may be nested deeper than Python's stack."""
-    layer = [value]
-    while layer and levels >= 0:
-        levels -= 1
-        below: list[Any] = []
-        for item in layer:
-            if isinstance(item, dict):
-                below.extend(item.values())
-            elif isinstance(item, list):
-                below.extend(item)
-        layer = below
-    return bool(layer)
+    return any(depth > levels for depth, _ in enumerate(_layers(value)))
 
 
-# Without jsonschema-rs: the short form and plain schemas, as strict schemas of pydantic-core.
-def _simple_check(schema: Any) -> Callable[[Any], bool]:
-    defs: list[Any] = []
-    for name, part in (schema.get("$defs", {}) if isinstance(schema, dict) else {}).items():
-        defs.append({**_core_schema(part), "ref": f"#/$defs/{name}"})
-    check = pydantic_core.SchemaValidator(core_schema.definitions_schema(_core_schema(schema), defs))
-    return lambda value: bool(check.isinstance_python(value))
+# Without jsonschema-rs: the short form and plain schemas.
+_SIMPLE = frozenset("$ref type properties required additionalProperties items enum const".split())
+_IS_TYPE: dict[str, Callable[[Any], bool]] = {
+    "string": lambda value: isinstance(value, str),
+    "number": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
+    "integer": lambda value: type(value) is int or (isinstance(value, float) and value.is_integer()),
+    "boolean": lambda value: isinstance(value, bool),
+    "null": lambda value: value is None,
+    "object": lambda value: isinstance(value, dict),
+    "array": lambda value: isinstance(value, list),
+}
 
 
-def _core_schema(schema: Any) -> Any:
-    if schema is True or schema == {}:
-        return core_schema.any_schema()
-    simple = {"$ref", "type", "properties", "required", "additionalProperties", "items", "enum", "const", "$defs"}
-    if schema is False or not simple.issuperset(schema):
-        beyond = "false" if schema is False else next(key for key in schema if key not in simple)
-        raise UnsupportedFeature(f"schema: checking {beyond} needs jsonschema-rs", "pip install jsonschema-rs")
-    if "$ref" in schema:
-        return core_schema.definition_reference_schema(schema["$ref"])
-    if "enum" in schema or "const" in schema:
-        return _core_literal(schema)
+def _refuse_beyond_simple(parts: list[Any]) -> None:
+    for part in parts:
+        if not isinstance(part, dict):
+            continue
+        for key in part.keys() - _SIMPLE:
+            raise UnsupportedFeature(f"schema: checking {key} needs jsonschema-rs", "pip install jsonschema-rs")
+        _refuse_beyond_simple(list(_subschemas(part)))
+
+
+def _fits_simple(schema: Any, defs: dict[str, Any], value: Any) -> bool:
+    if isinstance(schema, bool):
+        return schema
+    if "$ref" in schema and not _fits_simple(defs[schema["$ref"].rpartition("/")[2]], defs, value):
+        return False
     kinds = schema.get("type", TYPES)
-    if isinstance(kinds, str):
-        kinds = [kinds]
-    return core_schema.union_schema([_core_type(kind, schema) for kind in kinds], mode="left_to_right")
-
-
-def _core_literal(schema: dict[str, Any]) -> Any:
-    allowed = set(map(_canonical, schema.get("enum", [schema.get("const")])))
-    if "const" in schema:
-        allowed &= {_canonical(schema["const"])}
-
-    def check(value: Any) -> Any:
-        if _canonical(value) not in allowed:
-            raise ValueError("not one of the values allowed")
-        return value
-
-    return core_schema.no_info_plain_validator_function(check)
+    if not any(_IS_TYPE[kind](value) for kind in ([kinds] if isinstance(kinds, str) else kinds)):
+        return False
+    for allowed in (schema.get("enum"), [schema["const"]] if "const" in schema else None):
+        if allowed is not None and _canonical(value) not in map(_canonical, allowed):
+            return False
+    if isinstance(value, dict):
+        named, others = schema.get("properties", {}), schema.get("additionalProperties", True)
+        if not value.keys() >= set(schema.get("required", ())):
+            return False
+        return all(_fits_simple(named.get(name, others), defs, item) for name, item in value.items())
+    return not isinstance(value, list) or all(_fits_simple(schema.get("items", True), defs, item) for item in value)
 
 
 def _canonical(value: Any) -> str:
@@ -1854,34 +1757,12 @@ def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-_CORE_SCALARS: dict[str, Any] = {
-    "string": core_schema.str_schema(strict=True),
-    "number": core_schema.float_schema(strict=True),
-    "boolean": core_schema.bool_schema(strict=True),
-    "null": core_schema.none_schema(),
-}
-
-
-def _core_type(kind: str, schema: dict[str, Any]) -> Any:
-    if kind == "integer":
-        integral = core_schema.float_schema(strict=True, multiple_of=1.0)
-        return core_schema.union_schema([core_schema.int_schema(strict=True), integral], mode="left_to_right")
-    if kind == "array":
-        return core_schema.list_schema(_core_schema(schema.get("items", True)), strict=True)
-    if kind != "object":
-        return _CORE_SCALARS[kind]
-    required = schema.get("required", [])
-    others = schema.get("additionalProperties", True)
-    fields: dict[str, Any] = {}
-    for name in {**schema.get("properties", {}), **dict.fromkeys(required, others)}:
-        part = _core_schema(schema.get("properties", {}).get(name, others))
-        fields[name] = core_schema.typed_dict_field(part, required=name in required)
-    extra = None if isinstance(others, bool) else _core_schema(others)
-    behavior: Any = "forbid" if others is False else "allow"
-    return core_schema.typed_dict_schema(fields, strict=True, extra_behavior=behavior, extras_schema=extra)
-
-
 # Regular expressions -----------------------------------------------------------------------------
+_FLAG_X: Final = re.compile(r"(?<!\\)(?:\\\\)*\(\?[a-zA-Z-]*x")
+_COUNT: Final = re.compile(r"\{\s*0*(\d*)\s*(?:,\s*0*(\d*)\s*)?\}")
+_ASCII_CLASSES = {r"\d": "[0-9]", r"\D": "[^0-9]", r"\w": "[0-9A-Za-z_]", r"\W": "[^0-9A-Za-z_]"}
+
+
 def pattern_cost(pattern: str) -> int:
     """An upper bound of a pattern's automaton: its length and counts, times the counts of its groups."""
     plain, groups = len(pattern), 1
@@ -1894,62 +1775,54 @@ def pattern_cost(pattern: str) -> int:
     return plain * groups
 
 
-_matchers: dict[str, Callable[[str], bool]] = {}
-
-
 def matcher(pattern: str, field: str = "pattern") -> Callable[[str], bool]:
     """Does the pattern occur in a text? Linear time: Rust's regex crate, without look-around and back-references.
 
     `\\d` and `\\w` mean ASCII, as in ECMAScript and in the engines' grammars. Raises InvalidRequest.
     """
-    return _compiled(pattern, portable_regex(pattern), field)
+    if _FLAG_X.search(pattern):
+        reason = f"{field}: the flag x (free spacing) is not supported"
+        raise InvalidRequest(reason, "write it without spaces and comments")
+    if pattern_cost(pattern) > MAX_PATTERN_COST:
+        raise InvalidRequest(f"{field}: its length and counts come to more than {MAX_PATTERN_COST}", "shorten it")
+    try:
+        return _compile_pattern(pattern)
+    except pydantic_core.SchemaError:
+        reason = f"{field}: not a regular expression without look-around and back-references"
+        raise InvalidRequest(reason, "see docs.rs/regex") from None
+
+
+@functools.lru_cache(maxsize=256)
+def _compile_pattern(pattern: str) -> Callable[[str], bool]:
+    ascii_only = re.sub(r"\\.", lambda found: _ASCII_CLASSES.get(found[0], found[0]), pattern, flags=re.DOTALL)
+    schema = core_schema.str_schema(pattern=ascii_only, regex_engine="rust-regex")
+    return pydantic_core.SchemaValidator(schema).isinstance_python
 
 
 def full_matcher(regex: str) -> Callable[[str], bool]:
     """Does the regex match an entire text? As `matcher`."""
-    _compiled(regex, None, "regex")  # by itself too: `a)|(?:b` is a regex between our brackets alone
-    tokens = _translate(regex, full=True)
-    if tokens is None:
-        return _compiled(f"^(?:{regex})$", None, "regex")
-    return _compiled(regex, f"^(?:{_as_text(tokens)})$", "regex")
+    matcher(regex, "regex")  # by itself too: `a)|(?:b` is a regex between our brackets alone
+    return _compile_pattern(f"^(?:{regex})$")
 
 
-def _compiled(pattern: str, portable: str | None, field: str) -> Callable[[str], bool]:
-    if _FLAG_X.search(pattern):
-        raise InvalidRequest(
-            f"{field}: the flag x (free spacing) is not supported", "write it without spaces and comments"
-        )
-    if pattern_cost(pattern) > MAX_PATTERN_COST:
-        raise InvalidRequest(f"{field}: its length and counts come to more than {MAX_PATTERN_COST}", "shorten it")
-    written = portable or pattern
-    if written not in _matchers:
-        try:
-            schema = core_schema.str_schema(pattern=written, regex_engine="rust-regex")
-            check = pydantic_core.SchemaValidator(schema)
-        except pydantic_core.SchemaError:
-            reason = f"{field}: not a regular expression without look-around and back-references"
-            raise InvalidRequest(reason, "see docs.rs/regex") from None
-        if len(_matchers) > 256:
-            _matchers.clear()
-        _matchers[written] = check.isinstance_python
-    return _matchers[written]
-
-
-# A regex is translated to tokens: a token is an operator, or a set of characters as ranges of code points.
+# What llama.cpp enforces -------------------------------------------------------------------------
+# Its converter (common/json-schema.cpp, json-schema-to-grammar.cpp, 2026-10) drops most keywords without an error, and
+# its grammars (GBNF) know classes, groups, alternatives and counts only. Python's parser reads a regex for us; what
+# Rust's regex crate, which checks the answer, would read differently is not translated.
 _Ranges = list[tuple[int, int]]
 _MAX_COUNT = 2_000  # llama.cpp refuses grammars that repeat anything more often
-_TOKEN: Final = re.compile(
-    r"(?P<escape>\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|u\{[0-9A-Fa-f]{1,6}\}|[^xu]))"
-    r"|\[(?P<negated>\^?+)(?P<members>(?:\\.|[^\]\\])+)\]"
-    r"|(?P<group>\((?:\?:|\?P?<[A-Za-z_]\w*>)?(?!\?))"
-    r"|(?P<repeat>(?:[*+?]|\{\d+(?:,\d*)?\}))\??"
-    r"|(?P<operator>[)|^$])|(?P<char>[^\\\[\](){}*+?^$|])",
-    re.DOTALL,
-)
-_MEMBER: Final = re.compile(r"\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|u\{[0-9A-Fa-f]{1,6}\}|[^xu])|[^\\]", re.DOTALL)
-_CONTROLS = {"n": 10, "r": 13, "t": 9, "f": 12, "v": 11}
+_READ_DIFFERENTLY: Final = re.compile(r"&&|--|~~|[{}]|\[\^?\]|\[\^?[^]]*\[")  # without escapes and counts
 _SPACES: _Ranges = [(9, 13), (32, 32), (133, 133), (160, 160), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029),
                     (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)]  # fmt: skip
+_CLASSES: dict[str, _Ranges] = {
+    "DIGIT": [(48, 57)], "WORD": [(48, 57), (65, 90), (95, 95), (97, 122)], "SPACE": [(9, 13), (32, 32)],
+}  # fmt: skip
+_BACKSLASH = r"\x5C"
+_JSON_ESCAPES = {8: "b", 9: "t", 10: "n", 12: "f", 13: "r", 34: '"', 92: "\\"}
+
+
+class _NotPortable(Exception):
+    """The regex cannot be written with sets of characters, groups and counts."""
 
 
 def _complement(ranges: _Ranges) -> _Ranges:
@@ -1963,185 +1836,112 @@ def _complement(ranges: _Ranges) -> _Ranges:
     return found
 
 
-_CLASSES: dict[str, _Ranges] = {
-    "d": [(48, 57)], "w": [(48, 57), (65, 90), (95, 95), (97, 122)], "s": [(9, 13), (32, 32)],
-}  # fmt: skip
-_CLASSES |= {"D": _complement(_CLASSES["d"]), "W": _complement(_CLASSES["w"]), "S": _complement(_SPACES)}
+def _set_of(members: list[tuple[Any, Any]]) -> _Ranges:
+    """The characters of a parsed class. Negated, it excludes all that anybody takes for white space."""
+    negated = members[0][0] is re_parser.NEGATE
+    ranges: _Ranges = []
+    for kind, value in members[negated:]:
+        if kind is not re_parser.CATEGORY:
+            ranges.append(value if kind is re_parser.RANGE else (value, value))
+            continue
+        name = str(value).removeprefix("CATEGORY_")
+        inverse = name.startswith("NOT_")
+        found = _SPACES if name.endswith("SPACE") and inverse != negated else _CLASSES[name.removeprefix("NOT_")]
+        ranges += _complement(found) if inverse else found
+    return _complement(ranges) if negated else ranges
 
 
-class _NotPortable(Exception):
-    """The regex, or a part of it, cannot be written with sets of characters, groups and counts."""
+class _Grammar:
+    """A regex as text that is the right side of a GBNF rule, and a pattern to llama.cpp's converter as well.
 
-
-def portable_regex(pattern: str) -> str | None:
-    """The pattern in the dialect that every engine's grammars know: anchored; classes, groups, alternatives, counts.
-
-    It matches the same texts as in ECMAScript, where `\\s` means ASCII white space, `\\S` none of Unicode's and `.`
-    anything but a line feed. None where that is impossible (`\\b`, look-around, back-references, flags, `\\p`).
+    `full`: it must match the entire text; else occur in it. `quoted`: for the inside of a JSON string, where llama.cpp
+    writes the characters of a pattern as they are.
     """
-    tokens = _translate(pattern, full=False)
-    if tokens is None:
-        return None
-    return f"^{_as_text(tokens)}$"
 
-
-def _translate(pattern: str, *, full: bool) -> list[str | _Ranges] | None:
-    """Tokens that match entire texts: those that the pattern occurs in, or (`full`) those that it matches."""
-    try:
-        branches = _read_branches(pattern)
-        for branch in branches:
-            _anchor(branch, full)
-    except _NotPortable:
-        return None
-    if len(branches) == 1:
-        return branches[0]
-    tokens: list[str | _Ranges] = []
-    for branch in branches:
-        tokens += ["|", *branch]
-    return ["(?:", *tokens[1:], ")"]
-
-
-def _read_branches(pattern: str) -> list[list[str | _Ranges]]:
-    branches: list[list[str | _Ranges]] = [[]]
-    at = depth = 0
-    repeatable = False
-    while at < len(pattern):
-        found = _TOKEN.match(pattern, at)
-        if found is None or (found["repeat"] and not repeatable):
+    def __init__(self, regex: str, *, full: bool = False, quoted: bool = False) -> None:
+        self.quoted = quoted
+        self.anything = "" if full else self._class(_complement([])) + "*"
+        bare = re.sub(r"\{\d+(?:,\d*)?\}", "", re.sub(r"\\.", "_", regex, flags=re.DOTALL))
+        if _READ_DIFFERENTLY.search(bare) or re.search(r"\\[<>]", regex):
             raise _NotPortable
-        at = found.end()
-        token = _token(found)
-        if token in ("|", ")") and branches[-1][-1:] in (
-            ["(?:"],
-            ["|"],
-        ):  # an empty alternative: left recursion, to GBNF
+        try:
+            parsed = re_parser.parse(regex)
+        except (re.error, RecursionError, OverflowError):
+            raise _NotPortable from None
+        if parsed.state.flags != re.UNICODE:
             raise _NotPortable
-        depth += (token == "(?:") - (token == ")")
-        if depth < 0 or (depth and token in ("^", "$")):
-            raise _NotPortable
-        if token == "|" and not depth:
-            branches.append([])
-        else:
-            branches[-1].append(token)
-        repeatable = token == ")" or not isinstance(token, str)
-    if depth:
-        raise _NotPortable
-    return branches
+        self.text = self._from_start(list(parsed))
 
+    def _from_start(self, items: list[Any]) -> str:
+        if items and items[0] == (re_parser.AT, re_parser.AT_BEGINNING):
+            return self._to_end(items[1:])
+        if len(items) == 1 and items[0][0] is re_parser.BRANCH:
+            return f"({'|'.join(map(self._from_start, map(list, items[0][1][1])))})"
+        return self.anything + self._to_end(items)
 
-def _token(found: re.Match[str]) -> str | _Ranges:
-    if found["group"]:
-        return "(?:"
-    if found["repeat"]:
-        if any(int(count) > _MAX_COUNT for count in re.findall(r"\d{1,9}", found["repeat"])):
-            raise _NotPortable
-        return found["repeat"]
-    if found["members"]:
-        ranges = _class_ranges(found["members"])
-        if found["negated"]:
-            ranges = _complement(ranges)
-        if not ranges:
-            raise _NotPortable
-        return ranges
-    if found["char"] == ".":
-        return _complement([(10, 10)])
-    if found["operator"]:
-        return found["operator"]
-    return _ranges_of(found[0])
+    def _to_end(self, items: list[Any]) -> str:
+        if items and items[-1] == (re_parser.AT, re_parser.AT_END):
+            return self._all(items[:-1])
+        if items and items[-1][0] is re_parser.BRANCH:
+            return f"{self._all(items[:-1])}({'|'.join(map(self._to_end, map(list, items[-1][1][1])))})"
+        return self._all(items) + self.anything
 
+    def _all(self, items: Any) -> str:
+        return "".join(map(self._one, items))
 
-def _class_ranges(members: str) -> _Ranges:
-    items, ranges = _MEMBER.findall(members), []
-    while items:
-        item = items.pop(0)
-        if item == "[" or (items and item == items[0] and item in "&-~"):  # sets within sets, to Rust
-            raise _NotPortable
-        if len(items) > 1 and items[0] == "-":
-            low, high = _code_point(item), _code_point(items[1])
-            if high < low:
-                raise _NotPortable
-            ranges.append((low, high))
-            del items[:2]
-        else:
-            ranges += _ranges_of(item)
-    return ranges
-
-
-def _ranges_of(char: str) -> _Ranges:
-    if char[0] == "\\" and char[1:] in _CLASSES:
-        return _CLASSES[char[1:]]
-    return [(_code_point(char), _code_point(char))]
-
-
-def _code_point(char: str) -> int:
-    """Of a character, or of an escape that means the same in ECMAScript and in Rust."""
-    if len(char) == 1:
-        return ord(char)
-    if char[1] in _CONTROLS:
-        return _CONTROLS[char[1]]
-    if len(char) > 2:
-        code = int(char[2:].strip("{}"), 16)
-        if code > 0x10FFFF or 0xD800 <= code < 0xE000:
-            raise _NotPortable
-        return code
-    if not char[1].isascii() or char[1].isalnum() or char[1] in "<>":
-        raise _NotPortable
-    return ord(char[1])
-
-
-def _anchor(branch: list[str | _Ranges], full: bool) -> None:
-    anything: list[str | _Ranges] = [] if full else [_complement([]), "*"]
-    if branch[:1] == ["^"]:
-        del branch[0]
-    else:
-        branch[:0] = anything
-    if branch[-1:] == ["$"]:
-        del branch[-1]
-    else:
-        branch += anything
-    if "^" in branch or "$" in branch:
+    def _one(self, item: tuple[Any, Any]) -> str:
+        match item:
+            case re_parser.LITERAL, code:
+                return self._class([(code, code)])
+            case re_parser.NOT_LITERAL, code:
+                return self._class(_complement([(code, code)]))
+            case re_parser.ANY, _:
+                return self._class(_complement([(10, 10)]))
+            case re_parser.IN, members:
+                return self._class(_set_of(members))
+            case re_parser.BRANCH, (_, branches):
+                options = list(filter(None, map(self._all, branches)))
+                return f"({'|'.join(options)})" + "?" * (len(options) < len(branches))
+            case re_parser.SUBPATTERN, (_, 0, 0, inner) if len(inner):
+                return f"({self._all(inner)})"
+            case ((re_parser.MAX_REPEAT | re_parser.MIN_REPEAT), (low, high, inner)) if inner.getwidth()[0]:
+                # what may be empty would be left recursion, repeated
+                upper = "" if high is re_parser.MAXREPEAT else high
+                if max(low, upper or 0) <= _MAX_COUNT:
+                    return f"({self._all(inner)}){{{low},{upper}}}"
         raise _NotPortable
 
-
-def _as_text(tokens: list[str | _Ranges], *, gbnf: bool = False) -> str:
-    """The tokens as a regex, or as the right side of a rule of llama.cpp's grammars (GBNF)."""
-    text = ""
-    for token in tokens:
-        if isinstance(token, str):
-            text += "(" if gbnf and token == "(?:" else token
-        elif not gbnf and len(token) == 1 and token[0][0] == token[0][1] and chr(token[0][0]) in _PLAIN:
-            text += chr(token[0][0])
-        else:
-            text += f"[{''.join(map(_range_text, token))}]"
-    return text
-
-
-_PLAIN = frozenset(string.ascii_letters + string.digits + " /-_@:;,=!#%&'~`")
+    def _class(self, ranges: _Ranges) -> str:
+        escapes = ""
+        if self.quoted:
+            for code, letter in _JSON_ESCAPES.items():
+                if any(low <= code <= high for low, high in ranges):
+                    escapes += f"\\x{ord(letter):02X}"
+            ranges = _complement([*_complement(ranges), (0, 31), (34, 34), (92, 92)])
+        if not ranges and not escapes:
+            raise _NotPortable
+        options = [f"[{''.join(map(_range_text, ranges))}]"] if ranges else []
+        if not escapes:
+            return options[0]
+        return f"({'|'.join([*options, f'[{_BACKSLASH}][{escapes}]'])})"
 
 
 def _range_text(ends: tuple[int, int]) -> str:
-    low, high = map(_char_text, ends)
+    low, high = (f"\\x{code:02X}" if code < 128 else f"\\U{code:08X}" for code in ends)
     return low if low == high else f"{low}-{high}"
 
 
-def _char_text(code: int) -> str:
-    if code < 128:
-        return chr(code) if chr(code).isalnum() else f"\\x{code:02X}"
-    return f"\\u{code:04X}" if code < 0x10000 else f"\\U{code:08X}"
-
-
-# What llama.cpp enforces -------------------------------------------------------------------------
-# Its converter (common/json-schema.cpp, json-schema-to-grammar.cpp, 2026-10) drops most keywords without an error.
 def llamacpp_regex(regex: str) -> str:
     """The grammar (GBNF) of the texts that the regex matches from end to end. Raises UnsupportedFeature.
 
     Not Lark: LLGuidance takes a `\\b` for no grammar at all, and a llama.cpp built without it aborts.
     """
-    tokens = _translate(regex, full=True)
-    if tokens is None:
+    try:
+        return f"root ::= ({_Grammar(regex, full=True).text})"
+    except _NotPortable:
         reason = r"regex: llama.cpp cannot enforce \b, look-around, back-references, flags, \p or anchors inside of it"
-        raise UnsupportedFeature(reason, "write it with classes, groups, alternatives and counts up to 2000")
-    return f"root ::= ({_as_text(tokens, gbnf=True)})"
+        hint = f"write it with classes, groups, alternatives and counts up to {_MAX_COUNT}"
+        raise UnsupportedFeature(reason, hint) from None
 
 
 def llamacpp_schema(schema: dict[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -2151,32 +1951,22 @@ def llamacpp_schema(schema: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     it leaves out (properties that are not named, tuples of another length) the schema leaves open.
     """
     found = _LlamaCppSchema(schema)
-    return found.standalone(found.body), found.exact
+    return {**found.body, "$defs": found.defs} if found.defs else found.body, found.exact
 
 
-_IMPLIED_TYPES = {
-    "object": "properties required additionalProperties patternProperties propertyNames minProperties maxProperties",
-    "array": "items prefixItems minItems maxItems uniqueItems contains",
-    "string": "pattern minLength maxLength format",
-    "number": "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf",
+# What its grammars can say, by type; the first type with one of a schema's keywords is the one that it means.
+_ENFORCED: dict[str, frozenset[str]] = {
+    "object": frozenset({"properties", "required", "additionalProperties"}),
+    "array": frozenset({"items", "prefixItems", "minItems", "maxItems"}),
+    "string": frozenset({"pattern", "minLength", "maxLength", "format"}),
+    "integer": frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}),
 }
-# What no grammar of llama.cpp says, by type, and the values that say nothing.
-_NOT_ENFORCED = {
-    "object": "patternProperties propertyNames minProperties maxProperties dependentRequired dependentSchemas",
-    "array": "uniqueItems contains",
-    "number": "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf",
-    "integer": "multipleOf",
-}
-_NO_OPS = {"uniqueItems": False, "minProperties": 0}
-_CHECKED_FORMATS = frozenset(
-    "date time date-time duration email idn-email hostname idn-hostname ipv4 ipv6 uri uri-reference iri iri-reference "
-    "uuid uri-template json-pointer relative-json-pointer regex".split()
-)
+_ALTERNATIVES = ("$ref", "allOf", "anyOf", "oneOf")
 
 
 class _LlamaCppSchema(_Rewriter):
     def __init__(self, root: dict[str, Any]) -> None:
-        self.exact, self.inlined = True, 0
+        self.exact = True
         super().__init__(root)
 
     def node(self, schema: Any) -> Any:
@@ -2184,102 +1974,39 @@ class _LlamaCppSchema(_Rewriter):
             self.exact &= schema is True
             return {}
         parts = {key: value for key, value in schema.items() if key in _KEYWORDS}
-        if "$ref" in parts and len(parts) == 1:
-            return {"$ref": self.ref(parts["$ref"])}
-        if "$ref" in parts:
-            parts["allOf"] = [*parts.get("allOf", []), {"$ref": parts.pop("$ref")}]
-        if "allOf" in parts:
-            return self.node(self._all(parts))
-        for key in ("anyOf", "oneOf"):
-            if key in parts:
-                return self._alternatives(key, parts)
-        if isinstance(parts.get("type"), list):
-            return {"anyOf": [self.node({**parts, "type": kind}) for kind in parts["type"]]}
+        combined = [key for key in _ALTERNATIVES if key in parts]
+        if combined and not parts.keys() & _ENFORCED["object"]:
+            self.exact &= len(parts) == 1
+            return self._combined(combined[0], parts[combined[0]])
         if "const" in parts or "enum" in parts:
             return self._literal(parts)
+        if isinstance(parts.get("type"), list):
+            return {"anyOf": [self.node({**parts, "type": kind}) for kind in parts["type"]]}
         return self._typed(parts)
 
-    def _all(self, parts: dict[str, Any]) -> dict[str, Any]:
-        """As much of allOf, and of what stands beside it, as one schema can hold."""
-        both = _without(parts, "allOf")
-        for part in parts["allOf"]:
-            joined = self._joined(both, part)
-            if joined is None:
-                self.exact = False
-            else:
-                both = joined
-        return both
-
-    def _alternatives(self, key: str, parts: dict[str, Any]) -> dict[str, Any]:
-        """With what stands beside them put into each; a grammar cannot say "exactly one"."""
-        others, found = _without(parts, key), []
-        for part in parts[key]:
-            joined = self._joined(others, part)
-            if joined is None:
-                self.exact, joined = False, part
-            found.append(self.node(joined))
-        self.exact &= key == "anyOf" or self._exclusive(parts[key])
-        return {"anyOf": found}
-
-    def _joined(self, others: dict[str, Any], part: Any) -> Any:
-        """One schema that says what both say, or None."""
-        target = self._target(part)
-        if not others or (others.keys() == {"type"} and others["type"] == target.get("type")):
-            return part
-        self.inlined += 1
-        if not isinstance(part, dict) or self.inlined > 100:  # a cycle may lead back here
-            return None
-        for one, other in ((others, target), (target, others)):
-            if (
-                "additionalProperties" in one
-                and not one.get("properties", {}).keys() >= other.get("properties", {}).keys()
-            ):
-                return None
-        joined = dict(others)
-        for key, value in target.items():
-            if key == "required":
-                joined[key] = list(dict.fromkeys([*others.get(key, []), *value]))
-            elif key == "properties" and value.keys().isdisjoint(others.get(key, {})):
-                joined[key] = {**others.get(key, {}), **value}
-            elif key in _KEYWORDS and joined.setdefault(key, value) != value:
-                return None
-        return joined
-
-    def _target(self, part: Any) -> dict[str, Any]:
-        while isinstance(part, dict) and isinstance(part.get("$ref"), str) and len(part) == 1:
-            part = resolve_ref(self.root, part["$ref"])
-        return part if isinstance(part, dict) else {}
-
-    def _exclusive(self, parts: list[Any]) -> bool:
-        """Whether no value can fit two of them: their types differ, or the constant of one property does."""
-        targets = list(map(self._target, parts))
-        if _all_differ([target.get("const", target.get("type")) for target in targets]):
-            return not {"integer", "number"}.issubset({str(target.get("type")) for target in targets})
-        for name in targets[0].get("properties", {}):
-            constants: list[Any] = []
-            for target in targets:
-                if name in target.get("required", ()):
-                    constants.append(target.get("properties", {}).get(name, {}).get("const"))
-            if len(constants) == len(targets) and _all_differ(constants):
-                return True
-        return False
+    def _combined(self, key: str, value: Any) -> dict[str, Any]:
+        """A grammar cannot say "exactly one" or "both"."""
+        if key == "$ref":
+            return {"$ref": self.ref(value)}
+        if key == "allOf":
+            self.exact &= len(value) == 1
+            return dict(self.node(value[0]))
+        self.exact &= key == "anyOf"
+        return {"anyOf": list(map(self.node, value))}
 
     def _literal(self, parts: dict[str, Any]) -> dict[str, Any]:
-        check = SchemaCheck({**self.root, **parts}) if parts.keys() - {"enum", "const"} else None
-        allowed: list[Any] = []
-        for value in [parts["const"]] if "const" in parts else parts["enum"]:
-            if check is None or check.fits(value):
-                allowed.append(value)
+        self.exact &= parts.keys() <= _VALUES
+        check = SchemaCheck({key: parts[key] for key in parts.keys() & _VALUES})
+        allowed = list(filter(check.fits, [parts["const"]] if "const" in parts else parts["enum"]))
         self.exact &= bool(allowed)
-        return {"enum": allowed or parts.get("enum", [parts.get("const")])}
+        return {"enum": allowed} if allowed else {}
 
     def _typed(self, parts: dict[str, Any]) -> dict[str, Any]:
         kind = parts.get("type", "")
-        for implied, keys in _IMPLIED_TYPES.items():
-            if not kind and not parts.keys().isdisjoint(keys.split()):
+        for implied in ("object", "array", "string"):
+            if not kind and parts.keys() & _ENFORCED[implied]:
                 kind = implied
-        for key in f"not if {_NOT_ENFORCED.get(kind, '')}".split():
-            self.exact &= key not in parts or parts[key] == _NO_OPS.get(key, ...)
+        self.exact &= parts.keys() - {"type"} <= _ENFORCED.get(kind, frozenset())
         build = {"object": self._object, "array": self._array, "string": self._string, "integer": self._integer}
         if kind in build:
             return {"type": kind, **build[kind](parts)}
@@ -2287,102 +2014,59 @@ class _LlamaCppSchema(_Rewriter):
 
     def _object(self, parts: dict[str, Any]) -> dict[str, Any]:
         fields, required = dict(parts.get("properties", {})), list(parts.get("required", ()))
-        others = parts.get("additionalProperties", parts.get("unevaluatedProperties"))
-        closed = others is None and bool(fields)  # llama.cpp adds no other properties to those that are named
-        if others is None or others == {"not": {}}:  # the latter is how zod says false
-            others = others is None
+        others = parts.get("additionalProperties", not fields)  # it adds none to those that are named
+        if others == {"not": {}}:  # zod's way to say false
+            others = False
+        if "patternProperties" in parts:
+            others = True
         for name in required:
-            fields.setdefault(name, others)
+            fields.setdefault(name, parts.get("additionalProperties", True))
         found: dict[str, Any] = {"required": required}
         if fields:
             found["properties"] = {}
-            for name, part in fields.items():
-                if part is not False or name in required:
-                    found["properties"][name] = self.node(part)
-        patterns = list(parts.get("patternProperties", {}).values())
-        if patterns:
-            others = patterns[0] if len(patterns) == 1 else True
-        plain = not re.search(
-            r'[]\[^\\"-]', "".join(fields)
-        )  # it writes the names into a class of its grammar, as they are
-        if plain and not closed:
+        for name, part in fields.items():
+            if part is not False or name in required:
+                found["properties"][name] = self.node(part)
+        if re.search(r'[]\[^\\"-]', "".join(fields)):  # it writes the names into a class of its grammar, as they are
+            return found
+        if others is not False or "additionalProperties" in parts:
             found["additionalProperties"] = others if isinstance(others, bool) else self.node(others)
         return found
 
     def _array(self, parts: dict[str, Any]) -> dict[str, Any]:
         low, high = parts.get("minItems", 0), parts.get("maxItems")
-        first, others = parts.get("prefixItems", []), parts.get("items", parts.get("unevaluatedItems", True))
+        first = parts.get("prefixItems", [])
         if first:  # it makes a tuple of just these
             self.exact &= low <= len(first)
             return {"prefixItems": list(map(self.node, first[:high]))}
-        if others is False:
-            others, high = True, 0
-        found = {"items": self.node(others), "minItems": min(low, _MAX_COUNT)}
         self.exact &= low <= _MAX_COUNT
+        found = {"items": self.node(parts.get("items", True)), "minItems": min(low, _MAX_COUNT)}
         return found if high is None else {**found, "maxItems": high}
 
     def _string(self, parts: dict[str, Any]) -> dict[str, Any]:
-        tokens = _translate(parts["pattern"], full=False) if "pattern" in parts else None
-        limits: dict[str, Any] = {key: parts[key] for key in ("minLength", "maxLength") if key in parts}
-        name = parts.get("format")
-        if tokens is not None:
-            self.exact &= not limits and name not in _CHECKED_FORMATS
-            return {"pattern": f"^{_as_text(_quoted(tokens))}$"}
-        self.exact &= "pattern" not in parts
-        if name in ("date", "time", "date-time", "uuid"):
-            self.exact &= not limits and name in ("time", "uuid")  # its dates have a 31st of February
-            return {"format": name}
-        self.exact &= name not in _CHECKED_FORMATS and limits.get("minLength", 0) <= _MAX_COUNT
-        return {**limits, "minLength": min(limits.get("minLength", 0), _MAX_COUNT)}
+        low = parts.get("minLength", 0)
+        if "pattern" in parts:
+            try:
+                text = _Grammar(parts["pattern"], quoted=True).text
+                self.exact &= parts.keys() <= {"type", "pattern"}
+                return {"pattern": f"^{text}$"}
+            except _NotPortable:
+                self.exact = False
+        if "format" in parts:
+            self.exact &= parts["format"] in ("time", "uuid") and parts.keys() <= {"type", "format"}
+            if parts["format"] in ("date", "time", "date-time", "uuid"):  # its dates have a 31st of February
+                return {"format": parts["format"]}
+        self.exact &= low <= _MAX_COUNT
+        found = {"minLength": min(low, _MAX_COUNT)}
+        return {**found, "maxLength": parts["maxLength"]} if "maxLength" in parts else found
 
     def _integer(self, parts: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        if "minimum" in parts:
-            found["minimum"] = math.ceil(parts["minimum"])
-        if "exclusiveMinimum" in parts:
-            above = math.floor(parts["exclusiveMinimum"]) + 1
-            found["minimum"] = max(above, found.get("minimum", above))
-        if "maximum" in parts:
-            found["maximum"] = math.floor(parts["maximum"])
-        if "exclusiveMaximum" in parts:
-            below = math.ceil(parts["exclusiveMaximum"]) - 1
-            found["maximum"] = min(below, found.get("maximum", below))
-        if max(map(abs, found.values()), default=0) >= 10**15:  # it writes at most 16 digits
-            self.exact = False
-            return {}
+        for key, step in (("minimum", 0), ("exclusiveMinimum", 1), ("maximum", 0), ("exclusiveMaximum", -1)):
+            if isinstance(parts.get(key), int) and abs(parts[key]) < 10**15:  # it writes at most 16 digits
+                found["minimum" if "Min" in key or key == "minimum" else "maximum"] = parts[key] + step
+        self.exact &= len(found) == len(parts.keys() & _ENFORCED["integer"])
         return found
-
-
-def _without(parts: dict[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in parts.items() if name != key}
-
-
-def _all_differ(values: list[Any]) -> bool:
-    return None not in values and len(set(map(_canonical, values))) == len(values)
-
-
-_ESCAPED = {8: "b", 9: "t", 10: "n", 12: "f", 13: "r", 34: '"', 92: "\\"}
-
-
-def _quoted(tokens: list[str | _Ranges]) -> list[str | _Ranges]:
-    """The same within a JSON string: its grammar writes the characters of a pattern as they are."""
-    found: list[str | _Ranges] = []
-    for token in tokens:
-        if isinstance(token, str):
-            found.append(token)
-            continue
-        plain = _complement([*_complement(token), (0, 31), (34, 34), (92, 92)])
-        escaped: _Ranges = []
-        for code, letter in _ESCAPED.items():
-            if any(low <= code <= high for low, high in token):
-                escaped.append((ord(letter), ord(letter)))
-        if not escaped:
-            found.append(plain)
-        elif not plain:
-            found += ["(?:", [(92, 92)], escaped, ")"]
-        else:
-            found += ["(?:", plain, "|", [(92, 92)], escaped, ")"]
-    return found
 
 
 # 5 Answers ---------------------------------------------------------------------------------------
