@@ -1339,7 +1339,7 @@ def normalize_schema(schema: Any) -> tuple[dict[str, Any], TypeAdapter[Any] | No
         check_limits(found)
         return found, None
     hint = "give a dict, a Pydantic model or a type"
-    if isinstance(schema, (str, bytes, int, float, list, tuple, set, ForwardRef)):  # pydantic would evaluate a text
+    if isinstance(schema, (bytes, int, float, list, tuple, set)) or _holds_text(schema):
         raise InvalidRequest("schema: neither a dict nor a type", hint)
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(schema)
@@ -1349,6 +1349,14 @@ def normalize_schema(schema: Any) -> tuple[dict[str, Any], TypeAdapter[Any] | No
         raise InvalidRequest(reason, hint) from exc
     check_limits(found)
     return found, adapter
+
+
+def _holds_text(kind: Any) -> bool:
+    """Whether a type has a text in it where a type should be: pydantic would evaluate it."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        parts = parts[:1]
+    return isinstance(kind, (str, ForwardRef)) or (origin is not typing.Literal and any(map(_holds_text, parts)))
 
 
 def _is_json_schema(schema: dict[str, Any]) -> bool:
@@ -1410,7 +1418,18 @@ def check_limits(schema: dict[str, Any]) -> None:
     """
     _check_size(schema)
     _ExpandedSize(schema, strict=True)
+    _refuse_circular(schema)
     SchemaCheck(schema)
+
+
+def _refuse_circular(node: Any) -> None:
+    """Raises InvalidRequest for a reference that leads to itself and to nothing else."""
+    root, seen = node, set()
+    while isinstance(node, dict) and isinstance(node.get("$ref"), str):
+        if node["$ref"] in seen:
+            raise InvalidRequest("schema: a $ref leads only to itself", "refer to a schema that says something")
+        seen.add(node["$ref"])
+        node = resolve_ref(root, node["$ref"])
 
 
 def check_tool_schema(schema: dict[str, Any]) -> None:
@@ -1608,7 +1627,7 @@ class SchemaCheck:
         if _is_deeper(value, MAX_VALUE_DEPTH):
             raise ValueError(f"$: nested deeper than {MAX_VALUE_DEPTH} levels")
         if not self.fits(value):
-            raise ValueError(self._misfit(self._schema.body, value, "$")[:500])
+            raise ValueError(self._misfit(value)[:500])
 
     def fits(self, value: Any) -> bool:
         """Whether a value fits the schema."""
@@ -1620,7 +1639,7 @@ class SchemaCheck:
             self._checks[id(part)] = part, self._compile(part)  # a kept part keeps its id
         try:
             return self._checks[id(part)][1](value)
-        except (ValueError, TypeError, OverflowError):  # a text that UTF-8 cannot say
+        except (ValueError, TypeError, OverflowError, RecursionError):  # such as a text that UTF-8 cannot say
             return False
 
     def _compile(self, part: Any) -> Callable[[Any], bool]:
@@ -1657,24 +1676,33 @@ class SchemaCheck:
 
         return Step
 
-    def _misfit(self, schema: Any, value: Any, at: str) -> str:
+    def _misfit(self, value: Any) -> str:
+        part, at = self._schema.body, "$"
+        found: Any = (part, value, "")
+        while found and self.steps <= MAX_CHECK_STEPS:
+            part, value, place = found
+            at += place
+            misfits = (child for child in self._children(part, value) if not self._fits(child[0], child[1]))
+            found = next(misfits, None)
+        return f"{at}: {self._reason(part, value)}"
+
+    def _reason(self, schema: Any, value: Any) -> str:
         if self.steps > MAX_CHECK_STEPS:
-            return "$: the check takes too many steps"
+            return "the check takes too many steps"
         if not isinstance(schema, dict):
-            return f"{at}: nothing is allowed here"
-        for part, item, place in self._children(schema, value):
-            if not self._fits(part, item):
-                return self._misfit(part, item, at + place)
+            return "nothing is allowed here"
         for name in schema.get("required", ()):
             if isinstance(value, dict) and name not in value:
-                return f"{at}: {name[:80]!r} is missing"
+                return f"{name[:80]!r} is missing"
         for key, wanted in schema.items():
             if key in _STANDALONE and not self._fits({key: wanted}, value):
-                return f"{at}: does not fit {json.dumps({key: wanted}, ensure_ascii=False)[:200]}"
-        return f"{at}: does not fit the schema"
+                return f"does not fit {json.dumps({key: wanted}, ensure_ascii=False)[:200]}"
+        return "does not fit the schema"
 
-    def _children(self, schema: dict[str, Any], value: Any) -> Iterator[tuple[Any, Any, str]]:
+    def _children(self, schema: Any, value: Any) -> Iterator[tuple[Any, Any, str]]:
         """Parts of a schema that a value must fit, each with the part of the value that it is for, and its place."""
+        if not isinstance(schema, dict):
+            return
         if "$ref" in schema:
             yield self._schema.defs[schema["$ref"].rpartition("/")[2]], value, ""
         for part in schema.get("allOf", ()):
@@ -1995,8 +2023,9 @@ class _LlamaCppSchema(_Rewriter):
         return {"anyOf": list(map(self.node, value))}
 
     def _literal(self, parts: dict[str, Any]) -> dict[str, Any]:
-        self.exact &= parts.keys() <= _VALUES
-        check = SchemaCheck({key: parts[key] for key in parts.keys() & _VALUES})
+        plain = {key: value for key, value in parts.items() if key in _VALUES and key != "$ref"}
+        self.exact &= plain == parts
+        check = SchemaCheck(plain)
         allowed = list(filter(check.fits, [parts["const"]] if "const" in parts else parts["enum"]))
         self.exact &= bool(allowed)
         return {"enum": allowed} if allowed else {}
@@ -2006,7 +2035,11 @@ class _LlamaCppSchema(_Rewriter):
         for implied in ("object", "array", "string"):
             if not kind and parts.keys() & _ENFORCED[implied]:
                 kind = implied
-        self.exact &= parts.keys() - {"type"} <= _ENFORCED.get(kind, frozenset())
+        relevant = parts.keys() - {"type"}
+        for name, keys in _ENFORCED.items():  # a type's keywords say nothing about another type
+            if name != "integer" or kind not in ("", "number"):
+                relevant -= keys
+        self.exact &= not relevant
         build = {"object": self._object, "array": self._array, "string": self._string, "integer": self._integer}
         if kind in build:
             return {"type": kind, **build[kind](parts)}
