@@ -1555,8 +1555,8 @@ def resolve_ref(schema: dict[str, Any], ref: str) -> Any:
     if ref != "#" and not ref.startswith("#/"):
         raise _leaves()
     node: Any = schema
-    for step in urllib.parse.unquote(ref).split("/")[1:]:
-        step = step.replace("~1", "/").replace("~0", "~")
+    for step in ref.split("/")[1:]:
+        step = urllib.parse.unquote(step).replace("~1", "/").replace("~0", "~")
         if isinstance(node, dict) and step in node:
             node = node[step]
         elif isinstance(node, list) and re.fullmatch("0|[1-9][0-9]{0,4}", step) and int(step) < len(node):
@@ -1738,7 +1738,13 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 
 # Without jsonschema-rs: the short form and plain schemas.
-_SIMPLE = frozenset("$ref type properties required additionalProperties items enum const".split())
+_SIZES: dict[str, tuple[type, Callable[[Any, Any], bool]]] = {
+    "minLength": (str, lambda text, limit: len(text) >= limit),
+    "maxLength": (str, lambda text, limit: len(text) <= limit),
+    "minItems": (list, lambda items, limit: len(items) >= limit),
+    "maxItems": (list, lambda items, limit: len(items) <= limit),
+}
+_SIMPLE = _SIZES.keys() | set("$ref type properties required additionalProperties items enum const".split())
 _IS_TYPE: dict[str, Callable[[Any], bool]] = {
     "string": lambda value: isinstance(value, str),
     "number": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
@@ -1767,6 +1773,9 @@ def _fits_simple(schema: Any, defs: dict[str, Any], value: Any) -> bool:
     kinds = schema.get("type", TYPES)
     if not any(_IS_TYPE[kind](value) for kind in ([kinds] if isinstance(kinds, str) else kinds)):
         return False
+    for key, (kind, holds) in _SIZES.items():
+        if key in schema and isinstance(value, kind) and not holds(value, schema[key]):
+            return False
     for allowed in (schema.get("enum"), [schema["const"]] if "const" in schema else None):
         if allowed is not None and _canonical(value) not in map(_canonical, allowed):
             return False
