@@ -170,11 +170,13 @@ SCRIPTS: dict[str, tuple[str, int]] = {
         0,
     ),
     "fork, the child closes the stream": (
-        HALF_READ + "pid = os.fork()\nif pid == 0:\n    s.close()\n    sys.exit(0)\nassert os.waitpid(pid, 0)[1] == 0\n",
+        HALF_READ + "pid = os.fork()\nif pid == 0:\n    s.close()\n    sys.exit(0)\n"
+        "assert os.waitpid(pid, 0)[1] == 0\n",
         0,
     ),
     "fork, the child closes the inferencer": (
-        HALF_READ + "pid = os.fork()\nif pid == 0:\n    llm.close()\n    sys.exit(0)\nassert os.waitpid(pid, 0)[1] == 0\n",
+        HALF_READ + "pid = os.fork()\nif pid == 0:\n    llm.close()\n    sys.exit(0)\n"
+        "assert os.waitpid(pid, 0)[1] == 0\n",
         0,
     ),
     "fork, the child reads on": (
@@ -188,8 +190,9 @@ SCRIPTS: dict[str, tuple[str, int]] = {
         0,
     ),
     "multiprocessing": (
-        "import multiprocessing\ndef work():\n    t = llm.stream(LONG)\n    next(t)\n" + HALF_READ +
-        "child = multiprocessing.get_context('fork').Process(target=work)\nchild.start()\nchild.join()\n"
+        "import multiprocessing\ndef work():\n    t = llm.stream(LONG)\n    next(t)\n"
+        + HALF_READ
+        + "child = multiprocessing.get_context('fork').Process(target=work)\nchild.start()\nchild.join()\n"
         "assert child.exitcode == 0\n",
         0,
     ),
@@ -224,7 +227,8 @@ SCRIPTS: dict[str, tuple[str, int]] = {
     ),
     "sys.last_value": (
         "def read():\n    s = llm.stream(LONG)\n    for piece in s:\n        raise ValueError('mine')\n"
-        "try:\n    read()\nexcept ValueError as exc:\n    sys.last_value, sys.last_traceback = exc, exc.__traceback__\n",
+        "try:\n    read()\nexcept ValueError as exc:\n"
+        "    sys.last_value, sys.last_traceback = exc, exc.__traceback__\n",
         0,
     ),
     "a thread reads": (
@@ -374,8 +378,10 @@ EMBEDDED = {
         "threading.Thread(target=llm.models, daemon=True).start()\nbegun()\n",
         0,
     ),
-    "starting, with a stream": ("s = llm.stream(LONG)\nthreading.Thread(target=next, args=(s,), daemon=True).start()\n"
-                                "begun()\n", 0),
+    "starting, with a stream": (
+        "s = llm.stream(LONG)\nthreading.Thread(target=next, args=(s,), daemon=True).start()\nbegun()\n",
+        0,
+    ),
     "starting, closed": (
         "errors = []\ndef work():\n    try:\n        llm.generate('x')\n    except InferenceError as exc:\n"
         "        errors.append(exc)\nthread = threading.Thread(target=work)\nthread.start()\nbegun()\nllm.close()\n"

@@ -18,8 +18,10 @@ from decimal import Decimal
 from typing import Annotated, Any, ForwardRef, Generic, Literal, NamedTuple, Optional, Required, TypeVar
 
 import pytest
-import llm_inference
 from pydantic import AnyUrl, BaseModel, ConfigDict, Field, SecretStr
+from typing_extensions import TypedDict
+
+import llm_inference
 from llm_inference import (
     InvalidRequest,
     SchemaCheck,
@@ -32,7 +34,6 @@ from llm_inference import (
     matcher,
     normalize_schema,
 )
-from typing_extensions import TypedDict
 
 
 def fits(schema: Any, value: Any) -> bool:
@@ -618,7 +619,7 @@ ANY_OF = "#/properties/a/anyOf"
 
 @pytest.mark.parametrize("ref", ["#/$defs/b", f"{ANY_OF}/2", f"{ANY_OF}/-1", f"{ANY_OF}/x", "#/title", ANY_OF])
 def test_a_pointer_to_nothing_is_refused(ref: str) -> None:
-    with pytest.raises(InvalidRequest, match="not there|no schema"):
+    with pytest.raises(InvalidRequest, match=r"not there|no schema"):
         check_limits({"$ref": ref, "title": "t", "properties": {"a": {"anyOf": [True, {"type": "null"}]}}})
 
 
@@ -714,6 +715,21 @@ TWICE: list[Any] = [
     {"allOf": [{"items": {"$ref": "#"}}, {"items": {"$ref": "#"}}]},
     {"anyOf": [{"items": {"$ref": "#"}, "minItems": 1}, {"items": {"$ref": "#"}}], "not": {"const": 1}},
 ]
+
+
+def test_a_check_is_bounded_by_a_budget_of_steps() -> None:
+    schema = {"items": {"$ref": "#/$defs/a"}, "$defs": {"a": {"items": {"$ref": "#/$defs/b"}}, "b": {"items": True}}}
+    with bounded_cpu(), pytest.raises(ValueError, match="steps"):
+        SchemaCheck(schema)([[[1]] * 2000] * 600)
+
+
+def test_every_keyword_that_is_let_in_is_tested() -> None:
+    def keys(node: Any) -> set[str]:
+        if isinstance(node, dict):
+            return set(node) | {key for value in node.values() for key in keys(value)}
+        return {key for value in node for key in keys(value)} if isinstance(node, list) else set()
+
+    assert keys([schema for schema, _, _ in TABLE + MORE]) >= set(llm_inference._KEYWORDS) - {"maxContains"}
 
 
 @pytest.mark.parametrize("schema", TWICE)
@@ -845,9 +861,31 @@ def allowed_by_llamacpp(pattern: str, text: str) -> bool:
 
 
 NOT_PORTABLE = [
-    r"\bfoo\b", r"(?=a)b", r"(a)\1", r"\p{L}", r"(?i)a", r"a^b", r"(^a|b)", r"[a&&b]", r"[[a]]", "(", ")", "a)(b", "[",
-    r"\A", r"a{3000}", "*", "a**", r"[z-a]", r"\<", r"(a|)*", "\\", r"[^]", "[]", r"[^\x00-\u{10FFFF}]",
-]  # fmt: skip
+    r"\bfoo\b",
+    r"(?=a)b",
+    r"(a)\1",
+    r"\p{L}",
+    r"(?i)a",
+    r"a^b",
+    r"(^a|b)",
+    r"[a&&b]",
+    r"[[a]]",
+    "(",
+    ")",
+    "a)(b",
+    "[",
+    r"\A",
+    r"a{3000}",
+    "*",
+    "a**",
+    r"[z-a]",
+    r"\<",
+    r"(a|)*",
+    "\\",
+    r"[^]",
+    "[]",
+    r"[^\x00-\u{10FFFF}]",
+]
 
 
 @pytest.mark.parametrize("pattern", NOT_PORTABLE)
@@ -942,8 +980,8 @@ def closed(schema: Any) -> Any:
 
 
 LLAMACPP_KEYWORDS = set(
-    "type properties required additionalProperties items prefixItems minItems maxItems pattern format minLength maxLength "
-    "minimum maximum enum anyOf $ref $defs".split()
+    "type properties required additionalProperties items prefixItems minItems maxItems pattern format minLength "
+    "maxLength minimum maximum enum anyOf $ref $defs".split()
 )
 
 
@@ -1097,12 +1135,49 @@ class Everything(BaseModel):
 
 
 TYPES_OF_PYTHON: list[Any] = [
-    Money, Address, Customer, Cat, Owner, Tree, Forest, Add, Neg, Num, Expr, Level, Color, Point, Movie, Part, Page[int],
-    Page[Customer], Page[Page[str]], Loose, Everything, list[Customer], dict[str, Tree], tuple[int, ...], tuple[int, str],
-    set[Level], int | None, Literal["x", "y"], bool, str, float, Decimal, datetime.date, datetime.datetime, uuid.UUID, Any,
-    list[dict[str, list[int | str | None]]], Annotated[str, Field(max_length=3)], Annotated[list[int], Field(min_length=2)],
-    Annotated[int, Field(gt=0)], Annotated[Decimal, Field(gt=0, max_digits=5, decimal_places=2)], frozenset[str],
-]  # fmt: skip
+    Money,
+    Address,
+    Customer,
+    Cat,
+    Owner,
+    Tree,
+    Forest,
+    Add,
+    Neg,
+    Num,
+    Expr,
+    Level,
+    Color,
+    Point,
+    Movie,
+    Part,
+    Page[int],
+    Page[Customer],
+    Page[Page[str]],
+    Loose,
+    Everything,
+    list[Customer],
+    dict[str, Tree],
+    tuple[int, ...],
+    tuple[int, str],
+    set[Level],
+    int | None,
+    Literal["x", "y"],
+    bool,
+    str,
+    float,
+    Decimal,
+    datetime.date,
+    datetime.datetime,
+    uuid.UUID,
+    Any,
+    list[dict[str, list[int | str | None]]],
+    Annotated[str, Field(max_length=3)],
+    Annotated[list[int], Field(min_length=2)],
+    Annotated[int, Field(gt=0)],
+    Annotated[Decimal, Field(gt=0, max_digits=5, decimal_places=2)],
+    frozenset[str],
+]
 
 
 def tool(required: list[str] | None = None, **properties: Any) -> dict[str, Any]:
@@ -1115,27 +1190,65 @@ TOOLS: list[dict[str, Any]] = [
     tool(["path", "edits"], path=TEXT, edits={"type": "array", "items": tool(["oldText"], oldText=TEXT, newText=TEXT)}),
     {**tool(["query"], query=TEXT, limit=COUNT), "$schema": "http://json-schema.org/draft-07/schema#"},
     {**tool(["url"], url={"type": "string", "format": "uri", "minLength": 1}), "additionalProperties": False},
-    tool(["owner", "repo"], owner=TEXT, repo=TEXT, state={"enum": ["open", "closed"], "type": "string"}, page={"type": "number"}),
-    tool(labels={"type": "array", "items": {"type": "string"}, "uniqueItems": True}, assignees={"type": ["array", "null"], "items": TEXT}),
+    tool(
+        ["owner", "repo"],
+        owner=TEXT,
+        repo=TEXT,
+        state={"enum": ["open", "closed"], "type": "string"},
+        page={"type": "number"},
+    ),
+    tool(
+        labels={"type": "array", "items": {"type": "string"}, "uniqueItems": True},
+        assignees={"type": ["array", "null"], "items": TEXT},
+    ),
     tool(filter={"anyOf": [{"type": "string"}, {"type": "null"}], "default": None, "title": "Filter"}),
     {"type": "object"},
     {"type": "object", "properties": {}},
-    {"type": "object", "properties": {}, "additionalProperties": {"not": {}}, "$schema": "https://json-schema.org/draft/2020-12/schema"},
-    tool(when={"type": "string", "format": "date-time", "x-order": 1}, zone={"type": "string", "example": "Europe/Berlin"}),
-    tool(["entities"], entities={"type": "array", "items": tool(["name", "observations"], name=TEXT, observations={"type": "array", "items": TEXT})}),
+    {
+        "type": "object",
+        "properties": {},
+        "additionalProperties": {"not": {}},
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+    },
+    tool(
+        when={"type": "string", "format": "date-time", "x-order": 1},
+        zone={"type": "string", "example": "Europe/Berlin"},
+    ),
+    tool(
+        ["entities"],
+        entities={
+            "type": "array",
+            "items": tool(["name", "observations"], name=TEXT, observations={"type": "array", "items": TEXT}),
+        },
+    ),
     tool(coordinates={"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}),
     tool(op={"oneOf": [{"const": "a", "title": "A"}, {"const": "b", "title": "B"}], "type": "string"}),
-    tool(value={"oneOf": [{"type": "string"}, {"type": "number"}, {"type": "boolean"}]}, meta={"type": "object", "additionalProperties": True}),
-    {**tool(node={"$ref": "#/definitions/node"}), "definitions": {"node": tool(["id"], id=TEXT, children={"type": "array", "items": {"$ref": "#/definitions/node"}})}},
+    tool(
+        value={"oneOf": [{"type": "string"}, {"type": "number"}, {"type": "boolean"}]},
+        meta={"type": "object", "additionalProperties": True},
+    ),
+    {
+        **tool(node={"$ref": "#/definitions/node"}),
+        "definitions": {
+            "node": tool(["id"], id=TEXT, children={"type": "array", "items": {"$ref": "#/definitions/node"}})
+        },
+    },
     {**tool(a=TEXT, b=TEXT), "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
-    {**tool(["kind"], kind=TEXT, size=COUNT), "if": {"properties": {"kind": {"const": "box"}}}, "then": {"required": ["size"]}},
+    {
+        **tool(["kind"], kind=TEXT, size=COUNT),
+        "if": {"properties": {"kind": {"const": "box"}}},
+        "then": {"required": ["size"]},
+    },
     tool(headers={"type": "object", "additionalProperties": TEXT, "propertyNames": {"pattern": "^[A-Za-z-]+$"}}),
     tool(env={"type": "object", "patternProperties": {"^[A-Z_]+$": {"type": "string"}}, "additionalProperties": False}),
     {"allOf": [{"$ref": "#/$defs/base"}, tool(["extra"], extra=TEXT)], "$defs": {"base": tool(["id"], id=TEXT)}},
     tool(thoughtNumber={"type": "integer", "minimum": 1}, nextThoughtNeeded={"type": "boolean"}, branchId=TEXT),
     tool(lat={"type": "number", "minimum": -90, "maximum": 90}, lon={"type": "number", "exclusiveMinimum": -180}),
-    tool(html={"type": "string", "contentMediaType": "text/html", "contentEncoding": "utf-8"}, rank={"type": "integer", "format": "int32"}),
-]  # fmt: skip
+    tool(
+        html={"type": "string", "contentMediaType": "text/html", "contentEncoding": "utf-8"},
+        rank={"type": "integer", "format": "int32"},
+    ),
+]
 
 
 @pytest.mark.parametrize("kind", TYPES_OF_PYTHON, ids=lambda kind: str(getattr(kind, "__name__", kind))[:40])
