@@ -938,7 +938,7 @@ class Completion:
     def from_chunks(cls, chunks: Sequence[Chunk]) -> "Completion":
         """Fold a stream into its answer. Raises BadEngineReply when the last chunk has no finish_reason."""
         if not chunks or chunks[-1].finish_reason is None:
-            raise BadEngineReply("the stream ended early", "ask again")
+            raise BadEngineReply("the stream ended early", "ask again", retryable=True)
         answer, last = Answer(), chunks[-1]
         for chunk in chunks:
             answer.add(
@@ -2418,7 +2418,7 @@ class Answer:
         """Raises BadEngineReply unless every choice (at least `choices` of them) has its finish_reason."""
         finished = [choice.finish_reason for choice in self.choices.values()]
         if None in finished or len(finished) < choices:
-            raise BadEngineReply("the engine ended the answer without a finish_reason", "ask again")
+            raise BadEngineReply("the engine ended the answer without a finish_reason", "ask again", retryable=True)
 
     def completion(self, served: Served | None = None) -> Completion:
         """The first choice as a `Completion`."""
@@ -2678,7 +2678,9 @@ def redact(text: str, limit: int = 400) -> str:
     address = r"https?://\S+|\b\d{1,3}(\.\d{1,3}){3}(:\d+)?|\[[0-9a-fA-F:]+\]:\d+|(?<![\w-])[\w-]+(\.[\w-]+)*:\d{2,5}\b"
     line = re.sub(address, "<address>", line)
     line = re.sub(r"""(['"])/[^'"]*/[^'"]*\1""", "<path>", line)  # quoted, possibly with spaces
-    return re.sub(r"(?<![\w.])(/[\w.@+-]+){2,}/?", "<path>", line)[:limit]
+    name = r"[\w.@+-]+"
+    folders = rf"(?:/{name}(?:\\? {name}){{0,4}}(?=/))+"  # possibly with spaces
+    return re.sub(rf"(?<![\w.]){folders}/{name}/?", "<path>", line)[:limit]
 
 
 class LineReader:
@@ -2813,8 +2815,9 @@ class Reply(ABC):
     begun = False  #: has a byte of the body come?
 
     def ended_early(self, exc: Exception) -> InferenceError:
+        """The error for a reply that broke off."""
         error = BadEngineReply if self.begun else EngineUnavailable
-        return error(f"the reply ended early ({type(exc).__name__})", "ask again")
+        return error(f"the reply ended early ({type(exc).__name__})", "ask again", retryable=True)
 
     async def body(self, limit: int = 32 << 20) -> bytes:
         """All of its bytes. Raises BadEngineReply past `limit`."""
@@ -3458,7 +3461,9 @@ class EngineChild:
             self._counted = self.generation
             self.failures = 1 if time.monotonic() - self.started > 60 else self.failures + 1
             jitter = 0.8 + 0.4 * secrets.randbelow(1000) / 1000
-            self.not_before = time.monotonic() + min(30.0, 2.0 ** (self.failures - 1)) * jitter
+            served_until_now = self.failures == 1 and self._watched == self.generation
+            pause = 0.0 if served_until_now else min(30.0, 2.0 ** (self.failures - 1)) * jitter
+            self.not_before = time.monotonic() + pause
         errors = _ERROR_LINE.findall(self.log_tail())
         for pattern, error, hint in _LOG_PATTERNS:
             for line in errors:
@@ -4244,7 +4249,7 @@ class BaseLLMAdapter:
                     payloads.append({**base, "choices": [], "usage": usage.as_dict()})
                 yield Burst(payloads=payloads, end=ended)
         if not ended:
-            raise BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again")
+            raise BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again", retryable=True)
 
 
 def left_out(
@@ -4383,12 +4388,23 @@ class Sessions:
         if held is not None and held[0] == uds:
             return held[1]
         wire = Wire.open(uds)
-        keeper = _keep_open(wire)
+        keeper = self._keep_open(wire)
         await anext(keeper)  # does not wait: no other task gets in between
         self._by_loop[loop] = (uds, wire, keeper)
         if held is not None:
             await held[2].aclose()
         return wire
+
+    async def _keep_open(self, wire: Wire) -> AsyncGenerator[None, None]:
+        """`asyncio.run` closes the asynchronous generators it knows, and so the wire with its loop."""
+        loop = asyncio.get_running_loop()
+        try:
+            yield
+        finally:
+            held = self._by_loop.get(loop)
+            if held is not None and held[1] is wire:
+                del self._by_loop[loop]  # what it holds would keep the loop
+            await wire.close()
 
     async def close(self) -> None:
         """Close this loop's."""
@@ -4406,14 +4422,6 @@ class Sessions:
                 with contextlib.suppress(Exception):
                     closing = asyncio.run_coroutine_threadsafe(_aclose(held[2]), loop)
                     closing.result(1 if loop is portal.loop and not sys.is_finalizing() else 0)
-
-
-async def _keep_open(wire: Wire) -> AsyncGenerator[None, None]:
-    """`asyncio.run` closes the asynchronous generators it knows, and so the wire with its loop."""
-    try:
-        yield
-    finally:
-        await wire.close()
 
 
 async def _aclose(generator: AsyncGenerator[Any, None]) -> None:
@@ -4684,7 +4692,10 @@ class Connection(EngineClient):
     async def _attach_to(self, address: str, source: str, headers: dict[str, str]) -> Target:
         adapter = self._adapter
         if address.startswith("unix:/"):
-            target = Target("http://localhost", headers, uds=address.removeprefix("unix:"))
+            path = address.removeprefix("unix:")
+            if len(os.fsencode(path)) > 107:  # unix(7)
+                raise InvalidRequest(f"{source}: a socket's path has at most 107 bytes", "choose a shorter one")
+            target = Target("http://localhost", headers, uds=path)
         else:
             target = Target(clean_url(address, adapter.default_url.rpartition(":")[2], source), headers)
         try:
@@ -5049,7 +5060,7 @@ class HTTPAdapter(BaseLLMAdapter):
                 if ended:
                     await self._read_to_end(lines)
                     return
-        raise BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again")
+        raise BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again", retryable=True)
 
     @staticmethod
     async def _read_to_end(lines: AsyncGenerator[bytes, None]) -> None:
@@ -5234,7 +5245,11 @@ class OpenAIAdapter(HTTPAdapter):
             first = False
             finished += len(ends)
             if done is not None and error is None and finished < expected:
-                return None, BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again"), False
+                return (
+                    None,
+                    BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again", retryable=True),
+                    False,
+                )
             end = done is not None and error is None
             if not data:
                 return None, error, end
@@ -5985,6 +6000,7 @@ class OllamaAdapter(OllamaTranslator):
         self, exc: ContextTooLong, request: GenerateRequest, body: dict[str, Any]
     ) -> InferenceError:
         """Ollama reports the numbers only where num_ctx is given: the loaded one, so that nothing is loaded again."""
+        exc.hint = "shorten the prompt, or raise the context: OLLAMA_CONTEXT_LENGTH, or num_ctx in options"
         loaded = await self._loaded_context(body["model"])
         if "tokens" in exc.reason or not loaded:
             return exc
@@ -5993,7 +6009,7 @@ class OllamaAdapter(OllamaTranslator):
         try:
             self.payload(await self.connection.post(path, to_json(wire), self.deadlines))
         except InferenceError as detailed:
-            detailed.hint = "shorten the prompt, or raise the context: OLLAMA_CONTEXT_LENGTH, or num_ctx in options"
+            detailed.hint = exc.hint
             return detailed
         return exc
 
@@ -6248,9 +6264,11 @@ class Endpoint:
         return self.on_request or (started and self.default_model is not None)
 
     def lists(self, model: str) -> bool:
+        """Whether its last list holds the model."""
         return model in self._listed or f"{model}:latest" in self._listed
 
     def is_fresh(self, now: float) -> bool:
+        """Whether its last list is young enough to be used without asking again."""
         return now - self._listed_at <= self.LIST_TTL
 
     async def serves(self, model: str) -> bool:
@@ -9757,8 +9775,8 @@ class Gateway(Catalog):
             elif not self.configured:
                 prefix, _, rest = model.partition("/")
                 fleet = self.default.fleet
-                whole = fleet is not None and any(model in endpoint.known_models for endpoint in fleet.endpoints)
-                if rest and prefix in LLMInferencer.ENGINE_MAP and not whole:
+                is_name = fleet is not None and any(model in endpoint.known_models for endpoint in fleet.endpoints)
+                if rest and prefix in LLMInferencer.ENGINE_MAP and not is_name:
                     engine_type, model = prefix, rest
         elif self.configured and engine_type not in (None, "auto"):
             model = f"{engine_type}/{model or ''}"
@@ -9789,6 +9807,9 @@ class Gateway(Catalog):
             if await endpoint.serves(model):
                 return llm, model
         owners = [engine_type for engine_type, info in await self.models() if info.name == model]
+        if not owners:  # an engine may have been started since
+            self.listed = (float("-inf"), [])
+            owners = [engine_type for engine_type, info in await self.models() if info.name == model]
         if len(set(owners)) != 1:
             where = "on several engines" if owners else "on no engine"
             names = [info.name for _, info in await self.models()]
@@ -9899,6 +9920,8 @@ class Exchange:
             if watch is not None:
                 watch.cancel()
             self._log(scope["path"], status)
+        if not self.started:  # a host's middleware waits for an answer, though nobody reads it
+            await self.answer(b"", status)
 
     def _identify(self, headers: Mapping[bytes, bytes]) -> None:
         given = headers.get(b"x-request-id", b"")
@@ -10262,12 +10285,8 @@ def envelope_route() -> Any:
             async def enveloped(request: Request) -> Response:
                 try:
                     refuse_loop(dict(request.scope["headers"]))
-                    if (
-                        request.method == "POST"
-                        and request.scope.get("route") is not None
-                        and self.dependant.dependencies
-                    ):
-                        # a dependency may read it too
+                    if request.method == "POST" and request.scope.get("route") is not None:
+                        # a dependency of the host may read it too
                         request._body = await read_body(request.receive)  # type: ignore[arg-type]
                     return await handle(request)
                 except ClientGone:
@@ -11184,7 +11203,9 @@ class RayExchange:
         data = to_json(body)
         if self.started:
             gap = b"" if self.sent.endswith(b"\n\n") else b"\n\n"
-            await self.send({"type": "http.response.body", "body": gap + b"data: " + data + b"\n\n"})
+            typed = "type" in body  # Anthropic's events have names
+            event = sse([body]) if typed else b"data: " + data + b"\n\n"
+            await self.send({"type": "http.response.body", "body": gap + event})
             return
         headers = {
             "content-type": "application/json", "content-length": str(len(data)), "x-request-id": self.request_id,
