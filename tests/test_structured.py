@@ -148,12 +148,12 @@ def test_an_engine_error_that_echoes_a_long_text_is_cheap() -> None:
     def cost(text: str) -> float:
         began = time.process_time()
         for _ in range(20):
-            assert len(llm_inference.without_places(text)) <= 400
+            assert len(llm_inference.redact(text)) <= 400
         return time.process_time() - began
 
     short, long = cost("no such model " + "a-" * 400), cost("a-" * 40_000)
     assert long <= 20 * short + 0.05
     assert (
-        llm_inference.without_places("see 10.0.0.1:80, host.lan:8000 and /etc/pass/wd " + "x" * 2000)
+        llm_inference.redact("see 10.0.0.1:80, host.lan:8000 and /etc/pass/wd " + "x" * 2000)
         == "see <address>, <address> and <path>"
     )
