@@ -1678,12 +1678,13 @@ class SchemaCheck:
 
     def _misfit(self, value: Any) -> str:
         part, at = self._schema.body, "$"
-        found: Any = (part, value, "")
-        while found and self.steps <= MAX_CHECK_STEPS:
-            part, value, place = found
-            at += place
-            misfits = (child for child in self._children(part, value) if not self._fits(child[0], child[1]))
-            found = next(misfits, None)
+        deeper = True
+        while deeper and self.steps <= MAX_CHECK_STEPS:
+            deeper = False
+            for child, item, place in self._children(part, value):
+                if not self._fits(child, item):
+                    part, value, at, deeper = child, item, at + place, True
+                    break
         return f"{at}: {self._reason(part, value)}"
 
     def _reason(self, schema: Any, value: Any) -> str:
@@ -1854,7 +1855,6 @@ _SPACES: _Ranges = [(9, 13), (32, 32), (133, 133), (160, 160), (0x1680, 0x1680),
 _CLASSES: dict[str, _Ranges] = {
     "DIGIT": [(48, 57)], "WORD": [(48, 57), (65, 90), (95, 95), (97, 122)], "SPACE": [(9, 13), (32, 32)],
 }  # fmt: skip
-_BACKSLASH = r"\x5C"
 _JSON_ESCAPES = {8: "b", 9: "t", 10: "n", 12: "f", 13: "r", 34: '"', 92: "\\"}
 
 
@@ -1955,12 +1955,12 @@ class _Grammar:
                 if any(low <= code <= high for low, high in ranges):
                     escapes += f"\\x{ord(letter):02X}"
             ranges = _complement([*_complement(ranges), (0, 31), (34, 34), (92, 92)])
-        if not ranges and not escapes:
-            raise _NotPortable
-        options = [f"[{''.join(map(_range_text, ranges))}]"] if ranges else []
+        plain, escaped = "".join(map(_range_text, ranges)), rf"[\x5C][{escapes}]"
+        if plain:
+            return f"([{plain}]|{escaped})" if escapes else f"[{plain}]"
         if not escapes:
-            return options[0]
-        return f"({'|'.join([*options, f'[{_BACKSLASH}][{escapes}]'])})"
+            raise _NotPortable
+        return f"({escaped})"
 
 
 def _range_text(ends: tuple[int, int]) -> str:

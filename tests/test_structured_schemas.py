@@ -676,7 +676,7 @@ def test_a_text_is_never_evaluated(tmp_path: Any) -> None:
     json_values: list[Any] = [text, [text], {"a": text}, {"a": [text]}, {"type": text}, {"$ref": text}]
     json_values.append({"properties": {"a": {"type": text}}})
     types: list[Any] = [(text,), text.encode(), ForwardRef(text)]
-    types += [list[text], Optional[text], dict[str, list[text]]]  # type: ignore[valid-type]
+    types += [list[text], Optional[text], dict[str, list[text]]]  # type: ignore[valid-type]  # noqa: UP045
     for schema in json_values + types:
         with pytest.raises((InvalidRequest, UnsupportedFeature)):
             normalize_schema(schema)

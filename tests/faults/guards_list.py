@@ -42,7 +42,7 @@ GUARDS: dict[str, Guard] = {
         "model name",
     ),
     "references are expanded and counted": Guard(
-        "        found = self._count(target, 0, depth + 1)", "        found = 1", "hostile_bodies", "laddered"
+        "        self._count(target, (*path, ref), 0, depth + 1)", "        pass", "hostile_bodies", "laddered"
     ),
     "a relayed schema is looked at": Guard(
         "    if (schema := answer_schema(body)) is not None:\n        check_limits",
