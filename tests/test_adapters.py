@@ -31,7 +31,6 @@ from llm_inference import (
     ModelNotFound,
     StructuredOutputInvalid,
     UnsupportedFeature,
-    make_request,
 )
 from tests.conftest import Attach
 from tests.fake_engine import CHAT, DIALECTS, Dialect, FakeEngine, Reply
@@ -939,7 +938,7 @@ def test_embeddings_without_vectors_are_an_error(
     )
     said = {} if vectors is None else {"embeddings": vectors} if dialect == "ollama" else {"data": data}
     engine.script(answers(said), path)
-    with pytest.raises(BadEngineReply, match="malformed|something else"):
+    with pytest.raises(BadEngineReply, match=r"malformed|something else"):
         attach(engine).embed("x")
 
 

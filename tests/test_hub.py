@@ -94,7 +94,7 @@ def children() -> set[str]:
             command = (entry / "cmdline").read_bytes().decode()
         except OSError:
             continue
-        ours = "_guard_main" in command or "_hub_main" in command
+        ours = "until_owner_ends" in command or "_hub_main" in command
         if ours and str(Path.cwd()) in (entry / "environ").read_bytes().decode():
             found.add(entry.name)
     return found
