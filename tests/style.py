@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LINES, BYTES, COLUMNS = 5500, 250_000, 120
-FUNCTION_MEDIAN, FUNCTION_P90, FUNCTION_LONGEST = 5, 18, 60
-CLASS_LONGEST = 200
+COLUMNS, FUNCTION_LONGEST = 120, 60
+# Where the module stands against its aims: no change may make these larger, and each that becomes smaller moves down.
+LINES, BYTES, FUNCTION_MEDIAN, FUNCTION_P90, CLASS_LONGEST = 12_000, 572_000, 7, 19, 205
+AIMS = {"lines": 5500, "bytes": 250_000, "function: median": 5, "function: 90th percentile": 18, "class: longest": 200}
 DENSITY = 5.0
 #: words that were a private vocabulary; in names, comments, docstrings and messages
 BANNED = re.compile(r"(?<![a-z])(?:mend(?:s|ed|able)?|told|whole|said|gives? back|gave back)(?![a-z])", re.IGNORECASE)
@@ -207,7 +208,8 @@ def width_of_tests() -> list[Figure]:
 def report(figures: list[Figure], show: Callable[[str], None] = print) -> int:
     for figure in figures:
         verdict = "OVER" if figure.over else "ok"
-        show(f"{verdict:4}  {figure.name:34} {figure.value:>9g}   at most {figure.limit:g}")
+        aim = f", aim {AIMS[figure.name]}" if figure.value > AIMS.get(figure.name, figure.value) else ""
+        show(f"{verdict:4}  {figure.name:34} {figure.value:>9g}   at most {figure.limit:g}{aim}")
     for figure in figures:
         if not figure.over or not figure.offenders:
             continue
