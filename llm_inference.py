@@ -9631,8 +9631,11 @@ class Catalog:
             return [(engine_type, model) for (engine_type, _), model in found.items()]
 
         async def one(name: str) -> list[tuple[str, ModelInfo]]:
+            llm = await self.inferencer(name)
+            if starting(llm):
+                return []
             with contextlib.suppress(InferenceError):
-                return [(name, model) for model in await (await self.inferencer(name)).amodels()]
+                return [(name, model) for model in await llm.amodels()]
             return []
 
         lists = await asyncio.gather(*(one(name) for name in LLMInferencer.ENGINE_MAP))
@@ -9658,7 +9661,11 @@ class Catalog:
 
     async def _describe(self, name: str) -> dict[str, Any]:
         llm = await self.inferencer(name)
-        health = await llm.ahealth()
+        health: dict[str, Any]
+        if progress := starting(llm):
+            health = {"engine_type": name, "healthy": False, "error": f"starting: {progress}"}
+        else:
+            health = await llm.ahealth()
         features: list[str] = []
         if health["healthy"]:
             adapter = await llm.engine()
@@ -9669,6 +9676,12 @@ class Catalog:
                 health["error"] = exc.message
         known = {"reachable": health.pop("healthy"), "default": llm is self.default, "features": features}
         return known | health | {"engine_type": name}  # a default that was not found calls itself "auto"
+
+
+def starting(llm: LLMInferencer) -> str:
+    """What the start of its engine waits for, which may be a download; "" where it runs, or nobody has asked for it."""
+    endpoints = llm.fleet.endpoints if llm.fleet else ()
+    return next((each.progress for each in endpoints if each.progress and not each.running), "")
 
 
 class Gateway(Catalog):
@@ -10445,7 +10458,15 @@ class Guard:
             return
         if path != "/" and scope["path"].endswith("/"):
             scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
-        await self.app(scope, receive, send)
+        try:
+            await self.app(scope, receive, send)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self.gateway.draining or task is None:
+                raise
+            task.uncancel()
+            with contextlib.suppress(RuntimeError):  # where its answer has begun
+                await self._refuse(NotReady("the server is stopping", "ask again"), path, send)
 
     def _check(self, scope: Scope, headers: Mapping[bytes, bytes], path: str) -> None:
         refuse_long_header(scope)
