@@ -13,7 +13,8 @@ engine answers with one stream of OpenAI-shaped chunks. The file reads top to bo
 
     1 Imports and logging   2 Errors   3 Fields and types   4 Structured output   5 Answers   6 Wire   7 Child processes
     8 BaseLLMAdapter   9 The four adapters   10 Endpoints and fleet   11 LLMInferencer   12 Settings
-    13 HTTP surfaces   14 Guards and server   15 Chat page   16 Ray Serve   17 Command line
+    13 Responses and Messages   14 HTTP surfaces   15 Guards and server   16 Chat page   17 Ray Serve
+    18 Command line
 """
 
 # 1 Imports and logging ---------------------------------------------------------------------------
@@ -7812,7 +7813,7 @@ Where to attach: OLLAMA_HOST, VLLM_BASE_URL, SGLANG_BASE_URL, LLAMACPP_BASE_URL;
 the engines' keys: OLLAMA_API_KEY, VLLM_API_KEY, SGLANG_API_KEY, LLAMACPP_API_KEY."""
 
 
-# Other APIs ----------------------------------------------------------------------------------------
+# 13 Responses and Messages ------------------------------------------------------------------------
 # What the Responses API and the Messages API share: their requests become chat-completions bodies, and what the engine
 # answers is folded into blocks that follow each other.
 _Turn = tuple[str, list[dict[str, Any]]]  # a role, and its blocks: text, image_url, thinking, tool_use, tool_result
@@ -8949,7 +8950,7 @@ def anthropic_models(models: list[dict[str, Any]]) -> dict[str, Any]:
     return page
 
 
-# 13 HTTP surfaces --------------------------------------------------------------------------------
+# 14 HTTP surfaces --------------------------------------------------------------------------------
 API = "/api/v1/llm"
 RESPONSES, MESSAGES, COUNT_TOKENS = "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"
 MAX_BODY, MAX_HEADER, MAX_JSON_DEPTH, MAX_JSON_VALUES = 4 << 20, 32 << 10, 64, 100_000
@@ -10411,7 +10412,7 @@ def v1_body_schema(path: str) -> dict[str, Any]:
     return schema
 
 
-# 14 Guards and server ----------------------------------------------------------------------------
+# 15 Guards and server ----------------------------------------------------------------------------
 ASSETS = "/docs/assets"  # of fastapi-offline
 PUBLIC = frozenset(
     {"/", "/ui", "/health", "/ready", "/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect", "/favicon.ico"}
@@ -10980,7 +10981,7 @@ async def drain(endpoint: Endpoint) -> None:
     logger.info("%s is removed", endpoint.name)
 
 
-# 15 Chat page -----------------------------------------------------------------------------------
+# 16 Chat page -----------------------------------------------------------------------------------
 FAVICON = (
     """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><circle cx="8" cy="8" r="7" fill="#36c"/></svg>"""
 )
@@ -11156,7 +11157,7 @@ models()
 """
 
 
-# 16 Ray Serve ------------------------------------------------------------------------------------
+# 17 Ray Serve ------------------------------------------------------------------------------------
 RAY_GATE, RAY_MIDDLEWARES = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "llm_inference:ray_middlewares"
 #: a caller's headers that would steer Ray itself
 RAY_HINTS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"x-session-id")
@@ -11435,7 +11436,7 @@ async def attachable(endpoint: Endpoint) -> EndpointConfig:
         model=await adapter.model_for(None), models=tuple(endpoint.only), slots=endpoint.slots)  # fmt: skip
 
 
-# 17 Command line ---------------------------------------------------------------------------------
+# 18 Command line ---------------------------------------------------------------------------------
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 REAL_MODEL = "--engine llamacpp --model Qwen/Qwen3-0.6B-GGUF:Q8_0"
 
