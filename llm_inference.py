@@ -5558,6 +5558,8 @@ class LlamaCppAdapter(OpenAIAdapter):
 
     def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         refuse_lark(body.get("grammar"))
+        if self._effort_alone:
+            self._refuse_enable_thinking(body)
         path, wire = super().encode(request, body)
         schema = answer_schema(body)
         if schema is not None and request.path != EMBEDDINGS:
@@ -5569,6 +5571,18 @@ class LlamaCppAdapter(OpenAIAdapter):
         if body.get("continue_final_message"):
             wire["add_generation_prompt"] = False
         return path, wire
+
+    @staticmethod
+    def _refuse_enable_thinking(body: dict[str, Any]) -> None:
+        kwargs = body.get("chat_template_kwargs")
+        if isinstance(kwargs, dict) and "enable_thinking" in kwargs:
+            name = "chat_template_kwargs"
+        elif isinstance(body.get("think"), bool):
+            name = "think"
+        else:
+            return
+        reason = f"{name}: the model's template knows levels of thinking only"
+        raise UnsupportedFeature(reason, 'send reasoning_effort, or think as "low", "medium" or "high"', param=name)
 
     @staticmethod
     def _encode_schema(request: GenerateRequest, schema: dict[str, Any]) -> dict[str, Any]:
@@ -5624,7 +5638,9 @@ class LlamaCppAdapter(OpenAIAdapter):
         missing = set()
         if not (props.get("chat_template_caps") or {}).get("supports_tools"):
             missing |= {"tools", "tool_choice", "tool_messages"}
-        if "enable_thinking" not in str(props.get("chat_template")):
+        template = str(props.get("chat_template"))
+        self._effort_alone = "reasoning_effort" in template and "enable_thinking" not in template
+        if "enable_thinking" not in template and not self._effort_alone:
             missing.add("think")
         if not (props.get("modalities") or {}).get("vision"):
             missing.add("images")
@@ -5639,6 +5655,7 @@ class LlamaCppAdapter(OpenAIAdapter):
     def __init__(self, model_name: str | os.PathLike[str] | None = None, **options: Any) -> None:
         super().__init__(os.fspath(model_name) if model_name is not None else None, **options)
         self.file: ModelFile | None = None  #: the file of a started engine's model
+        self._effort_alone = False  #: does the template take reasoning_effort, but no enable_thinking (gpt-oss)?
 
     @property
     def launched_model(self) -> str | None:

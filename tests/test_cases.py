@@ -1521,7 +1521,6 @@ def test_c14_fields_that_the_engine_honours(dialect: Dialect, stream: bool, all_
                 assert sent[name] == value, (name, sent)
 
 
-@pytest.mark.xfail(strict=True, reason="C14: only enable_thinking is looked for in llama.cpp's templates")
 @pytest.mark.parametrize("surface", EACH_INTERFACE)
 @pytest.mark.parametrize("template", ["{% if reasoning_effort %}x{% endif %}{{ messages }}"])
 def test_c14_reasoning_effort_with_a_template_that_uses_it(surface: str, template: str, fake: Make) -> None:
