@@ -1158,13 +1158,19 @@ def started(stub: Path, name: str, model: str = "", delay: float = 0.0, pace: fl
     )
 
 
+def children() -> dict[str, EngineChild]:
+    """The children that run, by their models; without the default model, which other tests share."""
+    found = {}
+    for identity, child in list(EngineChild._all.items()):
+        model = json.loads(identity)[1]
+        if child.alive and model is not None:
+            found[model] = child
+    return found
+
+
 def running() -> set[str]:
     """The models of the children that run."""
-    found = set()
-    for identity, child in list(EngineChild._all.items()):
-        if child.alive:
-            found.add(json.loads(identity)[1])
-    return found
+    return set(children())
 
 
 def test_an_endpoint_is_started_by_the_first_request(stub: Path, fake: Make) -> None:
@@ -1180,7 +1186,7 @@ def test_an_endpoint_is_started_by_the_first_request(stub: Path, fake: Make) -> 
         assert [reply.status_code for reply in replies] == [200] * 6, replies[0].text
         assert running() == {"late"}
         assert good(site.generate(model_name="vllm/late"))["model_name"] == "late"
-        (child,) = [each for each in EngineChild._all.values() if each.alive]
+        (child,) = children().values()
         assert child.generation == 1
     assert running() == set()
 
@@ -1281,7 +1287,7 @@ def test_a_started_endpoint_that_is_killed_is_passed_over_and_started_again(
     configs = (started(stub, "m", start="at_start"), attached(fake("sglang", model="m")))
     with Site(*configs) as site:
         good(site.generate(model_name="m"))
-        (child,) = [each for each in EngineChild._all.values() if each.alive]
+        (child,) = children().values()
         assert child._process is not None
         for pid in descendants(child._process.pid):
             with contextlib.suppress(ProcessLookupError):
