@@ -333,13 +333,14 @@ def test_e2_close_ends_those_who_wait(verb: str, wire: str, slow: FakeEngine) ->
     """E2: three threads wait for an answer when the inferencer is closed: each gets a typed error at once."""
     use = {
         "generate": "llm.generate(LONG)",
-        "stream": "list(llm.stream(LONG))",
+        "stream": "for _ in llm.stream(LONG): seen.add(threading.get_ident())",
         "embed": "llm.embed('x')",
         "batch": "errors.extend(llm.batch([LONG] * 2))",
     }[verb]
     slow.pace = 30.0 if verb == "embed" else 0.05
+    wait = "while len(seen) < 3: time.sleep(0.01)" if verb == "stream" else "begun(4)"  # a stream is a task a step
     script = f"""
-errors, others = [], []
+errors, others, seen = [], [], set()
 def work():
     try:
         {use}
@@ -349,7 +350,7 @@ def work():
         others.append(repr(exc))
 threads = [threading.Thread(target=work, daemon=True) for _ in range(3)]
 for thread in threads: thread.start()
-begun(4)
+{wait}
 time.sleep(0.5)
 begin = time.monotonic()
 llm.close()
