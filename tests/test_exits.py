@@ -338,7 +338,7 @@ def test_e2_close_ends_those_who_wait(verb: str, wire: str, slow: FakeEngine) ->
         "batch": "errors.extend(llm.batch([LONG] * 2))",
     }[verb]
     slow.pace = 30.0 if verb == "embed" else 0.05
-    wait = "while len(seen) < 3: time.sleep(0.01)" if verb == "stream" else "begun(4)"  # a stream is a task a step
+    wait = "while len(seen) < 3: time.sleep(0.01)" if verb == "stream" else "begun(3)"  # a stream is a task a step
     script = f"""
 errors, others, seen = [], [], set()
 def work():
