@@ -9339,21 +9339,25 @@ def sse(events: Iterable[Mapping[str, Any]]) -> bytes:
     return b"".join([b"event: %s\ndata: %s\n\n" % (event["type"].encode(), to_json(event)) for event in events])
 
 
-class ResponsesSurface(Surface):
-    """POST /v1/responses: OpenAI's Responses API, without a store."""
+class TranslatedSurface(Surface):
+    """An API that is not OpenAI's chat: its bodies become chat requests, and a writer forms its answers."""
 
-    names: ClassVar[Mapping[str, str]] = {
-        "max_completion_tokens": "max_output_tokens", "reasoning_effort": "reasoning.effort",
-        "response_format": "text.format", "schema": "text.format.schema", "verbosity": "text.verbosity",
-    }  # fmt: skip
+    writer: ResponseWriter | MessageWriter
+
+    @abstractmethod
+    def to_chat(self, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """The chat request's fields, and the names of those that were left out."""
+
+    @abstractmethod
+    def writer_for(self, body: dict[str, Any]) -> ResponseWriter | MessageWriter:
+        """The writer of the answer to a body that `to_chat` has accepted."""
 
     def read(self, body: dict[str, Any]) -> GenerateRequest:
         if body.get("model") is None:
             raise InvalidRequest("model: is required", "see GET /v1/models", param="model")
-        chat, ignored = chat_from_responses(body)
+        chat, ignored = self.to_chat(body)
         self.ignored, self.streamed, self.model = tuple(ignored), bool(chat.get("stream")), chat["model"]
-        self.writer = ResponseWriter(body, f"resp_{self.request_id.replace('-', '')}", int(time.time()))
-        self.started = False
+        self.writer = self.writer_for(body)
         request = chat_request(self, without_no_ops(chat) | (STREAMED if self.streamed else {}), CHAT)
         return dataclasses.replace(request, hints=frozenset(THINKING_FIELDS))
 
@@ -9361,8 +9365,7 @@ class ResponsesSurface(Surface):
         return to_json(self.writer.complete(answer.payload))
 
     def event(self, burst: Burst, served: Served) -> bytes:
-        events = [] if self.started else self.writer.start()
-        self.started = True
+        events = self.writer.start()
         for payload in burst.payloads:
             served.usage = usage_of(payload) or served.usage
             events += self.writer.feed(payload)
@@ -9371,11 +9374,26 @@ class ResponsesSurface(Surface):
     def end(self, served: Served) -> bytes:
         return sse(self.writer.end())
 
+
+class ResponsesSurface(TranslatedSurface):
+    """POST /v1/responses: OpenAI's Responses API, without a store."""
+
+    names: ClassVar[Mapping[str, str]] = {
+        "max_completion_tokens": "max_output_tokens", "reasoning_effort": "reasoning.effort",
+        "response_format": "text.format", "schema": "text.format.schema", "verbosity": "text.verbosity",
+    }  # fmt: skip
+
+    def to_chat(self, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        return chat_from_responses(body)
+
+    def writer_for(self, body: dict[str, Any]) -> ResponseWriter:
+        return ResponseWriter(body, f"resp_{self.request_id.replace('-', '')}", int(time.time()))
+
     def error_event(self, error: InferenceError) -> bytes:
         return sse(self.writer.fail(error.openai_code or error.kind, error.message))
 
 
-class MessagesSurface(Surface):
+class MessagesSurface(TranslatedSurface):
     """POST /v1/messages: Anthropic's Messages API."""
 
     names: ClassVar[Mapping[str, str]] = {
@@ -9384,29 +9402,11 @@ class MessagesSurface(Surface):
         "schema": "output_config.format.schema",
     }  # fmt: skip
 
-    def read(self, body: dict[str, Any]) -> GenerateRequest:
-        if body.get("model") is None:
-            raise InvalidRequest("model: is required", "see GET /v1/models", param="model")
-        chat, ignored = chat_from_messages(body)
-        self.ignored, self.streamed, self.model = tuple(ignored), bool(chat.get("stream")), chat["model"]
-        self.writer = MessageWriter(body, f"msg_{self.request_id.replace('-', '')}")
-        self.started = False
-        request = chat_request(self, without_no_ops(chat) | (STREAMED if self.streamed else {}), CHAT)
-        return dataclasses.replace(request, hints=frozenset(THINKING_FIELDS))
+    def to_chat(self, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        return chat_from_messages(body)
 
-    def write(self, answer: Answer, served: Served) -> bytes:
-        return to_json(self.writer.complete(answer.payload))
-
-    def event(self, burst: Burst, served: Served) -> bytes:
-        events = [] if self.started else self.writer.start()
-        self.started = True
-        for payload in burst.payloads:
-            served.usage = usage_of(payload) or served.usage
-            events += self.writer.feed(payload)
-        return sse(events)
-
-    def end(self, served: Served) -> bytes:
-        return sse(self.writer.end())
+    def writer_for(self, body: dict[str, Any]) -> MessageWriter:
+        return MessageWriter(body, f"msg_{self.request_id.replace('-', '')}")
 
     def error(self, error: InferenceError) -> tuple[int, dict[str, Any]]:
         message = error.message
@@ -9423,8 +9423,7 @@ class CountTokensSurface(MessagesSurface):
     """POST /v1/messages/count_tokens: the prompt's tokens, as the engine counts them for an answer of one token."""
 
     def read(self, body: dict[str, Any]) -> GenerateRequest:
-        chat = super().read({**body, "max_tokens": 1, "stream": False})
-        return chat
+        return super().read({**body, "max_tokens": 1, "stream": False})
 
     def write(self, answer: Answer, served: Served) -> bytes:
         return to_json({"input_tokens": (answer.usage or Usage()).prompt_tokens})
