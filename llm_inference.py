@@ -6204,6 +6204,11 @@ def checked_messages(messages: Any) -> list[Any]:
 
 
 # 10 Endpoints and fleet --------------------------------------------------------------------------
+def holds(listed: Container[str], model: str) -> bool:
+    """Whether a list of models has this one; Ollama lists `m` as `m:latest`."""
+    return model in listed or f"{model}:latest" in listed
+
+
 class Endpoint:
     """One server of one engine: its adapter, the models it serves, its load and its health."""
 
@@ -6288,7 +6293,7 @@ class Endpoint:
 
     def lists(self, model: str) -> bool:
         """Whether its last list holds the model."""
-        return model in self._listed or f"{model}:latest" in self._listed
+        return holds(self._listed, model)
 
     def is_fresh(self, now: float) -> bool:
         """Whether its last list is young enough to be used without asking again."""
@@ -6298,10 +6303,10 @@ class Endpoint:
         """Whether it serves the model. A list that does not name it is asked for again, unless it has just come."""
         was_fresh = self.is_fresh(time.monotonic())
         listed = await self.models()
-        if was_fresh and model not in listed and f"{model}:latest" not in listed:
+        if was_fresh and not holds(listed, model):
             self._listed_at = float("-inf")
             listed = await self.models()
-        return model in listed or f"{model}:latest" in listed
+        return holds(listed, model)
 
     def available(self, now: float) -> bool:
         """Whether a request may be sent there now."""
