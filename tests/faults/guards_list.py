@@ -45,8 +45,8 @@ GUARDS: dict[str, Guard] = {
         "        self._count(target, (*path, ref), 0, depth + 1)", "        pass", "hostile_bodies", "laddered"
     ),
     "a relayed schema is looked at": Guard(
-        "    if (schema := answer_schema(body)) is not None:\n        check_limits",
-        "    if (schema := None) is not None:\n        check_limits",
+        "    schema = answer_schema(body)\n    if schema is not None:\n        try:\n            check_limits",
+        "    schema = None\n    if schema is not None:\n        try:\n            check_limits",
         "places",
         "schema",
     ),
