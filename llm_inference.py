@@ -334,11 +334,15 @@ class ClientGone(Exception):
 
 # 3 Fields and types ------------------------------------------------------------------------------
 CHAT, COMPLETIONS, EMBEDDINGS, OWN = "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/api/v1/llm"
-SURFACES = {CHAT: "c", COMPLETIONS: "p", EMBEDDINGS: "e", OWN: "o"}
+RERANK, TOKENIZE, DETOKENIZE = "/v1/rerank", "/tokenize", "/detokenize"
+SURFACES = {CHAT: "c", COMPLETIONS: "p", EMBEDDINGS: "e", OWN: "o", RERANK: "r", TOKENIZE: "t", DETOKENIZE: "d"}
+V1_PATHS = ("/v1", TOKENIZE, DETOKENIZE)  #: where errors have OpenAI's form
+GENERATED = (CHAT, COMPLETIONS)  #: the engines' routes whose answers are generated token by token
 ENGINES = ("ollama", "vllm", "sglang", "llamacpp")
 
 #: Every field of a request, and what each engine does with it.
-#: on: c chat, p completions, e embeddings (all /v1), o our own routes and Python; without a row: refused
+#: on: c chat, p completions, e embeddings, r rerank (all /v1), t tokenize, d detokenize, o our own routes and Python;
+#: without a row: refused
 #: = the engine honours it under this name    ~ it does once its adapter has translated it    - it does not: refused
 #: . it cannot change the answer: left out, and reported as ignored    any other word: the engine's own name for it
 #: Sources: the request models of vLLM 0.32.0 and SGLang 0.5.21; llama.cpp's tools/server/server-schema.cpp and
@@ -375,6 +379,26 @@ p    -                      =          =          -              echo
 p    -                      =          -          -              suffix
 e    ~                      =          =          =              encoding_format
 e    =                      =          =          -              dimensions
+
+# nothing is generated: rerank, tokenize, detokenize
+rtd  -                      =          =          =              model
+r    -                      =          =          =              query top_n
+r    -                      ~          ~          ~              documents return_documents
+r    -                      =          -          -              instruction max_tokens_per_doc max_tokens_per_query
+r    -                      =          -          -              truncate_prompt_tokens truncation_side
+r    -                      =          -          -              use_activation chat_template_kwargs cache_salt
+r    -                      =          -          -              padding
+r    -                      -          =          -              instruct
+t    -                      =          =          content        prompt
+t    -                      =          =          ~              messages tools
+t    -                      =          =          add_special    add_special_tokens
+t    -                      =          -          with_pieces    return_token_strs
+t    -                      =          =          -              continue_final_message chat_template_kwargs
+t    -                      =          -          -              add_generation_prompt
+t    -                      -          =          -              tool_choice reasoning_effort
+d    -                      =          =          =              tokens
+d    -                      -          =          -              skip_special_tokens
+r    .                      .          .          .              user
 
 # ours: what an answer must be, and whether the model may think
 o    ~                      ~          ~          ~              schema choice think
@@ -494,7 +518,7 @@ NO_OPS: dict[str, tuple[Any, ...]] = {
     "stream_options": ({},),    "chat_template_kwargs": ({},),            "user": ("",),            "store": (False,),
     "modalities": (["text"],),  "response_format": ({"type": "text"},),   "min_tokens": (0,),       "priority": (0,),
     "ignore_eos": (False,),     "continue_final_message": (False,),       "use_beam_search": (False,),
-    "service_tier": ("auto", "default"),
+    "service_tier": ("auto", "default"),                                  "top_n": (0,),
 }
 
 #: Values that switch something off. Where the engine or the model has no such thing they ask for nothing; where it has,
@@ -577,7 +601,8 @@ def _among(value: Any, known: tuple[Any, ...]) -> bool:
 
 def fields_markdown() -> str:
     """README's table of fields: one line for all fields with equal cells."""
-    surfaces = {"c": "chat", "p": "completions", "e": "embeddings", "o": "own"}
+    surfaces = {letter: path.rpartition("/")[2] for path, letter in SURFACES.items()}
+    surfaces |= {"c": "chat", "o": "own"}
     words = {"=": "yes", "~": "yes", "-": "–", ".": "ignored"}
     grouped: dict[str, list[str]] = {}
     for where, cells, names in field_rows():
@@ -4134,7 +4159,9 @@ class BaseLLMAdapter:
         return ""
 
     def fields(self, surface: str) -> Mapping[str, str]:
-        """The fields that the engine honours on that surface, and its own names for them."""
+        """The fields that the engine honours on that surface, and its own names for them; {}: it has no such route."""
+        if surface in (RERANK, TOKENIZE, DETOKENIZE):
+            return {}
         usual = ("model", "messages", "prompt", "stream", "stream_options", "n", "max_completion_tokens")
         return dict.fromkeys({*self.capabilities, *usual}, "=")
 
@@ -4161,6 +4188,9 @@ class BaseLLMAdapter:
         Refuses, before anything is sent, what this engine would ignore. Harmless fields are left out; others only where
         the caller is lenient; a message or an image never.
         """
+        if not self.fields(request.surface):
+            reason = f"{self.engine_type} has no {request.surface}"
+            raise UnsupportedFeature(reason, "ask a vLLM, SGLang or llama.cpp server", param="model")
         model = await self.model_for(request.body.get("model"))
         has = await self.features(model)  # finds out whether the model is there: some engines echo any name
         body = request.body | {"model": model}
@@ -4196,7 +4226,7 @@ class BaseLLMAdapter:
     async def _cap_tokens(self, request: GenerateRequest, body: dict[str, Any]) -> list[str]:
         """Apply the server's limit of max_tokens. Returns the names of the fields whose value was reduced."""
         cap = request.cap
-        if cap is None or request.surface == EMBEDDINGS:
+        if cap is None or request.path not in GENERATED:
             return []
         reduced: list[str] = []
         given = False
@@ -4316,6 +4346,68 @@ def embeddings_object(vectors: Sequence[Any], tokens: int, body: Mapping[str, An
         data.append({"object": "embedding", "index": index, "embedding": vector})
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {"object": "list", "data": data, "model": body["model"], "usage": usage}
+
+
+def plain_answer(path: str, payload: Mapping[str, Any], body: Mapping[str, Any], context: int | None) -> Answer:
+    """An answer without choices, in the form that it has on every engine."""
+    answer = Answer()
+    answer.usage = usage_of(payload)
+    if path == RERANK:
+        answer.payload = rerank_object(payload, body)
+    elif path == TOKENIZE:
+        answer.payload = tokens_object(payload, context)
+    else:
+        answer.payload = {"prompt": detokenized(payload)}
+    answer.data = to_json(answer.payload)
+    return answer
+
+
+def text_of_document(document: Any) -> str:
+    """A document of /v1/rerank, given as a text or as `{"text": …}`."""
+    text: str = document["text"] if isinstance(document, dict) else document
+    return text
+
+
+def rerank_object(payload: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer of /v1/rerank, best first, as Cohere and Jina define it and vLLM gives it.
+
+    llama.cpp gives no documents; SGLang a list with `score` (its serving_rerank.py), in no order without `top_n`.
+    """
+    results = []
+    for item in payload["results"]:
+        score = item["relevance_score"] if "relevance_score" in item else item["score"]
+        result = {"index": item["index"], "relevance_score": float(score)}
+        if body.get("return_documents", True):
+            result["document"] = {"text": text_of_document(body["documents"][item["index"]])}
+        results.append(result)
+    results.sort(key=lambda result: -result["relevance_score"])
+    found: dict[str, Any] = {"id": f"rerank-{uuid.uuid4()}", "object": "list", "model": body["model"]}
+    if payload.get("usage"):
+        found["usage"] = payload["usage"]
+    return found | {"results": results[: body.get("top_n")]}
+
+
+def tokens_object(payload: Mapping[str, Any], context: int | None) -> dict[str, Any]:
+    """The answer of /tokenize in vLLM's form; with `with_pieces` llama.cpp gives objects in place of numbers."""
+    tokens, texts = payload["tokens"], payload.get("token_strs")
+    if tokens and isinstance(tokens[0], dict):
+        texts = [_piece(token["piece"]) for token in tokens]
+        tokens = [token["id"] for token in tokens]
+    length = payload.get("max_model_len") or context
+    return {"count": len(tokens), "max_model_len": length, "tokens": tokens, "token_strs": texts}
+
+
+def _piece(piece: str | list[int]) -> str:
+    """A token's text; llama.cpp gives one that is no valid UTF-8 as a list of bytes."""
+    return piece if isinstance(piece, str) else "".join(f"<0x{byte:02X}>" for byte in piece)
+
+
+def detokenized(payload: Mapping[str, Any]) -> str:
+    """The text of /detokenize: `prompt` on vLLM, `text` on SGLang, `content` on llama.cpp."""
+    for name in ("prompt", "text", "content"):
+        if isinstance(payload.get(name), str):
+            return str(payload[name])
+    raise KeyError("prompt")
 
 
 REQUEST_ID: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")  # of the HTTP request
@@ -5039,7 +5131,7 @@ class HTTPAdapter(BaseLLMAdapter):
         return found
 
     async def answer(self, request: GenerateRequest, body: dict[str, Any]) -> Answer:
-        if self.streams_only and request.path != EMBEDDINGS:
+        if self.streams_only and request.path in GENERATED:
             return await self.fold(request, body)
         path, wire = self.encode(request, body)
         data = await self.connection.post(path, to_json(wire), self.deadlines.within(request.timeout))
@@ -5165,9 +5257,12 @@ class OpenAIAdapter(HTTPAdapter):
         if wire.get("continue_final_message") and "add_generation_prompt" in words:
             wire["add_generation_prompt"] = False  # vLLM refuses one without the other
         if body.get("tools") and body.get("tool_choice") not in (None, "auto"):
-            wire |= self._forced(body)
+            wire |= strict_tools(body, self.offers_named_alone)
         wire |= self._encode_constraint(request, body)
         wire |= self._encode_thinking(request, body)
+        if "documents" in wire:
+            wire["documents"] = [text_of_document(document) for document in wire["documents"]]
+            wire.pop("return_documents", None)
         form = wire.get("response_format")
         if isinstance(form, dict) and isinstance(form.get("json_schema"), dict):
             wire["response_format"] = form | {"json_schema": {"name": "answer", **form["json_schema"]}}
@@ -5190,18 +5285,6 @@ class OpenAIAdapter(HTTPAdapter):
             found["reasoning_effort"] = think
         return found
 
-    def _forced(self, body: dict[str, Any]) -> dict[str, Any]:
-        """A forced call: vLLM and SGLang enforce its schema with `strict` only, others may call another function."""
-        tools, choice = body["tools"], body["tool_choice"]
-        if isinstance(choice, dict) and self.offers_named_alone:
-            tools, choice = [tool for tool in tools if name_of(tool) == name_of(choice)], "required"
-        strict = []
-        for tool in tools:
-            if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
-                tool = tool | {"function": {**tool["function"], "strict": True}}
-            strict.append(tool)
-        return {"tools": strict, "tool_choice": choice}
-
     def constrain(self, name: str, value: Any, request: GenerateRequest) -> dict[str, Any]:
         """The engine's fields for one of our constraints."""
         if value == ANY_OBJECT:
@@ -5212,6 +5295,9 @@ class OpenAIAdapter(HTTPAdapter):
     def decode_object(
         self, data: bytes, payload: dict[str, Any], request: GenerateRequest, body: dict[str, Any]
     ) -> Answer:
+        if request.path in (RERANK, TOKENIZE, DETOKENIZE):
+            self._check_model(payload, body)
+            return plain_answer(request.path, payload, body, self._contexts.get(body["model"]))
         found = payload["data" if request.path == EMBEDDINGS else "choices"]
         if not isinstance(found, list) or not found or not isinstance(found[0], dict):
             reason = f"{self.engine_type} answered with something else than a completion"
@@ -5295,8 +5381,7 @@ class OpenAIAdapter(HTTPAdapter):
         with well_formed(self.engine_type):
             return [self._model_info(model) for model in listed["data"]]
 
-    @staticmethod
-    def _model_info(model: dict[str, Any]) -> ModelInfo:
+    def _model_info(self, model: dict[str, Any]) -> ModelInfo:
         meta = model.get("meta") or {}
         context = model.get("max_model_len") or meta.get("n_ctx")
         return ModelInfo(name=model["id"], context_length=context, size=meta.get("size"))
@@ -5341,6 +5426,19 @@ class OpenAIAdapter(HTTPAdapter):
             if name.startswith("guided_") or name in ("structured_outputs", "regex", "ebnf", "grammar"):
                 return f"{self.engine_type} has {self.constraint_fields}"
         return ""
+
+
+def strict_tools(body: dict[str, Any], named_alone: bool) -> dict[str, Any]:
+    """A forced call: vLLM and SGLang enforce its schema with `strict` only, others may call another function."""
+    tools, choice = body["tools"], body["tool_choice"]
+    if isinstance(choice, dict) and named_alone:
+        tools, choice = [tool for tool in tools if name_of(tool) == name_of(choice)], "required"
+    strict = []
+    for tool in tools:
+        if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
+            tool = tool | {"function": {**tool["function"], "strict": True}}
+        strict.append(tool)
+    return {"tools": strict, "tool_choice": choice}
 
 
 def first_call_only(burst: Burst) -> list[dict[str, Any]]:
@@ -5489,6 +5587,11 @@ class SGLangAdapter(OpenAIAdapter):
             wire["json_schema"] = json.dumps(wire["json_schema"])
         return path, wire
 
+    def payload(self, data: bytes, status: int = 200) -> dict[str, Any]:
+        if data.startswith(b"["):  # its answer to /v1/rerank
+            data = b'{"results":%s}' % data
+        return super().payload(data, status)
+
     def constrain(self, name: str, value: Any, request: GenerateRequest) -> dict[str, Any]:
         if name == "schema":
             return super().constrain(name, value, request)
@@ -5559,50 +5662,45 @@ class LlamaCppAdapter(OpenAIAdapter):
     def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         refuse_lark(body.get("grammar"))
         if self._effort_alone:
-            self._refuse_enable_thinking(body)
+            _refuse_enable_thinking(body)
+        _refuse_unknown_tokens(body, self._vocabularies.get(body["model"]))
         path, wire = super().encode(request, body)
         schema = answer_schema(body)
-        if schema is not None and request.path != EMBEDDINGS:
-            wire |= self._encode_schema(request, schema)
+        if schema is not None and request.path in GENERATED:
+            wire |= _encode_schema(request, schema)
             if request.path == COMPLETIONS:  # it ignores response_format there
                 wire.pop("response_format", None)
-        if body.get("logprobs") is not None and request.path != EMBEDDINGS:
-            wire |= self._encode_logprobs(request, body)
+        if body.get("logprobs") is not None and request.path in GENERATED:
+            wire |= _encode_logprobs(request, body)
         if body.get("continue_final_message"):
             wire["add_generation_prompt"] = False
         return path, wire
 
-    @staticmethod
-    def _refuse_enable_thinking(body: dict[str, Any]) -> None:
-        kwargs = body.get("chat_template_kwargs")
-        if isinstance(kwargs, dict) and "enable_thinking" in kwargs:
-            name = "chat_template_kwargs"
-        elif isinstance(body.get("think"), bool):
-            name = "think"
-        else:
-            return
-        reason = f"{name}: the model's template knows levels of thinking only"
-        raise UnsupportedFeature(reason, 'send reasoning_effort, or think as "low", "medium" or "high"', param=name)
+    def _model_info(self, model: dict[str, Any]) -> ModelInfo:
+        size = (model.get("meta") or {}).get("n_vocab")
+        if isinstance(size, int):
+            self._vocabularies[model["id"]] = size
+        return super()._model_info(model)
 
-    @staticmethod
-    def _encode_schema(request: GenerateRequest, schema: dict[str, Any]) -> dict[str, Any]:
-        if schema == ANY_OBJECT:
-            return (
-                {"json_schema": schema} if request.path == COMPLETIONS else {"response_format": {"type": "json_object"}}
-            )
-        converted, request.served.enforced = llamacpp_schema(schema)
-        if request.path == COMPLETIONS or "json_schema" in request.body:
-            return {"json_schema": converted}
-        form = request.body.get("response_format") or {"json_schema": {"strict": True}}
-        named = {"name": "answer", **form.get("json_schema", {}), "schema": converted}
-        return {"response_format": {"type": "json_schema", "json_schema": named}}
+    def forget(self) -> None:
+        super().forget()
+        self._vocabularies.clear()
 
-    @staticmethod
-    def _encode_logprobs(request: GenerateRequest, body: dict[str, Any]) -> dict[str, Any]:
-        """Without top_logprobs it reports 20, with 0 no logprobs at all: ask for at least one, and cut (`decoder`)."""
-        if request.path == COMPLETIONS:
-            return {"logprobs": max(1, int(body["logprobs"]))}
-        return {"top_logprobs": max(1, body.get("top_logprobs") or 0)}
+    async def answer(self, request: GenerateRequest, body: dict[str, Any]) -> Answer:
+        if request.path == TOKENIZE:
+            body = await self._prompt_of(body)
+        return await super().answer(request, body)
+
+    async def _prompt_of(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A body of /tokenize with a prompt. By default it adds no special tokens; the other engines do."""
+        await self.context_length(body["model"])  # for the answer's max_model_len
+        given = {name: value for name, value in body.items() if name not in ("messages", "tools")}
+        given.setdefault("add_special_tokens", True)
+        if "messages" in body:
+            chat = {name: body[name] for name in ("messages", "tools") if name in body}
+            with well_formed(self.engine_type):
+                given["prompt"] = (await self.ask("/apply-template", chat))["prompt"]
+        return given
 
     def constrain(self, name: str, value: Any, request: GenerateRequest) -> dict[str, Any]:
         if name == "choice":
@@ -5655,6 +5753,7 @@ class LlamaCppAdapter(OpenAIAdapter):
     def __init__(self, model_name: str | os.PathLike[str] | None = None, **options: Any) -> None:
         super().__init__(os.fspath(model_name) if model_name is not None else None, **options)
         self.file: ModelFile | None = None  #: the file of a started engine's model
+        self._vocabularies: dict[str, int] = {}  #: model → how many tokens it knows
         self._effort_alone = False  #: does the template take reasoning_effort, but no enable_thinking (gpt-oss)?
 
     @property
@@ -5737,6 +5836,45 @@ class LlamaCppAdapter(OpenAIAdapter):
         file = await asyncio.to_thread(locate_model, model) or await self._pull(model)
         size = file.path.stat().st_size
         yield "success", size, size
+
+
+def _refuse_unknown_tokens(body: dict[str, Any], size: int | None) -> None:
+    """It ignores the bias of a token that it does not have, and answers 500 to such a one in /detokenize."""
+    for name in ("logit_bias", "tokens"):
+        for token in body.get(name) or ():
+            if size is not None and str(token).isdigit() and int(token) >= size:
+                reason = f"{name}: must be tokens from 0 to {size - 1}, the model's vocabulary, got {token}"
+                raise InvalidRequest(reason, "see POST /tokenize", param=name)
+
+
+def _refuse_enable_thinking(body: dict[str, Any]) -> None:
+    kwargs = body.get("chat_template_kwargs")
+    if isinstance(kwargs, dict) and "enable_thinking" in kwargs:
+        name = "chat_template_kwargs"
+    elif isinstance(body.get("think"), bool):
+        name = "think"
+    else:
+        return
+    reason = f"{name}: the model's template knows levels of thinking only"
+    raise UnsupportedFeature(reason, 'send reasoning_effort, or think as "low", "medium" or "high"', param=name)
+
+
+def _encode_schema(request: GenerateRequest, schema: dict[str, Any]) -> dict[str, Any]:
+    if schema == ANY_OBJECT:
+        return {"json_schema": schema} if request.path == COMPLETIONS else {"response_format": {"type": "json_object"}}
+    converted, request.served.enforced = llamacpp_schema(schema)
+    if request.path == COMPLETIONS or "json_schema" in request.body:
+        return {"json_schema": converted}
+    form = request.body.get("response_format") or {"json_schema": {"strict": True}}
+    named = {"name": "answer", **form.get("json_schema", {}), "schema": converted}
+    return {"response_format": {"type": "json_schema", "json_schema": named}}
+
+
+def _encode_logprobs(request: GenerateRequest, body: dict[str, Any]) -> dict[str, Any]:
+    """Without top_logprobs it reports 20, with 0 no logprobs at all: ask for at least one, and cut (`decoder`)."""
+    if request.path == COMPLETIONS:
+        return {"logprobs": max(1, int(body["logprobs"]))}
+    return {"top_logprobs": max(1, body.get("top_logprobs") or 0)}
 
 
 def trim_logprobs(choice: dict[str, Any], top: int, offsets: dict[int, int] | None) -> None:
@@ -9047,9 +9185,30 @@ class V1Body(TypedDict, total=False):
     grammar: Annotated[str | None, Field(max_length=65_536)]
 
 
-for _body in (Body, GenerateBody, ChatBody, StructuredBody):
+class Document(TypedDict):
+    """A document of /v1/rerank; it may also be a plain text."""
+
+    text: NonEmpty
+
+
+class PlainBody(TypedDict, total=False):
+    """The fields of /v1/rerank, /tokenize and /detokenize whose values are checked here."""
+
+    query: NonEmpty
+    documents: Annotated[list[NonEmpty | Document], Field(min_length=1, max_length=10_000)]
+    top_n: Annotated[int, Field(ge=1)]
+    return_documents: bool
+    prompt: NonEmpty
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1_000_000)]
+    add_special_tokens: bool
+    return_token_strs: bool
+    skip_special_tokens: bool
+
+
+for _body in (Body, GenerateBody, ChatBody, StructuredBody, Document):
     setattr(_body, "__pydantic_config__", _STRICT)  # noqa: B010
-setattr(V1Body, "__pydantic_config__", _STRICT | {"extra": "allow"})  # noqa: B010
+for _v1_body in (V1Body, PlainBody):
+    setattr(_v1_body, "__pydantic_config__", _STRICT | {"extra": "allow"})  # noqa: B010
 
 
 @functools.cache
@@ -9063,7 +9222,7 @@ def check_body(shape: type, body: dict[str, Any]) -> None:
     try:
         body_adapter(shape).validate_python(body)
     except ValidationError as exc:
-        known = () if shape is V1Body else typing.get_type_hints(shape)
+        known = () if shape in (V1Body, PlainBody) else typing.get_type_hints(shape)
         raise invalid(exc, body, known) from None
 
 
@@ -9250,16 +9409,13 @@ def chunk_data(chunk: Chunk, structured: bool) -> dict[str, Any]:
 class OpenAISurface(Surface):
     """POST /v1/chat/completions, /v1/completions and /v1/embeddings: OpenAI's body in, the engine's bytes out."""
 
-    REQUIRED: ClassVar[dict[str, str]] = {CHAT: "messages", COMPLETIONS: "prompt", EMBEDDINGS: "input"}
-
     def __init__(self, request_id: str, path: str) -> None:
         super().__init__(request_id)
         self.path = path
         self.renamed: tuple[bytes, bytes] | None = None  #: the engine's name for the model, and the caller's
 
     def read(self, body: dict[str, Any]) -> GenerateRequest:
-        required = self.REQUIRED[self.path]
-        for name in ("model", required):
+        for name in REQUIRED_FIELDS[self.path]:
             if body.get(name) is None:
                 raise InvalidRequest(f"{name}: is required", "see OpenAI's API reference", param=name)
         request = chat_request(self, without_no_ops(body), self.path)
@@ -9434,12 +9590,42 @@ class CountTokensSurface(MessagesSurface):
         return to_json({"input_tokens": (answer.usage or Usage()).prompt_tokens})
 
 
+class PlainSurface(OpenAISurface):
+    """POST /v1/rerank (Cohere's and Jina's), /tokenize and /detokenize (vLLM's): nothing is generated."""
+
+    def read(self, body: dict[str, Any]) -> GenerateRequest:
+        body = without_no_ops(body)
+        for name in REQUIRED_FIELDS[self.path]:
+            if name not in body:
+                raise InvalidRequest(f"{name}: is required", f"see POST {self.path} in /docs", param=name)
+        if self.path == TOKENIZE and ("prompt" in body) == ("messages" in body):
+            raise InvalidRequest("prompt, messages: exactly one is required", "send one of them", param="prompt")
+        check_body(PlainBody, body)
+        request = chat_request(self, body, self.path)
+        self.model = body.get("model")
+        return request
+
+    def write(self, answer: Answer, served: Served) -> bytes:
+        if "model" in answer.payload:
+            answer.payload["model"] = self.model or served.model
+        return to_json(answer.payload)
+
+
+#: the fields without which a /v1 route does nothing
+REQUIRED_FIELDS: dict[str, tuple[str, ...]] = {
+    CHAT: ("model", "messages"), COMPLETIONS: ("model", "prompt"), EMBEDDINGS: ("model", "input"),
+    RERANK: ("query", "documents"), TOKENIZE: (), DETOKENIZE: ("tokens",), RESPONSES: ("model", "input"),
+    MESSAGES: ("model", "messages"), COUNT_TOKENS: ("model", "messages"),
+}  # fmt: skip
 SurfaceMaker = Callable[[str], Surface]
 #: the /v1 routes: path → (surface, summary, example)
 V1_SURFACES: dict[str, tuple[SurfaceMaker, str]] = {
     CHAT: (functools.partial(OpenAISurface, path=CHAT), "OpenAI: chat completions"),
     COMPLETIONS: (functools.partial(OpenAISurface, path=COMPLETIONS), "OpenAI: completions (no chat template)"),
     EMBEDDINGS: (functools.partial(OpenAISurface, path=EMBEDDINGS), "OpenAI: embeddings"),
+    RERANK: (functools.partial(PlainSurface, path=RERANK), "Cohere, Jina: order documents by a query"),
+    TOKENIZE: (functools.partial(PlainSurface, path=TOKENIZE), "vLLM: the tokens of a prompt or of messages"),
+    DETOKENIZE: (functools.partial(PlainSurface, path=DETOKENIZE), "vLLM: the text of tokens"),
     RESPONSES: (ResponsesSurface, "OpenAI: responses (nothing is stored)"),
     MESSAGES: (MessagesSurface, "Anthropic: messages"),
     COUNT_TOKENS: (CountTokensSurface, "Anthropic: count a prompt's tokens"),
@@ -10156,6 +10342,9 @@ V1_EXAMPLES: dict[str, dict[str, Any]] = {
     CHAT: {"model": DEMO, "messages": EXAMPLES[ChatBody]["messages"], "max_tokens": 64},
     COMPLETIONS: {"model": DEMO, "prompt": "The capital of France is", "max_tokens": 16},
     EMBEDDINGS: {"model": "ollama/nomic-embed-text", "input": ["hello"]},
+    RERANK: {"model": "vllm/BAAI/bge-reranker-v2-m3", "query": "capital of France", "documents": ["Rome", "Paris"]},
+    TOKENIZE: {"model": DEMO, "prompt": "Hello world"},
+    DETOKENIZE: {"model": DEMO, "tokens": [19556, 905]},
     RESPONSES: {"model": DEMO, "input": FIRST_PROMPT, "max_output_tokens": 64},
     MESSAGES: {"model": DEMO, "messages": EXAMPLES[ChatBody]["messages"], "max_tokens": 64},
     COUNT_TOKENS: {"model": DEMO, "messages": EXAMPLES[ChatBody]["messages"]},
@@ -10373,7 +10562,7 @@ def create_v1_router(gateway: Gateway) -> Any:
     from fastapi import APIRouter, Request
     from fastapi.responses import JSONResponse, Response
 
-    router, answered_by = APIRouter(prefix="/v1", tags=["v1"], responses=v1_responses()), response_class()
+    router, answered_by = APIRouter(tags=["v1"], responses=v1_responses()), response_class()
 
     def add(path: str, surface: SurfaceMaker, summary: str) -> None:
         make = functools.partial(Exchange, gateway, surface)
@@ -10385,7 +10574,7 @@ def create_v1_router(gateway: Gateway) -> Any:
         schema = v1_body_schema(path)
         content = {"application/json": {"schema": schema, "example": V1_EXAMPLES[path]}}
         router.add_api_route(
-            path.removeprefix("/v1"),
+            path,
             endpoint,
             methods=["POST"],
             summary=summary,
@@ -10402,14 +10591,14 @@ def create_v1_router(gateway: Gateway) -> Any:
         created = int(gateway.born)
         return [{"id": name, "object": "model", "created": created, "owned_by": owner} for name, owner in names]
 
-    @router.get("/models", summary="OpenAI, Anthropic: list models")
+    @router.get("/v1/models", summary="OpenAI, Anthropic: list models")
     async def models(request: Request) -> Response:
         found = await listed()
         if "anthropic-version" in request.headers:
             return JSONResponse(anthropic_models(found))
         return JSONResponse({"object": "list", "data": found})
 
-    @router.get("/models/{name:path}", summary="OpenAI: one model")
+    @router.get("/v1/models/{name:path}", summary="OpenAI: one model")
     async def model(name: str, request: Request) -> Response:
         anthropic = "anthropic-version" in request.headers
         for each in await listed():
@@ -10425,11 +10614,14 @@ def create_v1_router(gateway: Gateway) -> Any:
 @functools.cache
 def v1_body_schema(path: str) -> dict[str, Any]:
     """What OpenAPI says of a /v1 body: the fields that are checked here, and the required ones."""
-    required = {CHAT: ["messages"], COMPLETIONS: ["prompt"], EMBEDDINGS: ["input"], RESPONSES: ["input"]}.get(path)
     schema: dict[str, Any] = {"type": "object", "additionalProperties": True}
-    schema["required"] = ["model", *(required or ["messages"])]
-    if path in (CHAT, COMPLETIONS):
-        schema["properties"] = inlined(body_adapter(V1Body).json_schema())["properties"]
+    if REQUIRED_FIELDS[path]:
+        schema["required"] = list(REQUIRED_FIELDS[path])
+    if path in SURFACES:
+        checked = inlined(body_adapter(V1Body).json_schema())["properties"]
+        checked |= inlined(body_adapter(PlainBody).json_schema())["properties"] if path not in GENERATED else {}
+        rows = {name for where, _, names in field_rows() if SURFACES[path] in where for name in names}
+        schema["properties"] = {name: form for name, form in checked.items() if name in rows}
     return schema
 
 
@@ -10537,7 +10729,7 @@ def refusal_body(error: InferenceError, path: str) -> dict[str, Any]:
         return anthropic_error(
             error.kind, error.v1[0] if error.http is None else error.http, error.message, str(uuid.uuid4())
         )
-    return error_object(error) if path.startswith("/v1") else envelope(str(uuid.uuid4()), error=error)
+    return error_object(error) if path.startswith(V1_PATHS) else envelope(str(uuid.uuid4()), error=error)
 
 
 def foreign_reason(scope: Scope, headers: Mapping[bytes, bytes], trusted: Sequence[str] = ()) -> str:
@@ -10581,6 +10773,11 @@ _ROUTE_HINTS = {
     "/chat/completions": CHAT,
     "/completions": COMPLETIONS,
     "/embeddings": EMBEDDINGS,
+    "/rerank": RERANK,
+    "/v1/reranking": RERANK,
+    "/v2/rerank": RERANK,
+    "/v1/tokenize": TOKENIZE,
+    "/v1/detokenize": DETOKENIZE,
     "/responses": RESPONSES,
     "/messages": MESSAGES,
     "/models": "GET /v1/models",
@@ -11630,6 +11827,7 @@ class Case(NamedTuple):
 #: the X-Error-Kind of a refusal that is right too: not every engine and installation can do this
 _OPTIONAL = {
     "/v1/embeddings": "unsupported_feature", "/v1/messages/count_tokens": "unsupported_feature",
+    "/v1/rerank": "unsupported_feature", "/tokenize": "unsupported_feature", "/detokenize": "unsupported_feature",
     "/metrics": "not_found", "/ui": "not_found",
 }  # fmt: skip
 
@@ -11718,7 +11916,7 @@ def _verdict(path: str, right: int | Callable[[Any], Any], reply: "Response") ->
     kind = reply.headers.get("x-error-kind", "")
     if reply.status_code >= 400 and not kind:
         raise ValueError("a refusal without X-Error-Kind")
-    if kind and path.startswith("/v1"):
+    if kind and path.startswith(V1_PATHS):
         reason = answer["error"]["message"]
     elif kind or path.startswith(API) and isinstance(answer, dict):
         reason, answer = _opened(answer, reply.status_code)
@@ -11780,7 +11978,8 @@ def _good_cases(settings: Settings, model: str) -> list[Case]:
     v1_chat = {"model": model, "messages": messages, "max_tokens": 32}
     v1_prompt = {"model": model, "prompt": "The capital of France is", "max_tokens": 8}
     respond = {"model": model, "input": FIRST_PROMPT, "max_output_tokens": 32}
-    count, embed = {"model": model, "messages": messages}, {"model": model, "input": ["hello"]}
+    named = {"model": model}
+    count, embed = named | {"messages": messages}, named | {"input": ["hello"]}
     return [
         Case("health", "GET /health", None, lambda body: body["status"] == "ok"),
         Case("health, HEAD", "HEAD /health", None, lambda text: text == ""),
@@ -11801,6 +12000,9 @@ def _good_cases(settings: Settings, model: str) -> list[Case]:
         Case("OpenAI completions", f"POST {COMPLETIONS}", v1_prompt, lambda body: body["choices"][0]["text"]),
         Case("OpenAI completions, streamed", f"POST {COMPLETIONS}", v1_prompt | streamed, _ends_with("[DONE]")),
         Case("OpenAI embeddings", f"POST {EMBEDDINGS}", embed, lambda body: body["data"][0]["embedding"]),
+        Case("rerank", f"POST {RERANK}", V1_EXAMPLES[RERANK] | named, lambda body: len(body["results"]) == 2),
+        Case("tokenize", f"POST {TOKENIZE}", V1_EXAMPLES[TOKENIZE] | named, lambda body: body["count"] > 0),
+        Case("detokenize", f"POST {DETOKENIZE}", V1_EXAMPLES[DETOKENIZE] | named, lambda body: body["prompt"]),
         Case("OpenAI responses", f"POST {RESPONSES}", respond, lambda body: body["output"]),
         Case("OpenAI responses, streamed", f"POST {RESPONSES}", respond | streamed,
              _ends_with('"response.completed"', '"response.incomplete"')),

@@ -34,7 +34,13 @@ Call = tuple[str, Json]
 DIALECTS: tuple[Dialect, ...] = ("ollama", "vllm", "sglang", "llamacpp")
 OPENAI_DIALECTS: tuple[Dialect, ...] = ("vllm", "sglang", "llamacpp")
 CHAT: dict[Dialect, str] = {"ollama": "/api/chat"} | dict.fromkeys(OPENAI_DIALECTS, "/v1/chat/completions")
-NOT_GENERATIONS = ("/api/show", "/tokenize")  # POST routes that make no text
+NOT_GENERATIONS = (
+    "/api/show",
+    "/tokenize",
+    "/detokenize",
+    "/apply-template",
+    "/v1/rerank",
+)  # POST routes that make no text
 WIRE = Path(__file__).parent / "wire"
 #: `flags` of an SGLang that was started with everything
 SGLANG_FLAGS: Json = {"tool_call_parser": "qwen", "reasoning_parser": "qwen3", "enable_deterministic_inference": True}
@@ -451,8 +457,9 @@ class FakeEngine:
             "/v1/completions": functools.partial(self._openai, False),
             "/v1/embeddings": self._embeddings,
         }
-        if self.dialect in ("vllm", "sglang"):
-            routes["/tokenize"] = self._tokenize
+        routes |= {"/tokenize": self._tokenize, "/detokenize": self._detokenize, "/v1/rerank": self._rerank}
+        if self.dialect == "llamacpp":
+            routes["/apply-template"] = self._apply_template
         if self.dialect == "ollama":
             routes = {
                 "/api/show": self._show,
@@ -479,10 +486,49 @@ class FakeEngine:
         return reply, generates * (reply.status == 200)
 
     def _tokenize(self, ask: Json) -> Reply:
-        """A template that shows messages and tools, and looks at enable_thinking where the model thinks."""
-        shown = [ask.get("messages"), ask.get("tools"), ask.get("chat_template_kwargs") if self.reasoning else None]
-        tokens = list(json.dumps(shown).encode())
-        return self._json({"count": len(tokens), "max_model_len": self.context, "tokens": tokens})
+        """A token a byte. The template shows messages and tools, and enable_thinking where the model thinks."""
+        if self.dialect == "llamacpp":
+            data = ask["content"].encode()
+            begin = [1] * bool(ask.get("add_special"))
+            tokens: list[Any] = begin + list(data)
+            if ask.get("with_pieces"):
+                tokens = [{"id": token, "piece": chr(token) if token < 128 else [token]} for token in tokens]
+            return self._json({"tokens": tokens})
+        if "prompt" in ask:
+            data = ask["prompt"].encode()
+        else:
+            shown = [ask.get("messages"), ask.get("tools"), ask.get("chat_template_kwargs") if self.reasoning else None]
+            data = json.dumps(shown).encode()
+        begin = [1] * ask.get("add_special_tokens", "prompt" in ask)
+        tokens = begin + list(data)
+        found: Json = {"tokens": tokens, "count": len(tokens), "max_model_len": self.context}
+        if self.dialect == "vllm":
+            found["token_strs"] = [chr(token) for token in tokens] if ask.get("return_token_strs") else None
+        return self._json(found)
+
+    def _detokenize(self, ask: Json) -> Reply:
+        name = {"vllm": "prompt", "sglang": "text"}.get(self.dialect, "content")
+        return self._json({name: bytes(ask["tokens"]).decode()})
+
+    def _apply_template(self, ask: Json) -> Reply:
+        return self._json({"prompt": json.dumps([ask["messages"], ask.get("tools")])})
+
+    def _rerank(self, ask: Json) -> Reply:
+        """The score is how often the document has the query; as real engines order and name it."""
+        documents: list[str] = ask["documents"]
+        scores = [document.count(ask["query"]) for document in documents]
+        usage = {"prompt_tokens": 7, "total_tokens": 7}
+        found: list[Json]
+        if self.dialect == "sglang":
+            found = [{"score": score, "document": documents[i], "index": i} for i, score in enumerate(scores)]
+            return Reply(headers={"content-type": "application/json"}, pieces=[json.dumps(found).encode()])
+        found = [{"index": i, "relevance_score": score} for i, score in enumerate(scores)]
+        found.sort(key=lambda item: -item["relevance_score"])
+        if self.dialect == "vllm":
+            for item in found:
+                item["document"] = {"text": documents[item["index"]], "multi_modal": None}
+            return self._json({"id": "score-1", "model": self.model, "usage": usage, "results": found})
+        return self._json({"model": self.model, "object": "list", "usage": usage, "results": found})
 
     def _recorded(self, what: str) -> Reply:
         return recorded(self.dialect, RECORDED[self.dialect].get(what, what))
