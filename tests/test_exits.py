@@ -298,14 +298,14 @@ def test_d13_e1_every_engine(name: str, dialect: Any, fake: Callable[..., FakeEn
     engine.wait(lambda: engine.live == 0, SOON + 3)
 
 
-WITHOUT_AIOHTTP = "llm_inference.Wire.open = staticmethod(llm_inference.HttpxWire)\n"
+WITHOUT_HTTPTOOLS = "llm_inference.Wire.open = staticmethod(llm_inference.HttpxWire)\n"
 
 
 @pytest.mark.parametrize("name", ["module level", "sys.exit", "zip kept", "fork, the child exits", "a kept traceback"])
 def test_d13_e1_with_httpx(name: str, slow: FakeEngine) -> None:
     """D13, E1 where the five packages alone are installed."""
     script, code = SCRIPTS[name]
-    ended_well(run_script(WITHOUT_AIOHTTP + script, slow), code)
+    ended_well(run_script(WITHOUT_HTTPTOOLS + script, slow), code)
     slow.wait(lambda: slow.live == 0, SOON + 3)
 
 
@@ -327,7 +327,7 @@ def test_d13_signals(body: str, number: int, slow: FakeEngine) -> None:
     slow.wait(lambda: slow.live == 0, SOON + 3)
 
 
-@pytest.mark.parametrize("wire", ["aiohttp", "httpx"])
+@pytest.mark.parametrize("wire", ["httptools", "httpx"])
 @pytest.mark.parametrize("verb", ["generate", "stream", "embed", "batch"])
 def test_e2_close_ends_those_who_wait(verb: str, wire: str, slow: FakeEngine) -> None:
     """E2: three threads wait for an answer when the inferencer is closed: each gets a typed error at once."""
@@ -357,7 +357,7 @@ llm.close()
 for thread in threads: thread.join(10)
 print(time.monotonic() - begin, len(errors), others, [each.kind for each in errors])
 """
-    ended = run_script((WITHOUT_AIOHTTP if wire == "httpx" else "") + script, slow)
+    ended = run_script((WITHOUT_HTTPTOOLS if wire == "httpx" else "") + script, slow)
     ended_well(ended)
     seconds, count, rest = ended.out.split(" ", 2)
     assert float(seconds) < SOON, ended.out

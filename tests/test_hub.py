@@ -95,7 +95,7 @@ def children() -> set[str]:
             command = (entry / "cmdline").read_bytes().decode()
         except OSError:
             continue
-        ours = "until_owner_ends" in command or "_hub_main" in command
+        ours = hub.WATCHER in command or hub.HUB_CLIENT in command
         if ours and str(Path.cwd()) in (entry / "environ").read_bytes().decode():
             found.add(entry.name)
     return found

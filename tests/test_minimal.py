@@ -16,7 +16,7 @@ from tests.harness import Command, clean_env, payloads
 from tests.processes import ROOT
 
 FIVE = ("pydantic", "fastapi", "uvicorn", "requests", "httpx")
-ABSENT = ("aiohttp", "httpx_aiohttp", "uvloop", "httptools", "xllamacpp", "rich", "ollama", "vllm", "sglang", "openai")
+ABSENT = ("uvloop", "httptools", "xllamacpp", "rich", "ollama", "vllm", "sglang", "openai")
 
 
 def python(interpreter: str, *args: str, **env: str) -> str:

@@ -219,7 +219,7 @@ def test_importing_the_module_changes_nothing_in_the_process() -> None:
         from llm_inference import LLMInferencer, create_router
         LLMInferencer("ollama"), LLMInferencer("llamacpp"), LLMInferencer()
         assert before == state()
-        heavy = set("fastapi uvicorn httpx aiohttp requests xllamacpp vllm sglang ollama torch openai rich".split())
+        heavy = set("fastapi uvicorn httpx httptools requests xllamacpp vllm sglang ollama torch openai rich".split())
         heavy &= set(sys.modules)
         assert not heavy, heavy
     """
