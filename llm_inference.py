@@ -289,6 +289,7 @@ class EngineUnavailable(InferenceError):
     """The engine is not running, refuses connections, or went away during an answer."""
 
     kind, v1, retryable = "engine_unavailable", (503, "server_error"), True
+    stale = False  #: was a kept connection closed before a byte of the reply came?
 
 
 class EngineNotInstalled(InferenceError):
@@ -1017,6 +1018,7 @@ class Served:
     enforced: bool = True  #: does the engine's decoding enforce the constraint?
     result: Any = None  #: the checked value of a stream
     enforced_by: Literal["engine", "checked", "none"] = "none"
+    target: "Target | None" = None  #: the server that the body was written for
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -2860,6 +2862,8 @@ class Wire(ABC):
     """Asynchronous HTTP to one engine from one event loop: no redirects, proxies, cookies or decompression."""
 
     KEEP_ALIVE = 4.0  #: seconds; below the 5 s after which uvicorn and llama.cpp close an idle connection
+    lock: asyncio.Lock  #: held while the server is looked at
+    recognised = False  #: has the server been looked at since a connection to it was opened with no other open?
 
     @abstractmethod
     async def send(self, method: str, url: str, body: bytes | None, headers: dict[str, str], connect: float) -> Reply:
@@ -2880,9 +2884,11 @@ class Wire(ABC):
         )
 
 
-def broken(exc: Exception) -> EngineUnavailable:
-    """A connection that broke before the reply's head."""
-    return EngineUnavailable(f"the connection broke before the reply ({type(exc).__name__})", "ask again")
+def broken(exc: Exception, stale: bool = False) -> EngineUnavailable:
+    """A connection that broke before the reply's head; `stale`: a kept one, before a byte of the reply came."""
+    error = EngineUnavailable(f"the connection broke before the reply ({type(exc).__name__})", "ask again")
+    error.stale = stale
+    return error
 
 
 class Place(NamedTuple):
@@ -2914,6 +2920,7 @@ class HttptoolsWire(Wire):
 
         self.parser, self.loop = httptools.HttpResponseParser, asyncio.get_running_loop()
         self.links: set[_Link] = set()  #: all connections
+        self.lock = asyncio.Lock()
         self._uds = uds
         self._idle: dict[str, list[_Link]] = {}  #: those that may be used again, by origin
         self._sweep: asyncio.TimerHandle | None = None
@@ -2923,14 +2930,9 @@ class HttptoolsWire(Wire):
         request = self._request(method, place, body, headers)
         link = self._reusable(place.origin)
         if link is not None:
-            reply = await link.ask(request)
-            if reply is not None:
-                return reply  # else the engine closed the connection before it read this request
+            return await link.ask(request, kept=True)
         link = await self._connect(place, connect)
-        reply = await link.ask(request)
-        if reply is None:
-            raise broken(ConnectionResetError())
-        return reply
+        return await link.ask(request, kept=False)
 
     @staticmethod
     def _request(method: str, place: Place, body: bytes | None, headers: dict[str, str]) -> bytes:
@@ -3009,8 +3011,8 @@ class _Link(asyncio.Protocol):
         self.reply: _LinkReply | None = None
         self.parser = wire.parser(self)
 
-    async def ask(self, request: bytes) -> "_LinkReply | None":
-        """Send a request; its reply's head. None where the connection was closed before a byte of a reply came."""
+    async def ask(self, request: bytes, kept: bool) -> "_LinkReply":
+        """Send a request; its reply's head. Raises EngineUnavailable."""
         reply = self.reply = _LinkReply(self)
         self.transport.write(request)
         try:
@@ -3022,9 +3024,7 @@ class _Link(asyncio.Protocol):
         if reply.status:
             return reply
         assert reply.broken is not None
-        if reply.size:
-            raise broken(reply.broken)
-        return None
+        raise broken(reply.broken, stale=kept and not reply.size)
 
     # The loop's calls
     def connection_made(self, transport: Any) -> None:
@@ -3033,6 +3033,8 @@ class _Link(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.wire.links.discard(self)
+        if not self.wire.links:
+            self.wire.recognised = False
         if self.reply is not None:
             self.reply.lost(exc)
 
@@ -3149,8 +3151,13 @@ class HttpxWire(Wire):
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=self.KEEP_ALIVE)
         transport = httpx.AsyncHTTPTransport(uds=uds, limits=limits, trust_env=False)
         self._client = httpx.AsyncClient(transport=transport, trust_env=False)
+        self.lock = asyncio.Lock()
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
 
     async def send(self, method: str, url: str, body: bytes | None, headers: dict[str, str], connect: float) -> Reply:
+        if self._timer is not None:
+            self._timer.cancel()
         timeout = self._httpx.Timeout(None, connect=connect)
         fresh = False
 
@@ -3169,12 +3176,17 @@ class HttpxWire(Wire):
             resolver = "[Errno -" in str(exc)  # a resolver's error numbers are negative
             raise (socket.gaierror if resolver else ConnectionRefusedError)(str(exc)) from exc
         except self._httpx.HTTPError as exc:
-            if fresh:
-                raise broken(exc) from exc
-            return await self.send(method, url, body, headers, connect)  # the engine has closed an idle connection
+            raise broken(exc, stale=not fresh) from exc
+        self._timer = self._loop.call_later(self.KEEP_ALIVE, self._forget)
         return _HttpxReply(self._httpx, response)
 
+    def _forget(self) -> None:
+        """After a silence all connections may have been replaced; httpx does not tell."""
+        self.recognised = False
+
     async def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         await self._client.aclose()
 
 
@@ -4477,15 +4489,16 @@ def start_timeout() -> float:
     return float(given)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class Target:
-    """Where an engine is."""
+    """Where an engine is, in one run of it."""
 
     url: str
     headers: dict[str, str]
     uds: str | None = None
     child: EngineChild | None = None
     generation: int = 0  #: which start of the child
+    stamp: str | None = None  #: tells this server from another one at the same address
 
     @property
     def exists(self) -> bool:
@@ -4655,8 +4668,8 @@ class EngineClient(ABC):
         """Where the engine is."""
 
     @abstractmethod
-    async def found_again(self, lost: Target, version: str, exc: EngineUnavailable) -> Target:
-        """Where the engine is after a connection was refused. Raises where it is gone, or another one."""
+    async def found_again(self, lost: Target, exc: EngineUnavailable) -> Target:
+        """Where the engine is after a connection was refused or lost. Raises where it is gone, or another one."""
 
     async def fetch(
         self, target: Target, path: str, limits: Deadlines, body: Any = None, refusals: Container[int] = (401, 403)
@@ -4711,15 +4724,19 @@ class EngineClient(ABC):
                 await reply.close()
 
     async def open(self, path: str, body: bytes, deadline: Deadline) -> Reply:
-        """The engine's reply to a POST, its status checked. A refused connection is retried where the engine is now."""
+        """The engine's reply to a POST, its status checked.
+
+        A refused connection is retried where the engine is now, a stale one on a new one: both only once, and only
+        where the same server answers, for which the body was written.
+        """
         adapter = self._adapter
-        target, version = await self.reach(), adapter.version
+        target = await self.reach()
         try:
             reply = await self.send("POST", target, path, body, deadline, adapter.deadlines.connect)
         except EngineUnavailable as exc:
-            if not isinstance(exc.__cause__, ConnectionRefusedError):
+            if not exc.stale and not isinstance(exc.__cause__, ConnectionRefusedError):
                 raise
-            target = await self.found_again(target, version, exc)
+            target = await self.found_again(target, exc)
             reply = await self.send("POST", target, path, body, deadline, adapter.deadlines.connect)
         if reply.status == 200 and reply.headers.get("content-encoding", "identity") == "identity":
             return reply
@@ -4751,8 +4768,6 @@ class EngineClient(ABC):
 
     def _request_headers(self, target: Target, body: bytes | None) -> dict[str, str]:
         headers = {**target.headers, "accept-encoding": "identity", LOOP_HEADER: INSTANCE, **TRACE.get()}
-        if not self._adapter.keep_alive:
-            headers["connection"] = "close"
         if body is not None:
             headers["content-type"] = "application/json"
         if request_id := REQUEST_ID.get():
@@ -4885,17 +4900,60 @@ class Connection(EngineClient):
                 return engines[owner]
         return None
 
-    async def found_again(self, lost: Target, version: str, exc: EngineUnavailable) -> Target:
-        if lost.child is None:
-            if self.target is lost:
-                self.forget()
-        elif lost.child.alive:
+    async def found_again(self, lost: Target, exc: EngineUnavailable) -> Target:
+        if lost.child is not None and lost.child.alive and not exc.stale:
             raise exc
-        found = await self.reach()
-        if self._adapter.version != version:  # the body was written for the other one
-            reason = f"{self.name} was replaced by version {self._adapter.version}"
-            raise EngineUnavailable(reason, "ask again") from exc
+        if self.target is lost and lost.child is None and not exc.stale:
+            self.forget()
+        found = await self.recognise()
+        self.require_same(lost, found)
         return found
+
+    def require_same(self, known: Target, found: Target) -> None:
+        """Raises EngineUnavailable where another server answers than the one that a body was written for."""
+        if known.stamp is not None and known.stamp != found.stamp:
+            raise EngineUnavailable(f"{self.name} was replaced by another server", "ask again")
+
+    async def recognise(self) -> Target:
+        """Where the engine is. What is known of a server is forgotten where another one has taken its address.
+
+        Another server can be there only behind a new connection: the models, and what else tells one server from
+        another (`stamp_paths`), are asked for when one is opened while no other is open.
+        """
+        target = await self.reach()
+        wire = await self.sessions.get(target.uds)
+        if wire.recognised or target.child is not None or not self._adapter.stamp_paths:
+            return target
+        async with wire.lock:
+            if not wire.recognised:
+                await self._look_again(target)
+                wire.recognised = True
+        return await self.reach()
+
+    async def _look_again(self, target: Target) -> None:
+        try:
+            stamp = await self._stamp(target)
+        except InferenceError:
+            return  # the request itself will tell
+        if stamp is None:
+            return
+        if target.stamp is not None and target.stamp != stamp and self.target is target:
+            self.forget()
+            target = await self.reach()
+        target.stamp = stamp
+
+    async def _stamp(self, target: Target) -> str | None:
+        """What tells one server at an address from another; None where it does not answer."""
+        found = []
+        for path in self._adapter.stamp_paths:
+            reply = await self.fetch(target, path, self._adapter.deadlines)
+            if isinstance(reply, dict) and isinstance(reply.get("data"), list):
+                names = ("id", "owned_by", "root", "max_model_len", "meta")  # others differ from reply to reply
+                reply = [[model.get(name) for name in names] for model in reply["data"]]
+            if reply is None:
+                return None
+            found.append(reply)
+        return json.dumps(found, sort_keys=True)
 
     async def close(self) -> None:
         """Close the sessions and end what was started."""
@@ -5058,7 +5116,7 @@ class HTTPAdapter(BaseLLMAdapter):
     start_hint: ClassVar[str] = ""  #: the command that starts the engine
     install_hint: ClassVar[str] = ""
     embed_hint: ClassVar[str] = "serve an embedding model"
-    keep_alive: ClassVar[bool] = True  #: may a connection be used again?
+    stamp_paths: ClassVar[tuple[str, ...]] = ()  #: GET routes whose replies tell one server from another
     streams_only: ClassVar[bool] = False  #: does it work on when a caller of a complete answer hangs up?
     features_ttl: ClassVar[float] = float("inf")  #: seconds for which a model's features are good
 
@@ -5164,10 +5222,20 @@ class HTTPAdapter(BaseLLMAdapter):
         known[model] = (time.monotonic(), found)
         return found
 
+    async def prepare(self, request: GenerateRequest) -> dict[str, Any]:
+        request.served.target = await self.connection.recognise()
+        return await super().prepare(request)
+
+    async def _still_there(self, request: GenerateRequest) -> None:
+        """Raises EngineUnavailable where the server that the body was written for was replaced meanwhile."""
+        if request.served.target is not None:
+            self.connection.require_same(request.served.target, await self.connection.recognise())
+
     async def answer(self, request: GenerateRequest, body: dict[str, Any]) -> Answer:
         if self.streams_only and request.path in GENERATED:
             return await self.fold(request, body)
         path, wire = self.encode(request, body)
+        await self._still_there(request)
         data = await self.connection.post(path, to_json(wire), self.deadlines.within(request.timeout))
         payload = self.payload(data)
         with well_formed(self.engine_type):
@@ -5176,6 +5244,7 @@ class HTTPAdapter(BaseLLMAdapter):
     async def events(self, request: GenerateRequest, body: dict[str, Any]) -> AsyncGenerator[Burst, None]:
         path, wire = self.encode(request, body)
         decode = self.decoder(request, body)
+        await self._still_there(request)
         lines = self.connection.read(path, to_json(wire), self.deadlines.within(request.timeout))
         async with contextlib.aclosing(lines):
             async for data in lines:
@@ -5525,6 +5594,7 @@ class VLLMAdapter(OpenAIAdapter):
     embed_hint = "serve an embedding model: vllm serve MODEL --runner pooling"
     constraint_fields = "response_format and structured_outputs"
     reasoning_field = "reasoning"
+    stamp_paths = ("/v1/models", "/version")
     routed = False  #: is vllm-router in between? (0.1.17: calls are then not held to their schema)
 
     async def identify(self, get: Get) -> str | None:
@@ -5602,6 +5672,7 @@ class SGLangAdapter(OpenAIAdapter):
     honours_one_call = False
     adapters_by_name = True
     offers_named_alone = True
+    stamp_paths = ("/v1/models", "/model_info")
     constraint_fields = "response_format, regex and ebnf"
     FLAGS: ClassVar[dict[str, str]] = {
         "seed": "--enable-deterministic-inference",
@@ -5681,7 +5752,7 @@ class LlamaCppAdapter(OpenAIAdapter):
     )
     constraint_fields = "response_format and grammar"
     offers_named_alone = True
-    keep_alive = False  # it closes a connection after a stream, and says so only by doing it
+    stamp_paths = ("/v1/models", "/props")
     streams_only = True
     names_models = True
     pull_hint = "name a .gguf file, or a model such as Qwen/Qwen3-0.6B-GGUF:Q8_0"

@@ -409,8 +409,6 @@ def test_d20_no_error_contradicts_itself() -> None:
 
 
 # E3, E10, E15: who answers at an address -------------------------------------------------------------------
-#: still a fault: nothing tells that another server has taken the address, where no connection was refused meanwhile
-E3_OPEN = pytest.mark.xfail(strict=True, reason="E3: the server at an address is not identified again")
 NOTICED_BY: dict[str, Callable[[Stand], Any]] = {
     "nobody": lambda stand: None,
     "models": lambda stand: stand.client.get("/v1/models"),
@@ -420,7 +418,7 @@ NOTICED_BY: dict[str, Callable[[Stand], Any]] = {
 
 
 @pytest.mark.parametrize("first", NOTICED_BY)
-@pytest.mark.parametrize("dialect", ["vllm", *(pytest.param(name, marks=E3_OPEN) for name in ("sglang", "llamacpp"))])
+@pytest.mark.parametrize("dialect", OPENAI_DIALECTS)
 def test_e3_another_model_at_the_address(dialect: Dialect, first: str) -> None:
     """E3: what is known of a server ends with it: the old model's name is not answered by the new one."""
     alpha = FakeEngine(dialect, model="alpha")
@@ -451,7 +449,6 @@ def test_e3_another_model_at_the_address(dialect: Dialect, first: str) -> None:
             beta.stop()
 
 
-@E3_OPEN
 @pytest.mark.parametrize("dialect", OPENAI_DIALECTS)
 def test_e3_features_of_the_old_model(dialect: Dialect) -> None:
     """E3: version and features are forgotten with the server."""
