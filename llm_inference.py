@@ -2863,6 +2863,7 @@ class Wire(ABC):
 
     KEEP_ALIVE = 4.0  #: seconds; below the 5 s after which uvicorn and llama.cpp close an idle connection
     lock: asyncio.Lock  #: held while the server is looked at
+    CROSSING = 0.5  #: seconds in which the close of an idle connection may cross a request on its way
     recognised = False  #: has the server been looked at since a connection to it was opened with no other open?
 
     @abstractmethod
@@ -3013,7 +3014,8 @@ class _Link(asyncio.Protocol):
 
     async def ask(self, request: bytes, kept: bool) -> "_LinkReply":
         """Send a request; its reply's head. Raises EngineUnavailable."""
-        reply = self.reply = _LinkReply(self)
+        reply, began = _LinkReply(self), self.wire.loop.time()
+        self.reply = reply
         self.transport.write(request)
         try:
             while not reply.status and reply.broken is None:
@@ -3024,7 +3026,8 @@ class _Link(asyncio.Protocol):
         if reply.status:
             return reply
         assert reply.broken is not None
-        raise broken(reply.broken, stale=kept and not reply.size)
+        crossed = self.wire.loop.time() - began < self.wire.CROSSING
+        raise broken(reply.broken, stale=kept and crossed and not reply.size)
 
     # The loop's calls
     def connection_made(self, transport: Any) -> None:
@@ -3159,7 +3162,7 @@ class HttpxWire(Wire):
         if self._timer is not None:
             self._timer.cancel()
         timeout = self._httpx.Timeout(None, connect=connect)
-        fresh = False
+        fresh, began = False, self._loop.time()
 
         async def trace(event: str, info: Mapping[str, Any]) -> None:
             nonlocal fresh
@@ -3176,7 +3179,8 @@ class HttpxWire(Wire):
             resolver = "[Errno -" in str(exc)  # a resolver's error numbers are negative
             raise (socket.gaierror if resolver else ConnectionRefusedError)(str(exc)) from exc
         except self._httpx.HTTPError as exc:
-            raise broken(exc, stale=not fresh) from exc
+            crossed = self._loop.time() - began < self.CROSSING
+            raise broken(exc, stale=crossed and not fresh) from exc
         self._timer = self._loop.call_later(self.KEEP_ALIVE, self._forget)
         return _HttpxReply(self._httpx, response)
 
