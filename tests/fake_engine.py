@@ -508,7 +508,7 @@ class FakeEngine:
 
     def _detokenize(self, ask: Json) -> Reply:
         name = {"vllm": "prompt", "sglang": "text"}.get(self.dialect, "content")
-        return self._json({name: bytes(ask["tokens"]).decode()})
+        return self._json({name: "".join(map(chr, ask["tokens"]))})
 
     def _apply_template(self, ask: Json) -> Reply:
         return self._json({"prompt": json.dumps([ask["messages"], ask.get("tools")])})
