@@ -8222,12 +8222,13 @@ class _ResponsesReader(_Reader):
         return self.messages_of(self._joined(turns))
 
     def _joined(self, turns: list[_Turn]) -> list[_Turn]:
-        """System messages that follow each other are one, for many templates take no second one."""
+        """System messages that follow each other are one, for many templates take no second one. So are the results of
+        tools, whose images come after the last of them."""
         joined: list[_Turn] = []
         kinds: set[str] = set()  #: of the last turn's blocks
         for role, blocks in turns:
             added = {block["type"] for block in blocks}
-            joins = role == "system"
+            joins = role == "system" or kinds == added == {"tool_result"}
             if role == "assistant":  # reasoning and text after an answer begin the next one
                 joins = "text" not in kinds or "tool_use" in kinds | added
             if joins and joined and joined[-1][0] == role:
@@ -8255,7 +8256,7 @@ class _ResponsesReader(_Reader):
                 if given["call_id"] not in self._call_ids:
                     problem = "no function_call item before it has this id"
                     raise _bad_field(f"{where}.call_id", problem, "send the function_call item too")
-                content = self._parts(given["output"], f"{where}.output")
+                content = self._parts(given["output"], f"{where}.output", images=True)
                 return "user", [{"type": "tool_result", "tool_use_id": given["call_id"], "content": content}]
         parts = self._parts(given.get("content", []), f"{where}.content")
         parts = parts or self._parts(given.get("summary", []), f"{where}.summary")

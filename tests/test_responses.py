@@ -472,6 +472,17 @@ def test_images():
     ]
 
 
+def test_images_in_tool_results_follow_the_last_of_them():
+    """Codex's `view_image` answers with an image."""
+    calls = [{"type": "function_call", "call_id": id_, "name": "view_image", "arguments": "{}"} for id_ in "ab"]
+    image = {"type": "input_image", "image_url": PNG}
+    outputs = [{"type": "function_call_output", "call_id": id_, "output": [image]} for id_ in "ab"]
+    found = messages(input=[*calls, *outputs, {"role": "user", "content": "what"}])
+    assert [message["role"] for message in found] == ["assistant", "tool", "tool", "user", "user"]
+    assert [message["content"] for message in found[1:3]] == ["[image 1]", "[image 2]"]
+    assert [part.get("image_url", {}).get("url") for part in found[3]["content"]] == [None, PNG, None, PNG]
+
+
 def test_assistant_turns():
     def text(value):
         return {
