@@ -8132,7 +8132,7 @@ _TEXT_PARTS = {
 _ITEM_FIELDS: _Specs = dict.fromkeys((
     "annotations", "arguments", "call_id", "content", "detail", "encrypted_content", "file_id", "id", "image_url",
     "logprobs", "name", "output", "parsed", "parsed_arguments", "refusal", "role", "status", "summary", "text", "type",
-), object)
+), object) | {"namespace": str}
 _NEEDS_STORE = {  # responses are not stored: field → what to do instead
     "background": "send the request without it, and with stream where the answer is long",
     "conversation": "send the earlier items in input",
@@ -8222,8 +8222,7 @@ class _ResponsesReader(_Reader):
         return self.messages_of(self._joined(turns))
 
     def _joined(self, turns: list[_Turn]) -> list[_Turn]:
-        """System messages that follow each other are one, for many templates take no second one. So are the results of
-        tools, whose images come after the last of them."""
+        """System messages that follow each other are one, as many templates take no second; so are results of tools."""
         joined: list[_Turn] = []
         kinds: set[str] = set()  #: of the last turn's blocks
         for role, blocks in turns:
@@ -8250,7 +8249,8 @@ class _ResponsesReader(_Reader):
                 return role, self._parts(given["content"], f"{where}.content", images=role == "user")
             case "function_call":
                 self._call_ids.add(given["call_id"])
-                call = {"id": given["call_id"], "name": given["name"], "input": given["arguments"]}
+                name = _flat_name(given.get("namespace"), given["name"])
+                call = {"id": given["call_id"], "name": name, "input": given["arguments"]}
                 return "assistant", [{"type": "tool_use", **call}]
             case "function_call_output":
                 if given["call_id"] not in self._call_ids:
@@ -8291,16 +8291,34 @@ class _ResponsesReader(_Reader):
         return _image_part(url=url)
 
 
+def _flat_name(space: str | None, name: str) -> str:
+    """The chat API has no namespaces; Codex has one for each MCP server."""
+    return f"{space}__{name}" if space else name
+
+
+def _tools_of(body: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """The tools with their place and namespace ("": none): in place of a namespace, what is in it."""
+    for index, tool in enumerate(body.get("tools") or ()):
+        match tool:
+            case {"type": "namespace", "name": str(space), "tools": list(members)} if space:
+                for number, member in enumerate(members):
+                    yield f"tools[{index}].tools[{number}]", member, space
+            case _:
+                yield f"tools[{index}]", tool, ""
+
+
 def _tools_from_responses(reader: _Reader) -> dict[str, Any]:
     """`tools`, `tool_choice` and `parallel_tool_calls`: none of them without function tools."""
     functions: dict[str, dict[str, Any]] = {}
-    for index, tool in enumerate(reader.body.pop("tools", ())):
-        where = f"tools[{index}]"
+    for where, tool, space in _tools_of({"tools": reader.body.pop("tools", ())}):
         kind = reader.type_of(tool, str, where)
+        if space:
+            reader.ignore(f"{where.partition('.')[0]}.description")  # of the namespace
         if kind != "function":  # hosted and other tools are offers, which are left out
             reader.ignore(f"{where} ({_header_safe(kind)})")
             continue
         function = reader.fields(tool, where, {"type": str, "name": str}, _FUNCTION_FIELDS, noted_in=where)
+        function["name"] = _flat_name(space, function["name"])
         if function["name"] in functions:
             raise _bad_field(f"{where}.name", "is there twice", "send other names")
         del function["type"]
@@ -8434,6 +8452,8 @@ def _echo(body: dict[str, Any]) -> dict[str, Any]:
     if echo["text"].get("format") is None:
         echo["text"] = {**echo["text"], "format": {"type": "text"}}
     for tool in body.get("tools") or ():
+        if tool["type"] == "namespace":
+            echo["tools"].append(tool)
         if tool["type"] == "function":
             echo["tools"].append({"type": "function", **{name: tool.get(name) for name in _FUNCTION_FIELDS}})
     return echo
@@ -8456,6 +8476,10 @@ class ResponseWriter(_Writer):
         self._forms = {"reasoning": _REASONING, "text": _ANSWER, "refusal": _REFUSAL, "call": _CALL}
         if reasoning.get("summary") or reasoning.get("generate_summary"):
             self._forms["reasoning"] = _SUMMARY
+        self._spaces: dict[str, dict[str, str]] = {}  #: name of a function for the engine → in the caller's terms
+        for _, tool, space in _tools_of(body):
+            if space and tool.get("name"):
+                self._spaces[_flat_name(space, tool["name"])] = {"name": tool["name"], "namespace": space}
         self._output: list[dict[str, Any]] = []
         self._logprobs: list[dict[str, Any]] = []
         self._usage: dict[str, Any] | None = None
@@ -8533,6 +8557,7 @@ class ResponseWriter(_Writer):
                 item["summary"] = []
             case "call":
                 item |= {"status": "in_progress", "call_id": call_id, "name": name, "arguments": ""}
+                item |= self._spaces.get(name, {})
             case _:
                 item |= {"status": "in_progress", "role": "assistant", "content": []}
         self._output.append(item)
