@@ -1,0 +1,141 @@
+"""The servers that the clients are tried on, and the row of the table that each test is.
+
+Without variables: our server with the embedded llama.cpp. `LLM_TEST_VLLM_URL` adds our server in front of that vLLM
+(start it with `python -m tests.engines serve vllm -- --max-model-len 8192`), and `LLM_TEST_STRAIGHT=1` the same vLLM
+without us. A test that asks for `target` runs on each of them, one that asks for `recorded` on the fake engines.
+"""
+
+import importlib.metadata
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+
+import llm_inference as product
+from tests.conftest import clear_environment
+from tests.fake_engine import DIALECTS, Dialect
+from tests.harness import Stand, serving
+from tests.integration import npm
+from tests.integration.recorder import Recorder
+
+CONTEXT = 8192  # tokens of a request; what SmolLM2 was trained on
+VLLM = os.environ.get("LLM_TEST_VLLM_URL", "")
+TARGETS = ["llama.cpp", *(["vLLM"] if VLLM else [])]
+if VLLM and os.environ.get("LLM_TEST_STRAIGHT"):
+    TARGETS.append("vLLM alone")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server, and the name of the one model that it has."""
+
+    name: str
+    url: str  #: without /v1
+    model: str
+    recorder: Recorder | None = None  #: None where the server is not ours
+
+    @property
+    def v1(self) -> str:
+        return f"{self.url}/v1"
+
+    @property
+    def ours(self) -> bool:
+        return self.recorder is not None
+
+
+def _settings(name: str) -> product.Settings:
+    if name == "vLLM":
+        return product.Settings(engine="vllm", base_url=VLLM)
+    return product.Settings(engine="llamacpp", launch_args=(f"n_ctx={CONTEXT}",))
+
+
+@pytest.fixture(scope="session", params=TARGETS)
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """Each real engine in turn."""
+    if request.param == "vLLM alone":
+        model = httpx.get(f"{VLLM}/v1/models", trust_env=False).json()["data"][0]["id"]
+        yield Target(request.param, VLLM, model)
+        return
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        clear_environment(monkeypatch)
+        recorder = Recorder(product.create_app(_settings(request.param)))
+        with serving(recorder) as url:
+            model = httpx.get(f"{url}/v1/models", trust_env=False).json()["data"][0]["id"]
+            yield Target(request.param, url, model, recorder)
+
+
+class Recorded(Stand):
+    """A stand that keeps what clients send to it."""
+
+    recorder: Recorder
+
+    def served(self) -> Any:
+        self.recorder = Recorder(self.app)
+        return self.recorder
+
+
+@pytest.fixture(scope="session", params=DIALECTS)
+def each_recorded(request: pytest.FixtureRequest) -> Iterator[Recorded]:
+    dialect: Dialect = request.param
+    with Recorded(dialect) as stand:
+        yield stand
+
+
+@pytest.fixture
+def recorded(each_recorded: Recorded) -> Recorded:
+    """The app in front of each fake engine in turn; what it is asked is kept."""
+    each_recorded.engine.reset()
+    each_recorded.recorder.seen.clear()
+    return each_recorded
+
+
+# ------------------------------------------------------------------------------------------------- the table
+
+
+def _version(package: str) -> str:
+    """Of a package; `npm:NAME` is one of npm's."""
+    try:
+        if package.startswith("npm:"):
+            return npm.version(package.removeprefix("npm:"))
+        return importlib.metadata.version(package)
+    except (importlib.metadata.PackageNotFoundError, FileNotFoundError):
+        return ""
+
+
+def _engine(item: pytest.Item) -> str:
+    """The column: the target, or the fake engine."""
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    if "target" in params:
+        return str(params["target"])
+    dialect = params.get("stand") or params.get("each_recorded")
+    return f"fake {dialect}" if dialect else ""
+
+
+def _feature(item: pytest.Item) -> str:
+    """The row: the test's name, and its parameters other than the engine."""
+    params = dict(getattr(getattr(item, "callspec", None), "params", {}))
+    name = getattr(item, "originalname", item.name).removeprefix("test_").replace("_", " ")
+    rest = [str(value) for key, value in params.items() if key not in ("target", "stand", "each_recorded")]
+    return f"{name} ({', '.join(rest)})" if rest else name
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        mark = item.get_closest_marker("client")
+        if mark is None:
+            continue
+        client, *packages = mark.args
+        versions = [f"{package.removeprefix('npm:')} {_version(package)}" for package in packages if _version(package)]
+        item.user_properties += [
+            ("client", client),
+            ("feature", _feature(item)),
+            ("engine", _engine(item)),
+            ("versions", ", ".join(versions)),
+        ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "client(name, *packages): the client that a test is about, for the table")
