@@ -1,14 +1,17 @@
 """The servers that the clients are tried on, and the row of the table that each test is.
 
-Without variables: our server with the embedded llama.cpp. `LLM_TEST_VLLM_URL` adds our server in front of that vLLM
-(start it with `python -m tests.engines serve vllm -- --max-model-len 8192`), and `LLM_TEST_STRAIGHT=1` the same vLLM
-without us. A test that asks for `target` runs on each of them, one that asks for `recorded` on the fake engines.
+Without variables: our server with the embedded llama.cpp. `LLM_TEST_VLLM_URL` adds our server in front of that vLLM,
+and `LLM_TEST_STRAIGHT=1` the same vLLM without us. A test that asks for `target` runs on each of them, one that asks for
+`recorded` on the fake engines. SmolLM2's own template knows no tools, so the engines are started with `tools.jinja`:
+
+    python -m tests.engines serve vllm -- --max-model-len 8192 --chat-template "$PWD/tests/integration/tools.jinja"
 """
 
 import importlib.metadata
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -49,7 +52,8 @@ class Target:
 def _settings(name: str) -> product.Settings:
     if name == "vLLM":
         return product.Settings(engine="vllm", base_url=VLLM)
-    return product.Settings(engine="llamacpp", launch_args=(f"n_ctx={CONTEXT}",))
+    template = Path(__file__).with_name("tools.jinja").read_text()
+    return product.Settings(engine="llamacpp", launch_args=(f"n_ctx={CONTEXT}", f"chat_template={template}"))
 
 
 @pytest.fixture(scope="session", params=TARGETS)
@@ -122,8 +126,17 @@ def _feature(item: pytest.Item) -> str:
     return f"{name} ({', '.join(rest)})" if rest else name
 
 
+def _expect(item: pytest.Item) -> None:
+    """What an engine cannot do must fail, and is told with its cause."""
+    for mark in item.iter_markers("fails_on"):
+        engines, reason = mark.args
+        if _engine(item) in engines:
+            item.add_marker(pytest.mark.xfail(strict=True, reason=reason))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        _expect(item)
         mark = item.get_closest_marker("client")
         if mark is None:
             continue
@@ -139,3 +152,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "client(name, *packages): the client that a test is about, for the table")
+    config.addinivalue_line("markers", "fails_on(engines, reason): what these engines cannot do")
