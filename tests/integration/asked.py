@@ -6,6 +6,7 @@ from pydantic import BaseModel
 
 QUESTION = "What is the capital of France? Answer in one short sentence."
 MESSAGES: list[dict[str, Any]] = [{"role": "user", "content": QUESTION}]
+STRUCTURE_QUESTION = "Which city is the capital of France?"
 WEATHER_QUESTION = "What is the weather in Paris?"
 CITIES = ("Paris", "Rome")
 #: the parameters of `weather`: a call has one of two forms

@@ -24,6 +24,8 @@ from tests.harness import Stand, serving
 from tests.integration import npm
 from tests.integration.recorder import Recorder
 
+EMBEDDED = f"llamacpp/{product.DEFAULT_MODEL}"
+ALIAS = "claude-3-haiku-20240307"  # some clients take only names that they know
 CONTEXT = 8192  # tokens of a request; what SmolLM2 was trained on
 VLLM = os.environ.get("LLM_TEST_VLLM_URL", "")
 TARGETS = ["llama.cpp", *(["vLLM"] if VLLM else [])]
@@ -51,9 +53,10 @@ class Target:
 
 def _settings(name: str) -> product.Settings:
     if name == "vLLM":
-        return product.Settings(engine="vllm", base_url=VLLM)
+        return product.Settings(engine="vllm", base_url=VLLM, aliases=(f"{ALIAS}=vllm/smollm2",))
     template = Path(__file__).with_name("tools.jinja").read_text()
-    return product.Settings(engine="llamacpp", launch_args=(f"n_ctx={CONTEXT}", f"chat_template={template}"))
+    arguments = (f"n_ctx={CONTEXT}", f"chat_template={template}")
+    return product.Settings(engine="llamacpp", launch_args=arguments, aliases=(f"{ALIAS}={EMBEDDED}",))
 
 
 @pytest.fixture(scope="session", params=TARGETS)
@@ -67,8 +70,7 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
         clear_environment(monkeypatch)
         recorder = Recorder(product.create_app(_settings(request.param)))
         with serving(recorder) as url:
-            model = httpx.get(f"{url}/v1/models", trust_env=False).json()["data"][0]["id"]
-            yield Target(request.param, url, model, recorder)
+            yield Target(request.param, url, EMBEDDED if request.param == "llama.cpp" else "vllm/smollm2", recorder)
 
 
 class Recorded(Stand):

@@ -71,10 +71,9 @@ def script(name: str, feature: str, url: str, model: str, home: Path, timeout: f
     """What `node/NAME.mjs FEATURE` prints, as JSON. The script must lie beside node_modules to find the packages."""
     if not MODULES.exists():
         pytest.skip("no node_modules: npm install in tests/integration/node, or LLM_TEST_NODE")
-    copy = MODULES.parent / f"{name}.mjs"
-    source = HERE / f"{name}.mjs"
-    if copy != source:
-        copy.write_text(source.read_text())
-    done = run(["node", str(copy), feature], home, timeout, URL=url, MODEL=model, KEY=KEY)
+    for source in HERE.glob("*.mjs"):
+        if MODULES.parent != HERE:
+            (MODULES.parent / source.name).write_text(source.read_text())
+    done = run(["node", str(MODULES.parent / f"{name}.mjs"), feature], home, timeout, URL=url, MODEL=model, KEY=KEY)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.asked import CITIES, QUESTION, WEATHER_QUESTION, Capital
+from tests.integration.asked import CITIES, QUESTION, STRUCTURE_QUESTION, WEATHER_QUESTION, Capital
 from tests.integration.conftest import Target
 
 agents = pytest.importorskip("agents")
@@ -23,7 +23,7 @@ def model(request: pytest.FixtureRequest, target: Target) -> Any:
 
 
 def agent(model: Any, **more: Any) -> Any:
-    settings = agents.ModelSettings(temperature=0, max_tokens=48, **more.pop("settings", {}))
+    settings = agents.ModelSettings(temperature=0, max_tokens=128, **more.pop("settings", {}))
     return agents.Agent(name="a", model=model, model_settings=settings, **more)
 
 
@@ -50,12 +50,12 @@ def test_tools(model: Any, streamed: bool) -> None:
     seen = []
 
     @agents.function_tool
-    def weather_now(city: str) -> str:
+    def weather(city: str) -> str:
         """The weather in a city."""
         seen.append(city)
         return "sunny"
 
-    made = agent(model, tools=[weather_now], settings={"tool_choice": "required"})
+    made = agent(model, tools=[weather], settings={"tool_choice": "required"})
 
     async def work() -> str:
         if not streamed:
@@ -72,13 +72,14 @@ def test_tools(model: Any, streamed: bool) -> None:
 
 
 def test_structured_output(model: Any) -> None:
-    found = agents.Runner.run_sync(agent(model, output_type=Capital), QUESTION).final_output
+    found = agents.Runner.run_sync(agent(model, output_type=Capital), STRUCTURE_QUESTION).final_output
     assert found.city in CITIES
 
 
 def test_handoff(model: Any) -> None:
     """A handoff is a call of a tool that has no parameters."""
     other = agent(model, instructions="Be brief.")
-    made = agent(model, handoffs=[other], settings={"tool_choice": "required"})
+    handoff = agents.handoff(other, tool_name_override="weather")
+    made = agent(model, handoffs=[handoff], settings={"tool_choice": "required"})
     found = agents.Runner.run_sync(made, QUESTION)
     assert found.final_output and found.last_agent is other

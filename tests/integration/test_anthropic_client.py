@@ -22,7 +22,7 @@ def client(target: Target) -> Iterator[anthropic.Anthropic]:
 
 
 def ask(target: Target, **more: Any) -> Any:
-    return {"model": target.model, "messages": MESSAGES, "max_tokens": 32, "extra_body": {"temperature": 0}, **more}
+    return {"model": target.model, "messages": MESSAGES, "max_tokens": 96, "extra_body": {"temperature": 0}, **more}
 
 
 def test_messages(client: anthropic.Anthropic, target: Target) -> None:

@@ -27,11 +27,11 @@ def asynchronous(target: Target) -> openai.AsyncOpenAI:
 
 
 def chat(target: Target, **more: Any) -> Any:
-    return {"model": target.model, "messages": MESSAGES, "max_tokens": 32, "temperature": 0, **more}
+    return {"model": target.model, "messages": MESSAGES, "max_tokens": 96, "temperature": 0, **more}
 
 
 def response(target: Target, **more: Any) -> Any:
-    return {"model": target.model, "input": QUESTION, "max_output_tokens": 32, "temperature": 0, **more}
+    return {"model": target.model, "input": QUESTION, "max_output_tokens": 96, "temperature": 0, **more}
 
 
 def test_models(client: openai.OpenAI, target: Target) -> None:
@@ -98,7 +98,9 @@ def test_chat_tools(client: openai.OpenAI, target: Target) -> None:
 @pytest.mark.parametrize("choice", ["function", "required"])
 def test_chat_tools_stream(client: openai.OpenAI, target: Target, choice: str) -> None:
     forced = FORCED if choice == "function" else "required"
-    with client.chat.completions.stream(**chat(target, messages=WEATHER, tools=[CHAT_TOOL], tool_choice=forced)) as stream:
+    with client.chat.completions.stream(
+        **chat(target, messages=WEATHER, tools=[CHAT_TOOL], tool_choice=forced)
+    ) as stream:
         list(stream)
         (call,) = stream.get_final_completion().choices[0].message.tool_calls
     assert json.loads(call.function.arguments)["city"] in CITIES
@@ -156,7 +158,9 @@ def test_responses_tools(client: openai.OpenAI, target: Target, choice: str) -> 
 
 
 def test_responses_tools_stream(client: openai.OpenAI, target: Target) -> None:
-    with client.responses.stream(**response(target, input=WEATHER, tools=[RESPONSES_TOOL], tool_choice="required")) as stream:
+    with client.responses.stream(
+        **response(target, input=WEATHER, tools=[RESPONSES_TOOL], tool_choice="required")
+    ) as stream:
         list(stream)
         (call,) = [item for item in stream.get_final_response().output if item.type == "function_call"]
     assert json.loads(call.arguments)["city"] in CITIES

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from tests.integration.asked import CITIES, QUESTION, WEATHER_QUESTION, Capital
+from tests.integration.asked import CITIES, QUESTION, STRUCTURE_QUESTION, WEATHER_QUESTION, Capital
 from tests.integration.conftest import Target
 
 pydantic_ai = pytest.importorskip("pydantic_ai")
 pytestmark = pytest.mark.client("pydantic-ai", "pydantic-ai-slim")
-SETTINGS: Any = {"temperature": 0, "max_tokens": 64}
+SETTINGS: Any = {"temperature": 0, "max_tokens": 128}
 
 
 @pytest.fixture(params=["responses", "chat", "anthropic"])
@@ -59,10 +59,10 @@ def test_tools(model: Any) -> None:
 
 
 def test_structured_output(model: Any) -> None:
-    found = agent(model, output_type=pydantic_ai.NativeOutput(Capital)).run_sync(QUESTION)
+    found = agent(model, output_type=pydantic_ai.NativeOutput(Capital)).run_sync(STRUCTURE_QUESTION)
     assert found.output.city in CITIES
 
 
 def test_structured_output_by_a_call(model: Any) -> None:
-    found = agent(model, output_type=pydantic_ai.ToolOutput(Capital, max_retries=3)).run_sync(QUESTION)
+    found = agent(model, output_type=pydantic_ai.ToolOutput(Capital, max_retries=3)).run_sync(STRUCTURE_QUESTION)
     assert found.output.city in CITIES
