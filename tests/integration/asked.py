@@ -1,4 +1,4 @@
-"""What the clients ask on real engines: answers that a model of 135 million parameters gives, since they are enforced."""
+"""What the clients ask on real engines: a model of 135 million parameters answers it, led by `tools.jinja`."""
 
 from typing import Any, Literal
 

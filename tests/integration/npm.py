@@ -45,10 +45,13 @@ def run(argv: list[str], home: Path, timeout: float = 120, **more: str) -> subpr
     )
 
 
-def claude(url: str, model: str, home: Path, *args: str, timeout: float = 120) -> dict[str, Any]:
+def claude(
+    url: str, model: str, home: Path, *args: str, timeout: float = 120, max_tokens: int = 256
+) -> dict[str, Any]:
     """`claude -p`, and its result: `is_error`, `result`, `terminal_reason` …"""
     quiet = dict.fromkeys(("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "DISABLE_TELEMETRY", "DISABLE_AUTOUPDATER"), "1")
-    fixed = {"CLAUDE_CODE_MAX_RETRIES": "0", "MCP_CONNECTION_NONBLOCKING": "0", "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "256"}
+    fixed = {"CLAUDE_CODE_MAX_RETRIES": "0", "MCP_CONNECTION_NONBLOCKING": "0"}
+    fixed["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(max_tokens)
     argv = [tool("claude"), "-p", "--model", model, "--output-format", "json", *args]
     done = run(argv, home, timeout, ANTHROPIC_BASE_URL=url, ANTHROPIC_API_KEY=KEY, **quiet, **fixed)
     assert done.stdout.strip(), f"{done.returncode}: {done.stderr}"

@@ -96,7 +96,8 @@ def test_thinking_and_hints(client: anthropic.Anthropic, target: Target) -> None
 
 
 def test_count_tokens(client: anthropic.Anthropic, target: Target) -> None:
-    found = client.messages.count_tokens(model=target.model, messages=MESSAGES, tools=[MESSAGES_TOOL])  # type: ignore[arg-type]
+    asked: Any = {"model": target.model, "messages": MESSAGES, "tools": [MESSAGES_TOOL]}
+    found = client.messages.count_tokens(**asked)
     used = client.messages.create(**ask(target, tools=[MESSAGES_TOOL])).usage
     assert found.input_tokens == used.input_tokens + (used.cache_read_input_tokens or 0)
 

@@ -153,17 +153,3 @@ def test_real_text(target: Target, tmp_path: Path) -> None:
     events = real(target, tmp_path, "What is the capital of France?")
     assert events[-1]["type"] == "turn.completed", events
     assert events[-1]["usage"]["output_tokens"] > 0
-
-
-def test_real_structured_output(target: Target, tmp_path: Path) -> None:
-    schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
-    (tmp_path / "schema.json").write_text(json.dumps({**schema, "additionalProperties": False}))
-    events = real(target, tmp_path, "--output-schema", "schema.json", "What is the capital of France?")
-    assert events[-1]["type"] == "turn.completed", events
-    assert json.loads(said(events)[-1])["city"] in ("Paris", "Rome")
-
-
-def test_real_session_that_goes_on(target: Target, tmp_path: Path) -> None:
-    first = real(target, tmp_path, "What is the capital of France?")
-    events = real(target, tmp_path, "resume", first[0]["thread_id"], "And of Spain?")
-    assert events[-1]["type"] == "turn.completed", events
