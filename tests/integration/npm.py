@@ -12,6 +12,9 @@ HERE = Path(__file__).parent / "node"
 #: LLM_TEST_NODE: the folder in which `npm install` was run with node/package.json
 MODULES = Path(os.environ.get("LLM_TEST_NODE") or HERE).resolve() / "node_modules"
 KEY = "none"
+needed = pytest.mark.skipif(
+    not MODULES.exists(), reason="no node_modules: npm install in tests/integration/node, or LLM_TEST_NODE"
+)
 
 
 def version(package: str) -> str:
@@ -20,11 +23,8 @@ def version(package: str) -> str:
 
 
 def tool(name: str) -> str:
-    """The path of a command; skips where it was not installed."""
-    path = MODULES / ".bin" / name
-    if not path.exists():
-        pytest.skip(f"{name} is not installed: npm install in tests/integration/node, or LLM_TEST_NODE")
-    return str(path)
+    """The path of a command."""
+    return str(MODULES / ".bin" / name)
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
@@ -45,9 +45,7 @@ def run(argv: list[str], home: Path, timeout: float = 120, **more: str) -> subpr
     )
 
 
-def claude(
-    url: str, model: str, home: Path, *args: str, timeout: float = 120, max_tokens: int = 256
-) -> dict[str, Any]:
+def claude(url: str, model: str, home: Path, *args: str, timeout: float = 120, max_tokens: int = 256) -> dict[str, Any]:
     """`claude -p`, and its result: `is_error`, `result`, `terminal_reason` …"""
     quiet = dict.fromkeys(("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "DISABLE_TELEMETRY", "DISABLE_AUTOUPDATER"), "1")
     fixed = {"CLAUDE_CODE_MAX_RETRIES": "0", "MCP_CONNECTION_NONBLOCKING": "0"}
@@ -72,8 +70,6 @@ def codex(url: str, model: str, home: Path, *args: str, timeout: float = 120) ->
 
 def script(name: str, feature: str, url: str, model: str, home: Path, timeout: float = 120) -> Any:
     """What `node/NAME.mjs FEATURE` prints, as JSON. The script must lie beside node_modules to find the packages."""
-    if not MODULES.exists():
-        pytest.skip("no node_modules: npm install in tests/integration/node, or LLM_TEST_NODE")
     for source in HERE.glob("*.mjs"):
         if MODULES.parent != HERE:
             (MODULES.parent / source.name).write_text(source.read_text())

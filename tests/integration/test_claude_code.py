@@ -17,7 +17,11 @@ from tests.fake_engine import TEXT
 from tests.integration import npm
 from tests.integration.conftest import Recorded, Target
 
-pytestmark = [pytest.mark.usefixtures("alone"), pytest.mark.client("Claude Code", "npm:@anthropic-ai/claude-code")]
+pytestmark = [
+    npm.needed,
+    pytest.mark.usefixtures("alone"),
+    pytest.mark.client("Claude Code", "npm:@anthropic-ai/claude-code"),
+]
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 MCP = {"command": sys.executable, "args": [str(Path(__file__).with_name("mcp_server.py"))]}
 #: all that it ever asked for in these tests

@@ -16,7 +16,7 @@ from tests.fake_engine import TEXT
 from tests.integration import npm
 from tests.integration.conftest import Recorded, Target
 
-pytestmark = [pytest.mark.usefixtures("alone"), pytest.mark.client("Codex CLI", "npm:@openai/codex")]
+pytestmark = [npm.needed, pytest.mark.usefixtures("alone"), pytest.mark.client("Codex CLI", "npm:@openai/codex")]
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 SERVER = [sys.executable, str(Path(__file__).with_name("mcp_server.py"))]
 FREE = "--dangerously-bypass-approvals-and-sandbox"

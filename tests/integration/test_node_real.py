@@ -9,6 +9,7 @@ from tests.integration import npm
 from tests.integration.asked import CITIES
 from tests.integration.conftest import Target
 
+pytestmark = npm.needed
 openai = pytest.mark.client("openai (JavaScript)", "npm:openai")
 anthropic = pytest.mark.client("@anthropic-ai/sdk", "npm:@anthropic-ai/sdk")
 ai = pytest.mark.client(
