@@ -22,14 +22,14 @@ INTRO = """# Clients against the server
 Made by `python -m tests.integration.table` from the reports of one run; do not edit it. Last test: {date} UTC.
 
 Each client is the published one, pointed at our server by its own settings alone. The engines are real: the embedded
-llama.cpp, and vLLM on the CPU with its hermes parser, both with SmolLM2-135M-Instruct and the template `tools.jinja`, and
-the same vLLM without us. *Scripted engines* are the four fakes (Ollama, vLLM, SGLang, llama.cpp), for what such a small
+llama.cpp, and vLLM on the CPU with its hermes parser, both with SmolLM2-135M-Instruct and the template `tools.jinja`,
+and the same vLLM without us. *Scripted engines* are the four fakes (Ollama, vLLM, SGLang, llama.cpp), for what such a small
 model would not do: whole agents with their tools.
 
 **ok**: passed. **fails**: failed, with what it said below. **limit**: the engine or the client cannot, for the cause
 below. **–**: not run there. A number is passed of run.
 
-    python -m tests.integration.run REPORTS                # installs the clients, and runs them all on the embedded engine
+    python -m tests.integration.run REPORTS      # installs the clients; runs them on the embedded engine
     python -m tests.engines serve vllm -- --max-model-len 8192 --chat-template "$PWD/tests/integration/tools.jinja"
     LLM_TEST_VLLM_URL=http://127.0.0.1:PORT LLM_TEST_STRAIGHT=1 python -m tests.integration.run REPORTS
     python -m tests.integration.table REPORTS
@@ -123,7 +123,7 @@ def features(client: str, results: list[Result], notes: dict[str, int]) -> list[
     if "standard suite" in client:
         alike = [name for name, row in rows.items() if not _differs(row)]
         lines += [
-            f"{len(alike)} of {len(rows)} tests have the same outcome, passed or not offered, on all. The others:",
+            f"{len(alike)} of {len(rows)} tests passed, or were not offered, on all of them. The others:",
             "",
         ]
         rows = {name: row for name, row in rows.items() if name not in alike}  # type: ignore[assignment]
