@@ -171,6 +171,7 @@ class InferenceError(Exception):
     http: ClassVar[int | None] = None  #: HTTP status where it differs from `code`
     v1: ClassVar[tuple[int, str]] = (500, "server_error")  #: HTTP status and error type on the OpenAI surface
     openai_code: ClassVar[str] = ""  #: OpenAI's own error code where there is one, else `kind`
+    v1_prefix: ClassVar[str] = ""  #: of the message on /v1: the words by which clients know the error
     retryable: ClassVar[bool] = False  #: may the same request succeed later?
 
     def __init__(
@@ -221,6 +222,7 @@ class ContextTooLong(InferenceError):
 
     kind, code, v1 = "context_too_long", 400, (400, "invalid_request_error")
     openai_code = "context_length_exceeded"
+    v1_prefix = "prompt is too long: "  # LangChain, LiteLLM and Claude Code look for it
 
 
 class UnknownEngine(InferenceError):
@@ -9095,8 +9097,8 @@ def check_body(shape: type, body: dict[str, Any]) -> None:
 
 def error_object(error: InferenceError) -> dict[str, Any]:
     """OpenAI's error format."""
-    code = error.openai_code or error.kind
-    return {"error": {"message": error.message, "type": error.v1[1], "param": error.param, "code": code}}
+    code, message = error.openai_code or error.kind, error.v1_prefix + error.message
+    return {"error": {"message": message, "type": error.v1[1], "param": error.param, "code": code}}
 
 
 def envelope(request_id: str, data: Any = None, error: InferenceError | None = None) -> dict[str, Any]:
@@ -9440,9 +9442,7 @@ class MessagesSurface(TranslatedSurface):
         return MessageWriter(body, f"msg_{self.request_id.replace('-', '')}")
 
     def error(self, error: InferenceError) -> tuple[int, dict[str, Any]]:
-        message = error.message
-        if isinstance(error, ContextTooLong):  # the words by which Claude Code and LangChain know it
-            message = f"prompt is too long: {message}"
+        message = error.v1_prefix + error.message
         body = anthropic_error(error.kind, error.v1[0], message, self.request_id, param=error.param)
         return (529 if body["error"]["type"] == "overloaded_error" else error.v1[0]), body
 
