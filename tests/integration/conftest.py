@@ -8,6 +8,7 @@ for `recorded` on the fake engines. SmolLM2's own template knows no tools: the e
 """
 
 import importlib.metadata
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -92,11 +93,19 @@ def each_recorded(request: pytest.FixtureRequest) -> Iterator[Recorded]:
 
 
 @pytest.fixture
-def recorded(each_recorded: Recorded) -> Recorded:
-    """The app in front of each fake engine in turn; what it is asked is kept."""
+def recorded(request: pytest.FixtureRequest, each_recorded: Recorded) -> Iterator[Recorded]:
+    """The app in front of each fake engine in turn; what it is asked is kept, and goes into the report."""
     each_recorded.engine.reset()
-    each_recorded.recorder.seen.clear()
-    return each_recorded
+    seen = each_recorded.recorder.seen
+    seen.clear()
+    yield each_recorded
+    ignored = [each.answer_headers.get("x-ignored-fields", "").split(", ") for each in seen]
+    sent = {
+        "routes": sorted({each.route for each in seen}),
+        "fields": sorted({field for each in seen for field in each.json or ()}),
+        "ignored": sorted({re.sub(r"\d+", "N", name) for names in ignored for name in names if name}),
+    }
+    request.node.user_properties.append(("sent", json.dumps(sent)))
 
 
 # ------------------------------------------------------------------------------------------------- the table

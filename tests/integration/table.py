@@ -3,6 +3,7 @@
 python -m tests.integration.table REPORTS
 """
 
+import json
 import re
 import sys
 import xml.etree.ElementTree as xml
@@ -23,8 +24,8 @@ Made by `python -m tests.integration.table` from the reports of one run; do not 
 
 Each client is the published one, pointed at our server by its own settings alone. The engines are real: the embedded
 llama.cpp, and vLLM on the CPU with its hermes parser, both with SmolLM2-135M-Instruct and the template `tools.jinja`,
-and the same vLLM without us. *Scripted engines* are the four fakes (Ollama, vLLM, SGLang, llama.cpp), for what such a small
-model would not do: whole agents with their tools.
+and the same vLLM without us. *Scripted engines* are the four fakes (Ollama, vLLM, SGLang, llama.cpp), for what such a
+small model would not do: whole agents with their tools.
 
 **ok**: passed. **fails**: failed, with what it said below. **limit**: the engine or the client cannot, for the cause
 below. **–**: not run there. A number is passed of run.
@@ -44,6 +45,7 @@ class Result:
     versions: str
     outcome: str
     why: str
+    sent: str = ""  #: what the client asked, as JSON (conftest.py: `recorded`)
 
     @property
     def column(self) -> str:
@@ -80,7 +82,7 @@ def results_of(report: Path) -> tuple[str, list[Result]]:
             if "client" in told:
                 outcome, reason = outcome_of(case)
                 fields = [told[name] for name in ("client", "feature", "engine", "versions")]
-                found.append(Result(*fields, outcome, reason))
+                found.append(Result(*fields, outcome, reason, told.get("sent", "")))
     return date, found
 
 
@@ -130,7 +132,19 @@ def features(client: str, results: list[Result], notes: dict[str, int]) -> list[
     lines += ["| | " + " | ".join(HEADS.get(each, each) for each in columns) + " |", "|---|" + "---|" * len(columns)]
     for name, row in rows.items():
         lines.append(f"| {name} | " + " | ".join(cell(row.get(column, []), notes) for column in columns) + " |")
-    return [*lines, ""]
+    return [*lines, "", *asked(results)]
+
+
+def asked(results: list[Result]) -> list[str]:
+    """What the client sent to the scripted engines: its routes and fields, and what was left out and named."""
+    seen: dict[str, set[str]] = defaultdict(set)
+    for each in results:
+        for name, values in json.loads(each.sent or "{}").items():
+            seen[name] |= set(values)
+    if not seen:
+        return []
+    said = {"routes": "It asked", "fields": "With the fields", "ignored": "Left out, and named in `X-Ignored-Fields`"}
+    return [f"{text}: {', '.join(f'`{each}`' for each in sorted(seen[name]))}." for name, text in said.items()] + [""]
 
 
 def _differs(row: dict[str, list[Result]]) -> bool:

@@ -199,10 +199,11 @@ def test_langchain_knows_a_prompt_that_is_too_long(vllm: Stand) -> None:
     from langchain_core.exceptions import ContextOverflowError
     from langchain_openai import ChatOpenAI
 
+    ours: Any = {"model": vllm.model, "api_key": KEY, "max_retries": 0}
     for model in (
-        ChatOpenAI(model=vllm.model, base_url=f"{vllm.url}/v1", api_key=KEY, max_retries=0),  # type: ignore[arg-type]
-        ChatOpenAI(model=vllm.model, base_url=f"{vllm.url}/v1", api_key=KEY, max_retries=0, use_responses_api=True),  # type: ignore[arg-type]
-        ChatAnthropic(model=vllm.model, base_url=vllm.url, api_key=KEY, max_retries=0),  # type: ignore[call-arg]
+        ChatOpenAI(base_url=f"{vllm.url}/v1", **ours),
+        ChatOpenAI(base_url=f"{vllm.url}/v1", use_responses_api=True, **ours),
+        ChatAnthropic(base_url=vllm.url, **ours),
     ):
         vllm.engine.replay_chat("ctx_overflow")
         with pytest.raises(ContextOverflowError):
