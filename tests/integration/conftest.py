@@ -133,7 +133,7 @@ def _engine(item: pytest.Item) -> str:
 def _feature(item: pytest.Item) -> str:
     """The row: the test's name, and its parameters other than the engine."""
     params = dict(getattr(getattr(item, "callspec", None), "params", {}))
-    name = getattr(item, "originalname", item.name).removeprefix("test_").replace("_", " ")
+    name = getattr(item, "originalname", item.name).removeprefix("test_").removeprefix("dspy_").replace("_", " ")
     rest = [str(value) for key, value in params.items() if key not in ("target", "stand", "each_recorded")]
     return f"{name} ({', '.join(rest)})" if rest else name
 
