@@ -171,6 +171,7 @@ class InferenceError(Exception):
     http: ClassVar[int | None] = None  #: HTTP status where it differs from `code`
     v1: ClassVar[tuple[int, str]] = (500, "server_error")  #: HTTP status and error type on the OpenAI surface
     openai_code: ClassVar[str] = ""  #: OpenAI's own error code where there is one, else `kind`
+    v1_prefix: ClassVar[str] = ""  #: of the message on /v1: the words by which clients know the error
     retryable: ClassVar[bool] = False  #: may the same request succeed later?
 
     def __init__(
@@ -221,6 +222,7 @@ class ContextTooLong(InferenceError):
 
     kind, code, v1 = "context_too_long", 400, (400, "invalid_request_error")
     openai_code = "context_length_exceeded"
+    v1_prefix = "prompt is too long: "  # LangChain, LiteLLM and Claude Code look for it
 
 
 class UnknownEngine(InferenceError):
@@ -8379,7 +8381,7 @@ _TEXT_PARTS = {
 _ITEM_FIELDS: _Specs = dict.fromkeys((
     "annotations", "arguments", "call_id", "content", "detail", "encrypted_content", "file_id", "id", "image_url",
     "logprobs", "name", "output", "parsed", "parsed_arguments", "refusal", "role", "status", "summary", "text", "type",
-), object)
+), object) | {"namespace": str}
 _NEEDS_STORE = {  # responses are not stored: field → what to do instead
     "background": "send the request without it, and with stream where the answer is long",
     "conversation": "send the earlier items in input",
@@ -8469,12 +8471,12 @@ class _ResponsesReader(_Reader):
         return self.messages_of(self._joined(turns))
 
     def _joined(self, turns: list[_Turn]) -> list[_Turn]:
-        """System messages that follow each other are one, for many templates take no second one."""
+        """System messages that follow each other are one, as many templates take no second; so are results of tools."""
         joined: list[_Turn] = []
         kinds: set[str] = set()  #: of the last turn's blocks
         for role, blocks in turns:
             added = {block["type"] for block in blocks}
-            joins = role == "system"
+            joins = role == "system" or kinds == added == {"tool_result"}
             if role == "assistant":  # reasoning and text after an answer begin the next one
                 joins = "text" not in kinds or "tool_use" in kinds | added
             if joins and joined and joined[-1][0] == role:
@@ -8496,13 +8498,14 @@ class _ResponsesReader(_Reader):
                 return role, self._parts(given["content"], f"{where}.content", images=role == "user")
             case "function_call":
                 self._call_ids.add(given["call_id"])
-                call = {"id": given["call_id"], "name": given["name"], "input": given["arguments"]}
+                name = _flat_name(given.get("namespace"), given["name"])
+                call = {"id": given["call_id"], "name": name, "input": given["arguments"]}
                 return "assistant", [{"type": "tool_use", **call}]
             case "function_call_output":
                 if given["call_id"] not in self._call_ids:
                     problem = "no function_call item before it has this id"
                     raise _bad_field(f"{where}.call_id", problem, "send the function_call item too")
-                content = self._parts(given["output"], f"{where}.output")
+                content = self._parts(given["output"], f"{where}.output", images=True)
                 return "user", [{"type": "tool_result", "tool_use_id": given["call_id"], "content": content}]
         parts = self._parts(given.get("content", []), f"{where}.content")
         parts = parts or self._parts(given.get("summary", []), f"{where}.summary")
@@ -8537,16 +8540,34 @@ class _ResponsesReader(_Reader):
         return _image_part(url=url)
 
 
+def _flat_name(space: str | None, name: str) -> str:
+    """The chat API has no namespaces; Codex has one for each MCP server."""
+    return f"{space}__{name}" if space else name
+
+
+def _tools_of(body: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """The tools with their place and namespace ("": none): in place of a namespace, what is in it."""
+    for index, tool in enumerate(body.get("tools") or ()):
+        match tool:
+            case {"type": "namespace", "name": str(space), "tools": list(members)} if space:
+                for number, member in enumerate(members):
+                    yield f"tools[{index}].tools[{number}]", member, space
+            case _:
+                yield f"tools[{index}]", tool, ""
+
+
 def _tools_from_responses(reader: _Reader) -> dict[str, Any]:
     """`tools`, `tool_choice` and `parallel_tool_calls`: none of them without function tools."""
     functions: dict[str, dict[str, Any]] = {}
-    for index, tool in enumerate(reader.body.pop("tools", ())):
-        where = f"tools[{index}]"
+    for where, tool, space in _tools_of({"tools": reader.body.pop("tools", ())}):
         kind = reader.type_of(tool, str, where)
+        if space:
+            reader.ignore(f"{where.partition('.')[0]}.description")  # of the namespace
         if kind != "function":  # hosted and other tools are offers, which are left out
             reader.ignore(f"{where} ({_header_safe(kind)})")
             continue
         function = reader.fields(tool, where, {"type": str, "name": str}, _FUNCTION_FIELDS, noted_in=where)
+        function["name"] = _flat_name(space, function["name"])
         if function["name"] in functions:
             raise _bad_field(f"{where}.name", "is there twice", "send other names")
         del function["type"]
@@ -8680,6 +8701,8 @@ def _echo(body: dict[str, Any]) -> dict[str, Any]:
     if echo["text"].get("format") is None:
         echo["text"] = {**echo["text"], "format": {"type": "text"}}
     for tool in body.get("tools") or ():
+        if tool["type"] == "namespace":
+            echo["tools"].append(tool)
         if tool["type"] == "function":
             echo["tools"].append({"type": "function", **{name: tool.get(name) for name in _FUNCTION_FIELDS}})
     return echo
@@ -8702,6 +8725,10 @@ class ResponseWriter(_Writer):
         self._forms = {"reasoning": _REASONING, "text": _ANSWER, "refusal": _REFUSAL, "call": _CALL}
         if reasoning.get("summary") or reasoning.get("generate_summary"):
             self._forms["reasoning"] = _SUMMARY
+        self._spaces: dict[str, dict[str, str]] = {}  #: name of a function for the engine → in the caller's terms
+        for _, tool, space in _tools_of(body):
+            if space and tool.get("name"):
+                self._spaces[_flat_name(space, tool["name"])] = {"name": tool["name"], "namespace": space}
         self._output: list[dict[str, Any]] = []
         self._logprobs: list[dict[str, Any]] = []
         self._usage: dict[str, Any] | None = None
@@ -8779,6 +8806,7 @@ class ResponseWriter(_Writer):
                 item["summary"] = []
             case "call":
                 item |= {"status": "in_progress", "call_id": call_id, "name": name, "arguments": ""}
+                item |= self._spaces.get(name, {})
             case _:
                 item |= {"status": "in_progress", "role": "assistant", "content": []}
         self._output.append(item)
@@ -9337,8 +9365,8 @@ def check_body(shape: type, body: dict[str, Any]) -> None:
 
 def error_object(error: InferenceError) -> dict[str, Any]:
     """OpenAI's error format."""
-    code = error.openai_code or error.kind
-    return {"error": {"message": error.message, "type": error.v1[1], "param": error.param, "code": code}}
+    code, message = error.openai_code or error.kind, error.v1_prefix + error.message
+    return {"error": {"message": message, "type": error.v1[1], "param": error.param, "code": code}}
 
 
 def envelope(request_id: str, data: Any = None, error: InferenceError | None = None) -> dict[str, Any]:
@@ -9679,9 +9707,7 @@ class MessagesSurface(TranslatedSurface):
         return MessageWriter(body, f"msg_{self.request_id.replace('-', '')}")
 
     def error(self, error: InferenceError) -> tuple[int, dict[str, Any]]:
-        message = error.message
-        if isinstance(error, ContextTooLong):  # the words by which Claude Code and LangChain know it
-            message = f"prompt is too long: {message}"
+        message = error.v1_prefix + error.message
         body = anthropic_error(error.kind, error.v1[0], message, self.request_id, param=error.param)
         return (529 if body["error"]["type"] == "overloaded_error" else error.v1[0]), body
 

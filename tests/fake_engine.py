@@ -173,6 +173,14 @@ class Said:
     tokens: int
 
 
+def _has_results(messages: list[Json]) -> bool:
+    """Whether a tool has answered since the last assistant message. A user message with its images may follow."""
+    for message in reversed(messages):
+        if message["role"] in ("tool", "assistant"):
+            return bool(message["role"] == "tool")
+    return False
+
+
 class FakeEngine:
     def __init__(
         self, dialect: Dialect, *, version: str | None = None, model: str = "m", uds: str | None = None
@@ -625,7 +633,7 @@ class FakeEngine:
             not tools
             or choice == "none"
             or not (forced or self.tool_call)
-            or (not forced and ask["messages"][-1]["role"] == "tool")
+            or (not forced and _has_results(ask["messages"]))
         ):
             return None
         name = choice["function"]["name"] if isinstance(choice, dict) else next(iter(tools))

@@ -102,9 +102,13 @@ class Stand:
         settings = {"engine": self.engine.dialect, "base_url": self.engine.base_url, **self.settings}
         self.app = product.create_app(product.Settings(**settings))
         self.gateway: product.Gateway = self.app.state.gateway
-        self.url = self._stack.enter_context(serving(self.app))
+        self.url = self._stack.enter_context(serving(self.served()))
         self.client = self._stack.enter_context(httpx.Client(base_url=self.url, timeout=20, trust_env=False))
         return self
+
+    def served(self) -> Any:
+        """What is put behind the socket: the app, or a layer around it."""
+        return self.app
 
     def __exit__(self, *exc: Any) -> None:
         self._stack.__exit__(*exc)

@@ -445,6 +445,29 @@ def test_codex():
     }
 
 
+def test_namespaces_of_tools():
+    """Codex puts the tools of each MCP server into a namespace; the chat API has none."""
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    weather = {"type": "function", "name": "weather", "description": "now", "strict": False, "parameters": schema}
+    other = {"type": "custom", "name": "patch"}
+    space = {"type": "namespace", "name": "mcp__sky", "description": "Tools.", "tools": [weather, other]}
+    call = {"type": "function_call", "call_id": "c", "namespace": "mcp__sky", "name": "weather", "arguments": "{}"}
+    output = {"type": "function_call_output", "call_id": "c", "output": "sunny"}
+    body = {"model": "m", "input": ["hi", call, output], "tools": [FN, space]}
+    body["input"][0] = {"role": "user", "content": "hi"}
+    chat, ignored = chat_from_responses(body)
+    assert [tool["function"]["name"] for tool in chat["tools"]] == ["f", "mcp__sky__weather"]
+    assert chat["messages"][1]["tool_calls"][0]["function"]["name"] == "mcp__sky__weather"
+    assert ignored == ["tools[1].description", "tools[1].tools[1] (custom)"]
+    function = {"name": "mcp__sky__weather", "arguments": "{}"}
+    message = {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": function}]}
+    answer = {"model": "m", "choices": [{"index": 0, "message": message, "finish_reason": "tool_calls"}]}
+    response = Response.model_validate(ResponseWriter(body, "resp_0", 0).complete(answer))
+    (item,) = response.output
+    assert (item.type, item.namespace, item.name) == ("function_call", "mcp__sky", "weather")
+    assert [tool.type for tool in response.tools] == ["function", "namespace"]
+
+
 def test_text_input_and_passed_fields():
     chat, ignored = chat_from_responses(
         {"input": "hi", "seed": 1, "top_k": 5, "stop": None, "user": "u", "max_output_tokens": 9}
@@ -470,6 +493,17 @@ def test_images():
             ],
         }
     ]
+
+
+def test_images_in_tool_results_follow_the_last_of_them():
+    """Codex's `view_image` answers with an image."""
+    calls = [{"type": "function_call", "call_id": id_, "name": "view_image", "arguments": "{}"} for id_ in "ab"]
+    image = {"type": "input_image", "image_url": PNG}
+    outputs = [{"type": "function_call_output", "call_id": id_, "output": [image]} for id_ in "ab"]
+    found = messages(input=[*calls, *outputs, {"role": "user", "content": "what"}])
+    assert [message["role"] for message in found] == ["assistant", "tool", "tool", "user", "user"]
+    assert [message["content"] for message in found[1:3]] == ["[image 1]", "[image 2]"]
+    assert [part.get("image_url", {}).get("url") for part in found[3]["content"]] == [None, PNG, None, PNG]
 
 
 def test_assistant_turns():

@@ -54,6 +54,7 @@ def agents_model(request: pytest.FixtureRequest, stand: Stand) -> Any:
     return kind(model=stand.model, openai_client=client)
 
 
+@pytest.mark.client("openai-agents", "openai-agents")
 def test_openai_agents_text(stand: Stand, agents_model: Any) -> None:
     import agents
 
@@ -61,6 +62,7 @@ def test_openai_agents_text(stand: Stand, agents_model: Any) -> None:
     assert agents.Runner.run_sync(agent, "hi").final_output == TEXT
 
 
+@pytest.mark.client("openai-agents", "openai-agents")
 def test_openai_agents_tools(stand: Stand, agents_model: Any) -> None:
     import agents
 
@@ -70,6 +72,7 @@ def test_openai_agents_tools(stand: Stand, agents_model: Any) -> None:
     assert tool_result(stand) == "sunny in Köln"
 
 
+@pytest.mark.client("openai-agents", "openai-agents")
 def test_openai_agents_stream(stand: Stand, agents_model: Any) -> None:
     import agents
 
@@ -87,6 +90,7 @@ def test_openai_agents_stream(stand: Stand, agents_model: Any) -> None:
     assert asyncio.run(work()) == (TEXT, TEXT)
 
 
+@pytest.mark.client("openai-agents", "openai-agents")
 def test_openai_agents_structured(stand: Stand, agents_model: Any) -> None:
     import agents
 
@@ -95,6 +99,7 @@ def test_openai_agents_structured(stand: Stand, agents_model: Any) -> None:
     assert agents.Runner.run_sync(agent, "hi").final_output == Capital(city="Paris", large=True)
 
 
+@pytest.mark.client("openai-agents", "openai-agents")
 def test_openai_agents_structured_with_tools(stand: Stand, agents_model: Any) -> None:
     """A tool may be called, and the answer must satisfy the schema: refused, as no engine does both."""
     import agents
@@ -105,6 +110,7 @@ def test_openai_agents_structured_with_tools(stand: Stand, agents_model: Any) ->
         agents.Runner.run_sync(agent, "hi")
 
 
+@pytest.mark.client("openai-agents", "openai-agents")
 def test_openai_agents_effort(stand: Stand, agents_model: Any) -> None:
     import agents
     from openai.types.shared import Reasoning
@@ -136,11 +142,13 @@ def langchain_model(request: pytest.FixtureRequest, stand: Stand) -> Any:
     )
 
 
+@pytest.mark.client("LangChain (scripted)", "langchain-openai")
 def test_langchain_text(stand: Stand, langchain_model: Any) -> None:
     found = langchain_model.invoke([("system", "Be brief."), ("user", "hi")])
     assert found.text == TEXT and found.usage_metadata["output_tokens"] > 0
 
 
+@pytest.mark.client("LangChain (scripted)", "langchain-openai")
 def test_langchain_stream(stand: Stand, langchain_model: Any) -> None:
     assert "".join(piece.text for piece in langchain_model.stream("hi")) == TEXT
 
@@ -150,6 +158,7 @@ def test_langchain_stream(stand: Stand, langchain_model: Any) -> None:
     assert asyncio.run(work()) == TEXT
 
 
+@pytest.mark.client("LangChain (scripted)", "langchain-openai")
 def test_langchain_tools(stand: Stand, langchain_model: Any) -> None:
     from langchain_core.messages import HumanMessage, ToolMessage
 
@@ -168,12 +177,14 @@ def test_langchain_tools(stand: Stand, langchain_model: Any) -> None:
     assert whole.tool_calls[0]["args"] == {"city": "Köln"}
 
 
+@pytest.mark.client("LangChain (scripted)", "langchain-openai")
 def test_langchain_structured(stand: Stand, langchain_model: Any) -> None:
     stand.engine.answer = lambda _: ANSWER
     model = langchain_model.with_structured_output(Capital, method="json_schema")
     assert model.invoke("hi") == Capital(city="Paris", large=True)
 
 
+@pytest.mark.client("LangChain (scripted)", "langchain-openai")
 def test_langchain_structured_by_a_call(stand: Stand, langchain_model: Any) -> None:
     without_forced_calls(stand)
     stand.engine.tool_call = ("Capital", {"city": "Paris", "large": True})
@@ -181,16 +192,18 @@ def test_langchain_structured_by_a_call(stand: Stand, langchain_model: Any) -> N
     assert model.invoke("hi") == Capital(city="Paris", large=True)
 
 
+@pytest.mark.client("LangChain (scripted)", "langchain-openai")
 def test_langchain_knows_a_prompt_that_is_too_long(vllm: Stand) -> None:
     pytest.importorskip("langchain_anthropic")
     from langchain_anthropic import ChatAnthropic
     from langchain_core.exceptions import ContextOverflowError
     from langchain_openai import ChatOpenAI
 
+    ours: Any = {"model": vllm.model, "api_key": KEY, "max_retries": 0}
     for model in (
-        ChatOpenAI(model=vllm.model, base_url=f"{vllm.url}/v1", api_key=KEY, max_retries=0),  # type: ignore[arg-type]
-        ChatOpenAI(model=vllm.model, base_url=f"{vllm.url}/v1", api_key=KEY, max_retries=0, use_responses_api=True),  # type: ignore[arg-type]
-        ChatAnthropic(model=vllm.model, base_url=vllm.url, api_key=KEY, max_retries=0),  # type: ignore[call-arg]
+        ChatOpenAI(base_url=f"{vllm.url}/v1", **ours),
+        ChatOpenAI(base_url=f"{vllm.url}/v1", use_responses_api=True, **ours),
+        ChatAnthropic(base_url=vllm.url, **ours),
     ):
         vllm.engine.replay_chat("ctx_overflow")
         with pytest.raises(ContextOverflowError):
@@ -209,6 +222,7 @@ def litellm_route(request: pytest.FixtureRequest, stand: Stand) -> dict[str, Any
     return {"model": f"{request.param}/{stand.model}", "api_base": base, "api_key": KEY, "max_retries": 0}
 
 
+@pytest.mark.client("litellm", "litellm")
 def test_litellm_text(stand: Stand, litellm_route: dict[str, Any]) -> None:
     import litellm
 
@@ -219,6 +233,7 @@ def test_litellm_text(stand: Stand, litellm_route: dict[str, Any]) -> None:
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == TEXT
 
 
+@pytest.mark.client("litellm", "litellm")
 def test_litellm_tools(stand: Stand, litellm_route: dict[str, Any]) -> None:
     import litellm
 
@@ -234,6 +249,7 @@ def test_litellm_tools(stand: Stand, litellm_route: dict[str, Any]) -> None:
     assert found.choices[0].message.content == TEXT and tool_result(stand) == "sunny"
 
 
+@pytest.mark.client("litellm", "litellm")
 def test_litellm_structured(stand: Stand, litellm_route: dict[str, Any]) -> None:
     import litellm
 
@@ -245,6 +261,7 @@ def test_litellm_structured(stand: Stand, litellm_route: dict[str, Any]) -> None
     assert Capital.model_validate_json(found.choices[0].message.content).city == "Paris"
 
 
+@pytest.mark.client("litellm", "litellm")
 def test_litellm_responses(stand: Stand) -> None:
     litellm = pytest.importorskip("litellm")
     route = {"model": f"openai/{stand.model}", "api_base": f"{stand.url}/v1", "api_key": KEY}
@@ -258,6 +275,7 @@ def test_litellm_responses(stand: Stand) -> None:
 # --------------------------------------------------------------------------------------------------- instructor
 
 
+@pytest.mark.client("instructor", "instructor")
 @pytest.mark.parametrize("mode", ["JSON_SCHEMA", "JSON", "MD_JSON", "TOOLS", "TOOLS_STRICT", "RESPONSES_TOOLS"])
 def test_instructor(stand: Stand, mode: str) -> None:
     instructor = pytest.importorskip("instructor")
@@ -277,6 +295,7 @@ def test_instructor(stand: Stand, mode: str) -> None:
     assert answer.model_dump() == {"city": "Paris", "large": True}
 
 
+@pytest.mark.client("instructor", "instructor")
 @pytest.mark.parametrize("mode", ["ANTHROPIC_TOOLS", "ANTHROPIC_JSON"])
 def test_instructor_on_messages(stand: Stand, mode: str) -> None:
     instructor = pytest.importorskip("instructor")

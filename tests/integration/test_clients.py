@@ -9,9 +9,6 @@ import pytest
 import llm_inference as product
 from tests.harness import serving
 
-pytest.importorskip("instructor")
-pytest.importorskip("langchain_openai")
-
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
@@ -20,7 +17,7 @@ def url() -> Iterator[str]:
 
 
 def test_langchain(url: str) -> None:
-    from langchain_openai import ChatOpenAI
+    ChatOpenAI = pytest.importorskip("langchain_openai").ChatOpenAI
 
     llm = ChatOpenAI(
         base_url=url, api_key="none", model="llamacpp/SmolLM2-135M-Instruct.Q4_1", temperature=0, max_tokens=24
@@ -32,7 +29,7 @@ def test_langchain(url: str) -> None:
 
 
 def test_instructor(url: str) -> None:
-    import instructor
+    instructor = pytest.importorskip("instructor")
     import openai
     from pydantic import BaseModel
 

@@ -1,4 +1,4 @@
-"""pydantic-ai's three models on every engine. It has an environment of its own: pydantic_ai.txt."""
+"""pydantic-ai's three models on every engine. The scripted ones."""
 
 import asyncio
 from typing import Any
@@ -10,7 +10,7 @@ from tests.fake_engine import TEXT
 from tests.harness import Stand
 
 pytest.importorskip("pydantic_ai")
-pytestmark = pytest.mark.usefixtures("alone")
+pytestmark = [pytest.mark.usefixtures("alone"), pytest.mark.client("pydantic-ai", "pydantic-ai-slim")]
 
 
 class Capital(BaseModel):
