@@ -774,11 +774,13 @@ _EXPECTED = {
 }  # fmt: skip
 
 
-def explain(exc: ValidationError) -> tuple[str, str]:
+def explain(exc: ValidationError, *outer: str) -> tuple[str, str]:
     """The reason (`temperature: must be from 0 to 2, got 3`) and the field's name; never a string from the input."""
     reasons: dict[str, str] = {}
     for error in exc.errors(include_url=False)[:6]:
-        where = _place(error["loc"])
+        where = _place((*outer, *error["loc"]))
+        for other in [other for other in reasons if where.startswith((f"{other}[", f"{other}."))]:
+            del reasons[other]  # of a union, the member whose type does not fit
         reason = f"{where or 'body'}: {_problem(dict(error), where)}"[:300]
         if where not in reasons or error["type"] not in _EXPECTED:  # of a union, the member whose type fits
             reasons[where] = reason
@@ -792,6 +794,8 @@ def _place(loc: Sequence[int | str]) -> str:
     for part in loc:
         if isinstance(part, int):
             path += f"[{part}]"
+        elif path.endswith(f".{part}"):  # a union's tag, or the field that is called like it
+            continue
         elif re.fullmatch(r"[a-z_]{1,40}", part) and part not in (
             "str",
             "list",
@@ -1079,10 +1083,11 @@ def make_request(
 def _invalid_request(exc: ValidationError, body: dict[str, Any]) -> InvalidRequest:
     if exc.title.startswith("Options"):
         return invalid(exc, body, Options.__annotations__.keys() | Sampling.__annotations__.keys() | {"schema"})
-    reason, param = explain(exc)
-    separator = "" if param.startswith("[") else "."
-    where = f"messages{separator}{param}" if param else "messages"
-    return InvalidRequest(reason.replace(f"{param or 'body'}:", f"{where}:", 1), "correct the named field", param=where)
+    reason, where = explain(exc, "messages")
+    hint = "correct the named field"
+    if reason.endswith("no such field"):
+        hint = did_you_mean(where.rpartition(".")[2], Message.__annotations__, hint)
+    return InvalidRequest(reason, hint, param=where)
 
 
 def check_model_name(model: Any, field: str = "model_name") -> str:
@@ -4190,6 +4195,9 @@ class BaseLLMAdapter:
         hint = 'leave it out, use another engine, or send on_unsupported="ignore"'
         if request.surface != OWN:
             hint = "leave it out, or use another engine"
+        known = column(self.engine_type, SURFACES[request.surface]) if self.engine_type in ENGINES else {}
+        if missing[0] not in known:
+            hint = did_you_mean(missing[0][:100], known, hint, cutoff=0.8)
         hint = self.suggestion(missing) or hint
         return UnsupportedFeature(reason, hint, param=missing[0])
 
@@ -4303,6 +4311,8 @@ def texts_of(value: Any) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         hint = "this engine does not take token ids"
+        if value == []:
+            raise InvalidRequest("input: must not be empty", "send one text or more", param="input")
         raise InvalidRequest("input: must be a text or a list of texts", hint, param="input")
     return texts
 
@@ -4899,7 +4909,7 @@ def _error_by_status(
 ) -> InferenceError:
     name, reason = engine.engine_type, f"{engine.engine_type}: {message}"
     if status in (401, 403):
-        hint = f"set --engine-api-key or {engine.key_env or 'api_key'}"
+        hint = f"set {engine.key_env or 'the key'}, --engine-api-key, or api_key= in Python"
         return EngineUnavailable(f"{name} refuses our key", hint)
     if status == 404 and "model" in message:
         return ModelNotFound(reason, "see models()")
@@ -6199,8 +6209,8 @@ def checked_messages(messages: Any) -> list[Any]:
     try:
         return _MESSAGES.validate_python(messages)  # type: ignore[no-any-return]
     except ValidationError as exc:
-        reason, param = explain(exc)
-        raise InvalidRequest(f"messages{reason}", "correct the named field", param=f"messages{param}") from None
+        reason, param = explain(exc, "messages")
+        raise InvalidRequest(reason, "correct the named field", param=param) from None
 
 
 # 10 Endpoints and fleet --------------------------------------------------------------------------
@@ -7247,8 +7257,9 @@ class LLMInferencer(Verbs):
         build = None
         if schema is not None:
             schema, build = normalize_schema(schema)
-        if "model" in fields:
-            raise InvalidRequest("model: no such argument", "did you mean 'model_name'?", param="model")
+        for name, instead in (("model", "did you mean 'model_name'?"), ("stream", "call stream(…) or astream(…)")):
+            if name in fields:
+                raise InvalidRequest(f"{name}: no such argument", instead, param=name)
         model = fields.pop("model_name", None) or (self.model_name if len(self._known_endpoints()) != 1 else None)
         return make_request(messages=messages, schema=schema, build=build, model=model, **fields)
 
@@ -7905,7 +7916,8 @@ class _Reader:
             return value
         elif spec is not object and type(value) is not spec:  # a bool is not an integer
             given = _JSON_NAMES.get(type(value), "null")
-            raise _bad_field(where, f"must be {_JSON_NAMES[spec]}, got {given}", "correct the field")
+            problem = "is required" if value is None else f"must be {_JSON_NAMES[spec]}, got {given}"
+            raise _bad_field(where, problem, "correct the field")
         return value
 
     def type_of(self, value: Any, spec: Any, where: str) -> str:
@@ -9852,7 +9864,7 @@ class Gateway(Catalog):
             owners = [engine_type for engine_type, info in await self.models() if info.name == model]
         if len(set(owners)) != 1:
             where = "on several engines" if owners else "on no engine"
-            names = [info.name for _, info in await self.models()]
+            names = [name for engine, info in await self.models() for name in (info.name, f"{engine}/{info.name}")]
             hint = did_you_mean(model, names, "see GET /v1/models; write engine/model")
             raise ModelNotFound(f"the model {model[:100]!r} is {where}", hint, param="model")
         return await self.inferencer(owners[0]), model
@@ -10668,6 +10680,8 @@ def add_error_handlers(app: Any) -> None:
         if status == 404:
             error = NotFound(f"there is no route {path[:100]!r}", route_hint(path))
         headers = {**(getattr(exc, "headers", None) or {}), "x-error-kind": error.kind}
+        if status == 405:
+            error = MethodNotAllowed(f"this route takes no {request.method[:20]}", f"send {headers.get('Allow')}")
         return JSONResponse(refusal_body(error, path), status, headers)
 
     app.add_exception_handler(HTTPException, failed)
