@@ -89,6 +89,7 @@ from typing import (
     ForwardRef,
     Literal,
     NamedTuple,
+    NoReturn,
     NotRequired,
     TypeAlias,
     TypeVar,
@@ -760,27 +761,24 @@ def range_of(field: str) -> str:
 
 
 _JSON_NAMES = {
-    str: "a string",
-    bool: "a boolean",
-    int: "an integer",
-    float: "a number",
-    list: "a list",
-    dict: "an object",
-}
+    str: "a string", bool: "a boolean", int: "an integer", float: "a number", list: "a list", dict: "an object",
+}  # fmt: skip
+_TYPE_NAMES = frozenset("str list bool int float dict literal".split())
 _EXPECTED = {
     "int_type": "an integer", "int_from_float": "an integer", "float_type": "a number", "bool_type": "true or false",
     "string_type": "a string", "list_type": "a list", "dict_type": "an object", "finite_number": "a finite number",
-    "typed_dict_type": "an object", "model_attributes_type": "an object",
+    "typed_dict_type": "an object", "model_attributes_type": "an object", "sequence_str": "a list",
+    "dataclass_exact_type": "a Deadlines(…)", "dataclass_type": "a Deadlines(…)",
 }  # fmt: skip
 
 
-def explain(exc: ValidationError, *outer: str) -> tuple[str, str]:
+def explain(exc: ValidationError, *within: str) -> tuple[str, str]:
     """The reason (`temperature: must be from 0 to 2, got 3`) and the field's name; never a string from the input."""
     reasons: dict[str, str] = {}
     for error in exc.errors(include_url=False)[:6]:
-        where = _place((*outer, *error["loc"]))
-        for other in [other for other in reasons if where.startswith((f"{other}[", f"{other}."))]:
-            del reasons[other]  # of a union, the member whose type does not fit
+        where = _place((*within, *error["loc"]))
+        for outer in [other for other in reasons if where.startswith((f"{other}[", f"{other}."))]:
+            del reasons[outer]  # of a union, the member whose type does not fit
         reason = f"{where or 'body'}: {_problem(dict(error), where)}"[:300]
         if where not in reasons or error["type"] not in _EXPECTED:  # of a union, the member whose type fits
             reasons[where] = reason
@@ -796,15 +794,7 @@ def _place(loc: Sequence[int | str]) -> str:
             path += f"[{part}]"
         elif path.endswith(f".{part}"):  # a union's tag, or the field that is called like it
             continue
-        elif re.fullmatch(r"[a-z_]{1,40}", part) and part not in (
-            "str",
-            "list",
-            "bool",
-            "int",
-            "float",
-            "dict",
-            "literal",
-        ):
+        elif re.fullmatch(r"[a-z_]{1,40}", part) and part not in _TYPE_NAMES:
             path += f".{part}" if path else part
         elif part == loc[-1] and not path:
             path = str(part) if len(part) <= 40 else f"{part[:8]}…"
@@ -838,11 +828,8 @@ def _problem(error: dict[str, Any], where: str) -> str:
 
 def _one_bound(kind: str, context: dict[str, Any]) -> str:
     words = {
-        "greater_than": "above",
-        "greater_than_equal": "at least",
-        "less_than": "below",
-        "less_than_equal": "at most",
-    }
+        "greater_than": "above", "greater_than_equal": "at least", "less_than": "below", "less_than_equal": "at most",
+    }  # fmt: skip
     return f"{words[kind]} {next(iter(context.values()), '')}"
 
 
@@ -1065,6 +1052,9 @@ def make_request(
         checked = _MESSAGES.validate_python(without_dump_fields(messages))
     except ValidationError as exc:
         raise _invalid_request(exc, body) from None
+    for number, message in enumerate(checked):
+        if "content" not in message and message["role"] != "assistant":
+            raise InvalidRequest(f"messages[{number}].content: is required", "send a text", param="messages")
     body |= {"messages": checked}
     if model is not None:
         body["model"] = check_model_name(model)
@@ -1084,9 +1074,8 @@ def _invalid_request(exc: ValidationError, body: dict[str, Any]) -> InvalidReque
     if exc.title.startswith("Options"):
         return invalid(exc, body, Options.__annotations__.keys() | Sampling.__annotations__.keys() | {"schema"})
     reason, where = explain(exc, "messages")
-    hint = "correct the named field"
-    if reason.endswith("no such field"):
-        hint = did_you_mean(where.rpartition(".")[2], Message.__annotations__, hint)
+    known = Message.__annotations__ if reason.endswith("no such field") else ()
+    hint = did_you_mean(where.rpartition(".")[2], known, "correct the named field")
     return InvalidRequest(reason, hint, param=where)
 
 
@@ -6875,6 +6864,9 @@ class EngineOptions(TypedDict, total=False):
     deadlines: Deadlines | None
 
 
+_ENGINE_OPTIONS: TypeAdapter[Any] = TypeAdapter(EngineOptions)
+
+
 def tool_from(function: Callable[..., Any]) -> Tool:
     """A Python function as a tool. Raises InvalidRequest where its parameters have no JSON Schema."""
     try:
@@ -7176,6 +7168,12 @@ class LLMInferencer(Verbs):
         **options: Unpack[EngineOptions],
     ) -> None:
         self.options: dict[str, Any] = dict(options)
+        try:
+            _ENGINE_OPTIONS.validate_python(self.options, strict=True)
+        except ValidationError as exc:
+            raise InvalidRequest(explain(exc)[0], "see help(LLMInferencer)") from None
+        if options.get("base_url") in ([], ()) or (options.get("base_url") and options.get("launch") is True):
+            raise InvalidRequest("base_url: names no server, or one beside launch=True", "give one of them")
         self.model_name = os.fspath(model_name) if model_name is not None else None
         if engine_type == "auto" and self.model_name and self.model_name.partition("/")[0] in self.ENGINE_MAP:
             engine_type, _, self.model_name = self.model_name.partition("/")
@@ -7257,9 +7255,9 @@ class LLMInferencer(Verbs):
         build = None
         if schema is not None:
             schema, build = normalize_schema(schema)
-        for name, instead in (("model", "did you mean 'model_name'?"), ("stream", "call stream(…) or astream(…)")):
+        for name, hint in (("model", "did you mean 'model_name'?"), ("stream", "call stream(…) or astream(…)")):
             if name in fields:
-                raise InvalidRequest(f"{name}: no such argument", instead, param=name)
+                raise InvalidRequest(f"{name}: no such argument", hint, param=name)
         model = fields.pop("model_name", None) or (self.model_name if len(self._known_endpoints()) != 1 else None)
         return make_request(messages=messages, schema=schema, build=build, model=model, **fields)
 
@@ -7627,6 +7625,9 @@ class Settings:
                 raise _invalid(field, "means nothing beside [[endpoint]] tables", "put it into the endpoint's table")
             if self.engine == "auto" and field in ("launch_args", "python"):
                 raise _invalid(field, "given without an engine", "name the engine that it is for")
+        for address in (self.base_url or "").split(","):
+            if address and not address.strip().startswith("unix:"):
+                clean_url(address.strip())
 
     def inferencer(self, **options: Any) -> LLMInferencer:
         """The inferencer of these settings. It connects to nothing and starts nothing yet."""
@@ -7808,6 +7809,7 @@ def build_parser(prog: str = "llm_inference.py") -> "argparse.ArgumentParser":
     parser = argparse.ArgumentParser(
         prog=prog, allow_abbrev=False, argument_default=argparse.SUPPRESS, description=_DESCRIPTION, epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)  # fmt: skip
+    parser.error = _usage_error  # type: ignore[method-assign]
     modes = parser.add_argument_group("modes")
     one_of = modes.add_mutually_exclusive_group()
     one_of.add_argument("--serve", action="store_true", help="serve the HTTP API")
@@ -7833,6 +7835,15 @@ def build_parser(prog: str = "llm_inference.py") -> "argparse.ArgumentParser":
             form["action"] = "append"
         groups[option.group].add_argument(name, help=text, **form)
     return parser
+
+
+def _usage_error(message: str) -> NoReturn:
+    """Raises InvalidRequest, with the flag that was meant."""
+    known = (*OPTIONS, "serve", "api_test", "ray", "check_config", "version", "help")
+    flags = [f"--{name.replace('_', '-')}" for name in known]
+    given = (re.findall(r"--[\w-]+|(?<=')\w+", message) or [""])[0]
+    others = [flag for flag in flags if flag != given]
+    raise InvalidRequest(message, did_you_mean(f"--{given.lstrip('-')}"[:40], others, "see --help", cutoff=0.85))
 
 
 _DESCRIPTION = """\
@@ -11983,7 +11994,7 @@ def serve_on_ray(settings: Settings) -> int:
 
 # Entry point
 def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
-    """The flags that were given, by their key. Ends the process for --help, --version and unknown flags."""
+    """The flags that were given, by their key. Ends the process for --help and --version. Raises InvalidRequest."""
     parser, own, launch_args = build_parser(program()), list(arguments), []
     if "--" in own:
         launch_args = own[own.index("--") + 1 :]
