@@ -1320,16 +1320,16 @@ class _SchemaGenerator(GenerateJsonSchema):
     def decimal_schema(self, schema: core_schema.DecimalSchema) -> dict[str, Any]:
         number: dict[str, Any] = super().decimal_schema(schema).get("anyOf", [{"type": "number"}])[0]
         digits, places = schema.get("max_digits"), schema.get("decimal_places")
-        whole = max(digits - (places or 0), 1) if digits else 0
+        before = max(digits - (places or 0), 1) if digits else 0
         if places is not None:
             number.setdefault("multipleOf", 10**-places)
         if digits:
-            number.setdefault("exclusiveMinimum", -(10**whole))
-            number.setdefault("exclusiveMaximum", 10**whole)
+            number.setdefault("exclusiveMinimum", -(10**before))
+            number.setdefault("exclusiveMaximum", 10**before)
         if schema.keys() & {"ge", "gt", "le", "lt", "multiple_of"}:  # of a text no grammar can say these
             return number
         fraction = "" if places == 0 or (digits and places is None) else rf"(\.[0-9]{{1,{places or ''}}})?"
-        return {"anyOf": [number, {"type": "string", "pattern": f"^-?[0-9]{{1,{whole or ''}}}{fraction}$"}]}
+        return {"anyOf": [number, {"type": "string", "pattern": f"^-?[0-9]{{1,{before or ''}}}{fraction}$"}]}
 
 
 def normalize_schema(schema: Any) -> tuple[dict[str, Any], TypeAdapter[Any] | None]:
@@ -2005,7 +2005,7 @@ _LEFT_OUT = frozenset(
 )
 
 
-class GrammarCheck(_Rewriter):
+class _GrammarCheck(_Rewriter):
     """Does such a grammar say all of a schema? One keyword is read where another stands beside it."""
 
     exact = True
@@ -5241,7 +5241,7 @@ class OpenAIAdapter(HTTPAdapter):
         """The engine's fields for one of our constraints."""
         if value == ANY_OBJECT:
             return {"response_format": {"type": "json_object"}}
-        request.served.enforced = GrammarCheck(value).exact
+        request.served.enforced = _GrammarCheck(value).exact
         form = {"name": "answer", "schema": value, "strict": True}
         return {"response_format": {"type": "json_schema", "json_schema": form}}
 
@@ -5851,7 +5851,7 @@ class OllamaTranslator(HTTPAdapter):
             raise UnsupportedFeature("n: ollama gives one answer", "send several requests", param="n")
         wire |= self._encode_constraint(body)
         if isinstance(wire.get("format"), dict) and "schema" in body:  # its grammars also read patterns loosely
-            request.served.enforced = GrammarCheck(body["schema"]).exact and '"pattern"' not in json.dumps(body)
+            request.served.enforced = _GrammarCheck(body["schema"]).exact and '"pattern"' not in json.dumps(body)
         wire |= {name: body[name] for name in ("tools", "logprobs", "top_logprobs", "keep_alive") if name in body}
         think = self._thinking(request, body)
         if think is not None:
