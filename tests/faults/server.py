@@ -1,7 +1,8 @@
 """The server under test with a control socket and, where asked for, one guard switched off.
 
 FAULTS_OFF       a name in guards.py: that line of the source is replaced before it is run
-FAULTS_SETTINGS  JSON: fields of Settings (and `deadlines`: fields of Deadlines) that no flag sets
+FAULTS_SETTINGS  JSON: fields of Settings (and `deadlines`: fields of Deadlines; `pauses`: the first and the longest
+                 pause of an endpoint) that no flag sets
 FAULTS_CONTROL   a path: every connection gets the census as JSON
 """
 
@@ -88,6 +89,8 @@ def main() -> int:
         import uvicorn
 
         more: dict[str, Any] = json.loads(os.environ.get("FAULTS_SETTINGS") or "{}")
+        if "pauses" in more:
+            product.Endpoint.FIRST_PAUSE, product.Endpoint.LONGEST_PAUSE = more["pauses"]
         read, startup = product.load_settings, uvicorn.Server.startup
         known = {each.name for each in dataclasses.fields(product.Settings)}
 
