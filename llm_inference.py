@@ -6540,6 +6540,8 @@ class Router:
             if isinstance(outcome, InferenceError):
                 endpoint.failed(outcome)
                 failures.append(outcome)
+                if endpoint.lists(model) or model in endpoint.known_models:  # it is down, and not without the model
+                    group.append((endpoint, model))
             elif isinstance(outcome, BaseException):
                 raise outcome
             elif outcome:

@@ -906,6 +906,23 @@ def test_when_all_are_gone_and_back(fake: Make, monkeypatch: pytest.MonkeyPatch)
         until(lambda: site.client.get("/ready").status_code == 200, 8)
 
 
+def test_a_model_whose_endpoints_are_all_down_is_unavailable_and_not_unknown(
+    fake: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the moment after the pause, in which they are asked again for their lists."""
+    monkeypatch.setattr(Endpoint, "FIRST_PAUSE", 0.2)
+    engines = [fake("vllm"), fake("vllm")]
+    with Site(*map(attached, engines)) as site:
+        good(site.generate(model_name="m"))
+        for engine in engines:
+            engine.stop()
+        end = time.monotonic() + 1.5
+        kinds = set()
+        while time.monotonic() < end:
+            kinds |= {site.generate(model_name=name).headers["x-error-kind"] for name in ("m", "vllm/m")}
+    assert kinds == {"engine_unavailable"}
+
+
 def test_no_answer_is_lost_while_an_endpoint_flaps(fake: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Endpoint, "FIRST_PAUSE", 0.1)
     engines = [fake("vllm"), fake("sglang"), fake("llamacpp"), fake("ollama", model="m")]
