@@ -970,6 +970,10 @@ class Deadlines:
     idle: float = 120.0
     total: float = 600.0
 
+    def brief(self) -> "Deadlines":
+        """Those of a small question, which a busy engine answers too."""
+        return dataclasses.replace(self, first_token=min(10.0, self.first_token), total=min(15.0, self.total))
+
     def within(self, total: float | None) -> "Deadlines":
         """The same, ending after `total` seconds."""
         if total is None:
@@ -4737,13 +4741,8 @@ class Connection(EngineClient):
 
     async def probe(self, target: Target, connect: float | None = None) -> str | None:
         """The version of the engine at `target`, "" where it does not report one, None where it is another engine."""
-        limits = self._adapter.deadlines
-        limits = dataclasses.replace(
-            limits,
-            connect=min(connect or limits.connect, limits.connect),
-            first_token=min(10.0, limits.first_token),
-            total=min(15.0, limits.total),
-        )
+        limits = self._adapter.deadlines.brief()
+        limits = dataclasses.replace(limits, connect=min(connect or limits.connect, limits.connect))
 
         async def get(path: str) -> Any:
             return await self.fetch(target, path, limits)
@@ -5082,17 +5081,17 @@ class HTTPAdapter(BaseLLMAdapter):
             items = sorted(answer.payload["data"], key=lambda item: item["index"])
             return vectors_of([item["embedding"] for item in items], texts), answer.usage or Usage()
 
-    async def fetch_json(self, path: str, body: Any = None) -> dict[str, Any]:
+    async def fetch_json(self, path: str, body: Any = None, limits: Deadlines | None = None) -> dict[str, Any]:
         """A small question to the engine; {} for what it does not know. Raises where it fails or is overloaded."""
         target = await self.connection.reach()
         refusals = (401, 403, 429, *range(500, 600))
-        found = await portal.run(self.connection.fetch(target, path, self.deadlines, body, refusals))
+        found = await portal.run(self.connection.fetch(target, path, limits or self.deadlines, body, refusals))
         return found if isinstance(found, dict) else {}
 
     async def fetch_models(self, path: str) -> dict[str, Any]:
         """What the engine lists. Raises BadEngineReply where something else answers."""
         try:
-            listed = await self.fetch_json(path)
+            listed = await self.fetch_json(path, limits=self.deadlines.brief())
         except EngineUnavailable:
             self.connection.forget()  # identity, models and features end with the server they belong to
             raise
@@ -6239,6 +6238,7 @@ class Endpoint:
         self.seed = zlib.crc32(self.name.encode()) * 0x9E3779B97F4A7C15
         self._listed_at = float("-inf")
         self._listed: dict[str, ModelInfo] = {}
+        self._refreshing: concurrent.futures.Future[None] | None = None
 
     @property
     def load(self) -> float:
@@ -6307,6 +6307,17 @@ class Endpoint:
             self._listed_at = float("-inf")
             listed = await self.models()
         return holds(listed, model)
+
+    def refresh(self) -> None:
+        """Ask an attached server for its list, while nobody waits for it."""
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = portal.submit(self._refresh())
+
+    async def _refresh(self) -> None:
+        try:
+            await self.models()
+        except InferenceError as exc:
+            self.failed(exc)
 
     def available(self, now: float) -> bool:
         """Whether a request may be sent there now."""
@@ -6505,8 +6516,8 @@ class Router:
         raise await self._not_found(name)
 
     async def _serving(self, endpoints: Sequence[Endpoint], model: str) -> list[Route]:
-        """The endpoints that serve a model. Lists older than ten seconds are asked for again, all at once; the others
-        only where none names the model."""
+        """The endpoints that serve a model. Lists older than ten seconds are asked for again, all at once, and waited
+        for where they did not name the model or the endpoint had failed; the others only where none names the model."""
         now = time.monotonic()
         group: list[Route] = []
         stale: list[Endpoint] = []
@@ -6516,7 +6527,12 @@ class Router:
                 continue
             available = endpoint.available(now)
             if available and not endpoint.is_fresh(now):
-                stale.append(endpoint)
+                attached = getattr(endpoint.adapter, "base_url", None)
+                if attached and endpoint.lists(model) and not endpoint.failures:
+                    group.append((endpoint, model))
+                    endpoint.refresh()
+                else:
+                    stale.append(endpoint)
             elif endpoint.lists(model) or not available and model in endpoint.known_models:
                 group.append((endpoint, model))
             elif available:
@@ -6535,7 +6551,13 @@ class Router:
     async def _ask(endpoints: Sequence[Endpoint], model: str, group: list[Route]) -> list[InferenceError]:
         """Adds those that serve the model to `group`; returns the failures."""
         failures = []
-        outcomes = await asyncio.gather(*(each.serves(model) for each in endpoints), return_exceptions=True)
+        for endpoint in endpoints:  # this is the one request that finds out whether it is back
+            endpoint.trying = endpoint.failures > 0
+        try:
+            outcomes = await asyncio.gather(*(each.serves(model) for each in endpoints), return_exceptions=True)
+        finally:
+            for endpoint in endpoints:
+                endpoint.trying = False
         for endpoint, outcome in zip(endpoints, outcomes, strict=True):
             if isinstance(outcome, InferenceError):
                 endpoint.failed(outcome)

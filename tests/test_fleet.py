@@ -923,6 +923,49 @@ def test_a_model_whose_endpoints_are_all_down_is_unavailable_and_not_unknown(
     assert kinds == {"engine_unavailable"}
 
 
+def test_a_frozen_endpoint_holds_up_nobody_elses_requests(
+    attach: Attach, fake: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its list is out of date and does not come: who is answered by another endpoint does not wait for it."""
+    llm, engines = replicas(attach, fake)
+    prompts = [f"question {number}" for number in range(16)]
+    sound = [prompt for prompt in prompts if who(engines, functools.partial(llm.generate, prompt)) is engines[0]]
+    assert 0 < len(sound) < len(prompts)
+    monkeypatch.setattr(Endpoint, "LIST_TTL", 0.1)
+    time.sleep(0.2)
+    engines[1].script(Reply(status=0, end="stall"), "/v1/models")
+    began = time.monotonic()
+    for prompt in sound:
+        assert llm.generate(prompt)
+        time.sleep(0.05)
+    assert time.monotonic() - began < 5
+    until(lambda: endpoint_at(llm, engines[1]).failures == 1, 15)
+    assert "deadline of 10 s" in endpoint_at(llm, engines[1]).error
+
+
+def test_a_pause_ends_with_one_question(fake: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many requests come as it ends; one of them asks the endpoint for its models, the others go elsewhere."""
+    monkeypatch.setattr(Endpoint, "FIRST_PAUSE", 0.4)
+    monkeypatch.setattr(Endpoint, "LONGEST_PAUSE", 0.4)
+    engine, dead = fake("vllm"), fake("vllm")
+    with Site(attached(engine), attached(dead)) as site:
+        good(site.generate(model_name="m"))
+        dead.stop()
+        with Refuser(dead.port) as refuser:
+            until(lambda: site.generate(f"{time.monotonic()}", model_name="m") and refuser.times)
+            end = time.monotonic() + 1.5
+            while time.monotonic() < end:
+                at_once(16, lambda number: good(site.generate(f"{number}", model_name="m")))
+            times = sorted(refuser.times)
+    bursts: list[list[float]] = []
+    for at in times:
+        if not bursts or at - bursts[-1][-1] > 0.2:
+            bursts.append([])
+        bursts[-1].append(at)
+    assert len(bursts) >= 3
+    assert all(len(burst) <= 3 for burst in bursts[1:]), [len(burst) for burst in bursts]
+
+
 def test_no_answer_is_lost_while_an_endpoint_flaps(fake: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Endpoint, "FIRST_PAUSE", 0.1)
     engines = [fake("vllm"), fake("sglang"), fake("llamacpp"), fake("ollama", model="m")]
