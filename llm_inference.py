@@ -2742,6 +2742,7 @@ class Deadline:
         now = self.loop.time()
         self.end, self.due = now + limits.total, now + limits.first_token
         self.first = True
+        self.begun = False  #: has anything of the answer come?
         self._task: asyncio.Task[Any] | None = None
         self._expired = ""
         self._timer = self.loop.call_at(min(self.due, self.end), self._fire)
@@ -2749,6 +2750,7 @@ class Deadline:
     def received(self) -> None:
         """The first bytes are here: from now on the idle deadline counts."""
         if self.first:
+            self.begun = True
             self.first, self.due = False, self.loop.time() + self.limits.idle
             self._timer.cancel()
             self._timer = self.loop.call_at(min(self.due, self.end), self._fire)
@@ -4565,6 +4567,7 @@ class EngineClient(ABC):
         await self.reach()  # to start an engine may take longer than an answer
         with self.deadline(dataclasses.replace(deadlines, first_token=deadlines.total)) as deadline:
             reply = await self.open(path, body, deadline)
+            deadline.begun = True
             try:
                 return await deadline.wait(reply.body())
             finally:
@@ -6308,16 +6311,16 @@ class Endpoint:
             listed = await self.models()
         return holds(listed, model)
 
-    def refresh(self) -> None:
-        """Ask an attached server for its list, while nobody waits for it."""
+    def refresh(self, look: Callable[["Endpoint"], Coroutine[Any, Any, None]]) -> None:
+        """`look` at it while nobody waits for that."""
         if self._refreshing is None or self._refreshing.done():
-            self._refreshing = portal.submit(self._refresh())
+            self._refreshing = portal.submit(look(self))
 
-    async def _refresh(self) -> None:
-        try:
-            await self.models()
-        except InferenceError as exc:
-            self.failed(exc)
+    def drop_waiting(self) -> None:
+        """End the calls to which no answer has begun: they are passed on."""
+        for call in tuple(self.adapter.connection.calls):  # type: ignore[attr-defined]
+            if not call.begun:
+                call.abort()
 
     def available(self, now: float) -> bool:
         """Whether a request may be sent there now."""
@@ -6530,7 +6533,7 @@ class Router:
                 attached = getattr(endpoint.adapter, "base_url", None)
                 if attached and endpoint.lists(model) and not endpoint.failures:
                     group.append((endpoint, model))
-                    endpoint.refresh()
+                    endpoint.refresh(self.look_at)
                 else:
                     stale.append(endpoint)
             elif endpoint.lists(model) or not available and model in endpoint.known_models:
@@ -6546,6 +6549,22 @@ class Router:
         if not group and unknown:  # nobody knows what these serve
             raise self.unavailable(unknown)
         return group
+
+    async def look_at(self, endpoint: Endpoint) -> None:
+        """Ask for its list; a failure is noted."""
+        try:
+            await endpoint.models()
+        except InferenceError as exc:
+            self.missed(endpoint, exc)
+
+    def missed(self, endpoint: Endpoint, error: InferenceError) -> None:
+        """Its list did not come. Where it is silent, what waits for it goes to another endpoint that has its models."""
+        endpoint.failed(error)
+        models = endpoint.known_models
+        if isinstance(error, EngineTimeout) and any(
+            not other.failures and other.known_models & models for other in self.endpoints
+        ):
+            endpoint.drop_waiting()
 
     @staticmethod
     async def _ask(endpoints: Sequence[Endpoint], model: str, group: list[Route]) -> list[InferenceError]:
@@ -9774,7 +9793,7 @@ class Gateway(Catalog):
         if len(fleet.endpoints) == 1:
             await self._look_at_only(fleet.endpoints[0])
             return
-        await asyncio.gather(*map(self._look_at, fleet.endpoints))
+        await asyncio.gather(*(self._look_at(fleet, endpoint) for endpoint in fleet.endpoints))
         if not any(endpoint.available(time.monotonic()) for endpoint in fleet.endpoints):
             raise fleet.unavailable(fleet.endpoints)
 
@@ -9801,7 +9820,7 @@ class Gateway(Catalog):
         return "ready" if any(not endpoint.failures for endpoint in fleet.endpoints) else self.state
 
     @staticmethod
-    async def _look_at(endpoint: Endpoint) -> None:
+    async def _look_at(fleet: Fleet, endpoint: Endpoint) -> None:
         if not endpoint.available(time.monotonic()) or (endpoint.on_request and not endpoint.running):
             return
         endpoint.trying = endpoint.failures > 0
@@ -9810,7 +9829,7 @@ class Gateway(Catalog):
             await endpoint.models()
             endpoint.recovered()
         except InferenceError as exc:
-            endpoint.failed(exc)
+            fleet.missed(endpoint, exc)
         finally:
             endpoint.trying = False
 

@@ -943,6 +943,30 @@ def test_a_frozen_endpoint_holds_up_nobody_elses_requests(
     assert "deadline of 10 s" in endpoint_at(llm, engines[1]).error
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_what_waits_for_a_frozen_endpoint_goes_to_another(
+    dialect: Dialect, stream: bool, attach: Attach, fake: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It neither begins to answer nor lists its models: nothing of the answer has come, so another one is asked."""
+    monkeypatch.setattr(Endpoint, "LIST_TTL", 0.1)
+    deadlines = product.Deadlines(first_token=120)
+    monkeypatch.setattr(product.Deadlines, "brief", lambda self: dataclasses.replace(self, first_token=1.0, total=2.0))
+    engines = [fake(dialect), fake(dialect)]
+    llm = attach(dialect, base_url=[engine.base_url for engine in engines], deadlines=deadlines)
+    first = who(engines, lambda: ask(llm, stream))
+    with ThreadPoolExecutor(1) as pool:
+        first.script_chat(Reply(status=0, end="stall"))
+        waiting = pool.submit(ask, llm, stream)
+        first.wait(lambda: first.live == 1)
+        first.script(Reply(status=0, end="stall"), "/api/tags" if dialect == "ollama" else "/v1/models")
+        time.sleep(0.2)
+        assert ask(llm, stream, "another")
+        assert waiting.result(15)
+    assert endpoint_at(llm, first).failures == 1
+    assert len(first.asked) <= 3 and len(other_than(engines, first).asked) >= 1
+
+
 def test_a_pause_ends_with_one_question(fake: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many requests come as it ends; one of them asks the endpoint for its models, the others go elsewhere."""
     monkeypatch.setattr(Endpoint, "FIRST_PAUSE", 0.4)
