@@ -153,9 +153,7 @@ class Relay:
             lines.append(b"retry-after: %d" % self.retry_after)
         return b"\r\n".join([*lines, b"", body])
 
-    async def _replies(
-        self, up_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, exchange: Exchange
-    ) -> None:
+    async def _replies(self, up_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, exchange: Exchange) -> None:
         while data := await up_reader.read(65536):
             await self._moving.wait()
             if self.mode == "slow" and not exchange.head:
