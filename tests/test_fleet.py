@@ -967,27 +967,20 @@ def test_what_waits_for_a_frozen_endpoint_goes_to_another(
     assert len(first.asked) <= 3 and len(other_than(engines, first).asked) >= 1
 
 
-def test_a_pause_ends_with_one_question(fake: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pause_ends_with_one_question(attach: Attach, fake: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many requests come as it ends; one of them asks the endpoint for its models, the others go elsewhere."""
-    monkeypatch.setattr(Endpoint, "FIRST_PAUSE", 0.4)
-    monkeypatch.setattr(Endpoint, "LONGEST_PAUSE", 0.4)
-    engine, dead = fake("vllm"), fake("vllm")
-    with Site(attached(engine), attached(dead)) as site:
-        good(site.generate(model_name="m"))
-        dead.stop()
-        with Refuser(dead.port) as refuser:
-            until(lambda: site.generate(f"{time.monotonic()}", model_name="m") and refuser.times)
-            end = time.monotonic() + 1.5
-            while time.monotonic() < end:
-                at_once(16, lambda number: good(site.generate(f"{number}", model_name="m")))
-            times = sorted(refuser.times)
-    bursts: list[list[float]] = []
-    for at in times:
-        if not bursts or at - bursts[-1][-1] > 0.2:
-            bursts.append([])
-        bursts[-1].append(at)
-    assert len(bursts) >= 3
-    assert all(len(burst) <= 3 for burst in bursts[1:]), [len(burst) for burst in bursts]
+    monkeypatch.setattr(Endpoint, "FIRST_PAUSE", 0.2)
+    llm, engines = replicas(attach, fake)
+    first = who(engines, lambda: llm.generate("hi"))
+    break_with(first, FAULTS["resets"])
+    assert llm.generate("hi")
+    for _ in range(10):
+        first.script(Reply(status=503, delay=0.8, headers=JSON, pieces=[b'{"error":"busy"}']), "/v1/models")
+    time.sleep(0.25)
+    listed = sum(seen.path == "/v1/models" for seen in first.requests)
+    assert all(asyncio.run(gathered(llm, 10, "hi")))
+    assert sum(seen.path == "/v1/models" for seen in first.requests) - listed == 1
+    assert endpoint_at(llm, first).failures == 2
 
 
 def test_no_answer_is_lost_while_an_endpoint_flaps(fake: Make, monkeypatch: pytest.MonkeyPatch) -> None:
