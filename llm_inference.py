@@ -6206,9 +6206,6 @@ def checked_messages(messages: Any) -> list[Any]:
 
 
 # 10 Endpoints and fleet --------------------------------------------------------------------------
-_LOW_64 = 0xFFFFFFFFFFFFFFFF
-
-
 def holds(listed: Container[str], model: str) -> bool:
     """Whether a list of models has this one; Ollama lists `m` as `m:latest`."""
     return model in listed or f"{model}:latest" in listed
@@ -6241,7 +6238,7 @@ class Endpoint:
         self.used_at = time.monotonic()
         self.removed = False  #: finishes what it has, and gets nothing new
         self.config: Any = None  #: the EndpointConfig it was made from
-        self.seed = zlib.crc32(self.name.encode()) * 0x9E3779B97F4A7C15 & _LOW_64
+        self.seed = zlib.crc32(self.name.encode()) * 0x9E3779B97F4A7C15 & ((1 << 64) - 1)
         self._listed_at = float("-inf")
         self._listed: dict[str, ModelInfo] = {}
         self._refreshing: concurrent.futures.Future[None] | None = None
@@ -6412,8 +6409,8 @@ def rendezvous_order(endpoints: Sequence[Endpoint], key: int) -> list[Endpoint]:
 
     Highest random weight (Thaler and Ravishankar 1998), mixed with two of splitmix64's factors.
     """
-    mixed = key * 0xBF58476D1CE4E5B9 & _LOW_64
-    return sorted(endpoints, key=lambda each: (mixed ^ each.seed) * 0x94D049BB133111EB & _LOW_64, reverse=True)
+    mixed = key * 0xBF58476D1CE4E5B9 & ((1 << 64) - 1)
+    return sorted(endpoints, key=lambda each: (mixed ^ each.seed) * 0x94D049BB133111EB & ((1 << 64) - 1), reverse=True)
 
 
 Route = tuple[Endpoint, str | None]  #: where a request goes, and the model's name there
