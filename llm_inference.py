@@ -989,6 +989,10 @@ class Deadlines:
     idle: float = 120.0
     total: float = 600.0
 
+    def brief(self) -> "Deadlines":
+        """Those of a small question, which a busy engine answers too."""
+        return dataclasses.replace(self, first_token=min(10.0, self.first_token), total=min(15.0, self.total))
+
     def within(self, total: float | None) -> "Deadlines":
         """The same, ending after `total` seconds."""
         if total is None:
@@ -2793,6 +2797,7 @@ class Deadline:
         now = self.loop.time()
         self.end, self.due = now + limits.total, now + limits.first_token
         self.first = True
+        self.begun = False  #: has anything of the answer come?
         self._task: asyncio.Task[Any] | None = None
         self._expired = ""
         self._timer = self.loop.call_at(min(self.due, self.end), self._fire)
@@ -2800,6 +2805,7 @@ class Deadline:
     def received(self) -> None:
         """The first bytes are here: from now on the idle deadline counts."""
         if self.first:
+            self.begun = True
             self.first, self.due = False, self.loop.time() + self.limits.idle
             self._timer.cancel()
             self._timer = self.loop.call_at(min(self.due, self.end), self._fire)
@@ -4737,6 +4743,7 @@ class EngineClient(ABC):
         await self.reach()  # to start an engine may take longer than an answer
         with self.deadline(dataclasses.replace(deadlines, first_token=deadlines.total)) as deadline:
             reply = await self.open(path, body, deadline)
+            deadline.begun = True
             try:
                 return await deadline.wait(reply.body())
             finally:
@@ -4915,13 +4922,8 @@ class Connection(EngineClient):
 
     async def probe(self, target: Target, connect: float | None = None) -> str | None:
         """The version of the engine at `target`, "" where it does not report one, None where it is another engine."""
-        limits = self._adapter.deadlines
-        limits = dataclasses.replace(
-            limits,
-            connect=min(connect or limits.connect, limits.connect),
-            first_token=min(10.0, limits.first_token),
-            total=min(15.0, limits.total),
-        )
+        limits = self._adapter.deadlines.brief()
+        limits = dataclasses.replace(limits, connect=min(connect or limits.connect, limits.connect))
 
         async def get(path: str) -> Any:
             return await self.fetch(target, path, limits)
@@ -5322,7 +5324,7 @@ class HTTPAdapter(BaseLLMAdapter):
         """A small question to the engine; {} for what it does not know. Raises where it fails or is overloaded."""
         target = await self.connection.reach()
         refusals = (401, 403, 429, *range(500, 600))
-        found = await portal.run(self.connection.fetch(target, path, self.deadlines, body, refusals))
+        found = await portal.run(self.connection.fetch(target, path, self.deadlines.brief(), body, refusals))
         return found if isinstance(found, dict) else {}
 
     async def fetch_models(self, path: str) -> dict[str, Any]:
@@ -6523,9 +6525,10 @@ class Endpoint:
         self.used_at = time.monotonic()
         self.removed = False  #: finishes what it has, and gets nothing new
         self.config: Any = None  #: the EndpointConfig it was made from
-        self.seed = zlib.crc32(self.name.encode()) * 0x9E3779B97F4A7C15
+        self.seed = zlib.crc32(self.name.encode()) * 0x9E3779B97F4A7C15 & ((1 << 64) - 1)
         self._listed_at = float("-inf")
         self._listed: dict[str, ModelInfo] = {}
+        self._refreshing: concurrent.futures.Future[None] | None = None
 
     @property
     def load(self) -> float:
@@ -6569,8 +6572,8 @@ class Endpoint:
 
     @property
     def known_models(self) -> frozenset[str]:
-        """The names that it listed last, and the one that the operator gave."""
-        return frozenset(self._listed) | ({self.default_model} if self.default_model else set())
+        """The names that it listed last, and the one that the operator gave; no path of a file."""
+        return frozenset(self._listed) | ({self.configured_name} if self.default_model else set())
 
     @property
     def named_before(self) -> bool:
@@ -6594,6 +6597,24 @@ class Endpoint:
             self._listed_at = float("-inf")
             listed = await self.models()
         return holds(listed, model)
+
+    def refresh(self, look: Callable[["Endpoint"], Coroutine[Any, Any, None]]) -> None:
+        """`look` at it while nobody waits for that."""
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = portal.submit(look(self))
+
+    def drop_waiting(self) -> None:
+        """End the calls to which no answer has begun: they are passed on."""
+        for call in tuple(self.adapter.connection.calls):  # type: ignore[attr-defined]
+            if not call.begun:
+                call.abort()
+
+    async def prepare(self, request: GenerateRequest) -> dict[str, Any]:
+        """The body to send."""
+        try:
+            return await self.adapter.prepare(request)
+        except EngineTimeout as exc:  # of a question before the request, as the connect deadline: see passed_over
+            raise EngineTimeout(exc.reason, exc.hint) from TimeoutError()
 
     def available(self, now: float) -> bool:
         """Whether a request may be sent there now."""
@@ -6656,7 +6677,7 @@ def model_alias(model: str | None) -> str:
 def passed_over(error: InferenceError) -> bool:
     """May another endpoint be asked, where nothing of the answer has come yet?"""
     if isinstance(error, EngineTimeout):
-        return isinstance(error.__cause__, TimeoutError)  # the connect deadline: nothing was sent
+        return isinstance(error.__cause__, TimeoutError)  # before the request: nothing of it was sent
     return isinstance(error, (EngineUnavailable, EngineOverloaded))
 
 
@@ -6673,16 +6694,14 @@ def prefix_hash(body: Mapping[str, Any]) -> int:
 def rendezvous_order(endpoints: Sequence[Endpoint], key: int) -> list[Endpoint]:
     """The endpoints in an order that is the same for equal keys, and changes for few keys when one joins or leaves.
 
-    Highest random weight (Thaler and Ravishankar 1998), mixed as in splitmix64.
+    Highest random weight (Thaler and Ravishankar 1998), mixed with two of splitmix64's factors.
     """
-    mixed_key, weights = key * 0xBF58476D1CE4E5B9, {}
-    for endpoint in endpoints:
-        mixed = ((mixed_key ^ endpoint.seed) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        weights[endpoint] = mixed ^ (mixed >> 31)
-    return sorted(endpoints, key=weights.__getitem__, reverse=True)
+    mixed = key * 0xBF58476D1CE4E5B9 & ((1 << 64) - 1)
+    return sorted(endpoints, key=lambda each: (mixed ^ each.seed) * 0x94D049BB133111EB & ((1 << 64) - 1), reverse=True)
 
 
 Route = tuple[Endpoint, str | None]  #: where a request goes, and the model's name there
+Replicas = tuple[list[Endpoint], str | None]  #: endpoints with the same model, and its name there
 
 
 class Router:
@@ -6720,12 +6739,12 @@ class Router:
             groups = await self._resolve(name)
         key = prefix_hash(request.body)
         found: list[Route] = []
-        for group in groups:
-            models = dict(group)
-            found += [(endpoint, models[endpoint]) for endpoint in self._ordered(list(models), key)]
+        for endpoints, model in groups:
+            for endpoint in self._ordered(endpoints, key):
+                found.append((endpoint, model))
         if found:
             return found
-        raise self.unavailable([endpoint for group in groups for endpoint, _ in group])
+        raise self.unavailable([endpoint for endpoints, _ in groups for endpoint in endpoints])
 
     def _ordered(self, endpoints: Sequence[Endpoint], key: int) -> list[Endpoint]:
         """Those that are up, by rendezvous order; one whose load is over the bound goes behind the others."""
@@ -6748,7 +6767,7 @@ class Router:
             (within if more == 1 or more <= bound * endpoint.slots else over).append(endpoint)
         return within + sorted(over, key=lambda endpoint: endpoint.load)
 
-    async def _default_routes(self, endpoints: Sequence[Endpoint]) -> list[list[Route]]:
+    async def _default_routes(self, endpoints: Sequence[Endpoint]) -> list[Replicas]:
         """No model was asked for: the default one of the first endpoint that is up, wherever it is served."""
         now = time.monotonic()
         error: InferenceError | None = None
@@ -6757,7 +6776,7 @@ class Router:
                 continue
             try:
                 if endpoint.on_request and not endpoint.running:
-                    return [[(endpoint, None)]]
+                    return [([endpoint], None)]
                 model = await endpoint.adapter.model_for(None)
             except InferenceError as exc:
                 error = error or exc
@@ -6766,10 +6785,10 @@ class Router:
             return await self._resolve(model)
         raise error or self.unavailable(endpoints)
 
-    async def _resolve(self, name: str, seen: tuple[str, ...] = ()) -> list[list[Route]]:
+    async def _resolve(self, name: str, seen: tuple[str, ...] = ()) -> list[Replicas]:
         """The endpoints for a name, in groups: an alias's targets in order, the replicas of a model together."""
         if name in self.aliases and name not in seen:
-            groups: list[list[Route]] = []
+            groups: list[Replicas] = []
             error: InferenceError | None = None
             for target in self.aliases[name]:
                 try:
@@ -6781,21 +6800,20 @@ class Router:
             if error is not None:
                 raise error
         prefix, _, rest = name.partition("/")
-        engines = {endpoint.adapter.engine_type for endpoint in self.endpoints}
         within = [e for e in self.endpoints if prefix in (e.adapter.engine_type, e.name)] if rest else []
-        for candidates, model in ((within, rest), (self.endpoints, name)):
-            group = await self._serving(candidates, model)
-            if group:
-                return [group]
-            if candidates and prefix in engines:
-                break
+        if group := await self._serving(within, rest):
+            return [(group, rest)]
+        if any(endpoint.adapter.engine_type == prefix for endpoint in within):
+            raise await self._not_found(name)
+        if group := await self._serving(self.endpoints, name):
+            return [(group, name)]
         raise await self._not_found(name)
 
-    async def _serving(self, endpoints: Sequence[Endpoint], model: str) -> list[Route]:
-        """The endpoints that serve a model. Lists older than ten seconds are asked for again, all at once; the others
-        only where none names the model."""
+    async def _serving(self, endpoints: Sequence[Endpoint], model: str) -> list[Endpoint]:
+        """The endpoints that serve a model. Lists older than ten seconds are asked for again, all at once, and waited
+        for where they did not name the model or the endpoint had failed; the others only where none names the model."""
         now = time.monotonic()
-        group: list[Route] = []
+        group: list[Endpoint] = []
         stale: list[Endpoint] = []
         others: list[Endpoint] = []
         for endpoint in endpoints:
@@ -6803,9 +6821,14 @@ class Router:
                 continue
             available = endpoint.available(now)
             if available and not endpoint.is_fresh(now):
-                stale.append(endpoint)
+                attached = getattr(endpoint.adapter, "base_url", None)
+                if attached and endpoint.lists(model) and not endpoint.failures:
+                    group.append(endpoint)
+                    endpoint.refresh(self.look_at)
+                else:
+                    stale.append(endpoint)
             elif endpoint.lists(model) or not available and model in endpoint.known_models:
-                group.append((endpoint, model))
+                group.append(endpoint)
             elif available:
                 others.append(endpoint)
         failures = await self._ask(stale, model, group) if stale else []
@@ -6813,31 +6836,57 @@ class Router:
             failures += await self._ask(others, model, group)
         if len(endpoints) == 1 and failures:
             raise failures[0]
-        unknown = [endpoint for endpoint in endpoints if endpoint.failures and not endpoint.known_models]
-        if not group and unknown:  # nobody knows what these serve
-            raise self.unavailable(unknown)
+        if not group:
+            unknown = [endpoint for endpoint in endpoints if endpoint.failures and not endpoint.known_models]
+            if unknown:  # nobody knows what these serve
+                raise self.unavailable(unknown)
         return group
 
+    async def look_at(self, endpoint: Endpoint) -> None:
+        """Ask for its list; a failure is noted."""
+        try:
+            await endpoint.models()
+        except InferenceError as exc:
+            self.missed(endpoint, exc)
+
+    def missed(self, endpoint: Endpoint, error: InferenceError) -> None:
+        """Its list did not come. Where it is silent, what waits for it goes to another endpoint that has its models."""
+        endpoint.failed(error)
+        models = endpoint.known_models
+        if isinstance(error, EngineTimeout) and any(
+            not other.failures and other.known_models & models for other in self.endpoints
+        ):
+            endpoint.drop_waiting()
+
     @staticmethod
-    async def _ask(endpoints: Sequence[Endpoint], model: str, group: list[Route]) -> list[InferenceError]:
+    async def _ask(endpoints: Sequence[Endpoint], model: str, group: list[Endpoint]) -> list[InferenceError]:
         """Adds those that serve the model to `group`; returns the failures."""
         failures = []
-        outcomes = await asyncio.gather(*(each.serves(model) for each in endpoints), return_exceptions=True)
+        for endpoint in endpoints:  # this is the one request that finds out whether it is back
+            endpoint.trying = endpoint.failures > 0
+        try:
+            outcomes = await asyncio.gather(*(each.serves(model) for each in endpoints), return_exceptions=True)
+        finally:
+            for endpoint in endpoints:
+                endpoint.trying = False
         for endpoint, outcome in zip(endpoints, outcomes, strict=True):
             if isinstance(outcome, InferenceError):
                 endpoint.failed(outcome)
                 failures.append(outcome)
+                if endpoint.lists(model) or model in endpoint.known_models:  # it is down, and not without the model
+                    group.append(endpoint)
             elif isinstance(outcome, BaseException):
                 raise outcome
             elif outcome:
-                group.append((endpoint, model))
+                group.append(endpoint)
         return failures
 
     async def _not_found(self, name: str) -> ModelNotFound:
         known = {*self.aliases}
         for endpoint in self.endpoints:
             known |= endpoint.known_models
-        hint = did_you_mean(name, known, "see models() or GET /v1/models")
+        served = ", ".join(sorted(known)[:8])
+        hint = did_you_mean(name, known, f"served: {served}; see models() or GET /v1/models")
         return ModelNotFound(f"no endpoint serves the model {name[:100]!r}", hint, param="model")
 
     def unavailable(self, endpoints: Sequence[Endpoint]) -> EngineUnavailable:
@@ -6853,19 +6902,6 @@ class Router:
         """Seconds until the next one is tried."""
         now = time.monotonic()
         return min((max(1, math.ceil(endpoint.retry_at - now)) for endpoint in endpoints), default=1)
-
-    async def models(self) -> list[tuple[Endpoint, ModelInfo]]:
-        """What the endpoints serve, of those that answer; each raises only for itself."""
-        outcomes = await asyncio.gather(*(endpoint.models() for endpoint in self.endpoints), return_exceptions=True)
-        found = []
-        for endpoint, outcome in zip(self.endpoints, outcomes, strict=True):
-            if isinstance(outcome, InferenceError):
-                continue
-            if isinstance(outcome, BaseException):
-                raise outcome
-            for model in outcome.values():
-                found.append((endpoint, model))
-        return found
 
 
 class Fleet(Router):
@@ -6909,7 +6945,7 @@ class Fleet(Router):
     async def _answer_once(self, request: GenerateRequest) -> Answer:
         async def work(endpoint: Endpoint, mine: GenerateRequest) -> Answer:
             started = time.monotonic()
-            body = await endpoint.adapter.prepare(mine)
+            body = await endpoint.prepare(mine)
             answer = await endpoint.adapter.answer(mine, body)
             answer.timing = timing_from(answer, started)
             return answer
@@ -7030,6 +7066,19 @@ class Fleet(Router):
             if len(errors) == len(wanted) or not isinstance(error, InferenceError):
                 raise error
 
+    async def models(self) -> list[tuple[Endpoint, ModelInfo]]:
+        """What the endpoints serve, of those that answer; each raises only for itself."""
+        outcomes = await asyncio.gather(*(endpoint.models() for endpoint in self.endpoints), return_exceptions=True)
+        found = []
+        for endpoint, outcome in zip(self.endpoints, outcomes, strict=True):
+            if isinstance(outcome, InferenceError):
+                continue
+            if isinstance(outcome, BaseException):
+                raise outcome
+            for model in outcome.values():
+                found.append((endpoint, model))
+        return found
+
     async def stop_idle(self) -> None:
         """Stop the endpoints that have had no request for their `stop_after` seconds."""
         now = time.monotonic()
@@ -7105,7 +7154,7 @@ class OpenStream:
 async def open_stream(endpoint: Endpoint, request: GenerateRequest) -> OpenStream:
     """Ask the endpoint, and wait for the first burst. Raises what keeps it from coming."""
     sent = relaxed(request)
-    body = await endpoint.adapter.prepare(sent)
+    body = await endpoint.prepare(sent)
     checker = checker_for(request, request.served.ignored)
     source = endpoint.adapter.events(sent, body)
     bursts = source if checker is None else checked(request, source, checker)
@@ -10135,7 +10184,7 @@ class Gateway(Catalog):
         if len(fleet.endpoints) == 1:
             await self._look_at_only(fleet.endpoints[0])
             return
-        await asyncio.gather(*map(self._look_at, fleet.endpoints))
+        await asyncio.gather(*(self._look_at(fleet, endpoint) for endpoint in fleet.endpoints))
         if not any(endpoint.available(time.monotonic()) for endpoint in fleet.endpoints):
             raise fleet.unavailable(fleet.endpoints)
 
@@ -10162,7 +10211,7 @@ class Gateway(Catalog):
         return "ready" if any(not endpoint.failures for endpoint in fleet.endpoints) else self.state
 
     @staticmethod
-    async def _look_at(endpoint: Endpoint) -> None:
+    async def _look_at(fleet: Fleet, endpoint: Endpoint) -> None:
         if not endpoint.available(time.monotonic()) or (endpoint.on_request and not endpoint.running):
             return
         endpoint.trying = endpoint.failures > 0
@@ -10171,7 +10220,7 @@ class Gateway(Catalog):
             await endpoint.models()
             endpoint.recovered()
         except InferenceError as exc:
-            endpoint.failed(exc)
+            fleet.missed(endpoint, exc)
         finally:
             endpoint.trying = False
 

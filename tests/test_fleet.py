@@ -324,6 +324,16 @@ def test_an_unknown_model_is_named_with_what_is_near(fake: Make) -> None:
         refused_v1(site.v1("ollama/Qwen3-8B"), "model_not_found")
 
 
+def test_the_place_of_a_models_file_is_in_no_error(fake: Make) -> None:
+    config = EndpointConfig(
+        engine="llamacpp", name="small", model="/the/operators/folder/small.gguf", start="on_request"
+    )
+    with Site(attached(fake("vllm")), config) as site:
+        for name in ("operators/folder/small.gguf", "nothing-like-it"):
+            assert "/the/operators" not in refused(site.generate(model_name=name), "model_not_found", 400)
+        assert "/the/operators" not in site.client.get("/ready").text
+
+
 def test_an_endpoint_serves_only_its_models(fake: Make) -> None:
     engine = fake("ollama")
     engine.models = ["a:latest", "b:latest"]
@@ -439,7 +449,11 @@ def test_conversations_are_spread(count: int) -> None:
 
 @pytest.mark.parametrize("count", [2, 4, 16])
 def test_few_conversations_move_when_an_endpoint_leaves(count: int) -> None:
-    """Those of the endpoint that leaves, and no others: about 1/n, in an order that spreads them."""
+    """Those of the endpoint that leaves, and no others, in an order that spreads them.
+
+    Over all endpoints that may leave this is 1/n exactly. For one of them it is as many as a hash gave it: each
+    conversation with a chance of 1/n, so four standard deviations of a binomial more at most.
+    """
     endpoints = a_fleet(count)
     gone = endpoints[count // 2]
     left = [endpoint for endpoint in endpoints if endpoint is not gone]
@@ -449,8 +463,8 @@ def test_few_conversations_move_when_an_endpoint_leaves(count: int) -> None:
         assert [endpoint for endpoint in before if endpoint is not gone] == after
         if before[0] is gone:
             heirs[after[0].name] += 1
-    moved = sum(heirs.values())
-    assert moved <= 1.25 * len(CONVERSATIONS) / count
+    moved, noise = sum(heirs.values()), math.sqrt(len(CONVERSATIONS) * (1 - 1 / count) / count)
+    assert moved <= len(CONVERSATIONS) / count + 4 * noise
     assert len(heirs) == count - 1
     assert max(heirs.values()) <= 1.5 * moved / (count - 1)
 
@@ -906,6 +920,97 @@ def test_when_all_are_gone_and_back(fake: Make, monkeypatch: pytest.MonkeyPatch)
             engine.start()
         until(lambda: site.generate(model_name="m").status_code == 200, 8)
         until(lambda: site.client.get("/ready").status_code == 200, 8)
+
+
+def test_a_model_whose_endpoints_are_all_down_is_unavailable_and_not_unknown(
+    fake: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the moment after the pause, in which they are asked again for their lists."""
+    monkeypatch.setattr(Endpoint, "FIRST_PAUSE", 0.2)
+    engines = [fake("vllm"), fake("vllm")]
+    with Site(*map(attached, engines)) as site:
+        good(site.generate(model_name="m"))
+        for engine in engines:
+            engine.stop()
+        end = time.monotonic() + 1.5
+        kinds = set()
+        while time.monotonic() < end:
+            kinds |= {site.generate(model_name=name).headers["x-error-kind"] for name in ("m", "vllm/m")}
+    assert kinds == {"engine_unavailable"}
+
+
+def test_a_frozen_endpoint_holds_up_nobody_elses_requests(
+    attach: Attach, fake: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its list is out of date and does not come: who is answered by another endpoint does not wait for it."""
+    llm, engines = replicas(attach, fake)
+    prompts = [f"question {number}" for number in range(16)]
+    sound = [prompt for prompt in prompts if who(engines, functools.partial(llm.generate, prompt)) is engines[0]]
+    assert 0 < len(sound) < len(prompts)
+    monkeypatch.setattr(Endpoint, "LIST_TTL", 0.1)
+    time.sleep(0.2)
+    engines[1].script(Reply(status=0, end="stall"), "/v1/models")
+    began = time.monotonic()
+    for prompt in sound:
+        assert llm.generate(prompt)
+        time.sleep(0.05)
+    assert time.monotonic() - began < 5
+    until(lambda: endpoint_at(llm, engines[1]).failures == 1, 15)
+    assert "deadline of 10 s" in endpoint_at(llm, engines[1]).error
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_what_waits_for_a_frozen_endpoint_goes_to_another(
+    dialect: Dialect, stream: bool, attach: Attach, fake: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It neither begins to answer nor lists its models: nothing of the answer has come, so another one is asked."""
+    monkeypatch.setattr(Endpoint, "LIST_TTL", 0.1)
+    deadlines = product.Deadlines(first_token=120)
+    monkeypatch.setattr(product.Deadlines, "brief", lambda self: dataclasses.replace(self, first_token=1.0, total=2.0))
+    engines = [fake(dialect), fake(dialect)]
+    llm = attach(dialect, base_url=[engine.base_url for engine in engines], deadlines=deadlines)
+    first = who(engines, lambda: ask(llm, stream))
+    with ThreadPoolExecutor(1) as pool:
+        first.script_chat(Reply(status=0, end="stall"))
+        waiting = pool.submit(ask, llm, stream)
+        first.wait(lambda: first.live == 1)
+        first.script(Reply(status=0, end="stall"), "/api/tags" if dialect == "ollama" else "/v1/models")
+        time.sleep(0.2)
+        assert ask(llm, stream, "another")
+        assert waiting.result(15)
+    assert endpoint_at(llm, first).failures == 1
+    assert len(first.asked) <= 3 and len(other_than(engines, first).asked) >= 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_endpoint_that_does_not_answer_a_question_before_the_request_is_passed_over(
+    stream: bool, attach: Attach, fake: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ollama is asked what its model can do: nothing of the request has been sent."""
+    monkeypatch.setattr(product.OllamaAdapter, "features_ttl", 0.0)
+    monkeypatch.setattr(product.Deadlines, "brief", lambda self: dataclasses.replace(self, first_token=3.0, total=6.0))
+    llm, engines = replicas(attach, fake, dialect="ollama")
+    first = who(engines, lambda: ask(llm, stream))
+    first.script(Reply(status=0, end="stall"), "/api/show")
+    assert who(engines, lambda: ask(llm, stream)) is not first
+    assert endpoint_at(llm, first).failures == 1
+
+
+def test_a_pause_ends_with_one_question(attach: Attach, fake: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many requests come as it ends; one of them asks the endpoint for its models, the others go elsewhere."""
+    monkeypatch.setattr(Endpoint, "FIRST_PAUSE", 0.2)
+    llm, engines = replicas(attach, fake)
+    first = who(engines, lambda: llm.generate("hi"))
+    break_with(first, FAULTS["resets"])
+    assert llm.generate("hi")
+    for _ in range(10):
+        first.script(Reply(status=503, delay=0.8, headers=JSON, pieces=[b'{"error":"busy"}']), "/v1/models")
+    time.sleep(0.25)
+    listed = sum(seen.path == "/v1/models" for seen in first.requests)
+    assert all(asyncio.run(gathered(llm, 10, "hi")))
+    assert sum(seen.path == "/v1/models" for seen in first.requests) - listed == 1
+    assert endpoint_at(llm, first).failures == 2
 
 
 def test_no_answer_is_lost_while_an_endpoint_flaps(fake: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,10 @@ def main() -> int:
         print(f"{verdict} {name:15} {counts}   {figures}", flush=True)
         for what in result["first_bad"]:
             print(f"        {what}", flush=True)
-        results["machine"] = machine()
+        if args.row and "machine" in results:  # the other rows are from another run
+            result["machine"] = machine()
+        else:
+            results["machine"] = machine()
         if args.json:
             args.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     return 1 if red else 0

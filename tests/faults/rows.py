@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from . import clients, engines, gate, hostile, network, overload, places, replaced
+from . import clients, engines, fleet, gate, hostile, network, overload, places, replaced
 from .rig import Result
 
 
@@ -25,6 +25,8 @@ ROWS: dict[str, Row] = {
     "engine_killed": engines.engine_killed,
     "engine_frozen": engines.engine_frozen,
     "parent_killed": engines.parent_killed,
+    "fleet": fleet.fleet,
+    "fleet_real": fleet.fleet_real,
     "storm": network.storm,
     "replaced": replaced.replaced,
     "soak": overload.soak,

@@ -1,7 +1,8 @@
 """The server under test with a control socket and, where asked for, one guard switched off.
 
 FAULTS_OFF       a name in guards.py: that line of the source is replaced before it is run
-FAULTS_SETTINGS  JSON: fields of Settings (and `deadlines`: fields of Deadlines) that no flag sets
+FAULTS_SETTINGS  JSON: fields of Settings (and `deadlines`: fields of Deadlines; `fleet`: those of fleet.Pace) that
+                 no flag sets
 FAULTS_CONTROL   a path: every connection gets the census as JSON
 """
 
@@ -82,12 +83,22 @@ def audit(event: str, args: tuple[Any, ...]) -> None:
         OPENED.add(f"{event} {args[0]!s}")
 
 
+def hurry(product: Any, pace: dict[str, float]) -> None:
+    """What the module does about a failing endpoint, sooner."""
+    product.Endpoint.FIRST_PAUSE, product.Endpoint.LONGEST_PAUSE = pace["first_pause"], pace["longest_pause"]
+    product.Endpoint.LIST_TTL = pace["list_ttl"]
+    brief, seconds = product.Deadlines.brief, pace["list_deadline"]
+    product.Deadlines.brief = lambda self: dataclasses.replace(brief(self), first_token=seconds, total=seconds * 1.5)
+
+
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="faults-off-") as where:
         product = load(os.environ.get("FAULTS_OFF", ""), where)
         import uvicorn
 
         more: dict[str, Any] = json.loads(os.environ.get("FAULTS_SETTINGS") or "{}")
+        if "fleet" in more:
+            hurry(product, more["fleet"])
         read, startup = product.load_settings, uvicorn.Server.startup
         known = {each.name for each in dataclasses.fields(product.Settings)}
 

@@ -69,6 +69,18 @@ WORDS: dict[str, tuple[str, str, str, str]] = {  # what and its pass mark, in Ch
         "we are killed -9, interrupted, or return",
         "0 orphans after 2 s",
     ),
+    "fleet": (
+        "12 个端点(4 种引擎)在负载下被杀、冻结、拒绝、变慢、503/429、抖动、全部消失又回来",
+        "尚未开始的回答丢失 0,死端点每次停顿至多 1 次试探,首字节之后重发 0",
+        "12 endpoints (4 dialects) killed, frozen, refusing, slow, 503/429, flapping, all gone and back, under load",
+        "0 lost that had not begun, ≤ 1 trial a pause at a dead endpoint, 0 sent on after a first byte",
+    ),
+    "fleet_real": (
+        "同上,3 个真实的 llama.cpp(kill -9、SIGSTOP)",
+        "同上",
+        "the same with 3 real llama.cpp (kill -9, SIGSTOP)",
+        "the same",
+    ),
     "storm": (
         "故障风暴,每个回答带随机数",
         "答错人 0,有效请求 ≥ 99.9 %",
@@ -119,6 +131,11 @@ def remark(name: str, figures: dict[str, Any]) -> str:
             return f"≤ {figures['slowest_typed_s']:g} s"
         case "parent_killed":
             return f"≤ {max(each['slowest_s'] for each in figures.values()):g} s"
+        case "fleet" | "fleet_real":
+            broken = sum(each.get("begun, then broken", 0) for each in figures.values())
+            return (
+                f"{sum(each['sent on'] for each in figures.values())} sent on, {broken} had begun and end with an error"
+            )
         case "storm":
             return str(figures["valid"])
         case "replaced":
@@ -152,6 +169,9 @@ def table(results: dict[str, Any], lang: str) -> str:
     short = [name for name, row in results["rows"].items() if not row["full"]]
     cores = f"{machine['cores']} {'核' if zh else 'cores'}"
     tail = f"\n{machine['when']}, {machine['cpu']}, {cores}, Python {machine['python']}."
+    for name, row in results["rows"].items():
+        if own := row.get("machine"):
+            tail += f"\n{name}: {own['when']}, {own['cpu']}, {own['cores']} {'核' if zh else 'cores'}."
     if short:
         tail += f" {'短跑' if zh else 'Short form'}: {', '.join(short)}."
     return "\n".join(lines) + "\n" + tail
