@@ -7,6 +7,11 @@ streams do not go in step but all have the same work; `ignore_eos` makes the eng
 another length is an error. Each prompt begins differently, so that no engine finds it in its prefix cache. Prints one
 line of JSON.
 
+With `--turns N` every stream holds conversations instead: `--talks` of them, each of N questions, below one of
+`--systems` long system prompts that many share. A question sends all that was said before it, so an engine that has the
+conversation in its prefix cache has little to read. What the assistant is said to have said is a text of the answer's
+length, not the answer: every server gets the same tokens to read, whatever it wrote. With another `--seed` all is new.
+
 With several `--url` the streams are dealt out to them and run together, so that what the engine does at that time is
 the same for all: `by_url` has each one's figures. Two ways to one engine are compared closest like that.
 """
@@ -19,12 +24,15 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Any
 
 import aiohttp
+
+Message = dict[str, str]
 
 LENGTHS = (32, 64, 96, 128, 160)
 WORDS = (
@@ -49,17 +57,36 @@ class Seen:
         self.tokens += other.tokens
 
 
-def prompt(seed: int) -> str:
-    return " ".join(random.Random(seed).choices(WORDS, k=60))
+def words(seed: object, count: int) -> str:
+    """So many words, the same for the same seed."""
+    return " ".join(random.Random(str(seed)).choices(WORDS, k=count))
+
+
+def asks(args: argparse.Namespace, number: int) -> Iterator[tuple[list[Message], int]]:
+    """What one client asks, one after the other: the messages, and how many tokens the answer shall have."""
+    if not args.turns:
+        for turn in range(len(args.lengths)):
+            question = {"role": "user", "content": words(args.seed * 1_000_000 + number * 1000 + turn, 60)}
+            yield [question], args.lengths[(number + turn) % len(args.lengths)]
+        return
+    for talk in range(args.talks):
+        which = (number + talk) % args.systems
+        said = [{"role": "system", "content": words(f"{args.seed} system {which}", args.system_words)}]
+        for turn in range(args.turns):
+            place = f"{args.seed} {number} {talk} {turn}"
+            tokens = args.lengths[(number + talk + turn) % len(args.lengths)]
+            said.append({"role": "user", "content": words(place, args.question_words)})
+            yield list(said), tokens
+            said.append({"role": "assistant", "content": words(place + " answer", tokens)})
 
 
 async def answer(
-    session: aiohttp.ClientSession, args: argparse.Namespace, url: str, seed: int, tokens: int, seen: Seen
+    session: aiohttp.ClientSession, args: argparse.Namespace, url: str, messages: list[Message], tokens: int, seen: Seen
 ) -> None:
     """One streamed answer, read to its end."""
     body = {
         "model": args.model,
-        "messages": [{"role": "user", "content": prompt(seed)}],
+        "messages": messages,
         "max_tokens": tokens,
         "temperature": 1.0,
         "ignore_eos": True,
@@ -88,16 +115,12 @@ async def answer(
 
 
 async def stream(session: aiohttp.ClientSession, args: argparse.Namespace, number: int, seen: list[Seen]) -> None:
-    """One client: the lengths in an order of its own."""
+    """One client: it asks again as soon as it has its answer."""
     which = number // args.processes % len(args.url)
     await asyncio.sleep(max(0.0, args.begin - time.time()) + args.ramp * number / args.streams)
-    for turn in range(len(args.lengths)):
+    for messages, tokens in asks(args, number):
         try:
-            seed, tokens = (
-                args.seed * 1_000_000 + number * 1000 + turn,
-                args.lengths[(number + turn) % len(args.lengths)],
-            )
-            await answer(session, args, args.url[which], seed, tokens, seen[which])
+            await answer(session, args, args.url[which], messages, tokens, seen[which])
         except (aiohttp.ClientError, OSError, ValueError) as exc:
             seen[which].errors.append(repr(exc)[:300])
 
@@ -149,6 +172,11 @@ def main() -> None:
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=list(LENGTHS), help="tokens of the answers that each stream asks for"
     )
+    parser.add_argument("--turns", type=int, default=0, help="questions of a conversation; 0: single questions")
+    parser.add_argument("--talks", type=int, default=1, help="conversations of each stream")
+    parser.add_argument("--systems", type=int, default=4, help="different system prompts")
+    parser.add_argument("--system-words", type=int, default=1000)
+    parser.add_argument("--question-words", type=int, default=100)
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--ramp", type=float, default=0.5, help="seconds over which the streams are begun")
     parser.add_argument("--seed", type=int, default=1)

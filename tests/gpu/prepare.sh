@@ -10,7 +10,7 @@
 # makes smollm2/, and site/vllm, site/sglang and site/ours, one for PYTHONPATH each: the engines' pins exclude one another.
 # Kept is what a Hopper card and a Llama need; SGLang's FlashAttention kernels alone would be a gigabyte.
 set -euo pipefail
-work=$(realpath -m "$1") model=$(realpath "$2")
+work=$(realpath -m "$1") model=$(realpath "$2") packed=${3:-vllm sglang ours router}
 mkdir -p "$work/wheels" "$work/site" "$work/parts" "$work/smollm2"
 cd "$work"
 
@@ -25,7 +25,8 @@ vllm="$shared $engines vllm==0.26.0 annotated-doc==0.0.7 apache-tvm-ffi==0.1.10 
 sglang="$shared $engines sglang==0.5.17 sglang-kernel==0.4.5 flashinfer-python==0.6.15.post1 transformers==5.12.1 tokenizers==0.22.2
     apache-tvm-ffi==0.1.11 cffi==2.1.1 compressed-tensors==0.20.0 decorator==5.3.1 gguf==0.19.0 ipython==9.18.1
     matplotlib-inline==0.2.2 openai==2.6.1 orjson==3.13.0 pycparser==3.12 soundfile==0.14.0 traitlets==5.16.1 zstandard==0.25.0"
-ours="$shared annotated-doc==0.0.7 openai==2.54.0"
+ours="$shared aiohttp==3.14.5 annotated-doc==0.0.7 jsonschema-rs==0.60.3 multidict==7.2.1 openai==2.54.0 uvloop==0.23.0 yarl==1.25.1"
+router="vllm-router==0.1.17 orjson==3.13.0 setproctitle==1.3.8"
 
 platforms=()
 for tag in manylinux_2_{39,34,31,28,27,26,24,17,5}_x86_64 manylinux2014_x86_64 manylinux1_x86_64; do platforms+=(--platform "$tag"); done
@@ -43,15 +44,15 @@ get() {
     python3 -m pip install --quiet --disable-pip-version-check --no-index --no-compile "${target[@]}" --target "site/$name.new" "wheels/$name"/*.whl
     mv "site/$name.new" "site/$name"
 }
-get vllm "$vllm"
-get sglang "$sglang"
-get ours "$ours"
+for name in $packed; do get "$name" "${!name}"; done
 
 # vLLM: its kernels for dense models, FlashAttention 3 and the tool parser.
-find site/vllm/vllm -name '*.so' ! -name '_C_stable_libtorch*' ! -name '_vllm_fa3_C*' ! -name 'spinloop*' ! -name '_rust_tool_parser*' -delete
-rm -rf site/vllm/vllm/vllm-rs site/vllm/vllm/third_party/{deep_gemm/include,fmha_sm100}
+if [ -d site/vllm ]; then
+    find site/vllm/vllm -name '*.so' ! -name '_C_stable_libtorch*' ! -name '_vllm_fa3_C*' ! -name 'spinloop*' ! -name '_rust_tool_parser*' -delete
+    rm -rf site/vllm/vllm/vllm-rs site/vllm/vllm/third_party/{deep_gemm/include,fmha_sm100}
+fi
 # SGLang: its kernels for compute capability 9.0.
-find site/sglang/sgl_kernel -name '*.so' ! -path '*/sm90/*' -delete
+if [ -d site/sglang ]; then find site/sglang/sgl_kernel -name '*.so' ! -path '*/sm90/*' -delete; fi
 
 # The byte code of the machine's Python makes the first start half a minute shorter.
 if command -v python3.12 >/dev/null; then python3.12 -m compileall -q site >/dev/null || true; fi
@@ -66,7 +67,12 @@ length = json.loads((folder / "config.json").read_text())["max_position_embeddin
 path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}, indent=2))
 EOF
 
-for name in site/vllm site/sglang site/ours smollm2; do tar c "$name" | xz -T0 -5 >"$(basename "$name").tar.xz"; done
+archives=()
+for name in $packed smollm2; do
+    folder=$([ "$name" = smollm2 ] && echo smollm2 || echo "site/$name")
+    tar c "$folder" | xz -T0 -5 >"$name.tar.xz"
+    archives+=("$name.tar.xz")
+done
 rm -f parts/*
-tar c {vllm,sglang,ours,smollm2}.tar.xz | split -b 49M -d -a 3 - parts/bundle.
+tar c "${archives[@]}" | split -b 57M -d -a 3 - parts/bundle.
 ls -l parts

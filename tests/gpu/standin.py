@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu.load import LENGTHS
-from tests.gpu.run import at_once, ended, one_load, wait_until
+from tests.gpu.machine import ended, wait_until
+from tests.gpu.run import at_once, one_load
 from tests.processes import ROOT, free_port
 
 HERE = Path(__file__).resolve().parent
