@@ -4948,6 +4948,11 @@ class Connection(EngineClient):
         self.require_same(lost, found)
         return found
 
+    async def confirm(self, known: Target | None) -> None:
+        """Raises EngineUnavailable where the server that a body was written for was replaced meanwhile."""
+        if known is not None:
+            self.require_same(known, await self.recognise())
+
     def require_same(self, known: Target, found: Target) -> None:
         """Raises EngineUnavailable where another server answers than the one that a body was written for."""
         if known.stamp is not None and known.stamp != found.stamp:
@@ -5269,16 +5274,11 @@ class HTTPAdapter(BaseLLMAdapter):
         request.served.target = await self.connection.recognise()
         return await super().prepare(request)
 
-    async def _still_there(self, request: GenerateRequest) -> None:
-        """Raises EngineUnavailable where the server that the body was written for was replaced meanwhile."""
-        if request.served.target is not None:
-            self.connection.require_same(request.served.target, await self.connection.recognise())
-
     async def answer(self, request: GenerateRequest, body: dict[str, Any]) -> Answer:
         if self.streams_only and request.path in GENERATED:
             return await self.fold(request, body)
         path, wire = self.encode(request, body)
-        await self._still_there(request)
+        await self.connection.confirm(request.served.target)
         data = await self.connection.post(path, to_json(wire), self.deadlines.within(request.timeout))
         payload = self.payload(data)
         with well_formed(self.engine_type):
@@ -5287,7 +5287,7 @@ class HTTPAdapter(BaseLLMAdapter):
     async def events(self, request: GenerateRequest, body: dict[str, Any]) -> AsyncGenerator[Burst, None]:
         path, wire = self.encode(request, body)
         decode = self.decoder(request, body)
-        await self._still_there(request)
+        await self.connection.confirm(request.served.target)
         lines = self.connection.read(path, to_json(wire), self.deadlines.within(request.timeout))
         async with contextlib.aclosing(lines):
             async for data in lines:

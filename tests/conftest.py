@@ -2,7 +2,8 @@
 
 Real servers are used where LLM_TEST_VLLM_URL, LLM_TEST_SGLANG_URL or LLM_TEST_OLLAMA_URL name one
 (LLM_TEST_OLLAMA_MODEL: its model); everything else needs loopback, tests/requirements.txt and the embedded model alone.
-LLM_TEST_WIRE=httpx: as without httptools. LLM_TEST_FLEET=1: each engine of the contract is the first of a mixed fleet."""
+LLM_TEST_WIRE=httpx: as without httptools.
+LLM_TEST_FLEET=1: each engine of the contract is the first of a mixed fleet."""
 
 import contextlib
 import importlib.util
