@@ -9274,7 +9274,7 @@ class OpenAISurface(Surface):
         return to_json({**answer.payload, "model": self.model})
 
     def event(self, burst: Burst, served: Served) -> bytes:
-        if burst.end and b'"usage":{' in burst.data:
+        if b'"usage":{' in burst.data:
             for payload in burst.payloads:
                 served.usage = usage_of(payload) or served.usage
         return self._with_name(burst.data, served)

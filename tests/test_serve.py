@@ -670,6 +670,27 @@ def test_both_tries_are_counted(limited: Stand) -> None:
     assert failed[0] is None and failed[1] > 0
 
 
+def test_usage_that_comes_before_the_last_burst_is_counted(limited: Stand, caplog: pytest.LogCaptureFixture) -> None:
+    """On a GPU, a tenth of vLLM's streams have the usage in one segment and [DONE] in the next."""
+    limited.engine.reset()
+    text = {"index": 0, "delta": {"role": "assistant", "content": "x"}, "finish_reason": "length"}
+    usage = {"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": 16}
+    events = [{"choices": [text]}, {"choices": [], "usage": usage}]
+    common = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    pieces = [b"data: " + json.dumps(common | event, separators=(",", ":")).encode() + b"\n\n" for event in events]
+    headers = {"content-type": "text/event-stream"}
+    limited.engine.script(Reply(headers=headers, pieces=[*pieces, b"data: [DONE]\n\n"], chunked=True, gap=0.05))
+    asked = {"model": limited.model, "messages": HI, "stream_options": {"include_usage": True}}
+
+    def lines() -> list[str]:
+        return [record.getMessage() for record in caplog.records if CHAT in record.getMessage()]
+
+    with caplog.at_level("INFO", "llm_inference"):
+        assert limited.events(CHAT, **asked)[-1] == "[DONE]"
+        until(lines)  # written after the answer's last byte
+    assert [line.rpartition(" ")[2] for line in lines()] == ["9+7"]
+
+
 # ------------------------------------------------------------------------------ what a hostile reading found
 
 
