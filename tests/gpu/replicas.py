@@ -149,7 +149,7 @@ def versions() -> Json:
 
 
 def nginx_program() -> str | None:
-    return os.environ.get("NGINX") or shutil.which("nginx") or shutil.which("/usr/sbin/nginx")
+    return os.environ.get("NGINX_PROGRAM") or shutil.which("nginx") or shutil.which("/usr/sbin/nginx")
 
 
 def served(url: str) -> str:

@@ -548,10 +548,10 @@ def http_batch(run: Run, url: str) -> Json:
             model = served(url)
             texts, ids = rendered(run.args.model, prompts)
             ways = {f"bare aiohttp, {concurrency}": bare_batch(url, model, prompts, args.batch_tokens, concurrency)}
-            for name, asked in (("texts", texts), ("token ids", ids)):
-                size = args.group
-                way = grouped_batch(url, model, asked, args.batch_tokens, concurrency, size)
-                ways[f"bare aiohttp, {concurrency}, {size} {name} a request"] = way
+            for size in args.group:
+                for name, asked in (("texts", texts), ("token ids", ids)):
+                    way = grouped_batch(url, model, asked, args.batch_tokens, concurrency, size)
+                    ways[f"bare aiohttp, {concurrency}, {size} {name} a request"] = way
             for name, way in ways.items():
                 began, cpu = time.monotonic(), time.process_time()
                 tokens = asyncio.run(way)
@@ -787,7 +787,7 @@ def main() -> int:
         "--foreign", type=int, nargs="+", default=[0], metavar="ROUNDS", help="as --at-once: of `vllm bench serve`"
     )
     parser.add_argument("--bare", action="store_true", help="the batch by a bare client too")
-    parser.add_argument("--group", type=int, default=50, help="prompts a request, of that client")
+    parser.add_argument("--group", type=int, nargs="+", default=[8, 50], help="prompts a request, of that client")
     parser.add_argument("--api-servers", type=int, nargs="+", default=[1], help="of vLLM, under the batch, in turn")
     parser.add_argument("--attach", nargs="+", metavar="URL", help="servers that run: load, batch, replicas start none")
     parser.add_argument("--clients", type=int, nargs="+", default=[128, 256], help="that hold conversations: replicas")
