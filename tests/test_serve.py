@@ -680,12 +680,15 @@ def test_usage_that_comes_before_the_last_burst_is_counted(limited: Stand, caplo
     pieces = [b"data: " + json.dumps(common | event, separators=(",", ":")).encode() + b"\n\n" for event in events]
     headers = {"content-type": "text/event-stream"}
     limited.engine.script(Reply(headers=headers, pieces=[*pieces, b"data: [DONE]\n\n"], chunked=True, gap=0.05))
+    asked = {"model": limited.model, "messages": HI, "stream_options": {"include_usage": True}}
+
+    def lines() -> list[str]:
+        return [record.getMessage() for record in caplog.records if CHAT in record.getMessage()]
+
     with caplog.at_level("INFO", "llm_inference"):
-        asked = {"model": limited.model, "messages": HI, "stream_options": {"include_usage": True}}
         assert limited.events(CHAT, **asked)[-1] == "[DONE]"
-    assert [record.getMessage().rpartition(" ")[2] for record in caplog.records if CHAT in record.getMessage()] == [
-        "9+7"
-    ]
+        until(lines)  # written after the answer's last byte
+    assert [line.rpartition(" ")[2] for line in lines()] == ["9+7"]
 
 
 # ------------------------------------------------------------------------------ what a hostile reading found

@@ -19,6 +19,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -813,6 +814,7 @@ def main() -> int:
             numbers = f"{len(counts)} numbers for {wanted} of --{of}"
             parser.error(f"--{name.replace('_', '-')}: {numbers}; give one, or one for each")
         setattr(args, name, counts * (wanted // len(counts)))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is ended
     run, bad = Run(args), 0
     gpu = smi("--query-gpu=name,memory.total,driver_version")
     save(args, "about", {"gpu": gpu, "cores": os.cpu_count(), "versions": versions(args, run.env)})
