@@ -6238,7 +6238,7 @@ class Endpoint:
         self.used_at = time.monotonic()
         self.removed = False  #: finishes what it has, and gets nothing new
         self.config: Any = None  #: the EndpointConfig it was made from
-        self.seed = zlib.crc32(self.name.encode()) * 0x9E3779B97F4A7C15
+        self.seed = zlib.crc32(self.name.encode()) * 0x9E3779B97F4A7C15 & ((1 << 64) - 1)
         self._listed_at = float("-inf")
         self._listed: dict[str, ModelInfo] = {}
         self._refreshing: concurrent.futures.Future[None] | None = None
@@ -6400,16 +6400,14 @@ def prefix_hash(body: Mapping[str, Any]) -> int:
 def rendezvous_order(endpoints: Sequence[Endpoint], key: int) -> list[Endpoint]:
     """The endpoints in an order that is the same for equal keys, and changes for few keys when one joins or leaves.
 
-    Highest random weight (Thaler and Ravishankar 1998), mixed as in splitmix64.
+    Highest random weight (Thaler and Ravishankar 1998), mixed with two of splitmix64's factors.
     """
-    mixed_key, weights = key * 0xBF58476D1CE4E5B9, {}
-    for endpoint in endpoints:
-        mixed = ((mixed_key ^ endpoint.seed) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        weights[endpoint] = mixed ^ (mixed >> 31)
-    return sorted(endpoints, key=weights.__getitem__, reverse=True)
+    mixed = key * 0xBF58476D1CE4E5B9 & ((1 << 64) - 1)
+    return sorted(endpoints, key=lambda each: (mixed ^ each.seed) * 0x94D049BB133111EB & ((1 << 64) - 1), reverse=True)
 
 
 Route = tuple[Endpoint, str | None]  #: where a request goes, and the model's name there
+Replicas = tuple[list[Endpoint], str | None]  #: endpoints with the same model, and its name there
 
 
 class Router:
@@ -6447,12 +6445,12 @@ class Router:
             groups = await self._resolve(name)
         key = prefix_hash(request.body)
         found: list[Route] = []
-        for group in groups:
-            models = dict(group)
-            found += [(endpoint, models[endpoint]) for endpoint in self._ordered(list(models), key)]
+        for endpoints, model in groups:
+            for endpoint in self._ordered(endpoints, key):
+                found.append((endpoint, model))
         if found:
             return found
-        raise self.unavailable([endpoint for group in groups for endpoint, _ in group])
+        raise self.unavailable([endpoint for endpoints, _ in groups for endpoint in endpoints])
 
     def _ordered(self, endpoints: Sequence[Endpoint], key: int) -> list[Endpoint]:
         """Those that are up, by rendezvous order; one whose load is over the bound goes behind the others."""
@@ -6475,7 +6473,7 @@ class Router:
             (within if more == 1 or more <= bound * endpoint.slots else over).append(endpoint)
         return within + sorted(over, key=lambda endpoint: endpoint.load)
 
-    async def _default_routes(self, endpoints: Sequence[Endpoint]) -> list[list[Route]]:
+    async def _default_routes(self, endpoints: Sequence[Endpoint]) -> list[Replicas]:
         """No model was asked for: the default one of the first endpoint that is up, wherever it is served."""
         now = time.monotonic()
         error: InferenceError | None = None
@@ -6484,7 +6482,7 @@ class Router:
                 continue
             try:
                 if endpoint.on_request and not endpoint.running:
-                    return [[(endpoint, None)]]
+                    return [([endpoint], None)]
                 model = await endpoint.adapter.model_for(None)
             except InferenceError as exc:
                 error = error or exc
@@ -6493,10 +6491,10 @@ class Router:
             return await self._resolve(model)
         raise error or self.unavailable(endpoints)
 
-    async def _resolve(self, name: str, seen: tuple[str, ...] = ()) -> list[list[Route]]:
+    async def _resolve(self, name: str, seen: tuple[str, ...] = ()) -> list[Replicas]:
         """The endpoints for a name, in groups: an alias's targets in order, the replicas of a model together."""
         if name in self.aliases and name not in seen:
-            groups: list[list[Route]] = []
+            groups: list[Replicas] = []
             error: InferenceError | None = None
             for target in self.aliases[name]:
                 try:
@@ -6508,21 +6506,20 @@ class Router:
             if error is not None:
                 raise error
         prefix, _, rest = name.partition("/")
-        engines = {endpoint.adapter.engine_type for endpoint in self.endpoints}
         within = [e for e in self.endpoints if prefix in (e.adapter.engine_type, e.name)] if rest else []
-        for candidates, model in ((within, rest), (self.endpoints, name)):
-            group = await self._serving(candidates, model)
-            if group:
-                return [group]
-            if candidates and prefix in engines:
-                break
+        if group := await self._serving(within, rest):
+            return [(group, rest)]
+        if any(endpoint.adapter.engine_type == prefix for endpoint in within):
+            raise await self._not_found(name)
+        if group := await self._serving(self.endpoints, name):
+            return [(group, name)]
         raise await self._not_found(name)
 
-    async def _serving(self, endpoints: Sequence[Endpoint], model: str) -> list[Route]:
+    async def _serving(self, endpoints: Sequence[Endpoint], model: str) -> list[Endpoint]:
         """The endpoints that serve a model. Lists older than ten seconds are asked for again, all at once, and waited
         for where they did not name the model or the endpoint had failed; the others only where none names the model."""
         now = time.monotonic()
-        group: list[Route] = []
+        group: list[Endpoint] = []
         stale: list[Endpoint] = []
         others: list[Endpoint] = []
         for endpoint in endpoints:
@@ -6532,12 +6529,12 @@ class Router:
             if available and not endpoint.is_fresh(now):
                 attached = getattr(endpoint.adapter, "base_url", None)
                 if attached and endpoint.lists(model) and not endpoint.failures:
-                    group.append((endpoint, model))
+                    group.append(endpoint)
                     endpoint.refresh(self.look_at)
                 else:
                     stale.append(endpoint)
             elif endpoint.lists(model) or not available and model in endpoint.known_models:
-                group.append((endpoint, model))
+                group.append(endpoint)
             elif available:
                 others.append(endpoint)
         failures = await self._ask(stale, model, group) if stale else []
@@ -6545,9 +6542,10 @@ class Router:
             failures += await self._ask(others, model, group)
         if len(endpoints) == 1 and failures:
             raise failures[0]
-        unknown = [endpoint for endpoint in endpoints if endpoint.failures and not endpoint.known_models]
-        if not group and unknown:  # nobody knows what these serve
-            raise self.unavailable(unknown)
+        if not group:
+            unknown = [endpoint for endpoint in endpoints if endpoint.failures and not endpoint.known_models]
+            if unknown:  # nobody knows what these serve
+                raise self.unavailable(unknown)
         return group
 
     async def look_at(self, endpoint: Endpoint) -> None:
@@ -6567,7 +6565,7 @@ class Router:
             endpoint.drop_waiting()
 
     @staticmethod
-    async def _ask(endpoints: Sequence[Endpoint], model: str, group: list[Route]) -> list[InferenceError]:
+    async def _ask(endpoints: Sequence[Endpoint], model: str, group: list[Endpoint]) -> list[InferenceError]:
         """Adds those that serve the model to `group`; returns the failures."""
         failures = []
         for endpoint in endpoints:  # this is the one request that finds out whether it is back
@@ -6582,11 +6580,11 @@ class Router:
                 endpoint.failed(outcome)
                 failures.append(outcome)
                 if endpoint.lists(model) or model in endpoint.known_models:  # it is down, and not without the model
-                    group.append((endpoint, model))
+                    group.append(endpoint)
             elif isinstance(outcome, BaseException):
                 raise outcome
             elif outcome:
-                group.append((endpoint, model))
+                group.append(endpoint)
         return failures
 
     async def _not_found(self, name: str) -> ModelNotFound:
