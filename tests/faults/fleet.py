@@ -287,7 +287,8 @@ class Phase:
             while (number := next(asked)) < n or time.monotonic() < end:
                 v1, stream = number % 2 == 1, number // 2 % 2 == 1
                 case = Case("m", engines[number // 4 % len(engines)], v1, stream, nonce())
-                answer = await ask(self.fleet.port, V1 if v1 else API, case.body(self.fleet.tokens))
+                body, path = case.body(self.fleet.tokens), V1 if v1 else API
+                answer = await ask(self.fleet.port, path, body, timeout=DEADLINES["total"])
                 self.answers.append((case, answer))
                 await asyncio.sleep(0.03)
 
