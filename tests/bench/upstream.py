@@ -262,8 +262,9 @@ def respond(body: bytes) -> bytes:
     return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
 
 
-async def serve(port: int) -> None:
-    server = await asyncio.get_running_loop().create_server(Engine, "127.0.0.1", port, backlog=4096)
+async def serve(port: int, addresses: int) -> None:
+    hosts = [f"127.0.0.{number}" for number in range(1, addresses + 1)]
+    server = await asyncio.get_running_loop().create_server(Engine, hosts, port, backlog=4096)
     await server.serve_forever()
 
 
@@ -272,6 +273,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=9100)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--pace", type=float, default=0.0, help="seconds between two tokens (default: none)")
+    parser.add_argument("--addresses", type=int, default=1, help="how many: 127.0.0.1, 127.0.0.2, …")
     args = parser.parse_args()
     Engine.prepare(args.tokens, args.pace)
     run: Any = asyncio.run
@@ -280,7 +282,7 @@ def main() -> None:
 
         run = uvloop.run
     with contextlib.suppress(KeyboardInterrupt):
-        run(serve(args.port))
+        run(serve(args.port, args.addresses))
 
 
 if __name__ == "__main__":

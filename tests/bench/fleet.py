@@ -1,0 +1,138 @@
+"""What a fleet costs: 16 endpoints beside one, in the same run; and a config file with very many of them.
+
+    python -m tests.bench.fleet [--rounds 8] [--seconds 3] [--out tests/bench/fleet.json]
+
+Needs wrk and Linux. Both servers run all the time, and the load goes to one and then to the other: what others on the
+machine do falls on both. The figures are medians of the rounds, and of the differences within a round.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.processes import free_port
+
+from .proc import Process, many_sockets
+from .run import API, HERE, KEY, MESSAGES, PROGRAM, TOKENS, V1, drive, imports, machine, rounded, say
+
+ENDPOINTS, CONNECTIONS = 16, 16
+MANY_ENDPOINTS, MANY_ALIASES = 1000, 10_000
+ROUTES = {"v1": (V1, {"model": "m"}), "api": (API, {"model_name": "m"})}
+READ_ALL = "import sys, llm_inference as m; s = m.load_settings(dict(config=sys.argv[1]), 'serve'); m.create_app(s)"
+
+
+@contextmanager
+def engine() -> Iterator[Process]:
+    """The stand-in engine at 16 addresses."""
+    port = free_port()
+    command = [sys.executable, str(HERE / "upstream.py"), "--port", str(port), "--tokens", str(TOKENS)]
+    with Process("upstream", [*command, "--addresses", str(ENDPOINTS)], port=port) as process:
+        yield process
+
+
+@contextmanager
+def ours(count: int, upstream: Process, program: Path) -> Iterator[Process]:
+    """Our server with `count` endpoints."""
+    port = free_port()
+    tables = []
+    for number in range(1, count + 1):
+        address = f"http://127.0.0.{number}:{upstream.port}"
+        tables.append(f'[[endpoint]]\nengine = "vllm"\nbase_url = "{address}"\n')
+    with tempfile.TemporaryDirectory(prefix="bench-fleet-") as folder:
+        file = Path(folder) / "llm.toml"
+        file.write_text("\n".join(tables))
+        command = [sys.executable, str(program), "--serve", "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--config", str(file), "--api-key", KEY]
+        with Process(f"ours-{count}", command, port=port, ready="/ready") as process:
+            yield process
+
+
+def compare(rounds: int, seconds: float, program: Path) -> dict[str, Any]:
+    """CPU a request and a token with one endpoint and with 16."""
+    found: dict[str, dict[int, list[dict[str, float]]]] = {}
+    with ExitStack() as stack:
+        upstream = stack.enter_context(engine())
+        servers = {count: stack.enter_context(ours(count, upstream, program)) for count in (1, ENDPOINTS)}
+        for number in range(rounds):
+            for name, (path, fields) in ROUTES.items():
+                for stream in (False, True):
+                    case = f"{name}, {'streamed' if stream else 'complete'}"
+                    body = fields | {"messages": MESSAGES, "max_tokens": 256, "stream": stream}
+                    for count in sorted(servers, reverse=number % 2 == 1):
+                        say(f"round {number + 1}/{rounds}: {case}, {count} endpoints")
+                        outcome = drive(servers[count], upstream, path, body, CONNECTIONS, seconds)
+                        found.setdefault(case, {}).setdefault(count, []).append(outcome)
+    return {case: summary(by_count) for case, by_count in found.items()}
+
+
+def summary(by_count: dict[int, list[dict[str, float]]]) -> dict[str, Any]:
+    """Microseconds of CPU: medians of both, and of what the fleet adds; its quartiles say how sure that is."""
+    unit = "token_us" if "token_us" in by_count[1][0] else "cpu_ms"
+    scale = 1.0 if unit == "token_us" else 1000.0
+    one, many = ([scale * each[unit] for each in by_count[count]] for count in (1, ENDPOINTS))
+    more = [b - a for a, b in zip(one, many, strict=True)]
+    low, middle, high = statistics.quantiles(more, n=4) if len(more) > 1 else more * 3
+    return {
+        "unit": "µs a token" if unit == "token_us" else "µs a request",
+        "one endpoint": statistics.median(one),
+        f"{ENDPOINTS} endpoints": statistics.median(many),
+        "more": middle,
+        "more, quartiles": [low, high],
+        "errors": sum(each["errors"] for several in by_count.values() for each in several),
+    }
+
+
+def many(program: Path, times: int) -> dict[str, Any]:
+    """CPU seconds to read and check a file with very many endpoints and aliases and to make the app, import apart."""
+    lines = []
+    for number in range(MANY_ENDPOINTS):
+        lines.append(f'[[endpoint]]\nengine = "vllm"\nbase_url = "http://10.0.{number // 250}.{number % 250}:8000"\n')
+    lines.append("[alias]")
+    lines += [f'a{number} = ["vllm/model-{number}", "vllm/model-{number + 1}"]' for number in range(MANY_ALIASES)]
+    with tempfile.TemporaryDirectory(prefix="bench-fleet-") as folder:
+        file = Path(folder) / "llm.toml"
+        file.write_text("\n".join(lines))
+        small = Path(folder) / "small.toml"
+        small.write_text("\n".join([lines[0], lines[1]]))
+        taken = [cpu(program, file) for _ in range(times)]
+        base = [cpu(program, small) for _ in range(times)]
+    seconds = {"all": statistics.median(taken), "with two endpoints": statistics.median(base)}
+    return {"endpoints": MANY_ENDPOINTS, "aliases": MANY_ALIASES, "cpu_s": seconds}
+
+
+def cpu(program: Path, file: Path) -> float:
+    """CPU seconds of a process that reads the file and makes the app."""
+    before = os.times()
+    environment = os.environ | {"PYTHONPATH": str(program.parent)}
+    subprocess.run([sys.executable, "-c", READ_ALL, str(file)], env=environment, check=True)
+    after = os.times()
+    return after.children_user - before.children_user + after.children_system - before.children_system
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a measured run")
+    parser.add_argument("--program", type=Path, default=PROGRAM, help="another llm_inference.py to measure")
+    parser.add_argument("--out", type=Path, default=HERE / "fleet.json")
+    args = parser.parse_args()
+    many_sockets()
+    results: dict[str, Any] = {"when": time.strftime("%Y-%m-%d %H:%M"), "machine": machine(), "rounds": args.rounds}
+    results["start"] = many(args.program, 3) | {"import": imports(args.program, 3)}
+    results["cost"] = compare(args.rounds, args.seconds, args.program)
+    args.out.write_text(json.dumps(rounded(results), indent=1, ensure_ascii=False) + "\n")
+    say(f"written: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
