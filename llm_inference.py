@@ -5084,17 +5084,17 @@ class HTTPAdapter(BaseLLMAdapter):
             items = sorted(answer.payload["data"], key=lambda item: item["index"])
             return vectors_of([item["embedding"] for item in items], texts), answer.usage or Usage()
 
-    async def fetch_json(self, path: str, body: Any = None, limits: Deadlines | None = None) -> dict[str, Any]:
+    async def fetch_json(self, path: str, body: Any = None) -> dict[str, Any]:
         """A small question to the engine; {} for what it does not know. Raises where it fails or is overloaded."""
         target = await self.connection.reach()
         refusals = (401, 403, 429, *range(500, 600))
-        found = await portal.run(self.connection.fetch(target, path, limits or self.deadlines, body, refusals))
+        found = await portal.run(self.connection.fetch(target, path, self.deadlines.brief(), body, refusals))
         return found if isinstance(found, dict) else {}
 
     async def fetch_models(self, path: str) -> dict[str, Any]:
         """What the engine lists. Raises BadEngineReply where something else answers."""
         try:
-            listed = await self.fetch_json(path, limits=self.deadlines.brief())
+            listed = await self.fetch_json(path)
         except EngineUnavailable:
             self.connection.forget()  # identity, models and features end with the server they belong to
             raise
@@ -6322,6 +6322,13 @@ class Endpoint:
             if not call.begun:
                 call.abort()
 
+    async def prepare(self, request: GenerateRequest) -> dict[str, Any]:
+        """The body to send. Raises EngineUnavailable where the engine does not answer the small questions before."""
+        try:
+            return await self.adapter.prepare(request)
+        except EngineTimeout as exc:
+            raise EngineUnavailable(exc.reason, exc.hint) from exc
+
     def available(self, now: float) -> bool:
         """Whether a request may be sent there now."""
         return not self.removed and self.retry_at <= now and not self.trying
@@ -6608,19 +6615,6 @@ class Router:
         now = time.monotonic()
         return min((max(1, math.ceil(endpoint.retry_at - now)) for endpoint in endpoints), default=1)
 
-    async def models(self) -> list[tuple[Endpoint, ModelInfo]]:
-        """What the endpoints serve, of those that answer; each raises only for itself."""
-        outcomes = await asyncio.gather(*(endpoint.models() for endpoint in self.endpoints), return_exceptions=True)
-        found = []
-        for endpoint, outcome in zip(self.endpoints, outcomes, strict=True):
-            if isinstance(outcome, InferenceError):
-                continue
-            if isinstance(outcome, BaseException):
-                raise outcome
-            for model in outcome.values():
-                found.append((endpoint, model))
-        return found
-
 
 class Fleet(Router):
     """The endpoints of one process, and the answers to requests.
@@ -6663,7 +6657,7 @@ class Fleet(Router):
     async def _answer_once(self, request: GenerateRequest) -> Answer:
         async def work(endpoint: Endpoint, mine: GenerateRequest) -> Answer:
             started = time.monotonic()
-            body = await endpoint.adapter.prepare(mine)
+            body = await endpoint.prepare(mine)
             answer = await endpoint.adapter.answer(mine, body)
             answer.timing = timing_from(answer, started)
             return answer
@@ -6784,6 +6778,19 @@ class Fleet(Router):
             if len(errors) == len(wanted) or not isinstance(error, InferenceError):
                 raise error
 
+    async def models(self) -> list[tuple[Endpoint, ModelInfo]]:
+        """What the endpoints serve, of those that answer; each raises only for itself."""
+        outcomes = await asyncio.gather(*(endpoint.models() for endpoint in self.endpoints), return_exceptions=True)
+        found = []
+        for endpoint, outcome in zip(self.endpoints, outcomes, strict=True):
+            if isinstance(outcome, InferenceError):
+                continue
+            if isinstance(outcome, BaseException):
+                raise outcome
+            for model in outcome.values():
+                found.append((endpoint, model))
+        return found
+
     async def stop_idle(self) -> None:
         """Stop the endpoints that have had no request for their `stop_after` seconds."""
         now = time.monotonic()
@@ -6857,7 +6864,7 @@ class OpenStream:
 async def open_stream(endpoint: Endpoint, request: GenerateRequest) -> OpenStream:
     """Ask the endpoint, and wait for the first burst. Raises what keeps it from coming."""
     sent = relaxed(request)
-    body = await endpoint.adapter.prepare(sent)
+    body = await endpoint.prepare(sent)
     checker = checker_for(request, request.served.ignored)
     source = endpoint.adapter.events(sent, body)
     bursts = source if checker is None else checked(request, source, checker)

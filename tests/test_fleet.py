@@ -967,6 +967,20 @@ def test_what_waits_for_a_frozen_endpoint_goes_to_another(
     assert len(first.asked) <= 3 and len(other_than(engines, first).asked) >= 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_endpoint_that_does_not_answer_a_question_before_the_request_is_passed_over(
+    stream: bool, attach: Attach, fake: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ollama is asked what its model can do: nothing of the request has been sent."""
+    monkeypatch.setattr(product.OllamaAdapter, "features_ttl", 0.0)
+    monkeypatch.setattr(product.Deadlines, "brief", lambda self: dataclasses.replace(self, first_token=0.5, total=1.0))
+    llm, engines = replicas(attach, fake, dialect="ollama")
+    first = who(engines, lambda: ask(llm, stream))
+    first.script(Reply(status=0, end="stall"), "/api/show")
+    assert who(engines, lambda: ask(llm, stream)) is not first
+    assert endpoint_at(llm, first).failures == 1
+
+
 def test_a_pause_ends_with_one_question(attach: Attach, fake: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many requests come as it ends; one of them asks the endpoint for its models, the others go elsewhere."""
     monkeypatch.setattr(Endpoint, "FIRST_PAUSE", 0.2)
