@@ -6323,11 +6323,11 @@ class Endpoint:
                 call.abort()
 
     async def prepare(self, request: GenerateRequest) -> dict[str, Any]:
-        """The body to send. Raises EngineUnavailable where the engine does not answer the small questions before."""
+        """The body to send."""
         try:
             return await self.adapter.prepare(request)
-        except EngineTimeout as exc:
-            raise EngineUnavailable(exc.reason, exc.hint) from exc
+        except EngineTimeout as exc:  # of a question before the request, as the connect deadline: see passed_over
+            raise EngineTimeout(exc.reason, exc.hint) from TimeoutError()
 
     def available(self, now: float) -> bool:
         """Whether a request may be sent there now."""
@@ -6390,7 +6390,7 @@ def model_alias(model: str | None) -> str:
 def passed_over(error: InferenceError) -> bool:
     """May another endpoint be asked, where nothing of the answer has come yet?"""
     if isinstance(error, EngineTimeout):
-        return isinstance(error.__cause__, TimeoutError)  # the connect deadline: nothing was sent
+        return isinstance(error.__cause__, TimeoutError)  # before the request: nothing of it was sent
     return isinstance(error, (EngineUnavailable, EngineOverloaded))
 
 
