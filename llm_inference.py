@@ -6598,7 +6598,8 @@ class Router:
         known = {*self.aliases}
         for endpoint in self.endpoints:
             known |= endpoint.known_models
-        hint = did_you_mean(name, known, "see models() or GET /v1/models")
+        served = ", ".join(sorted(known)[:8])
+        hint = did_you_mean(name, known, f"served: {served}; see models() or GET /v1/models")
         return ModelNotFound(f"no endpoint serves the model {name[:100]!r}", hint, param="model")
 
     def unavailable(self, endpoints: Sequence[Endpoint]) -> EngineUnavailable:
