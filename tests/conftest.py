@@ -2,7 +2,7 @@
 
 Real servers are used where LLM_TEST_VLLM_URL, LLM_TEST_SGLANG_URL or LLM_TEST_OLLAMA_URL name one
 (LLM_TEST_OLLAMA_MODEL: its model); everything else needs loopback, tests/requirements.txt and the embedded model alone.
-LLM_TEST_WIRE=httpx: as without aiohttp."""
+LLM_TEST_WIRE=httpx: as without aiohttp. LLM_TEST_FLEET=1: each engine of the contract is the first of a mixed fleet."""
 
 import contextlib
 import importlib.util
@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 import llm_inference as product
-from llm_inference import HttpxWire, LLMInferencer, Wire
+from llm_inference import EndpointConfig, HttpxWire, LLMInferencer, Wire
 from tests.fake_engine import DIALECTS, Dialect, FakeEngine
 from tests.harness import Command, Stand
 from tests.processes import is_setting
@@ -40,6 +40,13 @@ def clear_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting of whoever runs the tests reaches them."""
     clear_environment(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def asked_again_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The contract's laws ask a faulty engine twice; in a fleet it would be left alone meanwhile."""
+    if os.environ.get("LLM_TEST_FLEET"):
+        monkeypatch.setattr(product.Endpoint, "available", lambda self, now: not self.removed and not self.trying)
 
 
 class Attach(Protocol):
@@ -79,11 +86,30 @@ def attach(fake: Callable[..., FakeEngine]) -> Iterator[Attach]:
 
 
 @pytest.fixture(scope="session")
-def embedded() -> Iterator[LLMInferencer]:
+def bystanders() -> Iterator[tuple[EndpointConfig, ...]]:
+    """A fake of each dialect with a model of its own: the rest of a fleet. None without LLM_TEST_FLEET."""
+    with contextlib.ExitStack() as stack:
+        found = []
+        for dialect in DIALECTS if os.environ.get("LLM_TEST_FLEET") else ():
+            made = stack.enter_context(FakeEngine(dialect, model=f"another-{dialect}"))
+            found.append(EndpointConfig(name=f"by-{dialect}", engine=dialect, base_url=made.base_url))
+        yield tuple(found)
+
+
+def among(bystanders: tuple[EndpointConfig, ...], engine: str, **config: Any) -> LLMInferencer:
+    """An engine alone, or the first of a fleet."""
+    if not bystanders:
+        return LLMInferencer(engine, **config)
+    first = EndpointConfig(engine=engine, **config)
+    return LLMInferencer.from_fleet(product.Settings(endpoints=(first, *bystanders)).fleet())
+
+
+@pytest.fixture(scope="session")
+def embedded(bystanders: tuple[EndpointConfig, ...]) -> Iterator[LLMInferencer]:
     """The real embedded engine, one for the session; nothing outside is attached to."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         clear_environment(monkeypatch)
-        llm = LLMInferencer("llamacpp", launch=True)
+        llm = among(bystanders, "llamacpp", **({} if bystanders else {"launch": True}))
         llm.__enter__()
     yield llm
     llm.close()
@@ -142,14 +168,28 @@ ENGINES = (
 )
 
 
+@pytest.fixture
+def scripted(
+    fake: Callable[..., FakeEngine], bystanders: tuple[EndpointConfig, ...]
+) -> Iterator[Callable[[Dialect], Engine]]:
+    """Makes a fake engine under the contract."""
+    with contextlib.ExitStack() as stack:
+
+        def make(dialect: Dialect) -> Engine:
+            made = fake(dialect)
+            llm = stack.enter_context(contextlib.closing(among(bystanders, dialect, base_url=made.base_url)))
+            return Engine(f"{dialect}-fake", llm, made)
+
+        yield make
+
+
 @pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest, fake: Callable[..., FakeEngine], attach: Attach) -> Engine:
+def engine(request: pytest.FixtureRequest, scripted: Callable[[Dialect], Engine]) -> Engine:
     """One engine after the other, under the same laws."""
     name: str = request.param
     kind, _, how = name.partition("-")
     if how == "fake":
-        made = fake(kind)
-        return Engine(name, attach(made), made)
+        return scripted(kind)  # type: ignore[arg-type]
     return Engine(
         name,
         request.getfixturevalue("embedded") if kind == "llamacpp" else request.getfixturevalue("real_server")(kind),
@@ -157,10 +197,9 @@ def engine(request: pytest.FixtureRequest, fake: Callable[..., FakeEngine], atta
 
 
 @pytest.fixture(params=DIALECTS)
-def faked(request: pytest.FixtureRequest, fake: Callable[..., FakeEngine], attach: Attach) -> Engine:
+def faked(request: pytest.FixtureRequest, scripted: Callable[[Dialect], Engine]) -> Engine:
     """The four fakes alone, for laws that need a scripted engine."""
-    made = fake(request.param)
-    return Engine(f"{request.param}-fake", attach(made), made)
+    return scripted(request.param)
 
 
 @pytest.fixture
