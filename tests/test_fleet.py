@@ -973,7 +973,7 @@ def test_an_endpoint_that_does_not_answer_a_question_before_the_request_is_passe
 ) -> None:
     """Ollama is asked what its model can do: nothing of the request has been sent."""
     monkeypatch.setattr(product.OllamaAdapter, "features_ttl", 0.0)
-    monkeypatch.setattr(product.Deadlines, "brief", lambda self: dataclasses.replace(self, first_token=0.5, total=1.0))
+    monkeypatch.setattr(product.Deadlines, "brief", lambda self: dataclasses.replace(self, first_token=3.0, total=6.0))
     llm, engines = replicas(attach, fake, dialect="ollama")
     first = who(engines, lambda: ask(llm, stream))
     first.script(Reply(status=0, end="stall"), "/api/show")
