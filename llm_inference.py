@@ -6285,8 +6285,8 @@ class Endpoint:
 
     @property
     def known_models(self) -> frozenset[str]:
-        """The names that it listed last, and the one that the operator gave."""
-        return frozenset(self._listed) | ({self.default_model} if self.default_model else set())
+        """The names that it listed last, and the one that the operator gave; no path of a file."""
+        return frozenset(self._listed) | ({self.configured_name} if self.default_model else set())
 
     @property
     def named_before(self) -> bool:

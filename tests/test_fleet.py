@@ -324,6 +324,16 @@ def test_an_unknown_model_is_named_with_what_is_near(fake: Make) -> None:
         refused_v1(site.v1("ollama/Qwen3-8B"), "model_not_found")
 
 
+def test_the_place_of_a_models_file_is_in_no_error(fake: Make) -> None:
+    config = EndpointConfig(
+        engine="llamacpp", name="small", model="/the/operators/folder/small.gguf", start="on_request"
+    )
+    with Site(attached(fake("vllm")), config) as site:
+        for name in ("operators/folder/small.gguf", "nothing-like-it"):
+            assert "/the/operators" not in refused(site.generate(model_name=name), "model_not_found", 400)
+        assert "/the/operators" not in site.client.get("/ready").text
+
+
 def test_an_endpoint_serves_only_its_models(fake: Make) -> None:
     engine = fake("ollama")
     engine.models = ["a:latest", "b:latest"]
