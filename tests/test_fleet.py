@@ -449,7 +449,11 @@ def test_conversations_are_spread(count: int) -> None:
 
 @pytest.mark.parametrize("count", [2, 4, 16])
 def test_few_conversations_move_when_an_endpoint_leaves(count: int) -> None:
-    """Those of the endpoint that leaves, and no others: about 1/n, in an order that spreads them."""
+    """Those of the endpoint that leaves, and no others, in an order that spreads them.
+
+    Over all endpoints that may leave this is 1/n exactly. For one of them it is as many as a hash gave it: each
+    conversation with a chance of 1/n, so four standard deviations of a binomial more at most.
+    """
     endpoints = a_fleet(count)
     gone = endpoints[count // 2]
     left = [endpoint for endpoint in endpoints if endpoint is not gone]
@@ -459,8 +463,8 @@ def test_few_conversations_move_when_an_endpoint_leaves(count: int) -> None:
         assert [endpoint for endpoint in before if endpoint is not gone] == after
         if before[0] is gone:
             heirs[after[0].name] += 1
-    moved = sum(heirs.values())
-    assert moved <= 1.25 * len(CONVERSATIONS) / count
+    moved, noise = sum(heirs.values()), math.sqrt(len(CONVERSATIONS) * (1 - 1 / count) / count)
+    assert moved <= len(CONVERSATIONS) / count + 4 * noise
     assert len(heirs) == count - 1
     assert max(heirs.values()) <= 1.5 * moved / (count - 1)
 

@@ -1,4 +1,5 @@
-"""What a fleet costs: 16 endpoints beside one, in the same run; and a config file with very many of them.
+"""What a fleet costs: 16 endpoints beside one, in the same run; a config file with very many of them; how evenly
+conversations are spread.
 
     python -m tests.bench.fleet [--rounds 8] [--seconds 3] [--out tests/bench/fleet.json]
 
@@ -8,24 +9,27 @@ machine do falls on both. The figures are medians of the rounds, and of the diff
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import llm_inference as product
 from tests.processes import free_port
 
 from .proc import Process, many_sockets
 from .run import API, HERE, KEY, MESSAGES, PROGRAM, TOKENS, V1, drive, imports, machine, rounded, say
 
 ENDPOINTS, CONNECTIONS = 16, 16
-MANY_ENDPOINTS, MANY_ALIASES = 1000, 10_000
+MANY_ENDPOINTS, MANY_ALIASES, CONVERSATIONS = 1000, 10_000, 10_000
 ROUTES = {"v1": (V1, {"model": "m"}), "api": (API, {"model_name": "m"})}
 READ_ALL = "import sys, llm_inference as m; s = m.load_settings(dict(config=sys.argv[1]), 'serve'); m.create_app(s)"
 
@@ -118,6 +122,39 @@ def cpu(program: Path, file: Path) -> float:
     return after.children_user - before.children_user + after.children_system - before.children_system
 
 
+def spread(count: int) -> dict[str, float]:
+    """Where 10,000 conversations go, as shares of the mean, and how many move when one endpoint leaves.
+
+    `bound`: 1/n and four standard deviations of a binomial, since a hash gives each conversation to an endpoint with
+    that chance.
+    """
+    configs = []
+    for number in range(1, count + 1):
+        configs.append(product.EndpointConfig(engine="vllm", base_url=f"http://10.0.0.{number}:8000"))
+    endpoints = product.Settings(endpoints=tuple(configs)).fleet().endpoints
+    keys = []
+    for number in range(CONVERSATIONS):
+        messages = [{"role": "system", "content": "You are terse."}, {"role": "user", "content": f"question {number}"}]
+        keys.append(product.prefix_hash({"messages": messages}))
+    before = [product.rendezvous_order(endpoints, key)[0] for key in keys]
+    shares = sorted(Counter(before).values())
+    moved = []
+    for gone in endpoints if count > 1 else ():
+        left = [endpoint for endpoint in endpoints if endpoint is not gone]
+        after = [product.rendezvous_order(left, key)[0] for key in keys]
+        moved.append(sum(a is not b for a, b in zip(before, after, strict=True)))
+    noise = math.sqrt(CONVERSATIONS * (1 - 1 / count) / count)
+    mean = CONVERSATIONS / count
+    return {
+        "endpoints": count,
+        "fullest / mean": shares[-1] / mean,
+        "emptiest / mean": shares[0] / mean,
+        "moved at most": max(moved, default=0) / CONVERSATIONS,
+        "moved on average": sum(moved) / max(1, len(moved)) / CONVERSATIONS,
+        "bound": 1 / count + 4 * noise / CONVERSATIONS,
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
@@ -127,6 +164,7 @@ def main() -> int:
     args = parser.parse_args()
     many_sockets()
     results: dict[str, Any] = {"when": time.strftime("%Y-%m-%d %H:%M"), "machine": machine(), "rounds": args.rounds}
+    results["spread"] = [spread(count) for count in (1, 2, 4, 16)]
     results["start"] = many(args.program, 3) | {"import": imports(args.program, 3)}
     results["cost"] = compare(args.rounds, args.seconds, args.program)
     args.out.write_text(json.dumps(rounded(results), indent=1, ensure_ascii=False) + "\n")
