@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import json
 import signal
 import subprocess
 import sys
@@ -253,6 +254,7 @@ class Phase:
             await self._strike(victims)
         await load
         ended = time.monotonic()
+        await self._look(victims)
         await self._revive(victims)
         self._judge()
         if self.fault.counted and not self.fault.passing:
@@ -276,8 +278,15 @@ class Phase:
         for mode in itertools.cycle(("close", "")):
             for name in victims:
                 await self.fleet.relays[name].set(mode)
+            await self._look(victims)
             if (await asyncio.wait({load}, timeout=0.3))[0]:
                 return
+
+    async def _look(self, victims: list[str]) -> None:
+        """Counts the victims that the server has found to be down."""
+        told = json.loads((await ask(self.fleet.port, "/ready", method="GET")).body)
+        down = sum(each["state"] == "down" and each["name"] in victims for each in told["endpoints"])
+        self.counts["down"] = max(self.counts["down"], down)
 
     async def _load(self, n: int, seconds: float) -> None:
         """Callers that ask until `n` requests and `seconds` have passed."""
@@ -307,8 +316,8 @@ class Phase:
             self.found.need(not sent_again(way), f"{what}: sent on after its first byte")
             self.counts["sent on"] += sum(entry.what == "chat" for entry in way) > 1
         self.counts["n"] = len(self.answers)
-        struck = self.counts["sent on"] + self.counts["begun, then broken"] + self.counts["refused"]
-        self.found.need(struck or self.fault.passing, f"{self.name}: it struck nobody")
+        down = self.counts["down"]
+        self.found.need(bool(down) is not self.fault.passing, f"{self.name}: {down} endpoints were found to be down")
 
     def _accounts_for(self, case: Case, kind: str, text: str, way: list[Entry], answer: Answer) -> bool:
         if kind == "good":

@@ -100,6 +100,15 @@ GUARDS: dict[str, Guard] = {
     "time for header and body": Guard(
         "self.loop.call_later(seconds, self.late)", "self.loop.call_later(seconds, int)", "slow_clients", "slow"
     ),
+    "a failed endpoint is left alone": Guard(
+        "return not self.removed and self.retry_at <= now and not self.trying",
+        "return not self.removed",
+        "fleet",
+        "429",
+    ),
+    "what waits for a silent endpoint is passed on": Guard(
+        "            endpoint.drop_waiting()", "            pass", "fleet", "frozen"
+    ),
 }
 
 
