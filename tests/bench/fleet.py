@@ -8,6 +8,7 @@ machine do falls on both. The figures are medians of the rounds, and of the diff
 """
 
 import argparse
+import asyncio
 import json
 import math
 import os
@@ -76,6 +77,34 @@ def compare(rounds: int, seconds: float, program: Path) -> dict[str, Any]:
                         outcome = drive(servers[count], upstream, path, body, CONNECTIONS, seconds)
                         found.setdefault(case, {}).setdefault(count, []).append(outcome)
     return {case: summary(by_count) for case, by_count in found.items()}
+
+
+def choices() -> list[dict[str, float]]:
+    """Microseconds of CPU to choose an endpoint: the least of many short rounds, which nobody disturbed."""
+    system = {"role": "system", "content": "You are a helpful assistant. " * 40}
+    prompts = {"short": MESSAGES, "long": [system, *MESSAGES]}
+    product.Endpoint.LIST_TTL = 1e9
+
+    async def measure(upstream: Process, count: int) -> dict[str, float]:
+        urls = [f"http://127.0.0.{number}:{upstream.port}" for number in range(1, count + 1)]
+        llm = product.LLMInferencer("vllm", base_url=urls)
+        fleet = await llm.found()
+        found: dict[str, float] = {"endpoints": count}
+        for name, messages in prompts.items():
+            request = product.GenerateRequest(body={"model": "m", "messages": messages})
+            await fleet.routes(request)  # the lists are read
+            least = float("inf")
+            for _ in range(50):
+                began = time.process_time()
+                for _ in range(200):
+                    await fleet.routes(request)
+                least = min(least, (time.process_time() - began) / 200)
+            found[f"{name} prompt"] = 1e6 * least
+        await llm.aclose()
+        return found
+
+    with engine() as upstream:
+        return [asyncio.run(measure(upstream, count)) for count in (1, 2, 4, ENDPOINTS)]
 
 
 def summary(by_count: dict[int, list[dict[str, float]]]) -> dict[str, Any]:
@@ -166,6 +195,7 @@ def main() -> int:
     results: dict[str, Any] = {"when": time.strftime("%Y-%m-%d %H:%M"), "machine": machine(), "rounds": args.rounds}
     results["spread"] = [spread(count) for count in (1, 2, 4, 16)]
     results["start"] = many(args.program, 3) | {"import": imports(args.program, 3)}
+    results["choice, µs"] = choices()
     results["cost"] = compare(args.rounds, args.seconds, args.program)
     args.out.write_text(json.dumps(rounded(results), indent=1, ensure_ascii=False) + "\n")
     say(f"written: {args.out}")
