@@ -6232,6 +6232,7 @@ class Endpoint:
         self.on_request, self.stop_after, self.group = on_request, stop_after, group
         self.in_flight = 0
         self.failures = 0  #: outages in a row
+        self.overloaded = False  #: was the last one an answer that it has no room?
         self.error = ""  #: the last failure
         self.retry_at = 0.0  #: not asked before, after a failure
         self.trying = False  #: is the one request on its way that finds out whether it is back?
@@ -6346,7 +6347,7 @@ class Endpoint:
 
     def failed(self, error: InferenceError) -> None:
         """An outage is counted once, however many requests notice it."""
-        self.error = error.message
+        self.error, self.overloaded = error.message, isinstance(error, EngineOverloaded)
         self._listed_at = float("-inf")
         now = time.monotonic()
         if now < self.retry_at:
@@ -9833,7 +9834,8 @@ class Gateway(Catalog):
         try:
             await endpoint.adapter.connect()
             await endpoint.models()
-            endpoint.recovered()
+            if not endpoint.overloaded:  # a list does not show that it has room
+                endpoint.recovered()
         except InferenceError as exc:
             fleet.missed(endpoint, exc)
         finally:

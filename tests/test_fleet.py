@@ -783,6 +783,24 @@ def test_retry_after_is_the_pause(attach: Attach, fake: Make) -> None:
     assert 8 < endpoint_at(llm, first).retry_at - time.monotonic() <= 9
 
 
+def test_a_list_does_not_end_an_overload(fake: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the pause would be two seconds each time, and its end would let all requests through at once."""
+    monkeypatch.setattr(Endpoint, "FIRST_PAUSE", 0.2)
+    engines = [fake("vllm"), fake("vllm")]
+    with Site(*map(attached, engines)) as site:
+        first = who(engines, lambda: good(site.generate(model_name="m")))
+        (endpoint,) = [each for each in site.endpoints if each.adapter.base_url == first.base_url]
+        break_with(first, Reply(status=503, headers={**JSON, "retry-after": "1"}, pieces=[b'{"error":"full"}']))
+        good(site.generate(model_name="m"))
+        asked = len(first.requests)
+        first.wait(lambda: any(seen.path == "/v1/models" for seen in first.requests[asked:]), 15)
+        until(lambda: endpoint.is_fresh(time.monotonic()))
+        time.sleep(0.1)  # what follows the list has been done
+        assert endpoint.failures == 1
+        assert who(engines, lambda: good(site.generate(model_name="m"))) is first
+        assert endpoint.failures == 0
+
+
 def test_a_failed_endpoint_is_left_alone_and_tried_again(fake: Make) -> None:
     """No connection reaches it but one trial per pause: after 2 s, and 4 s later."""
     engine = fake("vllm")
