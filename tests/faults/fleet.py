@@ -341,12 +341,13 @@ class Phase:
             struck, what = struck + pace.notices_silence, "chat"
         tried = [at for at in diary.of(name, struck, what) if at < ended]
         bursts = clusters(tried, pace.first_pause / 2)
-        if not self.fault.silent:  # the first burst is how the failure was noticed
-            bursts = bursts[1:]
+        most = 3 if what == "connection" else 1  # a refused connection is tried again where the engine is now
+        if not self.fault.silent:  # the first burst is how the failure was noticed: what was on its way
+            first = len(bursts.pop(0)) if bursts else 0
+            self.found.need(first <= most * self.fleet.callers, f"{self.name}: {name}: asked {first} times at first")
         allowed = 0 if self.fault.silent else self._trials_within(ended - struck)
         self.counts["most trials"] = max(self.counts["most trials"], len(bursts))
         self.found.need(len(bursts) <= allowed, f"{self.name}: {name}: {len(bursts)} trials, more than {allowed}")
-        most = 3 if what == "connection" else 1  # a refused connection is tried again where the engine is now
         for burst in bursts:
             self.found.need(len(burst) <= most, f"{self.name}: {name}: a trial of {len(burst)} requests at once")
 
