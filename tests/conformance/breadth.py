@@ -22,6 +22,7 @@ import collections
 import contextlib
 import datetime
 import json
+import math
 import re
 import sys
 import time
@@ -83,8 +84,11 @@ class Case:
 
 
 def _number(text: str) -> int | Decimal:
-    """Exact, so that a float's rounding spoils no `multipleOf`."""
-    found = Decimal(text)
+    """Exact, so that a float's rounding spoils no `multipleOf`. Raises ValueError for what no float holds."""
+    rough = float(text)
+    if math.isinf(rough):
+        raise ValueError(f"{text[:40]} is too large")
+    found = Decimal(text if rough else 0)
     return int(found) if found == found.to_integral_value() else found
 
 

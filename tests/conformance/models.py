@@ -6,11 +6,11 @@ import enum
 import ipaddress
 import uuid
 from decimal import Decimal
-from typing import Annotated, Any, Generic, Literal, NamedTuple, Optional, Required, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, NotRequired, Optional, Required, TypeVar
 
 from pydantic import AliasChoices, AnyUrl, BaseModel, ConfigDict, Field, HttpUrl, RootModel, SecretStr, Tag
 from pydantic.alias_generators import to_camel
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 Name = Annotated[str, Field(min_length=1, max_length=16)]
 Text = Annotated[str, Field(max_length=24)]
@@ -732,8 +732,8 @@ class Described(BaseModel):
 PLAIN: tuple[Any, ...] = (
     bool, int, float, Literal["yes", "no"], Literal[1, 2, 3], int | None, str | int, list[bool] | bool, Decimal, Name,
     datetime.date, datetime.datetime, datetime.time, datetime.timedelta, uuid.UUID, ipaddress.IPv4Address, Colour,
-    Department, Currency, Percent, Positive, Cents, Slug, Text, Version, Matrix, Cart, Point, Polygon, Part, Movie, Book,
-    Library, Edge, Triple, Signature, Event, Expression, Condition,
+    Department, Currency, Percent, Positive, Cents, Slug, Text, Version, Matrix, Cart, Point, Polygon, Part, Movie,
+    Book, Library, Edge, Triple, Signature, Event, Expression, Condition,
 )  # fmt: skip
 COMPOUND: dict[str, Any] = {
     "list of people": Annotated[list[Person], Field(min_length=1, max_length=2)],

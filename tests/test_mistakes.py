@@ -1,0 +1,103 @@
+"""Every mistake of mistakes.py is told as a user needs it, and the table of them is up to date."""
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from llm_inference import InvalidRequest
+from tests.mistakes import MISTAKES, TABLE, Mistake, Place, Said, written
+
+#: words of pydantic, of Python and of frameworks, which say nothing to a user
+FOREIGN = re.compile(
+    r"Input should|Field required|Extra inputs|type=\w+_|Traceback|object has no attribute|validation error|NoneType|"
+    r"Method Not Allowed|see the log|unexpected keyword|\bpydantic_core\b"
+)
+#: what another engine's name has no place in: advice for one engine in the error of another
+ADVICE = {
+    "vllm": ("vllm serve", "VLLM_", "--runner", "pip install vllm"),
+    "ollama": ("ollama serve", "ollama pull", "OLLAMA_", "num_ctx"),
+    "sglang": ("sglang.launch_server", "SGLANG_"),
+    "llamacpp": ("llama-server", "LLAMACPP_", "--embeddings"),
+}
+#: messages that are not yet as they should be
+OPEN: dict[str, str] = {
+    'LLMInferencer("vllm", base_url=[])': "the constructor does not check its options",
+    'LLMInferencer("vllm", launch="yes")': "the constructor does not check its options",
+    'LLMInferencer("vllm", launch_args="--x")': "the constructor does not check its options",
+    'LLMInferencer("vllm", api_key=5)': "the constructor does not check its options",
+    'LLMInferencer("vllm", base_url=…, launch=True)': "launch=True is dropped in silence",
+    'LLMInferencer("vllm", deadlines=5)': "the constructor does not check its options",
+    "no api_key where the engine asks for one": "it names a flag, and not the argument of Python",
+    'launch_args=["n_ctxx=4096"] for llamacpp': "the words of the engine's own AttributeError, and no suggestion",
+    'generate("x", stream=True)': "it suggests `system`",
+    "chat() without a content": "the engine is asked for it",
+    "chat() with 'contents' for 'content'": "no suggestion",
+    "an image of a URL": "the place has the union's names in it",
+    "embed([])": "it speaks of token ids",
+    "/generate with messages": "it does not name /chat",
+    "GET of /generate": "Starlette's words",
+    '/v1, "vlm/m"': "no suggestion",
+    "/v1, a misspelt field": "no suggestion",
+    "/v1/messages without max_tokens": "a missing field is called null",
+    "--serve --prt 8000": "argparse ends the process in its own words, without a suggestion",
+    "--serve --port": "argparse ends the process in its own words, without a suggestion",
+    "--serv": "argparse ends the process in its own words, without a suggestion",
+    "serve": "argparse ends the process in its own words, without a suggestion",
+    "--serve --api-test": "argparse ends the process in its own words, without a suggestion",
+    "--engine vllm --base-url ftp://x --check-config": "it is not called by its flag",
+}
+
+
+def row(mistake: Mistake) -> object:
+    marks = [pytest.mark.xfail(strict=True, reason=OPEN[mistake.done])] if mistake.done in OPEN else []
+    return pytest.param(mistake, id=f"{mistake.surface}: {mistake.done}"[:80], marks=marks)
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Place]:
+    with Place() as found:
+        yield found
+
+
+@pytest.mark.parametrize("mistake", [row(each) for each in MISTAKES])
+def test_a_mistake_is_told(mistake: Mistake, place: Place) -> None:
+    said = mistake.make(place)
+    message = place.plainly(said.message)
+    assert said.kind == mistake.kind.kind, said
+    assert [word for word in mistake.words if word not in message] == [], message
+    assert said.fix.strip(" .;"), f"no fix: {message}"
+    assert not FOREIGN.search(said.message + said.output), message
+    assert len(said.message) < 600, message
+    assert advice_of(said, mistake) <= 1, message
+
+
+def advice_of(said: Said, mistake: Mistake) -> int:
+    """How many engines' advice is in it. What names the choice of engines may name all."""
+    if "one of" in said.message or "did you mean" in said.message:
+        return 0
+    return sum(any(word in said.message for word in words) for words in ADVICE.values())
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(MISTAKES) >= 80
+    assert len({(each.surface, each.done) for each in MISTAKES}) == len(MISTAKES)
+    assert {each.surface for each in MISTAKES} == {"Python", "HTTP", "command line", "config"}
+    assert set(OPEN) <= {each.done for each in MISTAKES}
+
+
+def test_a_message_without_a_fix_is_noticed(place: Place) -> None:
+    for said in (
+        Said("invalid_request", "x: must be 1", ""),
+        Said("invalid_request", "x: Input should be 1; send 1", "send 1"),
+        Said("internal_error", "x: must be 1; send 1", "send 1"),
+        Said("invalid_request", "must be 1; send 1", "send 1"),
+    ):
+        mistake = Mistake("Python", "…", InvalidRequest, ("x:",), lambda place, said=said: said)
+        with pytest.raises(AssertionError):
+            test_a_mistake_is_told(mistake, place)
+
+
+def test_the_table_is_up_to_date() -> None:
+    """`python -m tests.mistakes` writes it."""
+    assert TABLE.read_text() == written()
