@@ -89,6 +89,7 @@ from typing import (
     ForwardRef,
     Literal,
     NamedTuple,
+    NoReturn,
     NotRequired,
     TypeAlias,
     TypeVar,
@@ -786,25 +787,24 @@ def range_of(field: str) -> str:
 
 
 _JSON_NAMES = {
-    str: "a string",
-    bool: "a boolean",
-    int: "an integer",
-    float: "a number",
-    list: "a list",
-    dict: "an object",
-}
+    str: "a string", bool: "a boolean", int: "an integer", float: "a number", list: "a list", dict: "an object",
+}  # fmt: skip
+_TYPE_NAMES = frozenset("str list bool int float dict literal".split())
 _EXPECTED = {
     "int_type": "an integer", "int_from_float": "an integer", "float_type": "a number", "bool_type": "true or false",
     "string_type": "a string", "list_type": "a list", "dict_type": "an object", "finite_number": "a finite number",
-    "typed_dict_type": "an object", "model_attributes_type": "an object",
+    "typed_dict_type": "an object", "model_attributes_type": "an object", "sequence_str": "a list",
+    "dataclass_exact_type": "a Deadlines(…)", "dataclass_type": "a Deadlines(…)",
 }  # fmt: skip
 
 
-def explain(exc: ValidationError) -> tuple[str, str]:
+def explain(exc: ValidationError, *within: str) -> tuple[str, str]:
     """The reason (`temperature: must be from 0 to 2, got 3`) and the field's name; never a string from the input."""
     reasons: dict[str, str] = {}
     for error in exc.errors(include_url=False)[:6]:
-        where = _place(error["loc"])
+        where = _place((*within, *error["loc"]))
+        for outer in [other for other in reasons if where.startswith((f"{other}[", f"{other}."))]:
+            del reasons[outer]  # of a union, the member whose type does not fit
         reason = f"{where or 'body'}: {_problem(dict(error), where)}"[:300]
         if where not in reasons or error["type"] not in _EXPECTED:  # of a union, the member whose type fits
             reasons[where] = reason
@@ -818,15 +818,9 @@ def _place(loc: Sequence[int | str]) -> str:
     for part in loc:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif re.fullmatch(r"[a-z_]{1,40}", part) and part not in (
-            "str",
-            "list",
-            "bool",
-            "int",
-            "float",
-            "dict",
-            "literal",
-        ):
+        elif path.endswith(f".{part}"):  # a union's tag, or the field that is called like it
+            continue
+        elif re.fullmatch(r"[a-z_]{1,40}", part) and part not in _TYPE_NAMES:
             path += f".{part}" if path else part
         elif part == loc[-1] and not path:
             path = str(part) if len(part) <= 40 else f"{part[:8]}…"
@@ -860,11 +854,8 @@ def _problem(error: dict[str, Any], where: str) -> str:
 
 def _one_bound(kind: str, context: dict[str, Any]) -> str:
     words = {
-        "greater_than": "above",
-        "greater_than_equal": "at least",
-        "less_than": "below",
-        "less_than_equal": "at most",
-    }
+        "greater_than": "above", "greater_than_equal": "at least", "less_than": "below", "less_than_equal": "at most",
+    }  # fmt: skip
     return f"{words[kind]} {next(iter(context.values()), '')}"
 
 
@@ -1088,6 +1079,9 @@ def make_request(
         checked = _MESSAGES.validate_python(without_dump_fields(messages))
     except ValidationError as exc:
         raise _invalid_request(exc, body) from None
+    for number, message in enumerate(checked):
+        if "content" not in message and message["role"] != "assistant":
+            raise InvalidRequest(f"messages[{number}].content: is required", "send a text", param="messages")
     body |= {"messages": checked}
     if model is not None:
         body["model"] = check_model_name(model)
@@ -1106,10 +1100,10 @@ def make_request(
 def _invalid_request(exc: ValidationError, body: dict[str, Any]) -> InvalidRequest:
     if exc.title.startswith("Options"):
         return invalid(exc, body, Options.__annotations__.keys() | Sampling.__annotations__.keys() | {"schema"})
-    reason, param = explain(exc)
-    separator = "" if param.startswith("[") else "."
-    where = f"messages{separator}{param}" if param else "messages"
-    return InvalidRequest(reason.replace(f"{param or 'body'}:", f"{where}:", 1), "correct the named field", param=where)
+    reason, where = explain(exc, "messages")
+    known = Message.__annotations__ if reason.endswith("no such field") else ()
+    hint = did_you_mean(where.rpartition(".")[2], known, "correct the named field")
+    return InvalidRequest(reason, hint, param=where)
 
 
 def check_model_name(model: Any, field: str = "model_name") -> str:
@@ -4266,6 +4260,9 @@ class BaseLLMAdapter:
         hint = 'leave it out, use another engine, or send on_unsupported="ignore"'
         if request.surface != OWN:
             hint = "leave it out, or use another engine"
+        known = column(self.engine_type, SURFACES[request.surface]) if self.engine_type in ENGINES else {}
+        if missing[0] not in known:
+            hint = did_you_mean(missing[0][:100], known, hint, cutoff=0.8)
         hint = self.suggestion(missing) or hint
         return UnsupportedFeature(reason, hint, param=missing[0])
 
@@ -4379,6 +4376,8 @@ def texts_of(value: Any) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         hint = "this engine does not take token ids"
+        if value == []:
+            raise InvalidRequest("input: must not be empty", "send one text or more", param="input")
         raise InvalidRequest("input: must be a text or a list of texts", hint, param="input")
     return texts
 
@@ -5083,7 +5082,7 @@ def _error_by_status(
 ) -> InferenceError:
     name, reason = engine.engine_type, f"{engine.engine_type}: {message}"
     if status in (401, 403):
-        hint = f"set --engine-api-key or {engine.key_env or 'api_key'}"
+        hint = f"set {engine.key_env or 'the key'}, --engine-api-key, or api_key= in Python"
         return EngineUnavailable(f"{name} refuses our key", hint)
     if status == 404 and "model" in message:
         return ModelNotFound(reason, "see models()")
@@ -6442,8 +6441,8 @@ def checked_messages(messages: Any) -> list[Any]:
     try:
         return _MESSAGES.validate_python(messages)  # type: ignore[no-any-return]
     except ValidationError as exc:
-        reason, param = explain(exc)
-        raise InvalidRequest(f"messages{reason}", "correct the named field", param=f"messages{param}") from None
+        reason, param = explain(exc, "messages")
+        raise InvalidRequest(reason, "correct the named field", param=param) from None
 
 
 # 10 Endpoints and fleet --------------------------------------------------------------------------
@@ -7101,11 +7100,14 @@ class EngineOptions(TypedDict, total=False):
 
     base_url: str | Sequence[str] | None  #: attach to that server; several: replicas
     api_key: str | None  #: the key that the engine asks for
-    launch: bool | Literal["auto"]  #: True = start the engine, False = never, "auto" = when none answers
+    launch: Literal[True, False, "auto"]  #: True = start the engine, False = never, "auto" = when none answers
     python: str | None  #: the interpreter of a started engine
     launch_args: Sequence[str]  #: further arguments of a started engine
     launch_env: Mapping[str, str] | None
     deadlines: Deadlines | None
+
+
+_ENGINE_OPTIONS: TypeAdapter[Any] = TypeAdapter(EngineOptions)
 
 
 def tool_from(function: Callable[..., Any]) -> Tool:
@@ -7409,6 +7411,14 @@ class LLMInferencer(Verbs):
         **options: Unpack[EngineOptions],
     ) -> None:
         self.options: dict[str, Any] = dict(options)
+        try:
+            _ENGINE_OPTIONS.validate_python(options | {"launch_env": plain(options.get("launch_env"))}, strict=True)
+        except ValidationError as exc:
+            raise InvalidRequest(explain(exc)[0], "see help(LLMInferencer)") from None
+        if options.get("base_url") in ([], ()):
+            raise InvalidRequest("base_url: must not be empty", "name a server, or leave it out", param="base_url")
+        if options.get("base_url") and options.get("launch") is True:
+            raise InvalidRequest("base_url and launch=True cannot be combined", "leave one of them out", param="launch")
         self.model_name = os.fspath(model_name) if model_name is not None else None
         if engine_type == "auto" and self.model_name and self.model_name.partition("/")[0] in self.ENGINE_MAP:
             engine_type, _, self.model_name = self.model_name.partition("/")
@@ -7490,8 +7500,9 @@ class LLMInferencer(Verbs):
         build = None
         if schema is not None:
             schema, build = normalize_schema(schema)
-        if "model" in fields:
-            raise InvalidRequest("model: no such argument", "did you mean 'model_name'?", param="model")
+        for name, hint in (("model", "did you mean 'model_name'?"), ("stream", "call stream(…) or astream(…)")):
+            if name in fields:
+                raise InvalidRequest(f"{name}: no such argument", hint, param=name)
         model = fields.pop("model_name", None) or (self.model_name if len(self._known_endpoints()) != 1 else None)
         return make_request(messages=messages, schema=schema, build=build, model=model, **fields)
 
@@ -7859,6 +7870,9 @@ class Settings:
                 raise _invalid(field, "means nothing beside [[endpoint]] tables", "put it into the endpoint's table")
             if self.engine == "auto" and field in ("launch_args", "python"):
                 raise _invalid(field, "given without an engine", "name the engine that it is for")
+        for address in (self.base_url or "").split(","):
+            if address and not address.strip().startswith("unix:"):
+                clean_url(address.strip())
 
     def inferencer(self, **options: Any) -> LLMInferencer:
         """The inferencer of these settings. It connects to nothing and starts nothing yet."""
@@ -8040,6 +8054,7 @@ def build_parser(prog: str = "llm_inference.py") -> "argparse.ArgumentParser":
     parser = argparse.ArgumentParser(
         prog=prog, allow_abbrev=False, argument_default=argparse.SUPPRESS, description=_DESCRIPTION, epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)  # fmt: skip
+    parser.error = _usage_error  # type: ignore[method-assign]
     modes = parser.add_argument_group("modes")
     one_of = modes.add_mutually_exclusive_group()
     one_of.add_argument("--serve", action="store_true", help="serve the HTTP API")
@@ -8065,6 +8080,15 @@ def build_parser(prog: str = "llm_inference.py") -> "argparse.ArgumentParser":
             form["action"] = "append"
         groups[option.group].add_argument(name, help=text, **form)
     return parser
+
+
+def _usage_error(message: str) -> NoReturn:
+    """Raises InvalidRequest, with the flag that was meant."""
+    known = (*OPTIONS, "serve", "api_test", "ray", "check_config", "version", "help")
+    flags = [f"--{name.replace('_', '-')}" for name in known]
+    given = (re.findall(r"--[\w-]+|(?<=')\w+", message) or [""])[0]
+    others = [flag for flag in flags if flag != given]
+    raise InvalidRequest(message, did_you_mean(f"--{given.lstrip('-')}"[:40], others, "see --help", cutoff=0.85))
 
 
 _DESCRIPTION = """\
@@ -8148,7 +8172,8 @@ class _Reader:
             return value
         elif spec is not object and type(value) is not spec:  # a bool is not an integer
             given = _JSON_NAMES.get(type(value), "null")
-            raise _bad_field(where, f"must be {_JSON_NAMES[spec]}, got {given}", "correct the field")
+            problem = "is required" if value is None else f"must be {_JSON_NAMES[spec]}, got {given}"
+            raise _bad_field(where, problem, "correct the field")
         return value
 
     def type_of(self, value: Any, spec: Any, where: str) -> str:
@@ -10143,7 +10168,7 @@ class Gateway(Catalog):
             owners = [engine_type for engine_type, info in await self.models() if info.name == model]
         if len(set(owners)) != 1:
             where = "on several engines" if owners else "on no engine"
-            names = [info.name for _, info in await self.models()]
+            names = [name for engine, info in await self.models() for name in (info.name, f"{engine}/{info.name}")]
             hint = did_you_mean(model, names, "see GET /v1/models; write engine/model")
             raise ModelNotFound(f"the model {model[:100]!r} is {where}", hint, param="model")
         return await self.inferencer(owners[0]), model
@@ -10970,6 +10995,8 @@ def add_error_handlers(app: Any) -> None:
         if status == 404:
             error = NotFound(f"there is no route {path[:100]!r}", route_hint(path))
         headers = {**(getattr(exc, "headers", None) or {}), "x-error-kind": error.kind}
+        if status == 405:
+            error = MethodNotAllowed(f"this route takes no {request.method[:20]}", f"send {headers.get('Allow')}")
         return JSONResponse(refusal_body(error, path), status, headers)
 
     app.add_exception_handler(HTTPException, failed)
@@ -12276,7 +12303,7 @@ def serve_on_ray(settings: Settings) -> int:
 
 # Entry point
 def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
-    """The flags that were given, by their key. Ends the process for --help, --version and unknown flags."""
+    """The flags that were given, by their key. Ends the process for --help and --version. Raises InvalidRequest."""
     parser, own, launch_args = build_parser(program()), list(arguments), []
     if "--" in own:
         launch_args = own[own.index("--") + 1 :]

@@ -85,7 +85,7 @@ def test_the_engines_own_arguments_stand_behind_two_dashes() -> None:
     values = product.parse_arguments(["--serve", "--engine", "vllm", "--", "--tensor-parallel-size", "2", "--"])
     assert values["launch_args"] == ["--tensor-parallel-size", "2", "--"] and values["engine"] == "vllm"
     for argv in (["stray", "--", "x"], ["--ray"], ["--work", "2"]):
-        with pytest.raises(SystemExit):
+        with pytest.raises(product.InvalidRequest):
             product.parse_arguments(argv)
 
 

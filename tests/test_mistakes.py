@@ -22,30 +22,8 @@ ADVICE = {
 }
 #: messages that are not yet as they should be
 OPEN: dict[str, str] = {
-    'LLMInferencer("vllm", base_url=[])': "the constructor does not check its options",
-    'LLMInferencer("vllm", launch="yes")': "the constructor does not check its options",
-    'LLMInferencer("vllm", launch_args="--x")': "the constructor does not check its options",
-    'LLMInferencer("vllm", api_key=5)': "the constructor does not check its options",
-    'LLMInferencer("vllm", base_url=…, launch=True)': "launch=True is dropped in silence",
-    'LLMInferencer("vllm", deadlines=5)': "the constructor does not check its options",
-    "no api_key where the engine asks for one": "it names a flag, and not the argument of Python",
     'launch_args=["n_ctxx=4096"] for llamacpp': "the words of the engine's own AttributeError, and no suggestion",
-    'generate("x", stream=True)': "it suggests `system`",
-    "chat() without a content": "the engine is asked for it",
-    "chat() with 'contents' for 'content'": "no suggestion",
-    "an image of a URL": "the place has the union's names in it",
-    "embed([])": "it speaks of token ids",
     "/generate with messages": "it does not name /chat",
-    "GET of /generate": "Starlette's words",
-    '/v1, "vlm/m"': "no suggestion",
-    "/v1, a misspelt field": "no suggestion",
-    "/v1/messages without max_tokens": "a missing field is called null",
-    "--serve --prt 8000": "argparse ends the process in its own words, without a suggestion",
-    "--serve --port": "argparse ends the process in its own words, without a suggestion",
-    "--serv": "argparse ends the process in its own words, without a suggestion",
-    "serve": "argparse ends the process in its own words, without a suggestion",
-    "--serve --api-test": "argparse ends the process in its own words, without a suggestion",
-    "--engine vllm --base-url ftp://x --check-config": "it is not called by its flag",
 }
 
 
