@@ -42,6 +42,9 @@ POINTS = (
     "answer unread",
 )
 LEAVE_WITHIN = 1.0
+FORMS = ("plain", "pipelined", "HTTP/1.0")  # pipelined: another request lies behind, unread
+KEY = "faults-key"
+WAYS = ("reset", "fin", "half-closed")  # half-closed: the client says that it sends no more, and goes a moment later
 
 
 def think(engine: Engine, seen: Seen) -> Reply | None:
@@ -82,17 +85,22 @@ HOW: dict[str, Callable[[Engine, Seen], Reply | None] | None] = {
 }
 
 
+class Keyed(World):
+    """By HTTP/1.0, which proxies speak, nobody gets in without a key."""
+
+    def __init__(self, *args: str, off: str | None = None) -> None:
+        super().__init__("--api-key", KEY, *args, off=off)
+        self.key = {"authorization": f"Bearer {KEY}"}
+
+
 async def leave_all(world: World, found: Result, point: str, dialect: Any, stream: bool, n: int) -> float:
     """`n` clients come to that point together and go; seconds until no upstream connection carries a generation."""
     engine = world.engines[dialect]
     engine.how = HOW[point]
     links = [Link(world.port) for _ in range(n)]
     for number, link in enumerate(links):
-        v1 = number % 2 == 1
-        body = json.dumps(asking(dialect, nonce(), v1=v1, stream=stream)).encode()
-        raw = request_bytes(V1 if v1 else API, body)
         _, writer = await link.open()
-        writer.write(raw[:-20] if point == "half a body" else raw)
+        writer.write(asked_as(FORMS[number % len(FORMS)], point, dialect, number % 2 == 1, stream))
         await writer.drain()
     if point in ("the engine thinks", "the engine's head is here", "in mid-answer", "answer unread"):
         found.need(
@@ -107,10 +115,8 @@ async def leave_all(world: World, found: Result, point: str, dialect: Any, strea
         await asyncio.sleep(0.2)  # buffers fill
     if point == "in the queue":
         found.need(await until_waiting(world, n), f"{point}: {n} did not come to wait")
-    for number, link in enumerate(links):
-        assert link.writer is not None
-        hang_up(link.writer, "reset" if number % 4 < 2 else "fin")
     left = time.monotonic()
+    await go(links)
     if point in ("half a body", "just sent"):  # what was sent may reach the engine after the client has gone
         await asyncio.sleep(0.3)
     holders = 1 if point == "in the queue" else 0
@@ -128,6 +134,33 @@ async def leave_all(world: World, found: Result, point: str, dialect: Any, strea
     return seconds
 
 
+def asked_as(form: str, point: str, dialect: str, v1: bool, stream: bool) -> bytes:
+    """The request in that form, as far as it comes."""
+    body = json.dumps(asking(dialect, nonce(), v1=v1, stream=stream)).encode()
+    raw = request_bytes(V1 if v1 else API, body, {"authorization": f"Bearer {KEY}"})
+    if form == "HTTP/1.0":
+        raw = raw.replace(b" HTTP/1.1\r\n", b" HTTP/1.0\r\n", 1)
+    if point == "half a body":
+        return raw[:-20]
+    return raw + request_bytes("/health", None, method="GET") * (form == "pipelined")
+
+
+async def go(links: list[Link]) -> None:
+    """All leave, each form of request in each way."""
+    ways = {link: WAYS[number // len(FORMS) % len(WAYS)] for number, link in enumerate(links)}
+    for link, way in ways.items():
+        assert link.writer is not None
+        if way == "half-closed":
+            with contextlib.suppress(OSError):
+                link.writer.write_eof()
+        else:
+            hang_up(link.writer, way)
+    await asyncio.sleep(0.1)
+    for link, way in ways.items():
+        if way == "half-closed" and link.writer is not None:
+            hang_up(link.writer, "fin")
+
+
 async def until_waiting(world: World, n: int) -> bool:
     """Whether that many requests come to wait for admission, as /ready tells."""
     deadline = time.monotonic() + 3
@@ -140,12 +173,12 @@ async def until_waiting(world: World, n: int) -> bool:
 
 
 async def client_leaves(full: bool, off: str | None = None, focus: str = "") -> Result:
-    """7 points x 4 dialects x whole/stream, on both surfaces: 1 s after the client left nothing of it is open
-    upstream."""
-    found, each = Result(), 50 if full else 6
+    """7 points x 4 dialects x whole/stream, on both surfaces, each form of request and way to go: 1 s after the client
+    left nothing of it is open upstream."""
+    found, each = Result(), 54 if full else 9
     points = [point for point in POINTS if focus in point]
     worst: dict[str, float] = {}
-    async with World(off=off) as world:
+    async with Keyed(off=off) as world:
         for point, dialect, stream in itertools.product(
             [p for p in points if p != "in the queue"], DIALECTS if not focus else ("vllm", "ollama"), (False, True)
         ):
@@ -155,13 +188,13 @@ async def client_leaves(full: bool, off: str | None = None, focus: str = "") -> 
         await healthy(world, found, "afterwards")
         await world.census(found)
     if "in the queue" in points:
-        async with World("--max-in-flight", "1", "--queue", "64", off=off) as world:
+        async with Keyed("--max-in-flight", "1", "--queue", "64", off=off) as world:
             for dialect, stream in itertools.product(DIALECTS, (False, True)):
                 engine = world.engines[dialect]
                 engine.how = think
                 async with Link(world.port) as holder:
                     _, writer = await holder.open()
-                    writer.write(request_bytes(API, asking(dialect, nonce(), v1=False, stream=True)))
+                    writer.write(asked_as("plain", "", dialect, False, True))
                     await until(lambda e=engine: e.live == 1, 5)  # type: ignore[misc]
                     worst["in the queue"] = max(
                         worst.get("in the queue", 0.0),
@@ -181,7 +214,8 @@ async def healthy(world: World, found: Result, when: str, n: int = 16) -> None:
 
     async def one(number: int) -> None:
         name, dialect, v1, stream = nonce(), DIALECTS[number % 4], number // 4 % 2 == 1, number // 8 % 2 == 1
-        answer = await ask(world.port, V1 if v1 else API, asking(dialect, name, v1=v1, stream=stream))
+        body = asking(dialect, name, v1=v1, stream=stream)
+        answer = await ask(world.port, V1 if v1 else API, body, headers=world.key)
         if judge(answer, v1=v1, stream=stream) != ("good", words_for(name)):
             wrong.append(f"{when}: {dialect}: {judge(answer, v1=v1, stream=stream)}")
 

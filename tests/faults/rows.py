@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from . import clients, engines, gate, hostile, network, overload, places
+from . import clients, engines, gate, hostile, network, overload, places, replaced
 from .rig import Result
 
 
@@ -26,6 +26,7 @@ ROWS: dict[str, Row] = {
     "engine_frozen": engines.engine_frozen,
     "parent_killed": engines.parent_killed,
     "storm": network.storm,
+    "replaced": replaced.replaced,
     "soak": overload.soak,
 }
 

@@ -9,9 +9,9 @@ from typing import Any
 
 WORDS: dict[str, tuple[str, str, str, str]] = {  # what and its pass mark, in Chinese and in English
     "client_leaves": (
-        "客户端离开(7 个时刻 × 4 种引擎 × 完整/流式)",
+        "客户端离开(7 个时刻 × 4 种引擎 × 完整/流式 × 3 种请求 × 3 种离开)",
         "1 秒后仍开着的上游连接为 0",
-        "client leaves (7 points × 4 dialects × whole/stream)",
+        "client leaves (7 points × 4 dialects × whole/stream × 3 kinds of request × 3 ways to go)",
         "0 upstream connections open after 1 s",
     ),
     "cancels": ("大量取消,然后 200 个请求", "200 个全部作答", "cancels, then 200 requests", "200 of 200 answered"),
@@ -75,6 +75,12 @@ WORDS: dict[str, tuple[str, str, str, str]] = {  # what and its pass mark, in Ch
         "fault storm with a nonce in every reply",
         "0 answers to the wrong caller, valid requests ≥ 99.9 %",
     ),
+    "replaced": (
+        "负载下更换地址背后的模型、版本和引擎",
+        "由未被请求的模型作答 0（已知问题另计）",
+        "models, versions and engines replaced behind their addresses, under load",
+        "0 answers of a model that was not asked for (known faults apart)",
+    ),
     "soak": (
         "长跑",
         "描述符不增,每 100,000 个请求内存 ≤ 0.5 MB",
@@ -115,6 +121,9 @@ def remark(name: str, figures: dict[str, Any]) -> str:
             return f"≤ {max(each['slowest_s'] for each in figures.values()):g} s"
         case "storm":
             return str(figures["valid"])
+        case "replaced":
+            known = sum(many for what, many in figures["known to be open"].items() if what.startswith("answers"))
+            return f"{figures['requests']:,} requests; known: {known:,} by engines that answer to any name"
         case "soak":
             growth = f"{figures['MB_per_100k']:g} MB / 100,000, fds {figures['fds_per_100k']:+g}"
             return f"{figures['requests']:,} requests, {growth}"
