@@ -24,6 +24,7 @@ from typing_extensions import TypedDict
 import llm_inference
 from llm_inference import (
     InvalidRequest,
+    LLMInferencer,
     SchemaCheck,
     UnsupportedFeature,
     check_limits,
@@ -34,6 +35,7 @@ from llm_inference import (
     matcher,
     normalize_schema,
 )
+from tests.fake_engine import FakeEngine
 
 
 def fits(schema: Any, value: Any) -> bool:
@@ -1277,3 +1279,66 @@ def test_a_format_is_called_enforced_only_where_the_grammar_has_no_other_text(na
     """llama.cpp's rule for a date has days 01 to 31 in every month, which the check refuses."""
     assert llamacpp_schema({"type": "string", "format": name})[1] is enforced
     assert not fits({"type": "string", "format": "date"}, "2024-02-31")
+
+
+EXACT: list[Any] = [
+    {"type": "object", "properties": {"a": {"type": "integer", "minimum": 1}}, "required": ["a"]},
+    {"type": "string", "pattern": "^a$"},
+    {"anyOf": [{"type": "string"}, {"type": "null"}]},
+    {"$ref": "#/$defs/a", "$defs": {"a": {"enum": [1]}}},
+    {"type": "object", "properties": {"format": {"type": "string"}, "not": {"type": "null"}}},
+]
+LEFT_OUT: list[Any] = [
+    {"type": "number", "multipleOf": 0.01},
+    {"type": "string", "pattern": "^[A-Z]+$", "minLength": 4},
+    {"type": "string", "format": "uri"},
+    {"allOf": [{"type": "integer"}]},
+    {"type": "object", "properties": {"a": {}}, "anyOf": [{"required": ["a"]}]},
+    {"type": "object", "minProperties": 2},
+    {"$ref": "#/$defs/a", "$defs": {"a": {"type": "array", "uniqueItems": True}}},
+]
+
+
+@pytest.mark.parametrize("schema", EXACT + LEFT_OUT, ids=json.dumps)
+@pytest.mark.parametrize("dialect", ["vllm", "sglang", "ollama"])
+def test_what_a_grammar_leaves_out_is_called_checked(schema: Any, dialect: Any) -> None:
+    """vLLM 0.32 wrote 1.111111 to a multipleOf of 0.01, "C" to a pattern with a minLength, and text to an allOf."""
+    values = [{"a": 1}, "a", "b", None, 1, 0.01, "ABCD", "http://a/b", {"a": 1, "b": 2}, [], {}]
+    value = next(value for value in values if fits(schema, value))
+    with FakeEngine(dialect) as engine, LLMInferencer(dialect, base_url=engine.base_url) as llm:
+        engine.answer = lambda asked: json.dumps(value)
+        exact = schema in EXACT and not (dialect == "ollama" and "pattern" in schema)
+        assert llm.complete("x", schema=schema).enforced_by == ("engine" if exact else "checked")
+
+
+DECIMALS: list[tuple[Any, list[Any], list[Any]]] = [
+    (Annotated[Decimal, Field(max_digits=8, decimal_places=2)], [1.5, "12.50", 0.07], ["much", 1.234, "1.234", 10**7]),
+    (Decimal, [1.5, "12", "-0.001"], ["much", "1.2.3", ""]),
+    (Annotated[Decimal, Field(ge=34, le=43, decimal_places=1)], [36.6], [50, 36.66, "36.6"]),
+    (Annotated[Decimal, Field(decimal_places=0)], [3, "12"], [1.5, "1.5"]),
+]
+
+
+@pytest.mark.parametrize(("kind", "good", "bad"), DECIMALS, ids=range(len(DECIMALS)))
+def test_a_decimal_is_no_other_text(kind: Any, good: list[Any], bad: list[Any]) -> None:
+    schema, adapter = normalize_schema(kind)
+    assert adapter is not None
+    for value in good:
+        assert fits(schema, value), value
+        adapter.validate_json(json.dumps(value))
+    for value in bad:
+        assert not fits(schema, value), value
+
+
+@pytest.mark.parametrize(
+    ("part", "hint"),
+    [
+        ({"type": "array", "items": [{"type": "string"}]}, "use prefixItems"),
+        ({"type": "string", "nullable": True}, 'add "null" to its type'),
+        ({"dependencies": {"a": ["b"]}}, "dependentRequired"),
+    ],
+)
+def test_an_older_keyword_is_told_its_newer_one(part: Any, hint: str) -> None:
+    with pytest.raises(UnsupportedFeature) as caught:
+        normalize_schema({"type": "object", "properties": {"a": part}})
+    assert hint in caught.value.hint

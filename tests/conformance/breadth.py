@@ -68,11 +68,11 @@ class Case:
     def id(self) -> str:
         return f"{self.source}: {self.name}"
 
-    def misfit(self, text: str) -> str:
-        """Why a text does not fit, as others see it; "" where it does."""
+    def misfit(self, text: str, way: str = "python") -> str:
+        """Why a text does not fit, as others see it; "" where it does. Through /v1 only the JSON Schema is known."""
         try:
             value = json.loads(text, parse_float=_number, parse_constant=_no_constant)
-            if self.given is not self.schema:
+            if self.given is not self.schema and way != "/v1":
                 pydantic.TypeAdapter(self.given).validate_json(text)
         except ValueError as exc:
             return " ".join(str(exc).split())[:200] or "no JSON"
@@ -97,7 +97,10 @@ def _no_constant(name: str) -> None:
 
 
 def _misfit(schema: Json, value: Any) -> str:
-    exact = json.loads(json.dumps(schema), parse_float=_number)
+    plain = re.sub(
+        r"\\\\p\{\w+\}", r"[^\\\\W\\\\d_]", json.dumps(schema)
+    )  # Python's regexes have no classes of Unicode
+    exact = json.loads(plain, parse_float=_number)
     kind = jsonschema.validators.validator_for(exact, jsonschema.Draft202012Validator)
     error = next(iter(kind(exact, format_checker=kind.FORMAT_CHECKER).iter_errors(value)), None)
     return "" if error is None else f"{error.json_path}: {error.message}"[:200]
@@ -199,7 +202,7 @@ async def ask_v1(client: httpx.AsyncClient, model: str, case: Case) -> Outcome:
     if reply.status_code == 200:
         choice = reply.json()["choices"][0]
         text = choice["message"]["content"]
-        if not (why := case.misfit(text)):
+        if not (why := case.misfit(text, "/v1")):
             return Outcome(case, "/v1", VALID_CHECKED, "", reply.json()["usage"]["completion_tokens"])
         if choice["finish_reason"] == "length":  # OpenAI's way to say so
             return Outcome(case, "/v1", CUT, text[-60:])
@@ -218,9 +221,12 @@ async def ask_all(us: Us, cases: Sequence[Case], ways: Iterable[str], parallel: 
 
         async def one(case: Case, way: str) -> Outcome:
             async with places:
-                if way == "/v1":
-                    return await ask_v1(client, f"{us.engine}/{us.model}", case)
-                return await ask_python(us.llm, case, way)
+                try:
+                    if way == "/v1":
+                        return await ask_v1(client, f"{us.engine}/{us.model}", case)
+                    return await ask_python(us.llm, case, way)
+                except Exception as exc:  # of the judge: the others are asked all the same
+                    return Outcome(case, way, BAD, f"not judged: {type(exc).__name__}: {exc}"[:200])
 
         return list(await asyncio.gather(*(one(case, way) for way in ways for case in cases)))
 
@@ -285,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     cases = [case for case in all_cases() if args.only in case.id]
     started = time.monotonic()
-    llm = LLMInferencer(args.engine, base_url=args.base_url, launch=not args.base_url or None)
+    llm = LLMInferencer(args.engine, base_url=args.base_url, launch=True if not args.base_url else "auto")
     try:
         with through_us(llm) as us:
             asked = ask_all(us, quick(cases) if args.quick else cases, args.way or WAYS, args.parallel)
