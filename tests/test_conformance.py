@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llm_inference import LLMInferencer
+import llm_inference
+from llm_inference import InvalidRequest, LLMInferencer
 from tests.conformance import __main__ as command
-from tests.conformance import features, judge, recorded, schemas, sides, table, validity
+from tests.conformance import breadth, features, judge, recorded, schemas, sides, table, validity
 from tests.conftest import Attach
 from tests.fake_engine import FakeEngine
 
@@ -35,6 +38,66 @@ def test_nothing_is_dropped_on_the_embedded_engine(embedded: LLMInferencer) -> N
 @pytest.mark.parametrize("kind", ["vllm", "sglang", "ollama"])
 def test_nothing_is_dropped_on_a_real_server(kind: str, real_server: Callable[[str], LLMInferencer]) -> None:
     no_drops(real_server(kind))
+
+
+def schemas_of_the_world(llm: LLMInferencer) -> None:
+    """Some of the schemas of `python -m tests.conformance.breadth`: a right answer, or an error that says why not."""
+    cases = breadth.quick(breadth.all_cases())
+    with sides.through_us(llm) as us:
+        found = asyncio.run(breadth.ask_all(us, cases, ["python"], 4))
+    bad = [(each.case.id, each.why) for each in found if each.verdict == breadth.BAD]
+    assert not bad, bad
+    assert sum(each.verdict in ("engine", "checked") for each in found) >= len(cases) / 2, found
+
+
+def test_real_world_schemas_on_the_embedded_engine(embedded: LLMInferencer) -> None:
+    schemas_of_the_world(embedded)
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_real_world_schemas_on_a_real_server(kind: str, real_server: Callable[[str], LLMInferencer]) -> None:
+    schemas_of_the_world(real_server(kind))
+
+
+def test_there_are_three_hundred_real_world_schemas() -> None:
+    cases = breadth.all_cases()
+    assert len(cases) >= 300 and len({case.id for case in cases}) == len(cases)
+    assert min(Counter(case.source for case in cases).values()) >= 70
+
+
+def case_of(schema: dict[str, Any], given: Any = None) -> breadth.Case:
+    return breadth.Case("test", "x", schema if given is None else given, schema)
+
+
+INTEGER = {"type": "integer"}
+BREADTH: dict[str, tuple[breadth.Case, str, str]] = {
+    "right": (case_of(INTEGER), "5", "engine"),
+    "checked": (case_of({"type": "integer", "multipleOf": 5}), "5", "checked"),
+    "misfit of what is checked": (case_of({"type": "integer", "multipleOf": 5}), "6", "misfit"),
+    "misfit of what is claimed": (case_of(INTEGER), '"x"', "BAD"),
+    "cut": (case_of(INTEGER), "[1, ", "cut"),
+    "refused by name": (case_of({"type": "string", "nullable": True}), "5", "refused"),
+    "refused without a name": (case_of({"$ref": "#/a/b"}), "5", "BAD"),
+}
+
+
+@pytest.mark.parametrize("name", BREADTH)
+def test_the_judge_of_real_world_schemas(name: str, attach: Attach) -> None:
+    case, text, verdict = BREADTH[name]
+    with FakeEngine("vllm") as engine:
+        engine.answer = lambda asked: text
+        outcome = asyncio.run(breadth.ask_python(attach(engine), case, "python"))
+    if name == "refused without a name":
+        outcome = breadth.Outcome(case, "python", *breadth._of_error(case, InvalidRequest("no", "no"), "none"))
+    assert outcome.verdict == verdict, outcome
+
+
+def test_a_wrong_answer_that_is_passed_off_is_noticed(attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm_inference.SchemaCheck, "__call__", lambda self, value: None)
+    with FakeEngine("vllm") as engine:
+        engine.answer = lambda asked: '"x"'
+        outcome = asyncio.run(breadth.ask_python(attach(engine), case_of(INTEGER), "python"))
+    assert outcome.verdict == "BAD" and "passed off" in outcome.why
 
 
 # ----------------------------------------------------------------------------------------------------- the judge itself
