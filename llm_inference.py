@@ -5645,6 +5645,12 @@ class VLLMAdapter(OpenAIAdapter):
             return "give the address of one engine server: vllm-router drops `strict` from tools"
         return super().suggestion(missing)
 
+    def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        if r"\\p{" in json.dumps(answer_schema(body) or body.get("regex")):
+            reason = r"pattern: vllm cannot compile \p (it answers 500)"
+            raise UnsupportedFeature(reason, "write the characters out, for example [A-Za-z]", param="schema")
+        return super().encode(request, body)
+
     def constrain(self, name: str, value: Any, request: GenerateRequest) -> dict[str, Any]:
         if name == "schema":
             return super().constrain(name, value, request)
