@@ -5653,6 +5653,12 @@ class VLLMAdapter(OpenAIAdapter):
             return "give the address of one engine server: vllm-router drops `strict` from tools"
         return super().suggestion(missing)
 
+    def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        if r"\\p{" in json.dumps(answer_schema(body) or body.get("regex")):
+            reason = r"pattern: vllm cannot compile \p (it answers 500)"
+            raise UnsupportedFeature(reason, "write the characters out, for example [A-Za-z]", param="schema")
+        return super().encode(request, body)
+
     def constrain(self, name: str, value: Any, request: GenerateRequest) -> dict[str, Any]:
         if name == "schema":
             return super().constrain(name, value, request)
@@ -7197,7 +7203,7 @@ class EngineOptions(TypedDict, total=False):
 
     base_url: str | Sequence[str] | None  #: attach to that server; several: replicas
     api_key: str | None  #: the key that the engine asks for
-    launch: bool | Literal["auto"]  #: True = start the engine, False = never, "auto" = when none answers
+    launch: Literal[True, False, "auto"]  #: True = start the engine, False = never, "auto" = when none answers
     python: str | None  #: the interpreter of a started engine
     launch_args: Sequence[str]  #: further arguments of a started engine
     launch_env: Mapping[str, str] | None
@@ -7509,11 +7515,13 @@ class LLMInferencer(Verbs):
     ) -> None:
         self.options: dict[str, Any] = dict(options)
         try:
-            _ENGINE_OPTIONS.validate_python(self.options, strict=True)
+            _ENGINE_OPTIONS.validate_python(options | {"launch_env": plain(options.get("launch_env"))}, strict=True)
         except ValidationError as exc:
             raise InvalidRequest(explain(exc)[0], "see help(LLMInferencer)") from None
-        if options.get("base_url") in ([], ()) or (options.get("base_url") and options.get("launch") is True):
-            raise InvalidRequest("base_url: names no server, or one beside launch=True", "give one of them")
+        if options.get("base_url") in ([], ()):
+            raise InvalidRequest("base_url: must not be empty", "name a server, or leave it out", param="base_url")
+        if options.get("base_url") and options.get("launch") is True:
+            raise InvalidRequest("base_url and launch=True cannot be combined", "leave one of them out", param="launch")
         self.model_name = os.fspath(model_name) if model_name is not None else None
         if engine_type == "auto" and self.model_name and self.model_name.partition("/")[0] in self.ENGINE_MAP:
             engine_type, _, self.model_name = self.model_name.partition("/")

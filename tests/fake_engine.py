@@ -496,7 +496,7 @@ class FakeEngine:
     def _tokenize(self, ask: Json) -> Reply:
         """A token a byte. The template shows messages and tools, and enable_thinking where the model thinks."""
         if self.dialect == "llamacpp":
-            data = ask["content"].encode()
+            data = (ask.get("content") or "").encode()  # without one there are no tokens
             begin = [1] * bool(ask.get("add_special"))
             tokens: list[Any] = begin + list(data)
             if ask.get("with_pieces"):

@@ -262,3 +262,12 @@ def test_fifty_schemas_and_the_committed_results_hold_no_drop() -> None:
         result = json.loads(path.read_text())
         assert [cell["feature"] for cell in result["us"] if cell["verdict"] == judge.DROPPED] == [], path
         assert result.get("validity", {}).get("wrong", 0) == 0, path
+
+
+def test_the_tables_of_real_world_schemas_are_those_of_the_results() -> None:
+    folder = Path(breadth.__file__).parent
+    results = [json.loads(path.read_text()) for path in folder.glob("results/breadth_*.json")]
+    assert results
+    for result in results:
+        assert breadth.table(result) in (folder / "README.md").read_text()
+        assert result["schemas"] >= 300

@@ -2,6 +2,7 @@
 
 The fake engine streams for minutes, so a script that waits for an answer is noticed by its time."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -15,11 +16,13 @@ from typing import Any
 
 import pytest
 
+from llm_inference import EngineUnavailable, LLMInferencer
 from tests.fake_engine import DIALECTS, FakeEngine
 from tests.harness import SOON, clean_env, until
 from tests.processes import ROOT
 
-AT_ONCE = 10.0  # seconds for a whole script, its imports included, while other tests have the processor
+AT_ONCE = 10.0  # seconds for a whole script, its imports included, or so many times what an empty one needs here
+TIMES = 5
 LATE = 45.0  # after that a script counts as one that never ends
 MARK = "LLM_TEST_EXIT_MARK"
 
@@ -99,10 +102,16 @@ def run_script(
             os.kill(pid, signal.SIGKILL)
 
 
+@functools.cache
+def at_once() -> float:
+    """The seconds within which a script ends at once: on a busy machine even one that does nothing needs some."""
+    return max(AT_ONCE, TIMES * run_script("llm.close()\n").seconds)
+
+
 def ended_well(ended: Ended, code: int = 0) -> None:
     """At once, with that code, and without a word about a generator, task or thread that could not be ended."""
     assert ended.code == code, ended
-    assert ended.seconds < AT_ONCE, ended
+    assert ended.seconds < at_once(), ended
     for noise in ("Exception ignored", "never awaited", "was destroyed", "Fatal Python", "Event loop is closed"):
         assert noise not in ended.err, ended.err
 
@@ -323,7 +332,7 @@ def test_d13_signals(body: str, number: int, slow: FakeEngine) -> None:
     """D13: Ctrl-C and SIGTERM end a script in the middle of a verb."""
     ended = run_script(body, slow, interrupt=number, after=0.2)
     assert ended.code in (-number, 1, 130), ended
-    assert ended.seconds < AT_ONCE
+    assert ended.seconds < at_once()
     slow.wait(lambda: slow.live == 0, SOON + 3)
 
 
@@ -407,7 +416,7 @@ def test_d13_embedded_killed(number: int) -> None:
     """D13: the started engine goes with a killed script."""
     ended = run_script(HALF_READ + "print('now', flush=True)\ntime.sleep(60)\n", interrupt=number)
     assert ended.code in (-number, 1), ended
-    assert ended.seconds < AT_ONCE
+    assert ended.seconds < at_once()
 
 
 def test_e1_a_stream_after_the_end_says_why(slow: FakeEngine) -> None:
@@ -426,3 +435,21 @@ keeper = Keeper()
     ended = run_script(script.replace("os.write", "self.os.write"), slow)
     ended_well(ended)
     assert ended.out == "EngineUnavailable", ended
+
+
+@pytest.mark.xfail(strict=True, reason="E2: close() misses a verb between two of its calls, which then connects anew")
+def test_e2_close_between_two_calls(fake: Callable[..., FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """E2: a verb that has asked for what the model can do, and not yet for its answer, ends when it is closed."""
+    with LLMInferencer("vllm", base_url=fake("vllm").base_url) as llm:
+        assert llm.fleet
+        adapter = llm.fleet.endpoints[0].adapter
+        prepare = adapter.prepare
+
+        async def closed_meanwhile(request: Any) -> Any:
+            body = await prepare(request)
+            await llm.aclose()
+            return body
+
+        monkeypatch.setattr(adapter, "prepare", closed_meanwhile)
+        with pytest.raises(EngineUnavailable):
+            llm.generate("x")

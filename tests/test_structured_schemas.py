@@ -1342,3 +1342,13 @@ def test_an_older_keyword_is_told_its_newer_one(part: Any, hint: str) -> None:
     with pytest.raises(UnsupportedFeature) as caught:
         normalize_schema({"type": "object", "properties": {"a": part}})
     assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("constraint", [{"schema": {"type": "string", "pattern": r"^\p{Lu}+$"}}, {"regex": r"\p{Lu}"}])
+def test_what_vllm_answers_500_to_is_refused(constraint: Any) -> None:
+    """vLLM 0.32: its grammar compilers know no classes of Unicode, and the server answers 500."""
+    with FakeEngine("vllm") as engine, LLMInferencer("vllm", base_url=engine.base_url) as llm:
+        engine.answer = lambda asked: '"Ä"'
+        with pytest.raises(UnsupportedFeature, match=r"pattern.*\\p"):
+            llm.complete("x", **constraint)
+        assert not engine.bodies

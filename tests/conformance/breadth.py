@@ -79,7 +79,9 @@ class Case:
         return _misfit(self.schema, value)
 
     def names(self, message: str) -> bool:
-        """Whether the message names a keyword of the schema."""
+        """Whether the message names a keyword of the schema, or quotes one of its patterns."""
+        if any(pattern in message for pattern in _patterns(self.schema)):
+            return True
         return any(re.search(rf"(?<![\w$]){re.escape(key)}(?!\w)", message) for key in _keys(self.schema))
 
 
@@ -104,6 +106,15 @@ def _misfit(schema: Json, value: Any) -> str:
     kind = jsonschema.validators.validator_for(exact, jsonschema.Draft202012Validator)
     error = next(iter(kind(exact, format_checker=kind.FORMAT_CHECKER).iter_errors(value)), None)
     return "" if error is None else f"{error.json_path}: {error.message}"[:200]
+
+
+def _patterns(node: Any) -> list[str]:
+    if isinstance(node, list):
+        return [pattern for part in node for pattern in _patterns(part)]
+    if not isinstance(node, dict):
+        return []
+    own = [node["pattern"]] if isinstance(node.get("pattern"), str) else []
+    return own + _patterns(list(node.values()))
 
 
 def _keys(node: Any) -> set[str]:
