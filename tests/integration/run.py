@@ -27,6 +27,7 @@ class Environment:
     tests: tuple[str, ...]
     only: str = ""  #: pytest's -k
     npm: bool = False
+    options: tuple[str, ...] = ()
 
 
 ENVIRONMENTS = {
@@ -34,7 +35,7 @@ ENVIRONMENTS = {
     "openai": Environment("requirements.txt", ("openai_client", "anthropic_client")),
     "agents": Environment("requirements.txt", ("agents_real", "pydantic_ai_real", "llm_real", "clients")),
     "scripted": Environment("requirements.txt", ("agents", "pydantic_ai")),
-    "langchain": Environment("requirements.txt", ("langchain_standard",)),
+    "langchain": Environment("requirements.txt", ("langchain_standard",), options=("-o", "asyncio_mode=auto")),
     "litellm": Environment("litellm.txt", ("litellm_real", "agents"), only="litellm"),
     "instructor": Environment("instructor.txt", ("instructor_real", "agents", "clients"), only="instructor"),
     "llama_index": Environment("llama_index.txt", ("llama_index_real",)),
@@ -74,6 +75,7 @@ def run(name: str, work: Path, reports: Path, arguments: list[str]) -> int:
     report = ["--junitxml", str(reports / f"{name}.xml"), "-o", "junit_family=xunit1"]
     quiet = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short", "-rfE"]
     command = [str(python_of(work, environment.requirements)), "-m", "pytest", *files, *chosen, *report, *quiet]
+    command += environment.options
     print(f"== {name}", flush=True)
     return subprocess.run([*command, *arguments], cwd=ROOT, env=variables, check=False).returncode
 
