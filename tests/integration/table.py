@@ -18,6 +18,15 @@ FAKES = "scripted engines"
 COLUMNS = (*REAL, FAKES)
 OURS = ("llama.cpp", "vLLM", FAKES)
 MARKS = {"passed": "ok", "failed": "**fails**", "limit": "limit", "skipped": "–"}
+#: words of a failure → its cause, where it was looked into
+EXPLAINED = {
+    "KeyError: 'France'": "LlamaIndex sends `tool_choice: null` here; the model then calls a tool that nobody offered",
+    "event `response.incomplete`": "the model talks on to the limit, which openai-agents takes for an error",
+    "assert '400' == 'context_length_exceeded'": "vLLM gives the status for a code",
+    "'BadRequestError' == 'invalid_request_error'": "vLLM's own type of error, which Anthropic's API does not have",
+    "None == 'model'": "vLLM lists models in OpenAI's form to an Anthropic client",
+    "for Capital": "vLLM enforces the schema of a forced call only with `strict`; we ask it to",
+}
 INTRO = """# Clients against the server
 
 Made by `python -m tests.integration.table` from the reports of one run; do not edit it. Last test: {date} UTC.
@@ -176,7 +185,10 @@ def document(reports: Path) -> tuple[str, int]:
 
 
 def _plain(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    """The words of a failure as a line of the list, with its cause."""
+    causes = [cause for words, cause in EXPLAINED.items() if words in text]
+    found = text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    return f"{causes[0]}: {found}" if causes else found
 
 
 def main() -> int:
