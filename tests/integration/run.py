@@ -30,12 +30,16 @@ class Environment:
     options: tuple[str, ...] = ()
 
 
+#: LangChain keeps its connections over event loops: one loop for all tests
+SESSION = ("-o", "asyncio_default_test_loop_scope=session", "-o", "asyncio_default_fixture_loop_scope=session")
 ENVIRONMENTS = {
     "npm": Environment("../requirements.txt", ("claude_code", "codex", "node_real"), npm=True),
     "openai": Environment("requirements.txt", ("openai_client", "anthropic_client")),
     "agents": Environment("requirements.txt", ("agents_real", "pydantic_ai_real", "llm_real", "clients")),
     "scripted": Environment("requirements.txt", ("agents", "pydantic_ai")),
-    "langchain": Environment("requirements.txt", ("langchain_standard",), options=("-o", "asyncio_mode=auto")),
+    "langchain": Environment(
+        "requirements.txt", ("langchain_standard",), options=("-o", "asyncio_mode=auto", *SESSION)
+    ),
     "litellm": Environment("litellm.txt", ("litellm_real", "agents"), only="litellm"),
     "instructor": Environment("instructor.txt", ("instructor_real", "agents", "clients"), only="instructor"),
     "llama_index": Environment("llama_index.txt", ("llama_index_real",)),

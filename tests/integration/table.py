@@ -29,7 +29,8 @@ EXPLAINED = {
 }
 INTRO = """# Clients against the server
 
-Made by `python -m tests.integration.table` from the reports of one run; do not edit it. Last test: {date} UTC.
+Made by `python -m tests.integration.table` from the reports of one run; do not edit it. Last test: {date} UTC. Of a test
+that was run again, the last result counts.
 
 Each client is the published one, pointed at our server by its own settings alone. The engines are real: the embedded
 llama.cpp, and vLLM on the CPU with its hermes parser, both with SmolLM2-135M-Instruct and the template `tools.jinja`,
@@ -104,6 +105,11 @@ def results_of(report: Path) -> tuple[str, list[Result]]:
     return date, found
 
 
+def last_of(results: list[Result]) -> list[Result]:
+    """One result for each test and engine: the last."""
+    return list({(each.client, each.feature, each.engine): each for each in results}.values())
+
+
 def cell(results: list[Result], notes: dict[str, int]) -> str:
     """One mark where all results are alike; else passed of run, and the causes."""
     ran = [each for each in results if each.outcome != "skipped"]
@@ -170,11 +176,9 @@ def _differs(row: dict[str, list[Result]]) -> bool:
 
 
 def document(reports: Path) -> tuple[str, int]:
-    results, dates = [], []
-    for report in sorted(reports.glob("*.xml")):
-        date, found = results_of(report)
-        dates.append(date)
-        results += found
+    read = sorted((results_of(report) for report in reports.glob("*.xml")), key=lambda pair: pair[0])
+    dates = [date for date, _ in read]
+    results = last_of([each for _, found in read for each in found])
     notes: dict[str, int] = {}
     lines = [INTRO.format(date=max(dates).replace("T", " ")), *summary(results), ""]
     for client in sorted({each.client for each in results}, key=str.lower):
