@@ -25,7 +25,7 @@ EXPLAINED = {
     "assert '400' == 'context_length_exceeded'": "vLLM gives the status for a code",
     "'BadRequestError' == 'invalid_request_error'": "vLLM's own type of error, which Anthropic's API does not have",
     "None == 'model'": "vLLM lists models in OpenAI's form to an Anthropic client",
-    "Event loop is closed": "LangChain keeps connections over event loops; run.py gives the suite one now; not run since",
+    "Event loop is closed": "LangChain keeps connections over event loops; run.py gives the suite one now, not yet run",
     "for Joke": "the model does not keep a form that is asked for in words, or is cut by its limit",
     "assert False": "the model calls no tool on its own in the suite's agent loop",
     "subprocess.TimeoutExpired": "Codex sends no limit, and the model sometimes talks on to the end of its context",
@@ -53,7 +53,7 @@ The two command lines, pointed at a server of ours:
 
     ANTHROPIC_BASE_URL=http://127.0.0.1:8000 ANTHROPIC_API_KEY=unused claude --model ENGINE/MODEL
     OUR_KEY=unused codex -m ENGINE/MODEL -c model_provider='"ours"' \\
-        -c model_providers.ours='{{name="ours",base_url="http://127.0.0.1:8000/v1",wire_api="responses",env_key="OUR_KEY"}}'
+        -c model_providers.ours='{{name="ours",base_url="http://localhost:8000/v1",wire_api="responses",env_key="OUR_KEY"}}'
 
 Give Codex no alias that is a name of OpenAI's own (`gpt-…`): for those it sends its tools as an `additional_tools` item
 with custom tools, which no engine here has; it is refused by name.
