@@ -52,8 +52,8 @@ below. **–**: not run there. A number is passed of run.
 The two command lines, pointed at a server of ours:
 
     ANTHROPIC_BASE_URL=http://127.0.0.1:8000 ANTHROPIC_API_KEY=unused claude --model ENGINE/MODEL
-    OUR_KEY=unused codex -m ENGINE/MODEL -c model_provider='"ours"' \\
-        -c model_providers.ours='{{name="ours",base_url="http://localhost:8000/v1",wire_api="responses",env_key="OUR_KEY"}}'
+    KEY=unused codex -m ENGINE/MODEL -c model_provider='"ours"' \\
+     -c model_providers.ours='{{name="ours",base_url="http://localhost:8000/v1",wire_api="responses",env_key="KEY"}}'
 
 Give Codex no alias that is a name of OpenAI's own (`gpt-…`): for those it sends its tools as an `additional_tools` item
 with custom tools, which no engine here has; it is refused by name.
