@@ -27,14 +27,19 @@ class Environment:
     tests: tuple[str, ...]
     only: str = ""  #: pytest's -k
     npm: bool = False
+    options: tuple[str, ...] = ()
 
 
+#: LangChain keeps its connections over event loops: one loop for all tests
+SESSION = ("-o", "asyncio_default_test_loop_scope=session", "-o", "asyncio_default_fixture_loop_scope=session")
 ENVIRONMENTS = {
     "npm": Environment("../requirements.txt", ("claude_code", "codex", "node_real"), npm=True),
     "openai": Environment("requirements.txt", ("openai_client", "anthropic_client")),
     "agents": Environment("requirements.txt", ("agents_real", "pydantic_ai_real", "llm_real", "clients")),
     "scripted": Environment("requirements.txt", ("agents", "pydantic_ai")),
-    "langchain": Environment("requirements.txt", ("langchain_standard",)),
+    "langchain": Environment(
+        "requirements.txt", ("langchain_standard",), options=("-o", "asyncio_mode=auto", *SESSION)
+    ),
     "litellm": Environment("litellm.txt", ("litellm_real", "agents"), only="litellm"),
     "instructor": Environment("instructor.txt", ("instructor_real", "agents", "clients"), only="instructor"),
     "llama_index": Environment("llama_index.txt", ("llama_index_real",)),
@@ -74,6 +79,7 @@ def run(name: str, work: Path, reports: Path, arguments: list[str]) -> int:
     report = ["--junitxml", str(reports / f"{name}.xml"), "-o", "junit_family=xunit1"]
     quiet = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short", "-rfE"]
     command = [str(python_of(work, environment.requirements)), "-m", "pytest", *files, *chosen, *report, *quiet]
+    command += environment.options
     print(f"== {name}", flush=True)
     return subprocess.run([*command, *arguments], cwd=ROOT, env=variables, check=False).returncode
 
