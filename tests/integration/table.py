@@ -33,7 +33,7 @@ EXPLAINED = {
 }
 INTRO = """# Clients against the server
 
-Made by `python -m tests.integration.table` from the reports of one run; do not edit it. Last test: {date} UTC. Of a
+Made by `python -m tests.integration.table` from the reports of several runs; do not edit. Last test: {date} UTC. Of a
 test that was run again, the last result counts.
 
 Each client is the published one, pointed at our server by its own settings alone. The engines are real: the embedded
