@@ -2892,6 +2892,17 @@ class Reply(ABC):
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+class WireRequest(NamedTuple):
+    """An HTTP request to an engine."""
+
+    method: str
+    url: str
+    body: bytes | None
+    headers: dict[str, str]
+    connect: float  #: seconds for a connection
+    known: bool = False  #: is it for the server that was recognised, and for no other one?
+
+
 class Wire(ABC):
     """Asynchronous HTTP to one engine from one event loop: no redirects, proxies, cookies or decompression."""
 
@@ -2901,7 +2912,7 @@ class Wire(ABC):
     recognised = False  #: has the server been looked at since a connection to it was opened with no other open?
 
     @abstractmethod
-    async def send(self, method: str, url: str, body: bytes | None, headers: dict[str, str], connect: float) -> Reply:
+    async def send(self, request: WireRequest) -> Reply:
         """Send a request; its reply's head. Raises OSError's TimeoutError and the like, or EngineUnavailable."""
 
     @abstractmethod
@@ -2960,24 +2971,28 @@ class HttptoolsWire(Wire):
         self._idle: dict[str, list[_Link]] = {}  #: those that may be used again, by origin
         self._sweep: asyncio.TimerHandle | None = None
 
-    async def send(self, method: str, url: str, body: bytes | None, headers: dict[str, str], connect: float) -> Reply:
-        place = place_of(url)
-        request = self._request(method, place, body, headers)
+    async def send(self, request: WireRequest) -> Reply:
+        place = place_of(request.url)
+        data = self._bytes_of(request, place)
         link = self._reusable(place.origin)
-        if link is not None:
-            return await link.ask(request, kept=True)
-        link = await self._connect(place, connect)
-        return await link.ask(request, kept=False)
+        kept = link is not None
+        if link is None:
+            link = await self._connect(place, request.connect)
+        if request.known and not self.recognised:
+            self.keep(link)
+            raise broken(ConnectionResetError(), stale=True)
+        return await link.ask(data, kept)
 
     @staticmethod
-    def _request(method: str, place: Place, body: bytes | None, headers: dict[str, str]) -> bytes:
-        lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
+    def _bytes_of(request: WireRequest, place: Place) -> bytes:
+        body = request.body
+        lines = [f"{name}: {value}\r\n" for name, value in request.headers.items()]
         if body is not None:
             lines.append(f"content-length: {len(body)}\r\n")
         fields = "".join(lines)
         if fields.count("\n") != len(lines) or fields.count("\r") != len(lines):
             raise InvalidRequest("a header or the api_key holds a line break", "remove it", param="api_key")
-        return f"{method}{place.target}{fields}\r\n".encode() + (body or b"")
+        return f"{request.method}{place.target}{fields}\r\n".encode() + (body or b"")
 
     def _reusable(self, origin: str) -> "_Link | None":
         idle = self._idle.get(origin)
@@ -3012,7 +3027,7 @@ class HttptoolsWire(Wire):
         until, oldest = self.loop.time() - self.KEEP_ALIVE, None
         for idle in self._idle.values():
             while idle and idle[0].idle_since <= until:
-                idle.pop(0).transport.abort()
+                idle.pop(0).end()
             if idle:
                 oldest = min(oldest or idle[0].idle_since, idle[0].idle_since)
         if oldest is not None:
@@ -3022,8 +3037,8 @@ class HttptoolsWire(Wire):
         if self._sweep is not None:
             self._sweep.cancel()
         self._idle.clear()
-        for link in self.links:
-            link.transport.abort()
+        for link in tuple(self.links):
+            link.end()
         await asyncio.sleep(0)  # their connection_lost
 
 
@@ -3055,7 +3070,7 @@ class _Link(asyncio.Protocol):
             while not reply.status and reply.broken is None:
                 await reply.wait()
         except BaseException:
-            self.transport.abort()
+            self.end()
             raise
         if reply.status:
             return reply
@@ -3063,14 +3078,25 @@ class _Link(asyncio.Protocol):
         crossed = self.wire.loop.time() - began < self.wire.CROSSING
         raise broken(reply.broken, stale=kept and crossed and not reply.size)
 
+    def end(self) -> None:
+        """Close it."""
+        self.reply = None
+        self.wire.links.discard(self)
+        if not self.wire.links:
+            self.wire.recognised = False
+        self.transport.abort()
+
     # The loop's calls
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
         self.wire.links.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self not in self.wire.links:
+            return  # we have closed it
         self.wire.links.discard(self)
-        if not self.wire.links:
+        in_answer = self.reply is not None and not self.reply.ended
+        if in_answer or exc is not None or not self.wire.links:
             self.wire.recognised = False
         if self.reply is not None:
             self.reply.lost(exc)
@@ -3078,7 +3104,7 @@ class _Link(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         reply = self.reply
         if reply is None or reply.ended:
-            self.transport.abort()  # nobody has asked
+            self.end()  # nobody has asked
             return
         reply.size += len(data)
         try:
@@ -3089,7 +3115,7 @@ class _Link(asyncio.Protocol):
             reply.lost(exc)
             self.transport.abort()
             return
-        if len(reply.parts) > 1 and not reply.paused and sum(map(len, reply.parts)) > reply.FULL:
+        if reply.waiting > reply.FULL and not reply.paused:
             reply.paused = True
             self.transport.pause_reading()
         reply.wake()
@@ -3111,6 +3137,7 @@ class _Link(asyncio.Protocol):
     def on_body(self, data: bytes) -> None:
         if self.reply is not None:
             self.reply.parts.append(data)
+            self.reply.waiting += len(data)
 
     def on_message_complete(self) -> None:
         if self.reply is not None and self.reply.status:
@@ -3124,7 +3151,9 @@ class _LinkReply(Reply):
 
     def __init__(self, link: _Link) -> None:
         self.link = link
-        self.status, self.size = 0, 0
+        self.status = 0
+        self.size = 0  #: bytes that have come, its head among them
+        self.waiting = 0  #: bytes of its body that have not been read yet
         self.headers: dict[str, str] = {}
         self.parts: list[bytes] = []
         self.ended = self.reusable = self.paused = False
@@ -3161,6 +3190,7 @@ class _LinkReply(Reply):
             raise self.ended_early(self.broken) from self.broken
         data = self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
         self.parts.clear()
+        self.waiting = 0
         if self.paused:
             self.paused = False
             self.link.transport.resume_reading()
@@ -3171,11 +3201,11 @@ class _LinkReply(Reply):
         link = self.link
         if link.reply is not self:
             return
-        link.reply = None
         if self.ended and self.reusable and not self.parts and not link.transport.is_closing():
+            link.reply = None
             link.wire.keep(link)
         else:
-            link.transport.abort()
+            link.end()
 
 
 class HttpxWire(Wire):
@@ -3192,21 +3222,25 @@ class HttpxWire(Wire):
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
 
-    async def send(self, method: str, url: str, body: bytes | None, headers: dict[str, str], connect: float) -> Reply:
+    async def send(self, request: WireRequest) -> Reply:
         if self._timer is not None:
             self._timer.cancel()
-        timeout = self._httpx.Timeout(None, connect=connect)
         fresh, began = False, self._loop.time()
 
         async def trace(event: str, info: Mapping[str, Any]) -> None:
             nonlocal fresh
             fresh = fresh or event.startswith("connection.")
 
-        request = self._client.build_request(
-            method, url, content=body, headers=headers, timeout=timeout, extensions={"trace": trace}
+        built = self._client.build_request(
+            request.method,
+            request.url,
+            content=request.body,
+            headers=request.headers,
+            timeout=self._httpx.Timeout(None, connect=request.connect),
+            extensions={"trace": trace},
         )
         try:
-            response = await self._client.send(request, stream=True)
+            response = await self._client.send(built, stream=True)
         except self._httpx.ConnectTimeout as exc:
             raise TimeoutError(str(exc)) from exc
         except self._httpx.ConnectError as exc:
@@ -4776,12 +4810,12 @@ class EngineClient(ABC):
         adapter = self._adapter
         target = await self.reach()
         try:
-            reply = await self.send("POST", target, path, body, deadline, adapter.deadlines.connect)
+            reply = await self.send("POST", target, path, body, deadline, adapter.deadlines.connect, known=True)
         except EngineUnavailable as exc:
             if not exc.stale and not isinstance(exc.__cause__, ConnectionRefusedError):
                 raise
             target = await self.found_again(target, exc)
-            reply = await self.send("POST", target, path, body, deadline, adapter.deadlines.connect)
+            reply = await self.send("POST", target, path, body, deadline, adapter.deadlines.connect, known=True)
         if reply.status == 200 and reply.headers.get("content-encoding", "identity") == "identity":
             return reply
         try:
@@ -4791,13 +4825,25 @@ class EngineClient(ABC):
         raise adapter.read_error(reply.status, data, reply.headers)
 
     async def send(
-        self, method: str, target: Target, path: str, body: bytes | None, deadline: Deadline, connect: float
+        self,
+        method: str,
+        target: Target,
+        path: str,
+        body: bytes | None,
+        deadline: Deadline,
+        connect: float,
+        known: bool = False,
     ) -> Reply:
-        """Send one request; its reply's head. Raises EngineTimeout, EngineUnavailable."""
+        """Send one request; its reply's head. Raises EngineTimeout, EngineUnavailable.
+
+        known: to the server that the target's stamp is of, and to no other one.
+        """
         wire = await self.sessions.get(target.uds)
         headers = self._request_headers(target, body)
+        known = known and target.stamp is not None
+        request = WireRequest(method, target.url + path, body, headers, connect, known)
         try:
-            return await deadline.wait(wire.send(method, target.url + path, body, headers, connect))
+            return await deadline.wait(wire.send(request))
         except TimeoutError as exc:
             reason = f"{self.name}: connect deadline of {connect:g} s passed"
             raise EngineTimeout(reason, "check that the address is right and the host is up") from exc
@@ -4970,33 +5016,36 @@ class Connection(EngineClient):
             return target
         async with wire.lock:
             if not wire.recognised:
-                await self._look_again(target)
+                await self._look_again()
                 wire.recognised = True
         return await self.reach()
 
-    async def _look_again(self, target: Target) -> None:
-        try:
-            stamp = await self._stamp(target)
-        except InferenceError:
-            return  # the request itself will tell
-        if stamp is None:
-            return
-        if target.stamp is not None and target.stamp != stamp and self.target is target:
-            self.forget()
+    async def _look_again(self) -> None:
+        """Forget a server that was replaced. Raises what keeps the one that is there now from being known."""
+        for final in (False, True):
             target = await self.reach()
-        target.stamp = stamp
+            try:
+                stamp = await self._stamp(target)
+                same = target.stamp == stamp
+                if target.stamp is None:  # the first look: is it still the server that was identified?
+                    same = await self.probe(target) == (self._adapter.version if self._adapter.identified else None)
+            except EngineUnavailable:
+                if final:
+                    raise
+                same = False
+            if same:
+                target.stamp = stamp
+                return
+            if self.target is target:
+                self.forget()
+        raise EngineUnavailable(f"{self.name} is being replaced", "ask again")
 
-    async def _stamp(self, target: Target) -> str | None:
-        """What tells one server at an address from another; None where it does not answer."""
+    async def _stamp(self, target: Target) -> str:
+        """What tells one server at an address from another. Raises where it fails or is overloaded."""
         found = []
         for path in self._adapter.stamp_paths:
-            reply = await self.fetch(target, path, self._adapter.deadlines)
-            if isinstance(reply, dict) and isinstance(reply.get("data"), list):
-                names = ("id", "owned_by", "root", "max_model_len", "meta")  # others differ from reply to reply
-                reply = [[model.get(name) for name in names] for model in reply["data"]]
-            if reply is None:
-                return None
-            found.append(reply)
+            refusals = (401, 403, 429, *range(500, 600))
+            found.append(lasting(await self.fetch(target, path, self._adapter.deadlines.brief(), refusals=refusals)))
         return json.dumps(found, sort_keys=True)
 
     async def close(self) -> None:
@@ -5019,6 +5068,14 @@ class Connection(EngineClient):
         """The same, when the adapter is collected."""
         self.sessions.abandon()
         self.launcher.abandon()
+
+
+def lasting(reply: Any) -> Any:
+    """What of a reply is the same as long as one server runs: the models of a list have new times in each."""
+    if not isinstance(reply, dict) or not isinstance(reply.get("data"), list):
+        return reply
+    names = ("id", "owned_by", "root", "max_model_len", "meta")
+    return [[model.get(name) for name in names] for model in reply["data"] if isinstance(model, dict)]
 
 
 def owners_of(listed: Any) -> list[str]:
@@ -5549,8 +5606,12 @@ class OpenAIAdapter(HTTPAdapter):
     async def _rendered(self, model: str, probe: dict[str, Any]) -> Any:
         """A prompt's tokens; their number where nothing reports them (behind a router, or where /tokenize fails)."""
         body = {"model": model, "messages": [{"role": "user", "content": "x"}], **probe}
-        with contextlib.suppress(InferenceError, KeyError, TypeError):
+        try:
             return (await self.ask("/tokenize", body))["tokens"]
+        except EngineUnavailable:
+            raise
+        except (InferenceError, KeyError, TypeError):
+            pass
         try:
             return (await self.ask(CHAT, body | {"max_tokens": 1}))["usage"]["prompt_tokens"]
         except InferenceError as exc:
@@ -6281,6 +6342,7 @@ class OllamaAdapter(OllamaTranslator):
     default_url, url_env, key_env, package = "http://127.0.0.1:11434", "OLLAMA_HOST", "OLLAMA_API_KEY", "ollama"
     start_hint, install_hint = "ollama serve", "see ollama.com/download"
     embed_hint = "use an embedding model: ollama pull nomic-embed-text"
+    stamp_paths = ("/api/version",)
     pull_hint = "ollama pull MODEL (for example qwen3:0.6b)"
     features_ttl = 10.0  # a model may be created again under the same name
     CAPABILITIES: ClassVar[tuple[tuple[str, str], ...]] = (

@@ -887,8 +887,7 @@ def test_a_question_that_fails_once_narrows_nothing(fake: Make, attach: Attach) 
     engine.capabilities = ["completion", "tools"]
     llm = attach(engine)
     llm.models()
-    for _ in range(2):  # the server is looked at before its features are
-        engine.script(answers({"error": {"message": "Loading model", "code": 503}}, 503), "/props")
+    engine.script(answers({"error": {"message": "Loading model", "code": 503}}, 503), "/props")
     with pytest.raises(EngineOverloaded):
         llm.complete("hi", tools=[TOOL])
     assert llm.complete("hi", tools=[TOOL]).text

@@ -386,7 +386,8 @@ def test_d20_a_cut_answer_says_whether_to_ask_again(dialect: Dialect, end: Any, 
     cuts = [replace(whole, pieces=whole.pieces[:2], end=end), Reply(status=0, end=end)]
     cuts.append(replace(whole, pieces=[whole.pieces[0][:-9]], end=end))
     for cut in cuts:
-        engine.script_chat(cut)
+        for _ in range(1 if cut.status else 2):  # a request on a kept connection that breaks is sent once more
+            engine.script_chat(cut)
         with pytest.raises(InferenceError) as caught:
             list(llm.stream("x"))
         assert ("ask again" in caught.value.hint) == caught.value.retryable, caught.value

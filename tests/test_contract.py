@@ -1294,7 +1294,8 @@ def test_behind_vllm_router_a_demanded_call_is_refused(fake: Make, attach: Attac
     vLLM does not."""
     engine = fake("vllm")
     engine.capabilities += ["tools"]
-    engine.script(engine._json({"urls": ["http://127.0.0.1:1"]}), "/list_workers")
+    for _ in range(2):  # it is identified when it is found, and at the first request
+        engine.script(engine._json({"urls": ["http://127.0.0.1:1"]}), "/list_workers")
     llm = attach(engine)
     with pytest.raises(UnsupportedFeature, match=r"tool_choice.*vllm-router"):
         llm.complete(PROMPT, tools=[CALL], tool_choice="required")

@@ -15,10 +15,6 @@ from .rig import API, V1, Answer, Engine, Link, Result, World, asking, judge, no
 MODELS = ("alpha", "beta", "gamma")
 KINDS = ("model", "version", "engine")
 HOWS = ("restarted", "at once")  # the port is closed in between; or no connection is ever refused
-#: these answer to any name, and nothing tells that they have taken an address (E3_OPEN in test_cases_lifecycle.py)
-KNOWN_OPEN: tuple[Dialect, ...] = ("sglang", "llamacpp")
-#: what a 404 of another engine is taken for; untrue, and no answer
-KNOWN_UNTRUE = "unsupported_feature"
 CALLERS = 3  # at each address
 SETTLED = 5  # seconds until the model that is there now answers
 #: what a request may end in while its server is replaced
@@ -34,7 +30,6 @@ class Address:
     asked: int = 0
     right: collections.Counter[str] = field(default_factory=collections.Counter)
     kinds: collections.Counter[str] = field(default_factory=collections.Counter)
-    known: collections.Counter[str] = field(default_factory=collections.Counter)
     wrong: list[str] = field(default_factory=list)
     last: str = "begun"
 
@@ -108,16 +103,12 @@ async def one(link: Link, address: Address, model: str, v1: bool, stream: bool) 
     address.asked += 1
     address.kinds[kind] += 1
     engine, _, served = text.rstrip(".").partition(" serves ")
-    if kind == KNOWN_UNTRUE and (last.startswith("engine") or address.last.startswith("engine")):
-        address.known["errors that say it cannot do this"] += 1
-    elif kind not in EXPECTED:
+    if kind not in EXPECTED:
         address.wrong.append(f"{address.dialect}: {kind} ({last})")
     elif served != (model if kind == "good" else model[: len(served)]):
-        address.known[f"answers of {engine}"] += engine in KNOWN_OPEN
-        if engine not in KNOWN_OPEN:
-            surface = f"{'v1' if v1 else 'api'}, {'stream' if stream else 'whole'}"
-            what = f"{served} of {engine} answered for {model} ({last}; {surface})"
-            address.wrong.append(f"{address.dialect}: another model: {what}")
+        surface = f"{'v1' if v1 else 'api'}, {'stream' if stream else 'whole'}"
+        what = f"{served} of {engine} answered for {model} ({last}; {surface})"
+        address.wrong.append(f"{address.dialect}: another model: {what}")
     elif kind == "good":
         address.right[model] += 1
 
@@ -185,13 +176,12 @@ async def replaced(full: bool, off: str | None = None, focus: str = "") -> Resul
 
 
 def tell(addresses: list[Address], found: Result) -> None:
-    """What is known to be open is told apart, and is not bad."""
+    """The figures."""
     for address in addresses:
         found.bad += address.wrong
     found.figures |= {
         "replacements": found.n,
         "requests": sum(address.asked for address in addresses),
         "answered by the model asked for": {address.dialect: sum(address.right.values()) for address in addresses},
-        "known to be open": dict(sum((address.known for address in addresses), collections.Counter[str]())),
         "ends": dict(sum((address.kinds for address in addresses), collections.Counter[str]())),
     }

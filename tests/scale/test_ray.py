@@ -30,11 +30,11 @@ import llm_inference as product
 from tests.fake_engine import FakeEngine
 from tests.harness import Command, clean_env, good, payloads, refused, refused_v1, until
 from tests.processes import descendants, free_port
-from tests.scale.load import Load, record, reported
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("aiohttp")
 
+from tests.scale.load import Load, record, reported  # noqa: E402
 
 KEY = "sk-scale"
 AUTH = {"authorization": f"Bearer {KEY}"}
