@@ -89,9 +89,9 @@ WORDS: dict[str, tuple[str, str, str, str]] = {  # what and its pass mark, in Ch
     ),
     "replaced": (
         "负载下更换地址背后的模型、版本和引擎",
-        "由未被请求的模型作答 0（已知问题另计）",
+        "由未被请求的模型作答 0",
         "models, versions and engines replaced behind their addresses, under load",
-        "0 answers of a model that was not asked for (known faults apart)",
+        "0 answers of a model that was not asked for",
     ),
     "soak": (
         "长跑",
@@ -139,8 +139,7 @@ def remark(name: str, figures: dict[str, Any]) -> str:
         case "storm":
             return str(figures["valid"])
         case "replaced":
-            known = sum(many for what, many in figures["known to be open"].items() if what.startswith("answers"))
-            return f"{figures['requests']:,} requests; known: {known:,} by engines that answer to any name"
+            return f"{figures['requests']:,} requests"
         case "soak":
             growth = f"{figures['MB_per_100k']:g} MB / 100,000, fds {figures['fds_per_100k']:+g}"
             return f"{figures['requests']:,} requests, {growth}"
