@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -28,6 +29,8 @@ from llm_inference import LLMInferencer
 from tests.fake_engine import Dialect, FakeEngine, Reply
 from tests.harness import Stand
 from tests.processes import ROOT, is_setting
+
+_NUMBERS = itertools.count()  # a start that failed is not tried again at once: each time another one
 
 TABLE = ROOT / "tests/results/messages.md"
 USER = [{"role": "user", "content": "Hi"}]
@@ -236,7 +239,7 @@ python("no api_key where the engine asks for one", product.EngineUnavailable, "k
 python("vllm that is not installed, launch=True", product.EngineUnavailable, "vllm | pip install vllm",
        lambda p: p.started("vllm", "m").generate("x"))  # fmt: skip
 python('python="/nowhere/python"', product.EngineNotInstalled, "vllm | cannot run | python=",
-       lambda p: p.started("vllm", "m", python="/nowhere/python").generate("x"))  # fmt: skip
+       lambda p: p.started("vllm", f"m{next(_NUMBERS)}", python="/nowhere/python").generate("x"))  # fmt: skip
 python("a .gguf file that is not there", product.ModelNotFound, "nope.gguf",
        lambda p: p.started("llamacpp", p.folder / "nope.gguf").generate("x"))  # fmt: skip
 python("a .gguf file that is a text", product.ModelNotFound, "text.gguf | GGUF",
@@ -244,7 +247,7 @@ python("a .gguf file that is a text", product.ModelNotFound, "text.gguf | GGUF",
 python("a folder as a .gguf file", product.ModelNotFound, "models | .gguf",
        lambda p: p.started("llamacpp", p.subfolder("models")).generate("x"))  # fmt: skip
 python('launch_args=["n_ctxx=4096"] for llamacpp', INVALID, "n_ctxx | did you mean 'n_ctx'",
-       lambda p: p.started("llamacpp", launch_args=["n_ctxx=4096"]).generate("x"))  # fmt: skip
+       lambda p: p.started("llamacpp", launch_args=[f"n_ctxx={4096 + next(_NUMBERS)}"]).generate("x"))  # fmt: skip
 python('launch_args=["n_ctx=many"] for llamacpp', INVALID, "n_ctx | integer",
        lambda p: p.started("llamacpp", launch_args=["n_ctx=many"]).generate("x"))  # fmt: skip
 
