@@ -337,7 +337,8 @@ def verdict(path: str, answer: Any) -> str:
         return ""
     kind = answer.headers.get("x-error-kind", "")
     try:
-        wrong = wrong_error(json.loads(answer.body), path.startswith(("/v1", "/tokenize", "/detokenize")), kind, answer.status)
+        openai = path.startswith(("/v1", "/tokenize", "/detokenize"))
+        wrong = wrong_error(json.loads(answer.body), openai, kind, answer.status)
     except ValueError:
         wrong = f"{answer.status} that is not JSON"
     error = KINDS.get(kind)
