@@ -4755,7 +4755,12 @@ class EngineClient(ABC):
         deadline = Deadline(limits, self.name)
         method, data = ("GET", None) if body is None else ("POST", to_json(body))
         try:
-            reply = await self.send(method, target, path, data, deadline, limits.connect)
+            try:
+                reply = await self.send(method, target, path, data, deadline, limits.connect)
+            except EngineUnavailable as exc:
+                if not exc.stale:
+                    raise
+                reply = await self.send(method, target, path, data, deadline, limits.connect)
             try:
                 found = await deadline.wait(reply.body())
             finally:
@@ -4858,6 +4863,8 @@ class EngineClient(ABC):
 
     def _request_headers(self, target: Target, body: bytes | None) -> dict[str, str]:
         headers = {**target.headers, "accept-encoding": "identity", LOOP_HEADER: INSTANCE, **TRACE.get()}
+        if not self._adapter.keep_alive:
+            headers["connection"] = "close"
         if body is not None:
             headers["content-type"] = "application/json"
         if request_id := REQUEST_ID.get():
@@ -5221,6 +5228,7 @@ class HTTPAdapter(BaseLLMAdapter):
     start_hint: ClassVar[str] = ""  #: the command that starts the engine
     install_hint: ClassVar[str] = ""
     embed_hint: ClassVar[str] = "serve an embedding model"
+    keep_alive: ClassVar[bool] = True  #: may a connection be used again?
     stamp_paths: ClassVar[tuple[str, ...]] = ()  #: GET routes whose replies tell one server from another
     streams_only: ClassVar[bool] = False  #: does it work on when a caller of a complete answer hangs up?
     features_ttl: ClassVar[float] = float("inf")  #: seconds for which a model's features are good
@@ -5863,6 +5871,7 @@ class LlamaCppAdapter(OpenAIAdapter):
     )
     constraint_fields = "response_format and grammar"
     offers_named_alone = True
+    keep_alive = False  # it closes a connection after a stream, and says so only by doing it
     stamp_paths = ("/v1/models", "/props")
     streams_only = True
     names_models = True
