@@ -2974,7 +2974,7 @@ class HttptoolsWire(Wire):
     async def send(self, request: WireRequest) -> Reply:
         place = place_of(request.url)
         data = self._bytes_of(request, place)
-        link = self._reusable(place.origin)
+        link = None if "connection" in request.headers else self._reusable(place.origin)
         kept = link is not None
         if link is None:
             link = await self._connect(place, request.connect)
@@ -4863,10 +4863,10 @@ class EngineClient(ABC):
 
     def _request_headers(self, target: Target, body: bytes | None) -> dict[str, str]:
         headers = {**target.headers, "accept-encoding": "identity", LOOP_HEADER: INSTANCE, **TRACE.get()}
-        if not self._adapter.keep_alive:
-            headers["connection"] = "close"
         if body is not None:
             headers["content-type"] = "application/json"
+            if not self._adapter.keep_alive:
+                headers["connection"] = "close"
         if request_id := REQUEST_ID.get():
             headers["x-request-id"] = request_id
         return headers
@@ -5228,7 +5228,7 @@ class HTTPAdapter(BaseLLMAdapter):
     start_hint: ClassVar[str] = ""  #: the command that starts the engine
     install_hint: ClassVar[str] = ""
     embed_hint: ClassVar[str] = "serve an embedding model"
-    keep_alive: ClassVar[bool] = True  #: may a connection be used again?
+    keep_alive: ClassVar[bool] = True  #: may a connection be used again after a POST?
     stamp_paths: ClassVar[tuple[str, ...]] = ()  #: GET routes whose replies tell one server from another
     streams_only: ClassVar[bool] = False  #: does it work on when a caller of a complete answer hangs up?
     features_ttl: ClassVar[float] = float("inf")  #: seconds for which a model's features are good
