@@ -342,6 +342,7 @@ RERANK, TOKENIZE, DETOKENIZE = "/v1/rerank", "/tokenize", "/detokenize"
 SURFACES = {CHAT: "c", COMPLETIONS: "p", EMBEDDINGS: "e", OWN: "o", RERANK: "r", TOKENIZE: "t", DETOKENIZE: "d"}
 V1_PATHS = ("/v1", TOKENIZE, DETOKENIZE)  #: where errors have OpenAI's form
 GENERATED = (CHAT, COMPLETIONS)  #: the engines' routes whose answers are generated token by token
+PLAIN = (RERANK, TOKENIZE, DETOKENIZE)  #: those that not every engine has, and whose answers have a form of ours
 ENGINES = ("ollama", "vllm", "sglang", "llamacpp")
 
 #: Every field of a request, and what each engine does with it.
@@ -2907,9 +2908,12 @@ class Wire(ABC):
     """Asynchronous HTTP to one engine from one event loop: no redirects, proxies, cookies or decompression."""
 
     KEEP_ALIVE = 4.0  #: seconds; below the 5 s after which uvicorn and llama.cpp close an idle connection
-    lock: asyncio.Lock  #: held while the server is looked at
     CROSSING = 0.5  #: seconds in which the close of an idle connection may cross a request on its way
     recognised = False  #: has the server been looked at since a connection to it was opened with no other open?
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.lock = asyncio.Lock()  #: held while the server is looked at
 
     @abstractmethod
     async def send(self, request: WireRequest) -> Reply:
@@ -2964,9 +2968,9 @@ class HttptoolsWire(Wire):
     def __init__(self, uds: str | None) -> None:
         import httptools
 
-        self.parser, self.loop = httptools.HttpResponseParser, asyncio.get_running_loop()
+        super().__init__()
+        self.parser = httptools.HttpResponseParser
         self.links: set[_Link] = set()  #: all connections
-        self.lock = asyncio.Lock()
         self._uds = uds
         self._idle: dict[str, list[_Link]] = {}  #: those that may be used again, by origin
         self._sweep: asyncio.TimerHandle | None = None
@@ -3214,18 +3218,17 @@ class HttpxWire(Wire):
     def __init__(self, uds: str | None) -> None:
         import httpx
 
+        super().__init__()
         self._httpx = httpx
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=self.KEEP_ALIVE)
         transport = httpx.AsyncHTTPTransport(uds=uds, limits=limits, trust_env=False)
         self._client = httpx.AsyncClient(transport=transport, trust_env=False)
-        self.lock = asyncio.Lock()
-        self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
 
     async def send(self, request: WireRequest) -> Reply:
         if self._timer is not None:
             self._timer.cancel()
-        fresh, began = False, self._loop.time()
+        fresh, began = False, self.loop.time()
 
         async def trace(event: str, info: Mapping[str, Any]) -> None:
             nonlocal fresh
@@ -3247,9 +3250,9 @@ class HttpxWire(Wire):
             resolver = "[Errno -" in str(exc)  # a resolver's error numbers are negative
             raise (socket.gaierror if resolver else ConnectionRefusedError)(str(exc)) from exc
         except self._httpx.HTTPError as exc:
-            crossed = self._loop.time() - began < self.CROSSING
+            crossed = self.loop.time() - began < self.CROSSING
             raise broken(exc, stale=crossed and not fresh) from exc
-        self._timer = self._loop.call_later(self.KEEP_ALIVE, self._forget)
+        self._timer = self.loop.call_later(self.KEEP_ALIVE, self._forget)
         return _HttpxReply(self._httpx, response)
 
     def _forget(self) -> None:
@@ -4278,7 +4281,7 @@ class BaseLLMAdapter:
 
     def fields(self, surface: str) -> Mapping[str, str]:
         """The fields that the engine honours on that surface, and its own names for them; {}: it has no such route."""
-        if surface in (RERANK, TOKENIZE, DETOKENIZE):
+        if surface in PLAIN:
             return {}
         usual = ("model", "messages", "prompt", "stream", "stream_options", "n", "max_completion_tokens")
         return dict.fromkeys({*self.capabilities, *usual}, "=")
@@ -4487,8 +4490,7 @@ def plain_answer(path: str, payload: Mapping[str, Any], body: Mapping[str, Any],
 
 def text_of_document(document: Any) -> str:
     """A document of /v1/rerank, given as a text or as `{"text": …}`."""
-    text: str = document["text"] if isinstance(document, dict) else document
-    return text
+    return str(document["text"] if isinstance(document, dict) else document)
 
 
 def rerank_object(payload: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
@@ -4777,6 +4779,10 @@ class EngineClient(ABC):
             return from_json(found)
         return None
 
+    async def question(self, target: Target, path: str, body: Any = None) -> Any:
+        """A small question; None for what the engine does not know. Raises where it fails or is overloaded."""
+        return await self.fetch(target, path, self._adapter.deadlines.brief(), body, (401, 403, 429, *range(500, 600)))
+
     async def post(self, path: str, body: bytes, deadlines: Deadlines) -> bytes:
         """The engine's complete reply to a POST, as it came."""
         await self.reach()  # to start an engine may take longer than an answer
@@ -5051,8 +5057,7 @@ class Connection(EngineClient):
         """What tells one server at an address from another. Raises where it fails or is overloaded."""
         found = []
         for path in self._adapter.stamp_paths:
-            refusals = (401, 403, 429, *range(500, 600))
-            found.append(lasting(await self.fetch(target, path, self._adapter.deadlines.brief(), refusals=refusals)))
+            found.append(lasting(await self.question(target, path)))
         return json.dumps(found, sort_keys=True)
 
     async def close(self) -> None:
@@ -5388,8 +5393,7 @@ class HTTPAdapter(BaseLLMAdapter):
     async def fetch_json(self, path: str, body: Any = None) -> dict[str, Any]:
         """A small question to the engine; {} for what it does not know. Raises where it fails or is overloaded."""
         target = await self.connection.reach()
-        refusals = (401, 403, 429, *range(500, 600))
-        found = await portal.run(self.connection.fetch(target, path, self.deadlines.brief(), body, refusals))
+        found = await portal.run(self.connection.question(target, path, body))
         return found if isinstance(found, dict) else {}
 
     async def fetch_models(self, path: str) -> dict[str, Any]:
@@ -5507,7 +5511,7 @@ class OpenAIAdapter(HTTPAdapter):
     def decode_object(
         self, data: bytes, payload: dict[str, Any], request: GenerateRequest, body: dict[str, Any]
     ) -> Answer:
-        if request.path in (RERANK, TOKENIZE, DETOKENIZE):
+        if request.path in PLAIN:
             self._check_model(payload, body)
             return plain_answer(request.path, payload, body, self._contexts.get(body["model"]))
         found = payload["data" if request.path == EMBEDDINGS else "choices"]
@@ -9929,9 +9933,8 @@ class PlainSurface(OpenAISurface):
         if self.path == TOKENIZE and ("prompt" in body) == ("messages" in body):
             raise InvalidRequest("prompt, messages: exactly one is required", "send one of them", param="prompt")
         check_body(PlainBody, body)
-        request = chat_request(self, body, self.path)
         self.model = body.get("model")
-        return request
+        return chat_request(self, body, self.path)
 
     def write(self, answer: Answer, served: Served) -> bytes:
         if "model" in answer.payload:
