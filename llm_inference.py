@@ -195,7 +195,7 @@ class InferenceError(Exception):
     @property
     def message(self) -> str:
         """The reason and the hint in one line."""
-        return f"{self.reason}; {self.hint}" if self.hint else self.reason
+        return f"{self.reason.rstrip('.')}; {self.hint}" if self.hint else self.reason
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.detail}" if self.detail else self.message
@@ -604,22 +604,6 @@ def _among(value: Any, known: tuple[Any, ...]) -> bool:
     return any(value == one and isinstance(value, bool) is isinstance(one, bool) for one in known)
 
 
-def fields_markdown() -> str:
-    """README's table of fields: one line for all fields with equal cells."""
-    surfaces = {letter: path.rpartition("/")[2] for path, letter in SURFACES.items()}
-    surfaces |= {"c": "chat", "o": "own"}
-    words = {"=": "yes", "~": "yes", "-": "–", ".": "ignored"}
-    grouped: dict[str, list[str]] = {}
-    for where, cells, names in field_rows():
-        shown = [words.get(cell, f"`{cell}`") for cell in cells]
-        key = " | ".join([", ".join(surfaces[letter] for letter in where), *shown])
-        grouped.setdefault(key, []).extend(f"`{name}`" for name in names)
-    lines = ["| fields | where | Ollama | vLLM | SGLang | llama.cpp |", "|---|---|---|---|---|---|"]
-    for key, fields in grouped.items():
-        lines.append(f"| {' '.join(fields)} | {key} |")
-    return "\n".join(lines)
-
-
 @functools.cache
 def honoured(engine: str, surface: str, version: tuple[int, ...] = (999,)) -> Mapping[str, str]:
     """The fields that an engine honours on a surface (a key of SURFACES), and its cells of FIELDS."""
@@ -786,7 +770,7 @@ def range_of(field: str) -> str:
     low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
     if low is None or high is None:
         return ""
-    return f"{'above' if 'gt' in bounds else 'from'} {low} to {high}"
+    return f"above {low} and at most {high:.0f}" if "gt" in bounds else f"from {low} to {high:.0f}"
 
 
 _JSON_NAMES = {
@@ -812,7 +796,7 @@ def explain(exc: ValidationError, *within: str) -> tuple[str, str]:
         if where not in reasons or error["type"] not in _EXPECTED:  # of a union, the member whose type fits
             reasons[where] = reason
     first = next(iter(reasons))
-    return ", or ".join(list(reasons.values())[:3]), first
+    return ", and ".join(list(reasons.values())[:3]), first
 
 
 def _place(loc: Sequence[int | str]) -> str:
@@ -1003,7 +987,7 @@ class Deadlines:
         )
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class Served:
     """Who answers a request, and how it went; filled in on the way, for the caller's headers and the log."""
 
@@ -1017,6 +1001,14 @@ class Served:
     result: Any = None  #: the checked value of a stream
     enforced_by: Literal["engine", "checked", "none"] = "none"
     target: "Target | None" = None  #: the server that the body was written for
+    closed: bool = False  #: was `close` called meanwhile?
+    push: "Callable[[Burst], bool] | None" = None  #: sends a burst of a stream at once; False: it cannot now
+    collected: bool = False  #: is the stream checked, so that no burst may be pushed past the check?
+
+
+SERVED: contextvars.ContextVar[Served | None] = contextvars.ContextVar(
+    "served", default=None
+)  #: until an answer begins
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -1866,9 +1858,10 @@ def matcher(pattern: str, field: str = "pattern") -> Callable[[str], bool]:
         raise InvalidRequest(f"{field}: its length and counts come to more than {MAX_PATTERN_COST}", "shorten it")
     try:
         return _compile_pattern(pattern)
-    except pydantic_core.SchemaError:
-        reason = f"{field}: not a regular expression without look-around and back-references"
-        raise InvalidRequest(reason, "see docs.rs/regex") from None
+    except pydantic_core.SchemaError as exc:
+        found = re.search(r"\berror: (.+)", str(exc))
+        reason = f"{field}: not a regular expression" + (f" ({found[1]})" if found else "")
+        raise InvalidRequest(reason, "correct it; its syntax is that of docs.rs/regex") from None
 
 
 @functools.lru_cache(maxsize=256)
@@ -2753,6 +2746,11 @@ class LineReader:
         self._parts: list[bytes] = []
         self._size = 0
 
+    @property
+    def in_line(self) -> bool:
+        """Is the beginning of a line here, and not its end?"""
+        return bool(self._parts)
+
     def complete(self, data: bytes) -> bytes:
         """The lines that are complete now, as they came."""
         end = data.rfind(b"\n") + 1
@@ -2811,6 +2809,10 @@ class Deadline:
             self._timer.cancel()
             self._timer = self.loop.call_at(min(self.due, self.end), self._fire)
 
+    def push_back(self) -> None:
+        """More has come while it was waited for."""
+        self.due = self.loop.time() + self.limits.idle
+
     def _fire(self) -> None:
         now, due = self.loop.time(), min(self.due, self.end)
         if now < due or self._task is None:  # pushed back meanwhile, or the reader is busy and not the engine
@@ -2825,7 +2827,7 @@ class Deadline:
     async def wait(self, awaitable: Coroutine[Any, Any, T]) -> T:
         """Wait for the engine. Raises EngineTimeout when a deadline passes."""
         if not self.first:
-            self.due = self.loop.time() + self.limits.idle
+            self.push_back()
         self._task = asyncio.current_task()
         if self._expired == "closed":
             awaitable.close()
@@ -2876,6 +2878,7 @@ class Reply(ABC):
         """Reuse the connection after a complete reply, else close it (which stops the engine's work)."""
 
     begun = False  #: has a byte of the body come?
+    take: Callable[[bytes], bool] | None = None  #: gets bytes that `read` waits for; False: `read` is to return them
 
     def ended_early(self, exc: Exception) -> InferenceError:
         """The error for a reply that broke off."""
@@ -3122,7 +3125,8 @@ class _Link(asyncio.Protocol):
         if reply.waiting > reply.FULL and not reply.paused:
             reply.paused = True
             self.transport.pause_reading()
-        reply.wake()
+        if not reply.handed_on():
+            reply.wake()
 
     # The parser's calls
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -3176,6 +3180,20 @@ class _LinkReply(Reply):
         """Something has changed."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    def handed_on(self) -> bool:
+        """Whether `take` has what has come, so that nobody need be woken."""
+        if (
+            self.take is None
+            or self._waiter is None
+            or self.ended
+            or len(self.parts) != 1
+            or not self.take(self.parts[0])
+        ):
+            return False
+        self.parts.clear()
+        self.waiting = 0
+        return True
 
     def lost(self, exc: Exception | None) -> None:
         """The connection has ended, which ends a reply that states no length."""
@@ -3480,7 +3498,7 @@ os._exit((program.returncode or 0) & 255)
 
 #: the embedded engine: llama.cpp's own HTTP server, out of the package xllamacpp
 LLAMACPP_SERVER = """
-import json, os, threading, time
+import difflib, json, os, sys, threading, time
 
 import xllamacpp
 
@@ -3490,9 +3508,16 @@ params.api_keys, params.model_alias = [spec["key"]], {spec["alias"]}
 for name, value in spec["params"].items():
     *path, last = name.split(".")
     target = params
-    for step in path:
-        target = getattr(target, step)
-    setattr(target, last, value)
+    try:
+        for step in path:
+            target = getattr(target, step)
+        if not hasattr(target, last):
+            near = difflib.get_close_matches(last, dir(target), 1)
+            hint = f"; did you mean {'.'.join([*path, near[0]])!r}?" if near else ""
+            sys.exit(f"Error: launch_args: no parameter {name!r}{hint}")
+        setattr(target, last, value)
+    except (AttributeError, TypeError) as exc:
+        sys.exit(f"Error: launch_args: {name}: {exc}")
 try:
     server = xllamacpp.Server(params)  # loads the model and listens, or raises
 except Exception:
@@ -3520,8 +3545,7 @@ _LOG_PATTERNS: tuple[tuple[str, type[InferenceError], str], ...] = (
      "matching build, or name another interpreter with python="),
     (r"ModuleNotFoundError|No module named|cannot run ", EngineNotInstalled,
      "install the engine's package in that interpreter, or name another with python="),
-    (r"CommonParams' object has no attribute|has incorrect type", InvalidRequest,
-     "correct launch_args (names: xllamacpp.CommonParams)"),
+    (r"Error: launch_args: ", InvalidRequest, "correct launch_args (names: xllamacpp.CommonParams)"),
     (r"unrecognized arguments|invalid choice|expected (one|at least one) argument|argument --|"
      r"unknown (shorthand )?flag", InvalidRequest, "correct launch_args"),
     (r"larger than the maximum number of tokens|max_model_len.*greater than|is longer than the model's context|"
@@ -3999,9 +4023,10 @@ def _growth(folder: Path, total: int, report: Callable[[int, int], None]) -> Cal
 def _stored(folder: Path) -> int:
     """Blocks, not sizes: a file may be created at its full size before it is filled."""
     count = 0
-    for file in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            count += os.lstat(file).st_blocks * 512
+    for path, _, files in os.walk(folder):  # which bears with folders that a download removes meanwhile
+        for file in files:
+            with contextlib.suppress(OSError):
+                count += os.lstat(os.path.join(path, file)).st_blocks * 512
     return count
 
 
@@ -4794,11 +4819,24 @@ class EngineClient(ABC):
             finally:
                 await reply.close()
 
-    async def read(self, path: str, body: bytes, deadlines: Deadlines) -> AsyncGenerator[bytes, None]:
-        """The reply to a streamed call in complete lines, as they came. Leaving early closes the connection."""
+    async def read(
+        self, path: str, body: bytes, deadlines: Deadlines, push: Callable[[bytes], bool] | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """The reply to a streamed call in complete lines, as they came. Leaving early closes the connection.
+
+        Lines that come while they are waited for are given to `push`, and yielded where it returns False.
+        """
         await self.reach()
         with self.deadline(deadlines) as deadline:
             reply, lines = await self.open(path, body, deadline), LineReader()
+
+            def take(data: bytes) -> bool:
+                if push is None or lines.in_line or not data.endswith(b"\n") or not push(data):
+                    return False
+                deadline.push_back()
+                return True
+
+            reply.take = take
             try:
                 if reply.headers.get("content-type", "").startswith("application/json"):  # an error under 200
                     self._adapter.payload(await deadline.wait(reply.body()))
@@ -4810,6 +4848,7 @@ class EngineClient(ABC):
                 if rest := lines.end():
                     yield rest[0] + b"\n"
             finally:
+                reply.take = None
                 await reply.close()
 
     async def open(self, path: str, body: bytes, deadline: Deadline) -> Reply:
@@ -4891,6 +4930,9 @@ class Connection(EngineClient):
         """Where the engine is; looked for again when it was lost."""
         if self.target is not None and self.target.exists:
             return self.target
+        served = SERVED.get()
+        if served is not None and served.closed:  # what was closed is not opened again by a request from before
+            raise EngineUnavailable(f"{self.name} was closed before it answered", "ask again")
         return await self._flight.run("target", self._reach)
 
     async def _reach(self) -> Target:
@@ -4961,13 +5003,7 @@ class Connection(EngineClient):
 
     async def _start(self) -> Target:
         adapter = self._adapter
-        can_start = adapter.can_start()
-        if adapter.launch is False or not can_start:
-            hint = f"start it: {adapter.start_hint}"
-            if not can_start:
-                hint += f" (install it: {adapter.install_hint})"
-            where = adapter.default_url.removeprefix("http://")
-            raise EngineUnavailable(f"no {self.name} answers at {where}", f"{hint}, or set {adapter.url_env}")
+        adapter.require_startable()
         await adapter.before_start()
         identity = [self.name, *adapter.launch_identity(), adapter.python, adapter.launch_args]
         target, version = await self.launcher.start(
@@ -5101,57 +5137,31 @@ def owners_of(listed: Any) -> list[str]:
 # 9 The four adapters -----------------------------------------------------------------------------
 #: what engines say in an error, and what it means: the first pattern that matches (recorded on real servers)
 _ENGINE_ERRORS: tuple[tuple[str, type[InferenceError], str], ...] = (
-    (
-        r"Context size has been exceeded",  # llama.cpp during an answer; not for a prompt that does not fit alone
-        EngineOverloaded,
-        "its callers share one context, which is full: ask again, or start it with --no-kv-unified",
-    ),
-    (
-        r"the prompt has \d+ tokens, the model's maximum context length",
-        ContextTooLong,
-        "shorten the prompt, or serve the model with a longer context",
-    ),
-    (
-        r"context (length|size|window)|exceed_context_size|longer than the model's context|maximum context|"
-        r"is too large to process|input length exceeds",
-        ContextTooLong,
-        "shorten the prompt or lower max_tokens",
-    ),
-    (
-        r"out of memory|requires more system memory|insufficient memory|failed to allocate",
-        OutOfMemory,
-        "use a smaller or quantized model, or free memory",
-    ),
-    (
-        r"model .{1,200}(not found|does not exist)|no such model",
-        ModelNotFound,
-        "see models(); pull or serve it first",
-    ),
+    (r"Context size has been exceeded",  # llama.cpp during an answer; not for a prompt that does not fit alone
+     EngineOverloaded, "its callers share one context, which is full: ask again, or start it with --no-kv-unified"),
+    (r"the prompt has \d+ tokens, the model's maximum context length", ContextTooLong,
+     "shorten the prompt, or serve the model with a longer context"),
+    (r"context (length|size|window)|exceed_context_size|longer than the model's context|maximum context|"
+     r"is too large to process|input length exceeds", ContextTooLong, "shorten the prompt or lower max_tokens"),
+    (r"out of memory|requires more system memory|insufficient memory|failed to allocate", OutOfMemory,
+     "use a smaller or quantized model, or free memory"),
+    (r"model .{1,200}(not found|does not exist)|no such model", ModelNotFound,
+     "see models(); pull or serve it first"),
     (r"not support embeddings", UnsupportedFeature, "@embed"),
     (r"is not supported yet", UnsupportedFeature, "write it in another way, or use another engine"),
-    (
-        r"failed to parse grammar|grammar error|compile (regex|json|ebnf)|unrecognized schema|json schema",
-        InvalidRequest,
-        "correct the schema, regex or grammar: the engine cannot compile it",
-    ),
-    (
-        r"option \".*\" must be|failed to parse (messages|tools)|invalid format",
-        InvalidRequest,
-        "correct the named field",
-    ),
-    (
-        r"requires --|add `--|only supports text|does not support|not supported|not a multimodal|to be set",
-        UnsupportedFeature,
-        "start the engine with what it names, or use another model",
-    ),
-    (
-        r"EngineCore|unexpected EOF|runner (process )?(has )?(terminated|no longer)|connection (reset|refused)|"
-        r"server is shutting down",
-        EngineUnavailable,
-        "ask again",
-    ),
+    (r"failed to transform json schema into a regex", UnsupportedFeature,  # what vLLM tries where xgrammar lacks these
+     "write the schema without patternProperties, propertyNames, minProperties, maxProperties, uniqueItems, contains "
+     "and multipleOf"),
+    (r"failed to parse grammar|grammar error|compile (regex|json|ebnf)|unrecognized schema|json schema",
+     InvalidRequest, "correct the schema, regex or grammar: the engine cannot compile it"),
+    (r"option \".*\" must be|failed to parse (messages|tools)|invalid format", InvalidRequest,
+     "correct the named field"),
+    (r"requires --|add `--|only supports text|does not support|not supported|not a multimodal|to be set",
+     UnsupportedFeature, "start the engine with what it names, or use another model"),
+    (r"EngineCore|unexpected EOF|runner (process )?(has )?(terminated|no longer)|connection (reset|refused)|"
+     r"server is shutting down", EngineUnavailable, "ask again"),
     (r"maximum pending requests|server busy|queue is full|too many requests", EngineOverloaded, "ask again later"),
-)
+)  # fmt: skip
 
 
 def error_text(data: bytes) -> str:
@@ -5172,9 +5182,8 @@ def error_text(data: bytes) -> str:
     return redact(str(text)) or "no reason given"
 
 
-Decoded = tuple[
-    Burst | None, InferenceError | None, bool
-]  #: events, the error behind them, whether the answer has ended
+#: events, the error behind them, whether the answer has ended
+Decoded = tuple[Burst | None, InferenceError | None, bool]
 Decoder = Callable[[bytes], Decoded]
 Get = Callable[[str], Coroutine[Any, Any, Any]]
 
@@ -5219,12 +5228,8 @@ def _error_by_status(
     return BadEngineReply(f"{name} answered {status}: {message}", "see the engine's log")
 
 
-class HTTPAdapter(BaseLLMAdapter):
-    """An engine behind HTTP: complete and streamed calls over one `Connection`, and one error map.
-
-    A subclass writes a pair of pure functions (`encode`; `decode_object` with `decoder`), and what identifies and
-    starts the engine (`identify`, `command`).
-    """
+class StartableAdapter(BaseLLMAdapter):
+    """An engine that can be started here: what it needs, and its command."""
 
     default_url: ClassVar[str] = ""
     url_env: ClassVar[str] = ""
@@ -5232,6 +5237,55 @@ class HTTPAdapter(BaseLLMAdapter):
     package: ClassVar[str] = ""  #: importable name of the engine's package
     start_hint: ClassVar[str] = ""  #: the command that starts the engine
     install_hint: ClassVar[str] = ""
+
+    def command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
+        """argv and environment that start the engine on `child.port` (or `child.uds`) with `child.key`."""
+        raise EngineNotInstalled(f"{self.engine_type} cannot be started from here", self.start_hint)
+
+    def can_start(self) -> bool:
+        """Whether the engine's package or program is here."""
+        return bool(self.python) or bool(self.package and installed(self.package))
+
+    def require_startable(self) -> None:
+        """Raises EngineUnavailable, EngineNotInstalled where it may not or cannot be started here."""
+        name, can_start = self.engine_type, self.can_start()
+        if self.launch is True and not can_start:
+            hint = f"install it ({self.install_hint}), or name an interpreter that has it with python="
+            raise EngineNotInstalled(f"{name} is not installed here", hint)
+        if self.launch is False or not can_start:
+            hint = f"start it: {self.start_hint}" + ("" if can_start else f" (install it: {self.install_hint})")
+            where = self.default_url.removeprefix("http://")
+            raise EngineUnavailable(f"no {name} answers at {where}", f"{hint}, or set {self.url_env}")
+        if self.python and shutil.which(self.python) is None:
+            hint = f"give the path of an interpreter that has {name}"
+            raise EngineNotInstalled("python: no program is there that can be run", hint, param="python")
+
+    async def before_start(self) -> None:
+        """What must be there first: a model's file, say."""
+
+    def launch_identity(self) -> tuple[str | None, ...]:
+        """What makes two started engines the same, beside their options."""
+        return (self.model_name,)
+
+    def child_target(self, child: EngineChild) -> Target:
+        """Where a started engine is."""
+        headers = {"authorization": f"Bearer {child.key}"}
+        return Target(f"http://127.0.0.1:{child.port}", headers, child=child, generation=child.generation)
+
+    def served_name(self) -> str | None:
+        """What a started engine calls its model: a local folder goes by its last part, for no path reaches a caller."""
+        if self.model_name and os.path.isdir(self.model_name):
+            return Path(self.model_name).resolve().name
+        return self.model_name
+
+
+class HTTPAdapter(StartableAdapter):
+    """An engine behind HTTP: complete and streamed calls over one `Connection`, and one error map.
+
+    A subclass writes a pair of pure functions (`encode`; `decode_object` with `decoder`), and what identifies and
+    starts the engine (`identify`, `command`).
+    """
+
     embed_hint: ClassVar[str] = "serve an embedding model"
     keep_alive: ClassVar[bool] = True  #: may a connection be used again after a POST?
     stamp_paths: ClassVar[tuple[str, ...]] = ()  #: GET routes whose replies tell one server from another
@@ -5271,26 +5325,6 @@ class HTTPAdapter(BaseLLMAdapter):
     async def identify(self, get: Get) -> str | None:
         """The version of the engine that answers `get(path)`; "" where it reports none, None for another engine."""
 
-    def command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
-        """argv and environment that start the engine on `child.port` (or `child.uds`) with `child.key`."""
-        raise EngineNotInstalled(f"{self.engine_type} cannot be started from here", self.start_hint)
-
-    def can_start(self) -> bool:
-        """Whether the engine's package or program is here."""
-        return bool(self.python) or bool(self.package and installed(self.package))
-
-    async def before_start(self) -> None:
-        """What must be there first: a model's file, say."""
-
-    def launch_identity(self) -> tuple[str | None, ...]:
-        """What makes two started engines the same, beside their options."""
-        return (self.model_name,)
-
-    def child_target(self, child: EngineChild) -> Target:
-        """Where a started engine is."""
-        headers = {"authorization": f"Bearer {child.key}"}
-        return Target(f"http://127.0.0.1:{child.port}", headers, child=child, generation=child.generation)
-
     async def missing_features(self, model: str) -> set[str]:
         """Of `capabilities`, those that this server or model lacks. Raises ModelNotFound."""
         return set()
@@ -5318,12 +5352,6 @@ class HTTPAdapter(BaseLLMAdapter):
         if started and requested in (None, self.model_name):
             return self.served_name() or await super().model_for(requested)
         return await super().model_for(requested)
-
-    def served_name(self) -> str | None:
-        """What a started engine calls its model: a local folder goes by its last part, for no path reaches a caller."""
-        if self.model_name and os.path.isdir(self.model_name):
-            return Path(self.model_name).resolve().name
-        return self.model_name
 
     async def features(self, model: str) -> frozenset[str]:
         asked, found = self._features.get(model, (float("-inf"), frozenset()))
@@ -5358,7 +5386,8 @@ class HTTPAdapter(BaseLLMAdapter):
         path, wire = self.encode(request, body)
         decode = self.decoder(request, body)
         await self.connection.confirm(request.served.target)
-        lines = self.connection.read(path, to_json(wire), self.deadlines.within(request.timeout))
+        push = self.pusher(request, body)
+        lines = self.connection.read(path, to_json(wire), self.deadlines.within(request.timeout), push)
         async with contextlib.aclosing(lines):
             async for data in lines:
                 with well_formed(self.engine_type):
@@ -5375,6 +5404,10 @@ class HTTPAdapter(BaseLLMAdapter):
                     await self._read_to_end(lines)
                     return
         raise BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again", retryable=True)
+
+    def pusher(self, request: GenerateRequest, body: dict[str, Any]) -> Callable[[bytes], bool] | None:
+        """What passes lines on past `decoder` and every task, or returns False where it would do more than that."""
+        return None
 
     @staticmethod
     async def _read_to_end(lines: AsyncGenerator[bytes, None]) -> None:
@@ -5536,7 +5569,7 @@ class OpenAIAdapter(HTTPAdapter):
 
     def decoder(self, request: GenerateRequest, body: dict[str, Any]) -> Decoder:
         finished, expected = 0, expected_choices(body)
-        first, one_call = True, body.get("parallel_tool_calls") is False and not self.honours_one_call
+        first, one_call = True, self._keeps_one_call(body)
 
         def decode(data: bytes) -> Decoded:
             nonlocal finished, first
@@ -5553,11 +5586,8 @@ class OpenAIAdapter(HTTPAdapter):
             first = False
             finished += len(ends)
             if done is not None and error is None and finished < expected:
-                return (
-                    None,
-                    BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again", retryable=True),
-                    False,
-                )
+                early = BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again", retryable=True)
+                return None, early, False
             end = done is not None and error is None
             if not data:
                 return None, error, end
@@ -5566,6 +5596,20 @@ class OpenAIAdapter(HTTPAdapter):
             return Burst(data.replace(b'"reasoning_content":', b'"reasoning":'), end=end), error, end
 
         return decode
+
+    def _keeps_one_call(self, body: dict[str, Any]) -> bool:
+        """Must the calls after the first be taken out of the answer here?"""
+        return body.get("parallel_tool_calls") is False and not self.honours_one_call
+
+    def pusher(self, request: GenerateRequest, body: dict[str, Any]) -> Callable[[bytes], bool] | None:
+        served = request.served
+
+        def push(data: bytes) -> bool:
+            if served.push is None or not is_plain(data):
+                return False
+            return served.push(Burst(data.replace(b'"reasoning_content":', b'"reasoning":')))
+
+        return None if self._keeps_one_call(body) else push
 
     def _checked_part(self, data: bytes) -> tuple[bytes, InferenceError | None]:
         """The lines of a stream up to the first that is an error or no event, and what that is."""
@@ -5646,6 +5690,18 @@ class OpenAIAdapter(HTTPAdapter):
             if name.startswith("guided_") or name in ("structured_outputs", "regex", "ebnf", "grammar"):
                 return f"{self.engine_type} has {self.constraint_fields}"
         return ""
+
+
+def is_plain(data: bytes) -> bool:
+    """Is it nothing but events in the middle of an answer, which a decoder passes on as they are?"""
+    return (
+        data.find(b'"finish_reason":"') < 0
+        and data.find(b'"finish_reason": "') < 0
+        and data.find(b"[DONE]") < 0
+        and data.find(b'"error"') < 0
+        and data.find(b'"usage":{') < 0
+        and CLEAN_EVENTS.fullmatch(data) is not None
+    )
 
 
 def strict_tools(body: dict[str, Any], named_alone: bool) -> dict[str, Any]:
@@ -6053,7 +6109,8 @@ class LlamaCppAdapter(OpenAIAdapter):
             params |= _launch_parameter(setting)
         for name in ("n_ctx", "n_parallel"):
             if type(params[name]) is not int:
-                raise InvalidRequest(f"launch_args: {name} must be an integer", f"for example {name}=4")
+                reason = f"launch_args: {name} must be an integer"
+                raise InvalidRequest(reason, f"write {name}=NUMBER", param="launch_args")
         if not params["kv_unified"]:
             params["n_ctx"] *= params["n_parallel"]  # given for one request; llama.cpp divides it
         if params.get("embedding"):  # a text must fit one batch (error "too large to process" otherwise)
@@ -6723,7 +6780,7 @@ class Endpoint:
         self.failures += 1
         pause = min(self.LONGEST_PAUSE, self.FIRST_PAUSE * 2 ** min(self.failures - 1, 10))
         self.retry_at = now + max(pause, error.retry_after or 0)
-        logger.warning("%s: %s", self.name, error.message)
+        logger.warning("%s: %s: %s", self.name, error.kind, error.message)
 
     def recovered(self) -> None:
         """It has answered: the outage is over."""
@@ -6986,6 +7043,51 @@ class Router:
         return min((max(1, math.ceil(endpoint.retry_at - now)) for endpoint in endpoints), default=1)
 
 
+class Turns:
+    """Begins requests at endpoints that are started on request; those of one group run one at a time."""
+
+    def __init__(self, endpoints: Sequence[Endpoint]) -> None:
+        self._endpoints = endpoints
+        self._locks: dict[str, asyncio.Lock] = {}  #: by group
+
+    async def begin(self, endpoint: Endpoint, request: GenerateRequest) -> None:
+        """The endpoint begins a request; where it is started on request, after its group's others have stopped."""
+        if endpoint.running and not endpoint.group:
+            endpoint.begin()
+            return
+        try:
+            async with asyncio.timeout(endpoint.adapter.deadlines.within(request.timeout).total):
+                await self._start(endpoint)
+        except TimeoutError:
+            reason = f"{endpoint.name} is not ready yet ({endpoint.progress or 'waiting for its turn'})"
+            raise EngineTimeout(reason, "ask again later", retry_after=5) from None
+
+    async def _start(self, endpoint: Endpoint) -> None:
+        if not endpoint.group:
+            endpoint.begin()
+            try:
+                await endpoint.adapter.connect()
+            except BaseException:
+                endpoint.finish()
+                raise
+            return
+        async with self._locks.setdefault(endpoint.group, asyncio.Lock()):
+            if not endpoint.running:
+                await self._take_turn(endpoint)
+                await endpoint.adapter.connect()
+            endpoint.begin()
+
+    async def _take_turn(self, endpoint: Endpoint) -> None:
+        """Stop the others of the group once they have answered what they have."""
+        for other in self._endpoints:
+            if other is endpoint or other.group != endpoint.group or not other.running:
+                continue
+            while other.in_flight:
+                await asyncio.sleep(0.05)
+            logger.info("%s is stopped: %s takes its turn", other.name, endpoint.name)
+            await other.adapter.close()
+
+
 class Fleet(Router):
     """The endpoints of one process, and the answers to requests.
 
@@ -6995,13 +7097,27 @@ class Fleet(Router):
 
     def __init__(self, endpoints: Sequence[Endpoint], aliases: Mapping[str, Sequence[str]] | None = None) -> None:
         super().__init__(endpoints, aliases)
-        self._groups: dict[str, asyncio.Lock] = {}
+        self._turns = Turns(self.endpoints)
+        self._at_work: set[Served] = set()
+
+    @contextlib.contextmanager
+    def _working(self, served: Served) -> Iterator[None]:
+        """`close` ends the request meanwhile."""
+        self._at_work.add(served)
+        try:
+            yield
+        finally:
+            self._at_work.discard(served)
 
     async def answer(self, request: GenerateRequest) -> Answer:
         """The complete, checked answer; one that does not satisfy its constraint is asked for once more.
 
         Raises InferenceError's subclasses; StructuredOutputInvalid the second time, with the tokens of both tries.
         """
+        with self._working(request.served):
+            return await self._answer(request)
+
+    async def _answer(self, request: GenerateRequest) -> Answer:
         spent, seconds, problem = Usage(), 0.0, ""
         answer = Answer()
         for final in (False, True):
@@ -7038,25 +7154,37 @@ class Fleet(Router):
 
     async def events(self, request: GenerateRequest) -> AsyncGenerator[Burst, None]:
         """The streamed answer, checked before its end is passed on. Leaving early stops the engine's work."""
-        endpoint, stream = await self._first_that_answers(request, open_stream)
-        try:
-            burst: Burst | None = stream.first
-            while burst is not None:
-                yield burst
-                burst = await anext(stream.bursts, None)
-        except InferenceError as exc:
-            self._passed_over(endpoint, exc)
-            raise
-        finally:
-            endpoint.finish()
-            await stream.close()
+        with self._working(request.served):
+            endpoint, stream = await self._first_that_answers(request, open_stream)
+            try:
+                burst: Burst | None = stream.first
+                while burst is not None:
+                    yield burst
+                    burst = await anext(stream.bursts, None)
+            except InferenceError as exc:
+                self._passed_over(endpoint, exc, request)
+                raise
+            finally:
+                endpoint.finish()
+                await stream.close()
 
     async def _first_that_answers(
         self, request: GenerateRequest, work: Callable[[Endpoint, GenerateRequest], Coroutine[Any, Any, T]]
     ) -> tuple[Endpoint, T]:
         """The result of `work` on the first endpoint that begins an answer; it counts as at work until `finish`."""
+        token = SERVED.set(request.served)
+        try:
+            return await self._try_each(await self.routes(request), request, work)
+        finally:
+            SERVED.reset(token)
+
+    async def _try_each(
+        self,
+        routes: Sequence[Route],
+        request: GenerateRequest,
+        work: Callable[[Endpoint, GenerateRequest], Coroutine[Any, Any, T]],
+    ) -> tuple[Endpoint, T]:
         last: InferenceError | None = None
-        routes = await self.routes(request)
         for endpoint, model in routes:
             if len(self.endpoints) > 1 and not endpoint.available(time.monotonic()):
                 continue  # it has failed since, or another request finds out whether it is back
@@ -7066,7 +7194,7 @@ class Fleet(Router):
             request.served.engine_type = endpoint.adapter.engine_type
             try:
                 request.served.begun = False
-                await self._begin(endpoint, request)
+                await self._turns.begin(endpoint, request)
                 try:
                     found = await work(endpoint, mine)
                 except BaseException:
@@ -7075,7 +7203,7 @@ class Fleet(Router):
                 endpoint.recovered()
                 return endpoint, found
             except InferenceError as exc:
-                if not self._passed_over(endpoint, exc):
+                if not self._passed_over(endpoint, exc, request):
                     if exc.code == 400:  # that too is an answer
                         endpoint.recovered()
                     raise
@@ -7087,9 +7215,9 @@ class Fleet(Router):
         finally:
             del last  # or it keeps this frame, and with it the request
 
-    def _passed_over(self, endpoint: Endpoint, error: InferenceError) -> bool:
+    def _passed_over(self, endpoint: Endpoint, error: InferenceError, request: GenerateRequest) -> bool:
         """Whether the error is an outage of the endpoint, which is noted where another one can answer."""
-        if not passed_over(error):
+        if request.served.closed or not passed_over(error):
             return False
         if len(self.endpoints) > 1:
             endpoint.failed(error)
@@ -7101,43 +7229,6 @@ class Fleet(Router):
         if len(self.endpoints) > 1:
             last.retry_after = last.retry_after or self.pause(tried)
         return last
-
-    async def _begin(self, endpoint: Endpoint, request: GenerateRequest) -> None:
-        """The endpoint begins a request; where it is started on request, after its group's others have stopped."""
-        if endpoint.running and not endpoint.group:
-            endpoint.begin()
-            return
-        try:
-            async with asyncio.timeout(endpoint.adapter.deadlines.within(request.timeout).total):
-                await self._start(endpoint)
-        except TimeoutError:
-            reason = f"{endpoint.name} is not ready yet ({endpoint.progress or 'waiting for its turn'})"
-            raise EngineTimeout(reason, "ask again later", retry_after=5) from None
-
-    async def _start(self, endpoint: Endpoint) -> None:
-        if not endpoint.group:
-            endpoint.begin()
-            try:
-                await endpoint.adapter.connect()
-            except BaseException:
-                endpoint.finish()
-                raise
-            return
-        async with self._groups.setdefault(endpoint.group, asyncio.Lock()):
-            if not endpoint.running:
-                await self._take_turn(endpoint)
-                await endpoint.adapter.connect()
-            endpoint.begin()
-
-    async def _take_turn(self, endpoint: Endpoint) -> None:
-        """Stop the others of the group once they have answered what they have."""
-        for other in self.endpoints:
-            if other is endpoint or other.group != endpoint.group or not other.running:
-                continue
-            while other.in_flight:
-                await asyncio.sleep(0.05)
-            logger.info("%s is stopped: %s takes its turn", other.name, endpoint.name)
-            await other.adapter.close()
 
     async def connect(self) -> None:
         """Reach every endpoint that is not started on request. Raises where none can be reached."""
@@ -7173,6 +7264,8 @@ class Fleet(Router):
 
     async def close(self) -> None:
         """End what was started and close what was opened."""
+        for served in tuple(self._at_work):
+            served.closed = True
         await asyncio.gather(*(endpoint.adapter.close() for endpoint in self.endpoints))
 
 
@@ -7254,7 +7347,7 @@ async def checked(
     request: GenerateRequest, bursts: AsyncGenerator[Burst, None], checker: Checker
 ) -> AsyncGenerator[Burst, None]:
     """A stream whose end is passed on only once the answer is checked. Raises StructuredOutputInvalid."""
-    answer = Answer()
+    request.served.collected, answer = True, Answer()
     async for burst in bursts:
         with well_formed(request.served.engine_type):
             for payload in burst.payloads:
@@ -7404,7 +7497,9 @@ class AsyncVerbs(ABC):
         if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
             raise InvalidRequest("prompts: one text is not a list", "send [prompt], or use generate()", param="prompts")
         if concurrency < 1:
-            raise InvalidRequest(f"concurrency: must be 1 or more, got {concurrency}", "1 or more", param="concurrency")
+            raise InvalidRequest(
+                f"concurrency: must be 1 or more, got {concurrency}", "leave it out", param="concurrency"
+            )
         waiting = list(prompts)
         answers: list[Any] = [None] * len(waiting)
         places, progress, finished = iter(enumerate(waiting)), Progress("batch"), 0
@@ -8228,9 +8323,10 @@ def _place_of(param: str, places: Mapping[str, str], file: ConfigFile | None) ->
 def build_parser(prog: str = "llm_inference.py") -> "argparse.ArgumentParser":
     """The parser of the command line. Its values are texts, by their key in the config file, and only those given."""
     import argparse
-
+    fold = functools.partial(textwrap.fill, width=shutil.get_terminal_size().columns - 2, break_on_hyphens=False)
+    above, below = ("\n".join(map(fold, text.splitlines())) for text in (_DESCRIPTION, _EPILOG))
     parser = argparse.ArgumentParser(
-        prog=prog, allow_abbrev=False, argument_default=argparse.SUPPRESS, description=_DESCRIPTION, epilog=_EPILOG,
+        prog=prog, allow_abbrev=False, argument_default=argparse.SUPPRESS, description=above, epilog=below,
         formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)  # fmt: skip
     parser.error = _usage_error  # type: ignore[method-assign]
     modes = parser.add_argument_group("modes")
@@ -8273,10 +8369,10 @@ _DESCRIPTION = """\
 Ollama, vLLM, SGLang and an embedded llama.cpp behind one API.
 Without --serve or --api-test: self-test, a real answer from every engine that is found."""
 _EPILOG = """\
-A flag with a value is also a key of the config file (max_in_flight = 512) and, apart from --base-url and
---engine-api-key, an environment variable (LLM_INFERENCE_MAX_IN_FLIGHT). Flags override the environment, which
+A flag with a value is also a key of the config file (max_in_flight = 512) and, apart from --base-url and \
+--engine-api-key, an environment variable (LLM_INFERENCE_MAX_IN_FLIGHT). Flags override the environment, which \
 overrides the file.
-Where to attach: OLLAMA_HOST, VLLM_BASE_URL, SGLANG_BASE_URL, LLAMACPP_BASE_URL; LLAMACPP_MODEL is a .gguf file;
+Where to attach: OLLAMA_HOST, VLLM_BASE_URL, SGLANG_BASE_URL, LLAMACPP_BASE_URL; LLAMACPP_MODEL is a .gguf file; \
 the engines' keys: OLLAMA_API_KEY, VLLM_API_KEY, SGLANG_API_KEY, LLAMACPP_API_KEY."""
 
 
@@ -9557,6 +9653,11 @@ def check_body(shape: type, body: dict[str, Any]) -> None:
         body_adapter(shape).validate_python(body)
     except ValidationError as exc:
         known = () if shape in (V1Body, PlainBody) else typing.get_type_hints(shape)
+        for name, route in (("messages", "/chat"), ("prompt", "/generate")):
+            if known and name in body and name not in known:
+                raise InvalidRequest(
+                    f"{name}: no such field on this route", f"send it to {route}", param=name
+                ) from None
         raise invalid(exc, body, known) from None
 
 
@@ -9751,7 +9852,8 @@ class OpenAISurface(Surface):
     def read(self, body: dict[str, Any]) -> GenerateRequest:
         for name in REQUIRED_FIELDS[self.path]:
             if body.get(name) is None:
-                raise InvalidRequest(f"{name}: is required", "see OpenAI's API reference", param=name)
+                hint = "name one of GET /v1/models" if name == "model" else "see OpenAI's API reference"
+                raise InvalidRequest(f"{name}: is required", hint, param=name)
         request = chat_request(self, without_no_ops(body), self.path)
         self.model, self.streamed = request.body["model"], bool(request.body.get("stream"))
         return request
@@ -10232,9 +10334,8 @@ class Gateway(Catalog):
         self.in_flight = self.waiting = 0
         self.places = asyncio.Semaphore(settings.max_in_flight)
         self.state = "starting"
-        self.parsing = concurrent.futures.ThreadPoolExecutor(
-            1
-        )  # large bodies, one at a time: one thread's heap is enough
+        # large bodies, one at a time: one thread's heap is enough
+        self.parsing = concurrent.futures.ThreadPoolExecutor(1)
         self.born = time.time()
         self.metrics: Metrics | None = None
         self.direct: dict[str, Callable[[], Exchange]] = {}  #: what answers a POST, for our own server's short way
@@ -10256,7 +10357,7 @@ class Gateway(Catalog):
                 error = as_inference_error(exc)
                 state = f"{error.kind}: {error.message}"
                 if self.state != state:
-                    logger.error("the engine is not ready: %s", error)
+                    logger.error("the engine is not ready: %s: %s", error.kind, error)
                 self.state, pause = state, min(10.0, pause * 1.5)
             self._report()
             await asyncio.sleep(pause)
@@ -10444,6 +10545,7 @@ class Exchange:
         self.extra: list[tuple[bytes, bytes]] = []
         self.task: asyncio.Task[Any] | None = None
         self.send: Send
+        self.splice: Callable[[bytes], bool] | None = None  #: our own server's, see `LimitsMixin.splice`
 
     @property
     def request_id(self) -> str:
@@ -10452,6 +10554,7 @@ class Exchange:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.send, status = send, 499
+        self.splice = scope.get("extensions", {}).get(SPLICE)
         headers = dict(scope["headers"])
         self._identify(headers)
         self.task = asyncio.current_task()
@@ -10602,10 +10705,12 @@ class Exchange:
                 with well_formed(served.engine_type):
                     while burst is not None:
                         await writer.write(surface.event(burst, served))
+                        served.push = None if served.collected else writer.push
                         burst = await anext(bursts, None)
                     await writer.write(surface.end(served))
                 await writer.write(b"", end=True)
             finally:
+                served.push = None
                 comments.cancel()
 
 
@@ -10625,6 +10730,20 @@ class EventWriter:
         self.changed, self.sending = self.loop.time(), True
         await self.exchange.send({"type": "http.response.body", "body": part, "more_body": not end})
         self.changed, self.sending = self.loop.time(), False
+
+    def push(self, burst: Burst) -> bool:
+        """Send a burst from outside of the task that waits for it; False where only that task can."""
+        exchange = self.exchange
+        if exchange.splice is None or self.sending or not exchange.splice(b""):
+            return False
+        try:
+            part = exchange.surface.event(burst, exchange.served)
+        except Exception:  # raised again, and answered, where the task makes the same of it
+            return False
+        if part:
+            exchange.splice(part)
+            exchange.sent, self.changed = part, self.loop.time()
+        return True
 
     async def keep_alive(self) -> None:
         """Until cancelled: comment on silence, and give up a client that does not read."""
@@ -10770,7 +10889,7 @@ def create_router(
     `llm` answers where a request names no engine; it is closed with the host's lifespan. The host's own routes, error
     handlers, logging, signals and event loop are left alone.
     """
-    from fastapi import APIRouter, Request, Response
+    from fastapi import APIRouter, Response
     from fastapi.responses import JSONResponse
 
     here = gateway or Gateway(settings or Settings(), llm)
@@ -10781,27 +10900,13 @@ def create_router(
         await here.close()
 
     router = APIRouter(prefix=API, tags=["llm"], route_class=envelope_route(), lifespan=lifespan)
-    answered_by = response_class()
 
     def add(path: str, shape: type, summary: str, example: dict[str, Any]) -> None:
-        make = functools.partial(Exchange, here, functools.partial(OwnSurface, shape=shape))
-
-        async def endpoint(request: Request) -> Response:
-            exchange = make()
-            exchange.body = getattr(request, "_body", None)
-            return answered_by(exchange)
-
+        surface, schema = functools.partial(OwnSurface, shape=shape), own_body_schema(shape, here)
+        make = functools.partial(Exchange, here, surface)
         here.direct[API + path] = make
-        content = {"application/json": {"schema": own_body_schema(shape, here), "example": EXAMPLES[shape]}}
-        router.add_api_route(
-            path,
-            endpoint,
-            methods=["POST"],
-            summary=summary,
-            name=path.strip("/"),
-            responses=envelope_responses(example, _FAILURES),
-            openapi_extra={"requestBody": {"required": True, "content": content}},
-        )
+        responses = envelope_responses(example, _FAILURES)
+        add_exchange(router, path, make, schema, EXAMPLES[shape], summary=summary, responses=responses)
 
     add("/generate", GenerateBody, "Answer a prompt", _ANSWER_EXAMPLE)
     add("/chat", ChatBody, "Answer messages", _ANSWER_EXAMPLE | {"message": {"role": "assistant", "content": "Paris."}})
@@ -10819,6 +10924,25 @@ def create_router(
     listed = envelope_responses([_MODEL_EXAMPLE], [_UNAUTHORIZED])
     router.get("/models", summary="The models of every engine that answers", responses=listed)(models)
     return router
+
+
+def add_exchange(
+    router: Any, path: str, make: Callable[[], Exchange], schema: dict[str, Any], example: Any, **described: Any
+) -> None:
+    """A POST route that an Exchange answers, with what OpenAPI says of its body."""
+    from fastapi import Request, Response
+
+    answered_by = response_class()
+
+    async def endpoint(request: Request) -> Response:
+        exchange = make()
+        exchange.body = getattr(request, "_body", None)
+        return answered_by(exchange)
+
+    content = {"application/json": {"schema": schema, "example": example}}
+    extra = {"requestBody": {"required": True, "content": content}}
+    name = path.removeprefix("/v1").strip("/")
+    router.add_api_route(path, endpoint, methods=["POST"], name=name, openapi_extra=extra, **described)
 
 
 def own_body_schema(shape: type, gateway: Gateway) -> dict[str, Any]:
@@ -10894,28 +11018,10 @@ def create_v1_router(gateway: Gateway) -> Any:
     from fastapi import APIRouter, Request
     from fastapi.responses import JSONResponse, Response
 
-    router, answered_by = APIRouter(tags=["v1"], responses=v1_responses()), response_class()
-
-    def add(path: str, surface: SurfaceMaker, summary: str) -> None:
-        make = functools.partial(Exchange, gateway, surface)
-
-        async def endpoint(request: Request) -> Response:
-            return answered_by(make())
-
-        gateway.direct[path] = make
-        schema = v1_body_schema(path)
-        content = {"application/json": {"schema": schema, "example": V1_EXAMPLES[path]}}
-        router.add_api_route(
-            path,
-            endpoint,
-            methods=["POST"],
-            summary=summary,
-            name=path.removeprefix("/v1").strip("/"),
-            openapi_extra={"requestBody": {"required": True, "content": content}},
-        )
-
+    router = APIRouter(tags=["v1"], responses=v1_responses())
     for path, (surface, summary) in V1_SURFACES.items():
-        add(path, surface, summary)
+        make = gateway.direct[path] = functools.partial(Exchange, gateway, surface)
+        add_exchange(router, path, make, v1_body_schema(path), V1_EXAMPLES[path], summary=summary)
 
     async def listed() -> list[dict[str, Any]]:
         names = [(f"{engine_type}/{model.name}", engine_type) for engine_type, model in await gateway.models()]
@@ -11266,6 +11372,9 @@ def add_server_routes(app: Any, gateway: Gateway) -> None:
         app.add_api_route(path, answer, methods=both, include_in_schema=False)
 
 
+SPLICE = "llm_inference.splice"  #: our extension of ASGI's scope: `LimitsMixin.splice` for this request
+
+
 async def send_unchunked(cycle: Any, send: Send, message: dict[str, Any]) -> None:
     """To a client of HTTP/1.0, which knows no chunks: the connection's end is the body's (RFC 9112, 6.3)."""
     cycle.chunked_encoding = False
@@ -11301,6 +11410,7 @@ class LimitsMixin:
     cycle: Any
     transport: Any
     loop: Any
+    flow: Any
     unanswered: Sequence[Any] = ()  #: requests before the last one whose answers are not complete
     behind = 0  #: bytes that came behind a request that is being answered
 
@@ -11351,8 +11461,19 @@ class LimitsMixin:
         before = self.cycle
         super().on_headers_complete()  # type: ignore[misc]
         self.unanswered = [cycle for cycle in (*self.unanswered, before) if cycle and not cycle.response_complete]
-        if self.cycle is not None and self.cycle is not before and self.cycle.scope["http_version"] == "1.0":
+        if self.cycle is None or self.cycle is before:
+            return
+        self.cycle.scope["extensions"] = {SPLICE: functools.partial(self.splice, self.cycle)}
+        if self.cycle.scope["http_version"] == "1.0":
             self.cycle.send = functools.partial(send_unchunked, self.cycle, self.cycle.send)
+
+    def splice(self, cycle: Any, part: bytes) -> bool:
+        """Write a part of an answer that has begun, without a task; False where the client takes nothing now."""
+        if self.flow.write_paused or cycle.disconnected or not cycle.response_started or cycle.response_complete:
+            return False
+        if part:
+            self.transport.write(b"%x\r\n%b\r\n" % (len(part), part) if cycle.chunked_encoding else part)
+        return True
 
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
@@ -11400,7 +11521,7 @@ class LimitsMixin:
         elif self.behind > MAX_HEADER:
             self.transport.close()
         elif not self.transport.is_closing():
-            self.flow.resume_reading()  # type: ignore[attr-defined]
+            self.flow.resume_reading()
 
     def wait_for(self, part: str) -> None:
         """Start the deadline of "header" or "body"; "" stops it."""
@@ -11463,9 +11584,8 @@ def run_server(settings: Settings, sockets: list[socket.socket]) -> None:
             if parent and sig == signal.SIGINT:
                 return  # Ctrl-C reaches all of the group; our parent passes it on
             gateway.draining = True  # readiness goes first, then the listening socket; a second signal does not wait
-            logging.getLogger(
-                "uvicorn.error"
-            ).disabled = self.should_exit  # what a second signal cuts short was asked for
+            # what a second signal cuts short was asked for
+            logging.getLogger("uvicorn.error").disabled = self.should_exit
             self.force_exit, self.should_exit = self.should_exit, True
 
     if parent:
@@ -11710,119 +11830,6 @@ models()
 
 
 # 17 Ray Serve ------------------------------------------------------------------------------------
-RAY_GATE, RAY_MIDDLEWARES = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "llm_inference:ray_middlewares"
-#: a caller's headers that would steer Ray itself
-RAY_HINTS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"x-session-id")
-
-
-class RayGate:
-    """Pure ASGI, in Ray's HTTP proxies: where a replica is lost, or Ray itself refuses, the error has our form.
-
-    Ray alone answers plain text, or nothing. A stream that is cut ends with an error event, and without [DONE].
-    """
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        scope["headers"] = [pair for pair in scope["headers"] if pair[0] not in RAY_HINTS]
-        exchange = RayExchange(scope, send)
-        await self.app(scope, receive, exchange.pass_on)
-        await exchange.finish()
-
-
-class RayExchange:
-    """One answer on its way through Ray's proxy."""
-
-    def __init__(self, scope: Scope, send: Send) -> None:
-        self.path, self.send = str(scope["path"]), send
-        given = dict(scope["headers"]).get(b"x-request-id", b"")
-        self.request_id = given.decode() if UUID.fullmatch(given) else str(uuid.uuid4())
-        self.error: InferenceError = NotReady("the replica that worked on this was lost", "ask again")
-        self.refused = self.started = self.complete = False
-        self.sent = b""
-
-    async def pass_on(self, message: dict[str, Any]) -> None:
-        """Pass a message of the replica's answer on; not a refusal of Ray's own."""
-        if message["type"] == "http.response.start":
-            self._read_head(message)
-        elif not self.refused:
-            self.sent = message.get("body") or self.sent
-            self.complete = self.complete or not message.get("more_body")
-        if not self.refused:
-            self.started = True
-            await self.send(message)
-
-    def _read_head(self, message: dict[str, Any]) -> None:
-        headers = dict(message["headers"])
-        if message["status"] in (404, 408, 429, 503) and headers.get(b"content-type", b"").startswith(b"text/plain"):
-            self.refused = True
-            self.error = NotReady("no replica answers", "ask again")
-            if message["status"] == 429:
-                self.error = Busy("every replica is at its limit", "ask again later", retry_after=1)
-            return
-        pairs = list(message["headers"])
-        if sum(name.lower() == b"x-request-id" for name, _ in pairs) > 1:
-            pairs.pop()  # ours came first, Ray's is the last
-        if self.path == "/-/healthz":
-            pairs.append((b"x-llm-inference", INSTANCE.encode()))  # deploy() looks for it
-        message["headers"] = pairs
-        self.complete = b"content-length" in headers  # such an answer can only be cut
-
-    async def finish(self) -> None:
-        """End the answer where the replica did not."""
-        if self.complete:
-            return
-        body = refusal_body(self.error, self.path)
-        if "request_id" in body:
-            body["request_id"] = self.request_id
-        data = to_json(body)
-        if self.started:
-            gap = b"" if self.sent.endswith(b"\n\n") else b"\n\n"
-            typed = "type" in body  # Anthropic's events have names
-            event = sse([body]) if typed else b"data: " + data + b"\n\n"
-            await self.send({"type": "http.response.body", "body": gap + event})
-            return
-        headers = {
-            "content-type": "application/json", "content-length": str(len(data)), "x-request-id": self.request_id,
-            "x-error-kind": self.error.kind,
-        }  # fmt: skip
-        if self.error.retry_after:
-            headers["retry-after"] = str(self.error.retry_after)
-        encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await self.send({"type": "http.response.start", "status": self.error.status, "headers": encoded})
-        await self.send({"type": "http.response.body", "body": data})
-
-
-def ray_middlewares() -> list[Any]:
-    """What RAY_GATE brings into Ray's proxies."""
-    from starlette.middleware import Middleware
-
-    return [Middleware(RayGate)]  # type: ignore[arg-type]
-
-
-def refuse_ungated(host: str, port: int) -> None:
-    """Raises InvalidRequest where Ray's proxies were started before, and have no RayGate."""
-    import http.client
-
-    proxy = http.client.HTTPConnection(host, port, timeout=10)
-    try:
-        proxy.request("GET", "/-/healthz")
-        reply = proxy.getresponse()
-    except OSError:
-        logger.warning("no proxy of Ray's on port %s of this node: where Ray Serve ran before, it keeps its port", port)
-        return
-    finally:
-        proxy.close()
-    # the gate's mark; or its refusal, where nothing is deployed yet
-    if not (reply.getheader("x-llm-inference") or reply.getheader("x-error-kind")):
-        hint = f"serve.shutdown() first, or start Ray with {RAY_GATE}={RAY_MIDDLEWARES}"
-        raise InvalidRequest("Ray Serve ran here before, without our gate", hint)
-
-
 def deploy(
     settings: Settings,
     *,
@@ -11843,9 +11850,7 @@ def deploy(
     except ImportError as exc:
         raise EngineNotInstalled("Ray is not installed", 'pip install "ray[serve]"') from exc
     found = _ray_settings(settings)
-    env = {
-        "LLM_INFERENCE_INSTANCE": INSTANCE, RAY_GATE: RAY_MIDDLEWARES, "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",
-    }  # fmt: skip
+    env = {"LLM_INFERENCE_INSTANCE": INSTANCE, "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0"}
     if not ray.is_initialized():
         modules = [str(Path(__file__).resolve())]
         ray.init(log_to_driver=False, logging_level="warning", runtime_env={"py_modules": modules, "env_vars": env})
@@ -11853,7 +11858,6 @@ def deploy(
     if local and sum(node["Alive"] for node in ray.nodes()) > 1:
         logger.warning("every node of the cluster will look for the engine at its own %s", found.base_url)
     serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
-    refuse_ungated("127.0.0.1" if host in ("0.0.0.0", "::") else host, port)
     try:
         serve.run(_ray_deployment(found, replicas).bind(), name=name, route_prefix="/")
     except RuntimeError as exc:
@@ -12255,7 +12259,7 @@ def _verdict(path: str, right: int | Callable[[Any], Any], reply: "Response") ->
     elif kind or path.startswith(API) and isinstance(answer, dict):
         reason, answer = _opened(answer, reply.status_code)
     if kind and kind == _OPTIONAL.get(path):
-        return f"refused: {reason[:120]}"
+        return f"refused: {textwrap.shorten(reason, 120, placeholder=' …')}"
     if reply.status_code == 200 and callable(right):
         ok = right(answer)
     return "ok" if ok else f"failed: not as expected: {reason or str(answer)[:160]}"
@@ -12396,28 +12400,28 @@ def banner(settings: Settings) -> None:
     url = local_url(settings)
     print(f"""\
 llm_inference {__version__}
-  API         {url}{API}/generate  /chat  /structured-generate
-  OpenAI      {url}/v1   also /v1/responses, and Anthropic's /v1/messages
-  Swagger UI  {url}/docs
-  ReDoc       {url}/redoc
+  API         {url}{API}/generate   (and /chat, …)
+  OpenAI      {url}/v1   (its clients' base_url)
+  Anthropic   {url}      (its clients' base_url)
+  Swagger UI  {url}/docs   (ReDoc: /redoc)
   Chat page   {url}/ui
-  ready       {url}/ready""")
+  Ready?      {url}/ready""")
     if settings.endpoints:
         print(f"  endpoints   {', '.join(endpoint.name for endpoint in settings.endpoints)}")
     else:
         _print_engine(settings)
     if not settings.api_keys and not settings.no_auth:
         if not is_loopback(settings.host):
-            print(f"  API key     {settings.made_key}   (from this machine none is needed)")
-        print("  behind a reverse proxy, give --api-key: its callers look like this machine's, which need none")
+            print(f"  API key     {settings.made_key}   (from this machine: not needed)")
+        print("  Behind a reverse proxy set --api-key: its callers look like this machine's.")
     sys.stdout.flush()
 
 
 def _print_engine(settings: Settings) -> None:
     print(f"  engine      {settings.engine}")
     demo = {
-        "llamacpp": f"{DEFAULT_MODEL} is tiny (English only). A real one, by its name:",
-        "auto": "if no other engine answers, a tiny one does (English only). A real one, by its name:",
+        "llamacpp": f"{DEFAULT_MODEL}: tiny, English only. A real one:",
+        "auto": "tiny, English only; used if no other engine answers. A real one:",
     }.get(settings.engine)
     if settings.model:
         print(f"  model       {settings.model}")

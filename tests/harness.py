@@ -100,9 +100,11 @@ class Stand:
     def __enter__(self) -> Self:
         self._stack.enter_context(self.engine)
         settings = {"engine": self.engine.dialect, "base_url": self.engine.base_url, **self.settings}
-        self.app = product.create_app(product.Settings(**settings))
+        found = product.Settings(**settings)
+        self.app = product.create_app(found)
         self.gateway: product.Gateway = self.app.state.gateway
-        self.url = self._stack.enter_context(serving(self.served()))
+        http = product.limited_protocol(found)  # as `run_server` has it
+        self.url = self._stack.enter_context(serving(self.served(), http=http))
         self.client = self._stack.enter_context(httpx.Client(base_url=self.url, timeout=20, trust_env=False))
         return self
 

@@ -236,9 +236,9 @@ python("base_url of an Ollama, given to vllm", product.EngineUnavailable, "base_
        lambda p: LLMInferencer("vllm", base_url=p.engine("ollama").base_url).generate("x"))  # fmt: skip
 python("no api_key where the engine asks for one", product.EngineUnavailable, "key | VLLM_API_KEY | api_key=",
        lambda p: _locked(p).generate("x"))  # fmt: skip
-python("vllm that is not installed, launch=True", product.EngineUnavailable, "vllm | pip install vllm",
+python("vllm that is not installed, launch=True", product.EngineNotInstalled, "vllm | pip install vllm",
        lambda p: p.started("vllm", "m").generate("x"))  # fmt: skip
-python('python="/nowhere/python"', product.EngineNotInstalled, "vllm | cannot run | python=",
+python('python="/nowhere/python"', product.EngineNotInstalled, "vllm | python: | interpreter",
        lambda p: p.started("vllm", f"m{next(_NUMBERS)}", python="/nowhere/python").generate("x"))  # fmt: skip
 python("a .gguf file that is not there", product.ModelNotFound, "nope.gguf",
        lambda p: p.started("llamacpp", p.folder / "nope.gguf").generate("x"))  # fmt: skip
@@ -348,7 +348,7 @@ http("/generate without a prompt", INVALID, "prompt", lambda p: p.stand().post("
 http(
     "/generate with messages",
     INVALID,
-    "messages | prompt | /chat",
+    "messages | /chat",
     lambda p: p.stand().post("/generate", messages=USER),
 )
 http("/chat without messages", INVALID, "messages", lambda p: p.stand().post("/chat"))

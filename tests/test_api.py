@@ -1845,6 +1845,7 @@ def test_api_test_passes_on_the_real_embedded_engine(real: httpx.Client) -> None
     done = run_command("--api-test", "--host", "127.0.0.1", "--port", str(real.base_url.port), timeout=120)
     assert done.returncode == 0, done.stdout
     assert " 0 failed" in done.stdout and "\x1b" not in done.stdout
+    assert " …" in done.stdout  # a long refusal is cut at a word
 
 
 def test_api_test_uses_the_key_and_fails_without_it(call: Call, keyed: Stand) -> None:

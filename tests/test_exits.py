@@ -437,7 +437,6 @@ keeper = Keeper()
     assert ended.out == "EngineUnavailable", ended
 
 
-@pytest.mark.xfail(strict=True, reason="E2: close() misses a verb between two of its calls, which then connects anew")
 def test_e2_close_between_two_calls(fake: Callable[..., FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
     """E2: a verb that has asked for what the model can do, and not yet for its answer, ends when it is closed."""
     with LLMInferencer("vllm", base_url=fake("vllm").base_url) as llm:

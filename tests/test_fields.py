@@ -21,13 +21,13 @@ from llm_inference import (
     SINCE,
     column,
     field_rows,
-    fields_markdown,
     is_off,
     reasons,
     version_tuple,
     without_no_ops,
 )
 from tests import engines
+from tests.conformance.table import fields_markdown
 
 MODELS: dict[str, dict[str, dict[str, list[str]]]] = json.loads(
     Path(__file__).with_name("engine_fields.json").read_text()

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import llm_inference as product
+from tests.conformance.table import fields_markdown
 from tests.fake_engine import FakeEngine
 from tests.harness import Command, clean_env, run_command
 from tests.processes import ROOT
@@ -252,7 +253,7 @@ def with_fields(text: str) -> str:
     begin, end = "<!-- fields -->\n", "<!-- /fields -->"
     head, _, rest = text.partition(begin)
     assert end in rest
-    return head + begin + product.fields_markdown() + "\n" + end + rest.partition(end)[2]
+    return head + begin + fields_markdown() + "\n" + end + rest.partition(end)[2]
 
 
 def test_the_table_of_fields_is_the_modules() -> None:

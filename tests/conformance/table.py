@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import llm_inference as product
+
 from .features import FEATURES
 from .judge import DROPPED, FAILED, HONOURED, REFUSED, UNDECIDED, VERDICTS, as_json
 from .recorded import ROWS, recorded_cells
@@ -24,6 +26,22 @@ NAMES = {
     "litellm-validating": "LiteLLM, validating",
     "xinference": "Xinference",
 }
+
+
+def fields_markdown() -> str:
+    """The table of fields: one line for all fields with equal cells."""
+    surfaces = {letter: path.rpartition("/")[2] for path, letter in product.SURFACES.items()}
+    surfaces |= {"c": "chat", "o": "own"}
+    words = {"=": "yes", "~": "yes", "-": "–", ".": "ignored"}
+    grouped: dict[str, list[str]] = {}
+    for where, cells, names in product.field_rows():
+        shown = [words.get(cell, f"`{cell}`") for cell in cells]
+        key = " | ".join([", ".join(surfaces[letter] for letter in where), *shown])
+        grouped.setdefault(key, []).extend(f"`{name}`" for name in names)
+    lines = ["| fields | where | Ollama | vLLM | SGLang | llama.cpp |", "|---|---|---|---|---|---|"]
+    for key, fields in grouped.items():
+        lines.append(f"| {' '.join(fields)} | {key} |")
+    return "\n".join(lines)
 
 
 def verdicts(cells: Iterable[Json]) -> dict[str, str]:

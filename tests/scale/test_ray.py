@@ -301,22 +301,22 @@ def test_replica_killed_under_load(cluster: Cluster) -> None:
             f"one replica killed -9, {'the other' if node is cluster.second else 'the same'} node",
             {min(victims)},
         )
-        assert figures["lost_beyond_in_flight"] == 0 and figures["untyped"] == 0, figures
-        assert figures["in_flight_ended_as"].keys() & {"not_ready", "not_ready (streamed)"}, figures
+        assert figures["lost_beyond_in_flight"] == 0 and figures["silent_ends"] == 0, figures
+        assert len(figures["in_flight_ended_as"]) > 1, figures  # it was hit under load
 
 
 def test_every_replica_killed_under_load(cluster: Cluster) -> None:
-    """Nobody is left: what is asked meanwhile waits for a new replica, or is refused as not_ready."""
+    """Nobody is left: what is asked meanwhile waits for a new replica, or is refused by Ray."""
     until(lambda: cluster.whole_again(set()), 60)
     figures = hurt(cluster, "both replicas killed -9", cluster.replicas())
-    assert figures["untyped"] == 0, figures
+    assert figures["silent_ends"] == 0, figures
 
 
 def test_node_killed_under_load(cluster: Cluster) -> None:
     until(lambda: cluster.whole_again(set()) and bool(cluster.replicas(cluster.second)), 60)
     figures = hurt(cluster, "node killed -9", cluster.of(cluster.second))
     cluster.another()
-    assert figures["lost_beyond_in_flight"] == 0 and figures["untyped"] == 0, figures
+    assert figures["lost_beyond_in_flight"] == 0 and figures["silent_ends"] == 0, figures
 
 
 def test_node_frozen_under_load(cluster: Cluster) -> None:
@@ -333,7 +333,7 @@ def test_node_frozen_under_load(cluster: Cluster) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         cluster.another()
-    assert figures["untyped"] == 0, figures
+    assert figures["silent_ends"] == 0, figures
 
 
 # -------------------------------------------------------------------------------------------- limits, and the end of it
