@@ -9721,7 +9721,7 @@ class Surface(ABC):
     def rename(self, error: InferenceError) -> None:
         """Give the field at fault the name that this API has for it."""
         name = self.names.get(error.param or "")
-        if name is not None:
+        if name is not None and name not in error.hint:  # a reader's hint has it: the error is about `param`
             error.reason = re.sub(rf"\b{error.param}\b", name, error.reason)
             error.param = name
 

@@ -576,6 +576,22 @@ def test_a_bad_field_is_named(vllm: Stand, path: str, fields: Json, name: str) -
         assert reply.json()["error"]["param"] == name
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("max_completion_tokens", 9, "max_output_tokens"),
+        ("reasoning_effort", "low", "reasoning.effort"),
+        ("response_format", {"type": "json_object"}, "text.format"),
+        ("verbosity", "low", "text.verbosity"),
+    ],
+)
+def test_a_field_of_the_chat_api_is_refused_under_its_own_name(vllm: Stand, field: str, value: Any, named: str) -> None:
+    reply = ask(vllm, RESPONSES, **{field: value})
+    message = refused(reply, RESPONSES, "invalid_request")
+    assert message.startswith(f"{field}: ") and f"send {named}" in message
+    assert reply.json()["error"]["param"] == field
+
+
 @pytest.mark.parametrize("path", [*BOTH, COUNT])
 def test_a_body_that_is_none(vllm: Stand, path: str) -> None:
     for body in (b"", b"{", b"[]", b'{"model": "a", "model": "b"}'):
