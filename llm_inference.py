@@ -8672,7 +8672,7 @@ _TEXT_PARTS = {
 }
 #: Fields of items and parts that are read, or say nothing new; others are noted.
 _ITEM_FIELDS: _Specs = dict.fromkeys((
-    "annotations", "arguments", "call_id", "content", "detail", "encrypted_content", "file_id", "id", "image_url",
+    "annotations", "arguments", "call_id", "content", "detail", "encrypted_content", "id", "image_url",
     "logprobs", "name", "output", "parsed", "parsed_arguments", "refusal", "role", "status", "summary", "text", "type",
 ), object) | {"namespace": str}
 _NEEDS_STORE = {  # responses are not stored: field → what to do instead

@@ -592,6 +592,12 @@ def test_a_field_of_the_chat_api_is_refused_under_its_own_name(vllm: Stand, fiel
     assert reply.json()["error"]["param"] == field
 
 
+def test_the_id_of_a_file_beside_an_image_is_named() -> None:
+    part = {"type": "input_image", "image_url": f"data:image/png;base64,{PIXEL}", "file_id": "file_1"}
+    with Stand("llamacpp", capabilities=["vision"]) as stand:
+        assert ignored(ask(stand, RESPONSES, input=[{"role": "user", "content": [part]}])) == "input.file_id"
+
+
 @pytest.mark.parametrize("path", [*BOTH, COUNT])
 def test_a_body_that_is_none(vllm: Stand, path: str) -> None:
     for body in (b"", b"{", b"[]", b'{"model": "a", "model": "b"}'):
