@@ -11037,8 +11037,8 @@ def create_v1_router(gateway: Gateway) -> Any:
         return JSONResponse({"object": "list", "data": found})
 
     @router.get("/v1/models/{name:path}", summary="OpenAI: one model")
-    async def model(name: str, request: Request) -> Response:
-        anthropic = "anthropic-version" in request.headers
+    async def model(name: Annotated[str, Field(json_schema_extra={"example": DEMO})], asked: Request) -> Response:
+        anthropic = "anthropic-version" in asked.headers
         for each in await listed():
             if name and name in (each["id"], each["id"].partition("/")[2]):
                 return JSONResponse(anthropic_models([each])["data"][0] if anthropic else each)
@@ -12401,8 +12401,8 @@ def banner(settings: Settings) -> None:
     print(f"""\
 llm_inference {__version__}
   API         {url}{API}/generate   (and /chat, …)
-  OpenAI      {url}/v1   (its clients' base_url)
-  Anthropic   {url}      (its clients' base_url)
+  OpenAI      {url}/v1   (as base_url)
+  Anthropic   {url}      (as base_url)
   Swagger UI  {url}/docs   (ReDoc: /redoc)
   Chat page   {url}/ui
   Ready?      {url}/ready""")

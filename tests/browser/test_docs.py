@@ -7,7 +7,7 @@ import pytest
 
 import llm_inference as product
 from tests.browser.chromium import DESKTOP, PHONE, Page, chromium
-from tests.harness import Stand
+from tests.harness import Stand, serving
 
 pytest.importorskip("fastapi_offline")
 KEY = "sk-docs"
@@ -64,3 +64,40 @@ def test_authorize_sends_the_key(tmp_path: Path) -> None:
         click(page, "button.execute")
         page.wait(lambda: '"msg": "success"' in page.text(".live-responses-table"))
         assert len(page.errors()) == 1  # the browser logs the 401
+
+
+def executed(page: Page, operation: str) -> str:
+    """What the page shows after "Try it out" and "Execute" on an operation as it stands: its status."""
+    block = f'[id="{operation}"]'
+    click(page, f"{block} .opblock-summary-control")
+    click(page, f"{block} .try-out__btn")
+    click(page, f"{block} button.execute")
+    shown = f"{block} .live-responses-table .response-col_status"
+    page.wait(lambda: page.text(shown).strip().split("\n")[-1][:3].isdigit(), 60)
+    status = page.text(shown).strip().split("\n")[-1][:3]
+    click(page, f"{block} .opblock-summary-control")
+    return status
+
+
+def test_every_example_is_answered_as_it_stands() -> None:
+    """All but the two that name a model of Ollama and of vLLM: the default one can neither embed nor rerank."""
+    app = product.create_app(product.Settings(engine="llamacpp"))
+    with serving(app) as url, chromium() as page:
+        page.open(url + "/docs")
+        page.wait(lambda: "structured-generate" in page.text())
+        operations = [each.get_attribute("id") for each in page.all(".opblock")]
+        answers = {operation: executed(page, operation) for operation in operations}
+        page.errors()  # the browser logs the two refusals
+    assert len(answers) >= 17
+    refused = {operation for operation, status in answers.items() if status != "200"}
+    assert len(refused) == 2 and all("embeddings" in each or "rerank" in each for each in refused), answers
+
+
+@pytest.mark.parametrize("path", ["/", "/ui", "/docs", "/redoc"])
+def test_no_page_leaves_an_error_in_the_console(path: str) -> None:
+    with Stand("vllm") as stand, chromium() as page:
+        page.open(stand.url + path)
+        page.wait(lambda: page.text().count("\n") > 3)
+        page.network()
+        assert page.failed == [] and [error for error in page.errors() if "cdn.redoc.ly" not in error] == []
+        assert page.driver.current_url == stand.url + {"/": "/ui"}.get(path, path)
