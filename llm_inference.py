@@ -10780,8 +10780,8 @@ def response_class() -> "Callable[[Exchange], StarletteResponse]":
 FIRST_PROMPT = "What is the capital of China? Answer in one short sentence."  # the demo model answers it well
 DEMO = "llamacpp/SmolLM2-135M-Instruct.Q4_1"
 EXAMPLES: dict[type, dict[str, Any]] = {
-    GenerateBody: {"prompt": FIRST_PROMPT, "max_tokens": 64},
-    ChatBody: {"messages": [{"role": "user", "content": FIRST_PROMPT}], "max_tokens": 64},
+    GenerateBody: {"prompt": FIRST_PROMPT, "max_tokens": 64, "temperature": 0},
+    ChatBody: {"messages": [{"role": "user", "content": FIRST_PROMPT}], "max_tokens": 64, "temperature": 0},
     StructuredBody: {
         "prompt": "Anna is 34 years old.",
         "schema": {"name": "string", "age": "integer"},
@@ -11679,8 +11679,8 @@ label { flex: 1 10rem } label * { display: block; width: 100% } #send { backgrou
 <select id="model" aria-label="Model" data-zh="模型"></select></header>
 <div id="demo" hidden>
 <span data-zh="当前是演示用的微型模型，经常答错，基本只懂英文。换用正式模型：">
-This demo model is often wrong. For a real one:</span>
-<code>python llm_inference.py --serve --model Qwen/Qwen3-0.6B-GGUF:Q8_0</code></div>
+This tiny demo model is often wrong. For a real one:</span>
+<code>python llm_inference.py --serve --engine llamacpp --model Qwen/Qwen3-0.6B-GGUF:Q8_0</code></div>
 <details id="settings"><summary data-zh="设置">Settings</summary><div>
 <label><span data-zh="API 密钥">API key</span><input id="key" type="password" autocomplete="off"></label>
 <label><span data-zh="系统提示词">System prompt</span><textarea id="system"></textarea></label>
@@ -11696,7 +11696,7 @@ This demo model is often wrong. For a real one:</span>
 <script>
 const EXAMPLES = [
   "What is the capital of China? Answer in one short sentence.",
-  "What is HTTP? Answer in one short sentence.",
+  "Give three tips for good sleep. Be brief.",
 ]
 const CHINESE_EXAMPLES = ["用一句话介绍北京。", "天空为什么是蓝色的？"]
 const $ = id => document.getElementById(id), talk = $("talk"), inChinese = navigator.language.startsWith("zh")
