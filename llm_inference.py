@@ -73,6 +73,7 @@ from collections.abc import (
     Collection,
     Container,
     Coroutine,
+    Generator,
     Iterable,
     Iterator,
     Mapping,
@@ -3349,7 +3350,7 @@ class Portal:
         finally:
             del future  # it holds its error, whose traceback holds this frame: a cycle that would keep the request
 
-    def iterate(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
+    def iterate(self, items: AsyncGenerator[T, None]) -> Generator[T, None, None]:
         """The items, one by one; leaving early closes the generator."""
         steps: list[Any] = []
         owner = os.getpid()
@@ -7497,9 +7498,8 @@ class AsyncVerbs(ABC):
         if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
             raise InvalidRequest("prompts: one text is not a list", "send [prompt], or use generate()", param="prompts")
         if concurrency < 1:
-            raise InvalidRequest(
-                f"concurrency: must be 1 or more, got {concurrency}", "leave it out", param="concurrency"
-            )
+            reason = f"concurrency: must be 1 or more, got {concurrency}"
+            raise InvalidRequest(reason, "leave it out", param="concurrency")
         waiting = list(prompts)
         answers: list[Any] = [None] * len(waiting)
         places, progress, finished = iter(enumerate(waiting)), Progress("batch"), 0
@@ -7594,6 +7594,13 @@ class AsyncVerbs(ABC):
         return found | {"version": adapter.version, "models": models}
 
 
+def texts_in(bursts: Generator[list[Chunk], None, None]) -> Iterator[str]:
+    """The texts, one by one, of chunks that came together from another thread."""
+    with contextlib.closing(bursts):
+        for burst in bursts:
+            yield from (chunk.text for chunk in burst if chunk.text)
+
+
 class Verbs(AsyncVerbs):
     """The same verbs, synchronous: the asynchronous ones, run on the portal's loop."""
 
@@ -7624,8 +7631,7 @@ class Verbs(AsyncVerbs):
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[str]:
         """See `astream`. A refusal is raised by this call, an engine's failure by the first item or a later one."""
         portal.check_alive()
-        self.request(prompt, **dict(options))
-        return portal.iterate(self.astream(prompt, **options))
+        return texts_in(portal.iterate(self.bursts(self.request(prompt, **options))))
 
     def batch(
         self, prompts: Iterable[Prompt], *, concurrency: int = 8, schema: Any = None, **options: Unpack[Options]
