@@ -3123,11 +3123,12 @@ class _Link(asyncio.Protocol):
             reply.lost(exc)
             self.transport.abort()
             return
+        if reply.handed_on():
+            return
         if reply.waiting > reply.FULL and not reply.paused:
             reply.paused = True
             self.transport.pause_reading()
-        if not reply.handed_on():
-            reply.wake()
+        reply.wake()
 
     # The parser's calls
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -3184,17 +3185,14 @@ class _LinkReply(Reply):
 
     def handed_on(self) -> bool:
         """Whether `take` has what has come, so that nobody need be woken."""
-        if (
-            self.take is None
-            or self._waiter is None
-            or self.ended
-            or len(self.parts) != 1
-            or not self.take(self.parts[0])
-        ):
+        if self.take is None or self._waiter is None or self.ended or not self.take(self._come()):
             return False
         self.parts.clear()
         self.waiting = 0
         return True
+
+    def _come(self) -> bytes:
+        return self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
 
     def lost(self, exc: Exception | None) -> None:
         """The connection has ended, which ends a reply that states no length."""
@@ -3211,7 +3209,7 @@ class _LinkReply(Reply):
             await self.wait()
         if not self.parts and self.broken is not None:
             raise self.ended_early(self.broken) from self.broken
-        data = self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
+        data = self._come()
         self.parts.clear()
         self.waiting = 0
         if self.paused:
@@ -4832,7 +4830,7 @@ class EngineClient(ABC):
             reply, lines = await self.open(path, body, deadline), LineReader()
 
             def take(data: bytes) -> bool:
-                if push is None or lines.in_line or not data.endswith(b"\n") or not push(data):
+                if push is None or lines.in_line or not data.endswith(b"\n\n") or not push(data):
                     return False
                 deadline.push_back()
                 return True

@@ -175,12 +175,7 @@ def test_client_gone_engine_stops(cluster: Cluster, stream: bool, path: str) -> 
     for number in range(5):
         url = cluster.url if path == "head" else cluster.second_url
         client = http.client.HTTPConnection("127.0.0.1", int(url.rpartition(":")[2]), timeout=20)
-        headers = {
-            **AUTH,
-            "content-type": "application/json",
-            "x-request-disconnect-disabled": "1",
-            "x-request-timeout-seconds": "0.001",
-        }  # Ray's: ignored
+        headers = {**AUTH, "content-type": "application/json"}
         client.request("POST", "/api/v1/llm/generate", json.dumps(ASK | {"stream": stream}), headers)
         cluster.engine.wait(lambda: cluster.engine.live == 1)
         time.sleep(0.1 * number)
@@ -382,13 +377,7 @@ def test_removed_while_a_stream_runs(cluster: Cluster) -> None:
     serve.delete("llm_inference")
     reader.join(30)
     assert ended and ended[0][-1] == "[DONE]"
-    refused(cluster.client.post("/api/v1/llm/generate", json=ASK), "not_ready", 503)
-    refused_v1(
-        cluster.client.post(
-            "/v1/chat/completions", json={"model": "m", "messages": [{"role": "user", "content": "hi"}]}
-        ),
-        "not_ready",
-    )
+    assert cluster.client.post("/api/v1/llm/generate", json=ASK).status_code == 404  # Ray's own
 
 
 def test_the_command(cluster: Cluster) -> None:
@@ -420,7 +409,7 @@ def test_the_command(cluster: Cluster) -> None:
         assert good(cluster.client.post("/api/v1/llm/generate", json=ASK))["text"] == cluster.engine.text
         process.terminate()
         assert process.wait(60) == 0
-        refused(cluster.client.post("/api/v1/llm/generate", json=ASK), "not_ready", 503)
+        assert cluster.client.post("/api/v1/llm/generate", json=ASK).status_code == 404  # Ray's own
     finally:
         process.kill()
         process.wait(5)
