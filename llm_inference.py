@@ -8871,14 +8871,15 @@ def _tools_from_responses(reader: _Reader) -> dict[str, Any]:
         functions[function["name"]] = function
     names, choice = _chosen(functions, reader.body.pop("tool_choice", None))
     chat: dict[str, Any] = {"tools": [{"type": "function", "function": functions[name]} for name in names]}
-    parallel = reader.body.pop("parallel_tool_calls", None)
+    chat |= {"tool_choice": choice, "parallel_tool_calls": reader.body.pop("parallel_tool_calls", None)}
     if choice not in (None, "auto", "none") and not names:
         problem = "requires a call, and none of the tools that it allows is a function"
         raise _unsupported("tool_choice", problem, "send function tools")
-    for name, value in (("tool_choice", choice), ("parallel_tool_calls", parallel)):
-        if value is not None:
-            chat[name] = value
-    return chat if names else {}
+    return {name: value for name, value in chat.items() if names and value is not None}
+
+
+def _flat_choice(name: str, names: Collection[str]) -> str:
+    return name if name in names else name.replace(".", "__")  # openai-agents qualifies a name: namespace.function
 
 
 def _chosen(names: Collection[str], choice: Any) -> tuple[Collection[str], Any]:
@@ -8886,13 +8887,12 @@ def _chosen(names: Collection[str], choice: Any) -> tuple[Collection[str], Any]:
     match choice:
         case None | "auto" | "none" | "required":
             return names, choice
-        case {"type": "function", "name": str(name)} if name in names:
-            return names, {"type": "function", "function": {"name": name}}
+        case {"type": "function", "name": str(name)} if (flat := _flat_choice(name, names)) in names:
+            return names, {"type": "function", "function": {"name": flat}}
         case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": list(tools)}:
             return _allowed(names, tools), mode
         case {"type": str(kind)} if kind not in ("function", "allowed_tools"):
-            problem = f"{kind[:100]!r} cannot be forced: it is not run here"
-            raise _unsupported("tool_choice.type", problem, "choose a function")
+            raise _unsupported("tool_choice.type", f"{kind[:100]!r} cannot be forced: not run", "choose a function")
     hint = 'send "auto", "none", "required", a function in tools, or allowed_tools with mode and tools'
     raise _bad_field("tool_choice", "not of a known form, or not in tools", hint)
 
@@ -8902,8 +8902,8 @@ def _allowed(names: Collection[str], tools: list[Any]) -> list[str]:
     allowed = set()
     for index, tool in enumerate(tools):
         match tool:
-            case {"type": "function", "name": str(name)} if name in names:
-                allowed.add(name)
+            case {"type": "function", "name": str(name)} if (flat := _flat_choice(name, names)) in names:
+                allowed.add(flat)
             case {"type": str(kind)} if kind != "function":
                 pass
             case _:

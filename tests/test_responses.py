@@ -541,6 +541,23 @@ def test_formats():
     assert chat["response_format"] == {"type": "json_object"}
 
 
+def test_a_function_in_a_namespace_can_be_chosen():
+    """By its qualified name, as OpenAI's agents SDK has it; a name of its own at the top comes first."""
+    spaces = [{"type": "namespace", "name": name, "description": "", "tools": [FN]} for name in ("sky", "sea")]
+    body = {"input": "x", "tools": [*spaces, {**FN, "name": "sea.g"}]}
+    choice = {"type": "function", "name": "sea.f"}
+    chat, _ = chat_from_responses({**body, "tool_choice": choice})
+    assert chat["tool_choice"] == {"type": "function", "function": {"name": "sea__f"}} and len(chat["tools"]) == 3
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [choice]}
+    chat, _ = chat_from_responses({**body, "tool_choice": allowed})
+    assert chat["tool_choice"] == "required" and [t["function"]["name"] for t in chat["tools"]] == ["sea__f"]
+    chat, _ = chat_from_responses({**body, "tool_choice": {"type": "function", "name": "sea.g"}})
+    assert chat["tool_choice"]["function"]["name"] == "sea.g"
+    for name in ("f", "sky", "sun.f"):
+        with pytest.raises(InvalidRequest):
+            chat_from_responses({**body, "tool_choice": {"type": "function", "name": name}})
+
+
 def test_tool_choices():
     two = [FN, {**FN, "name": "g"}]
     chat, _ = chat_from_responses({"input": "x", "tools": two, "tool_choice": {"type": "function", "name": "g"}})
