@@ -1004,7 +1004,7 @@ class Served:
     target: "Target | None" = None  #: the server that the body was written for
     closed: bool = False  #: was `close` called meanwhile?
     push: "Callable[[Burst], bool] | None" = None  #: sends a burst of a stream at once; False: it cannot now
-    collected: bool = False  #: is the stream checked, so that no burst may be pushed past the check?
+    collected: bool = False  #: is the stream checked, burst by burst?
 
 
 SERVED: contextvars.ContextVar[Served | None] = contextvars.ContextVar(
@@ -3185,7 +3185,7 @@ class _LinkReply(Reply):
 
     def handed_on(self) -> bool:
         """Whether `take` has what has come, so that nobody need be woken."""
-        if self.take is None or self._waiter is None or self.ended or not self.take(self._come()):
+        if not self.take or self._waiter is None or self.ended or not self.take(self._come()):
             return False
         self.parts.clear()
         self.waiting = 0
@@ -7593,7 +7593,7 @@ class AsyncVerbs(ABC):
 
 
 def texts_in(bursts: Generator[list[Chunk], None, None]) -> Iterator[str]:
-    """The texts, one by one, of chunks that came together from another thread."""
+    """The texts of chunks that were handed over together."""
     with contextlib.closing(bursts):
         for burst in bursts:
             yield from (chunk.text for chunk in burst if chunk.text)
@@ -10742,7 +10742,7 @@ class EventWriter:
             return False
         try:
             part = exchange.surface.event(burst, exchange.served)
-        except Exception:  # raised again, and answered, where the task makes the same of it
+        except Exception:  # the task will come to it too
             return False
         if part:
             exchange.splice(part)
