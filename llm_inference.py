@@ -5692,7 +5692,7 @@ class OpenAIAdapter(HTTPAdapter):
 
 
 def is_plain(data: bytes) -> bool:
-    """Is it nothing but events in the middle of an answer, which a decoder passes on as they are?"""
+    """Is it nothing but events in the middle of an answer, which decoders leave as they are?"""
     return (
         data.find(b'"finish_reason":"') < 0
         and data.find(b'"finish_reason": "') < 0
