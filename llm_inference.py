@@ -4830,7 +4830,7 @@ class EngineClient(ABC):
             reply, lines = await self.open(path, body, deadline), LineReader()
 
             def take(data: bytes) -> bool:
-                if push is None or lines.in_line or not data.endswith(b"\n\n") or not push(data):
+                if push is None or lines.in_line or not push(data):
                     return False
                 deadline.push_back()
                 return True

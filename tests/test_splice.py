@@ -137,9 +137,10 @@ def test_a_fault_behind_spliced_tokens(stand: Stand, pushes: list[bool], name: s
 
 def test_lines_cut_anywhere(stand: Stand, without: Callable[[], None]) -> None:
     """Pieces that end within a line wait for its end."""
-    first, *others = paced(stand).pieces
+    first, second, *others = paced(stand).pieces
     rest = b"".join(others)
-    pieces = [first, *(rest[start : start + 97] for start in range(0, len(rest), 97))]
+    comment = [b": a comment, ", b'data: {"in": "it"}\n\n']
+    pieces = [first, second, *comment, *(rest[start : start + 97] for start in range(0, len(rest), 97))]
     stand.engine.script_chat(paced(stand, pieces=pieces, gap=0.002))
     spliced = ask(stand, CHAT)
     without()
@@ -162,8 +163,17 @@ def test_a_client_that_leaves(stand: Stand, pushes: list[bool]) -> None:
     stand.engine.wait(lambda: stand.engine.live == 0)
 
 
-def test_a_client_that_reads_late_gets_it_all(stand: Stand, pushes: list[bool]) -> None:
+def test_a_client_that_reads_late_gets_it_all(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the client takes nothing, the engine's connection is read no further; nothing is lost or changes places."""
+    waiting: list[int] = []
+    splice = product.LimitsMixin.splice
+
+    def watched(self: Any, cycle: Any, part: bytes) -> bool:
+        took = splice(self, cycle, part)
+        waiting.append(self.transport.get_write_buffer_size())
+        return took
+
+    monkeypatch.setattr(product.LimitsMixin, "splice", watched)
     (first, *_) = [piece for piece in paced(stand).pieces if product.is_plain(piece)]
     base = json.loads(first[6:])
     done = paced(stand).pieces[-1]
@@ -177,10 +187,11 @@ def test_a_client_that_reads_late_gets_it_all(stand: Stand, pushes: list[bool]) 
     stand.engine.script_chat(paced(stand, pieces=[*events, *finish, done], gap=0))
     with stand.leaving(CHAT, model=stand.model, messages=USER, stream=True) as client:
         reply = client.getresponse()
-        time.sleep(0.3)  # a client that is busy with something else
+        time.sleep(0.5)  # a client that is busy with something else
         answer = reply.read()
     assert re.findall(rb'"content":"(\d{6})x', answer) == [text[:6].encode() for text in texts]
     assert answer.endswith(b"data: [DONE]\n\n")
+    assert 0 < max(waiting) < 1 << 20, "what waits for the client grows"
 
 
 def test_the_idle_deadline_counts_from_the_last_token(fake: Callable[..., FakeEngine], pushes: list[bool]) -> None:
