@@ -18,7 +18,8 @@ import pytest
 import llm_inference as product
 from tests.conformance.table import fields_markdown
 from tests.fake_engine import FakeEngine
-from tests.harness import Command, clean_env, run_command
+from tests.harness import Command, Stand, clean_env, run_command
+from tests.integration.npm import MODULES, environment, needed
 from tests.processes import ROOT
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -145,6 +146,31 @@ def test_the_command_line_takes_every_command(half: str) -> None:
         values = product.parse_arguments(arguments)
         mode = product.take_mode(values)
         product.load_settings(values, mode, {})
+
+
+@needed
+@pytest.mark.parametrize("name", ["claude -p Hi.", "codex exec --skip-git-repo-check Hi."])
+def test_the_agents_are_answered(name: str, tmp_path: Path) -> None:
+    """As typed, but without a terminal; their prompts are why README names a context length."""
+    client = name.partition(" ")[0]
+    (typed,) = [command for command in commands("zh") if f" {client} " in command]
+    env = environment(tmp_path, CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1", DISABLE_AUTOUPDATER="1")
+    env["PATH"] = f"{MODULES / '.bin'}:{env['PATH']}"
+    with Stand("vllm") as stand:
+        command = with_port(typed.replace("ENGINE/MODEL", stand.model), stand.url.rpartition(":")[2])
+        command = command.replace(f" {client} ", f" {name} ")
+        done = subprocess.run(
+            command,
+            shell=True,
+            cwd=tmp_path,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0 and stand.engine.text in done.stdout, done.stderr
+        assert 8_192 < len(json.dumps(stand.engine.body)) / 4 < 32_768
 
 
 def test_the_banner_names_the_same_port() -> None:
