@@ -8878,7 +8878,7 @@ def _tools_from_responses(reader: _Reader) -> dict[str, Any]:
     return {name: value for name, value in chat.items() if names and value is not None}
 
 
-def _flat_choice(name: str, names: Collection[str]) -> str:
+def _choice(name: str, names: Collection[str]) -> str:
     return name if name in names else name.replace(".", "__")  # openai-agents qualifies a name: namespace.function
 
 
@@ -8887,9 +8887,9 @@ def _chosen(names: Collection[str], choice: Any) -> tuple[Collection[str], Any]:
     match choice:
         case None | "auto" | "none" | "required":
             return names, choice
-        case {"type": "function", "name": str(name)} if (flat := _flat_choice(name, names)) in names:
+        case {"type": "function", "name": str(name)} if len(choice) == 2 and (flat := _choice(name, names)) in names:
             return names, {"type": "function", "function": {"name": flat}}
-        case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": list(tools)}:
+        case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": list(tools)} if len(choice) == 3:
             return _allowed(names, tools), mode
         case {"type": str(kind)} if kind not in ("function", "allowed_tools"):
             raise _unsupported("tool_choice.type", f"{kind[:100]!r} cannot be forced: not run", "choose a function")
@@ -8902,7 +8902,7 @@ def _allowed(names: Collection[str], tools: list[Any]) -> list[str]:
     allowed = set()
     for index, tool in enumerate(tools):
         match tool:
-            case {"type": "function", "name": str(name)} if (flat := _flat_choice(name, names)) in names:
+            case {"type": "function", "name": str(name)} if (flat := _choice(name, names)) in names:
                 allowed.add(flat)
             case {"type": str(kind)} if kind != "function":
                 pass
