@@ -8760,8 +8760,7 @@ class _ResponsesReader(_Reader):
             problem = "must be a string or a list of at least one item"
             raise _bad_field("input", problem, "send the conversation in input")
         turns: list[_Turn] = []
-        instructions = self.body.pop("instructions", "")
-        if instructions:
+        if instructions := self.body.pop("instructions", ""):
             turns.append(("system", [_text_part(instructions)]))
         for index, item in enumerate(items):
             turns.append(self._turn(item, f"input[{index}]"))
@@ -8842,15 +8841,15 @@ def _flat_name(space: str | None, name: str) -> str:
     return f"{space}__{name}" if space else name
 
 
-def _tools_of(body: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    """The tools with their place and namespace ("": none): in place of a namespace, what is in it."""
+def _tools_of(body: Mapping[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """The tools with their place and namespace ({}: none); in place of a namespace, its tools."""
     for index, tool in enumerate(body.get("tools") or ()):
         match tool:
-            case {"type": "namespace", "name": str(space), "tools": list(members)} if space:
+            case {"type": "namespace", "name": str(name), "tools": list(members)} if name:
                 for number, member in enumerate(members):
-                    yield f"tools[{index}].tools[{number}]", member, space
+                    yield f"tools[{index}].tools[{number}]", member, tool
             case _:
-                yield f"tools[{index}]", tool, ""
+                yield f"tools[{index}]", tool, {}
 
 
 def _tools_from_responses(reader: _Reader) -> dict[str, Any]:
@@ -8858,13 +8857,13 @@ def _tools_from_responses(reader: _Reader) -> dict[str, Any]:
     functions: dict[str, dict[str, Any]] = {}
     for where, tool, space in _tools_of({"tools": reader.body.pop("tools", ())}):
         kind = reader.type_of(tool, str, where)
-        if space:
-            reader.ignore(f"{where.partition('.')[0]}.description")  # of the namespace
+        for name in sorted(space.keys() - {"type", "name", "tools"}):
+            reader.ignore(f"{where.partition('.')[0]}.{_header_safe(name)}")
         if kind != "function":  # hosted and other tools are offers, which are left out
             reader.ignore(f"{where} ({_header_safe(kind)})")
             continue
         function = reader.fields(tool, where, {"type": str, "name": str}, _FUNCTION_FIELDS, noted_in=where)
-        function["name"] = _flat_name(space, function["name"])
+        function["name"] = _flat_name(space.get("name"), function["name"])
         if function["name"] in functions:
             raise _bad_field(f"{where}.name", "is there twice", "send other names")
         del function["type"]
@@ -8879,7 +8878,7 @@ def _tools_from_responses(reader: _Reader) -> dict[str, Any]:
 
 
 def _choice(name: str, names: Collection[str]) -> str:
-    return name if name in names else name.replace(".", "__")  # openai-agents qualifies a name: namespace.function
+    return name if name in names else name.replace(".", "__")  # openai-agents: space.function
 
 
 def _chosen(names: Collection[str], choice: Any) -> tuple[Collection[str], Any]:
@@ -9025,7 +9024,8 @@ class ResponseWriter(_Writer):
         self._spaces: dict[str, dict[str, str]] = {}  #: name of a function for the engine → in the caller's terms
         for _, tool, space in _tools_of(body):
             if space and tool.get("name"):
-                self._spaces[_flat_name(space, tool["name"])] = {"name": tool["name"], "namespace": space}
+                own, name = space["name"], tool["name"]
+                self._spaces[_flat_name(own, name)] = {"name": name, "namespace": own}
         self._output: list[dict[str, Any]] = []
         self._logprobs: list[dict[str, Any]] = []
         self._usage: dict[str, Any] | None = None

@@ -664,7 +664,6 @@ REFUSED = [
 ]
 
 
-@pytest.mark.xfail(strict=True, reason="a namespace's unknown fields are dropped without a word")
 def test_an_unknown_field_of_a_namespace_is_named():
     space = {"type": "namespace", "name": "sky", "description": "", "tools": [FN], "defer": True}
     assert "tools[0].defer" in chat_from_responses({"input": "x", "tools": [space]})[1]
