@@ -5405,7 +5405,7 @@ class HTTPAdapter(StartableAdapter):
         raise BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again", retryable=True)
 
     def pusher(self, request: GenerateRequest, body: dict[str, Any]) -> Callable[[bytes], bool] | None:
-        """What passes lines on past `decoder` and every task, or returns False where it would do more than that."""
+        """Sends lines past `decoder` and every task, or returns False where they need it."""
         return None
 
     @staticmethod
@@ -5692,7 +5692,7 @@ class OpenAIAdapter(HTTPAdapter):
 
 
 def is_plain(data: bytes) -> bool:
-    """Is it nothing but events in the middle of an answer, which decoders leave as they are?"""
+    """Only events in the middle of an answer, which decoders leave as they are?"""
     return (
         data.find(b'"finish_reason":"') < 0
         and data.find(b'"finish_reason": "') < 0
