@@ -7043,7 +7043,7 @@ class Router:
 
 
 class Turns:
-    """Begins requests at endpoints that are started on request; those of one group run one at a time."""
+    """Begins requests at endpoints that are started on request, of a group one at a time."""
 
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
         self._endpoints = endpoints
@@ -11472,7 +11472,7 @@ class LimitsMixin:
             self.cycle.send = functools.partial(send_unchunked, self.cycle, self.cycle.send)
 
     def splice(self, cycle: Any, part: bytes) -> bool:
-        """Write a part of an answer that has begun; False where the client takes nothing now."""
+        """Write a part of an answer that has begun; False: the client takes nothing now."""
         if self.flow.write_paused or cycle.disconnected or not cycle.response_started or cycle.response_complete:
             return False
         if part:
