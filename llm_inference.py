@@ -6659,7 +6659,7 @@ class Endpoint:
         self.overloaded = False  #: was the last one an answer that it has no room?
         self.error = ""  #: the last failure
         self.retry_at = 0.0  #: not asked before, after a failure
-        self.trying = False  #: is the one request on its way that finds out whether it is back?
+        self.trial: object = None  #: the one request, or look, that finds out whether it is back
         self.used_at = time.monotonic()
         self.removed = False  #: finishes what it has, and gets nothing new
         self.config: Any = None  #: the EndpointConfig it was made from
@@ -6756,18 +6756,28 @@ class Endpoint:
 
     def available(self, now: float) -> bool:
         """Whether a request may be sent there now."""
-        return not self.removed and self.retry_at <= now and not self.trying
+        return not self.removed and self.retry_at <= now and self.trial is None
 
-    def begin(self) -> None:
+    def begin(self, request: object) -> None:
         """A request has been sent here; after an outage, the first one is the trial."""
         self.in_flight += 1
-        self.trying = self.trying or self.failures > 0
+        self.try_by(request)
 
-    def finish(self) -> None:
+    def finish(self, request: object) -> None:
         """A request that was sent here has ended."""
         self.in_flight -= 1
         self.used_at = time.monotonic()
-        self.trying = False
+        self.tried_by(request)
+
+    def try_by(self, who: object) -> None:
+        """After an outage, `who` finds out whether it is over, unless another one is at it."""
+        if self.failures and self.trial is None:
+            self.trial = who
+
+    def tried_by(self, who: object) -> None:
+        """That is done; requests from before the outage, which end now, do not end another's trial."""
+        if self.trial is who:
+            self.trial = None
 
     def failed(self, error: InferenceError) -> None:
         """An outage is counted once, however many requests notice it."""
@@ -6784,7 +6794,7 @@ class Endpoint:
     def recovered(self) -> None:
         """It has answered: the outage is over."""
         if self.failures:
-            self.failures, self.error, self.retry_at, self.trying = 0, "", 0.0, False
+            self.failures, self.error, self.retry_at, self.trial = 0, "", 0.0, None
 
     def describe(self) -> dict[str, Any]:
         """For /ready, /engines and the chat page."""
@@ -6999,14 +7009,14 @@ class Router:
     @staticmethod
     async def _ask(endpoints: Sequence[Endpoint], model: str, group: list[Endpoint]) -> list[InferenceError]:
         """Adds those that serve the model to `group`; returns the failures."""
-        failures = []
-        for endpoint in endpoints:  # this is the one request that finds out whether it is back
-            endpoint.trying = endpoint.failures > 0
+        failures: list[InferenceError] = []
+        for endpoint in endpoints:
+            endpoint.try_by(failures)
         try:
             outcomes = await asyncio.gather(*(each.serves(model) for each in endpoints), return_exceptions=True)
         finally:
             for endpoint in endpoints:
-                endpoint.trying = False
+                endpoint.tried_by(failures)
         for endpoint, outcome in zip(endpoints, outcomes, strict=True):
             if isinstance(outcome, InferenceError):
                 endpoint.failed(outcome)
@@ -7052,29 +7062,29 @@ class Turns:
     async def begin(self, endpoint: Endpoint, request: GenerateRequest) -> None:
         """The endpoint begins a request; where it is started on request, after its group's others have stopped."""
         if endpoint.running and not endpoint.group:
-            endpoint.begin()
+            endpoint.begin(request.served)
             return
         try:
             async with asyncio.timeout(endpoint.adapter.deadlines.within(request.timeout).total):
-                await self._start(endpoint)
+                await self._start(endpoint, request.served)
         except TimeoutError:
             reason = f"{endpoint.name} is not ready yet ({endpoint.progress or 'waiting for its turn'})"
             raise EngineTimeout(reason, "ask again later", retry_after=5) from None
 
-    async def _start(self, endpoint: Endpoint) -> None:
+    async def _start(self, endpoint: Endpoint, served: Served) -> None:
         if not endpoint.group:
-            endpoint.begin()
+            endpoint.begin(served)
             try:
                 await endpoint.adapter.connect()
             except BaseException:
-                endpoint.finish()
+                endpoint.finish(served)
                 raise
             return
         async with self._locks.setdefault(endpoint.group, asyncio.Lock()):
             if not endpoint.running:
                 await self._take_turn(endpoint)
                 await endpoint.adapter.connect()
-            endpoint.begin()
+            endpoint.begin(served)
 
     async def _take_turn(self, endpoint: Endpoint) -> None:
         """Stop the others of the group once they have answered what they have."""
@@ -7148,7 +7158,7 @@ class Fleet(Router):
             return answer
 
         endpoint, answer = await self._first_that_answers(request, work)
-        endpoint.finish()
+        endpoint.finish(request.served)
         return answer
 
     async def events(self, request: GenerateRequest) -> AsyncGenerator[Burst, None]:
@@ -7164,7 +7174,7 @@ class Fleet(Router):
                 self._passed_over(endpoint, exc, request)
                 raise
             finally:
-                endpoint.finish()
+                endpoint.finish(request.served)
                 await stream.close()
 
     async def _first_that_answers(
@@ -7197,7 +7207,7 @@ class Fleet(Router):
                 try:
                     found = await work(endpoint, mine)
                 except BaseException:
-                    endpoint.finish()
+                    endpoint.finish(request.served)
                     raise
                 endpoint.recovered()
                 return endpoint, found
@@ -10402,7 +10412,7 @@ class Gateway(Catalog):
     async def _look_at(fleet: Fleet, endpoint: Endpoint) -> None:
         if not endpoint.available(time.monotonic()) or (endpoint.on_request and not endpoint.running):
             return
-        endpoint.trying = endpoint.failures > 0
+        endpoint.try_by(look := object())
         try:
             await endpoint.adapter.connect()
             await endpoint.models()
@@ -10411,7 +10421,7 @@ class Gateway(Catalog):
         except InferenceError as exc:
             fleet.missed(endpoint, exc)
         finally:
-            endpoint.trying = False
+            endpoint.tried_by(look)
 
     def _report(self) -> None:
         if not self.metrics:

@@ -47,7 +47,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def asked_again_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The contract's laws ask a faulty engine twice; in a fleet it would be left alone meanwhile."""
     if os.environ.get("LLM_TEST_FLEET"):
-        monkeypatch.setattr(product.Endpoint, "available", lambda self, now: not self.removed and not self.trying)
+        monkeypatch.setattr(product.Endpoint, "available", lambda self, now: not self.removed and self.trial is None)
 
 
 class Attach(Protocol):

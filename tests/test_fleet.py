@@ -875,6 +875,20 @@ def test_a_trial_is_over_with_its_first_byte(attach: Attach, fake: Make, monkeyp
     pieces.close()  # type: ignore[attr-defined]
 
 
+def test_an_older_request_does_not_end_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request from before the outage ends while another one finds out whether it is over: nobody else joins it."""
+    monkeypatch.setattr(Endpoint, "FIRST_PAUSE", 0.0)
+    (endpoint,) = a_fleet(1)
+    older, trial = object(), object()
+    endpoint.begin(older)
+    endpoint.failed(product.EngineUnavailable("it refuses connections"))
+    endpoint.begin(trial)
+    endpoint.finish(older)
+    assert not endpoint.available(time.monotonic())
+    endpoint.finish(trial)
+    assert endpoint.available(time.monotonic())
+
+
 @pytest.mark.parametrize("answer", ["good", "400"])
 def test_an_endpoint_that_is_back_is_used_again(
     answer: str, attach: Attach, fake: Make, monkeypatch: pytest.MonkeyPatch

@@ -101,7 +101,7 @@ GUARDS: dict[str, Guard] = {
         "self.loop.call_later(seconds, self.late)", "self.loop.call_later(seconds, int)", "slow_clients", "slow"
     ),
     "a failed endpoint is left alone": Guard(
-        "return not self.removed and self.retry_at <= now and not self.trying",
+        "return not self.removed and self.retry_at <= now and self.trial is None",
         "return not self.removed",
         "fleet",
         "429",
