@@ -6285,10 +6285,12 @@ class OllamaTranslator(HTTPAdapter):
             return found
         levels: dict[str, bool | str] = {"none": False, "minimal": "low", "xhigh": "high"}
         level = levels.get(found, found)
-        if isinstance(level, str) and not self._has_levels.get(body["model"]):
-            request.served.ignored += (name,)  # it thinks, but no template of its knows levels
-            return True
-        return level
+        if level is False:
+            return level
+        has_levels = self._has_levels.get(body["model"])
+        if level != found or not has_levels:
+            request.served.ignored += (name,)  # it thinks, at another level than the one that was asked for
+        return level if has_levels else True
 
     @staticmethod
     def _messages(request: GenerateRequest, messages: Sequence[Any]) -> list[dict[str, Any]]:
@@ -8852,7 +8854,7 @@ def _flat_name(space: str | None, name: str) -> str:
 
 
 def _tools_of(body: Mapping[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """The tools with their place and namespace ({}: none); in place of a namespace, its tools."""
+    """The tools with their place and namespace ({}: none); of a namespace, its tools."""
     for index, tool in enumerate(body.get("tools") or ()):
         match tool:
             case {"type": "namespace", "name": str(name), "tools": list(members)} if name:
@@ -8867,7 +8869,7 @@ def _tools_from_responses(reader: _Reader) -> dict[str, Any]:
     functions: dict[str, dict[str, Any]] = {}
     for where, tool, space in _tools_of({"tools": reader.body.pop("tools", ())}):
         kind = reader.type_of(tool, str, where)
-        for name in sorted(space.keys() - {"type", "name", "tools"}):
+        for name in sorted(space.keys() - {"type", "name", "tools"}) if where.endswith(".tools[0]") else ():
             reader.ignore(f"{where.partition('.')[0]}.{_header_safe(name)}")
         if kind != "function":  # hosted and other tools are offers, which are left out
             reader.ignore(f"{where} ({_header_safe(kind)})")
@@ -8901,7 +8903,7 @@ def _chosen(names: Collection[str], choice: Any) -> tuple[Collection[str], Any]:
         case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": list(tools)} if len(choice) == 3:
             return _allowed(names, tools), mode
         case {"type": str(kind)} if kind not in ("function", "allowed_tools"):
-            raise _unsupported("tool_choice.type", f"{kind[:100]!r} cannot be forced: not run", "choose a function")
+            raise _unsupported("tool_choice.type", f"{kind[:100]!r} cannot be forced", "choose a function")
     hint = 'send "auto", "none", "required", a function in tools, or allowed_tools with mode and tools'
     raise _bad_field("tool_choice", "not of a known form, or not in tools", hint)
 
@@ -9332,8 +9334,8 @@ def _output_from_messages(reader: _Reader) -> dict[str, Any]:
     config = reader.fields(reader.body.pop("output_config", {}), "output_config", {}, optional)
     if "effort" in config and thinks:
         chat["reasoning_effort"] = _REASONING_EFFORT[config["effort"]]
-    elif "effort" in config:
-        reader.ignore("output_config.effort")
+    if "effort" in config and chat.get("reasoning_effort") != config["effort"]:
+        reader.ignore("output_config.effort")  # or another level than the one that was asked for
     where, form = "output_config.format", config.get("format")
     if form is None:
         where, form = "output_format", reader.body.pop("output_format", None)
@@ -9735,7 +9737,7 @@ class Surface(ABC):
     def rename(self, error: InferenceError) -> None:
         """Give the field at fault the name that this API has for it."""
         name = self.names.get(error.param or "")
-        if name is not None and name not in error.hint:  # a reader's hint has it: the error is about `param`
+        if name is not None and name not in error.hint:  # a reader's: it is about `param`
             error.reason = re.sub(rf"\b{error.param}\b", name, error.reason)
             error.param = name
 

@@ -306,6 +306,12 @@ def test_output_config():
     refused(UnsupportedFeature, "thinking.type", thinking={"type": "between_tools"})
 
 
+@pytest.mark.parametrize("effort", ["xhigh", "max"])
+def test_an_effort_that_is_sent_as_a_lower_one_is_named(effort):
+    chat, ignored = chat_from_messages(body(output_config={"effort": effort}))
+    assert chat["reasoning_effort"] == effort or "output_config.effort" in ignored
+
+
 def test_tools():
     custom = {
         **WEATHER,

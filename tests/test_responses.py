@@ -792,6 +792,8 @@ def test_cost_is_linear():
     parts = [{"type": "input_text", "text": "x"}] * 50_000
     calls = [{"type": "function_call", "call_id": f"c{n}", "name": "f", "arguments": "{}"} for n in range(50_000)]
     tools = [{**FN, "name": f"f{n}"} for n in range(20_000)]
+    unknown = {f"x{n}": 1 for n in range(20_000)}
+    tools.append({"type": "namespace", "name": "space", "tools": tools.copy(), **unknown})
     allowed = {
         "type": "allowed_tools",
         "mode": "auto",

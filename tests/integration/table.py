@@ -25,9 +25,6 @@ EXPLAINED = {
     "assert '400' == 'context_length_exceeded'": "vLLM gives the status for a code",
     "'BadRequestError' == 'invalid_request_error'": "vLLM's own type of error, which Anthropic's API does not have",
     "None == 'model'": "vLLM lists models in OpenAI's form to an Anthropic client",
-    "Event loop is closed": "LangChain keeps connections over event loops; run.py gives the suite one now",
-    "for Joke": "the model does not keep a form that is asked for in words, or is cut by its limit",
-    "assert False": "the model calls no tool on its own in the suite's agent loop",
     "subprocess.TimeoutExpired": "Codex sends no limit, and the model sometimes talks on to the end of its context",
     "for Capital": "vLLM enforces the schema of a forced call only with `strict`; we ask it to",
 }
