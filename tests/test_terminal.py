@@ -207,7 +207,7 @@ def test_the_page_shows_the_banners_command() -> None:
 
 @pytest.mark.xfail(strict=True, reason="rich shares the width out by itself: the model's name is folded in mid-word")
 def test_the_models_name_is_not_folded_where_there_is_room(tmp_path: Path) -> None:
-    """8 + 13 + 26 + 11 + 8 + 6 columns are 72; six borders would leave 80 enough for what stands between."""
+    """Without borders, cells of 72 columns and five gaps fit into 80."""
     with Terminal(tmp_path, 80, "--engine", "llamacpp") as terminal:
         lines = terminal.lines()
     assert any(product.DEFAULT_MODEL in line and "ok" in line for line in lines), lines
