@@ -12331,8 +12331,7 @@ def _good_cases(settings: Settings, model: str) -> list[Case]:
     schema = asked | {"prompt": "Describe Paris: city and country.", "schema": shape, "max_tokens": 200}
     v1_chat = {"model": model, "messages": messages, "max_tokens": 32}
     v1_prompt = {"model": model, "prompt": "The capital of France is", "max_tokens": 8}
-    respond = {"model": model, "input": FIRST_PROMPT, "max_output_tokens": 32}
-    named = {"model": model}
+    respond, named = {"model": model, "input": FIRST_PROMPT, "max_output_tokens": 32}, {"model": model}
     count, embed = named | {"messages": messages}, named | {"input": ["hello"]}
     return [
         Case("health", "GET /health", None, lambda body: body["status"] == "ok"),
@@ -12419,7 +12418,8 @@ llm_inference {__version__}
   API         {url}{API}/generate   (and /chat, …)
   OpenAI      {url}/v1   (as base_url)
   Anthropic   {url}      (as base_url)
-  Swagger UI  {url}/docs   (ReDoc: /redoc)
+  Swagger UI  {url}/docs
+  ReDoc       {url}/redoc
   Chat page   {url}/ui
   Ready?      {url}/ready""")
     if settings.endpoints:
