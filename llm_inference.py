@@ -11364,12 +11364,9 @@ def add_server_routes(app: Any, gateway: Gateway) -> None:
         return Response(page, media_type=content_type)
 
     async def page() -> Response:
-        headers = {
-            "content-security-policy": PAGE_POLICY,
-            "cache-control": "no-cache",
-            "referrer-policy": "no-referrer",
-        }
-        return HTMLResponse(CHAT_PAGE, headers=headers)
+        policies = {"content-security-policy": PAGE_POLICY, "referrer-policy": "no-referrer"}
+        page = CHAT_PAGE.replace("python llm_inference.py --serve", command("--serve"))
+        return HTMLResponse(page, headers={"cache-control": "no-cache", **policies})
 
     async def root() -> Response:
         return RedirectResponse("ui")
@@ -12049,13 +12046,16 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table()
+    shown = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    fits = sum(widths[:-1]) + len(widths) + min(widths[-1], 24) <= terminal_width()  # then only the last one is folded
     for name in columns:
-        shown.add_column(name, overflow="fold")
+        shown.add_column(name, overflow="fold", no_wrap=fits and name != columns[-1])
     for row in rows:
         style = {"ok": "green", "failed": "red"}.get(row[-1].partition(":")[0], "")
         shown.add_row(*map(Text, row), style=style)

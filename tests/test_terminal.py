@@ -193,7 +193,6 @@ def test_a_mistake_is_one_line_that_says_what_to_do(width: int, argv: list[str],
     assert status in (1, 2) and len(lines) == 1 and lines[0].startswith(kind) and "; " in lines[0], lines
 
 
-@pytest.mark.xfail(strict=True, reason="the page is a constant, and always says `python llm_inference.py`")
 def test_the_page_names_the_command_as_it_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/usr/bin/llm-inference"])
     with Stand("vllm") as stand:
@@ -205,7 +204,6 @@ def test_the_page_shows_the_banners_command() -> None:
     assert f"<code>python llm_inference.py --serve {product.REAL_MODEL}</code>" in product.CHAT_PAGE
 
 
-@pytest.mark.xfail(strict=True, reason="rich shares the width out by itself: the model's name is folded in mid-word")
 def test_the_models_name_is_not_folded_where_there_is_room(tmp_path: Path) -> None:
     """Without borders, cells of 72 columns and five gaps fit into 80."""
     with Terminal(tmp_path, 80, "--engine", "llamacpp") as terminal:
