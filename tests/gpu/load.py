@@ -26,6 +26,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Any
@@ -55,6 +56,20 @@ class Seen:
         self.ends += other.ends
         self.errors += other.errors
         self.tokens += other.tokens
+
+
+idle: ContextVar[float | None] = ContextVar("idle", default=None)  #: seconds, of this request's connection; None: new
+
+
+class Connector(aiohttp.TCPConnector):
+    """Notes how long a connection was idle. It takes the one that was so for longest, as aiohttp does."""
+
+    async def _get(self, key: Any, traces: Any) -> Any:
+        waiting = self._conns.get(key)
+        since = waiting[0][1] if waiting else time.monotonic()
+        found = await super()._get(key, traces)
+        idle.set(time.monotonic() - since if found else None)
+        return found
 
 
 def words(seed: object, count: int) -> str:
@@ -119,16 +134,18 @@ async def stream(session: aiohttp.ClientSession, args: argparse.Namespace, numbe
     which = number // args.processes % len(args.url)
     await asyncio.sleep(max(0.0, args.begin - time.time()) + args.ramp * number / args.streams)
     for messages, tokens in asks(args, number):
+        began = time.time()
         try:
             await answer(session, args, args.url[which], messages, tokens, seen[which])
         except (aiohttp.ClientError, OSError, ValueError) as exc:
-            seen[which].errors.append(repr(exc)[:300])
+            when = f"asked at {began - args.begin:.3f} s, failed {1e3 * (time.time() - began):.1f} ms later"
+            seen[which].errors.append(f"{exc!r:.200}; {when}; connection idle before, s: {idle.get()}")
 
 
 async def some_streams(args: argparse.Namespace, numbers: list[int]) -> list[Seen]:
     seen = [Seen() for _ in args.url]
     timeout = aiohttp.ClientTimeout(total=args.timeout)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+    async with aiohttp.ClientSession(connector=Connector(limit=0), timeout=timeout) as session:
         await asyncio.gather(*(stream(session, args, number, seen) for number in numbers))
     return seen
 
@@ -160,7 +177,7 @@ def figures(seen: Seen, begin: float) -> dict[str, Any]:
         "tokens_per_s": round(seen.tokens / seconds, 1) if seconds else 0.0,
         "first_token_p50_ms": round(statistics.median(first), 2) if first else None,
         "first_token_p99_ms": round(first[min(len(first) - 1, int(0.99 * len(first)))], 2) if first else None,
-        "errors": len(seen.errors), "first_errors": seen.errors[:3],
+        "errors": len(seen.errors), "first_errors": seen.errors[:5],
     }  # fmt: skip
 
 

