@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -668,6 +669,23 @@ def test_both_tries_are_counted(limited: Stand) -> None:
     limited.engine.reset()
     assert one[0] == one[1] < two[0] == two[1]
     assert failed[0] is None and failed[1] > 0
+
+
+@pytest.mark.xfail(strict=True, reason="a bare name's request waits for the engine's list, and fails with it")
+def test_a_busy_engine_that_does_not_list_its_models_answers_a_bare_name(
+    limited: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 1,024 streams vLLM took 16 s to list its models, and answered chats."""
+    limited.engine.reset()
+    name = limited.engine.model
+    assert limited.events(CHAT, model=name, messages=HI)[-1] == "[DONE]"
+    brief = dataclasses.replace(product.Deadlines(), first_token=1.0, total=1.0)
+    monkeypatch.setattr(product.Deadlines, "brief", lambda self: brief)
+    monkeypatch.setattr(product.Endpoint, "LIST_TTL", 0.0)
+    for _ in range(4):
+        limited.engine.script(Reply(status=0, end="stall"), "/v1/models")
+    reply = limited.post(CHAT, stream=True, model=name, messages=HI)
+    assert reply.status_code == 200, reply.text
 
 
 def test_usage_that_comes_before_the_last_burst_is_counted(limited: Stand, caplog: pytest.LogCaptureFixture) -> None:
