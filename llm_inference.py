@@ -6729,6 +6729,14 @@ class Endpoint:
         """Whether its last list is young enough to be used without asking again."""
         return now - self._listed_at <= self.LIST_TTL
 
+    def has_listed(self, model: str, look: Callable[["Endpoint"], Coroutine[Any, Any, None]]) -> bool:
+        """Whether its last list names the model, and it has not failed since: nobody waits for a new list then."""
+        if not self.running or self.failures or not self.lists(model):
+            return False
+        if not self.is_fresh(time.monotonic()):
+            self.refresh(look)
+        return True
+
     async def serves(self, model: str) -> bool:
         """Whether it serves the model. A list that does not name it is asked for again, unless it has just come."""
         was_fresh = self.is_fresh(time.monotonic())
@@ -6971,10 +6979,8 @@ class Router:
                 continue
             available = endpoint.available(now)
             if available and not endpoint.is_fresh(now):
-                attached = getattr(endpoint.adapter, "base_url", None)
-                if attached and endpoint.lists(model) and not endpoint.failures:
+                if endpoint.has_listed(model, self.look_at):
                     group.append(endpoint)
-                    endpoint.refresh(self.look_at)
                 else:
                     stale.append(endpoint)
             elif endpoint.lists(model) or not available and model in endpoint.known_models:
@@ -10479,7 +10485,7 @@ class Gateway(Catalog):
         if model == llm.model_name:
             return llm, model
         for endpoint in fleet.endpoints:
-            if await endpoint.serves(model):
+            if endpoint.has_listed(model, fleet.look_at) or await endpoint.serves(model):
                 return llm, model
         owners = [engine_type for engine_type, info in await self.models() if info.name == model]
         if not owners:  # an engine may have been started since

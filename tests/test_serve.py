@@ -671,7 +671,6 @@ def test_both_tries_are_counted(limited: Stand) -> None:
     assert failed[0] is None and failed[1] > 0
 
 
-@pytest.mark.xfail(strict=True, reason="a bare name's request waits for the engine's list, and fails with it")
 def test_a_busy_engine_that_does_not_list_its_models_answers_a_bare_name(
     limited: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
