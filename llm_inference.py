@@ -5601,14 +5601,7 @@ class OpenAIAdapter(HTTPAdapter):
         return body.get("parallel_tool_calls") is False and not self.honours_one_call
 
     def pusher(self, request: GenerateRequest, body: dict[str, Any]) -> Callable[[bytes], bool] | None:
-        served = request.served
-
-        def push(data: bytes) -> bool:
-            if served.push is None or not is_plain(data):
-                return False
-            return served.push(Burst(data.replace(b'"reasoning_content":', b'"reasoning":')))
-
-        return None if self._keeps_one_call(body) else push
+        return None if self._keeps_one_call(body) else functools.partial(push_plain, request.served)
 
     def _checked_part(self, data: bytes) -> tuple[bytes, InferenceError | None]:
         """The lines of a stream up to the first that is an error or no event, and what that is."""
@@ -5689,6 +5682,13 @@ class OpenAIAdapter(HTTPAdapter):
             if name.startswith("guided_") or name in ("structured_outputs", "regex", "ebnf", "grammar"):
                 return f"{self.engine_type} has {self.constraint_fields}"
         return ""
+
+
+def push_plain(served: Served, data: bytes) -> bool:
+    """Send events that no decoder has to look at; False where they are others, or cannot be sent now."""
+    if served.push is None or not is_plain(data):
+        return False
+    return served.push(Burst(data.replace(b'"reasoning_content":', b'"reasoning":')))
 
 
 def is_plain(data: bytes) -> bool:
