@@ -5400,12 +5400,13 @@ class HTTPAdapter(StartableAdapter):
                     finally:
                         del error  # or it keeps this frame, and with it the request
                 if ended:
+                    request.served.push = None  # nothing follows the end
                     await self._read_to_end(lines)
                     return
         raise BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again", retryable=True)
 
     def pusher(self, request: GenerateRequest, body: dict[str, Any]) -> Callable[[bytes], bool] | None:
-        """Sends lines past `decoder` and every task, or returns False where they need it."""
+        """Sends lines that `decoder` leaves as they are past every task; False: it cannot."""
         return None
 
     @staticmethod
@@ -5993,9 +5994,12 @@ class LlamaCppAdapter(OpenAIAdapter):
             return {"grammar": llamacpp_regex(value)}
         return {"grammar": value} if name == "grammar" else super().constrain(name, value, request)
 
+    def pusher(self, request: GenerateRequest, body: dict[str, Any]) -> Callable[[bytes], bool] | None:
+        return None if asks_logprobs(body) else super().pusher(request, body)
+
     def decoder(self, request: GenerateRequest, body: dict[str, Any]) -> Decoder:
         decode = super().decoder(request, body)
-        if not body.get("logprobs") and type(body.get("logprobs")) is not int:
+        if not asks_logprobs(body):
             return decode
         legacy = request.path == COMPLETIONS
         wanted = int(body["logprobs"]) if legacy else body.get("top_logprobs") or 0
@@ -6160,6 +6164,11 @@ def _encode_logprobs(request: GenerateRequest, body: dict[str, Any]) -> dict[str
     if request.path == COMPLETIONS:
         return {"logprobs": max(1, int(body["logprobs"]))}
     return {"top_logprobs": max(1, body.get("top_logprobs") or 0)}
+
+
+def asks_logprobs(body: Mapping[str, Any]) -> bool:
+    """In the chat API with a boolean, for completions with a number, which may be 0."""
+    return bool(body.get("logprobs")) or type(body.get("logprobs")) is int
 
 
 def trim_logprobs(choice: dict[str, Any], top: int, offsets: dict[int, int] | None) -> None:
@@ -9675,11 +9684,10 @@ def check_body(shape: type, body: dict[str, Any]) -> None:
         body_adapter(shape).validate_python(body)
     except ValidationError as exc:
         known = () if shape in (V1Body, PlainBody) else typing.get_type_hints(shape)
-        for name, route in (("messages", "/chat"), ("prompt", "/generate")):
+        for name, other, route in (("messages", "prompt", "/chat"), ("prompt", "messages", "/generate")):
             if known and name in body and name not in known:
-                raise InvalidRequest(
-                    f"{name}: no such field on this route", f"send it to {route}", param=name
-                ) from None
+                hint = f"send {other} here, or {name} to {route}"
+                raise InvalidRequest(f"{name}: no such field on this route", hint, param=name) from None
         raise invalid(exc, body, known) from None
 
 

@@ -135,6 +135,26 @@ def test_a_fault_behind_spliced_tokens(stand: Stand, pushes: list[bool], name: s
     assert b"[DONE]" not in answer and answer.count(b'"error"') == 1, answer
 
 
+@pytest.mark.parametrize("path", BODIES)
+def test_nothing_follows_the_end(stand: Stand, path: str, pushes: list[bool]) -> None:
+    """What the engine sends behind [DONE] is not passed on."""
+    whole = list(paced(stand).pieces)
+    late = next(piece for piece in whole if product.is_plain(piece)).replace(b'"model"', b'"late":1,"model"')
+    stand.engine.script_chat(paced(stand, pieces=[*whole, late, late]))
+    answer = ask(stand, path)
+    stand.engine.wait(lambda: stand.engine.live == 0)
+    stand.engine.script_chat(paced(stand, pieces=whole))
+    assert any(pushes) and alike(answer) == alike(ask(stand, path)), answer
+
+
+def test_logprobs_of_llamacpp_are_not_spliced(pushes: list[bool]) -> None:
+    """Its decoder brings them into OpenAI's shape."""
+    with Stand("llamacpp") as stand:
+        stand.engine.script_chat(paced(stand))
+        reply = stand.post(CHAT, model=stand.model, messages=USER, stream=True, logprobs=True)
+        assert reply.status_code == 200 and not any(pushes), reply.text
+
+
 def test_lines_cut_anywhere(stand: Stand, without: Callable[[], None]) -> None:
     """Pieces that end within a line wait for its end."""
     first, second, *others = paced(stand).pieces
