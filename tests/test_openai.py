@@ -650,7 +650,7 @@ def test_concurrent_first_requests_probe_the_engine_once(dialect: Dialect) -> No
                 ]
             assert {reply.result().status_code for reply in replies} == {200}
             asked.append(questions(stand))
-    assert asked[1] <= asked[0] + 2, asked
+    assert asked[1] < asked[0] + 8, asked  # 15 more if each asked; the server's own watch may have looked meanwhile
 
 
 def test_aliases_and_slashes(all_stands: dict[str, Stand], monkeypatch: pytest.MonkeyPatch) -> None:

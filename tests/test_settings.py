@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -285,10 +286,16 @@ def test_a_thousand_endpoints_and_ten_thousand_aliases_cost_less_than_a_second(w
     endpoints = "".join(f'[[endpoint]]\nengine = "vllm"\nbase_url = "http://gpu{n}:8000"\n' for n in range(1000))
     aliases = "[alias]\n" + "".join(f'a{n} = ["vllm/m{n}", "a{n % 7}"]\n' for n in range(7, 10_000))
     aliases += "".join(f'a{n} = "vllm/m"\n' for n in range(7))
-    began = time.thread_time()  # other tests' threads may be at work
-    settings = written(endpoints + aliases)
+    gc.collect()
+    gc.freeze()  # or the collector looks at what thousands of tests have left, again and again
+    try:
+        began = time.thread_time()  # other tests' threads may be at work
+        settings = written(endpoints + aliases)
+        spent = time.thread_time() - began
+    finally:
+        gc.unfreeze()
     assert len(settings.endpoints) == 1000 and len(settings.aliases) == 10_000
-    assert time.thread_time() - began < 1
+    assert spent < 1
 
 
 def test_help_has_every_flag_in_its_group() -> None:
