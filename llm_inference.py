@@ -6671,6 +6671,7 @@ class Endpoint:
         self.error = ""  #: the last failure
         self.retry_at = 0.0  #: not asked before, after a failure
         self.trial: object = None  #: the one request, or look, that finds out whether it is back
+        self.tried_at = 0.0  #: when that began
         self.used_at = time.monotonic()
         self.removed = False  #: finishes what it has, and gets nothing new
         self.config: Any = None  #: the EndpointConfig it was made from
@@ -6791,7 +6792,7 @@ class Endpoint:
     def try_by(self, who: object) -> None:
         """After an outage, `who` finds out whether it is over, unless another one is at it."""
         if self.failures and self.trial is None:
-            self.trial = who
+            self.trial, self.tried_at = who, time.monotonic()
 
     def tried_by(self, who: object) -> None:
         """That is done; requests from before the outage, which end now, do not end another's trial."""
@@ -10426,7 +10427,9 @@ class Gateway(Catalog):
 
     @staticmethod
     async def _look_at(fleet: Fleet, endpoint: Endpoint) -> None:
-        if not endpoint.available(time.monotonic()) or (endpoint.on_request and not endpoint.running):
+        now = time.monotonic()
+        waits = endpoint.trial is not None and now - endpoint.tried_at > endpoint.LIST_TTL  # in a silent engine
+        if not (endpoint.available(now) or waits) or (endpoint.on_request and not endpoint.running):
             return
         endpoint.try_by(look := object())
         try:

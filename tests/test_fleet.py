@@ -889,6 +889,31 @@ def test_an_older_request_does_not_end_a_trial(monkeypatch: pytest.MonkeyPatch) 
     assert endpoint.available(time.monotonic())
 
 
+def test_a_trial_that_waits_in_a_silent_engine_is_passed_on(
+    attach: Attach, fake: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the trial is a request that gets no answer, the watch finds that out, and another endpoint answers it."""
+    brief = dataclasses.replace(product.Deadlines(), first_token=0.3, total=0.3)
+    monkeypatch.setattr(product.Deadlines, "brief", lambda self: brief)
+    monkeypatch.setattr(Endpoint, "FIRST_PAUSE", 0.1)
+    monkeypatch.setattr(Endpoint, "LIST_TTL", 0.5)
+    llm, engines = replicas(attach, fake)
+    first = who(engines, lambda: llm.generate("hi"))
+    endpoint = endpoint_at(llm, first)
+    endpoint.failed(product.EngineUnavailable("it was gone"))
+    time.sleep(0.15)
+    first.script_chat(Reply(status=0, end="stall"))
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(llm.generate, "hi")
+        first.wait(lambda: first.live == 1)
+        for _ in range(3):
+            first.script(Reply(status=0, end="stall"), "/v1/models")
+        time.sleep(0.6)
+        assert llm.fleet
+        product.portal.call(product.Gateway._look_at(llm.fleet, endpoint))
+        assert answer.result(10)
+
+
 @pytest.mark.parametrize("answer", ["good", "400"])
 def test_an_endpoint_that_is_back_is_used_again(
     answer: str, attach: Attach, fake: Make, monkeypatch: pytest.MonkeyPatch
