@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from llm_inference import EngineChild, InferenceError, LLMInferencer, main
+from llm_inference import EngineChild, EngineNotInstalled, InferenceError, LLMInferencer, main
 from tests import engines
 from tests.harness import until
 from tests.processes import alive, descendants
@@ -216,9 +216,14 @@ def test_a_library_that_does_not_load(make: Make, kind: str, tmp_path: Path) -> 
     fails_as(make(env={"PYTHONPATH": str(tmp_path)}), "engine_unavailable", "installed but does not load")
 
 
-@pytest.mark.parametrize("python", [sys.executable, "/nonexistent/python"])
-def test_an_interpreter_without_the_engine(make: Make, python: str) -> None:
-    fails_as(make(python=python), "engine_not_installed", "name another with python=")
+def test_an_interpreter_without_the_engine(make: Make) -> None:
+    fails_as(make(python=sys.executable), "engine_not_installed", "name another with python=")
+
+
+def test_an_interpreter_that_is_not_there(make: Make) -> None:
+    """It is told before anything is started."""
+    with pytest.raises(EngineNotInstalled, match="give the path of an interpreter"):
+        make(python="/nonexistent/python").generate("hi", max_tokens=1)
 
 
 def test_given_up_after_five_failures(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
