@@ -1007,9 +1007,8 @@ class Served:
     collected: bool = False  #: is the stream checked, burst by burst?
 
 
-SERVED: contextvars.ContextVar[Served | None] = contextvars.ContextVar(
-    "served", default=None
-)  #: until an answer begins
+#: what is being asked for here, until its answer begins
+SERVED: contextvars.ContextVar[Served | None] = contextvars.ContextVar("served", default=None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -5554,7 +5553,7 @@ class OpenAIAdapter(HTTPAdapter):
         self._check_model(payload, body)
         if payload.pop("metadata", None) is not None:  # SGLang's does not fit OpenAI's type
             data = to_json(payload)
-        return Answer.from_object(data.replace(b'"reasoning_content":', b'"reasoning":'), payload)
+        return Answer.from_object(with_reasoning(data), payload)
 
     def _check_model(self, payload: Mapping[str, Any], body: Mapping[str, Any]) -> None:
         """An answer never comes from a model that was not asked for."""
@@ -5593,7 +5592,7 @@ class OpenAIAdapter(HTTPAdapter):
                 return None, error, end
             if one_call and b'"tool_calls"' in data:
                 return Burst(payloads=first_call_only(Burst(data)), end=end), error, end
-            return Burst(data.replace(b'"reasoning_content":', b'"reasoning":'), end=end), error, end
+            return Burst(with_reasoning(data), end=end), error, end
 
         return decode
 
@@ -5685,11 +5684,16 @@ class OpenAIAdapter(HTTPAdapter):
         return ""
 
 
+def with_reasoning(data: bytes) -> bytes:
+    """With vLLM's name for the reasoning, on every engine."""
+    return data.replace(b'"reasoning_content":', b'"reasoning":')
+
+
 def push_plain(served: Served, data: bytes) -> bool:
     """Send events that no decoder has to look at; False where they are others, or cannot be sent now."""
     if served.push is None or not is_plain(data):
         return False
-    return served.push(Burst(data.replace(b'"reasoning_content":', b'"reasoning":')))
+    return served.push(Burst(with_reasoning(data)))
 
 
 def is_plain(data: bytes) -> bool:
@@ -6868,6 +6872,7 @@ def rendezvous_order(endpoints: Sequence[Endpoint], key: int) -> list[Endpoint]:
     return sorted(endpoints, key=lambda each: (mixed ^ each.seed) * 0x94D049BB133111EB & ((1 << 64) - 1), reverse=True)
 
 
+Work = Callable[[Endpoint, GenerateRequest], Coroutine[Any, Any, T]]  #: asks an endpoint
 Route = tuple[Endpoint, str | None]  #: where a request goes, and the model's name there
 Replicas = tuple[list[Endpoint], str | None]  #: endpoints with the same model, and its name there
 
@@ -7027,14 +7032,14 @@ class Router:
     @staticmethod
     async def _ask(endpoints: Sequence[Endpoint], model: str, group: list[Endpoint]) -> list[InferenceError]:
         """Adds those that serve the model to `group`; returns the failures."""
-        failures: list[InferenceError] = []
+        failures, look = list[InferenceError](), object()
         for endpoint in endpoints:
-            endpoint.try_by(failures)
+            endpoint.try_by(look)
         try:
             outcomes = await asyncio.gather(*(each.serves(model) for each in endpoints), return_exceptions=True)
         finally:
             for endpoint in endpoints:
-                endpoint.tried_by(failures)
+                endpoint.tried_by(look)
         for endpoint, outcome in zip(endpoints, outcomes, strict=True):
             if isinstance(outcome, InferenceError):
                 endpoint.failed(outcome)
@@ -7195,9 +7200,7 @@ class Fleet(Router):
                 endpoint.finish(request.served)
                 await stream.close()
 
-    async def _first_that_answers(
-        self, request: GenerateRequest, work: Callable[[Endpoint, GenerateRequest], Coroutine[Any, Any, T]]
-    ) -> tuple[Endpoint, T]:
+    async def _first_that_answers(self, request: GenerateRequest, work: Work[T]) -> tuple[Endpoint, T]:
         """The result of `work` on the first endpoint that begins an answer; it counts as at work until `finish`."""
         token = SERVED.set(request.served)
         try:
@@ -7205,12 +7208,7 @@ class Fleet(Router):
         finally:
             SERVED.reset(token)
 
-    async def _try_each(
-        self,
-        routes: Sequence[Route],
-        request: GenerateRequest,
-        work: Callable[[Endpoint, GenerateRequest], Coroutine[Any, Any, T]],
-    ) -> tuple[Endpoint, T]:
+    async def _try_each(self, routes: Sequence[Route], request: GenerateRequest, work: Work[T]) -> tuple[Endpoint, T]:
         last: InferenceError | None = None
         for endpoint, model in routes:
             if len(self.endpoints) > 1 and not endpoint.available(time.monotonic()):
@@ -8355,6 +8353,7 @@ def _place_of(param: str, places: Mapping[str, str], file: ConfigFile | None) ->
 def build_parser(prog: str = "llm_inference.py") -> "argparse.ArgumentParser":
     """The parser of the command line. Its values are texts, by their key in the config file, and only those given."""
     import argparse
+
     fold = functools.partial(textwrap.fill, width=shutil.get_terminal_size().columns - 2, break_on_hyphens=False)
     above, below = ("\n".join(map(fold, text.splitlines())) for text in (_DESCRIPTION, _EPILOG))
     parser = argparse.ArgumentParser(
@@ -8885,8 +8884,9 @@ def _tools_from_responses(reader: _Reader) -> dict[str, Any]:
     functions: dict[str, dict[str, Any]] = {}
     for where, tool, space in _tools_of({"tools": reader.body.pop("tools", ())}):
         kind = reader.type_of(tool, str, where)
-        for name in sorted(space.keys() - {"type", "name", "tools"}) if where.endswith(".tools[0]") else ():
-            reader.ignore(f"{where.partition('.')[0]}.{_header_safe(name)}")
+        if where.endswith(".tools[0]"):  # once for a namespace
+            for name in sorted(space.keys() - {"type", "name", "tools"}):
+                reader.ignore(f"{where.partition('.')[0]}.{_header_safe(name)}")
         if kind != "function":  # hosted and other tools are offers, which are left out
             reader.ignore(f"{where} ({_header_safe(kind)})")
             continue
@@ -11380,10 +11380,11 @@ def add_server_routes(app: Any, gateway: Gateway) -> None:
         page, content_type = gateway.metrics.page()
         return Response(page, media_type=content_type)
 
+    chat_page = CHAT_PAGE.replace("python llm_inference.py --serve", command("--serve"))
+
     async def page() -> Response:
         policies = {"content-security-policy": PAGE_POLICY, "referrer-policy": "no-referrer"}
-        page = CHAT_PAGE.replace("python llm_inference.py --serve", command("--serve"))
-        return HTMLResponse(page, headers={"cache-control": "no-cache", **policies})
+        return HTMLResponse(chat_page, headers={"cache-control": "no-cache", **policies})
 
     async def root() -> Response:
         return RedirectResponse("ui")
@@ -12050,10 +12051,10 @@ def terminal_width() -> int:
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table that fits the terminal: by rich where it is installed, else as text. Long cells are folded."""
     print(title)
-    if sys.stdout.isatty() and installed("rich"):
-        _rich_table(columns, rows)
-        return
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    if sys.stdout.isatty() and installed("rich"):
+        _rich_table(columns, rows, widths)
+        return
     while sum(widths) + 2 * len(widths) > terminal_width() and max(widths) > 8:
         widths[widths.index(max(widths))] -= 1
     fold = functools.partial(textwrap.wrap, break_on_hyphens=False)
@@ -12062,14 +12063,13 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
             print("  " + "  ".join(map(str.ljust, line, widths)).rstrip())
 
 
-def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]], widths: Sequence[int]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     shown = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
-    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     fits = sum(widths[:-1]) + len(widths) + min(widths[-1], 24) <= terminal_width()  # then only the last one is folded
     for name in columns:
         shown.add_column(name, overflow="fold", no_wrap=fits and name != columns[-1])
