@@ -162,7 +162,7 @@ def did_you_mean(given: str, known: Iterable[str], otherwise: str = "", cutoff: 
 
 # 2 Errors ----------------------------------------------------------------------------------------
 class InferenceError(Exception):
-    """Root of every error raised on purpose: what is wrong (`reason`) and what to do about it (`hint`).
+    """Base class of this module's errors: what is wrong (`reason`) and what to do about it (`hint`).
 
     `param` names the field at fault. `detail` is for the operator (a log's path and last lines): Python callers see
     it, HTTP callers never do. `text` is the raw answer where there was one.
@@ -706,7 +706,7 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
 class Sampling(TypedDict, total=False):
     """What may be asked of an answer, in Python and in our own HTTP bodies; None means the engine's default."""
 
-    max_tokens: Annotated[int | None, Field(ge=1, le=1_000_000, description="tokens to generate at most")]
+    max_tokens: Annotated[int | None, Field(ge=1, le=1_000_000, description="maximum number of tokens to generate")]
     temperature: Annotated[float | None, Field(ge=0, le=2, description="0 = greedy")]
     top_p: Annotated[float | None, Field(gt=0, le=1)]
     top_k: Annotated[int | None, Field(ge=-1, le=100_000, description="-1 = off")]
@@ -726,7 +726,7 @@ class Sampling(TypedDict, total=False):
     regex: Annotated[str | None, Field(min_length=1, max_length=4096)]
     grammar: Annotated[str | None, Field(min_length=1, max_length=65_536)]
     on_unsupported: Annotated[
-        Literal["error", "ignore"], Field(description="refuse what the engine lacks, or leave it out")
+        Literal["error", "ignore"], Field(description="reject or drop fields that the engine lacks")
     ]
 
 
@@ -750,12 +750,7 @@ _MESSAGES: TypeAdapter[Any] = TypeAdapter(Messages, config=ConfigDict(defer_buil
 _OPTIONS: TypeAdapter[Any] = TypeAdapter(Options)
 SAMPLING_FIELDS = frozenset({"schema", *Sampling.__annotations__})
 CONSTRAINTS = ("schema", "choice", "regex", "grammar")  #: what an answer may be held to, in our own vocabulary
-V1_CONSTRAINTS = (
-    "response_format",
-    "structured_outputs",
-    "json_schema",
-    "ebnf",
-)  #: the same, in OpenAI's and the engines'
+V1_CONSTRAINTS = ("response_format", "structured_outputs", "json_schema", "ebnf")  #: in OpenAI's and the engines'
 
 
 @functools.cache
@@ -830,7 +825,7 @@ def _problem(error: dict[str, Any], where: str) -> str:
     if kind in ("string_too_short", "too_short", "string_too_long", "too_long"):
         return _length_problem(kind, context)
     if kind == "string_pattern_mismatch" and "image" in str(context.get("pattern")):
-        return "an image is sent as data: data:image/png;base64,…"
+        return "must be a data: URL, for example data:image/png;base64,…"
     if kind == "literal_error":
         return f"must be one of {context.get('expected')}"
     if kind == "union_tag_invalid":
@@ -863,7 +858,7 @@ def invalid(exc: ValidationError, given: Iterable[str], known: Iterable[str]) ->
         if known and name not in known:
             hint = did_you_mean(str(name)[:100], known, f"the fields are {', '.join(sorted(known))}")
             return InvalidRequest(reason, hint, param=_place([str(name)]))
-    return InvalidRequest(reason, "correct the named field", param=param or None)
+    return InvalidRequest(reason, "add it" if reason.endswith("is required") else "correct it", param=param or None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -895,7 +890,7 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Seconds; None where it was not measured: only a streamed answer has a first token. `source`: who measured."""
+    """Durations in seconds, None where not measured. `source`: who measured."""
 
     total: float
     ttft: float | None = None
@@ -1013,7 +1008,7 @@ SERVED: contextvars.ContextVar[Served | None] = contextvars.ContextVar("served",
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """A checked request in OpenAI's chat vocabulary (with our schema, choice, regex, grammar and think in it)."""
+    """A checked request in OpenAI's chat format, plus schema, choice, regex, grammar and think."""
 
     body: dict[str, Any]
     surface: str = OWN  #: which fields may stand in the body: a key of SURFACES
@@ -1122,16 +1117,8 @@ def check_json(value: Any) -> None:
 
 
 #: keys of OpenAI's message dumps that carry nothing when empty
-_DUMPED = (
-    "refusal",
-    "annotations",
-    "audio",
-    "function_call",
-    "tool_calls",
-    "reasoning",
-    "reasoning_content",
-    "name",
-    "tool_call_id",
+_DUMPED = frozenset(
+    "refusal annotations audio function_call tool_calls reasoning reasoning_content name tool_call_id".split()
 )
 
 
@@ -1167,7 +1154,7 @@ def check_together(body: dict[str, Any]) -> None:
             )
     if body.get("top_logprobs") and not body.get("logprobs"):
         raise InvalidRequest("top_logprobs: needs logprobs", "set logprobs to true", param="top_logprobs")
-    constraint = constraint_of(body)
+    constraint = next(constraints_in(body), None)
     if constraint == "response_format" and choice in (None, "auto"):
         return  # a call or an answer in that format: see `relaxed`
     if constraint and tools and choice != "none":
@@ -1175,20 +1162,16 @@ def check_together(body: dict[str, Any]) -> None:
         raise InvalidRequest(reason, "send one of them", param=constraint)
 
 
-def constraint_of(body: dict[str, Any]) -> str | None:
-    """The name of the field that constrains the answer, in any vocabulary."""
+def constraints_in(body: dict[str, Any]) -> Iterator[str]:
+    """The names of the fields that constrain the answer, in any vocabulary."""
     for name in (*CONSTRAINTS, *V1_CONSTRAINTS):
         if body.get(name) is not None and (name != "response_format" or response_schema(body[name])):
-            return name
-    return None
+            yield name
 
 
 def check_constraints(body: dict[str, Any]) -> None:
     """One constraint at most, and no hostile schema or pattern. Raises InvalidRequest, UnsupportedFeature."""
-    given = [name for name in CONSTRAINTS if body.get(name) is not None]
-    for name in V1_CONSTRAINTS:
-        if body.get(name) is not None and (name != "response_format" or response_schema(body[name])):
-            given.append(name)
+    given = list(constraints_in(body))
     if len(given) > 1:
         raise InvalidRequest(f"{' and '.join(given)} cannot be combined", "send one constraint at most", param=given[1])
     _check_raw_schemas(body)
@@ -1490,7 +1473,7 @@ def _check_size(schema: Any) -> None:
 
 
 def _leaves() -> InvalidRequest:
-    return InvalidRequest("schema: a $ref leaves the schema", "put what it names under $defs and refer to #/$defs/…")
+    return InvalidRequest("schema: a $ref points outside it", "put its target under $defs and refer to #/$defs/…")
 
 
 class _ExpandedSize:
@@ -1595,7 +1578,7 @@ def resolve_ref(schema: dict[str, Any], ref: str) -> Any:
         elif isinstance(node, list) and re.fullmatch("0|[1-9][0-9]{0,4}", step) and int(step) < len(node):
             node = node[int(step)]
         else:
-            raise InvalidRequest(f"schema: $ref {ref[:100]!r} names a part that is not there", "put it under $defs")
+            raise InvalidRequest(f"schema: $ref {ref[:100]!r} has no target", "define it under $defs")
     if not isinstance(node, (dict, bool)):
         raise InvalidRequest(f"schema: $ref {ref[:100]!r} names a part that is no schema", "put a schema under $defs")
     return node
@@ -1860,8 +1843,8 @@ def matcher(pattern: str, field: str = "pattern") -> Callable[[str], bool]:
         return _compile_pattern(pattern)
     except pydantic_core.SchemaError as exc:
         found = re.search(r"\berror: (.+)", str(exc))
-        reason = f"{field}: not a regular expression" + (f" ({found[1]})" if found else "")
-        raise InvalidRequest(reason, "correct it; its syntax is that of docs.rs/regex") from None
+        reason = f"{field}: invalid regular expression" + (f" ({found[1]})" if found else "")
+        raise InvalidRequest(reason, "correct it; the syntax is described at docs.rs/regex") from None
 
 
 @functools.lru_cache(maxsize=256)
@@ -2613,7 +2596,7 @@ def checker_for(request: GenerateRequest, ignored: Container[str] = ()) -> Check
     the engine lacks it is still checked here, but for a grammar.
     """
     body = request.body
-    if constraint_of(body):
+    if any(constraints_in(body)):
         return functools.partial(check_text, request)  # or a call, where tools are offered beside the format
     tools = body.get("tools") or ()
     choice = body.get("tool_choice")
@@ -2702,7 +2685,8 @@ def relaxed(request: GenerateRequest, final: bool = False) -> GenerateRequest:
     is checked; a text that does not fit is asked for again (`final`) with the format and without the tools.
     """
     body = request.body
-    if not body.get("tools") or body.get("tool_choice") == "none" or constraint_of(body) != "response_format":
+    format_alone = next(constraints_in(body), None) == "response_format"
+    if not body.get("tools") or body.get("tool_choice") == "none" or not format_alone:
         return request
     left_out = ("tools", "tool_choice", "parallel_tool_calls") if final else ("response_format",)
     kept = {name: value for name, value in body.items() if name not in left_out}
@@ -3313,17 +3297,33 @@ class Portal:
         self._endings: set[asyncio.Future[None]] = set()
 
     @property
+    def started(self) -> bool:
+        """Whether the loop runs in this process: a fork has no threads."""
+        return self._loop is not None and self._pid == os.getpid()
+
+    @property
     def loop(self) -> asyncio.AbstractEventLoop:
-        """The loop, started where it does not run in this process."""
+        """The loop, started where it does not run. Raises EngineUnavailable where the interpreter is ending."""
         with self._lock:
-            if self._loop is None or self._pid != os.getpid():  # a fork has no threads
-                self._loop, self._pid = asyncio.new_event_loop(), os.getpid()
-                threading.Thread(target=self._loop.run_forever, name=self.THREAD, daemon=True).start()
+            if self._loop is None or not self.started:
+                loop = asyncio.new_event_loop()
+                try:
+                    threading.Thread(target=loop.run_forever, name=self.THREAD, daemon=True).start()
+                except RuntimeError:  # from Python 3.12 on, no thread starts once the exit handlers run
+                    loop.close()
+                    raise self._ending() from None
+                self._loop, self._pid = loop, os.getpid()
             return self._loop
 
     def submit(self, work: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
-        """Start `work` on the loop."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop)
+        """Start `work` on the loop. Raises EngineUnavailable while the interpreter ends."""
+        try:
+            self.check_alive()
+            loop = self.loop
+        except EngineUnavailable:
+            work.close()
+            raise
+        return asyncio.run_coroutine_threadsafe(work, loop)
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` on the loop and wait; Ctrl-C cancels it."""
@@ -3331,11 +3331,6 @@ class Portal:
             work.close()
             reason = "a synchronous verb was called on llm_inference's own event loop; await its asynchronous twin"
             raise RuntimeError(reason)
-        try:
-            self.check_alive()
-        except EngineUnavailable:
-            work.close()
-            raise
         future = self.submit(work)
         try:
             return future.result()
@@ -3384,11 +3379,14 @@ class Portal:
         else:
             self.call(work)
 
-    @staticmethod
-    def check_alive() -> None:
+    def check_alive(self) -> None:
         """Raises EngineUnavailable while the interpreter ends."""
         if sys.is_finalizing():
-            raise EngineUnavailable("the interpreter is ending", "call the verbs before the end of the program")
+            raise self._ending()
+
+    @staticmethod
+    def _ending() -> EngineUnavailable:
+        return EngineUnavailable("the interpreter is ending", "call the verbs before the end of the program")
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work` on the portal's loop from any loop."""
@@ -3635,7 +3633,7 @@ class EngineChild:
         """In a forked process: the engines are the parent's, and its pipes must not be held open here."""
         for child in cls._all.values():
             if child._process is not None and child._process.stdin is not None:
-                os.close(child._process.stdin.fileno())
+                child._process.stdin.close()
             child._process, child._starting, child._counted = None, threading.RLock(), child.generation
             child.key, child.port, child.uds = "", 0, ""
         cls._all, cls._lock = {}, threading.RLock()
@@ -3849,7 +3847,7 @@ def check_gguf(path: str | Path) -> None:
             with file.with_name(each).open("rb") as content:
                 header = content.read(24)  # magic, version, number of tensors, number of key-value pairs
         except FileNotFoundError as exc:
-            hint = "give the path of a .gguf file, with all its parts"
+            hint = "give the path of a .gguf file; all its parts must be there"
             raise ModelNotFound(f"there is no file {name}", hint) from exc
         except (OSError, ValueError) as exc:  # ValueError: a NUL byte in the path
             why = getattr(exc, "strerror", "not a path")
@@ -4288,11 +4286,11 @@ class BaseLLMAdapter:
         return self.capabilities
 
     async def embed(self, texts: Sequence[str], model: str) -> tuple[list[list[float]], Usage]:
-        """One vector a text."""
+        """One vector per text."""
         raise UnsupportedFeature(f"{self.engine_type} has no embeddings", "use another engine")
 
     def pull(self, model: str) -> AsyncGenerator[tuple[str, int, int], None]:
-        """(stage, bytes done, bytes in all) until the model is there."""
+        """Yields (stage, bytes done, total bytes) until the model is there."""
         raise UnsupportedFeature(f"{self.engine_type} cannot pull models", self.pull_hint)
 
     async def close(self) -> None:
@@ -4395,10 +4393,7 @@ class BaseLLMAdapter:
         if request.path == EMBEDDINGS:
             texts = texts_of(body["input"])
             vectors, usage = await self.embed(texts, body["model"])
-            payload = embeddings_object(vectors, usage.prompt_tokens, body)
-            answer = Answer()
-            answer.data, answer.payload, answer.usage = to_json(payload), payload, usage
-            return answer
+            return embeddings_answer(vectors, usage.prompt_tokens, body)
         return await self.fold(request, body)
 
     async def fold(self, request: GenerateRequest, body: dict[str, Any]) -> Answer:
@@ -4486,15 +4481,18 @@ def texts_of(value: Any) -> list[str]:
     return texts
 
 
-def embeddings_object(vectors: Sequence[Any], tokens: int, body: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI's embeddings object; base64 is little-endian float32 (OpenAI API reference, Embeddings)."""
+def embeddings_answer(vectors: Sequence[Any], tokens: int, body: Mapping[str, Any]) -> Answer:
+    """An answer with OpenAI's embeddings object; base64 is little-endian float32 (OpenAI API reference, Embeddings)."""
     data = []
     for index, vector in enumerate(vectors):
         if body.get("encoding_format") == "base64":
             vector = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
         data.append({"object": "embedding", "index": index, "embedding": vector})
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return {"object": "list", "data": data, "model": body["model"], "usage": usage}
+    answer, usage = Answer(), {"prompt_tokens": tokens, "total_tokens": tokens}
+    answer.usage = Usage(prompt_tokens=tokens)
+    answer.payload = {"object": "list", "data": data, "model": body["model"], "usage": usage}
+    answer.data = to_json(answer.payload)
+    return answer
 
 
 def plain_answer(path: str, payload: Mapping[str, Any], body: Mapping[str, Any], context: int | None) -> Answer:
@@ -4777,9 +4775,8 @@ class EngineClient(ABC):
         self, target: Target, path: str, limits: Deadlines, body: Any = None, refusals: Container[int] = (401, 403)
     ) -> Any:
         """A small JSON question; None for anything but 200 with JSON. Raises what a status among `refusals` means."""
-        deadline = Deadline(limits, self.name)
         method, data = ("GET", None) if body is None else ("POST", to_json(body))
-        try:
+        with contextlib.closing(Deadline(limits, self.name)) as deadline:
             try:
                 reply = await self.send(method, target, path, data, deadline, limits.connect)
             except EngineUnavailable as exc:
@@ -4790,8 +4787,6 @@ class EngineClient(ABC):
                 found = await deadline.wait(reply.body())
             finally:
                 await reply.close()
-        finally:
-            deadline.close()
         if reply.headers.get("x-llm-inference") == INSTANCE:
             raise EngineUnavailable("that address is this very server", "give the engine's own address")
         if reply.status in refusals:
@@ -4994,7 +4989,7 @@ class Connection(EngineClient):
             exc.hint = exc.hint or f"start it ({adapter.start_hint}), or correct {source}"
             raise
         if version is None and (other := await self._other_engine(target)):
-            reason = f"{source} names a server that is {other}, not {self.name}"
+            reason = f"the server at {source} is {other}, not {self.name}"
             raise EngineUnavailable(reason, f"use engine_type={other!r}, or correct {source}")
         adapter.how, adapter.version, adapter.identified = f"attached by {source}", version or "", version is not None
         return target
@@ -5096,7 +5091,8 @@ class Connection(EngineClient):
 
     async def close(self) -> None:
         """Close the sessions and end what was started."""
-        await portal.run(self._close())
+        if portal.started:  # else nothing was reached
+            await portal.run(self._close())
         await self.sessions.close()
 
     async def _close(self) -> None:
@@ -5208,7 +5204,7 @@ def _error_by_status(
     name, reason = engine.engine_type, f"{engine.engine_type}: {message}"
     if status in (401, 403):
         hint = f"set {engine.key_env or 'the key'}, --engine-api-key, or api_key= in Python"
-        return EngineUnavailable(f"{name} refuses our key", hint)
+        return EngineUnavailable(f"{name} rejects the API key", hint)
     if status == 404 and "model" in message:
         return ModelNotFound(reason, "see models()")
     if status == 404:
@@ -5256,7 +5252,7 @@ class StartableAdapter(BaseLLMAdapter):
             raise EngineUnavailable(f"no {name} answers at {where}", f"{hint}, or set {self.url_env}")
         if self.python and shutil.which(self.python) is None:
             hint = f"give the path of an interpreter that has {name}"
-            raise EngineNotInstalled("python: no program is there that can be run", hint, param="python")
+            raise EngineNotInstalled("python: no executable at that path", hint, param="python")
 
     async def before_start(self) -> None:
         """What must be there first: a model's file, say."""
@@ -6355,11 +6351,7 @@ class OllamaTranslator(HTTPAdapter):
     ) -> Answer:
         if request.path == EMBEDDINGS:
             vectors = vectors_of(payload["embeddings"], texts_of(body["input"]))
-            found = embeddings_object(vectors, count_of(payload.get("prompt_eval_count")), body)
-            answer = Answer()
-            answer.add({"usage": found["usage"]})
-            answer.data, answer.payload = to_json(found), found
-            return answer
+            return embeddings_answer(vectors, count_of(payload.get("prompt_eval_count")), body)
         if not payload.get("done"):
             reason = "ollama stopped before the answer was complete"
             raise BadEngineReply(reason, "it ends an answer that repeats one token; rephrase the prompt")
@@ -6544,7 +6536,7 @@ class OllamaAdapter(OllamaTranslator):
 
     def suggestion(self, missing: Sequence[str]) -> str:
         if {"regex", "grammar"} & set(missing):
-            return "Ollama has schema and choice; vllm, sglang and llamacpp have regex and grammar"
+            return "use schema or choice; only vllm, sglang and llamacpp support regex and grammar"
         if "tool_choice" in missing:
             return 'Ollama has tool_choice "none" and "auto"; vllm and sglang have the others'
         if "continue_final_message" in missing:
@@ -6553,7 +6545,7 @@ class OllamaAdapter(OllamaTranslator):
 
     async def pull(self, model: str) -> AsyncGenerator[tuple[str, int, int], None]:
         if not model:
-            raise InvalidRequest("model: which one is to be pulled?", 'for example pull("qwen3:0.6b")', param="model")
+            raise InvalidRequest("model: is required", 'for example pull("qwen3:0.6b")', param="model")
         stage = ""
         patient = dataclasses.replace(self.deadlines, total=float("inf"))
         lines = self.connection.read("/api/pull", to_json({"model": model, "stream": True}), patient)
@@ -7432,10 +7424,29 @@ async def call_function(function: Callable[..., Any], arguments: str) -> str:
     return result if isinstance(result, str) else to_json(plain(result)).decode()
 
 
+#: the verb of several requests that runs here: whose it is, and how often that had been closed when it began
+VERB: contextvars.ContextVar[tuple["AsyncVerbs", int] | None] = contextvars.ContextVar("verb", default=None)
+
+
 class AsyncVerbs(ABC):
     """The asynchronous verbs of `LLMInferencer`."""
 
     model_name: str | None
+    closed = 0  #: how often
+
+    @contextlib.contextmanager
+    def _several_requests(self) -> Iterator[None]:
+        """Around a verb that makes several: after `aclose` it makes no further one."""
+        token = VERB.set((self, self.closed))
+        try:
+            yield
+        finally:
+            VERB.reset(token)
+
+    def _require_open(self) -> None:
+        verb = VERB.get()
+        if verb is not None and verb[0] is self and verb[1] != self.closed:
+            raise EngineUnavailable("it was closed meanwhile", "ask again")
 
     @property
     @abstractmethod
@@ -7481,11 +7492,11 @@ class AsyncVerbs(ABC):
         yield [reader.last(request.served)]
 
     async def agenerate(self, prompt: str, **options: Unpack[Options]) -> str:
-        """The answer's text to one user's prompt."""
+        """Answer a prompt; returns the text."""
         return (await self.acomplete(prompt, **options)).text
 
     async def achat(self, messages: Prompt, **options: Unpack[Options]) -> str:
-        """The answer's text to messages in OpenAI's shape."""
+        """Answer messages in OpenAI's format; returns the text."""
         return (await self.acomplete(messages, **options)).text
 
     @overload
@@ -7518,9 +7529,9 @@ class AsyncVerbs(ABC):
     async def abatch(
         self, prompts: Iterable[Prompt], *, concurrency: int = 8, schema: Any = None, **options: Unpack[Options]
     ) -> list[Completion | InferenceError]:
-        """The answers in the order of `prompts`, at most `concurrency` at once; an item's error stands in its place."""
+        """The answers in the order of `prompts`, at most `concurrency` at once; a failed item is its exception."""
         if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
-            raise InvalidRequest("prompts: one text is not a list", "send [prompt], or use generate()", param="prompts")
+            raise InvalidRequest("prompts: must be a list", "send [prompt], or use generate()", param="prompts")
         if concurrency < 1:
             reason = f"concurrency: must be 1 or more, got {concurrency}"
             raise InvalidRequest(reason, "leave it out", param="concurrency")
@@ -7541,7 +7552,8 @@ class AsyncVerbs(ABC):
                 finished += 1
                 progress.show(bar(finished, len(waiting)))
 
-        workers = [asyncio.ensure_future(work()) for _ in range(min(concurrency, len(waiting)))]
+        with self._several_requests():
+            workers = [asyncio.ensure_future(work()) for _ in range(min(concurrency, len(waiting)))]
         try:
             await asyncio.gather(*workers)
         finally:  # an error that is none of ours ends the others too, and is raised once they have ended
@@ -7563,28 +7575,30 @@ class AsyncVerbs(ABC):
         functions = {function.__name__: function for function in tools}
         offered: list[Any] = [tool_from(function) for function in tools]
         messages = messages_from(prompt, options.pop("system", None))
-        for _ in range(max_turns):
-            done = await self.acomplete(messages, **{**options, "tools": offered})
-            if not done.tool_calls:
-                return done
-            messages.append({"role": "assistant", "content": done.text or None, "tool_calls": list(done.tool_calls)})
-            for call in done.tool_calls:
-                text = await call_function(functions[call["function"]["name"]], call["function"]["arguments"])
-                messages.append({"role": "tool", "tool_call_id": call["id"], "content": text})
+        with self._several_requests():
+            for _ in range(max_turns):
+                done = await self.acomplete(messages, **{**options, "tools": offered})
+                if not done.tool_calls:
+                    return done
+                calls = list(done.tool_calls)
+                messages.append({"role": "assistant", "content": done.text or None, "tool_calls": calls})
+                for call in calls:
+                    text = await call_function(functions[call["function"]["name"]], call["function"]["arguments"])
+                    messages.append({"role": "tool", "tool_call_id": call["id"], "content": text})
         raise InferenceError(f"the model still calls functions after {max_turns} turns", "raise max_turns")
 
     async def aembed(self, texts: str | Sequence[str], *, model_name: str | None = None) -> list[list[float]]:
-        """One vector a text."""
+        """One vector per text."""
         given = [texts] if isinstance(texts, str) else plain(texts)
-        fleet = await self.found()
-        adapter = fleet.endpoints[0].adapter
+        adapter = await self.engine()
         if not isinstance(adapter, HTTPAdapter):
             vectors, _ = await adapter.embed(texts_of(given), await adapter.model_for(model_name or self.model_name))
             return vectors
         body = {"input": texts_of(given), "encoding_format": "float"}
         check_json(body)
-        body["model"] = model_name or self.model_name or await embedding_model(fleet)
-        answer = await fleet.answer(GenerateRequest(body=body, surface=EMBEDDINGS))
+        with self._several_requests():
+            body["model"] = model_name or self.model_name or await embedding_model(await self.found())
+            answer = await (await self.found()).answer(GenerateRequest(body=body, surface=EMBEDDINGS))
         with well_formed(adapter.engine_type):
             items = sorted(answer.payload["data"], key=lambda item: item["index"])
             return vectors_of([item["embedding"] for item in items], given)
@@ -7597,7 +7611,7 @@ class AsyncVerbs(ABC):
         return [model for _, model in await fleet.models()]
 
     async def apull(self, model: str | None = None) -> None:
-        """Bring a model onto the engine's machine, with a progress line."""
+        """Download a model to the engine's machine; shows progress."""
         adapter = await self.engine()
         name = model or self.model_name or ""
         progress = Progress(f"pulling {name or DEFAULT_MODEL}")
@@ -7626,7 +7640,7 @@ def texts_in(bursts: Generator[list[Chunk], None, None]) -> Iterator[str]:
 
 
 class Verbs(AsyncVerbs):
-    """The same verbs, synchronous: the asynchronous ones, run on the portal's loop."""
+    """The same methods, synchronous: each runs its `a…` twin on a background loop."""
 
     def complete(self, prompt: Prompt, *, schema: Any = None, **options: Unpack[Options]) -> Completion:
         """See `acomplete`."""
@@ -7687,17 +7701,21 @@ class Verbs(AsyncVerbs):
 
     def close(self) -> None:
         """See `aclose`."""
-        portal.call(self.aclose())
+        try:
+            portal.call(self.aclose())
+        except EngineUnavailable:
+            if portal.started:
+                raise  # else the interpreter is ending, and nothing was opened
 
 
 class LLMInferencer(Verbs):
-    """One engine and one model, or a fleet, behind the same verbs. Every verb has an `a…` twin; both are thread-safe.
+    """One engine and model, or several endpoints. Every method has an async `a…` twin; both are thread-safe.
 
     engine_type: a key of ENGINE_MAP, or "auto": the first engine that answers, the embedded llama.cpp last.
     model_name: as the engine knows it; None = the engine's first. For llamacpp also the path of a .gguf file, or a
     model of the hub such as "Qwen/Qwen3-0.6B-GGUF:Q8_0".
 
-    Raises (all verbs): InferenceError's subclasses, each with `kind`, `reason`, `hint` and `retryable`.
+    All methods raise InferenceError's subclasses, each with `kind`, `reason`, `hint` and `retryable`.
     """
 
     ENGINE_MAP: ClassVar[dict[str, type[BaseLLMAdapter]]] = {
@@ -7736,7 +7754,7 @@ class LLMInferencer(Verbs):
 
     @classmethod
     def from_fleet(cls, fleet: Fleet, model_name: str | None = None) -> "LLMInferencer":
-        """These endpoints."""
+        """An inferencer over a fleet."""
         made = cls.__new__(cls)
         made.options, made.model_name, made._flight, made.fleet = {}, model_name, SingleFlight(), fleet
         return made
@@ -7763,6 +7781,7 @@ class LLMInferencer(Verbs):
 
     async def found(self) -> Fleet:
         """The endpoints; with "auto", whichever engine answers first, in ENGINE_MAP's order."""
+        self._require_open()
         if self.fleet is None:
             await self._flight.run("fleet", self._find_once)
         assert self.fleet is not None
@@ -7814,6 +7833,7 @@ class LLMInferencer(Verbs):
 
     async def aclose(self) -> None:
         """End what was started and close what was opened. A verb called after that connects, or starts, anew."""
+        self.closed += 1
         self._flight.cancel()
         if self.fleet is not None:
             await self.fleet.close()
@@ -7862,7 +7882,7 @@ def messages_from(prompt: Any, system: Any = None) -> list[Any]:
     if isinstance(prompt, str):
         messages: list[Any] = [{"role": "user", "content": prompt}]
     elif isinstance(prompt, (Mapping, bytes)) or not isinstance(prompt, Iterable):
-        raise InvalidRequest("prompt: must be a text or a list of messages", "send a text, or messages", param="prompt")
+        raise InvalidRequest("prompt: must be a string or a list of messages", "send one of them", param="prompt")
     else:
         messages = list(prompt)
     if system is not None:
@@ -8015,7 +8035,7 @@ def resolve_aliases(aliases: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[s
     def resolve(name: str, path: tuple[str, ...]) -> None:
         if name in path:
             circle = " -> ".join((*path[path.index(name) :], name))
-            raise _invalid(f"aliases.{name}", f"leads in a circle ({circle})", "end it with engine/model")
+            raise _invalid(f"aliases.{name}", f"is circular ({circle})", "end it with engine/model")
         if len(path) >= _MAX_CHAIN:
             raise _invalid(f"aliases.{name}", f"is reached through {_MAX_CHAIN} other aliases", "shorten the chain")
         found: list[str] = []
@@ -8106,7 +8126,7 @@ class EndpointConfig:
         return made
 
 
-_PLACE, _ENGINE, _ACCESS, _LIMITS = "where to serve", "which engine", "access", "limits"
+_PLACE, _ENGINE, _ACCESS, _LIMITS = "server", "engine", "access", "limits"
 _STARTED, _OUTPUT = "started engines", "output"
 
 
@@ -8118,9 +8138,9 @@ class Settings:
     host: NonEmpty = setting("0.0.0.0", "address to serve on, or to test", _PLACE, _OUR_ADDRESS, metavar="ADDRESS")
     port: int = setting(8000, "port to serve on, or to test", _PLACE, _OUR_ADDRESS, low=1, high=65535)
     workers: int = setting(1, "server processes; they share the limits", _PLACE, "serve", low=1, high=256)
-    replicas: _Replicas = setting("1", "with --ray: how many, or between how many Ray scales", _PLACE, "ray",
+    replicas: _Replicas = setting("1", "with --ray: number of replicas, or a range for Ray", _PLACE, "ray",
                                   expected="a number or a range, for example 4 or 2-8", metavar="N[-M]")
-    config: NonEmpty | None = setting(None, "settings and endpoints, as TOML", _ENGINE, _ENGINES, metavar="FILE")
+    config: NonEmpty | None = setting(None, "TOML file with settings and endpoints", _ENGINE, _ENGINES, metavar="FILE")
     engine: str = setting("auto", "auto, or one of {engines}", _ENGINE, _ALL, metavar="NAME")
     model: NonEmpty | None = setting(
         None, "default: the engine's first; for llamacpp also a .gguf file, or a name on the model hub",
@@ -8128,24 +8148,24 @@ class Settings:
     aliases: _Aliases = setting(
         dict, "another name for a model (repeatable); the same name given again adds a fallback", _ENGINE, key="alias",
         metavar="NAME=MODEL", expected="name=engine/model, the name without spaces")
-    base_url: NonEmpty | None = setting(None, "where the engine (with --api-test: our server) is", _ENGINE, _ALL,
+    base_url: NonEmpty | None = setting(None, "URL of the engine (with --api-test: of the server)", _ENGINE, _ALL,
                                         metavar="URL", has_variable=False)
-    engine_api_key: NonEmpty | None = setting(None, "the key that the engine asks for", _ENGINE, _ENGINES,
+    engine_api_key: NonEmpty | None = setting(None, "API key for the engine", _ENGINE, _ENGINES,
                                               metavar="KEY", has_variable=False, secret=True)
     api_keys: Annotated[tuple[str, ...], BeforeValidator(_split)] = setting(
         (), "the keys that callers need (with --api-test: the key to send)", _ACCESS, _OUR_ADDRESS, key="api_key",
         metavar="KEY[,KEY]", expected="one or more keys", secret=True)
-    no_auth: bool = setting(False, "ask no key of anyone", _ACCESS)
+    no_auth: bool = setting(False, "require no API key", _ACCESS)
     cors_origins: Annotated[tuple[_Origin, ...], BeforeValidator(_split)] = setting(
         (), "origin of a web page that may call the API (repeatable)", _ACCESS, key="cors_origin",
         metavar="ORIGIN", expected="an origin, for example https://page.example")
-    max_in_flight: int = setting(256, "requests answered at once", _LIMITS, low=1, high=100_000)
+    max_in_flight: int = setting(256, "requests processed at a time", _LIMITS, low=1, high=100_000)
     queue: int = setting(256, "requests that may wait; further ones get 429", _LIMITS, low=0, high=1_000_000)
     max_tokens_cap: int = setting(8192, "upper limit of max_tokens", _LIMITS, low=1, high=1_000_000)
     deadlines: Annotated[Deadlines, BeforeValidator(_as_deadlines)] = setting(
         Deadlines, "seconds for a complete answer (default: 600)", _LIMITS, _ENGINES, key="timeout", metavar="S",
         expected="a number from 0.1 to 1000000")
-    python: NonEmpty | None = setting(None, "the interpreter that has vllm or sglang", _STARTED, metavar="PATH")
+    python: NonEmpty | None = setting(None, "Python interpreter with vllm or sglang", _STARTED, metavar="PATH")
     launch_args: tuple[str, ...] = setting((), "the engine's own arguments, passed on unchanged", _STARTED,
                                            metavar="-- ARGUMENT", has_variable=False, expected="a list of strings")
     json: bool = setting(False, "self-test: print JSON", _OUTPUT, "self-test", has_variable=False)
@@ -8164,13 +8184,13 @@ class Settings:
         object.__setattr__(self, "endpoints", _with_names(self.endpoints))
         for number, endpoint in enumerate(self.endpoints, 1):
             if endpoint.start == "on_request" and self.workers > 1:
-                problem = "server processes cannot take turns on what a request starts"
+                problem = "several workers cannot share an on_request endpoint"
                 raise _invalid(f"endpoints.{number}.start", problem, "serve it with --workers 1")
         for field in ("base_url", "engine_api_key", "launch_args", "python"):
             if not getattr(self, field):
                 continue
             if self.endpoints:
-                raise _invalid(field, "means nothing beside [[endpoint]] tables", "put it into the endpoint's table")
+                raise _invalid(field, "cannot be combined with [[endpoint]] tables", "put it into the endpoint's table")
             if self.engine == "auto" and field in ("launch_args", "python"):
                 raise _invalid(field, "given without an engine", "name the engine that it is for")
         for address in (self.base_url or "").split(","):
@@ -8216,7 +8236,7 @@ def _check_mode(place: str, key: str, mode: str) -> None:
     modes = OPTIONS[key].metadata["option"].modes
     if mode not in modes:
         uses = " and ".join(MODES[other] for other in modes)
-        raise InvalidRequest(f"{place} means nothing to {MODES[mode]}", f"it is for {uses}")
+        raise InvalidRequest(f"{place} has no effect on {MODES[mode]}", f"use it with {uses}")
 
 
 class ConfigFile:
@@ -8403,7 +8423,7 @@ _EPILOG = """\
 A flag with a value is also a key of the config file (max_in_flight = 512) and, apart from --base-url and \
 --engine-api-key, an environment variable (LLM_INFERENCE_MAX_IN_FLIGHT). Flags override the environment, which \
 overrides the file.
-Where to attach: OLLAMA_HOST, VLLM_BASE_URL, SGLANG_BASE_URL, LLAMACPP_BASE_URL; LLAMACPP_MODEL is a .gguf file; \
+Further variables: OLLAMA_HOST, VLLM_BASE_URL, SGLANG_BASE_URL, LLAMACPP_BASE_URL; LLAMACPP_MODEL (a .gguf file); \
 the engines' keys: OLLAMA_API_KEY, VLLM_API_KEY, SGLANG_API_KEY, LLAMACPP_API_KEY."""
 
 
@@ -9592,9 +9612,9 @@ class Body(Sampling, total=False):
     model_name: Annotated[
         str | None, Field(max_length=1024, description="default: the server's, else the engine's first")
     ]
-    system: Annotated[str | None, Field(description="a system message before the others")]
+    system: Annotated[str | None, Field(description="system message, placed first")]
     stream: Annotated[bool | None, Field(description="answer as server-sent events")]
-    schema: Annotated[dict[str, Any] | None, Field(description="the short form, or a JSON Schema")]
+    schema: Annotated[dict[str, Any] | None, Field(description="JSON Schema or short form")]
 
 
 class GenerateBody(Body, total=False):
@@ -9648,7 +9668,7 @@ class V1Body(TypedDict, total=False):
 
 
 class Document(TypedDict):
-    """A document of /v1/rerank; it may also be a plain text."""
+    """A document of /v1/rerank, unless given as a string."""
 
     text: NonEmpty
 
@@ -10087,9 +10107,9 @@ V1_SURFACES: dict[str, tuple[SurfaceMaker, str]] = {
     CHAT: (functools.partial(OpenAISurface, path=CHAT), "OpenAI: chat completions"),
     COMPLETIONS: (functools.partial(OpenAISurface, path=COMPLETIONS), "OpenAI: completions (no chat template)"),
     EMBEDDINGS: (functools.partial(OpenAISurface, path=EMBEDDINGS), "OpenAI: embeddings"),
-    RERANK: (functools.partial(PlainSurface, path=RERANK), "Cohere, Jina: order documents by a query"),
-    TOKENIZE: (functools.partial(PlainSurface, path=TOKENIZE), "vLLM: the tokens of a prompt or of messages"),
-    DETOKENIZE: (functools.partial(PlainSurface, path=DETOKENIZE), "vLLM: the text of tokens"),
+    RERANK: (functools.partial(PlainSurface, path=RERANK), "Cohere, Jina: rank documents for a query"),
+    TOKENIZE: (functools.partial(PlainSurface, path=TOKENIZE), "vLLM: tokenize a prompt or messages"),
+    DETOKENIZE: (functools.partial(PlainSurface, path=DETOKENIZE), "vLLM: tokens to text"),
     RESPONSES: (ResponsesSurface, "OpenAI: responses (nothing is stored)"),
     MESSAGES: (MessagesSurface, "Anthropic: messages"),
     COUNT_TOKENS: (CountTokensSurface, "Anthropic: count a prompt's tokens"),
@@ -10503,10 +10523,10 @@ class Gateway(Catalog):
             self.listed = (float("-inf"), [])
             owners = [engine_type for engine_type, info in await self.models() if info.name == model]
         if len(set(owners)) != 1:
-            where = "on several engines" if owners else "on no engine"
+            where = "several engines serve" if owners else "no engine serves"
             names = [name for engine, info in await self.models() for name in (info.name, f"{engine}/{info.name}")]
-            hint = did_you_mean(model, names, "see GET /v1/models; write engine/model")
-            raise ModelNotFound(f"the model {model[:100]!r} is {where}", hint, param="model")
+            hint = did_you_mean(model, names, "see GET /v1/models, or write engine/model")
+            raise ModelNotFound(f"{where} the model {model[:100]!r}", hint, param="model")
         return await self.inferencer(owners[0]), model
 
     def refuse_full(self) -> None:
@@ -10917,7 +10937,7 @@ def v1_responses() -> dict[int | str, dict[str, Any]]:
 def create_router(
     llm: LLMInferencer | None = None, settings: Settings | None = None, *, gateway: Gateway | None = None
 ) -> Any:
-    """A FastAPI router with `/api/v1/llm/…` for any app. Authentication is the host's (include_router's dependencies).
+    """A FastAPI router with `/api/v1/llm/…` for any app. The host authenticates (`dependencies=` of include_router).
 
     `llm` answers where a request names no engine; it is closed with the host's lifespan. The host's own routes, error
     handlers, logging, signals and event loop are left alone.
@@ -10953,9 +10973,9 @@ def create_router(
         return JSONResponse(envelope(str(uuid.uuid4()), found))
 
     listed = envelope_responses([_ENGINE_EXAMPLE], [_UNAUTHORIZED])
-    router.get("/engines", summary="Which engines are reachable, and what each can do", responses=listed)(engines)
+    router.get("/engines", summary="List the engines and their features", responses=listed)(engines)
     listed = envelope_responses([_MODEL_EXAMPLE], [_UNAUTHORIZED])
-    router.get("/models", summary="The models of every engine that answers", responses=listed)(models)
+    router.get("/models", summary="List the models of reachable engines", responses=listed)(models)
     return router
 
 
@@ -10983,7 +11003,7 @@ def own_body_schema(shape: type, gateway: Gateway) -> dict[str, Any]:
     schema = inlined(body_adapter(shape).json_schema())
     for option in schema["properties"]["max_tokens"]["anyOf"]:
         if option.get("type") == "integer":
-            option["maximum"] = gateway.settings.max_tokens_cap
+            option["description"] = f"values above {gateway.settings.max_tokens_cap} are reduced to it"
     engines = ", ".join(LLMInferencer.ENGINE_MAP)
     schema["properties"]["engine_type"]["description"] = f"one of auto, {engines}; default: the server's"
     return schema
@@ -11257,7 +11277,7 @@ _ROUTE_HINTS = {
 
 
 def create_app(settings: Settings | None = None, llm: LLMInferencer | None = None) -> Any:
-    """The server as an ASGI application: our own routes, the /v1 surfaces, health, docs, chat page, guards."""
+    """The server as an ASGI app: /api/v1/llm, /v1, health, metrics, docs, chat page, access control."""
     from fastapi import FastAPI
     from starlette.middleware.cors import CORSMiddleware
 
@@ -11337,7 +11357,7 @@ def add_error_handlers(app: Any) -> None:
             error = NotFound(f"there is no route {path[:100]!r}", route_hint(path))
         headers = {**(getattr(exc, "headers", None) or {}), "x-error-kind": error.kind}
         if status == 405:
-            error = MethodNotAllowed(f"this route takes no {request.method[:20]}", f"send {headers.get('Allow')}")
+            error = MethodNotAllowed(f"{request.method[:20]} is not allowed here", f"send {headers.get('Allow')}")
         return JSONResponse(refusal_body(error, path), status, headers)
 
     app.add_exception_handler(HTTPException, failed)
@@ -11393,8 +11413,8 @@ def add_server_routes(app: Any, gateway: Gateway) -> None:
         return Response(FAVICON, media_type="image/svg+xml")
 
     both = ["GET", "HEAD"]
-    app.add_api_route("/health", health, methods=["GET"], tags=["server"], summary="Alive")
-    app.add_api_route("/ready", ready, methods=["GET"], tags=["server"], summary="Ready: 200, or 503 with the reason")
+    app.add_api_route("/health", health, methods=["GET"], tags=["server"], summary="Liveness")
+    app.add_api_route("/ready", ready, methods=["GET"], tags=["server"], summary="Readiness: 200 or 503, with why")
     summary = "Prometheus: requests, latency, first token, tokens, errors by kind"
     app.add_api_route("/metrics", metrics, methods=["GET"], tags=["server"], summary=summary)
     for path, answer in (("/health", health), ("/ready", ready)):
@@ -11710,7 +11730,7 @@ label { flex: 1 10rem } label * { display: block; width: 100% } #send { backgrou
 <select id="model" aria-label="Model" data-zh="模型"></select></header>
 <div id="demo" hidden>
 <span data-zh="当前是演示用的微型模型，经常答错，基本只懂英文。换用正式模型：">
-This tiny demo model is often wrong. For a real one:</span>
+This tiny demo model is often wrong and only knows English. To use a real model:</span>
 <code>python llm_inference.py --serve --engine llamacpp --model Qwen/Qwen3-0.6B-GGUF:Q8_0</code></div>
 <details id="settings"><summary data-zh="设置">Settings</summary><div>
 <label><span data-zh="API 密钥">API key</span><input id="key" type="password" autocomplete="off"></label>
@@ -11718,7 +11738,7 @@ This tiny demo model is often wrong. For a real one:</span>
 <label>temperature<input id="temperature" type="number" step="any"></label>
 <label>top_p<input id="top_p" type="number" step="any"></label>
 <label>max_tokens<input id="max_tokens" type="number" value="1024"></label>
-<label><span data-zh="JSON Schema（要求返回的结构）">JSON schema</span>
+<label><span data-zh="JSON Schema（回答的结构）">JSON Schema</span>
 <textarea id="schema" placeholder='{"name": "string", "age": "integer"}'></textarea></label></div></details>
 <main id="talk" role="log" tabindex="0" aria-label="Conversation" data-zh="对话"><div id="examples"></div></main>
 <div id="status" class="error" role="alert"></div>
@@ -11767,7 +11787,7 @@ async function call(path, options) {
   if (reply.status != 401) throw Error(msg ?? error?.message ?? `HTTP ${reply.status}`)
   $("settings").open = true
   $("key").focus()
-  throw Error(t("The server asks for a valid API key.", "服务器要求提供有效的 API 密钥。"))
+  throw Error(t("The server requires a valid API key.", "服务器要求提供有效的 API 密钥。"))
 }
 const reason = error => `⚠ ${error instanceof TypeError ? t("The connection failed.", "连接失败。") : error.message}`
 async function models() {
@@ -11813,8 +11833,8 @@ async function answer(turn) {
   const cut = t("Cut off by max_tokens", "回答被 max_tokens 截断")
   if (last.finish_reason == "length") draw(turn, `✂ ${cut}`, "note warn")
   const speed = last.timing?.tokens_per_second, figures = speed ? `${speed.toFixed(0)} tokens/s · ` : ""
-  draw(turn, `${figures}${t("endpoint", "端点")}: ${reply.headers.get("x-endpoint")}`)
-  if (last.ignored?.length) draw(turn, `${t("ignored", "已忽略")}: ${last.ignored.join(", ")}`, "note warn")
+  draw(turn, `${figures}${t("endpoint: ", "端点：")}${reply.headers.get("x-endpoint")}`)
+  if (last.ignored?.length) draw(turn, `${t("ignored: ", "已忽略：")}${last.ignored.join(", ")}`, "note warn")
 }
 async function send() {
   const question = $("ask").value.trim(), history = messages
@@ -11869,7 +11889,7 @@ def deploy(
     replicas: int | tuple[int, int] = 1,
     name: str = "llm_inference",
 ) -> None:
-    """Put the API on Ray Serve, in front of a running engine; returns once it answers. Again: a rolling update.
+    """Put the API on Ray Serve, in front of a running engine; returns once it answers. A second call: a rolling update.
 
     `replicas`: a number, or (least, most), between which Ray scales. Each has the limits of `settings`. In the cluster
     that RAY_ADDRESS names or that runs here, else in one that lives as long as this process. Ray drains a replica
@@ -12179,7 +12199,7 @@ def _print_results(results: Sequence[dict[str, Any]]) -> None:
     if answered:
         print(f"Next: {command('--serve')}")
     if any(result.get("model") == DEFAULT_MODEL for result in results):
-        _print_folded(f"{DEFAULT_MODEL} is a tiny demo model (English only). Take a real one by its name:", "")
+        _print_folded(f"{DEFAULT_MODEL} is a tiny demo model (English only). To use a real one:", "")
         print(f"  {command(f'--serve {REAL_MODEL}')}")
 
 
@@ -12446,7 +12466,7 @@ llm_inference {__version__}
     if not settings.api_keys and not settings.no_auth:
         if not is_loopback(settings.host):
             print(f"  API key     {settings.made_key}   (from this machine: not needed)")
-        print("  Behind a reverse proxy set --api-key: its callers look like this machine's.")
+        print("  Behind a reverse proxy, set --api-key: its requests look like local ones.")
     sys.stdout.flush()
 
 
@@ -12549,7 +12569,7 @@ def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
         own = own[: own.index("--")]
     values = vars(parser.parse_args(own))
     if "launch_args" in values:
-        parser.error(f"{values['launch_args'][0]!r}: not understood; the engine's own arguments stand behind --")
+        parser.error(f"{values['launch_args'][0]!r}: unexpected; the engine's own arguments go after --")
     if "ray" in values and "serve" not in values:
         parser.error("--ray means nothing without --serve")
     if launch_args:

@@ -505,10 +505,10 @@ def written() -> str:
     return HEAD + "\n".join(lines) + "\n"
 
 
-HEAD = """# What users are told
+HEAD = """# Error messages
 
-Each of these mistakes is made by `tests/mistakes.py`; `python -m tests.mistakes` writes this table, and
-`tests/test_mistakes.py` holds it to what happens. The part behind the semicolon is the fix.
+One row for each mistake in `tests/mistakes.py`. `python -m tests.mistakes` writes this table, and
+`tests/test_mistakes.py` checks it. The part after the semicolon is the fix.
 
 """
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from llm_inference import EngineUnavailable, LLMInferencer
+import llm_inference as product
+from llm_inference import Completion, EngineUnavailable, LLMInferencer
 from tests.fake_engine import DIALECTS, FakeEngine
 from tests.harness import SOON, clean_env, until
 from tests.processes import ROOT
@@ -127,6 +128,19 @@ def slowly(engine: FakeEngine) -> FakeEngine:
     return engine
 
 
+def at_exit(line: str) -> str:
+    """A script whose exit handler runs that line. From Python 3.12 on no thread starts there: an error says so."""
+    return f"""
+s = []
+@atexit.register
+def last():
+    try:
+        {line}
+    except InferenceError as exc:
+        assert "is ending" in exc.reason or "deadline" in exc.reason
+"""
+
+
 HALF_READ = "s = llm.stream(LONG)\nfor piece in s:\n    break\n"
 #: name: (script, its exit code)
 SCRIPTS: dict[str, tuple[str, int]] = {
@@ -173,7 +187,10 @@ SCRIPTS: dict[str, tuple[str, int]] = {
     "atexit closes the stream": (HALF_READ + "atexit.register(s.close)\n", 0),
     "atexit reads on": (HALF_READ + "atexit.register(lambda: next(s, None))\n", 0),
     "atexit closes the inferencer": (HALF_READ + "atexit.register(llm.close)\n", 0),
-    "atexit begins a stream": ("s = []\natexit.register(lambda: s.append(llm.stream(LONG)) or next(s[0]))\n", 0),
+    "atexit begins a stream": (at_exit("s.append(llm.stream(LONG)) or next(s[0])"), 0),
+    "atexit asks": (at_exit("llm.generate('hi', max_tokens=1, timeout=1)"), 0),
+    "atexit closes what was never used": ("atexit.register(llm.close)\n", 0),
+    "atexit closes what was never used, asynchronously": ("atexit.register(lambda: asyncio.run(llm.aclose()))\n", 0),
     "fork, the child exits": (
         HALF_READ + "pid = os.fork()\nif pid == 0:\n    sys.exit(0)\nassert os.waitpid(pid, 0)[1] == 0\n",
         0,
@@ -452,3 +469,42 @@ def test_e2_close_between_two_calls(fake: Callable[..., FakeEngine], monkeypatch
         monkeypatch.setattr(adapter, "prepare", closed_meanwhile)
         with pytest.raises(EngineUnavailable):
             llm.generate("x")
+
+
+@pytest.mark.parametrize("verb", ["batch", "run", "embed"])
+def test_e2_close_ends_a_verb_of_several_requests(
+    verb: str, fake: Callable[..., FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E2: what was closed is not opened again by the next request of a verb that began before."""
+    engine = fake("vllm")
+    with LLMInferencer("vllm", base_url=engine.base_url) as llm:
+        close_after_the_first(llm, monkeypatch)
+        if verb == "batch":
+            first, second = llm.batch(["one", "two"], concurrency=1)
+            assert isinstance(first, Completion)
+            assert isinstance(second, EngineUnavailable)
+        elif verb == "run":
+            engine.tool_call = ("at_exit", {"line": "x"})
+            with pytest.raises(EngineUnavailable):
+                llm.run("x", tools=[at_exit])
+        else:
+            with pytest.raises(EngineUnavailable):
+                llm.embed("x")
+        assert len(engine.asked) == (0 if verb == "embed" else 1)
+        monkeypatch.undo()
+        assert llm.chat([{"role": "user", "content": "x"}]), "a verb called after that connects anew"
+
+
+def close_after_the_first(llm: LLMInferencer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inferencer is closed between the first request of a verb and the next."""
+
+    def closing(function: Callable[..., Any]) -> Callable[..., Any]:
+        async def closes(*args: Any, **options: Any) -> Any:
+            found = await function(*args, **options)
+            await llm.aclose()
+            return found
+
+        return closes
+
+    monkeypatch.setattr(llm, "acomplete", closing(llm.acomplete))
+    monkeypatch.setattr(product, "embedding_model", closing(product.embedding_model))

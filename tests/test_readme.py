@@ -247,7 +247,9 @@ def test_the_container_has_what_it_copies_and_its_commands_work(port: str) -> No
     assert copied and healthy and started
     assert all((ROOT / name).exists() for name in copied[1].split())
     subprocess.run([sys.executable, *shlex.split(with_port(healthy[1], port))], check=True, timeout=30)
-    values = product.parse_arguments(json.loads(started[1])[2:])
+    program, option, module, *flags = json.loads(started[1])
+    assert (program, option, module) == ("python", "-m", "llm_inference")
+    values = product.parse_arguments(flags)
     assert product.take_mode(values) == "serve" and not values
 
 

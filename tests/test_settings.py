@@ -82,7 +82,7 @@ MISTAKES = [
     ("\nqueue = true", "llm.toml: queue (line 2): must be an integer from 0 to 1000000, got True"),
     ("max_inflight = 3", "llm.toml: max_inflight (line 1): no such key; did you mean 'max_in_flight'?"),
     ("config = 'x'", "llm.toml: config (line 1): no such key"),
-    ("replicas = '2'", "llm.toml: replicas (line 1): means nothing to --serve; it is for --serve --ray"),
+    ("replicas = '2'", "llm.toml: replicas (line 1): has no effect on --serve; use it with --serve --ray"),
     ("timeout = 'soon'", "llm.toml: timeout (line 1): must be a number from 0.1 to 1000000, got 'soon'"),
     ("cors_origin = ['https://a', 'b']", "llm.toml: cors_origin (line 1): must be an origin"),
     ("api_key = 12345", "llm.toml: api_key (line 1): must be one or more keys; "),
@@ -109,13 +109,13 @@ MISTAKES = [
     (TWO + "base_url = 'x:1'\nlaunch_args = ['a']", "endpoint[2].launch_args (line 8): this endpoint has a base_url"),
     (TWO + "[[endpoint]]\nmodel = 'm'", "llm.toml: endpoint[3].engine (line 7): is required; one of ollama, vllm"),
     (TWO + "[[endpoint]]\nengine = 'vlm'", "endpoint[3].engine (line 8): no such engine: 'vlm'; did you mean 'vllm'?"),
-    ("base_url = 'http://x'\n" + TWO, "llm.toml: base_url (line 1): means nothing beside [[endpoint]] tables"),
+    ("base_url = 'http://x'\n" + TWO, "llm.toml: base_url (line 1): cannot be combined with [[endpoint]] tables"),
     ("[alias]\nfast = 'vlm/x'", "llm.toml: alias.fast (line 2): no such engine in engine/model: 'vlm/x'; did you"),
     (
         "[alias]\nfast = 'vllm/x'\nbest = 'fst'",
         "llm.toml: alias.best (line 3): not name=engine/model, nor another alias",
     ),
-    ("[alias]\nbest = 'fast'\nfast = 'best'", "alias.best (line 2): leads in a circle (best -> fast -> best)"),
+    ("[alias]\nbest = 'fast'\nfast = 'best'", "alias.best (line 2): is circular (best -> fast -> best)"),
     ("[alias]\nbest = []", "llm.toml: alias (line 1): must be name=engine/model"),
     ("[alias]\nbest = 3", "llm.toml: alias (line 1): must be name=engine/model"),
 ]
@@ -184,12 +184,12 @@ def test_the_defaults_are_todays() -> None:
 @pytest.mark.parametrize(
     ("argv", "mode", "says"),
     [
-        (["--workers", "3"], "self-test", "--workers means nothing to the self-test; it is for --serve"),
-        (["--port", "8000"], "self-test", "it is for --serve and --serve --ray and --api-test"),
-        (["--timeout", "5"], "api-test", "--timeout means nothing to --api-test"),
-        (["--json"], "serve", "it is for the self-test"),
-        (["--workers", "2"], "ray", "--workers means nothing to --serve --ray"),
-        (["--config", "x"], "api-test", "--config means nothing to --api-test"),
+        (["--workers", "3"], "self-test", "--workers has no effect on the self-test; use it with --serve"),
+        (["--port", "8000"], "self-test", "use it with --serve and --serve --ray and --api-test"),
+        (["--timeout", "5"], "api-test", "--timeout has no effect on --api-test"),
+        (["--json"], "serve", "use it with the self-test"),
+        (["--workers", "2"], "ray", "--workers has no effect on --serve --ray"),
+        (["--config", "x"], "api-test", "--config has no effect on --api-test"),
         (["--replicas", "2"], "serve", "--serve --ray"),
         (["--port", "0"], "serve", "--port: must be an integer from 1 to 65535, got '0'"),
         (["--port", "1.5"], "serve", "--port"),
@@ -273,7 +273,7 @@ def test_what_python_callers_give() -> None:
 
 def test_aliases_are_resolved_in_order_and_fast() -> None:
     assert resolve_aliases({"a": ("b", "vllm/x"), "b": ("vllm/y", "vllm/x")})["a"] == ("vllm/y", "vllm/x")
-    with pytest.raises(product.InvalidRequest, match=r"circle \(a -> a\)"):
+    with pytest.raises(product.InvalidRequest, match=r"circular \(a -> a\)"):
         resolve_aliases({"a": ("a",)})
     ladder = {f"a{n}": (f"a{n + 1}", f"a{n + 1}") for n in range(30)} | {"a30": ("vllm/m",)}
     assert resolve_aliases(ladder)["a0"] == ("vllm/m",)
@@ -301,7 +301,7 @@ def test_a_thousand_endpoints_and_ten_thousand_aliases_cost_less_than_a_second(w
 def test_help_has_every_flag_in_its_group() -> None:
     text = build_parser("llm-inference").format_help()
     assert text.startswith("usage: llm-inference")
-    for group in ("modes:", "where to serve:", "which engine:", "access:", "limits:", "started engines:", "output:"):
+    for group in ("modes:", "server:", "engine:", "access:", "limits:", "started engines:", "output:"):
         assert f"\n{group}\n" in text
     for key in OPTIONS:
         assert key == "launch_args" or f"--{key.replace('_', '-')}" in text

@@ -621,7 +621,7 @@ ANY_OF = "#/properties/a/anyOf"
 
 @pytest.mark.parametrize("ref", ["#/$defs/b", f"{ANY_OF}/2", f"{ANY_OF}/-1", f"{ANY_OF}/x", "#/title", ANY_OF])
 def test_a_pointer_to_nothing_is_refused(ref: str) -> None:
-    with pytest.raises(InvalidRequest, match=r"not there|no schema"):
+    with pytest.raises(InvalidRequest, match=r"no target|no schema"):
         check_limits({"$ref": ref, "title": "t", "properties": {"a": {"anyOf": [True, {"type": "null"}]}}})
 
 
@@ -957,7 +957,7 @@ def test_a_count_cannot_be_hidden(pattern: str) -> None:
 
 @pytest.mark.parametrize("regex", ["a)|(?:b", "a)(b", "a|b)c("])
 def test_a_regex_is_one_without_our_brackets(regex: str) -> None:
-    with pytest.raises(InvalidRequest, match="not a regular expression"):
+    with pytest.raises(InvalidRequest, match="invalid regular expression"):
         full_matcher(regex)
 
 

@@ -137,7 +137,7 @@ def test_it_fits_in_both_languages(
         shot(page, tmp_path, f"answer-{name}")
         assert not page.wide()
         words = (
-            ("发送", "设置", "系统提示词", "要求返回的结构")
+            ("发送", "设置", "系统提示词", "回答的结构")
             if language == "zh-CN"
             else ("Send", "Settings", "System prompt")
         )
@@ -370,14 +370,14 @@ def test_a_key_is_asked_for(browser: Page, tmp_path: Path) -> None:
         app = product.create_app(product.Settings(engine="vllm", base_url=engine.base_url, api_keys=(KEY,)))
         with serving(app) as url:
             opened(browser, url)
-            assert "asks for a valid API key" in browser.text("#status")
+            assert "requires a valid API key" in browser.text("#status")
             key = browser.all("#key")[0]
             assert key.is_displayed() and browser.driver.switch_to.active_element == key
             shot(browser, tmp_path, "key")
             for wrong in ("wrong", "schlüssel"):
                 browser.driver.execute_script("document.getElementById('status').textContent = ''")
                 key.send_keys(wrong + "\n")
-                browser.wait(lambda: "asks for a valid API key" in browser.text("#status"))
+                browser.wait(lambda: "requires a valid API key" in browser.text("#status"))
                 key.clear()
             key.send_keys(KEY + "\n")
             browser.wait(lambda: browser.all("#model option") and not browser.text("#status"))

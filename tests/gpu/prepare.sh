@@ -49,7 +49,7 @@ for name in $packed; do get "$name" "${!name}"; done
 # vLLM: its kernels for dense models, FlashAttention 3 and the tool parser.
 if [ -d site/vllm ]; then
     find site/vllm/vllm -name '*.so' ! -name '_C_stable_libtorch*' ! -name '_vllm_fa3_C*' ! -name 'spinloop*' ! -name '_rust_tool_parser*' -delete
-    rm -rf site/vllm/vllm/vllm-rs site/vllm/vllm/third_party/{deep_gemm/include,fmha_sm100}
+    rm -rf site/vllm/vllm/third_party/{deep_gemm/include,fmha_sm100}
 fi
 # SGLang: its kernels for compute capability 9.0.
 if [ -d site/sglang ]; then find site/sglang/sgl_kernel -name '*.so' ! -path '*/sm90/*' -delete; fi

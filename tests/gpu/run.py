@@ -73,8 +73,8 @@ class Kind:
 
 KINDS = {
     "vllm": Kind(
-        "vllm.entrypoints.openai.api_server",
-        "--model",
+        "vllm.entrypoints.cli.main",  # `vllm serve`: its module api_server ignores --api-server-count
+        "serve",
         "--gpu-memory-utilization",
         "--max-model-len",
         "--enforce-eager",

@@ -33,12 +33,12 @@ INTRO = """# Clients against the server
 Made by `python -m tests.integration.table` from the reports of several runs; do not edit. Last test: {date} UTC. Of a
 test that was run again, the last result counts.
 
-Each client is the published one, pointed at our server by its own settings alone. The engines are real: the embedded
+Each client is the published one, pointed at this server by its own settings only. The engines are real: the embedded
 llama.cpp, and vLLM on the CPU with its hermes parser, both with SmolLM2-135M-Instruct and the template `tools.jinja`,
 and the same vLLM without us. *Scripted engines* are the four fakes (Ollama, vLLM, SGLang, llama.cpp), for what such a
 small model would not do: whole agents with their tools.
 
-**ok**: passed. **fails**: failed, with what it said below. **limit**: the engine or the client cannot, for the cause
+**ok**: passed. **fails**: failed; its message is below. **limit**: the engine or the client cannot do it; the cause is
 below. **–**: not run there. A number is passed of run.
 
     python -m tests.integration.run REPORTS      # installs the clients; runs them on the embedded engine

@@ -135,7 +135,7 @@ def test_a_prompt_that_is_too_long_is_known(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_not_there_is_said(recorded: Recorded, tmp_path: Path) -> None:
-    assert "'nobody' is on no engine" in failure(npm.codex(recorded.url, "nobody", tmp_path, "hi"))
+    assert "no engine serves the model 'nobody'" in failure(npm.codex(recorded.url, "nobody", tmp_path, "hi"))
 
 
 # ------------------------------------------------------------------------------------------------ real engines
