@@ -1176,6 +1176,9 @@ def check_constraints(body: dict[str, Any]) -> None:
         raise InvalidRequest(f"{' and '.join(given)} cannot be combined", "send one constraint at most", param=given[1])
     _check_raw_schemas(body)
     schema = answer_schema(body)
+    _refuse_reversed([schema, body.get("tools")])
+    if isinstance(body.get("grammar"), str):
+        _refuse_reversed_counts(_IN_GRAMMAR.sub("", body["grammar"]), "grammar")
     if schema is not None:
         try:
             check_limits(schema)
@@ -1198,6 +1201,34 @@ def _check_parameters(function: dict[str, Any], choice: Any) -> None:
         check_limits(parameters)
     else:
         check_tool_schema(parameters)
+
+
+#: pairs of keywords, the lower bound first; llama.cpp repeats what has a larger lower one until memory is full
+_BOUNDS = (("minLength", "maxLength"), ("minItems", "maxItems"), ("minimum", "maximum"))
+_CLASS = r"\[(?:[^]\\]|\\.)*\]"
+_IN_PATTERN: Final = re.compile(rf"\\.|{_CLASS}", re.DOTALL)
+_IN_GRAMMAR: Final = re.compile(rf'#[^\n]*|"(?:[^"\\]|\\.)*"|{_CLASS}', re.DOTALL)
+_COUNTS: Final = re.compile(r"\{\s*(\d{1,20})\s*,\s*(\d{1,20})\s*\}")
+
+
+def _refuse_reversed(value: Any) -> None:
+    """Raises InvalidRequest for bounds that nothing fits, in an answer's schema or a tool's."""
+    for layer in _layers(value):
+        for node in layer:
+            if not isinstance(node, dict):
+                continue
+            for low, high in _BOUNDS:
+                pair = node.get(low), node.get(high)
+                if all(type(bound) in (int, float) for bound in pair) and pair[0] > pair[1]:
+                    raise InvalidRequest(f"schema: its {low} is greater than its {high}", "correct one of them")
+            if isinstance(node.get("pattern"), str):
+                _refuse_reversed_counts(_IN_PATTERN.sub("", node["pattern"]), "schema: pattern")
+
+
+def _refuse_reversed_counts(text: str, field: str) -> None:
+    for low, high in _COUNTS.findall(text):
+        if int(low) > int(high):
+            raise InvalidRequest(f"{field}: the count {{{low},{high}}}", "write the smaller number first")
 
 
 def _check_raw_schemas(body: dict[str, Any]) -> None:
@@ -2145,6 +2176,8 @@ class _LlamaCppSchema(_Rewriter):
             if isinstance(parts.get(key), int) and abs(parts[key]) < 10**15:  # it writes at most 16 digits
                 found["minimum" if "Min" in key or key == "minimum" else "maximum"] = parts[key] + step
         self.exact &= len(found) == len(parts.keys() & _ENFORCED["integer"])
+        if found.get("minimum", 0) > found.get("maximum", found.get("minimum", 0)):  # it would answer 500
+            raise InvalidRequest("schema: no integer lies between its bounds", "correct one of them")
         return found
 
 

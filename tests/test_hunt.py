@@ -1,0 +1,63 @@
+"""Inputs of the kinds in `cases`, which nobody had listed: each was found by asking as an outside examiner would."""
+
+from typing import Any
+
+import pytest
+
+from llm_inference import InvalidRequest, LLMInferencer
+from tests.fake_engine import DIALECTS, Dialect, FakeEngine
+
+Json = dict[str, Any]
+USER: Json = {"role": "user", "content": "Hi"}
+
+
+def field(**schema: Any) -> Json:
+    return {"type": "object", "properties": {"a": schema}, "required": ["a"], "additionalProperties": False}
+
+
+def tool(**schema: Any) -> Json:
+    return {"type": "function", "function": {"name": "f", "parameters": field(**schema)}}
+
+
+def refused_unsent(dialect: Dialect, **options: Any) -> InvalidRequest:
+    """The refusal of a request that no engine has seen."""
+    with FakeEngine(dialect) as engine, LLMInferencer(dialect, base_url=engine.base_url) as llm:
+        with pytest.raises(InvalidRequest) as caught:
+            llm.complete("x", **options)
+        assert not engine.bodies
+    return caught.value
+
+
+# Structured output -------------------------------------------------------------------------------
+REVERSED: list[tuple[Json, str]] = [
+    ({"type": "string", "minLength": 3, "maxLength": 1}, "minLength"),
+    ({"type": "array", "items": {"type": "string", "minLength": 3, "maxLength": 1}}, "minLength"),
+    ({"type": "array", "items": {}, "minItems": 2, "maxItems": 1}, "minItems"),
+    ({"type": "integer", "minimum": 5, "maximum": 3}, "minimum"),
+    ({"type": "string", "pattern": "^#\"a{3,1}$"}, "pattern"),
+]
+
+
+@pytest.mark.parametrize(("schema", "named"), REVERSED, ids=str)
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_bounds_that_nothing_fits_are_refused(schema: Json, named: str, dialect: Dialect) -> None:
+    """llama.cpp b6714+ repeats `char{3,1}` until the memory is full: every later request fails, then the engine ends."""
+    for options in ({"schema": field(**schema)}, {"tools": [tool(**schema)]}):
+        assert named in refused_unsent(dialect, **options).reason
+
+
+@pytest.mark.parametrize("grammar", ['root ::= "a"{3,1}', 'root ::= "\\"" ("a" # "\n){ 3 ,\n1 }'])
+def test_a_reversed_count_in_a_grammar_is_refused(grammar: str) -> None:
+    assert refused_unsent("llamacpp", grammar=grammar).reason == "grammar: the count {3,1}"
+
+
+@pytest.mark.parametrize("grammar", ['root ::= "{3,1}" [{3,1}] # {3,1}\n', 'root ::= "a"{1,3} "b"{2,2}'])
+def test_a_count_in_a_literal_is_none(grammar: str) -> None:
+    with FakeEngine("llamacpp") as engine, LLMInferencer("llamacpp", base_url=engine.base_url) as llm:
+        assert llm.complete("x", grammar=grammar).text
+        assert engine.body["grammar"] == grammar
+
+
+def test_no_integer_between_two_bounds_is_refused() -> None:
+    """llama.cpp answers 500: Unexpected empty grammar stack."""
+    refused_unsent("llamacpp", schema=field(type="integer", exclusiveMinimum=1, exclusiveMaximum=2))
