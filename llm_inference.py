@@ -2003,6 +2003,8 @@ class _Grammar:
                 if any(low <= code <= high for low, high in ranges):
                     escapes += f"\\x{ord(letter):02X}"
             ranges = _complement([*_complement(ranges), (0, 31), (34, 34), (92, 92)])
+        if ranges == [(0, 0)]:  # it ends a text there
+            raise _NotPortable
         plain, escaped = "".join(map(_range_text, ranges)), rf"[\x5C][{escapes}]"
         if plain:
             return f"([{plain}]|{escaped})" if escapes else f"[{plain}]"
@@ -5983,9 +5985,10 @@ class LlamaCppAdapter(OpenAIAdapter):
             _refuse_enable_thinking(body)
         _refuse_unknown_tokens(body, self._vocabularies.get(body["model"]))
         path, wire = super().encode(request, body)
+        wire |= _with_sizes({name: wire[name] for name in ("tools",) if name in wire})
         schema = answer_schema(body)
         if schema is not None and request.path in GENERATED:
-            wire |= _encode_schema(request, schema)
+            wire |= _with_sizes(_encode_schema(request, schema))
             if request.path == COMPLETIONS:  # it ignores response_format there
                 wire.pop("response_format", None)
         if body.get("logprobs") is not None and request.path in GENERATED:
@@ -6192,6 +6195,23 @@ def _encode_schema(request: GenerateRequest, schema: dict[str, Any]) -> dict[str
     return {"response_format": {"type": "json_schema", "json_schema": named}}
 
 
+def _with_sizes(value: Any) -> Any:
+    """A copy with the sizes that it reads: it refuses 2.0, and 2**31 and more, which no answer has."""
+    if isinstance(value, list):
+        return list(map(_with_sizes, value))
+    if not isinstance(value, dict):
+        return value
+    copy: dict[str, Any] = {}
+    for name, part in value.items():
+        if name in ("enum", "const") or type(part) not in (int, float, dict, list):
+            copy[name] = part
+        elif name not in _SIZES or not isinstance(part, (int, float)):
+            copy[name] = _with_sizes(part)
+        elif part < 2**31:
+            copy[name] = int(part)
+    return copy
+
+
 def _encode_logprobs(request: GenerateRequest, body: dict[str, Any]) -> dict[str, Any]:
     """Without top_logprobs it reports 20, with 0 no logprobs at all: ask for at least one, and cut (`decoder`)."""
     if request.path == COMPLETIONS:
@@ -6238,6 +6258,8 @@ def refuse_lark(grammar: Any) -> None:
 
 def gbnf_literal(text: str) -> str:
     """`text` as a literal of llama.cpp's grammars: JSON's, but for two escapes (llama.cpp grammars/README.md)."""
+    if "\0" in text:
+        raise UnsupportedFeature("choice: llamacpp cannot enforce U+0000", "leave it out", param="choice")
     other = {"b": r"\x08", "f": r"\x0c"}
     return re.sub(r"\\(.)", lambda found: other.get(found[1], found[0]), json.dumps(text, ensure_ascii=False))
 

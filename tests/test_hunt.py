@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from llm_inference import InvalidRequest, LLMInferencer
+from llm_inference import InvalidRequest, LLMInferencer, UnsupportedFeature
 from tests.fake_engine import DIALECTS, Dialect, FakeEngine
 
 Json = dict[str, Any]
@@ -34,14 +34,14 @@ REVERSED: list[tuple[Json, str]] = [
     ({"type": "array", "items": {"type": "string", "minLength": 3, "maxLength": 1}}, "minLength"),
     ({"type": "array", "items": {}, "minItems": 2, "maxItems": 1}, "minItems"),
     ({"type": "integer", "minimum": 5, "maximum": 3}, "minimum"),
-    ({"type": "string", "pattern": "^#\"a{3,1}$"}, "pattern"),
+    ({"type": "string", "pattern": '^#"a{3,1}$'}, "pattern"),
 ]
 
 
 @pytest.mark.parametrize(("schema", "named"), REVERSED, ids=str)
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_bounds_that_nothing_fits_are_refused(schema: Json, named: str, dialect: Dialect) -> None:
-    """llama.cpp b6714+ repeats `char{3,1}` until the memory is full: every later request fails, then the engine ends."""
+    """llama.cpp repeats `char{3,1}` until the memory is full: every later request fails, then the engine ends."""
     for options in ({"schema": field(**schema)}, {"tools": [tool(**schema)]}):
         assert named in refused_unsent(dialect, **options).reason
 
@@ -61,3 +61,28 @@ def test_a_count_in_a_literal_is_none(grammar: str) -> None:
 def test_no_integer_between_two_bounds_is_refused() -> None:
     """llama.cpp answers 500: Unexpected empty grammar stack."""
     refused_unsent("llamacpp", schema=field(type="integer", exclusiveMinimum=1, exclusiveMaximum=2))
+
+
+@pytest.mark.parametrize("size", [2.0, 2**31, 2**53 - 1, 10**30])
+def test_llamacpp_is_sent_the_sizes_that_it_reads(size: float) -> None:
+    """It refuses a float, and what 31 bits do not hold: "Unable to generate parser for this template"."""
+    schema = field(type="array", maxItems=size, items={"type": "string", "maxLength": size})
+    with FakeEngine("llamacpp") as engine, LLMInferencer("llamacpp", base_url=engine.base_url) as llm:
+        engine.answer = lambda asked: '{"a": ["x"]}'
+        assert llm.complete("x", schema=schema).enforced_by == "engine"
+        answer = engine.body["response_format"]["json_schema"]["schema"]["properties"]["a"]
+        llm.complete("x", tools=[{"type": "function", "function": {"name": "f", "parameters": schema}}])
+        offered = engine.body["tools"][0]["function"]["parameters"]["properties"]["a"]
+    for found in (answer, offered):
+        sizes = [found.get("maxItems"), found["items"].get("maxLength")]
+        assert sizes == ([2, 2] if size == 2.0 else [None, None])
+        assert float not in map(type, sizes)
+
+
+@pytest.mark.parametrize("constraint", [{"choice": ["a\0b"]}, {"regex": "a\\x00b"}], ids=str)
+def test_a_character_that_llamacpp_cannot_say_is_refused(constraint: Json) -> None:
+    """It answers 500 to U+0000 in a grammar: Unexpected empty grammar stack."""
+    with FakeEngine("llamacpp") as engine, LLMInferencer("llamacpp", base_url=engine.base_url) as llm:
+        with pytest.raises(UnsupportedFeature, match=r"U\+0000|regex"):
+            llm.complete("x", **constraint)
+        assert not engine.bodies
