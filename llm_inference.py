@@ -2669,7 +2669,10 @@ def _check_text(request: GenerateRequest, body: dict[str, Any], text: str) -> An
     if schema is not None:
         value = from_json(text)
         SchemaCheck(schema)(value)
-        return value if request.build is None else request.build.validate_json(text)
+        try:
+            return value if request.build is None else request.build.validate_json(text)
+        except ValidationError as exc:
+            raise ValueError(_first_refusal(exc)) from None
     outputs = body.get("structured_outputs")
     words = {**outputs, **body} if isinstance(outputs, dict) else body
     options = words.get("choice")
@@ -2679,6 +2682,13 @@ def _check_text(request: GenerateRequest, body: dict[str, Any], text: str) -> An
     if regex is not None and not full_matcher(regex)(text):
         raise ValueError("it does not match the regex")
     return text
+
+
+def _first_refusal(exc: ValidationError) -> str:
+    """What a Python type says against an answer, in its own words: `$.a: no even numbers`."""
+    error = exc.errors(include_url=False, include_input=False, include_context=False)[0]
+    place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in error["loc"])
+    return f"${place}: {re.sub('^(Value error|Assertion failed), ', '', error['msg'])}"[:300]
 
 
 def check_calls(request: GenerateRequest, forced: Any, choice: Choice) -> None:

@@ -3,8 +3,9 @@
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, field_validator
 
-from llm_inference import InvalidRequest, LLMInferencer, UnsupportedFeature
+from llm_inference import InvalidRequest, LLMInferencer, StructuredOutputInvalid, UnsupportedFeature
 from tests.fake_engine import DIALECTS, Dialect, FakeEngine
 
 Json = dict[str, Any]
@@ -86,3 +87,22 @@ def test_a_character_that_llamacpp_cannot_say_is_refused(constraint: Json) -> No
         with pytest.raises(UnsupportedFeature, match=r"U\+0000|regex"):
             llm.complete("x", **constraint)
         assert not engine.bodies
+
+
+class Odd(BaseModel):
+    numbers: list[int]
+
+    @field_validator("numbers")
+    @classmethod
+    def are_odd(cls, value: list[int]) -> list[int]:
+        if not all(number % 2 for number in value):
+            raise ValueError("no even numbers")
+        return value
+
+
+def test_a_validators_own_words_are_told_without_pydantics() -> None:
+    with FakeEngine("vllm") as engine, LLMInferencer("vllm", base_url=engine.base_url) as llm:
+        engine.answer = lambda asked: '{"numbers": [2]}'
+        with pytest.raises(StructuredOutputInvalid) as caught:
+            llm.structured_generate("x", schema=Odd)
+    assert caught.value.reason == "the answer does not satisfy its constraint: $.numbers: no even numbers"
