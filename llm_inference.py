@@ -10190,9 +10190,9 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise InvalidRequest("body: too many values", f"at most {MAX_JSON_VALUES}")
     try:
         value = from_json(body)
-        json.loads(body, object_pairs_hook=_refuse_duplicate_keys)
-    except _DuplicateKey:
-        raise InvalidRequest("body: a key occurs twice", "send each key once") from None
+        json.loads(body, object_pairs_hook=_refuse_duplicate_keys, parse_float=_refuse_infinity)
+    except InvalidRequest:
+        raise
     except (ValueError, RecursionError):
         raise InvalidRequest("body: not JSON", "send a JSON object in UTF-8") from None
     if not isinstance(value, dict):
@@ -10226,13 +10226,15 @@ def refuse_deep(value: Any) -> None:
         raise InvalidRequest("body: nested too deeply", f"at most {MAX_JSON_DEPTH} levels")
 
 
-class _DuplicateKey(ValueError):
-    pass
-
-
 def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> None:
     if len({key for key, _ in pairs}) < len(pairs):
-        raise _DuplicateKey
+        raise InvalidRequest("body: a key occurs twice", "send each key once")
+
+
+def _refuse_infinity(number: str) -> None:
+    """Such as 1e400, which would be sent on as null."""
+    if abs(float(number)) == float("inf"):
+        raise InvalidRequest(f"body: {number[:20]} is too large for a number", "send one below 1e308")
 
 
 async def read_body(receive: Receive) -> bytes:

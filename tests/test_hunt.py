@@ -7,6 +7,7 @@ from pydantic import BaseModel, field_validator
 
 from llm_inference import InvalidRequest, LLMInferencer, StructuredOutputInvalid, UnsupportedFeature
 from tests.fake_engine import DIALECTS, Dialect, FakeEngine
+from tests.harness import Stand, refused_v1
 
 Json = dict[str, Any]
 USER: Json = {"role": "user", "content": "Hi"}
@@ -106,3 +107,12 @@ def test_a_validators_own_words_are_told_without_pydantics() -> None:
         with pytest.raises(StructuredOutputInvalid) as caught:
             llm.structured_generate("x", schema=Odd)
     assert caught.value.reason == "the answer does not satisfy its constraint: $.numbers: no even numbers"
+
+
+# HTTP --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("number", ["1e400", "-1E+309", "1" * 400 + ".0"])
+def test_a_number_that_nobody_can_hold_is_refused(number: str, vllm: Stand) -> None:
+    """It became infinity, and null on the way to the engine: dropped in silence."""
+    body = f'{{"model": "{vllm.model}", "messages": [{{"role": "user", "content": "x"}}], "length_penalty": {number}}}'
+    assert number[:20] in refused_v1(vllm.raw("/v1/chat/completions", body.encode()), "invalid_request")
+    assert not vllm.engine.bodies
