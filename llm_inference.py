@@ -1130,12 +1130,28 @@ def without_dump_fields(messages: Any) -> Any:
 
 
 def _without_empty(message: dict[str, Any]) -> dict[str, Any]:
-    kept = {}
+    kept: dict[str, Any] = {}
     for name, value in message.items():
-        if name in _DUMPED and value in (None, [], ""):
+        if name == "parsed" or (name in _DUMPED and value in (None, [], "")):
             continue
         kept["reasoning" if name == "reasoning_content" else name] = value
+    if isinstance(kept.get("tool_calls"), list):
+        kept["tool_calls"] = list(map(_dumped_call, kept["tool_calls"]))
     return kept
+
+
+def _dumped_call(call: Any) -> Any:
+    """A tool call without what OpenAI's library adds: its place in a stream, and its arguments once more, parsed."""
+    if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
+        return call
+    function = {name: value for name, value in call["function"].items() if name != "parsed_arguments"}
+    if function.get("arguments", "") is None:
+        function["arguments"] = ""
+    return {
+        "type": "function",
+        **{name: value for name, value in call.items() if name != "index"},
+        "function": function,
+    }
 
 
 def check_together(body: dict[str, Any]) -> None:
@@ -10038,7 +10054,7 @@ def refuse_address(part: Any, key: str = "") -> None:
     """Raises InvalidRequest for a text outside of a part's `text` that is neither a data: URL nor bare base64."""
     if isinstance(part, dict):
         for name, value in part.items():
-            if name not in ("type", "text", "detail", "format", "uuid", "id", "name"):
+            if name not in ("type", "text", "detail", "format", "uuid", "id", "name", "refusal", "filename", "role"):
                 refuse_address(value, name)
     elif isinstance(part, list):
         for value in part:

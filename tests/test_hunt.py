@@ -116,3 +116,38 @@ def test_a_number_that_nobody_can_hold_is_refused(number: str, vllm: Stand) -> N
     body = f'{{"model": "{vllm.model}", "messages": [{{"role": "user", "content": "x"}}], "length_penalty": {number}}}'
     assert number[:20] in refused_v1(vllm.raw("/v1/chat/completions", body.encode()), "invalid_request")
     assert not vllm.engine.bodies
+
+
+CALL: Json = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+PARSED: Json = {**CALL, "function": {**CALL["function"], "parsed_arguments": {}}}
+DUMPS: dict[str, Json] = {
+    "OpenAI's stream helper": {"role": "assistant", "content": None, "tool_calls": [{**CALL, "index": 0}]},
+    "OpenAI's parse()": {"role": "assistant", "content": "{}", "parsed": {"a": 1}, "refusal": None},
+    "parse() without a format": {"role": "assistant", "content": "{}", "parsed": None},
+    "parse() with a call": {"role": "assistant", "content": None, "parsed": None, "tool_calls": [PARSED]},
+    "no type": {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{}"}}]},
+    "null": {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": None}}]},
+}
+
+
+@pytest.mark.parametrize("dump", DUMPS)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/v1/llm/chat"])
+def test_an_answer_that_a_client_dumped_passes(dump: str, path: str, stand: Stand) -> None:
+    """They passed on /v1 with vLLM, SGLang and llama.cpp, and were refused by Ollama and on /api: no such field."""
+    messages = [USER, DUMPS[dump], {"role": "tool", "tool_call_id": "c", "content": "5"}]
+    messages = messages if DUMPS[dump].get("tool_calls") else [*messages[:2], USER]
+    model = {"model": stand.model} if path.startswith("/v1") else {}
+    reply = stand.client.post(path, json={"messages": messages, **model})
+    assert reply.status_code == 200, reply.text
+    if path.startswith("/api"):
+        sent = stand.engine.body["messages"][1]
+        assert "parsed" not in str(sent) and "index" not in str(sent)
+
+
+@pytest.mark.parametrize(
+    "part", [{"type": "refusal", "refusal": "I cannot"}, {"type": "file", "file": {"filename": "a"}}]
+)
+def test_what_is_no_address_is_not_called_one(part: Json, vllm: Stand) -> None:
+    """vLLM knows parts of the type refusal; a file's name is no address."""
+    messages = [USER, {"role": "assistant", "content": [part]}, USER]
+    assert "address" not in vllm.post("/v1/chat/completions", model=vllm.model, messages=messages).text
