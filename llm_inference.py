@@ -712,7 +712,7 @@ class Sampling(TypedDict, total=False):
     top_k: Annotated[int | None, Field(ge=-1, le=100_000, description="-1 = off")]
     min_p: Annotated[float | None, Field(ge=0, le=1)]
     stop: Stop | Annotated[list[Stop], Field(min_length=1, max_length=4)] | None
-    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)]
+    seed: Annotated[int | None, Field(ge=-(2**63), le=2**63 - 1)]
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)]
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)]
     repetition_penalty: Annotated[float | None, Field(gt=0, le=2)]
@@ -766,7 +766,8 @@ def range_of(field: str) -> str:
     low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
     if low is None or high is None:
         return ""
-    return f"above {low} and at most {high:.0f}" if "gt" in bounds else f"from {low} to {high:.0f}"
+    top = high if isinstance(high, int) else f"{high:.0f}"
+    return f"above {low} and at most {top}" if "gt" in bounds else f"from {low} to {top}"
 
 
 _JSON_NAMES = {
@@ -1110,7 +1111,9 @@ def check_model_name(model: Any, field: str = "model_name") -> str:
 def check_json(value: Any) -> None:
     """Raises InvalidRequest for what JSON cannot express: lone surrogates, NaN, foreign objects."""
     try:
-        pydantic_core.to_json(value, inf_nan_mode="constants")
+        text = pydantic_core.to_json(value, inf_nan_mode="constants")
+        if b"NaN" in text or b"Infinity" in text:
+            json.dumps(value, allow_nan=False, default=str)
     except (ValueError, pydantic_core.PydanticSerializationError, UnicodeError, RecursionError) as exc:
         reason = f"the request holds a value that JSON cannot express ({type(exc).__name__})"
         raise InvalidRequest(reason, "send text that is valid Unicode, and plain JSON values") from None
@@ -9732,7 +9735,7 @@ class V1Body(TypedDict, total=False):
     top_k: Annotated[int | None, Field(ge=-1, le=100_000)]
     min_p: Annotated[float | None, Field(ge=0, le=1)]
     stop: Stop | Annotated[list[Stop], Field(min_length=1, max_length=16)] | None
-    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)]
+    seed: Annotated[int | None, Field(ge=-(2**63), le=2**63 - 1)]
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)]
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)]
     repetition_penalty: Annotated[float | None, Field(gt=0, le=2)]

@@ -151,3 +151,20 @@ def test_what_is_no_address_is_not_called_one(part: Json, vllm: Stand) -> None:
     """vLLM knows parts of the type refusal; a file's name is no address."""
     messages = [USER, {"role": "assistant", "content": [part]}, USER]
     assert "address" not in vllm.post("/v1/chat/completions", model=vllm.model, messages=messages).text
+
+
+# Python ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("number", [float("inf"), float("nan"), -float("inf")])
+def test_a_number_that_is_none_is_refused_in_engine_options(number: float) -> None:
+    """It was sent on as null."""
+    assert "JSON" in refused_unsent("vllm", engine_options={"length_penalty": [number]}).reason
+
+
+def test_words_like_numbers_pass() -> None:
+    with FakeEngine("vllm") as engine, LLMInferencer("vllm", base_url=engine.base_url) as llm:
+        assert llm.generate("NaN and Infinity")
+
+
+def test_the_largest_seed_is_told_exactly() -> None:
+    """It said: from -9223372036854775808 to 9223372036854775808, got 9223372036854775808."""
+    assert "to 9223372036854775807," in refused_unsent("vllm", seed=2**63).reason
