@@ -4327,6 +4327,10 @@ class BaseLLMAdapter:
         self.model_name, self.base_url, self.api_key, self.launch = model_name, base_url, api_key, launch
         self.python = os.path.expanduser(python) if python else None
         self.launch_args, self.launch_env = tuple(launch_args), dict(launch_env or {})
+        for name, value in self.launch_env.items():
+            if not re.fullmatch(r"[^=\0]+", name) or "\0" in value:
+                reason = f"launch_env: no environment can hold {name[:40]!r}"
+                raise InvalidRequest(reason, "write NAME and a text without U+0000", param="launch_env")
         self.deadlines = deadlines or Deadlines()
         self.how = "built in"  #: how the engine was found, once it is
         self.version = ""  #: the server's version, once it is known
@@ -4638,7 +4642,10 @@ def clean_url(url: str, port: str = "", name: str = "base_url") -> str:
         url = f"http://{host}{slash}{path}"
     url = url.rstrip("/").removesuffix("/v1")
     if not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~-]*)?", url):
-        raise InvalidRequest(f"{name}: not an http(s) URL", "for example http://127.0.0.1:8000", param=name)
+        hint = "for example http://127.0.0.1:8000"
+        if re.search("[@?#]", url):
+            hint += ", without a user, a password or a query; a key goes into api_key"
+        raise InvalidRequest(f"{name}: not an http(s) URL", hint, param=name)
     found = re.match(r"https?://[^/]*?:(\d+)(/|$)", url)
     if found and not 0 < int(found[1]) < 65536:
         raise InvalidRequest(f"{name}: port {found[1]} does not exist", "ports are 1 to 65535", param=name)
@@ -7816,6 +7823,10 @@ class LLMInferencer(Verbs):
         **options: Unpack[EngineOptions],
     ) -> None:
         self.options: dict[str, Any] = dict(options)
+        if not isinstance(engine_type, (str, types.NoneType)):
+            raise InvalidRequest("engine_type: must be a string", "see help(LLMInferencer)", param="engine_type")
+        if not isinstance(model_name, (str, os.PathLike, types.NoneType)):
+            raise InvalidRequest("model_name: must be a string or a path", "see models()", param="model_name")
         try:
             _ENGINE_OPTIONS.validate_python(options | {"launch_env": plain(options.get("launch_env"))}, strict=True)
         except ValidationError as exc:
@@ -8331,8 +8342,9 @@ class ConfigFile:
         try:
             text = Path(path).expanduser().read_text("utf-8-sig")
             self.tables = tomllib.loads(text)
-        except OSError as exc:
-            raise InvalidRequest(f"{path}: cannot be read ({exc.strerror})", "name a readable file") from None
+        except (OSError, RuntimeError) as exc:  # of the home of nobody, RuntimeError
+            reason = getattr(exc, "strerror", None) or "nested too deep, or no such home"
+            raise InvalidRequest(f"{path}: cannot be read ({reason})", "name a readable file") from None
         except ValueError as exc:  # not TOML, or not UTF-8
             raise InvalidRequest(f"{path}: not valid TOML: {exc}", "correct the syntax") from None
         self.lines = _lines_of(text)
@@ -8418,6 +8430,9 @@ def load_settings(argv_values: Mapping[str, Any], mode: str = "serve", env: Mapp
             if key == "alias" and isinstance(values.get(name), Mapping):
                 value = values[name] | _alias_table(value)  # by name, over the file's
             places[name], values[name] = place, value
+        for name in ("api_keys", "cors_origins"):
+            if values.get(name) == "":  # such as --api-key "$UNSET"
+                raise _invalid(name, "is empty", "give a value, or leave it out")
         return Settings(**values)
     except InvalidRequest as exc:
         place = _place_of(exc.param or "", places, file)

@@ -1,11 +1,19 @@
 """Inputs of the kinds in `cases`, which nobody had listed: each was found by asking as an outside examiner would."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, field_validator
 
-from llm_inference import InvalidRequest, LLMInferencer, StructuredOutputInvalid, UnsupportedFeature
+from llm_inference import (
+    InferenceError,
+    InvalidRequest,
+    LLMInferencer,
+    StructuredOutputInvalid,
+    UnsupportedFeature,
+    load_settings,
+)
 from tests.fake_engine import DIALECTS, Dialect, FakeEngine
 from tests.harness import Stand, refused_v1
 
@@ -168,3 +176,45 @@ def test_words_like_numbers_pass() -> None:
 def test_the_largest_seed_is_told_exactly() -> None:
     """It said: from -9223372036854775808 to 9223372036854775808, got 9223372036854775808."""
     assert "to 9223372036854775807," in refused_unsent("vllm", seed=2**63).reason
+
+
+@pytest.mark.parametrize("arguments", [("vllm", 5), (["vllm"],), (None,), ("vllm", b"m")], ids=str)
+def test_a_name_that_is_none_is_refused(arguments: Any) -> None:
+    """They raised TypeError: unhashable type, or expected str, bytes or os.PathLike object."""
+    with pytest.raises(InferenceError, match=r"^(engine_type|model_name): "):
+        LLMInferencer(*arguments).close()
+
+
+@pytest.mark.parametrize("env", [{"A": "a\0b"}, {"A=B": "1"}, {"": "1"}], ids=str)
+def test_an_environment_that_cannot_be_is_refused(env: dict[str, str]) -> None:
+    """The first request raised ValueError: embedded null byte."""
+    with pytest.raises(InvalidRequest, match="launch_env"):
+        LLMInferencer("vllm", "m", launch=True, launch_env=env).close()
+
+
+# Settings ----------------------------------------------------------------------------------------
+WRONG: dict[str, tuple[str, str]] = {
+    "5000 brackets": (f"port = {'[' * 5000}{']' * 5000}", "llm.toml"),
+    "no key": ('api_key = ""', "api_key (line 1)"),
+    "no origin": ('cors_origin = ""', "cors_origin (line 1)"),
+    "a password": ('engine = "vllm"\nbase_url = "http://user:secret@h:1"', "a password"),
+    "a query": ('engine = "vllm"\nbase_url = "http://h:1/?key=a"', "a query"),
+    "a variable": ('[[endpoint]]\nengine = "vllm"\nlaunch_env = {"A=B" = "1"}', "launch_env"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_mistake_in_a_file_is_told_with_its_place(wrong: str, tmp_path: Path) -> None:
+    text, told = WRONG[wrong]
+    path = tmp_path / "llm.toml"
+    path.write_text(text)
+    with pytest.raises(InvalidRequest) as caught:
+        load_settings({"config": str(path)}, env={}).inferencer()
+    assert told in str(caught.value) and "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flags", [{"api_key": ""}, {"config": "~nobody-of-that-name/llm.toml"}], ids=str)
+def test_a_flag_without_a_value_is_refused(flags: Json) -> None:
+    """`--api-key "$UNSET"` served without a key: behind a proxy every caller is loopback, and let in."""
+    with pytest.raises(InvalidRequest):
+        load_settings(flags, env={})
