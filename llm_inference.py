@@ -8281,8 +8281,8 @@ class Settings:
             if endpoint.start == "on_request" and self.workers > 1:
                 problem = "several workers cannot share an on_request endpoint"
                 raise _invalid(f"endpoints.{number}.start", problem, "serve it with --workers 1")
-        for field in ("base_url", "engine_api_key", "launch_args", "python"):
-            if not getattr(self, field):
+        for field in ("engine", "base_url", "engine_api_key", "launch_args", "python"):
+            if getattr(self, field) in (None, (), "auto"):
                 continue
             if self.endpoints:
                 raise _invalid(field, "cannot be combined with [[endpoint]] tables", "put it into the endpoint's table")

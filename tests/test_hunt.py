@@ -199,6 +199,10 @@ WRONG: dict[str, tuple[str, str]] = {
     "no origin": ('cors_origin = ""', "cors_origin (line 1)"),
     "a password": ('engine = "vllm"\nbase_url = "http://user:secret@h:1"', "a password"),
     "a query": ('engine = "vllm"\nbase_url = "http://h:1/?key=a"', "a query"),
+    "an engine beside endpoints": (
+        'engine = "ollama"\n[[endpoint]]\nengine = "vllm"',
+        "engine (line 1): means nothing",
+    ),
     "a variable": ('[[endpoint]]\nengine = "vllm"\nlaunch_env = {"A=B" = "1"}', "launch_env"),
 }
 
