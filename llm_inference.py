@@ -7489,14 +7489,29 @@ class EngineOptions(TypedDict, total=False):
 _ENGINE_OPTIONS: TypeAdapter[Any] = TypeAdapter(EngineOptions)
 
 
+def functions_by_name(tools: Any) -> dict[str, Callable[..., Any]]:
+    """Functions by their names, a partial by that of its function. Raises InvalidRequest."""
+    found: dict[str, Callable[..., Any]] = {}
+    for function in tools if isinstance(tools, Iterable) else [None]:
+        name = getattr(function.func if isinstance(function, functools.partial) else function, "__name__", None)
+        if not callable(function) or name is None:
+            raise InvalidRequest(
+                "tools: must be a list of functions", "wrap other objects in a function", param="tools"
+            )
+        if found.setdefault(name, function) is not function:
+            raise InvalidRequest(f"tools: two functions are called {name}", "rename one of them", param="tools")
+    return found
+
+
 def tool_from(function: Callable[..., Any]) -> Tool:
     """A Python function as a tool. Raises InvalidRequest where its parameters have no JSON Schema."""
+    (name,) = functions_by_name([function])
     try:
         parameters = TypeAdapter(function).json_schema()  # type: ignore[arg-type]
     except Exception as exc:  # pydantic raises several unrelated classes here
-        reason = f"tools: no JSON Schema can be made of the parameters of {function.__name__}"
+        reason = f"tools: no JSON Schema can be made of the parameters of {name}"
         raise InvalidRequest(reason, "annotate them with types that have one", param="tools") from exc
-    described: Function = {"name": function.__name__, "parameters": parameters}
+    described: Function = {"name": name, "parameters": parameters}
     if function.__doc__:
         described["description"] = inspect.cleandoc(function.__doc__)
     return {"type": "function", "function": described}
@@ -7510,7 +7525,7 @@ async def call_function(function: Callable[..., Any], arguments: str) -> str:
             result = await adapter.validate_json(arguments or "{}")
         else:
             result = await asyncio.to_thread(adapter.validate_json, arguments or "{}")
-    except Exception as exc:  # whatever it is, the model may do better with it
+    except (Exception, SystemExit, KeyboardInterrupt) as exc:  # on the loop, an exit of argparse or click would end it
         return f"error: {type(exc).__name__}: {exc}"[:1000]
     return result if isinstance(result, str) else to_json(plain(result)).decode()
 
@@ -7623,7 +7638,7 @@ class AsyncVerbs(ABC):
         """The answers in the order of `prompts`, at most `concurrency` at once; a failed item is its exception."""
         if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
             raise InvalidRequest("prompts: must be a list", "send [prompt], or use generate()", param="prompts")
-        if concurrency < 1:
+        if type(concurrency) is not int or concurrency < 1:
             reason = f"concurrency: must be 1 or more, got {concurrency}"
             raise InvalidRequest(reason, "leave it out", param="concurrency")
         waiting = list(prompts)
@@ -7663,8 +7678,8 @@ class AsyncVerbs(ABC):
         A function's name, docstring and annotated parameters become the tool; its result, or its error as text, goes
         back to the model. Raises InferenceError where the model still calls after `max_turns`.
         """
-        functions = {function.__name__: function for function in tools}
-        offered: list[Any] = [tool_from(function) for function in tools]
+        functions = functions_by_name(tools)
+        offered: list[Any] = list(map(tool_from, functions.values()))
         messages = messages_from(prompt, options.pop("system", None))
         with self._several_requests():
             for _ in range(max_turns):

@@ -1,5 +1,8 @@
 """Inputs of the kinds in `cases`, which nobody had listed: each was found by asking as an outside examiner would."""
 
+import functools
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +193,57 @@ def test_an_environment_that_cannot_be_is_refused(env: dict[str, str]) -> None:
     """The first request raised ValueError: embedded null byte."""
     with pytest.raises(InvalidRequest, match="launch_env"):
         LLMInferencer("vllm", "m", launch=True, launch_env=env).close()
+
+
+def echo(text: str, times: int = 1) -> str:
+    return text * times
+
+
+def leaves(text: str) -> str:
+    sys.exit(f"usage: {text}")  # as argparse and click do
+
+
+def interrupted(text: str) -> str:
+    raise KeyboardInterrupt(text)
+
+
+def told_by(function: Any, name: str) -> str:
+    """What goes back to the model that called the function."""
+    with FakeEngine("vllm") as engine, LLMInferencer("vllm", base_url=engine.base_url) as llm:
+        engine.tool_call = (name, {"text": "a"})
+        llm.run("x", tools=[function])
+        told = str(engine.body["messages"][-1]["content"])
+        engine.tool_call = None
+        assert llm.generate("x", timeout=5)
+    return told
+
+
+@pytest.mark.parametrize("function", [leaves, interrupted])
+def test_a_function_that_exits_does_not_end_the_loop(function: Any) -> None:
+    """It ended the module's event loop: this call and every later one of the process waited for ever."""
+    done: list[str] = []
+    thread = threading.Thread(target=lambda: done.append(told_by(function, function.__name__)), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert done and done[0].startswith("error: ")
+
+
+def test_a_partial_is_a_function() -> None:
+    """AttributeError: 'functools.partial' object has no attribute '__name__'."""
+    assert told_by(functools.partial(echo, times=3), "echo") == "aaa"
+
+
+@pytest.mark.parametrize("tools", [None, 5, "echo", echo, [5], [{"type": "function"}], [echo, lambda: 1, lambda: 2]])
+def test_what_is_no_list_of_functions_is_refused(tools: Any) -> None:
+    """TypeError and AttributeError; of two of one name, both were offered and one was called."""
+    with pytest.raises(InvalidRequest, match="tools: "):
+        LLMInferencer("vllm", base_url="http://127.0.0.1:9").run("x", tools=tools)
+
+
+@pytest.mark.parametrize("concurrency", [None, "5", 1.5, float("nan"), True])
+def test_a_concurrency_that_is_no_integer_is_refused(concurrency: Any) -> None:
+    with pytest.raises(InvalidRequest, match="concurrency"):
+        LLMInferencer("vllm", base_url="http://127.0.0.1:9").batch(["x"], concurrency=concurrency)
 
 
 # Settings ----------------------------------------------------------------------------------------
