@@ -170,8 +170,8 @@ def ask(side: Side, row: Row, body: Json, stream: bool) -> Seen:
     reply = side.client.post(row.api, json=asked)
     found = side.since(before)
     streamed = reply.headers["content-type"].startswith("text/event-stream")
-    events = _events(reply.text) if streamed else [reply.json()]
-    failed = [event for event in events if event["type"] in ("error", "response.failed")] if streamed else []
+    events = _events(reply.text) if streamed else [_whole(reply)]
+    failed = [event for event in events if event.get("type") in ("error", "response.failed")] if streamed else []
     error = reply.text if reply.status_code != 200 else json.dumps(failed) if failed else ""
     ignored = frozenset(filter(None, reply.headers.get("x-ignored-fields", "").split(", ")))
     echo = events[-1].get("response", events[-1])
@@ -179,9 +179,17 @@ def ask(side: Side, row: Row, body: Json, stream: bool) -> Seen:
     return Seen(status, found[-1] if found else None, _plain(events), error, ignored, echo, streamed)
 
 
+def _whole(reply: httpx.Response) -> Json:
+    """The object; a bare engine may send something else."""
+    with contextlib.suppress(ValueError):
+        value = reply.json()
+        return value if isinstance(value, dict) else {"no object": value}
+    return {"no object": reply.text[:200]}
+
+
 def _events(text: str) -> list[Json]:
-    lines = [each for each in text.split("\n") if each.startswith("data: ")]
-    return [json.loads(each.removeprefix("data: ")) for each in lines]
+    lines = [each.removeprefix("data: ") for each in text.split("\n") if each.startswith("data: ")]
+    return [json.loads(each) for each in lines if each != "[DONE]"]
 
 
 #: what differs from answer to answer; of a prompt's tokens, how many were cached
