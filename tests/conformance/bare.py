@@ -46,20 +46,25 @@ HEADS = {EFFECT: "effect seen", ACCEPTED: "accepted, nothing seen", DROPPED: "**
 SIDES = {"us": "through us", "bare": "bare"}
 ENGINES = ("llamacpp", "vllm", "sglang")
 LONG = "word " * 6000  #: no engine here has room for it
-WARM = 1.5  #: a temperature at which two answers differ
+WARM = {RESPONSES: 1.5, MESSAGES: 1.0}  #: temperatures at which two answers differ; the Messages API has none above
 ROOM = 64  #: tokens, for a call
+BEGINNING = 40  #: characters that two answers share by chance at these temperatures hardly ever
 TAKES = 3  #: answers at another temperature, one of which must differ
 #: Values that show in an answer where those of official.py need not.
 SHARP: dict[str, Any] = {"top_k": 1, "top_p": 0.001, "min_p": 1.0, "seed": 7}
 SHARP |= {"presence_penalty": 2.0, "frequency_penalty": 2.0, "logit_bias": {"28": 100}}
 SHARP |= {"messages": [{"role": "user", "content": "Good evening."}]}
 SHARP |= {"stop": ["weather"], "stop_sequences": ["weather"]}
-#: We refuse these, and an answer cannot show whether a bare engine heeds them: its model does not think.
-UNSEEN = r"reasoning_effort|(text\.)?verbosity|reasoning\.mode|thinking\[\w+\](\.display)?|.*image.*"
+#: We refuse these, and an answer cannot show whether a bare engine heeds them: no model here thinks or sees.
+UNSEEN = r"reasoning_effort|(text\.)?verbosity|reasoning\.mode|thinking\[\w+\](\.display)?|image|truncation"
+UNSEEN += r'|background_options|messages\[system\]\.clear_at: "never"|user\[redacted_thinking\]'
+THOUGHTS = r"input\[reasoning\]|\w+\[redacted_thinking\]|assistant\[thinking\]"  #: the chat template shows none
 CONTENT = r"(tools|input|input\.content|user|assistant|system|tool_result\.content|image\.source)\[\w+\]"
 
 
-UNSUPPORTED = r"not (yet )?(support|implement)|unsupported|not a multimodal|'x' not found"
+#: of an answer, what the results keep
+ANSWERED = ("model", "status", "stop_reason", "output", "content", "usage", "input_tokens", "metadata")
+UNSUPPORTED = r"not (yet )?(support|implement)|unsupported|not a multimodal|not configured|'x' not found"
 SOME = 9  #: validation errors, at most, that may name a field
 
 
@@ -148,7 +153,9 @@ def _is_not_called(case: Case) -> bool | None:
 
 def _is_allowed(case: Case) -> bool | None:
     allowed = {tool.get("name") for tool in case.row.asked["tool_choice"]["tools"]}
-    return None if set(said(case.asked).calls) <= allowed else False
+    answer = said(case.asked)
+    in_text = not answer.calls and re.search(r'"name": ?"(weather|other)"', answer.text)
+    return False if in_text or not set(answer.calls) <= allowed else None
 
 
 def _hosted(case: Case) -> bool | None:
@@ -168,10 +175,14 @@ def _stops(case: Case) -> bool | None:
 
 
 def _settles(case: Case) -> bool | None:
-    """At a temperature where two answers differ, the field makes them alike."""
-    if said(case.plain).text == said(case.put(case.row.plain)).text:
+    """At a temperature where two answers differ, the field makes them alike, until two tokens are equally likely."""
+    if _alike(said(case.plain), said(case.put(case.row.plain))):
         return None
-    return said(case.asked).text == said(case.put(case.row.asked)).text
+    return _alike(said(case.asked), said(case.put(case.row.asked)))
+
+
+def _alike(one: Said, other: Said) -> bool:
+    return one.text[:BEGINNING] == other.text[:BEGINNING]
 
 
 def _varies(case: Case) -> bool | None:
@@ -180,7 +191,8 @@ def _varies(case: Case) -> bool | None:
 
 
 def _shortens(case: Case) -> bool | None:
-    return case.put({**case.row.asked, "input": LONG}).status == 200
+    """Where what is too long is refused none the less, nothing is silent."""
+    return True if case.put({**case.row.asked, "input": LONG}).status == 200 else None
 
 
 def _is_stored(case: Case) -> bool | None:
@@ -196,6 +208,10 @@ def _never(case: Case) -> bool | None:
     return False
 
 
+def _in_prompt(case: Case) -> bool | None:
+    return said(case.plain).prompt != said(case.asked).prompt
+
+
 def _bites(case: Case) -> bool | None:
     return said(case.asked).text != said(case.plain).text
 
@@ -208,7 +224,8 @@ CHECKS: tuple[tuple[str, Check, str], ...] = (
     (r"model", _never, "another model answers"),
     (r"n", lambda case: len(said(case.asked).kinds) > 1, "one answer"),
     (r"max_(output_|completion_)?tokens", lambda case: said(case.asked).tokens <= 3, "the answer is longer"),
-    (r"(top_)?logprobs|include: .*output_text\.logprobs.*", _has_logprobs, "no log-probabilities"),
+    (r"(top_)?logprobs", _has_logprobs, "no log-probabilities"),
+    (r"include: .*output_text\.logprobs.*", _has_logprobs, "no log-probabilities"),
     (r"stop(_sequences)?", _stops, "the answer goes on behind it"),
     (r"top_p|top_k|min_p|seed", _settles, "answers vary as without it"),
     (r"temperature", _varies, ""),
@@ -219,15 +236,16 @@ CHECKS: tuple[tuple[str, Check, str], ...] = (
     (r'tool_choice: ("none"|\{"type": "none"\})|tool_choice\[none\]', _is_not_called, "a tool is called"),
     (r'tool_choice: "required"|tool_choice\[(any|function|tool)\](\.name.*)?', _is_called, "no such call"),
     (r"tool_choice\[allowed_tools\]\.mode.*", _is_called, "no such call"),
-    (r"tool_choice\[allowed_tools\](\.tools.*)?", _is_allowed, "another tool is called"),
+    (r"tool_choice\[allowed_tools\](\.tools.*)?", _is_allowed, "another tool is called, or the call stays in the text"),
     (r"tool_choice\[(any|function|tool)\]\..*", _call_holds, "no such call"),
     (r"tool_choice\[(auto|none)\].*|tool_choice: .*", lambda case: None, ""),
     (r"tool_choice\[\w+\]", _hosted, "no call of this type of tool"),
+    (r"user\[tool_result\]\.is_error", _in_prompt, "the prompt is as long as without it"),
     (r"metadata", lambda case: case.asked.echo.get("metadata") == case.row.value, "not in the answer"),
     (r"background", lambda case: said(case.asked).state in ("queued", "in_progress"), "answered in the foreground"),
-    (r"truncation: \"auto\"", _shortens, "what is too long is not shortened"),
-    (r"store", _is_stored, "not stored"),
-    (r"previous_response_id|conversation|prompt|container|thread", _never, "there is no such thing, and an answer"),
+    (r"truncation: \"auto\"", _shortens, ""),
+    (r"store", _is_stored, "GET with its id finds nothing"),
+    (r"previous_response_id|conversation|prompt", _never, "it names what is not there"),
     (r".*include_obfuscation(\": |: )true.*", _is_obfuscated, "no obfuscation"),
 )
 NOT_IN_PROMPT = "a tool, an item or a block that is not in the prompt"
@@ -258,7 +276,11 @@ def sharpened(row: Row) -> Row:
     if row.name in SHARP and row.api != COUNT:
         value = asked[row.name] = SHARP[row.name]
         if check_of(row)[0] is _settles:
-            plain["temperature"] = asked["temperature"] = WARM
+            plain["temperature"] = asked["temperature"] = WARM[row.api]
+    if row.name in ("max_tokens", "max_completion_tokens") and row.api == RESPONSES:
+        for body in (plain, asked):  # without the API's own limit; a sentence is short enough
+            body["stop"] = ["."]
+            del body["max_output_tokens"]
     if row.name == "top_logprobs" and row.api == RESPONSES:
         plain["include"] = asked["include"] = ["message.output_text.logprobs"]
     if row.name.startswith("tool_choice"):
@@ -336,7 +358,7 @@ def _of_answers(case: Case, ours: str) -> Verdict:
     row, before, after = case.row, said(case.plain), said(case.asked)
     if case.plain.status != 200:
         return Verdict(EFFECT, note="without it: " + _told(case.plain.error)[:200])
-    if row.of_type and re.fullmatch(CONTENT, row.name):
+    if row.of_type and re.fullmatch(CONTENT, row.name) and not re.fullmatch(THOUGHTS, row.name):
         word = row.name.rpartition("[")[2].rstrip("]")
         bare = case.put(without(row.asked, word))
         if bare.status == 200 and said(bare) == after:
@@ -347,7 +369,8 @@ def _of_answers(case: Case, ours: str) -> Verdict:
         return Verdict(EFFECT)
     if surfaces._last(row) in official.UNKNOWN:
         return Verdict(DROPPED, note=UNKNOWN)
-    if ours == REFUSED and not re.fullmatch(UNSEEN, row.name):
+    unseen = re.fullmatch(UNSEEN, row.name) or re.fullmatch(UNSEEN, row.key.partition(" ")[2])
+    if ours == REFUSED and not unseen:
         return Verdict(DROPPED, note=NOTHING_OF_IT)
     return Verdict(ACCEPTED)
 
@@ -436,8 +459,9 @@ def ask_all(side: Side, rows: Sequence[Row], ours: dict[str, str]) -> dict[str, 
 
 def recorded(case: Case) -> Json:
     """What a reader needs to see a drop with."""
-    answers = {name: dataclasses.asdict(said(seen)) for name, seen in (("without", case.plain), ("with", case.asked))}
-    return {"asked": case.row.asked, **answers}
+    shown = {name: value for name, value in case.asked.echo.items() if name in ANSWERED}
+    events = {"events": case.asked.answer[:9]} if case.asked.streamed else {}
+    return {"asked": case.row.asked, "without": dataclasses.asdict(said(case.plain)), "with": shown, **events}
 
 
 def version_of(engine: str, url: str) -> str:
@@ -493,9 +517,9 @@ def counts(results: Sequence[Json]) -> list[str]:
 
 
 def _short(key: str) -> str:
-    """The field, with a value that is short."""
+    """The field, with a word that is its value."""
     name, _, value = key.partition(" ")[2].partition(": ")
-    return f"`{name}` ({value.strip(chr(34))})" if re.fullmatch(r'"?[\w.-]{1,16}"?', value) else f"`{name}`"
+    return f"`{name}` ({value[1:-1]})" if re.fullmatch(r'"\w{2,}"', value) else f"`{name}`"
 
 
 def drops(found: Json) -> list[str]:
