@@ -106,10 +106,13 @@ class Case:
     row: Row
     plain: Seen
     asked: Seen
+    more: list[Said] = dataclasses.field(default_factory=list)  #: what else was asked: again, or without the block
 
     def put(self, body: Json) -> Seen:
-        """Ask something more, which is not remembered."""
-        return surfaces.ask(self.side, self.row, body, streams(self.row))
+        """Ask something more."""
+        found = surfaces.ask(self.side, self.row, body, streams(self.row))
+        self.more.append(said(found))
+        return found
 
 
 # ---------------------------------------------------------------- checks: True is honoured, False dropped, None unseen
@@ -461,7 +464,8 @@ def recorded(case: Case) -> Json:
     """What a reader needs to see a drop with."""
     shown = {name: value for name, value in case.asked.echo.items() if name in ANSWERED}
     events = {"events": case.asked.answer[:9]} if case.asked.streamed else {}
-    return {"asked": case.row.asked, "without": dataclasses.asdict(said(case.plain)), "with": shown, **events}
+    more = {"more": [dataclasses.asdict(each) for each in case.more]} if case.more else {}
+    return {"asked": case.row.asked, "without": dataclasses.asdict(said(case.plain)), "with": shown, **events, **more}
 
 
 def version_of(engine: str, url: str) -> str:
