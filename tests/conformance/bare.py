@@ -361,11 +361,11 @@ def _of_answers(case: Case, ours: str) -> Verdict:
     row, before, after = case.row, said(case.plain), said(case.asked)
     if case.plain.status != 200:
         return Verdict(EFFECT, note="without it: " + _told(case.plain.error)[:200])
-    if row.of_type and re.fullmatch(CONTENT, row.name) and not re.fullmatch(THOUGHTS, row.name):
+    if row.of_type and re.fullmatch(CONTENT, row.name):
         word = row.name.rpartition("[")[2].rstrip("]")
         bare = case.put(without(row.asked, word))
         if bare.status == 200 and said(bare) == after:
-            return Verdict(DROPPED, note=NOT_IN_PROMPT)
+            return Verdict(ACCEPTED) if re.fullmatch(THOUGHTS, row.name) else Verdict(DROPPED, note=NOT_IN_PROMPT)
     if before.prompt != after.prompt:
         return Verdict(EFFECT, note=f"{before.prompt} → {after.prompt} tokens of prompt")
     if before != after and said(case.put(row.plain)) == before and said(case.put(row.asked)) == after:
