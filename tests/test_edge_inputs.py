@@ -1,4 +1,4 @@
-"""Inputs of the kinds in `cases`, which nobody had listed: each was found by asking as an outside examiner would."""
+"""Inputs at the edge of what is allowed: each is refused by name before anything is sent, or answered rightly."""
 
 import functools
 import sys
@@ -71,11 +71,43 @@ def test_a_count_in_a_literal_is_none(grammar: str) -> None:
         assert engine.body["grammar"] == grammar
 
 
-@pytest.mark.xfail(strict=True, reason="llama.cpp works on such a grammar for ever, and answers nobody meanwhile")
-@pytest.mark.parametrize("grammar", ["root ::= ([a-z]? [a-z]?){0,500}", "root ::= ([a-z]{0,40}){0,40}"])
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        "root ::= ([a-z]? [a-z]?){0,500}",
+        "root ::= ([a-z]{0,40}){0,40}",
+        'root ::= a{2,9}\na ::= b\nb ::= "x"*',
+        'root ::= ("" | "a"){3}',
+        "\n".join(["root ::= r0{2}", *(f"r{number} ::= r{number + 1}" for number in range(900)), 'r900 ::= ""']),
+    ],
+)
 def test_a_grammar_that_repeats_what_may_be_empty_is_refused(grammar: str) -> None:
-    """Or the engine that hangs is started again: 37 characters stop the embedded engine for all callers."""
-    refused_unsent("llamacpp", grammar=grammar)
+    """37 characters would stop the embedded engine for all callers."""
+    with FakeEngine("llamacpp") as engine, LLMInferencer("llamacpp", base_url=engine.base_url) as llm:
+        with pytest.raises(UnsupportedFeature, match="may be empty"):
+            llm.complete("x", grammar=grammar)
+        assert not engine.bodies
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        'root ::= ("a"? "b"){0,500}',
+        'root ::= ("a" "b")? | "c"*',
+        'root ::= ("x{0,3}?"){0,5}',
+        '# c (a?){0,4}\nroot ::= "a"{3}',
+        'root ::= (\n  "a" |\n  "b"\n){2,5}',
+        'root ::= (expr "=" term "\\n")+\nexpr ::= term ([-+*/] term)*\nterm ::= [0-9]+ | "(" expr ")"',
+    ],
+)
+def test_other_repetitions_in_a_grammar_pass(grammar: str) -> None:
+    with FakeEngine("llamacpp") as engine, LLMInferencer("llamacpp", base_url=engine.base_url) as llm:
+        assert llm.complete("x", grammar=grammar).text
+        assert engine.body["grammar"] == grammar
+
+
+def test_a_grammar_that_is_nested_too_deeply_is_refused() -> None:
+    assert "nested too deeply" in refused_unsent("llamacpp", grammar="root ::= " + "(" * 30_000).reason
 
 
 def test_no_integer_between_two_bounds_is_refused() -> None:
