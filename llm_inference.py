@@ -2970,7 +2970,7 @@ class Wire(ABC):
         for package, wire in (("httptools", HttptoolsWire), ("httpx", HttpxWire)):
             if installed(package):
                 return wire(uds)
-        raise EngineNotInstalled("neither httptools nor httpx is installed", "pip install -r requirements.txt")
+        raise EngineNotInstalled("neither httptools nor httpx is installed", "pip install httpx")
 
 
 def broken(exc: Exception, stale: bool = False) -> EngineUnavailable:

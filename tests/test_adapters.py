@@ -996,7 +996,7 @@ def test_a_wrong_setting_is_named(fake: Make, attach: Attach, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("base_url", "says"),
     [
-        ("http://no-such-host.invalid:8000", "name is not known"),
+        ("http://no-such-host.invalid:8000", "unknown host name"),
         ("127.0.0.1:70000", "port .* does not exist"),
         ("http://127.0.0.1:0/v1", "port .* does not exist"),
     ],

@@ -45,8 +45,8 @@ GUARDS: dict[str, Guard] = {
         "        self._count(target, (*path, ref), 0, depth + 1)", "        pass", "hostile_bodies", "laddered"
     ),
     "a relayed schema is looked at": Guard(
-        "    schema = answer_schema(body)\n    if schema is not None:\n        try:\n            check_limits",
-        "    schema = None\n    if schema is not None:\n        try:\n            check_limits",
+        "    if schema is not None:\n        try:\n            check_limits",
+        "    if False:\n        try:\n            check_limits",
         "places",
         "schema",
     ),
