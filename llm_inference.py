@@ -3661,6 +3661,7 @@ class EngineChild:
 
     GRACE, GIVE_UP_AFTER, LIVENESS = 1.5, 5, 30.0
     _all: ClassVar[dict[str, "EngineChild"]] = {}
+    _starts: ClassVar[Iterator[int]] = itertools.count(1)  #: of this process: each has a log of its own
     _lock: ClassVar[threading.RLock] = threading.RLock()  # a collected adapter releases its child in any thread
 
     def __init__(self, name: str) -> None:
@@ -3728,7 +3729,7 @@ class EngineChild:
         try:
             self.log = self._new_log()
             argv, env = command(self)
-            with self.log.open("ab") as log:
+            with self.log.open("wb") as log:
                 self._process = start_watched(argv, env, log, self.GRACE, folder)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -3756,7 +3757,7 @@ class EngineChild:
         with contextlib.suppress(OSError):  # another process removes them too
             for old in sorted(logs.glob("*.log"), key=lambda log: log.lstat().st_mtime)[:-20]:
                 old.unlink(missing_ok=True)
-        return logs / f"{self.name}-{os.getpid()}-{self.port}.log"
+        return logs / f"{self.name}-{os.getpid()}-{next(self._starts)}.log"
 
     @property
     def alive(self) -> bool:

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ from llm_inference import (
 )
 from tests.conftest import Attach
 from tests.fake_engine import CHAT, DIALECTS, Dialect, FakeEngine, Reply
-from tests.harness import BROKEN, chunks, collect, no_error_stays
+from tests.harness import BROKEN, chunks, collect, no_error_stays, until
 
 Make = Callable[..., FakeEngine]
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -750,6 +751,21 @@ def test_a_new_engine_is_a_subclass_in_the_map(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UnsupportedFeature, match="temperature"):
         llm.generate("a", temperature=1)
     assert llm.complete("a", temperature=1, on_unsupported="ignore").ignored == ("temperature",)
+
+
+def test_an_engine_is_not_blamed_for_what_another_one_logged() -> None:
+    """Engines that were started on the same port, one after the other, each have a log of their own."""
+    port, said = 0, []
+    for error in ("not a valid JSON file", "[Errno 98] Address already in use"):
+        child = llm_inference.EngineChild.share(error, "vllm")
+        child.port = port
+        child.start(lambda _, error=error: ([sys.executable, "-c", f"import sys; sys.exit('OSError: {error}')"], {}))
+        until(lambda child=child: not child.alive)
+        said.append(child.failure())
+        port = child.port
+        child.release()
+    assert [error.kind for error in said] == ["model_not_found", "engine_unavailable"]
+    assert "JSON" not in said[1].detail
 
 
 # Starts that fail, in the engines' own words, from real logs; test_start.py provokes those of the engines that run here
