@@ -86,10 +86,10 @@ def the_child() -> EngineChild:
 
 
 def family() -> list[int]:
-    """Every process of the one started engine, its watcher first."""
+    """Every process of the one started engine, its watcher first, the last one started last."""
     process = the_child()._process
     assert process is not None
-    return [process.pid, *descendants(process.pid)]
+    return [process.pid, *sorted(descendants(process.pid))]
 
 
 def test_start_answer_share_and_end(make: Make, kind: str) -> None:
