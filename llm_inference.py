@@ -6009,7 +6009,8 @@ class LlamaCppTranslator(OpenAIAdapter):
             _refuse_enable_thinking(body)
         _refuse_unknown_tokens(body, self._vocabularies.get(body["model"]))
         path, wire = super().encode(request, body)
-        wire |= _with_sizes({name: wire[name] for name in ("tools",) if name in wire})
+        if "tools" in wire:
+            wire["tools"] = _with_sizes(wire["tools"])
         schema = answer_schema(body)
         if schema is not None and request.path in GENERATED:
             wire |= _with_sizes(_encode_schema(request, schema))
@@ -6301,7 +6302,7 @@ def refuse_lark(grammar: Any) -> None:
         raise UnsupportedFeature(reason, "write it as GBNF", param="grammar")
 
 
-_GBNF: Final = re.compile(r'#[^\n]*|"(?:[^"\\]|\\.)*"|\[(?:[^]\\]|\\.)*\]|\{[^}]*\}|::=|[\w-]+|\S', re.DOTALL)
+_GBNF: Final = re.compile(_IN_GRAMMAR.pattern + r"|\{[^}]*\}|::=|[\w-]+|\S", re.DOTALL)
 
 
 class _EmptyRepeats:
@@ -6339,19 +6340,15 @@ class _EmptyRepeats:
             if token == "|":
                 found, items = found or all(items), [True]
             elif token[0] in "?*{":
-                self._refuse_count(token, items[-1] and len(items) > 1)
+                if token[0] == "{" and items[-1] and len(items) > 1:
+                    reason = "grammar: it repeats by a count what may be empty, which llama.cpp cannot finish"
+                    raise UnsupportedFeature(reason, "leave out the ? or * within what is repeated", param="grammar")
                 items[-1] = items[-1] or token[0] != "{" or int(re.sub(r"\D.*", "", token[1:].strip()) or 0) == 0
             elif token == "(":
                 items.append(self._may_be_empty(tokens))
             elif token != "+":
                 items.append(token == '""' or token in self.empty)
         return found or all(items)
-
-    @staticmethod
-    def _refuse_count(token: str, empty: bool) -> None:
-        if empty and token[0] == "{":
-            reason = "grammar: it repeats by a count what may be empty, which llama.cpp cannot finish"
-            raise UnsupportedFeature(reason, "leave out the ? or * within what is repeated", param="grammar")
 
 
 def gbnf_literal(text: str) -> str:
