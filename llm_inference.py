@@ -582,7 +582,7 @@ def without_no_ops(body: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a request that ask for something."""
     kept: dict[str, Any] = {}
     for name, value in body.items():
-        if value is not None and not _among(value, NO_OPS.get(name, ())):
+        if value is not None and (name not in NO_OPS or not _among(value, NO_OPS[name])):
             kept[name] = value
     if "tools" not in kept and kept.get("tool_choice") in ("auto", "none"):
         del kept["tool_choice"]
@@ -751,6 +751,7 @@ _OPTIONS: TypeAdapter[Any] = TypeAdapter(Options)
 SAMPLING_FIELDS = frozenset({"schema", *Sampling.__annotations__})
 CONSTRAINTS = ("schema", "choice", "regex", "grammar")  #: what an answer may be held to, in our own vocabulary
 V1_CONSTRAINTS = ("response_format", "structured_outputs", "json_schema", "ebnf")  #: in OpenAI's and the engines'
+ALL_CONSTRAINTS = frozenset((*CONSTRAINTS, *V1_CONSTRAINTS))
 
 
 @functools.cache
@@ -1175,6 +1176,8 @@ def check_together(body: dict[str, Any]) -> None:
 
 def constraints_in(body: dict[str, Any]) -> Iterator[str]:
     """The names of the fields that constrain the answer, in any vocabulary."""
+    if ALL_CONSTRAINTS.isdisjoint(body):
+        return
     for name in (*CONSTRAINTS, *V1_CONSTRAINTS):
         if body.get(name) is not None and (name != "response_format" or response_schema(body[name])):
             yield name
@@ -1187,7 +1190,8 @@ def check_constraints(body: dict[str, Any]) -> None:
         raise InvalidRequest(f"{' and '.join(given)} cannot be combined", "send one constraint at most", param=given[1])
     _check_raw_schemas(body)
     schema = answer_schema(body)
-    _refuse_reversed([schema, body.get("tools")])
+    if schema or body.get("tools"):
+        _refuse_reversed([schema, body.get("tools")])
     if isinstance(body.get("grammar"), str):
         _refuse_reversed_counts(_IN_GRAMMAR.sub("", body["grammar"]), "grammar")
     if schema is not None:
@@ -4877,7 +4881,8 @@ class EngineClient(ABC):
     async def post(self, path: str, body: bytes, deadlines: Deadlines) -> bytes:
         """The engine's complete reply to a POST, as it came."""
         await self.reach()  # to start an engine may take longer than an answer
-        with self.deadline(dataclasses.replace(deadlines, first_token=deadlines.total)) as deadline:
+        with self.deadline(deadlines) as deadline:
+            deadline.due = deadline.end  # of a complete answer there is no first token
             reply = await self.open(path, body, deadline)
             deadline.begun = True
             try:
@@ -7001,13 +7006,10 @@ def prefix_hash(body: Mapping[str, Any]) -> int:
     return zlib.crc32(repr(beginning).encode(errors="replace"))
 
 
-def rendezvous_order(endpoints: Sequence[Endpoint], key: int) -> list[Endpoint]:
-    """The endpoints in an order that is the same for equal keys, and changes for few keys when one joins or leaves.
-
-    Highest random weight (Thaler and Ravishankar 1998), mixed with two of splitmix64's factors.
-    """
+def rendezvous_weights(endpoints: Sequence[Endpoint], key: int) -> list[int]:
+    """Highest random weight (Thaler and Ravishankar 1998), mixed with two of splitmix64's factors."""
     mixed = key * 0xBF58476D1CE4E5B9 & ((1 << 64) - 1)
-    return sorted(endpoints, key=lambda each: (mixed ^ each.seed) * 0x94D049BB133111EB & ((1 << 64) - 1), reverse=True)
+    return [(mixed ^ each.seed) * 0x94D049BB133111EB & ((1 << 64) - 1) for each in endpoints]
 
 
 Work = Callable[[Endpoint, GenerateRequest], Coroutine[Any, Any, T]]  #: asks an endpoint
@@ -7028,17 +7030,15 @@ class Router:
         self.endpoints = list(endpoints)
         self.aliases = dict(aliases or {})
 
-    async def routes(self, request: GenerateRequest) -> list[Route]:
+    async def routes(self, request: GenerateRequest) -> Iterator[Route]:
         """Where the request may go, best first. Raises ModelNotFound, EngineUnavailable."""
         endpoint = self.endpoints[0] if self.endpoints else None
-        alone = len(self.endpoints) == 1 and not self.aliases
+        name, alone = request.body.get("model"), len(self.endpoints) == 1 and not self.aliases
         if endpoint and alone and not endpoint.only:  # one engine: it says itself what it does not serve
-            name = request.body.get("model")
             short = without_engine(name, endpoint)
             if short != name and name in endpoint.known_models:
                 short = name
-            return [(endpoint, short)]
-        name = request.body.get("model")
+            return iter([(endpoint, short)])
         if name is None:
             groups = await self._default_routes(self.endpoints)
         elif name.endswith("/"):  # an engine without a model
@@ -7048,35 +7048,32 @@ class Router:
             groups = await self._default_routes(named)
         else:
             groups = await self._resolve(name)
-        key = prefix_hash(request.body)
-        found: list[Route] = []
-        for endpoints, model in groups:
-            for endpoint in self._ordered(endpoints, key):
-                found.append((endpoint, model))
-        if found:
-            return found
+        up = [(self._up(group), model) for group, model in groups]
+        if any(group for group, _ in up):
+            key = prefix_hash(request.body)
+            return ((endpoint, model) for group, model in up for endpoint in self.in_order(group, key))
         raise self.unavailable([endpoint for endpoints, _ in groups for endpoint in endpoints])
 
-    def _ordered(self, endpoints: Sequence[Endpoint], key: int) -> list[Endpoint]:
-        """Those that are up, by rendezvous order; one whose load is over the bound goes behind the others."""
+    def _up(self, endpoints: list[Endpoint]) -> list[Endpoint]:
         if len(self.endpoints) == 1:
-            return list(endpoints)
+            return endpoints
         now = time.monotonic()
-        up = [endpoint for endpoint in endpoints if endpoint.available(now)]
-        if len(up) < 2:
-            return up
-        in_flight, slots = 1, 0
-        for endpoint in up:
-            in_flight += endpoint.in_flight
-            slots += endpoint.slots
-        bound = self.BALANCE * in_flight / slots
-        order = rendezvous_order(up, key)
-        within: list[Endpoint] = []
-        over: list[Endpoint] = []
-        for endpoint in order:
-            more = endpoint.in_flight + 1
-            (within if more == 1 or more <= bound * endpoint.slots else over).append(endpoint)
-        return within + sorted(over, key=lambda endpoint: endpoint.load)
+        return [each for each in endpoints if not (each.failures or each.removed) or each.available(now)]
+
+    def in_order(self, endpoints: Sequence[Endpoint], key: int) -> Iterator[Endpoint]:
+        """By rendezvous order, those over the bound last; sorted once the first failed."""
+        if len(endpoints) < 2:
+            yield from endpoints
+            return
+        weights = rendezvous_weights(endpoints, key)
+        in_flight = [endpoint.in_flight for endpoint in endpoints]
+        slots = [endpoint.slots for endpoint in endpoints]
+        bound = self.BALANCE * (sum(in_flight) + 1) / sum(slots)
+        # the least is best: a negative weight, or a load over the bound
+        ranks = [n / m if n and n + 1 > bound * m else -w for w, n, m in zip(weights, in_flight, slots, strict=True)]
+        yield endpoints[ranks.index(min(ranks))]
+        for _, place in sorted(zip(ranks, range(len(ranks)), strict=True))[1:]:
+            yield endpoints[place]
 
     async def _default_routes(self, endpoints: Sequence[Endpoint]) -> list[Replicas]:
         """No model was asked for: the default one of the first endpoint that is up, wherever it is served."""
@@ -7128,7 +7125,8 @@ class Router:
         stale: list[Endpoint] = []
         others: list[Endpoint] = []
         for endpoint in endpoints:
-            if endpoint.removed:
+            if not endpoint.failures and endpoint.is_fresh(now):
+                (group if endpoint.lists(model) else others).append(endpoint)
                 continue
             available = endpoint.available(now)
             if available and not endpoint.is_fresh(now):
@@ -7346,9 +7344,11 @@ class Fleet(Router):
         finally:
             SERVED.reset(token)
 
-    async def _try_each(self, routes: Sequence[Route], request: GenerateRequest, work: Work[T]) -> tuple[Endpoint, T]:
+    async def _try_each(self, routes: Iterable[Route], request: GenerateRequest, work: Work[T]) -> tuple[Endpoint, T]:
         last: InferenceError | None = None
+        tried: list[Endpoint] = []
         for endpoint, model in routes:
+            tried.append(endpoint)
             if len(self.endpoints) > 1 and not endpoint.available(time.monotonic()):
                 continue  # it has failed since, or another request finds out whether it is back
             body = with_model(request.body, model)
@@ -7374,7 +7374,7 @@ class Fleet(Router):
                     raise
                 last = exc
         try:
-            raise self._last_error(last, [endpoint for endpoint, _ in routes])
+            raise self._last_error(last, tried)
         finally:
             del last  # or it keeps this frame, and with it the request
 
@@ -8192,6 +8192,7 @@ def _as_deadlines(value: Any) -> Deadlines:
 _Name = Annotated[str, Field(pattern=r"^[^\s=,]{1,255}$")]
 _Aliases = Annotated[Mapping[_Name, Annotated[tuple[_Name, ...], Field(min_length=1)]], BeforeValidator(_alias_table)]
 _Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]
+_Host = Annotated[str, Field(pattern=r"^(\w[\w.-]*|[0-9a-fA-F:.]+(%\w+)?)$")]
 _Replicas = Annotated[str, BeforeValidator(str), Field(pattern=r"^[1-9]\d{0,3}(-[1-9]\d{0,3})?$")]
 _EndpointName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,64}$")]  # it is the value of a response header
 
@@ -8306,7 +8307,8 @@ _STARTED, _OUTPUT = "started engines", "output"
 class Settings:
     """What the operator decides. Raises InvalidRequest with the field and its range, `param` being the field."""
 
-    host: NonEmpty = setting("0.0.0.0", "address to serve on, or to test", _PLACE, _OUR_ADDRESS, metavar="ADDRESS")
+    host: _Host = setting("0.0.0.0", "address to serve on, or to test", _PLACE, _OUR_ADDRESS, metavar="ADDRESS",
+                          expected="an address or host name without http:// and port")
     port: int = setting(8000, "port to serve on, or to test", _PLACE, _OUR_ADDRESS, low=1, high=65535)
     workers: int = setting(1, "server processes; they share the limits", _PLACE, "serve", low=1, high=256)
     replicas: _Replicas = setting("1", "with --ray: number of replicas, or a range for Ray", _PLACE, "ray",
@@ -8343,6 +8345,8 @@ class Settings:
     verbose: bool = setting(False, "log each step", _OUTPUT, _ENGINES)
     header_timeout: float = setting(10.0, low=0.1, high=1e6)  #: seconds until a request's header has arrived
     body_timeout: float = setting(30.0, low=0.1, high=1e6)  #: the same for its body
+    #: seconds for an idle connection: more than clients keep it, or its close crosses a request
+    keep_alive: int = setting(75, low=1, high=3600)
     endpoints: tuple[EndpointConfig, ...] = ()
     flags: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)  #: the command line, for SIGHUP
     made_key: str = dataclasses.field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)  #: else
@@ -8588,7 +8592,7 @@ def _usage_error(message: str) -> NoReturn:
     flags = [f"--{name.replace('_', '-')}" for name in known]
     given = (re.findall(r"--[\w-]+|(?<=')\w+", message) or [""])[0]
     others = [flag for flag in flags if flag != given]
-    raise InvalidRequest(message, did_you_mean(f"--{given.lstrip('-')}"[:40], others, "see --help", cutoff=0.85))
+    raise InvalidRequest(message, did_you_mean(f"--{given.lstrip('-')}"[:40], others, "see --help", cutoff=0.8))
 
 
 _DESCRIPTION = """\
@@ -10305,7 +10309,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise InvalidRequest("body: too many values", f"at most {MAX_JSON_VALUES}")
     try:
         value = from_json(body)
-        json.loads(body, object_pairs_hook=_refuse_duplicate_keys, parse_float=_refuse_infinity)
+        _JSON_CHECK.decode(body.decode())
     except InvalidRequest:
         raise
     except (ValueError, RecursionError):
@@ -10350,6 +10354,10 @@ def _refuse_infinity(number: str) -> None:
     """Such as 1e400, which would be sent on as null."""
     if abs(float(number)) == float("inf"):
         raise InvalidRequest(f"body: {number[:20]} is too large for a number", "send one below 1e308")
+
+
+#: refuses what `from_json` lets pass
+_JSON_CHECK = json.JSONDecoder(object_pairs_hook=_refuse_duplicate_keys, parse_float=_refuse_infinity)
 
 
 async def read_body(receive: Receive) -> bytes:
@@ -10559,7 +10567,7 @@ def starting(llm: LLMInferencer) -> str:
 
 
 class Gateway(Catalog):
-    """One server's state: inferencers, limits, and what answers a POST. Callers choose names, never addresses."""
+    """One server's state: inferencers, limits, and what answers a POST."""
 
     def __init__(self, settings: Settings, llm: LLMInferencer | None = None) -> None:
         super().__init__(settings, llm)
@@ -10668,9 +10676,8 @@ class Gateway(Catalog):
                 engine_type, model = await self._alias_target(model)
             elif not self.configured:
                 prefix, _, rest = model.partition("/")
-                fleet = self.default.fleet
-                is_name = fleet is not None and any(model in endpoint.known_models for endpoint in fleet.endpoints)
-                if rest and prefix in LLMInferencer.ENGINE_MAP and not is_name:
+                known = self.default.fleet.endpoints if self.default.fleet else ()
+                if rest and prefix in LLMInferencer.ENGINE_MAP and not any(model in e.known_models for e in known):
                     engine_type, model = prefix, rest
         elif self.configured and engine_type not in (None, "auto"):
             model = f"{engine_type}/{model or ''}"
@@ -10715,7 +10722,7 @@ class Gateway(Catalog):
         """Raises NotReady and Busy for a request that would not get a place: before its body is read, and after it."""
         if self.draining:
             raise NotReady("the server is stopping", "ask another one")
-        if self.places.locked() and self.waiting >= self.settings.queue:
+        if self.waiting >= self.settings.queue and self.places.locked():
             reason = f"{self.settings.max_in_flight} requests in flight and {self.settings.queue} waiting"
             raise Busy(reason, "ask again later", retry_after=1)
 
@@ -10820,8 +10827,8 @@ class Exchange:
             await self.answer(b"", status)
 
     def _identify(self, headers: Mapping[bytes, bytes]) -> None:
-        given = headers.get(b"x-request-id", b"")
-        self.surface = self.make_surface(given.decode() if UUID.fullmatch(given) else str(uuid.uuid4()))
+        given = headers.get(b"x-request-id")
+        self.surface = self.make_surface(given.decode() if given and UUID.fullmatch(given) else str(uuid.uuid4()))
         REQUEST_ID.set(self.request_id)
         trace = {}
         parent, state = headers.get(b"traceparent", b""), headers.get(b"tracestate", b"")
@@ -11443,17 +11450,6 @@ _ROUTE_HINTS = {
     "/api/chat": f"POST {API}/chat, or {CHAT}",
     "/api/generate": f"POST {API}/generate",
     "/api/tags": "GET /v1/models",
-    "/chat/completions": CHAT,
-    "/completions": COMPLETIONS,
-    "/embeddings": EMBEDDINGS,
-    "/rerank": RERANK,
-    "/v1/reranking": RERANK,
-    "/v2/rerank": RERANK,
-    "/v1/tokenize": TOKENIZE,
-    "/v1/detokenize": DETOKENIZE,
-    "/responses": RESPONSES,
-    "/messages": MESSAGES,
-    "/models": "GET /v1/models",
     "/v1/complete": MESSAGES,
 }
 
@@ -11685,7 +11681,7 @@ class LimitsMixin:
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header field; trailers are dropped (RFC 9110, 6.5.1)."""
-        if not self.trailing:  # a trailer may be dropped (RFC 9110, 6.5.1)
+        if not self.trailing:
             super().on_header(name, value)  # type: ignore[misc]
 
     def on_headers_complete(self) -> None:
@@ -11837,6 +11833,7 @@ def run_server(settings: Settings, sockets: list[socket.socket]) -> None:
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=10,
+        timeout_keep_alive=settings.keep_alive,
         h11_max_incomplete_event_size=4 * MAX_HEADER,
         ws="none",
         lifespan="on",
@@ -11928,9 +11925,7 @@ This tiny demo model is often wrong and only knows English. To use a real model:
 <button id="send" data-zh="发送">Send</button></footer>
 <script>
 const EXAMPLES = [
-  "What is the capital of China? Answer in one short sentence.",
-  "Give three tips for good sleep. Be brief.",
-]
+  "What is the capital of China? Answer in one short sentence.", "Give three tips for good sleep. Be brief."]
 const CHINESE_EXAMPLES = ["用一句话介绍北京。", "天空为什么是蓝色的？"]
 const $ = id => document.getElementById(id), talk = $("talk"), inChinese = navigator.language.startsWith("zh")
 const t = (english, chinese) => inChinese ? chinese : english
@@ -12282,7 +12277,7 @@ def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]], widths: S
 
 
 def with_bars(values: Sequence[float | None], form: str, width: int = 12) -> list[str]:
-    """The figures as texts, "-" for None. On a wide terminal each has a bar, as long as its share of the largest."""
+    """The figures as texts, "-" for None; on a wide terminal each with a bar, by its share of the largest."""
     figures = list(filter(None, values))
     largest = max(figures, default=0.0)
     are_compared = sys.stdout.isatty() and len(figures) > 1 and terminal_width() >= 120
@@ -12398,11 +12393,8 @@ class Case(NamedTuple):
 
 
 #: the X-Error-Kind of a refusal that is right too: not every engine and installation can do this
-_OPTIONAL = {
-    "/v1/embeddings": "unsupported_feature", "/v1/messages/count_tokens": "unsupported_feature",
-    "/v1/rerank": "unsupported_feature", "/tokenize": "unsupported_feature", "/detokenize": "unsupported_feature",
-    "/metrics": "not_found", "/ui": "not_found",
-}  # fmt: skip
+_OPTIONAL = dict.fromkeys((EMBEDDINGS, COUNT_TOKENS, RERANK, TOKENIZE, DETOKENIZE), "unsupported_feature")
+_OPTIONAL |= {"/metrics": "not_found", "/ui": "not_found"}
 
 
 def api_test(settings: Settings) -> int:
@@ -12430,10 +12422,7 @@ def api_test(settings: Settings) -> int:
         progress.show(bar(number, len(cases)))
         row = _run_case(session, base, case)
         verdicts.append(row[-1].partition(":")[0])
-        if callable(case.right):
-            good.append(row)
-        else:
-            bad.append(row)
+        (good if callable(case.right) else bad).append(row)
     progress.done(f"{len(cases)} requests")
     columns = ("request", "status", "seconds", "result")
     table(f"api-test of {base} with {model}", columns, good)

@@ -39,7 +39,6 @@ from llm_inference import (
     ModelNotFound,
     Settings,
     make_adapter,
-    rendezvous_order,
 )
 from tests.conftest import Attach
 from tests.fake_engine import DIALECTS, Dialect, FakeEngine, Reply, recorded
@@ -437,6 +436,11 @@ def keys(count: int) -> list[int]:
 CONVERSATIONS = keys(10_000)
 
 
+def rendezvous_order(endpoints: list[Endpoint], key: int) -> list[Endpoint]:
+    """The order in which idle endpoints are asked."""
+    return list(Fleet(endpoints).in_order(endpoints, key))
+
+
 @pytest.mark.parametrize("count", [1, 4, 16])
 def test_conversations_are_spread(count: int) -> None:
     endpoints = a_fleet(count)
@@ -490,7 +494,7 @@ def test_load_is_bounded(slots: list[int]) -> None:
         endpoint.slots = number
     fleet = Fleet(endpoints)
     for number in range(1, 101):
-        chosen = fleet._ordered(endpoints, CONVERSATIONS[0])[0]
+        chosen = next(fleet.in_order(endpoints, CONVERSATIONS[0]))
         chosen.in_flight += 1
         average = number / sum(slots)
         assert chosen.in_flight <= math.ceil(1.25 * average * chosen.slots), (number, chosen.name)
@@ -501,7 +505,7 @@ def test_an_endpoint_with_too_much_comes_last_but_is_not_left_out() -> None:
     endpoints = a_fleet(3)
     fleet, favourite = Fleet(endpoints), rendezvous_order(endpoints, 5)[0]
     favourite.in_flight = 3
-    order = fleet._ordered(endpoints, 5)
+    order = list(fleet.in_order(endpoints, 5))
     assert len(order) == 3 and order[-1] is favourite
 
 

@@ -85,6 +85,8 @@ MISTAKES = [
     ("replicas = '2'", "llm.toml: replicas (line 1): has no effect on --serve; use it with --serve --ray"),
     ("timeout = 'soon'", "llm.toml: timeout (line 1): must be a number from 0.1 to 1000000, got 'soon'"),
     ("cors_origin = ['https://a', 'b']", "llm.toml: cors_origin (line 1): must be an origin"),
+    ("host = 'http://x'", "llm.toml: host (line 1): must be an address or host name without http:// and port"),
+    ("host = 'x:8000'", "llm.toml: host (line 1): must be an address or host name without http:// and port"),
     ("api_key = 12345", "llm.toml: api_key (line 1): must be one or more keys; "),
     ("engine = 'olama'", "llm.toml: engine (line 1): no such engine: 'olama'; did you mean 'ollama'?"),
     ("launch_args = ['--x']", "llm.toml: launch_args (line 1): given without an engine"),
@@ -233,6 +235,7 @@ def test_a_flag_that_is_wrong_is_refused_by_name(argv: list[str], mode: str, say
         {"header_timeout": 0},
         {"launch_args": "--x"},
         {"header_timeout": float("nan")},
+        {"keep_alive": 0},
         {"no_auth": 5},
     ],
 )

@@ -92,12 +92,12 @@ def choices() -> list[dict[str, float]]:
         found: dict[str, float] = {"endpoints": count}
         for name, messages in prompts.items():
             request = product.GenerateRequest(body={"model": "m", "messages": messages})
-            await fleet.routes(request)  # the lists are read
+            next(await fleet.routes(request))  # the lists are read
             least = float("inf")
             for _ in range(50):
                 began = time.process_time()
                 for _ in range(200):
-                    await fleet.routes(request)
+                    next(await fleet.routes(request))
                 least = min(least, (time.process_time() - began) / 200)
             found[f"{name} prompt"] = 1e6 * least
         await llm.aclose()
@@ -151,6 +151,11 @@ def cpu(program: Path, file: Path) -> float:
     return after.children_user - before.children_user + after.children_system - before.children_system
 
 
+def first(endpoints: list[product.Endpoint], key: int) -> product.Endpoint:
+    """Where a conversation goes while no endpoint has anything to do."""
+    return next(product.Fleet(endpoints).in_order(endpoints, key))
+
+
 def spread(count: int) -> dict[str, float]:
     """Where 10,000 conversations go, as shares of the mean, and how many move when one endpoint leaves.
 
@@ -165,12 +170,12 @@ def spread(count: int) -> dict[str, float]:
     for number in range(CONVERSATIONS):
         messages = [{"role": "system", "content": "You are terse."}, {"role": "user", "content": f"question {number}"}]
         keys.append(product.prefix_hash({"messages": messages}))
-    before = [product.rendezvous_order(endpoints, key)[0] for key in keys]
+    before = [first(endpoints, key) for key in keys]
     shares = sorted(Counter(before).values())
     moved = []
     for gone in endpoints if count > 1 else ():
         left = [endpoint for endpoint in endpoints if endpoint is not gone]
-        after = [product.rendezvous_order(left, key)[0] for key in keys]
+        after = [first(left, key) for key in keys]
         moved.append(sum(a is not b for a, b in zip(before, after, strict=True)))
     noise = math.sqrt(CONVERSATIONS * (1 - 1 / count) / count)
     mean = CONVERSATIONS / count

@@ -41,6 +41,22 @@ PEER_HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "
 KEY, TOKENS, PACE = "sk-" + secrets.token_hex(32), 128, 0.05
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 V1, API = "/v1/chat/completions", "/api/v1/llm/chat"
+NGINX = """
+daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log;
+events {{ worker_connections 8192; }}
+http {{
+  access_log {folder}/access.log; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
+  fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
+  keepalive_requests 100000000; client_max_body_size 4m;
+  upstream engine {{ server {engine}; keepalive 1024; keepalive_requests 100000000; }}
+  server {{
+    listen 127.0.0.1:{port} backlog=4096;
+    location / {{
+      proxy_pass http://engine; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off;
+    }}
+  }}
+}}
+"""
 
 
 # ------------------------------------------------------------------------------------------------ what is measured
@@ -62,7 +78,8 @@ def ours(dialect: str, program: Path) -> Callable[[str, int | None], Process]:
         port = free_port()
         command = [
             sys.executable,
-            str(program),
+            "-m",
+            program.stem,
             "--serve",
             "--host",
             "127.0.0.1",
@@ -81,7 +98,7 @@ def ours(dialect: str, program: Path) -> Callable[[str, int | None], Process]:
             command,
             port=port,
             ready="/ready",
-            env={"VLLM_BASE_URL": url, "OLLAMA_HOST": url},
+            env={"VLLM_BASE_URL": url, "OLLAMA_HOST": url, "PYTHONPATH": str(program.parent)},
             core=core,
         )
 
@@ -121,6 +138,20 @@ def vllm_router(url: str, core: int | None) -> Process:
     return Process("vllm-router", command, port=port, core=core)
 
 
+def relay(url: str, core: int | None) -> Process:
+    port = free_port()
+    command = [sys.executable, str(HERE / "relay.py"), "--port", str(port), "--engine-port", url.rpartition(":")[2]]
+    return Process("relay", command, port=port, core=core)
+
+
+def nginx(url: str, core: int | None) -> Process:
+    port, folder = free_port(), Path(tempfile.mkdtemp(prefix="bench-nginx-"))
+    config = folder / "nginx.conf"
+    config.write_text(NGINX.format(folder=folder, port=port, engine=url.removeprefix("http://")))
+    command = [str(shutil.which("nginx")), "-c", str(config), "-p", str(folder), "-e", str(folder / "error.log")]
+    return Process("nginx", command, port=port, core=core)
+
+
 def litellm(url: str, core: int | None) -> Process:
     port = free_port()
     config = Path(tempfile.gettempdir()) / f"bench-litellm-{os.getpid()}.yaml"
@@ -149,14 +180,19 @@ def litellm(url: str, core: int | None) -> Process:
 def targets(program: Path) -> list[Target]:
     openai = {"model": "m", "messages": MESSAGES, "max_tokens": 256}
     native = {"model_name": "m", "messages": MESSAGES, "max_tokens": 256}
+    responses = {"model": "m", "input": MESSAGES[0]["content"], "max_output_tokens": 256}
+    translated = (("responses", "/v1/responses", responses), ("messages", "/v1/messages", openai))
     found = [
         Target("direct", (("direct", V1, openai),), None),
         Target("echo", (("echo", V1, openai),), echo),
-        Target("ours", (("v1", V1, openai), ("api", API, native)), ours("vllm", program)),
+        Target("relay", (("relay", V1, openai),), relay),
+        Target("ours", (("v1", V1, openai), ("api", API, native), *translated), ours("vllm", program)),
         Target("ours-ollama", (("v1-ollama", V1, openai), ("api-ollama", API, native)), ours("ollama", program)),
     ]
     if peer_program("vllm-router"):
         found.append(Target("vllm-router", (("vllm-router", V1, openai),), vllm_router))
+    if shutil.which("nginx"):
+        found.append(Target("nginx", (("nginx", V1, openai),), nginx))
     if peer_program("litellm"):
         found.append(Target("litellm", (("litellm", V1, openai),), litellm, conns=(16,)))
     return found
@@ -237,8 +273,9 @@ def checked(url: str, body: str, streamed: bool) -> int:
     """The size of a right answer on the wire. Raises RuntimeError when it is not right: a fast wrong one is worth
     nothing."""
     answer = fetch(url, body)
+    ended = any(end in answer for end in (b"[DONE]", b'"message_stop"', b'"response.completed"'))
     wrong = (
-        answer.count(b"@0") < TOKENS - 1 or b"[DONE]" not in answer
+        answer.count(b"@0") < TOKENS - 1 or not ended
         if streamed
         else b"Paris is the capital" not in answer
     )
@@ -372,6 +409,9 @@ def medians(found: list[dict[str, float]]) -> dict[str, float]:
 
 
 # ----------------------------------------------------------------------------------------------------- paced streams
+PACED = {"direct", "relay", "v1", "api", "vllm-router", "nginx"}
+
+
 def paced(chosen: list[Target], streams: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
     """Many streams of 20 tokens/s: the server has the last core to itself, stand-in and reader share the first."""
     cores = sorted(os.sched_getaffinity(0))
@@ -380,7 +420,7 @@ def paced(chosen: list[Target], streams: int, tokens: int, rounds: int) -> list[
     with engine(tokens, PACE, cores[0]) as upstream:
         for number in range(rounds):
             for target in chosen:
-                for name, path, fields in target.routes:
+                for name, path, fields in [route for route in target.routes if route[0] in PACED]:
                     with forgiving(target), serving(target, upstream, cores[-1]) as process:
                         load = f"{streams} streams of {tokens} tokens, {1 / PACE:.0f} a second"
                         say(f"round {number + 1}/{rounds}: {name}, {load}")
@@ -507,9 +547,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE / "results.json")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4.0, help="of a measured run")
-    parser.add_argument("--streams", type=int, default=1000)
+    parser.add_argument("--streams", type=int, nargs="+", default=[16, 256, 1000])
     parser.add_argument(
-        "--only", help="names of targets, by commas (direct, echo, ours, ours-ollama, vllm-router, litellm)"
+        "--only",
+        help="names of targets, by commas: direct, echo, relay, ours, ours-ollama, vllm-router, nginx, litellm",
     )
     parser.add_argument(
         "--parts", default="wrk,paced,lone,verbs,start", help="which measurements, by commas (default: all)"
@@ -535,11 +576,11 @@ def main() -> int:
     if args.install_peers:
         install_peers()
     rounds, seconds = (1, 1.0) if args.quick else (args.rounds, args.seconds)
-    streams, tokens = (100, 60) if args.quick else (args.streams, 240)
+    counts, tokens = ([100], 60) if args.quick else (args.streams, 240)
     parts = args.parts.split(",")
     chosen = [target for target in targets(args.program) if not args.only or target.name in args.only.split(",")]
     # A stream through LiteLLM costs so much that a thousand of them would measure nothing but a queue.
-    few = [target for target in chosen if target.name in ("direct", "ours", "vllm-router")]
+    few = [target for target in chosen if {name for name, *_ in target.routes} & PACED]
 
     results: dict[str, Any] = {"when": time.strftime("%Y-%m-%d %H:%M"), "machine": machine(), "quick": args.quick}
     results |= {"rounds": rounds, "seconds": seconds, "tokens": TOKENS, "pace": PACE}
@@ -552,7 +593,9 @@ def main() -> int:
     if "lone" in parts:
         results["lone"] = paced(few, 1, tokens, rounds)
     if "paced" in parts:
-        results["paced"] = paced(few, streams, tokens, rounds)
+        results["paced"] = []
+        for streams in counts:
+            results["paced"] += paced(few, streams, tokens if streams == counts[-1] else tokens // 2, rounds)
     args.out.write_text(json.dumps(rounded(results), indent=1) + "\n")
     say(f"written: {args.out}")
     return 0

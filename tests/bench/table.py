@@ -23,6 +23,10 @@ NAMES = {
     "api": ("**ours** `/api/v1/llm/chat`, vLLM", "**本项目** `/api/v1/llm/chat`，vLLM"),
     "v1-ollama": ("**ours** `/v1/chat/completions`, Ollama", "**本项目** `/v1/chat/completions`，Ollama"),
     "api-ollama": ("**ours** `/api/v1/llm/chat`, Ollama", "**本项目** `/api/v1/llm/chat`，Ollama"),
+    "responses": ("**ours** `/v1/responses`, vLLM", "**本项目** `/v1/responses`，vLLM"),
+    "messages": ("**ours** `/v1/messages`, vLLM", "**本项目** `/v1/messages`，vLLM"),
+    "relay": ("uvloop, bytes from socket to socket", "uvloop，套接字之间只搬运字节"),
+    "nginx": ("nginx", "nginx"),
     "vllm-router": ("vllm-router (Rust)", "vllm-router（Rust）"),
     "litellm": ("LiteLLM's proxy", "LiteLLM 代理"),
     "ours": ("**ours**, vLLM", "**本项目**，vLLM"),
@@ -124,6 +128,15 @@ GOALS = {
     ),
     "v1 stream": ("`/v1` streamed, CPU µs a token (16 / 256)", "`/v1` 流式，每 token CPU µs（16 / 256）"),
     "v1 ratio": ("`/v1` streamed, times vllm-router (16 / 256)", "`/v1` 流式，为 vllm-router 的倍数（16 / 256）"),
+    "whole ratio": (
+        "`/v1` whole, times vllm-router (16 / 256 connections)",
+        "`/v1` 完整回答，为 vllm-router 的倍数（16 / 256 连接）",
+    ),
+    "paced ratio": (
+        "{streams} paced streams, CPU a token, times vllm-router",
+        "{streams} 个匀速流，每 token CPU，为 vllm-router 的倍数",
+    ),
+    "own ratio": ("… `/api/v1/llm/chat`, times `/v1`", "…… `/api/v1/llm/chat`，为 `/v1` 的倍数"),
     "api whole": (
         "`/api/v1/llm/chat` whole, CPU ms a request (16 / 256)",
         "`/api/v1/llm/chat` 完整回答，每请求 CPU ms（16 / 256）",
@@ -201,19 +214,21 @@ class Tables:
         return f"**{title}**\n\n{grid(self.head('tokens' if streamed else 'conns'), rows)}"
 
     def paced(self) -> str:
-        rows = [
-            [
-                self.name(one["target"]),
-                *(number(one[field]) for field in ("p50_ms", "p99_ms", "max_ms")),
-                f"{one['cpu_share']:.0%}",
-                number(one["token_us"]),
-                number(one["kib_a_stream"]),
-                str(one["errors"]),
-            ]
-            for one in self.results["paced"]
+        tables = []
+        for streams in dict.fromkeys(one["streams"] for one in self.results["paced"]):
+            rows = [self.paced_row(one) for one in self.results["paced"] if one["streams"] == streams]
+            tables.append(f"**{self.word('paced', streams=int(streams))}**\n\n{grid(self.head('paced'), rows)}")
+        return "\n\n".join(tables)
+
+    def paced_row(self, one: Json) -> list[str]:
+        return [
+            self.name(one["target"]),
+            *(number(one[field]) for field in ("p50_ms", "p99_ms", "max_ms")),
+            f"{one['cpu_share']:.0%}",
+            number(one["token_us"]),
+            number(one["kib_a_stream"]),
+            str(one["errors"]),
         ]
-        title = self.word("paced", streams=int(self.results["paced"][0]["streams"]))
-        return f"**{title}**\n\n{grid(self.head('paced'), rows)}"
 
     def lone(self) -> str:
         rows = [
@@ -268,7 +283,12 @@ class Tables:
                 (self.value("v1", True, conns, "token_us"), self.value("vllm-router", True, conns, "token_us"))
                 for conns in both
             ]
-            add("v1 ratio", 1.5, *(mine / rust if mine and rust else None for mine, rust in pairs))
+            add("v1 ratio", 0.75, *(mine / rust if mine and rust else None for mine, rust in pairs))
+            pairs = [
+                (self.value("v1", False, conns, "cpu_ms"), self.value("vllm-router", False, conns, "cpu_ms"))
+                for conns in both
+            ]
+            add("whole ratio", 2.5, *(mine / rust if mine and rust else None for mine, rust in pairs))
             add("api whole", 0.7, *(self.value("api", False, conns, "cpu_ms") for conns in both))
             add("api stream", 20, *(self.value("api", True, conns, "token_us") for conns in both))
         if verbs := self.results.get("verbs"):
@@ -276,13 +296,18 @@ class Tables:
         paced = {one["target"]: one for one in self.results.get("paced", [])}
         mine = [paced[name] for name in ("v1", "api") if name in paced]
         if mine and "direct" in paced:
-            add("late", 100, *(one["max_ms"] - paced["direct"]["max_ms"] for one in mine), streams=mine[0]["streams"])
+            streams = int(mine[0]["streams"])
+            if "vllm-router" in paced:
+                add("paced ratio", 1.2, mine[0]["token_us"] / paced["vllm-router"]["token_us"], streams=streams)
+            if len(mine) == 2:
+                add("own ratio", 1.5, mine[1]["token_us"] / mine[0]["token_us"])
+            add("late", 10, *(one["max_ms"] - paced["direct"]["max_ms"] for one in mine), streams=streams)
             add("errors", 0, *(one["errors"] for one in mine))
-            add("memory", 40, *(one["kib_a_stream"] for one in mine))
+            add("memory", 25, *(one["kib_a_stream"] for one in mine))
         start = next((one for one in self.results.get("starts", []) if one["target"] == "ours"), None)
         if start:
-            add("rss", 80, start["idle_rss_mib"] * 1.048576)
-            add("ready", 1.2, start["ready_cpu_s"])
+            add("rss", 70, start["idle_rss_mib"] * 1.048576)
+            add("ready", 0.4, start["ready_cpu_s"])
         return f"**{self.word('goals')}**\n\n{grid(self.head('goals'), rows)}"
 
     def note(self) -> str:

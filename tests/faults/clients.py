@@ -252,7 +252,7 @@ async def cancels(full: bool, off: str | None = None, focus: str = "") -> Result
 
 # ----------------------------------------------------------------------------------------------------- slow and idle
 
-LIMITS = {"header_timeout": 1.0, "body_timeout": 2.0, "keep_alive": 5.0}  # the last is uvicorn's, which nothing sets
+LIMITS = {"header_timeout": 1.0, "body_timeout": 2.0, "keep_alive": 5.0}
 GRACE = 1.0  # seconds past the limit
 
 

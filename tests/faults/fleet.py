@@ -51,7 +51,6 @@ class Pace:
 
 #: the short form; the long one has the module's own pauses
 QUICK = Pace(first_pause=0.3, longest_pause=1.2, list_ttl=0.4, list_deadline=0.4, n=40, seconds=0.7)
-FULL_REAL = Pace(n=120)  # of each fault
 QUICK_REAL = dataclasses.replace(QUICK, list_deadline=2.0, n=8)
 REAL_FAULTS = ("killed", "frozen")  # that only a real process can show; the long form has them all
 REPLICAS = 3
@@ -396,4 +395,4 @@ async def fleet(full: bool, off: str | None = None, focus: str = "") -> Result:
 async def fleet_real(full: bool, off: str | None = None, focus: str = "") -> Result:
     """The same with three processes of llama.cpp, killed and frozen for real."""
     faults = [name for name in (FAULTS if full else REAL_FAULTS) if focus in name]
-    return await run_phases(RealFleet(FULL_REAL if full else QUICK_REAL, off), faults)
+    return await run_phases(RealFleet(Pace() if full else QUICK_REAL, off), faults)

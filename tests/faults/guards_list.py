@@ -67,7 +67,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "other pages": Guard('return "a page of another origin sent this one"', "pass", "gate", "page"),
     "the queue is bounded": Guard(
-        "if self.places.locked() and self.waiting >= self.settings.queue:", "if False:", "overload", ""
+        "if self.waiting >= self.settings.queue and self.places.locked():", "if False:", "overload", ""
     ),
     "a line is bounded": Guard("    LIMIT = 8 << 20", "    LIMIT = 8 << 30", "network", "engine:endless vllm api"),
     "a reply is bounded": Guard(

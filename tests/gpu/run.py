@@ -354,13 +354,17 @@ def load(run: Run) -> Json:
     return found
 
 
+#: how many processes answer HTTP, and tokenize
+FRONTS = {"vllm": "--api-server-count", "sglang": "--tokenizer-worker-num"}
+
+
 def batch(run: Run) -> Json:
     """Many short prompts through LLMInferencer.batch, on the engine with one and with more HTTP servers of its own."""
     args, model = run.args, run.args.model if run.args.load_model == "small" else run.dummy("large")
     dummy = [] if args.load_model == "small" else ["--load-format", "dummy"]
     found: Json = {"model": args.load_model, "prompts": args.prompts, "tokens": args.batch_tokens, "api servers": {}}
     for count in args.api_servers:
-        more = ["--api-server-count", str(count)] if count > 1 else []
+        more = [FRONTS[args.engine], str(count)] if count > 1 else []
         began = time.monotonic()
         with run.server(model, run.arguments(args.load_memory, *dummy, *more, eager=args.eager_load)) as url:
             started_after = round(time.monotonic() - began, 1)
@@ -811,7 +815,7 @@ def main() -> int:
     parser.add_argument("--bench-seed", type=int, default=0, help="of its first round")
     parser.add_argument("--bare", action="store_true", help="the batch by a bare client too")
     parser.add_argument("--group", type=int, nargs="+", default=[8, 50], help="prompts a request, of that client")
-    parser.add_argument("--api-servers", type=int, nargs="+", default=[1], help="of vLLM, under the batch, in turn")
+    parser.add_argument("--api-servers", type=int, nargs="+", default=[1], help="of the engine, in turn, for the batch")
     parser.add_argument("--attach", nargs="+", metavar="URL", help="servers that run: load, batch, replicas start none")
     parser.add_argument("--clients", type=int, nargs="+", default=[128, 256], help="that hold conversations: replicas")
     parser.add_argument("--client-rounds", type=int, nargs="+", default=[3], help="for each of --clients")
