@@ -6823,8 +6823,8 @@ class Endpoint:
         self.removed = False  #: finishes what it has, and gets nothing new
         self.config: Any = None  #: the EndpointConfig it was made from
         self.seed = zlib.crc32(self.name.encode()) * 0x9E3779B97F4A7C15 & ((1 << 64) - 1)
-        self._listed_at = float("-inf")
-        self._listed: dict[str, ModelInfo] = {}
+        self.listed_at = float("-inf")
+        self.listed: dict[str, ModelInfo] = {}
         self._refreshing: concurrent.futures.Future[None] | None = None
 
     @property
@@ -6854,13 +6854,13 @@ class Endpoint:
         if self.named_before and not self.running:
             name = self.configured_name
             return {name: ModelInfo(name=name)}
-        if time.monotonic() - self._listed_at > self.LIST_TTL:
+        if time.monotonic() - self.listed_at > self.LIST_TTL:
             found = {}
             for model in await self.adapter.models():
                 if not self.only or model.name in self.only:
                     found[model.name] = model
-            self._listed, self._listed_at = found, time.monotonic()
-        return self._listed
+            self.listed, self.listed_at = found, time.monotonic()
+        return self.listed
 
     @property
     def configured_name(self) -> str:
@@ -6870,7 +6870,7 @@ class Endpoint:
     @property
     def known_models(self) -> frozenset[str]:
         """The names that it listed last, and the one that the operator gave; no path of a file."""
-        return frozenset(self._listed) | ({self.configured_name} if self.default_model else set())
+        return frozenset(self.listed) | ({self.configured_name} if self.default_model else set())
 
     @property
     def named_before(self) -> bool:
@@ -6880,11 +6880,11 @@ class Endpoint:
 
     def lists(self, model: str) -> bool:
         """Whether its last list holds the model."""
-        return holds(self._listed, model)
+        return holds(self.listed, model)
 
     def is_fresh(self, now: float) -> bool:
         """Whether its last list is young enough to be used without asking again."""
-        return now - self._listed_at <= self.LIST_TTL
+        return now - self.listed_at <= self.LIST_TTL
 
     def has_listed(self, model: str, look: Callable[["Endpoint"], Coroutine[Any, Any, None]]) -> bool:
         """Whether its last list names the model, and it has not failed since: nobody waits for a new list then."""
@@ -6899,7 +6899,7 @@ class Endpoint:
         was_fresh = self.is_fresh(time.monotonic())
         listed = await self.models()
         if was_fresh and not holds(listed, model):
-            self._listed_at = float("-inf")
+            self.listed_at = float("-inf")
             listed = await self.models()
         return holds(listed, model)
 
@@ -6949,7 +6949,7 @@ class Endpoint:
     def failed(self, error: InferenceError) -> None:
         """An outage is counted once, however many requests notice it."""
         self.error, self.overloaded = error.message, isinstance(error, EngineOverloaded)
-        self._listed_at = float("-inf")
+        self.listed_at = float("-inf")
         now = time.monotonic()
         if now < self.retry_at:
             return
@@ -6976,7 +6976,7 @@ class Endpoint:
             "slots": self.slots,
             "failures": self.failures,
             "error": self.error,
-            "models": sorted(self._listed) or [self.configured_name] * (self.default_model is not None),
+            "models": sorted(self.listed) or [self.configured_name] * (self.default_model is not None),
         }
 
 
@@ -7125,8 +7125,8 @@ class Router:
         stale: list[Endpoint] = []
         others: list[Endpoint] = []
         for endpoint in endpoints:
-            if not endpoint.failures and endpoint.is_fresh(now):
-                (group if endpoint.lists(model) else others).append(endpoint)
+            if not endpoint.failures and now - endpoint.listed_at <= endpoint.LIST_TTL:
+                (group if holds(endpoint.listed, model) else others).append(endpoint)
                 continue
             available = endpoint.available(now)
             if available and not endpoint.is_fresh(now):
