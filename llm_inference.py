@@ -7061,7 +7061,7 @@ class Router:
         return [each for each in endpoints if not (each.failures or each.removed) or each.available(now)]
 
     def in_order(self, endpoints: Sequence[Endpoint], key: int) -> Iterator[Endpoint]:
-        """By rendezvous order, those over the bound last; sorted once the first failed."""
+        """By rendezvous order, over the bound last; sorted if the first failed."""
         if len(endpoints) < 2:
             yield from endpoints
             return
@@ -10567,7 +10567,7 @@ def starting(llm: LLMInferencer) -> str:
 
 
 class Gateway(Catalog):
-    """One server's state: inferencers, limits, and what answers a POST."""
+    """One server: inferencers, limits, what answers a POST."""
 
     def __init__(self, settings: Settings, llm: LLMInferencer | None = None) -> None:
         super().__init__(settings, llm)
