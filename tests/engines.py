@@ -95,7 +95,7 @@ model.save_pretrained(out)
 transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
 
 model, tokenizer = transformers.LlamaForCausalLM.from_pretrained(out), transformers.AutoTokenizer.from_pretrained(out)
-chat = [{"role": "user", "content": "What is the capital of France?"}]
+chat = [{"role": "user", "content": "What is the capital of France? Answer in one short sentence."}]
 prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
 answer = tokenizer.decode(model.generate(**ids, max_new_tokens=32, do_sample=False)[0, ids["input_ids"].shape[1] :])

@@ -29,7 +29,8 @@ ARGS = {
     "vllm": ["--max-model-len", "2048", "--dtype", "bfloat16", "--enforce-eager"],
     "sglang": engines.ENGINES["sglang"].arguments.replace("--model-path {model} ", "").split(),
 }
-CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
+#: without the second sentence, a processor's rounding decides between two first words
+CAPITAL = [{"role": "user", "content": "What is the capital of France? Answer in one short sentence."}]
 TOO_LONG = {"vllm": ["--max-model-len", "100000"], "sglang": ["--context-length", "100000"]}
 
 Make = Callable[..., LLMInferencer]
