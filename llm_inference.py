@@ -751,7 +751,7 @@ _OPTIONS: TypeAdapter[Any] = TypeAdapter(Options)
 SAMPLING_FIELDS = frozenset({"schema", *Sampling.__annotations__})
 CONSTRAINTS = ("schema", "choice", "regex", "grammar")  #: what an answer may be held to, in our own vocabulary
 V1_CONSTRAINTS = ("response_format", "structured_outputs", "json_schema", "ebnf")  #: in OpenAI's and the engines'
-ALL_CONSTRAINTS = frozenset((*CONSTRAINTS, *V1_CONSTRAINTS))
+ALL_CONSTRAINTS = (*CONSTRAINTS, *V1_CONSTRAINTS)
 
 
 @functools.cache
@@ -1176,9 +1176,7 @@ def check_together(body: dict[str, Any]) -> None:
 
 def constraints_in(body: dict[str, Any]) -> Iterator[str]:
     """The names of the fields that constrain the answer, in any vocabulary."""
-    if ALL_CONSTRAINTS.isdisjoint(body):
-        return
-    for name in (*CONSTRAINTS, *V1_CONSTRAINTS):
+    for name in ALL_CONSTRAINTS:
         if body.get(name) is not None and (name != "response_format" or response_schema(body[name])):
             yield name
 
@@ -6823,8 +6821,8 @@ class Endpoint:
         self.removed = False  #: finishes what it has, and gets nothing new
         self.config: Any = None  #: the EndpointConfig it was made from
         self.seed = zlib.crc32(self.name.encode()) * 0x9E3779B97F4A7C15 & ((1 << 64) - 1)
-        self.listed_at = float("-inf")
-        self.listed: dict[str, ModelInfo] = {}
+        self._listed_at = float("-inf")
+        self._listed: dict[str, ModelInfo] = {}
         self._refreshing: concurrent.futures.Future[None] | None = None
 
     @property
@@ -6854,13 +6852,13 @@ class Endpoint:
         if self.named_before and not self.running:
             name = self.configured_name
             return {name: ModelInfo(name=name)}
-        if time.monotonic() - self.listed_at > self.LIST_TTL:
+        if time.monotonic() - self._listed_at > self.LIST_TTL:
             found = {}
             for model in await self.adapter.models():
                 if not self.only or model.name in self.only:
                     found[model.name] = model
-            self.listed, self.listed_at = found, time.monotonic()
-        return self.listed
+            self._listed, self._listed_at = found, time.monotonic()
+        return self._listed
 
     @property
     def configured_name(self) -> str:
@@ -6870,7 +6868,7 @@ class Endpoint:
     @property
     def known_models(self) -> frozenset[str]:
         """The names that it listed last, and the one that the operator gave; no path of a file."""
-        return frozenset(self.listed) | ({self.configured_name} if self.default_model else set())
+        return frozenset(self._listed) | ({self.configured_name} if self.default_model else set())
 
     @property
     def named_before(self) -> bool:
@@ -6880,11 +6878,11 @@ class Endpoint:
 
     def lists(self, model: str) -> bool:
         """Whether its last list holds the model."""
-        return holds(self.listed, model)
+        return holds(self._listed, model)
 
     def is_fresh(self, now: float) -> bool:
         """Whether its last list is young enough to be used without asking again."""
-        return now - self.listed_at <= self.LIST_TTL
+        return now - self._listed_at <= self.LIST_TTL
 
     def has_listed(self, model: str, look: Callable[["Endpoint"], Coroutine[Any, Any, None]]) -> bool:
         """Whether its last list names the model, and it has not failed since: nobody waits for a new list then."""
@@ -6899,7 +6897,7 @@ class Endpoint:
         was_fresh = self.is_fresh(time.monotonic())
         listed = await self.models()
         if was_fresh and not holds(listed, model):
-            self.listed_at = float("-inf")
+            self._listed_at = float("-inf")
             listed = await self.models()
         return holds(listed, model)
 
@@ -6949,7 +6947,7 @@ class Endpoint:
     def failed(self, error: InferenceError) -> None:
         """An outage is counted once, however many requests notice it."""
         self.error, self.overloaded = error.message, isinstance(error, EngineOverloaded)
-        self.listed_at = float("-inf")
+        self._listed_at = float("-inf")
         now = time.monotonic()
         if now < self.retry_at:
             return
@@ -6976,7 +6974,7 @@ class Endpoint:
             "slots": self.slots,
             "failures": self.failures,
             "error": self.error,
-            "models": sorted(self.listed) or [self.configured_name] * (self.default_model is not None),
+            "models": sorted(self._listed) or [self.configured_name] * (self.default_model is not None),
         }
 
 
@@ -7058,7 +7056,7 @@ class Router:
         if len(self.endpoints) == 1:
             return endpoints
         now = time.monotonic()
-        return [each for each in endpoints if not (each.failures or each.removed) or each.available(now)]
+        return [endpoint for endpoint in endpoints if endpoint.available(now)]
 
     def in_order(self, endpoints: Sequence[Endpoint], key: int) -> Iterator[Endpoint]:
         """By rendezvous order, over the bound last; sorted if the first failed."""
@@ -7125,8 +7123,7 @@ class Router:
         stale: list[Endpoint] = []
         others: list[Endpoint] = []
         for endpoint in endpoints:
-            if not endpoint.failures and now - endpoint.listed_at <= endpoint.LIST_TTL:
-                (group if holds(endpoint.listed, model) else others).append(endpoint)
+            if endpoint.removed:
                 continue
             available = endpoint.available(now)
             if available and not endpoint.is_fresh(now):

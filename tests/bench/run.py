@@ -6,6 +6,7 @@ Needs wrk (a Debian package) and Linux (/proc). Then `python -m tests.bench.tabl
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from tests.gpu.replicas import NGINX, nginx_program
 from tests.processes import cpu_name, free_port
 
 from .proc import Process, machine_busy, many_sockets
@@ -41,22 +43,6 @@ PEER_HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "
 KEY, TOKENS, PACE = "sk-" + secrets.token_hex(32), 128, 0.05
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 V1, API = "/v1/chat/completions", "/api/v1/llm/chat"
-NGINX = """
-daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log;
-events {{ worker_connections 8192; }}
-http {{
-  access_log {folder}/access.log; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
-  fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
-  keepalive_requests 100000000; client_max_body_size 4m;
-  upstream engine {{ server {engine}; keepalive 1024; keepalive_requests 100000000; }}
-  server {{
-    listen 127.0.0.1:{port} backlog=4096;
-    location / {{
-      proxy_pass http://engine; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off;
-    }}
-  }}
-}}
-"""
 
 
 # ------------------------------------------------------------------------------------------------ what is measured
@@ -149,11 +135,17 @@ def relay(url: str, core: int | None) -> Process:
     return Process("relay", command, port=port, core=core)
 
 
+@functools.cache
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    """A folder that goes with this process."""
+    return tempfile.TemporaryDirectory(prefix="bench-")
+
+
 def nginx(url: str, core: int | None) -> Process:
-    port, folder = free_port(), Path(tempfile.mkdtemp(prefix="bench-nginx-"))
-    config = folder / "nginx.conf"
-    config.write_text(NGINX.format(folder=folder, port=port, engine=url.removeprefix("http://")))
-    command = [str(shutil.which("nginx")), "-c", str(config), "-p", str(folder), "-e", str(folder / "error.log")]
+    port, folder = free_port(), Path(tempfile.mkdtemp(dir=scratch().name))
+    config, engine = folder / "nginx.conf", f"server {url.removeprefix('http://')};"
+    config.write_text(NGINX.format(dir=folder, servers=engine, port=port, log=folder / "access.log"))
+    command = [str(nginx_program()), "-c", str(config), "-p", str(folder), "-e", str(folder / "error.log")]
     return Process("nginx", command, port=port, core=core)
 
 
@@ -196,7 +188,7 @@ def targets(program: Path) -> list[Target]:
     ]
     if peer_program("vllm-router"):
         found.append(Target("vllm-router", (("vllm-router", V1, openai),), vllm_router))
-    if shutil.which("nginx"):
+    if nginx_program():
         found.append(Target("nginx", (("nginx", V1, openai),), nginx))
     if peer_program("litellm"):
         found.append(Target("litellm", (("litellm", V1, openai),), litellm, conns=(16,)))
@@ -414,6 +406,7 @@ def medians(found: list[dict[str, float]]) -> dict[str, float]:
 
 
 # ----------------------------------------------------------------------------------------------------- paced streams
+# A stream through LiteLLM costs so much that a thousand of them would measure nothing but a queue.
 PACED = {"direct", "relay", "v1", "api", "vllm-router", "nginx"}
 
 
@@ -584,8 +577,6 @@ def main() -> int:
     counts, tokens = ([100], 60) if args.quick else (args.streams, 240)
     parts = args.parts.split(",")
     chosen = [target for target in targets(args.program) if not args.only or target.name in args.only.split(",")]
-    # A stream through LiteLLM costs so much that a thousand of them would measure nothing but a queue.
-    few = [target for target in chosen if {name for name, *_ in target.routes} & PACED]
 
     results: dict[str, Any] = {"when": time.strftime("%Y-%m-%d %H:%M"), "machine": machine(), "quick": args.quick}
     results |= {"rounds": rounds, "seconds": seconds, "tokens": TOKENS, "pace": PACE}
@@ -596,11 +587,11 @@ def main() -> int:
     if "wrk" in parts:
         results["cases"], results["starts"] = back_to_back(chosen, rounds, seconds)
     if "lone" in parts:
-        results["lone"] = paced(few, 1, tokens, rounds)
+        results["lone"] = paced(chosen, 1, tokens, rounds)
     if "paced" in parts:
         results["paced"] = []
         for streams in counts:
-            results["paced"] += paced(few, streams, tokens if streams == counts[-1] else tokens // 2, rounds)
+            results["paced"] += paced(chosen, streams, tokens if streams == counts[-1] else tokens // 2, rounds)
     args.out.write_text(json.dumps(rounded(results), indent=1) + "\n")
     say(f"written: {args.out}")
     return 0

@@ -191,6 +191,10 @@ class Tables:
         found = self.cases.get((target, streamed, conns))
         return found[field] if found else None
 
+    def times_router(self, streamed: bool, conns: int, field: str) -> float | None:
+        mine, rust = (self.value(target, streamed, conns, field) for target in ("v1", "vllm-router"))
+        return mine / rust if mine and rust else None
+
     def back_to_back(self, streamed: bool) -> str:
         rows = []
         for target in dict.fromkeys(case["target"] for case in self.results["cases"]):
@@ -279,16 +283,8 @@ class Tables:
         if self.cases:
             add("v1 whole", 0.6, *(self.value("v1", False, conns, "cpu_ms") for conns in both))
             add("v1 stream", 12, *(self.value("v1", True, conns, "token_us") for conns in both))
-            pairs = [
-                (self.value("v1", True, conns, "token_us"), self.value("vllm-router", True, conns, "token_us"))
-                for conns in both
-            ]
-            add("v1 ratio", 0.75, *(mine / rust if mine and rust else None for mine, rust in pairs))
-            pairs = [
-                (self.value("v1", False, conns, "cpu_ms"), self.value("vllm-router", False, conns, "cpu_ms"))
-                for conns in both
-            ]
-            add("whole ratio", 2.5, *(mine / rust if mine and rust else None for mine, rust in pairs))
+            add("v1 ratio", 0.75, *(self.times_router(True, conns, "token_us") for conns in both))
+            add("whole ratio", 2.5, *(self.times_router(False, conns, "cpu_ms") for conns in both))
             add("api whole", 0.7, *(self.value("api", False, conns, "cpu_ms") for conns in both))
             add("api stream", 20, *(self.value("api", True, conns, "token_us") for conns in both))
         if verbs := self.results.get("verbs"):

@@ -39,12 +39,12 @@ NGINX = """
 worker_processes 1; daemon off; pid {dir}/pid; error_log {dir}/error.log;
 events {{ worker_connections 8192; }}
 http {{
-    access_log off; keepalive_requests 1000000; client_max_body_size 64m; client_body_buffer_size 1m;
+    access_log {log}; keepalive_requests 1000000; client_max_body_size 64m; client_body_buffer_size 1m;
     client_body_temp_path {dir}/b; proxy_temp_path {dir}/p; fastcgi_temp_path {dir}/f;
     uwsgi_temp_path {dir}/u; scgi_temp_path {dir}/s;
     upstream replicas {{ {servers} keepalive 1024; keepalive_requests 1000000; }}
     server {{
-        listen 127.0.0.1:{port};
+        listen 127.0.0.1:{port} backlog=4096;
         location / {{
             proxy_pass http://replicas; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off;
         }}
@@ -193,7 +193,7 @@ def nginx(run: Run, urls: list[str]) -> Iterator[tuple[str, int] | None]:
     folder, port = run.args.work / "nginx", free_port()
     folder.mkdir(parents=True, exist_ok=True)
     servers = " ".join(f"server {url.removeprefix('http://')};" for url in urls)
-    (folder / "nginx.conf").write_text(NGINX.format(dir=folder, servers=servers, port=port))
+    (folder / "nginx.conf").write_text(NGINX.format(dir=folder, servers=servers, port=port, log="off"))
     with started(run, "nginx", [program, "-c", str(folder / "nginx.conf")], port, "/version") as side:
         yield side
 
