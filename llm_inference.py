@@ -2780,6 +2780,7 @@ def redact(text: str, limit: int = 400) -> str:
 class LineReader:
     """Bytes in, lines out; lines end at LF or CRLF only (JSON may hold U+2028 raw) and have a bounded length."""
 
+    __slots__ = ("_parts", "_size")
     LIMIT = 8 << 20
 
     def __init__(self) -> None:
@@ -2830,6 +2831,8 @@ def sse_payloads(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 class Deadline:
     """One timer per call for connect + first token, idle and total."""
+
+    __slots__ = ("_expired", "_task", "_timer", "begun", "due", "end", "engine", "first", "limits", "loop")
 
     def __init__(self, limits: Deadlines, engine: str) -> None:
         self.limits, self.engine, self.loop = limits, engine, asyncio.get_running_loop()
@@ -2906,8 +2909,14 @@ class Deadline:
 class Reply(ABC):
     """A reply whose head has come: `status`, `headers` (lower-case names), then its bytes as they come."""
 
+    __slots__ = ("begun", "headers", "status", "take")
     status: int
     headers: Mapping[str, str]
+
+    def __init__(self) -> None:
+        self.begun = False  #: has a byte of the body come?
+        #: gets bytes that `read` waits for; False: `read` is to return them
+        self.take: Callable[[bytes], bool] | None = None
 
     @abstractmethod
     async def read(self) -> bytes:
@@ -2916,9 +2925,6 @@ class Reply(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Reuse the connection after a complete reply, else close it (which stops the engine's work)."""
-
-    begun = False  #: has a byte of the body come?
-    take: Callable[[bytes], bool] | None = None  #: gets bytes that `read` waits for; False: `read` is to return them
 
     def ended_early(self, exc: Exception) -> InferenceError:
         """The error for a reply that broke off."""
@@ -3097,12 +3103,12 @@ def _tls_context() -> Any:
 class _Link(asyncio.Protocol):
     """A connection to an engine, and the reply that comes on it now."""
 
+    __slots__ = ("idle_since", "origin", "parser", "reply", "transport", "wire")
     MAX_HEAD = 64 << 10
     transport: asyncio.Transport
-    idle_since = 0.0
 
     def __init__(self, wire: HttptoolsWire, origin: str) -> None:
-        self.wire, self.origin = wire, origin
+        self.wire, self.origin, self.idle_since = wire, origin, 0.0
         self.reply: _LinkReply | None = None
         self.parser = wire.parser(self)
 
@@ -3194,9 +3200,11 @@ class _Link(asyncio.Protocol):
 class _LinkReply(Reply):
     """A reply on a connection; what has come of it waits to be read."""
 
+    __slots__ = ("_waiter", "broken", "ended", "link", "parts", "paused", "reusable", "size", "waiting")
     FULL = 256 << 10  #: bytes that wait, beyond which the connection is read no further
 
     def __init__(self, link: _Link) -> None:
+        super().__init__()
         self.link = link
         self.status = 0
         self.size = 0  #: bytes that have come, its head among them
@@ -3321,6 +3329,7 @@ class HttpxWire(Wire):
 
 class _HttpxReply(Reply):
     def __init__(self, httpx: Any, response: Any) -> None:
+        super().__init__()
         self._httpx, self._response, self._parts = httpx, response, response.aiter_raw()
         self.status, self.headers = response.status_code, response.headers
 
@@ -9917,6 +9926,7 @@ class Surface(ABC):
     `event` and `end` its events.
     """
 
+    __slots__ = ("cap", "engine_type", "ignored", "model", "request_id", "size", "streamed")
     content_type = b"text/event-stream; charset=utf-8"
     names: ClassVar[Mapping[str, str]] = {}  #: field of the common request → its name in this API
 
@@ -9963,6 +9973,8 @@ class Surface(ABC):
 
 class OwnSurface(Surface):
     """POST /generate, /chat and /structured-generate: envelopes."""
+
+    __slots__ = ("before", "reader", "shape")
 
     def __init__(self, request_id: str, shape: type) -> None:
         super().__init__(request_id)
@@ -10070,6 +10082,8 @@ def chunk_data(chunk: Chunk, structured: bool) -> dict[str, Any]:
 
 class OpenAISurface(Surface):
     """POST /v1/chat/completions, /v1/completions and /v1/embeddings: OpenAI's body in, the engine's bytes out."""
+
+    __slots__ = ("path", "renamed")
 
     def __init__(self, request_id: str, path: str) -> None:
         super().__init__(request_id)
@@ -10771,6 +10785,11 @@ UUID = re.compile(rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 class Exchange:
     """One request and its answer as pure ASGI: reads the body, watches the client, answers, logs one line."""
 
+    __slots__ = (
+        "began", "body", "error_kind", "extra", "first_event", "gateway", "gone", "make_surface", "send", "sent", "served",
+        "splice", "started", "surface", "task",
+    )  # fmt: skip
+
     def __init__(self, gateway: Gateway, surface: SurfaceMaker) -> None:
         self.gateway, self.make_surface = gateway, surface
         self.began = time.monotonic()
@@ -10955,6 +10974,8 @@ class Exchange:
 
 class EventWriter:
     """Sends a stream's parts, comments in its silences, and notices a client that does not read."""
+
+    __slots__ = ("changed", "exchange", "idle", "loop", "sending")
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange, self.loop = exchange, asyncio.get_running_loop()
