@@ -6832,6 +6832,7 @@ class Endpoint:
         self.seed = zlib.crc32(self.name.encode()) * 0x9E3779B97F4A7C15 & ((1 << 64) - 1)
         self._listed_at = float("-inf")
         self._listed: dict[str, ModelInfo] = {}
+        self._flight = SingleFlight()
         self._refreshing: concurrent.futures.Future[None] | None = None
 
     @property
@@ -6862,12 +6863,15 @@ class Endpoint:
             name = self.configured_name
             return {name: ModelInfo(name=name)}
         if time.monotonic() - self._listed_at > self.LIST_TTL:
-            found = {}
-            for model in await self.adapter.models():
-                if not self.only or model.name in self.only:
-                    found[model.name] = model
-            self._listed, self._listed_at = found, time.monotonic()
+            await self._flight.run("models", self._list)
         return self._listed
+
+    async def _list(self) -> None:
+        found = {}
+        for model in await self.adapter.models():
+            if not self.only or model.name in self.only:
+                found[model.name] = model
+        self._listed, self._listed_at = found, time.monotonic()
 
     @property
     def configured_name(self) -> str:

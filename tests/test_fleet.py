@@ -323,6 +323,25 @@ def test_an_unknown_model_is_named_with_what_is_near(fake: Make) -> None:
         refused_v1(site.v1("ollama/Qwen3-8B"), "model_not_found")
 
 
+def test_many_requests_for_an_unknown_model_do_not_flood_the_engines(fake: Make) -> None:
+    engines = [fake("vllm"), fake("vllm")]
+    llm = LLMInferencer("vllm", base_url=[engine.base_url for engine in engines])
+
+    async def ask() -> None:
+        async with llm:
+            assert await llm.achat(HI)
+            for engine in engines:
+                engine.requests.clear()
+            asked = [llm.achat(HI, model_name=f"unknown-{number}") for number in range(100)]
+            outcomes = await asyncio.gather(*asked, return_exceptions=True)
+            assert all(isinstance(outcome, ModelNotFound) for outcome in outcomes)
+
+    asyncio.run(ask())
+    for engine in engines:
+        lists = [seen for seen in list(engine.requests) if seen.path == "/v1/models"]
+        assert 1 <= len(lists) <= 10
+
+
 def test_the_place_of_a_models_file_is_in_no_error(fake: Make) -> None:
     config = EndpointConfig(
         engine="llamacpp", name="small", model="/the/operators/folder/small.gguf", start="on_request"
