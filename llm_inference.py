@@ -346,124 +346,103 @@ GENERATED = (CHAT, COMPLETIONS)  #: the engines' routes whose answers are genera
 PLAIN = (RERANK, TOKENIZE, DETOKENIZE)  #: those that not every engine has, and whose answers have a form of ours
 ENGINES = ("ollama", "vllm", "sglang", "llamacpp")
 
-#: Every field of a request, and what each engine does with it.
-#: on: c chat, p completions, e embeddings, r rerank (all /v1), t tokenize, d detokenize, o our own routes and Python;
-#: without a row: refused
+#: Every field of a request, and what each engine does with it: Ollama, vLLM, SGLang, llama.cpp; without a row: refused.
+#: on: c chat, p completions, e embeddings, r rerank (all /v1), t tokenize, d detokenize, o our own routes and Python
 #: = the engine honours it under this name    ~ it does once its adapter has translated it    - it does not: refused
-#: . it cannot change the answer: left out, and reported as ignored    any other word: the engine's own name for it
+#: . it cannot change the answer: left out, and reported as ignored    a digit: under another name, see ENGINES_NAMES
 #: Sources: the request models of vLLM 0.32.0 and SGLang 0.5.21; llama.cpp's tools/server/server-schema.cpp and
 #: server-common.cpp, and answers of xllamacpp 2026.10; Ollama 0.33's api/types.go.
 FIELDS = """
-on   ollama                 vllm       sglang     llamacpp       fields
-cpeo =                      =          =          =              model
-co   ~                      =          =          =              messages
-p    ~                      =          =          =              prompt
-e    =                      =          =          =              input
-cpo  =                      =          =          =              stream
-cpo  ~                      =          =          =              stream_options
-cpo  options.num_predict    =          =          =              max_tokens
-c    options.num_predict    =          =          =              max_completion_tokens
-p    options.num_predict    max_tokens max_tokens =              max_completion_tokens
-cpo  options                =          =          =              temperature top_p top_k min_p seed stop
-cpo  options                =          =          =              presence_penalty frequency_penalty
-cpo  options.repeat_penalty =          =          repeat_penalty repetition_penalty
-co   =                      =          =          ~              logprobs top_logprobs
-p    -                      =          =          ~              logprobs
-co   =                      =          =          =              tools
-co   -                      =          =          =              tool_choice
-co   ~                      =          ~          =              parallel_tool_calls
-c    ~                      =          =          =              response_format
-p    ~                      =          =          ~              response_format
-c    ~                      =          =          =              reasoning_effort chat_template_kwargs
-c    -                      =          =          ~              continue_final_message
-c    -                      =          -          =              add_generation_prompt
-cp   -                      =          =          =              n logit_bias ignore_eos
-cp   -                      =          =          -              min_tokens stop_token_ids skip_special_tokens
-cp   -                      =          =          -              return_token_ids cache_salt
-c    -                      =          -          -              echo
-p    -                      =          =          -              echo
-p    -                      =          -          -              suffix
-e    ~                      =          =          =              encoding_format
-e    =                      =          =          -              dimensions
+on    O V S L  fields
+cpeo  = = = =  model
+co    ~ = = =  messages
+p     ~ = = =  prompt
+e     = = = =  input
+cpo   = = = =  stream
+cpo   ~ = = =  stream_options
+cpo   2 = = =  max_tokens
+c     2 = = =  max_completion_tokens
+p     2 4 4 =  max_completion_tokens
+cpo   1 = = =  temperature top_p top_k min_p seed stop presence_penalty frequency_penalty
+cpo   3 = = 5  repetition_penalty
+co    = = = ~  logprobs top_logprobs
+p     - = = ~  logprobs
+co    = = = =  tools
+co    - = = =  tool_choice
+co    ~ = ~ =  parallel_tool_calls
+c     ~ = = =  response_format reasoning_effort chat_template_kwargs
+p     ~ = = ~  response_format
+c     - = = ~  continue_final_message
+c     - = - =  add_generation_prompt
+cp    - = = =  n logit_bias ignore_eos
+cp    - = = -  min_tokens stop_token_ids skip_special_tokens return_token_ids cache_salt
+c     - = - -  echo
+p     - = = -  echo
+p     - = - -  suffix
+e     ~ = = =  encoding_format
+e     = = = -  dimensions
 
 # nothing is generated: rerank, tokenize, detokenize
-rtd  -                      =          =          =              model
-r    -                      =          =          =              query top_n
-r    -                      ~          ~          ~              documents return_documents
-r    -                      =          -          -              instruction max_tokens_per_doc max_tokens_per_query
-r    -                      =          -          -              truncate_prompt_tokens truncation_side
-r    -                      =          -          -              use_activation chat_template_kwargs cache_salt
-r    -                      =          -          -              padding
-r    -                      -          =          -              instruct
-t    -                      =          =          content        prompt
-t    -                      =          =          ~              messages tools
-t    -                      =          =          add_special    add_special_tokens
-t    -                      =          -          with_pieces    return_token_strs
-t    -                      =          =          -              continue_final_message chat_template_kwargs
-t    -                      =          -          -              add_generation_prompt
-t    -                      -          =          -              tool_choice reasoning_effort
-d    -                      =          =          =              tokens
-d    -                      -          =          -              skip_special_tokens
-r    .                      .          .          .              user
+rtd   - = = =  model
+r     - = = =  query top_n
+r     - ~ ~ ~  documents return_documents
+r     - = - -  instruction max_tokens_per_doc max_tokens_per_query truncate_prompt_tokens truncation_side use_activation
+r     - = - -  chat_template_kwargs cache_salt padding
+r     - - = -  instruct
+t     - = = 6  prompt
+t     - = = ~  messages tools
+t     - = = 7  add_special_tokens
+t     - = - 8  return_token_strs
+t     - = = -  continue_final_message chat_template_kwargs
+t     - = - -  add_generation_prompt
+t     - - = -  tool_choice reasoning_effort
+d     - = = =  tokens
+d     - - = -  skip_special_tokens
+r     . . . .  user
 
 # ours: what an answer must be, and whether the model may think
-o    ~                      ~          ~          ~              schema choice think
-o    -                      ~          =          ~              regex
-o    -                      ~          ~          =              grammar
+o     ~ ~ ~ ~  schema choice think
+o     - ~ = ~  regex
+o     - ~ ~ =  grammar
 
 # one engine's own
-cpe  ~                      -          -          -              options
-cpe  =                      .          .          .              keep_alive
+cpe   ~ - - -  options
+cpe   = . . .  keep_alive
 
-cp   -                      =          -          -              structured_outputs bad_words allowed_token_ids
-cp   -                      =          -          -              include_stop_str_in_output
-cp   -                      =          -          -              spaces_between_special_tokens use_beam_search
-cp   -                      =          -          -              length_penalty repetition_detection prompt_logprobs
-cp   -                      =          -          -              logprob_token_ids return_tokens_as_token_ids
-cp   -                      =          -          -              routed_experts_prompt_start thinking_token_budget
-cp   -                      =          -          -              watermarking stream_interval
-c    -                      =          -          -              include_reasoning return_prompt_text
-cpe  -                      =          -          -              add_special_tokens truncate_prompt_tokens
-cpe  -                      =          -          -              truncation_side
-e    -                      =          -          -              embed_dtype endianness padding use_activation
-e    -                      =          -          -              cache_salt
+cp    - = - -  structured_outputs bad_words allowed_token_ids include_stop_str_in_output spaces_between_special_tokens
+cp    - = - -  use_beam_search length_penalty repetition_detection prompt_logprobs logprob_token_ids
+cp    - = - -  return_tokens_as_token_ids routed_experts_prompt_start thinking_token_budget watermarking stream_interval
+c     - = - -  include_reasoning return_prompt_text
+cpe   - = - -  add_special_tokens truncate_prompt_tokens truncation_side
+e     - = - -  embed_dtype endianness padding use_activation cache_salt
 
-cp   -                      -          =          -              regex ebnf no_stop_trim extra_key return_hidden_states
-cp   -                      -          =          -              return_cached_tokens_details
-cp   -                      -          =          -              return_spec_tokens_details return_routed_experts
-cp   -                      -          =          -              routed_experts_start_len
-c    -                      -          =          -              separate_reasoning stream_reasoning return_meta_info
-c    -                      -          =          -              return_prompt_token_ids return_input_ids_in_sglext
-c    -                      -          =          -              return_output_ids_in_sglext return_sampling_mask
-c    -                      -          =          -              sampling_logprobs_mode
+cp    - - = -  regex ebnf no_stop_trim extra_key return_hidden_states return_cached_tokens_details
+cp    - - = -  return_spec_tokens_details return_routed_experts routed_experts_start_len
+c     - - = -  separate_reasoning stream_reasoning return_meta_info return_prompt_token_ids return_input_ids_in_sglext
+c     - - = -  return_output_ids_in_sglext return_sampling_mask sampling_logprobs_mode
 
-c    -                      -          -          =              json_schema
-p    -                      -          ~          =              json_schema
-cp   options                -          -          =              repeat_penalty repeat_last_n typical_p
-cp   -                      -          -          =              grammar samplers min_keep n_probs top_n_sigma
-cp   -                      -          -          =              dynatemp_range dynatemp_exponent xtc_probability
-cp   -                      -          -          =              xtc_threshold dry_multiplier dry_base
-cp   -                      -          -          =              dry_allowed_length dry_penalty_last_n
-cp   -                      -          -          =              dry_sequence_breakers mirostat mirostat_tau
-cp   -                      -          -          =              mirostat_eta adaptive_target adaptive_decay
-cp   -                      -          -          =              backend_sampling n_indent n_keep n_discard
-cp   -                      -          -          =              t_max_predict_ms timings_per_token return_progress
-c    -                      -          -          =              reasoning_budget_tokens reasoning_budget_message
-c    -                      -          -          =              thinking_budget_tokens reasoning_format
-e    -                      -          -          =              embd_normalize
-cp   .                      .          .          =              cache_prompt n_cache_reuse
-cp   .                      .          .          .              sse_ping_interval session_id
+c     - - - =  json_schema reasoning_budget_tokens reasoning_budget_message thinking_budget_tokens reasoning_format
+p     - - ~ =  json_schema
+cp    1 - - =  repeat_penalty repeat_last_n typical_p
+cp    - - - =  grammar samplers min_keep n_probs top_n_sigma dynatemp_range dynatemp_exponent xtc_probability
+cp    - - - =  xtc_threshold dry_multiplier dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers
+cp    - - - =  mirostat mirostat_tau mirostat_eta adaptive_target adaptive_decay backend_sampling n_indent n_keep
+cp    - - - =  n_discard t_max_predict_ms timings_per_token return_progress
+e     - - - =  embd_normalize
+cp    . . . =  cache_prompt n_cache_reuse
+cp    . . . .  sse_ping_interval session_id
 
 # OpenAI's that no engine honours, and fields that an engine reads and does not use
-cpe  .                      .          .          .              user
-cp   .                      .          .          .              metadata store service_tier safety_identifier
-cp   .                      .          .          .              prompt_cache_key prompt_cache_retention prediction
-c    -                      -          -          -              audio modalities verbosity web_search_options
-c    -                      -          -          -              functions function_call task
-p    -                      -          -          -              best_of
-cp   -                      -          -          -              mm_payload return_mm_kwargs return_token_offsets
-cp   -                      -          -          -              response_fields return_tokens
+cpe   . . . .  user
+cp    . . . .  metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention prediction
+c     - - - -  audio modalities verbosity web_search_options functions function_call task
+p     - - - -  best_of
+cp    - - - -  mm_payload return_mm_kwargs return_token_offsets response_fields return_tokens
 """
+ENGINES_NAMES = {
+    "1": "options", "2": "options.num_predict", "3": "options.repeat_penalty", "4": "max_tokens", "5": "repeat_penalty",
+    "6": "content", "7": "add_special", "8": "with_pieces",
+}  # fmt: skip
 
 #: The engine's first version that has the field, where servers in use are older than that.
 SINCE: dict[str, dict[str, tuple[int, ...]]] = {
@@ -546,13 +525,14 @@ OFF: dict[str, tuple[Any, ...]] = {
 
 @functools.cache
 def column(engine: str, surface: str, version: tuple[int, ...] = (999,)) -> Mapping[str, str]:
-    """What an engine of that version does with each field on a surface (c, p, e or o): field → its cell of FIELDS."""
+    """What an engine of that version does with each field on a surface (c, p, e …): field → its cell of FIELDS."""
     since = SINCE.get(engine, {})
     cells: dict[str, str] = {}
     for where, row, names in field_rows():
-        for name in names:
-            if surface in where:
-                cells[name] = row[ENGINES.index(engine)] if version >= since.get(name, ()) else "-"
+        if surface in where:
+            cell = row[ENGINES.index(engine)]
+            for name in names:
+                cells[name] = cell if version >= since.get(name, ()) else "-"
     return cells
 
 
@@ -562,7 +542,7 @@ def field_rows() -> list[tuple[str, tuple[str, ...], list[str]]]:
     for line in FIELDS.splitlines()[2:]:
         if line and not line.startswith("#"):
             where, *cells, names = line.split(maxsplit=1 + len(ENGINES))
-            rows.append((where, tuple(cells), names.split()))
+            rows.append((where, tuple(ENGINES_NAMES.get(cell, cell) for cell in cells), names.split()))
     return rows
 
 
