@@ -444,83 +444,95 @@ ENGINES_NAMES = {
     "6": "content", "7": "add_special", "8": "with_pieces",
 }  # fmt: skip
 
+# fmt: off
 #: The engine's first version that has the field, where servers in use are older than that.
 SINCE: dict[str, dict[str, tuple[int, ...]]] = {
     "vllm": {
-        "structured_outputs": (0, 11),
-        "stream_interval": (0, 27),
-        "routed_experts_prompt_start": (0, 28),
-        "padding": (0, 29),
-        "watermarking": (0, 30),
+        "structured_outputs": (0, 11), "stream_interval": (0, 27), "routed_experts_prompt_start": (0, 28),
+        "padding": (0, 29), "watermarking": (0, 30),
     },
     "sglang": {
-        "return_sampling_mask": (0, 5, 18),
-        "return_spec_tokens_details": (0, 5, 19),
-        "return_input_ids_in_sglext": (0, 5, 20),
-        "return_output_ids_in_sglext": (0, 5, 20),
+        "return_sampling_mask": (0, 5, 18), "return_spec_tokens_details": (0, 5, 19),
+        "return_input_ids_in_sglext": (0, 5, 20), "return_output_ids_in_sglext": (0, 5, 20),
         "sampling_logprobs_mode": (0, 5, 21),
     },
 }
 
-# fmt: off
-#: Fields that some engine would honour, and that no caller may set: (fields, why, or what to use instead).
-NOT_FOR_CALLERS = (
-    ("chat_template template raw system context",                "the model's template builds the prompt"),
-    ("chat_format chat_parser generation_prompt grammar_lazy",   "llama.cpp derives it from the model's template"),
-    ("grammar_triggers grammar_type preserved_tokens",           "llama.cpp derives it from the model's template"),
-    ("parse_tool_calls reasoning_budget_start_tag",              "llama.cpp derives it from the model's template"),
-    ("reasoning_budget_end_tags",                                "llama.cpp derives it from the model's template"),
-    ("lora lora_path",                                           "an adapter is chosen by the model's name"),
-    ("custom_logit_processor custom_params vllm_xargs",          "it is input to code in the engine's process"),
-    ("stop_regex",                                               "it can stall the engine's other requests; use stop"),
-    ("input_ids prompt_embeds embed_overrides",                  "it bypasses the tokenizer; send text"),
-    ("embed_override_token_id",                                  "it bypasses the tokenizer; send text"),
-    ("media_io_kwargs mm_processor_kwargs images_config",        "media settings belong to the engine's operator"),
-    ("video_config max_dynamic_patch min_dynamic_patch",         "media settings belong to the engine's operator"),
-    ("use_audio_in_video",                                       "media settings belong to the engine's operator"),
-    ("documents",                                                "most templates ignore it; use a message"),
-    ("images",                                                   "send image_url parts in a message"),
-    ("bootstrap_host bootstrap_port bootstrap_room",             "it addresses other servers of the engine"),
-    ("kv_transfer_params ec_transfer_params",                    "it addresses other servers of the engine"),
-    ("disagg_prefill_dp_rank routed_dp_rank data_parallel_rank", "scheduling belongs to the engine's operator"),
-    ("id_slot priority",                                         "scheduling belongs to the engine's operator"),
-    ("custom_labels",                                            "metrics belong to the engine's operator"),
-    ("rid request_id session_params reasoning_control",          "it may name another's request; use X-Request-Id"),
-    ("truncate shift",                                           "a prompt is never cut: too long is an error"),
-    ("format",                                                   "use response_format"),
-    ("n_predict",                                                "use max_tokens"),
-    ("n_cmpl",                                                   "use n"),
-    ("verbose _debug_render_only",                               "it returns the engine's internals"),
-    ("post_sampling_probs",                                      "the logprobs would not have OpenAI's shape"),
-)
+#: Fields that some engine would honour, and that no caller may set: why, or what to use instead → the fields.
+NOT_FOR_CALLERS = {
+    "the model's template builds the prompt": "chat_template template raw system context",
+    "llama.cpp derives it from the model's template":
+        "chat_format chat_parser generation_prompt grammar_lazy grammar_triggers grammar_type preserved_tokens "
+        "parse_tool_calls reasoning_budget_start_tag reasoning_budget_end_tags",
+    "an adapter is chosen by the model's name": "lora lora_path",
+    "it is input to code in the engine's process": "custom_logit_processor custom_params vllm_xargs",
+    "it can stall the engine's other requests; use stop": "stop_regex",
+    "it bypasses the tokenizer; send text": "input_ids prompt_embeds embed_overrides embed_override_token_id",
+    "media settings belong to the engine's operator":
+        "media_io_kwargs mm_processor_kwargs images_config video_config max_dynamic_patch min_dynamic_patch "
+        "use_audio_in_video",
+    "most templates ignore it; use a message": "documents",
+    "send image_url parts in a message": "images",
+    "it addresses other servers of the engine":
+        "bootstrap_host bootstrap_port bootstrap_room kv_transfer_params ec_transfer_params",
+    "scheduling belongs to the engine's operator":
+        "disagg_prefill_dp_rank routed_dp_rank data_parallel_rank id_slot priority",
+    "metrics belong to the engine's operator": "custom_labels",
+    "it may name another's request; use X-Request-Id": "rid request_id session_params reasoning_control",
+    "a prompt is never cut: too long is an error": "truncate shift",
+    "use response_format": "format",
+    "use max_tokens": "n_predict",
+    "use n": "n_cmpl",
+    "it returns the engine's internals": "verbose _debug_render_only",
+    "the logprobs would not have OpenAI's shape": "post_sampling_probs",
+}
+# fmt: on
+
+
+def _by_field(*rows: tuple[Any, str]) -> dict[str, list[Any]]:
+    """A table of values and the fields that may have them: field → its values."""
+    found: dict[str, list[Any]] = {}
+    for value, names in rows:
+        for name in names.split():
+            found.setdefault(name, []).append(value)
+    return found
+
 
 #: Values that ask for nothing, whatever the engine's defaults are. Like null they are dropped before anything else.
-NO_OPS: dict[str, tuple[Any, ...]] = {
-    "max_tokens": (-1,),        "max_completion_tokens": (-1,),           "n": (1,),                "best_of": (1,),
-    "stop": ([],),              "stop_token_ids": ([],),                  "bad_words": ([],),       "logit_bias": ({},),
-    "echo": (False,),           "suffix": ("",),                          "logprobs": (False,),     "n_probs": (0,),
-    "tools": ([],),             "functions": ([],),                       "documents": ([],),       "metadata": ({},),
-    "stream_options": ({},),    "chat_template_kwargs": ({},),            "user": ("",),            "store": (False,),
-    "modalities": (["text"],),  "response_format": ({"type": "text"},),   "min_tokens": (0,),       "priority": (0,),
-    "ignore_eos": (False,),     "continue_final_message": (False,),       "use_beam_search": (False,),
-    "service_tier": ("auto", "default"),                                  "top_n": (0,),
-}
+NO_OPS = _by_field(
+    (-1, "max_tokens max_completion_tokens"),
+    (0, "min_tokens n_probs priority top_n"),
+    (1, "n best_of"),
+    ("", "suffix user"),
+    ([], "stop stop_token_ids bad_words tools functions documents"),
+    ({}, "logit_bias metadata stream_options chat_template_kwargs"),
+    (False, "echo logprobs store ignore_eos continue_final_message use_beam_search"),
+    (["text"], "modalities"),
+    ({"type": "text"}, "response_format"),
+    ("auto", "service_tier"),
+    ("default", "service_tier"),
+)
 
 #: Values that switch something off. Where the engine or the model has no such thing they ask for nothing; where it has,
 #: they are sent, as its default may be another (top_k: 40 in llama.cpp and Ollama, the model's own in vLLM and SGLang).
-OFF: dict[str, tuple[Any, ...]] = {
-    "top_k": (-1, 0),           "top_p": (1,),                            "min_p": (0,),            "typical_p": (1,),
-    "presence_penalty": (0,),   "frequency_penalty": (0,),                "length_penalty": (1,),   "mirostat": (0,),
-    "repetition_penalty": (1,), "repeat_penalty": (1,),                   "dry_multiplier": (0,),   "think": (False,),
-    "top_n_sigma": (-1,),       "adaptive_target": (-1,),                 "xtc_probability": (0,),
-    "dynatemp_range": (0,),     "chat_template_kwargs": ({"enable_thinking": False},),  "reasoning_effort": ("none",),
-    "tool_choice": ("auto",),   "reasoning_budget_tokens": (-1,),         "thinking_token_budget": (-1,),
-    "verbosity": ("medium",),   "parallel_tool_calls": (True,),           "include_reasoning": (True,),
-    "no_stop_trim": (False,),   "include_stop_str_in_output": (False,),   "separate_reasoning": (True,),
-    "skip_special_tokens": (True,),                                       "spaces_between_special_tokens": (True,),
-    "add_generation_prompt": (True,),
-}
-# fmt: on
+OFF = _by_field(
+    (-1, "top_k top_n_sigma adaptive_target reasoning_budget_tokens thinking_token_budget"),
+    (0, "top_k min_p presence_penalty frequency_penalty mirostat dry_multiplier xtc_probability dynatemp_range"),
+    (1, "top_p typical_p length_penalty repetition_penalty repeat_penalty"),
+    (False, "think no_stop_trim include_stop_str_in_output"),
+    (True, "parallel_tool_calls include_reasoning separate_reasoning add_generation_prompt"),
+    (True, "skip_special_tokens spaces_between_special_tokens"),
+    ({"enable_thinking": False}, "chat_template_kwargs"),
+    ("none", "reasoning_effort"),
+    ("auto", "tool_choice"),
+    ("medium", "verbosity"),
+)
+#: Fields and values that ask for nothing where another field is absent: (the other, the field, its values).
+_NO_OPS_ALONE = (
+    ("tools", "tool_choice", ("auto", "none")),
+    ("functions", "function_call", ("auto", "none")),
+    ("logprobs", "top_logprobs", (0,)),
+)
 
 
 @functools.cache
@@ -549,10 +561,7 @@ def field_rows() -> list[tuple[str, tuple[str, ...], list[str]]]:
 @functools.cache
 def reasons() -> Mapping[str, str]:
     """The fields of NOT_FOR_CALLERS, each with its reason."""
-    found: dict[str, str] = {}
-    for names, reason in NOT_FOR_CALLERS:
-        found |= dict.fromkeys(names.split(), reason)
-    return found
+    return {name: reason for reason, names in NOT_FOR_CALLERS.items() for name in names.split()}
 
 
 HARMLESS = frozenset(name for _, cells, names in field_rows() if "." in cells for name in names)
@@ -564,12 +573,9 @@ def without_no_ops(body: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in body.items():
         if value is not None and (name not in NO_OPS or not _among(value, NO_OPS[name])):
             kept[name] = value
-    if "tools" not in kept and kept.get("tool_choice") in ("auto", "none"):
-        del kept["tool_choice"]
-    if "functions" not in kept and kept.get("function_call") in ("auto", "none"):
-        del kept["function_call"]
-    if "logprobs" not in kept and _among(kept.get("top_logprobs"), (0,)):
-        del kept["top_logprobs"]
+    for needed, name, values in _NO_OPS_ALONE:
+        if needed not in kept and name in kept and _among(kept[name], values):
+            del kept[name]
     if _among(kept.get("top_k"), (0,)):
         kept["top_k"] = -1  # the value for "off" that all four engines accept; SGLang refuses 0
     return kept
@@ -580,7 +586,7 @@ def is_off(name: str, value: Any) -> bool:
     return _among(value, OFF.get(name, ()))
 
 
-def _among(value: Any, known: tuple[Any, ...]) -> bool:
+def _among(value: Any, known: Iterable[Any]) -> bool:
     """Whether the value is one of the known ones; False is not 0 here, and True is not 1."""
     return any(value == one and isinstance(value, bool) is isinstance(one, bool) for one in known)
 
