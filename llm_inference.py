@@ -564,9 +564,6 @@ def reasons() -> Mapping[str, str]:
     return {name: reason for reason, names in NOT_FOR_CALLERS.items() for name in names.split()}
 
 
-HARMLESS = frozenset(name for _, cells, names in field_rows() if "." in cells for name in names)
-
-
 def without_no_ops(body: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a request that ask for something."""
     kept: dict[str, Any] = {}
@@ -599,10 +596,13 @@ def honoured(engine: str, surface: str, version: tuple[int, ...] = (999,)) -> Ma
 
 
 @functools.cache
-def harmless(engine: str, surface: str) -> frozenset[str]:
-    """The fields that cannot change the engine's answer."""
-    cells = column(engine, SURFACES[surface])
-    return frozenset(name for name, cell in cells.items() if cell == ".")
+def harmless(surface: str) -> frozenset[str]:
+    """The fields that, on a surface (a key of SURFACES), cannot change an answer where they are not honoured."""
+    found: set[str] = set()
+    for where, cells, names in field_rows():
+        if "." in cells and SURFACES[surface] in where:
+            found.update(names)
+    return frozenset(found)
 
 
 THINKING_FIELDS = ("think", "reasoning_effort", "chat_template_kwargs")
@@ -4417,10 +4417,6 @@ class BaseLLMAdapter:
         served.engine_type, served.model, served.ignored = self.engine_type, model, tuple(ignored)
         return kept
 
-    def harmless(self, surface: str) -> Container[str]:
-        """The fields that cannot change an answer of this engine."""
-        return HARMLESS
-
     def _unsupported(self, model: str, missing: Sequence[str], request: GenerateRequest) -> UnsupportedFeature:
         reason = f"{self.engine_type} ({model}) does not support {', '.join(missing)[:200]}"
         for name in missing:
@@ -4499,7 +4495,7 @@ def left_out(
     engine: BaseLLMAdapter, request: GenerateRequest, body: dict[str, Any], has: Container[str]
 ) -> tuple[list[str], list[str], set[str]]:
     """The fields that the engine lacks, those that it does not need, and values that ask for nothing here."""
-    honoured, harmless = engine.fields(request.surface), engine.harmless(request.surface)
+    honoured = engine.fields(request.surface)
     missing, off = set(), set()
     for name in requested_features(body):
         if name in has or (name in honoured and name not in engine.capabilities):
@@ -4513,7 +4509,7 @@ def left_out(
     for name, value in body.items():
         if name in honoured or name in missing or name in off:
             continue
-        if name in harmless:
+        if name in harmless(request.surface):
             ignored.append(name)
         elif is_off(name, value) or (name in SAMPLING_FIELDS and value is False):
             off.add(name)
@@ -5404,9 +5400,6 @@ class HTTPAdapter(StartableAdapter):
 
     def fields(self, surface: str) -> Mapping[str, str]:
         return honoured(self.engine_type, surface, version_tuple(self.version))
-
-    def harmless(self, surface: str) -> Container[str]:
-        return harmless(self.engine_type, surface)
 
     async def model_for(self, requested: str | None) -> str:
         started = (await self.connection.reach()).child is not None
