@@ -98,7 +98,7 @@ from typing import (
 )
 
 import pydantic_core
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import core_schema
 from typing_extensions import TypedDict, Unpack
@@ -608,14 +608,19 @@ def harmless(surface: str) -> frozenset[str]:
 THINKING_FIELDS = ("think", "reasoning_effort", "chat_template_kwargs")
 
 
-class FunctionCall(TypedDict):
+@with_config(ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, defer_build=True))
+class Strict(TypedDict):
+    """What no other field, and no other type, is accepted in."""
+
+
+class FunctionCall(Strict):
     """What a tool call calls."""
 
     name: str
     arguments: str  # JSON text, as in OpenAI's API
 
 
-class ToolCall(TypedDict):
+class ToolCall(Strict):
     """A call of a tool, in OpenAI's shape."""
 
     id: str
@@ -623,28 +628,28 @@ class ToolCall(TypedDict):
     function: FunctionCall
 
 
-class ImageURL(TypedDict):
+class ImageURL(Strict):
     """An image as a data: URL."""
 
     url: Annotated[str, Field(pattern=r"^data:image/[a-z0-9.+-]+;base64,")]  # data only: no engine fetches for a caller
     detail: NotRequired[Literal["auto", "low", "high"]]
 
 
-class TextPart(TypedDict):
+class TextPart(Strict):
     """A text in a message's content."""
 
     type: Literal["text"]
     text: str
 
 
-class ImagePart(TypedDict):
+class ImagePart(Strict):
     """An image in a message's content."""
 
     type: Literal["image_url"]
     image_url: ImageURL
 
 
-class Message(TypedDict):
+class Message(Strict):
     """A message in OpenAI's shape (API reference, Chat Completions, 2026-10)."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -655,7 +660,7 @@ class Message(TypedDict):
     reasoning: NotRequired[str]
 
 
-class Function(TypedDict):
+class Function(Strict):
     """A function that the model may call; `parameters` is a JSON Schema."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -664,20 +669,20 @@ class Function(TypedDict):
     strict: NotRequired[bool | None]
 
 
-class Tool(TypedDict):
+class Tool(Strict):
     """A tool that the model may call."""
 
     type: Literal["function"]
     function: Function
 
 
-class NamedFunction(TypedDict):
+class NamedFunction(Strict):
     """The function that must be called."""
 
     name: str
 
 
-class NamedTool(TypedDict):
+class NamedTool(Strict):
     """The tool that must be called (tool_choice)."""
 
     type: Literal["function"]
@@ -689,7 +694,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
 
 
-class Sampling(TypedDict, total=False):
+class Sampling(Strict, total=False):
     """What may be asked of an answer, in Python and in our own HTTP bodies; None means the engine's default."""
 
     max_tokens: Annotated[int | None, Field(ge=1, le=1_000_000, description="maximum number of tokens to generate")]
@@ -724,13 +729,6 @@ class Options(Sampling, total=False):
     timeout: Annotated[float | None, Field(gt=0, le=1e6)]  #: seconds for this answer
     engine_options: dict[str, Any] | None  #: sent to the engine verbatim, over everything else
 
-
-_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
-for _shape in (
-    FunctionCall, ToolCall, ImageURL, TextPart, ImagePart, Message, Function, Tool, NamedFunction, NamedTool,
-    Sampling, Options,
-):  # fmt: skip
-    setattr(_shape, "__pydantic_config__", _STRICT)  # noqa: B010 (a TypedDict's body has no place for it)
 
 _MESSAGES: TypeAdapter[Any] = TypeAdapter(Messages, config=ConfigDict(defer_build=True))
 _OPTIONS: TypeAdapter[Any] = TypeAdapter(Options)
@@ -9804,8 +9802,13 @@ class StructuredBody(Body, total=False):
     messages: Messages | None
 
 
-class V1Body(TypedDict, total=False):
-    """The fields of OpenAI's bodies whose values are checked here; the others are checked by name (see FIELDS)."""
+@with_config(ConfigDict(extra="allow", strict=True, allow_inf_nan=False, defer_build=True))
+class Open(TypedDict):
+    """What other fields are accepted in, to be checked by their names (see FIELDS)."""
+
+
+class V1Body(Open, total=False):
+    """The fields of OpenAI's bodies whose values are checked here."""
 
     model: Annotated[str, Field(min_length=1, max_length=1024)]
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
@@ -9835,13 +9838,13 @@ class V1Body(TypedDict, total=False):
     grammar: Annotated[str | None, Field(max_length=65_536)]
 
 
-class Document(TypedDict):
+class Document(Strict):
     """A document of /v1/rerank, unless given as a string."""
 
     text: NonEmpty
 
 
-class PlainBody(TypedDict, total=False):
+class PlainBody(Open, total=False):
     """The fields of /v1/rerank, /tokenize and /detokenize whose values are checked here."""
 
     query: NonEmpty
@@ -9853,12 +9856,6 @@ class PlainBody(TypedDict, total=False):
     add_special_tokens: bool
     return_token_strs: bool
     skip_special_tokens: bool
-
-
-for _body in (Body, GenerateBody, ChatBody, StructuredBody, Document):
-    setattr(_body, "__pydantic_config__", _STRICT)  # noqa: B010
-for _v1_body in (V1Body, PlainBody):
-    setattr(_v1_body, "__pydantic_config__", _STRICT | {"extra": "allow"})  # noqa: B010
 
 
 @functools.cache
