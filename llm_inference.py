@@ -726,7 +726,7 @@ class Options(Sampling, total=False):
 
     model_name: str | None  #: default: the inferencer's
     system: str | None  #: a system message before the others
-    timeout: Annotated[float | None, Field(gt=0, le=1e6)]  #: seconds for this answer
+    timeout: Annotated[float | None, Field(gt=0, le=1_000_000)]  #: seconds for this answer
     engine_options: dict[str, Any] | None  #: sent to the engine verbatim, over everything else
 
 
@@ -740,19 +740,13 @@ ALL_CONSTRAINTS = (*CONSTRAINTS, *V1_CONSTRAINTS)
 
 @functools.cache
 def range_of(field: str) -> str:
-    """The range of a numeric field of `Sampling` in words: `from 0 to 2`; "" where it has none."""
-    bounds: dict[str, Any] = {}
-    hint = typing.get_type_hints(Options, include_extras=True).get(field)
-    for info in getattr(hint, "__metadata__", ()):
-        for bound in getattr(info, "metadata", ()):
-            for name in ("ge", "gt", "le", "lt", "min_length", "max_length"):
-                if hasattr(bound, name):
-                    bounds[name] = getattr(bound, name)
-    low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
-    if low is None or high is None:
+    """The range of a numeric field of `Options` in words: `from 0 to 2`; "" where it has none."""
+    form = _OPTIONS.json_schema()["properties"].get(field, {}).get("anyOf", [{}])[0]
+    if "maximum" not in form:
         return ""
-    top = high if isinstance(high, int) else f"{high:.0f}"
-    return f"above {low} and at most {top}" if "gt" in bounds else f"from {low} to {top}"
+    above = form.get("exclusiveMinimum")
+    low = f"from {form['minimum']} to" if above is None else f"above {above} and at most"
+    return f"{low} {form['maximum']}"
 
 
 _JSON_NAMES = {
@@ -765,6 +759,23 @@ _EXPECTED = {
     "typed_dict_type": "an object", "model_attributes_type": "an object", "sequence_str": "a list",
     "dataclass_exact_type": "a Deadlines(…)", "dataclass_type": "a Deadlines(…)",
 }  # fmt: skip
+_PROBLEMS = {
+    "missing": "is required",
+    "missing_argument": "is required",
+    "extra_forbidden": "no such field",
+    "unexpected_keyword_argument": "no such field",
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}",
+    "string_too_short": "must have at least {min_length} characters",
+    "string_too_long": "must have at most {max_length} characters",
+    "too_short": "must have at least {min_length} items",
+    "too_long": "must have at most {max_length} items",
+    "literal_error": "must be one of {expected}",
+    "union_tag_invalid": "type must be one of {expected_tags}",
+    "union_tag_not_found": "must be an object with a type",
+}
 
 
 def explain(exc: ValidationError, *within: str) -> tuple[str, str]:
@@ -798,42 +809,19 @@ def _place(loc: Sequence[int | str]) -> str:
 
 def _problem(error: dict[str, Any], where: str) -> str:
     kind, context, given = error["type"], error.get("ctx") or {}, error.get("input")
-    got = f", got {given}" if isinstance(given, (int, float)) and abs(given) < 1e20 else ""
     if kind in _EXPECTED:
         return f"must be {_EXPECTED[kind]}, got {_JSON_NAMES.get(type(given), 'another type')}"
-    if kind.startswith(("greater_than", "less_than")):
-        limits = range_of(where) or _one_bound(kind, context)
-        return f"must be {limits}{got}"
-    if kind in ("missing", "missing_argument"):
-        return "is required"
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return "no such field"
-    if kind in ("string_too_short", "too_short", "string_too_long", "too_long"):
-        return _length_problem(kind, context)
-    if kind == "string_pattern_mismatch" and "image" in str(context.get("pattern")):
-        return "must be a data: URL, for example data:image/png;base64,…"
-    if kind == "literal_error":
-        return f"must be one of {context.get('expected')}"
-    if kind == "union_tag_invalid":
-        return f"type must be one of {context.get('expected_tags')}"
-    if kind == "union_tag_not_found":
-        return "must be an object with a type"
-    return f"is not valid ({kind.replace('_', ' ')})"
-
-
-def _one_bound(kind: str, context: dict[str, Any]) -> str:
-    words = {
-        "greater_than": "above", "greater_than_equal": "at least", "less_than": "below", "less_than_equal": "at most",
-    }  # fmt: skip
-    return f"{words[kind]} {next(iter(context.values()), '')}"
-
-
-def _length_problem(kind: str, context: dict[str, Any]) -> str:
-    unit = "characters" if kind.startswith("string") else "items"
-    limit = context.get("min_length") if kind.endswith("short") else context.get("max_length")
-    if kind.endswith("short") and limit == 1:
+    if context.get("min_length") == 1:
         return "must not be empty"
-    return f"must have at {'least' if kind.endswith('short') else 'most'} {limit} {unit}"
+    if "image" in str(context.get("pattern")):
+        return "must be a data: URL, for example data:image/png;base64,…"
+    problem = _PROBLEMS.get(kind, f"is not valid ({kind.replace('_', ' ')})").format(**context)
+    if not kind.startswith(("greater_than", "less_than")):
+        return problem
+    limits = range_of(where)
+    if limits:
+        problem = f"must be {limits}"
+    return f"{problem}, got {given}" if isinstance(given, (int, float)) and abs(given) < 1e20 else problem
 
 
 def invalid(exc: ValidationError, given: Iterable[str], known: Iterable[str]) -> InvalidRequest:
