@@ -730,7 +730,7 @@ class Options(Sampling, total=False):
     engine_options: dict[str, Any] | None  #: sent to the engine verbatim, over everything else
 
 
-_MESSAGES: TypeAdapter[Any] = TypeAdapter(Messages, config=ConfigDict(defer_build=True))
+_MESSAGES: TypeAdapter[list[Any]] = TypeAdapter(Messages, config=ConfigDict(defer_build=True))
 _OPTIONS: TypeAdapter[Any] = TypeAdapter(Options)
 SAMPLING_FIELDS = frozenset({"schema", *Sampling.__annotations__})
 CONSTRAINTS = ("schema", "choice", "regex", "grammar")  #: what an answer may be held to, in our own vocabulary
@@ -1043,13 +1043,12 @@ def make_request(
         raise InvalidRequest("the request holds a value that is nested too deeply", "send plain JSON values") from None
     try:
         _OPTIONS.validate_python(body)
-        checked = _MESSAGES.validate_python(without_dump_fields(messages))
     except ValidationError as exc:
-        raise _invalid_request(exc, body) from None
-    for number, message in enumerate(checked):
+        raise invalid(exc, body, {"schema", *Options.__annotations__}) from None
+    body["messages"] = checked_messages(messages)
+    for number, message in enumerate(body["messages"]):
         if "content" not in message and message["role"] != "assistant":
             raise InvalidRequest(f"messages[{number}].content: is required", "send a text", param="messages")
-    body |= {"messages": checked}
     if model is not None:
         body["model"] = check_model_name(model)
     if schema is not None:
@@ -1060,17 +1059,18 @@ def make_request(
     options, timeout = body.pop("engine_options", {}), body.pop("timeout", None)
     lenient = body.pop("on_unsupported", "") == "ignore"
     check_together(body)
-    check_constraints(body)
     return GenerateRequest(body=body, build=build, lenient=lenient, options=options, timeout=timeout)
 
 
-def _invalid_request(exc: ValidationError, body: dict[str, Any]) -> InvalidRequest:
-    if exc.title.startswith("Options"):
-        return invalid(exc, body, Options.__annotations__.keys() | Sampling.__annotations__.keys() | {"schema"})
-    reason, where = explain(exc, "messages")
-    known = Message.__annotations__ if reason.endswith("no such field") else ()
-    hint = did_you_mean(where.rpartition(".")[2], known, "correct the named field")
-    return InvalidRequest(reason, hint, param=where)
+def checked_messages(messages: Any) -> list[Any]:
+    """OpenAI's messages, checked, without what dumps of earlier answers add. Raises InvalidRequest."""
+    try:
+        return _MESSAGES.validate_python(without_dump_fields(messages))
+    except ValidationError as exc:
+        reason, where = explain(exc, "messages")
+        known = Message.__annotations__ if reason.endswith("no such field") else ()
+        hint = did_you_mean(where.rpartition(".")[2], known, "correct the named field")
+        raise InvalidRequest(reason, hint, param=where) from None
 
 
 def check_model_name(model: Any, field: str = "model_name") -> str:
@@ -1099,12 +1099,12 @@ _DUMPED = frozenset(
 
 def without_dump_fields(messages: Any) -> Any:
     """Messages as clients dump earlier answers, without the keys that are null or empty."""
-    if not isinstance(messages, list):
-        return messages
-    return [_without_empty(message) if isinstance(message, dict) else message for message in messages]
+    return list(map(_without_empty, messages)) if isinstance(messages, list) else messages
 
 
-def _without_empty(message: dict[str, Any]) -> dict[str, Any]:
+def _without_empty(message: Any) -> Any:
+    if not isinstance(message, dict):
+        return message
     kept: dict[str, Any] = {}
     for name, value in message.items():
         if name == "parsed" or (name in _DUMPED and value in (None, [], "")):
@@ -1117,33 +1117,43 @@ def _without_empty(message: dict[str, Any]) -> dict[str, Any]:
 
 def _dumped_call(call: Any) -> Any:
     """A tool call without what OpenAI's library adds: its place in a stream, and its arguments once more, parsed."""
-    if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
+    if not function_of(call):
         return call
-    function = {name: value for name, value in call["function"].items() if name != "parsed_arguments"}
-    if function.get("arguments", "") is None:
-        function["arguments"] = ""
-    kept = {name: value for name, value in call.items() if name != "index"}
-    return {"type": "function", **kept, "function": function}
+    kept = {"type": "function", **call, "function": dict(call["function"])}
+    kept.pop("index", None)
+    kept["function"].pop("parsed_arguments", None)
+    if kept["function"].get("arguments", "") is None:
+        kept["function"]["arguments"] = ""
+    return kept
 
 
 def check_together(body: dict[str, Any]) -> None:
-    """Raises InvalidRequest for fields that contradict each other, on every surface."""
+    """Refuses fields that contradict each other, and hostile schemas and patterns, on every surface.
+
+    Raises InvalidRequest, UnsupportedFeature.
+    """
     tools, choice = body.get("tools") or (), body.get("tool_choice")
     if choice not in (None, "none", "auto") and not tools:
         raise InvalidRequest("tool_choice: there are no tools", "send tools, or leave it out", param="tool_choice")
     if isinstance(choice, dict):
-        names = [name_of(tool) for tool in tools]
+        names = list(map(name_of, tools))
         if name_of(choice) not in names:
-            listed = ", ".join(str(name) for name in names)[:200]
+            listed = ", ".join(map(str, names))[:200]
             raise InvalidRequest("tool_choice: not a function of tools", f"one of: {listed}", param="tool_choice")
     if body.get("top_logprobs") and not body.get("logprobs"):
         raise InvalidRequest("top_logprobs: needs logprobs", "set logprobs to true", param="top_logprobs")
-    constraint = next(constraints_in(body), None)
-    if constraint == "response_format" and choice in (None, "auto"):
-        return  # a call or an answer in that format: see `relaxed`
-    if constraint and tools and choice != "none":
-        reason = f"{constraint} and tools cannot be combined: a tool call would not satisfy {constraint}"
-        raise InvalidRequest(reason, "send one of them", param=constraint)
+    constraints = list(constraints_in(body))
+    either = constraints[:1] == ["response_format"] and choice in (
+        None,
+        "auto",
+    )  # a call, or that format: see `relaxed`
+    if constraints and tools and choice != "none" and not either:
+        reason = f"{constraints[0]} and tools cannot be combined: a tool call would not satisfy {constraints[0]}"
+        raise InvalidRequest(reason, "send one of them", param=constraints[0])
+    if len(constraints) > 1:
+        reason = f"{' and '.join(constraints)} cannot be combined"
+        raise InvalidRequest(reason, "send one constraint at most", param=constraints[1])
+    _check_schemas(body)
 
 
 def constraints_in(body: dict[str, Any]) -> Iterator[str]:
@@ -1153,39 +1163,28 @@ def constraints_in(body: dict[str, Any]) -> Iterator[str]:
             yield name
 
 
-def check_constraints(body: dict[str, Any]) -> None:
-    """One constraint at most, and no hostile schema or pattern. Raises InvalidRequest, UnsupportedFeature."""
-    given = list(constraints_in(body))
-    if len(given) > 1:
-        raise InvalidRequest(f"{' and '.join(given)} cannot be combined", "send one constraint at most", param=given[1])
-    _check_raw_schemas(body)
+def _check_schemas(body: dict[str, Any]) -> None:
     schema = answer_schema(body)
     if schema or body.get("tools"):
         _refuse_reversed([schema, body.get("tools")])
-    if isinstance(body.get("grammar"), str):
-        _refuse_reversed_counts(_IN_GRAMMAR.sub("", body["grammar"]), "grammar")
     if schema is not None:
         try:
             check_limits(schema)
         except InferenceError as exc:
             exc.param = exc.param or "schema"
             raise
-    for tool in body.get("tools") or ():
-        if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
-            _check_parameters(tool["function"], body.get("tool_choice"))
+    forced = body.get("tool_choice") not in (None, "auto", "none")
+    for function in map(function_of, body.get("tools") or ()):
+        if not isinstance(function.get("parameters"), dict):
+            continue
+        if forced or function.get("strict"):
+            check_limits(function["parameters"])
+        else:  # merely offered: passed on
+            check_tool_schema(function["parameters"])
+    if isinstance(body.get("grammar"), str):
+        _refuse_reversed_counts(_IN_GRAMMAR.sub("", body["grammar"]), "grammar")
     if isinstance(body.get("regex"), str):
         full_matcher(body["regex"])
-
-
-def _check_parameters(function: dict[str, Any], choice: Any) -> None:
-    """A tool that must be called, or is strict, is checked exactly; one that is merely offered is passed on."""
-    parameters = function.get("parameters")
-    if not isinstance(parameters, dict):
-        return
-    if function.get("strict") or choice not in (None, "auto", "none"):
-        check_limits(parameters)
-    else:
-        check_tool_schema(parameters)
 
 
 #: pairs of keywords, the lower bound first; llama.cpp repeats what has a larger lower one until memory is full
@@ -1198,16 +1197,15 @@ _COUNTS: Final = re.compile(r"\{\s*(\d{1,20})\s*,\s*(\d{1,20})\s*\}")
 
 def _refuse_reversed(value: Any) -> None:
     """Raises InvalidRequest for bounds that nothing fits, in an answer's schema or a tool's."""
-    for layer in _layers(value):
-        for node in layer:
-            if not isinstance(node, dict):
-                continue
-            for low, high in _BOUNDS:
-                least, most = node.get(low), node.get(high)
-                if isinstance(least, (int, float)) and isinstance(most, (int, float)) and least > most:
-                    raise InvalidRequest(f"schema: its {low} is greater than its {high}", "correct one of them")
-            if isinstance(node.get("pattern"), str):
-                _refuse_reversed_counts(_IN_PATTERN.sub("", node["pattern"]), "schema: pattern")
+    for node in itertools.chain.from_iterable(_layers(value)):
+        if not isinstance(node, dict):
+            continue
+        for low, high in _BOUNDS:
+            least, most = node.get(low), node.get(high)
+            if isinstance(least, (int, float)) and isinstance(most, (int, float)) and least > most:
+                raise InvalidRequest(f"schema: its {low} is greater than its {high}", "correct one of them")
+        if isinstance(node.get("pattern"), str):
+            _refuse_reversed_counts(_IN_PATTERN.sub("", node["pattern"]), "schema: pattern")
 
 
 def _refuse_reversed_counts(text: str, field: str) -> None:
@@ -1216,19 +1214,15 @@ def _refuse_reversed_counts(text: str, field: str) -> None:
             raise InvalidRequest(f"{field}: the count {{{low},{high}}}", "write the smaller number first")
 
 
-def _check_raw_schemas(body: dict[str, Any]) -> None:
-    """The engines' own schema fields also take text, which nobody here could check."""
-    outputs = body.get("structured_outputs")
-    for schema in (body.get("json_schema"), outputs.get("json") if isinstance(outputs, dict) else outputs):
-        if schema is not None and not isinstance(schema, dict):
-            reason = "json_schema, structured_outputs.json: must be an object"
-            raise InvalidRequest(reason, "send the schema as a JSON object", param="structured_outputs")
+def function_of(tool: Any) -> dict[str, Any]:
+    """The function of a tool, a call or a tool_choice; {} where there is none."""
+    function = tool.get("function") if isinstance(tool, dict) else None
+    return function if isinstance(function, dict) else {}
 
 
 def name_of(tool: Any) -> Any:
     """The function's name of a tool, a call or a tool_choice; None where there is none."""
-    function = tool.get("function") if isinstance(tool, dict) else None
-    return function.get("name") if isinstance(function, dict) else None
+    return function_of(tool).get("name")
 
 
 def response_schema(form: Any) -> dict[str, Any] | None:
@@ -1248,20 +1242,24 @@ def response_schema(form: Any) -> dict[str, Any] | None:
 
 
 def answer_schema(body: dict[str, Any]) -> dict[str, Any] | None:
-    """The JSON Schema that the answer must satisfy, in whichever field it was given."""
-    if (form := body.get("response_format")) is not None:
-        return response_schema(form)
-    outputs = body.get("structured_outputs")
-    found = body.get("schema") or body.get("json_schema")
-    if not found and isinstance(outputs, dict):
-        found = outputs.get("json")
-    return found if isinstance(found, dict) else None
+    """The JSON Schema that the answer must satisfy, in whichever field it was given. Raises InvalidRequest."""
+    form = body.get("response_format")
+    found = None if form is None else response_schema(form)
+    if found is None:
+        found = body.get("schema", body.get("json_schema"))
+    if found is None:
+        outputs = body.get("structured_outputs")
+        found = outputs.get("json") if isinstance(outputs, dict) else outputs
+    if found is None or isinstance(found, dict):
+        return found
+    reason = "json_schema, structured_outputs.json: must be an object"  # the engines take text too: unchecked by anyone
+    raise InvalidRequest(reason, "send the schema as a JSON object", param="structured_outputs")
 
 
 def requested_features(body: dict[str, Any]) -> set[str]:
     """The features of a model or template that a body needs; what every model can do needs none."""
     needed = {name for name, value in body.items() if name in SAMPLING_FIELDS and value is not False}
-    if body.get("think") is not None or body.get("reasoning_effort") is not None or body.get("chat_template_kwargs"):
+    if not body.keys().isdisjoint(THINKING_FIELDS):
         needed.add("think")  # not to think is asked of the template too
     choice = body.get("tool_choice")
     if choice == "auto":
@@ -1269,22 +1267,18 @@ def requested_features(body: dict[str, Any]) -> set[str]:
     elif choice is not None:  # a forced call is decoded by its schema, whatever the template shows
         needed.discard("tools")
     for message in body.get("messages") or ():
-        needed |= _message_features(message)
+        if not isinstance(message, dict):
+            continue
+        if message.get("role") == "tool" or message.get("tool_calls"):
+            needed.add("tool_messages")
+        content = message.get("content")
+        if isinstance(content, list) and any(map(_is_image, content)):
+            needed.add("images")
     return needed
 
 
-def _message_features(message: Any) -> set[str]:
-    if not isinstance(message, dict):
-        return set()
-    needed = set()
-    content = message.get("content")
-    if isinstance(content, list):
-        for part in content:
-            if isinstance(part, dict) and part.get("type") == "image_url":
-                needed.add("images")
-    if message.get("role") == "tool" or message.get("tool_calls"):
-        needed.add("tool_messages")
-    return needed
+def _is_image(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "image_url"
 
 
 # 4 Structured output -----------------------------------------------------------------------------
@@ -2628,8 +2622,7 @@ def checker_for(request: GenerateRequest, ignored: Container[str] = ()) -> Check
 
 def is_strict(tool: Any) -> bool:
     """Whether a tool asks for arguments that match its schema."""
-    function = tool.get("function") if isinstance(tool, dict) else None
-    return isinstance(function, dict) and bool(function.get("strict"))
+    return bool(function_of(tool).get("strict"))
 
 
 def check_text(request: GenerateRequest, choice: Choice) -> Any:
@@ -6427,7 +6420,7 @@ class OllamaTranslator(HTTPAdapter):
     @staticmethod
     def _messages(request: GenerateRequest, messages: Sequence[Any]) -> list[dict[str, Any]]:
         """OpenAI's messages as Ollama's: bare base64 images, object arguments, `tool_name` for the call's id."""
-        checked = checked_messages(without_dump_fields(messages))
+        checked = checked_messages(messages)
         names = {}
         for message in checked:
             for call in message.get("tool_calls") or ():
@@ -6748,15 +6741,6 @@ def ollama_call(index: int, call: dict[str, Any]) -> dict[str, Any]:
         "type": "function",
         "function": {"name": text_of(function["name"]), "arguments": arguments},
     }
-
-
-def checked_messages(messages: Any) -> list[Any]:
-    """OpenAI's messages, checked. Raises InvalidRequest."""
-    try:
-        return _MESSAGES.validate_python(messages)  # type: ignore[no-any-return]
-    except ValidationError as exc:
-        reason, param = explain(exc, "messages")
-        raise InvalidRequest(reason, "correct the named field", param=param) from None
 
 
 # 10 Endpoints and fleet --------------------------------------------------------------------------
@@ -10107,7 +10091,6 @@ def chat_request(surface: Surface, body: dict[str, Any], path: str) -> GenerateR
     if "messages" in body:
         body["messages"] = without_dump_fields(body["messages"])
     check_together(body)
-    check_constraints(body)
     return GenerateRequest(body=body, surface=path, cap=surface.cap, size=surface.size)
 
 
