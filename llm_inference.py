@@ -408,19 +408,16 @@ o     - ~ ~ =  grammar
 # one engine's own
 cpe   ~ - - -  options
 cpe   = . . .  keep_alive
-
 cp    - = - -  structured_outputs bad_words allowed_token_ids include_stop_str_in_output spaces_between_special_tokens
 cp    - = - -  use_beam_search length_penalty repetition_detection prompt_logprobs logprob_token_ids
 cp    - = - -  return_tokens_as_token_ids routed_experts_prompt_start thinking_token_budget watermarking stream_interval
 c     - = - -  include_reasoning return_prompt_text
 cpe   - = - -  add_special_tokens truncate_prompt_tokens truncation_side
 e     - = - -  embed_dtype endianness padding use_activation cache_salt
-
 cp    - - = -  regex ebnf no_stop_trim extra_key return_hidden_states return_cached_tokens_details
 cp    - - = -  return_spec_tokens_details return_routed_experts routed_experts_start_len
 c     - - = -  separate_reasoning stream_reasoning return_meta_info return_prompt_token_ids return_input_ids_in_sglext
 c     - - = -  return_output_ids_in_sglext return_sampling_mask sampling_logprobs_mode
-
 c     - - - =  json_schema reasoning_budget_tokens reasoning_budget_message thinking_budget_tokens reasoning_format
 p     - - ~ =  json_schema
 cp    1 - - =  repeat_penalty repeat_last_n typical_p
@@ -734,8 +731,7 @@ _MESSAGES: TypeAdapter[list[Any]] = TypeAdapter(Messages, config=ConfigDict(defe
 _OPTIONS: TypeAdapter[Any] = TypeAdapter(Options)
 SAMPLING_FIELDS = frozenset({"schema", *Sampling.__annotations__})
 CONSTRAINTS = ("schema", "choice", "regex", "grammar")  #: what an answer may be held to, in our own vocabulary
-V1_CONSTRAINTS = ("response_format", "structured_outputs", "json_schema", "ebnf")  #: in OpenAI's and the engines'
-ALL_CONSTRAINTS = (*CONSTRAINTS, *V1_CONSTRAINTS)
+ALL_CONSTRAINTS = (*CONSTRAINTS, "response_format", "structured_outputs", "json_schema", "ebnf")  #: and in the others'
 
 
 @functools.cache
@@ -760,22 +756,17 @@ _EXPECTED = {
     "dataclass_exact_type": "a Deadlines(…)", "dataclass_type": "a Deadlines(…)",
 }  # fmt: skip
 _PROBLEMS = {
-    "missing": "is required",
-    "missing_argument": "is required",
-    "extra_forbidden": "no such field",
-    "unexpected_keyword_argument": "no such field",
-    "greater_than": "must be above {gt}",
-    "greater_than_equal": "must be at least {ge}",
-    "less_than": "must be below {lt}",
-    "less_than_equal": "must be at most {le}",
+    "missing": "is required", "missing_argument": "is required",
+    "extra_forbidden": "no such field", "unexpected_keyword_argument": "no such field",
+    "greater_than": "must be above {gt}", "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}", "less_than_equal": "must be at most {le}",
     "string_too_short": "must have at least {min_length} characters",
     "string_too_long": "must have at most {max_length} characters",
-    "too_short": "must have at least {min_length} items",
-    "too_long": "must have at most {max_length} items",
+    "too_short": "must have at least {min_length} items", "too_long": "must have at most {max_length} items",
     "literal_error": "must be one of {expected}",
     "union_tag_invalid": "type must be one of {expected_tags}",
     "union_tag_not_found": "must be an object with a type",
-}
+}  # fmt: skip
 
 
 def explain(exc: ValidationError, *within: str) -> tuple[str, str]:
@@ -835,7 +826,7 @@ def invalid(exc: ValidationError, given: Iterable[str], known: Iterable[str]) ->
     return InvalidRequest(reason, "add it" if reason.endswith("is required") else "correct it", param=param or None)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """Tokens, as the engine counted them."""
 
@@ -862,7 +853,7 @@ class Usage:
         }
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
     """Durations in seconds, None where not measured. `source`: who measured."""
 
@@ -874,7 +865,7 @@ class Timing:
     source: Literal["engine", "client"] = "client"
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
     """A piece of an answer. `finish_reason` is set on the last chunk and on no other."""
 
@@ -889,7 +880,7 @@ class Chunk:
     ignored: tuple[str, ...] = ()  #: last chunk: fields that were left out
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """A complete answer."""
 
@@ -914,15 +905,12 @@ class Completion:
             raise BadEngineReply("the stream ended early", "ask again", retryable=True)
         answer, last = Answer(), chunks[-1]
         for chunk in chunks:
-            answer.add(
-                {"choices": [{"index": 0, "delta": chunk_delta(chunk), "logprobs": {"content": chunk.logprobs}}]}
-            )
-        answer.choices[0].finish_reason = last.finish_reason
+            answer.add(payload_of(chunk, {"object": "chat.completion.chunk"}))
         answer.usage, answer.timing = last.usage, last.timing or Timing(total=0.0)
         return dataclasses.replace(answer.completion(), result=last.result, ignored=last.ignored)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """A model that an engine serves. `context_length` in tokens, `size` in bytes, where the engine reports them."""
 
@@ -933,7 +921,7 @@ class ModelInfo:
     digest: str = ""  #: what the model is, where the engine reports it (Ollama)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Deadlines:
     """Seconds. `idle` is the longest silence between two pieces of an answer."""
 
@@ -955,7 +943,7 @@ class Deadlines:
         )
 
 
-@dataclasses.dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Served:
     """Who answers a request, and how it went; filled in on the way, for the caller's headers and the log."""
 
@@ -967,7 +955,6 @@ class Served:
     usage: Usage | None = None
     enforced: bool = True  #: does the engine's decoding enforce the constraint?
     result: Any = None  #: the checked value of a stream
-    enforced_by: Literal["engine", "checked", "none"] = "none"
     target: "Target | None" = None  #: the server that the body was written for
     closed: bool = False  #: was `close` called meanwhile?
     push: "Callable[[Burst], bool] | None" = None  #: sends a burst of a stream at once; False: it cannot now
@@ -978,7 +965,7 @@ class Served:
 SERVED: contextvars.ContextVar[Served | None] = contextvars.ContextVar("served", default=None)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
     """A checked request in OpenAI's chat format, plus schema, choice, regex, grammar and think."""
 
@@ -1008,10 +995,7 @@ class GenerateRequest:
     @property
     def constraint(self) -> str | None:
         """The name of the one constraint in our own vocabulary, if there is one."""
-        for name in CONSTRAINTS:
-            if self.body.get(name) is not None:
-                return name
-        return None
+        return next((name for name in CONSTRAINTS if self.body.get(name) is not None), None)
 
 
 def plain(value: Any) -> Any:
@@ -1052,8 +1036,6 @@ def make_request(
     if model is not None:
         body["model"] = check_model_name(model)
     if schema is not None:
-        if not isinstance(schema, dict):
-            raise InvalidRequest("schema: must be a JSON Schema", "send an object", param="schema")
         body["schema"] = schema
     check_json(body)
     options, timeout = body.pop("engine_options", {}), body.pop("timeout", None)
@@ -1128,10 +1110,7 @@ def _dumped_call(call: Any) -> Any:
 
 
 def check_together(body: dict[str, Any]) -> None:
-    """Refuses fields that contradict each other, and hostile schemas and patterns, on every surface.
-
-    Raises InvalidRequest, UnsupportedFeature.
-    """
+    """Raises InvalidRequest, UnsupportedFeature for fields that contradict each other, hostile schemas and patterns."""
     tools, choice = body.get("tools") or (), body.get("tool_choice")
     if choice not in (None, "none", "auto") and not tools:
         raise InvalidRequest("tool_choice: there are no tools", "send tools, or leave it out", param="tool_choice")
@@ -1143,11 +1122,9 @@ def check_together(body: dict[str, Any]) -> None:
     if body.get("top_logprobs") and not body.get("logprobs"):
         raise InvalidRequest("top_logprobs: needs logprobs", "set logprobs to true", param="top_logprobs")
     constraints = list(constraints_in(body))
-    either = constraints[:1] == ["response_format"] and choice in (
-        None,
-        "auto",
-    )  # a call, or that format: see `relaxed`
-    if constraints and tools and choice != "none" and not either:
+    if constraints[:1] == ["response_format"] and choice in (None, "auto"):
+        tools = ()  # a call, or an answer in that format: see `relaxed`
+    if constraints and tools and choice != "none":
         reason = f"{constraints[0]} and tools cannot be combined: a tool call would not satisfy {constraints[0]}"
         raise InvalidRequest(reason, "send one of them", param=constraints[0])
     if len(constraints) > 1:
@@ -1272,13 +1249,10 @@ def requested_features(body: dict[str, Any]) -> set[str]:
         if message.get("role") == "tool" or message.get("tool_calls"):
             needed.add("tool_messages")
         content = message.get("content")
-        if isinstance(content, list) and any(map(_is_image, content)):
-            needed.add("images")
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and part.get("type") == "image_url":
+                needed.add("images")
     return needed
-
-
-def _is_image(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "image_url"
 
 
 # 4 Structured output -----------------------------------------------------------------------------
@@ -7480,7 +7454,7 @@ async def checked(
             except ValueError as exc:
                 request.served.usage = answer.usage
                 raise unsatisfied(request, answer, str(exc)[:300]) from exc
-            request.served.result, request.served.enforced_by = answer.result, enforced_by(request)
+            request.served.result = answer.result
         yield burst
 
 

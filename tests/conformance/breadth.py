@@ -183,7 +183,7 @@ async def ask_python(llm: LLMInferencer, case: Case, way: str) -> Outcome:
         return Outcome(case, way, BAD, f"untyped: {type(exc).__name__}: {exc}"[:200])
     if why := case.misfit(done.text):
         return Outcome(case, way, BAD, f"passed off as good: {done.text[:100]!r}: {why}")
-    claim = request.served.enforced_by
+    claim = product.enforced_by(request)
     if claim not in (VALID_BY_ENGINE, VALID_CHECKED):
         return Outcome(case, way, BAD, f"enforced_by: {claim!r}")
     return Outcome(case, way, claim, "", done.usage.completion_tokens)
