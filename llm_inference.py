@@ -691,24 +691,29 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
 
 
-class Sampling(Strict, total=False):
-    """What may be asked of an answer, in Python and in our own HTTP bodies; None means the engine's default."""
+class Common(TypedDict, total=False):
+    """The sampling fields that have the same values on every surface; None means the engine's default."""
 
     max_tokens: Annotated[int | None, Field(ge=1, le=1_000_000, description="maximum number of tokens to generate")]
     temperature: Annotated[float | None, Field(ge=0, le=2, description="0 = greedy")]
     top_p: Annotated[float | None, Field(gt=0, le=1)]
     top_k: Annotated[int | None, Field(ge=-1, le=100_000, description="-1 = off")]
     min_p: Annotated[float | None, Field(ge=0, le=1)]
-    stop: Stop | Annotated[list[Stop], Field(min_length=1, max_length=4)] | None
     seed: Annotated[int | None, Field(ge=-(2**63), le=2**63 - 1)]
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)]
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)]
     repetition_penalty: Annotated[float | None, Field(gt=0, le=2)]
-    logprobs: bool | None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)]
+    parallel_tool_calls: bool | None
+
+
+class Sampling(Strict, Common, total=False):
+    """What may be asked of an answer, in Python and in our own HTTP bodies; None means the engine's default."""
+
+    stop: Stop | Annotated[list[Stop], Field(min_length=1, max_length=4)] | None
+    logprobs: bool | None
     tools: Annotated[list[Tool] | None, Field(min_length=1, max_length=128)]
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None
-    parallel_tool_calls: bool | None
     think: bool | Literal["low", "medium", "high"] | None
     choice: Annotated[list[NonEmpty] | None, Field(min_length=1, max_length=1000)]
     regex: Annotated[str | None, Field(min_length=1, max_length=4096)]
@@ -9753,7 +9758,7 @@ class Open(TypedDict):
     """What other fields are accepted in, to be checked by their names (see FIELDS)."""
 
 
-class V1Body(Open, total=False):
+class V1Body(Open, Common, total=False):
     """The fields of OpenAI's bodies whose values are checked here."""
 
     model: Annotated[str, Field(min_length=1, max_length=1024)]
@@ -9761,22 +9766,11 @@ class V1Body(Open, total=False):
     stream: bool | None
     stream_options: dict[str, Any] | None
     n: Annotated[int | None, Field(ge=1, le=128)]
-    max_tokens: Annotated[int | None, Field(ge=1, le=1_000_000)]
     max_completion_tokens: Annotated[int | None, Field(ge=1, le=1_000_000)]
-    temperature: Annotated[float | None, Field(ge=0, le=2)]
-    top_p: Annotated[float | None, Field(gt=0, le=1)]
-    top_k: Annotated[int | None, Field(ge=-1, le=100_000)]
-    min_p: Annotated[float | None, Field(ge=0, le=1)]
     stop: Stop | Annotated[list[Stop], Field(min_length=1, max_length=16)] | None
-    seed: Annotated[int | None, Field(ge=-(2**63), le=2**63 - 1)]
-    presence_penalty: Annotated[float | None, Field(ge=-2, le=2)]
-    frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)]
-    repetition_penalty: Annotated[float | None, Field(gt=0, le=2)]
     logprobs: bool | Annotated[int, Field(ge=0, le=20)] | None
-    top_logprobs: Annotated[int | None, Field(ge=0, le=20)]
     tools: Annotated[list[dict[str, Any]] | None, Field(max_length=1024)]
     tool_choice: str | dict[str, Any] | None
-    parallel_tool_calls: bool | None
     logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
     encoding_format: Literal["float", "base64"] | None
     regex: Annotated[str | None, Field(max_length=4096)]
