@@ -455,8 +455,8 @@ SINCE: dict[str, dict[str, tuple[int, ...]]] = {
     },
 }
 
-#: Fields that some engine would honour, and that no caller may set: why, or what to use instead → the fields.
-NOT_FOR_CALLERS = {
+#: Fields that some engine would honour, and that no caller may set, each with why, or what to use instead.
+NOT_FOR_CALLERS = {name: reason for reason, names in {
     "the model's template builds the prompt": "chat_template template raw system context",
     "llama.cpp derives it from the model's template":
         "chat_format chat_parser generation_prompt grammar_lazy grammar_triggers grammar_type preserved_tokens "
@@ -482,7 +482,7 @@ NOT_FOR_CALLERS = {
     "use n": "n_cmpl",
     "it returns the engine's internals": "verbose _debug_render_only",
     "the logprobs would not have OpenAI's shape": "post_sampling_probs",
-}
+}.items() for name in names.split()}
 # fmt: on
 
 
@@ -524,12 +524,6 @@ OFF = _by_field(
     ("auto", "tool_choice"),
     ("medium", "verbosity"),
 )
-#: Fields and values that ask for nothing where another field is absent: (the other, the field, its values).
-_NO_OPS_ALONE = (
-    ("tools", "tool_choice", ("auto", "none")),
-    ("functions", "function_call", ("auto", "none")),
-    ("logprobs", "top_logprobs", (0,)),
-)
 
 
 @functools.cache
@@ -555,21 +549,18 @@ def field_rows() -> list[tuple[str, tuple[str, ...], list[str]]]:
     return rows
 
 
-@functools.cache
-def reasons() -> Mapping[str, str]:
-    """The fields of NOT_FOR_CALLERS, each with its reason."""
-    return {name: reason for reason, names in NOT_FOR_CALLERS.items() for name in names.split()}
-
-
 def without_no_ops(body: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a request that ask for something."""
     kept: dict[str, Any] = {}
     for name, value in body.items():
         if value is not None and (name not in NO_OPS or not _among(value, NO_OPS[name])):
             kept[name] = value
-    for needed, name, values in _NO_OPS_ALONE:
-        if needed not in kept and name in kept and _among(kept[name], values):
-            del kept[name]
+    if "tools" not in kept and kept.get("tool_choice") in ("auto", "none"):
+        del kept["tool_choice"]
+    if "functions" not in kept and kept.get("function_call") in ("auto", "none"):
+        del kept["function_call"]
+    if "logprobs" not in kept and _among(kept.get("top_logprobs"), (0,)):
+        del kept["top_logprobs"]
     if _among(kept.get("top_k"), (0,)):
         kept["top_k"] = -1  # the value for "off" that all four engines accept; SGLang refuses 0
     return kept
@@ -595,11 +586,8 @@ def honoured(engine: str, surface: str, version: tuple[int, ...] = (999,)) -> Ma
 @functools.cache
 def harmless(surface: str) -> frozenset[str]:
     """The fields that, on a surface (a key of SURFACES), cannot change an answer where they are not honoured."""
-    found: set[str] = set()
-    for where, cells, names in field_rows():
-        if "." in cells and SURFACES[surface] in where:
-            found.update(names)
-    return frozenset(found)
+    rows = [names for where, cells, names in field_rows() if "." in cells and SURFACES[surface] in where]
+    return frozenset(itertools.chain(*rows))
 
 
 THINKING_FIELDS = ("think", "reasoning_effort", "chat_template_kwargs")
@@ -718,9 +706,7 @@ class Sampling(Strict, Common, total=False):
     choice: Annotated[list[NonEmpty] | None, Field(min_length=1, max_length=1000)]
     regex: Annotated[str | None, Field(min_length=1, max_length=4096)]
     grammar: Annotated[str | None, Field(min_length=1, max_length=65_536)]
-    on_unsupported: Annotated[
-        Literal["error", "ignore"], Field(description="reject or drop fields that the engine lacks")
-    ]
+    on_unsupported: Annotated[Literal["error", "ignore"], Field(description="reject or drop fields the engine lacks")]
 
 
 class Options(Sampling, total=False):
@@ -831,7 +817,7 @@ def invalid(exc: ValidationError, given: Iterable[str], known: Iterable[str]) ->
     return InvalidRequest(reason, "add it" if reason.endswith("is required") else "correct it", param=param or None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens, as the engine counted them."""
 
@@ -844,18 +830,13 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
     def __add__(self, other: "Usage") -> "Usage":
-        return Usage(
-            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
-            completion_tokens=self.completion_tokens + other.completion_tokens,
-        )
+        return Usage(self.prompt_tokens + other.prompt_tokens, self.completion_tokens + other.completion_tokens)
 
     def as_dict(self) -> dict[str, int]:
         """OpenAI's usage object."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.total_tokens,
-        }
+        counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
+        counts["total_tokens"] = self.total_tokens
+        return counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -966,8 +947,7 @@ class Served:
     collected: bool = False  #: is the stream checked, burst by burst?
 
 
-#: what is being asked for here, until its answer begins
-SERVED: contextvars.ContextVar[Served | None] = contextvars.ContextVar("served", default=None)
+SERVED: contextvars.ContextVar[Served | None] = contextvars.ContextVar("served", default=None)  #: until it has begun
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -4378,8 +4358,8 @@ class BaseLLMAdapter:
     def _unsupported(self, model: str, missing: Sequence[str], request: GenerateRequest) -> UnsupportedFeature:
         reason = f"{self.engine_type} ({model}) does not support {', '.join(missing)[:200]}"
         for name in missing:
-            if name in reasons() and name in request.body:
-                return UnsupportedFeature(f"{name}: {reasons()[name]}", "leave it out", param=name)
+            if name in NOT_FOR_CALLERS and name in request.body:
+                return UnsupportedFeature(f"{name}: {NOT_FOR_CALLERS[name]}", "leave it out", param=name)
         hint = 'leave it out, use another engine, or send on_unsupported="ignore"'
         if request.surface != OWN:
             hint = "leave it out, or use another engine"

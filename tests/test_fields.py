@@ -16,6 +16,7 @@ import pytest
 from llm_inference import (
     ENGINES,
     NO_OPS,
+    NOT_FOR_CALLERS,
     OFF,
     SINCE,
     SURFACES,
@@ -23,7 +24,6 @@ from llm_inference import (
     field_rows,
     harmless,
     is_off,
-    reasons,
     version_tuple,
     without_no_ops,
 )
@@ -77,7 +77,7 @@ def listed(table: dict[str, str], surface: str) -> set[str]:
 @pytest.mark.parametrize("surface", "cpe")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_field_of_an_engine_has_a_row_or_a_reason(engine: str, surface: str) -> None:
-    known = column(engine, surface).keys() | reasons().keys() | listed(ADAPTERS_OWN.get(engine, {}), surface)
+    known = column(engine, surface).keys() | NOT_FOR_CALLERS.keys() | listed(ADAPTERS_OWN.get(engine, {}), surface)
     known |= listed(UNUSED_BY[engine], surface)
     assert set(newest(engine)[surface]) - known == set()
 
@@ -125,7 +125,7 @@ def test_the_fields_of_the_routes_that_generate_nothing(engine: str, surface: st
             assert name not in own, name
     assert honoured - own == SENT_BESIDE.get((engine, surface), set())
     translated = {name for name, cell in column(engine, surface).items() if cell == "~"}
-    assert own - honoured - translated - reasons().keys() == {"parse_special", "user"} & own  # always true; harmless
+    assert own - honoured - translated - NOT_FOR_CALLERS.keys() == {"parse_special", "user"} & own  # always true
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
@@ -147,7 +147,7 @@ def test_rows_are_well_formed_and_do_not_contradict_one_another() -> None:
         assert set(where) <= set("cpeortd")
         assert len(cells) == len(ENGINES)
         for name in names:
-            assert name not in reasons() or where == "r"  # the documents of chat are refused
+            assert name not in NOT_FOR_CALLERS or where == "r"  # the documents of chat are refused
             places = {(surface, name) for surface in where}
             assert not places & seen, name
             seen |= places
@@ -240,7 +240,7 @@ def test_off_is_told_from_false_and_zero() -> None:
 
 
 def test_values_are_those_of_known_fields() -> None:
-    known = set(reasons())
+    known = set(NOT_FOR_CALLERS)
     for _, _, names in field_rows():
         known |= set(names)
     assert NO_OPS.keys() | OFF.keys() <= known
