@@ -727,13 +727,13 @@ ALL_CONSTRAINTS = (*CONSTRAINTS, "response_format", "structured_outputs", "json_
 
 @functools.cache
 def range_of(field: str) -> str:
-    """The range of a numeric field of `Options` in words: `from 0 to 2`; "" where it has none."""
+    """What a numeric field of `Options` must be: `must be from 0 to 2`; "" where it has no range."""
     form = _OPTIONS.json_schema()["properties"].get(field, {}).get("anyOf", [{}])[0]
     if "maximum" not in form:
         return ""
     above = form.get("exclusiveMinimum")
     low = f"from {form['minimum']} to" if above is None else f"above {above} and at most"
-    return f"{low} {form['maximum']}"
+    return f"must be {low} {form['maximum']}"
 
 
 _JSON_NAMES = {
@@ -770,8 +770,7 @@ def explain(exc: ValidationError, *within: str) -> tuple[str, str]:
         reason = f"{where or 'body'}: {_problem(dict(error), where)}"[:300]
         if where not in reasons or error["type"] not in _EXPECTED:  # of a union, the member whose type fits
             reasons[where] = reason
-    first = next(iter(reasons))
-    return ", and ".join(list(reasons.values())[:3]), first
+    return ", and ".join(list(reasons.values())[:3]), next(iter(reasons))
 
 
 def _place(loc: Sequence[int | str]) -> str:
@@ -798,12 +797,11 @@ def _problem(error: dict[str, Any], where: str) -> str:
     if "image" in str(context.get("pattern")):
         return "must be a data: URL, for example data:image/png;base64,…"
     problem = _PROBLEMS.get(kind, f"is not valid ({kind.replace('_', ' ')})").format(**context)
-    if not kind.startswith(("greater_than", "less_than")):
-        return problem
-    limits = range_of(where)
-    if limits:
-        problem = f"must be {limits}"
-    return f"{problem}, got {given}" if isinstance(given, (int, float)) and abs(given) < 1e20 else problem
+    if kind.startswith(("greater_than", "less_than")):
+        problem = range_of(where) or problem
+        if isinstance(given, (int, float)) and abs(given) < 1e20:
+            problem += f", got {given}"
+    return problem
 
 
 def invalid(exc: ValidationError, given: Iterable[str], known: Iterable[str]) -> InvalidRequest:
