@@ -680,7 +680,7 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
 
 
 class Common(TypedDict, total=False):
-    """The sampling fields that have the same values on every surface; None means the engine's default."""
+    """What may be asked of an answer on every surface, within the same bounds."""
 
     max_tokens: Annotated[int | None, Field(ge=1, le=1_000_000, description="maximum number of tokens to generate")]
     temperature: Annotated[float | None, Field(ge=0, le=2, description="0 = greedy")]
@@ -890,8 +890,8 @@ class Completion:
         answer, last = Answer(), chunks[-1]
         for chunk in chunks:
             answer.add(payload_of(chunk, {"object": "chat.completion.chunk"}))
-        answer.usage, answer.timing = last.usage, last.timing or Timing(total=0.0)
-        return dataclasses.replace(answer.completion(), result=last.result, ignored=last.ignored)
+        answer.usage, answer.timing, answer.result = last.usage, last.timing, last.result
+        return answer.completion(Served(ignored=last.ignored))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
