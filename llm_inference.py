@@ -4792,7 +4792,7 @@ class EngineClient(ABC):
         if reply.headers.get("x-llm-inference") == INSTANCE:
             raise EngineUnavailable("that address is this very server", "give the engine's own address")
         if reply.status in refusals:
-            raise self._adapter.read_error(reply.status, found, reply.headers)
+            raise engine_error(self._adapter, reply.status, found, reply.headers)
         if reply.status != 200:
             return None
         with contextlib.suppress(ValueError):
@@ -4868,7 +4868,7 @@ class EngineClient(ABC):
             data = await deadline.wait(reply.body(1 << 20))
         finally:
             await reply.close()
-        raise adapter.read_error(reply.status, data, reply.headers)
+        raise engine_error(adapter, reply.status, data, reply.headers)
 
     async def send(
         self,
@@ -5128,7 +5128,7 @@ def owners_of(listed: Any) -> list[str]:
 
 
 # 9 The four adapters -----------------------------------------------------------------------------
-#: what engines say in an error, and what it means: the first pattern that matches (recorded on real servers)
+#: an engine's status and what it says, and what they mean: the first pattern that matches (recorded on real servers)
 _ENGINE_ERRORS: tuple[tuple[str, type[InferenceError], str], ...] = (
     (r"Context size has been exceeded",  # llama.cpp during an answer; not for a prompt that does not fit alone
      EngineOverloaded, "its callers share one context, which is full: ask again, or start it with --no-kv-unified"),
@@ -5151,9 +5151,18 @@ _ENGINE_ERRORS: tuple[tuple[str, type[InferenceError], str], ...] = (
      "correct the named field"),
     (r"requires --|add `--|only supports text|does not support|not supported|not a multimodal|to be set",
      UnsupportedFeature, "start the engine with what it names, or use another model"),
-    (r"EngineCore|unexpected EOF|runner (process )?(has )?(terminated|no longer)|connection (reset|refused)|"
-     r"server is shutting down", EngineUnavailable, "ask again"),
-    (r"maximum pending requests|server busy|queue is full|too many requests", EngineOverloaded, "ask again later"),
+    (r"^5.*(EngineCore|unexpected EOF|runner (process )?(has )?(terminated|no longer)|connection (reset|refused)|"
+     r"server is shutting down)", EngineUnavailable, "ask again"),
+    (r"maximum pending requests|server busy|queue is full|too many requests|^(429|503) ", EngineOverloaded,
+     "ask again later"),
+    (r"^40[13] ", EngineUnavailable, "@key"),
+    (r"^404 .*model", ModelNotFound, "see models()"),
+    (r"^404 ", UnsupportedFeature, "@route"),
+    (r"^408 ", EngineTimeout, "ask again"),
+    (r"^(409|502|504) ", EngineUnavailable, "ask again"),
+    (r"^4", InvalidRequest, "correct the request"),
+    (r"^501 ", UnsupportedFeature, "use another engine or model"),
+    (r"", BadEngineReply, "see the engine's log"),
 )  # fmt: skip
 
 
@@ -5175,50 +5184,32 @@ def error_text(data: bytes) -> str:
     return redact(str(text)) or "no reason given"
 
 
-#: events, the error behind them, whether the answer has ended
-Decoded = tuple[Burst | None, InferenceError | None, bool]
+def engine_error(
+    adapter: "HTTPAdapter", status: int, data: bytes, headers: Mapping[str, str] | None = None
+) -> InferenceError:
+    """One of our errors from an engine's status and body."""
+    name, message = adapter.engine_type, error_text(data)
+    given = (headers or {}).get("retry-after", "")
+    retry_after = int(given) if re.fullmatch(r"\d{1,5}", given) else None
+    found = (row for row in _ENGINE_ERRORS if re.search(row[0], f"{status} {message}", re.IGNORECASE))
+    _, error, hint = next(found)
+    reason = f"{name}: {message}"
+    if hint == "@key":
+        reason = f"{name} rejects the API key"
+        hint = f"set {adapter.key_env}, --engine-api-key, or api_key= in Python"
+    elif hint == "@route":
+        reason = f"{name} does not do this with the model it serves"
+    elif error is BadEngineReply:
+        reason = f"{name} answered {status}: {message}"
+    elif error is EngineOverloaded:
+        retry_after = retry_after or 2
+    return error(reason, adapter.embed_hint if hint.startswith("@") else hint, retry_after=retry_after)
+
+
+#: events, and the error behind them
+Decoded = tuple[Burst | None, InferenceError | None]
 Decoder = Callable[[bytes], Decoded]
 Get = Callable[[str], Coroutine[Any, Any, Any]]
-
-
-def engine_error(
-    engine: "type[HTTPAdapter] | HTTPAdapter", status: int, data: bytes, headers: Mapping[str, str]
-) -> InferenceError:
-    """One of our errors from an engine's status and body: by what it says, else by its status."""
-    message = error_text(data)
-    given = headers.get("retry-after", "")
-    retry_after = int(given) if re.fullmatch(r"\d{1,5}", given) else None
-    reason = f"{engine.engine_type}: {message}"
-    for pattern, error, hint in _ENGINE_ERRORS:
-        if re.search(pattern, message, re.IGNORECASE) and (error is not EngineUnavailable or status >= 500):
-            if error is EngineOverloaded:
-                retry_after = retry_after or 2
-            return error(reason, engine.embed_hint if hint == "@embed" else hint, retry_after=retry_after)
-    return _error_by_status(engine, status, message, retry_after)
-
-
-def _error_by_status(
-    engine: "type[HTTPAdapter] | HTTPAdapter", status: int, message: str, retry_after: int | None
-) -> InferenceError:
-    name, reason = engine.engine_type, f"{engine.engine_type}: {message}"
-    if status in (401, 403):
-        hint = f"set {engine.key_env or 'the key'}, --engine-api-key, or api_key= in Python"
-        return EngineUnavailable(f"{name} rejects the API key", hint)
-    if status == 404 and "model" in message:
-        return ModelNotFound(reason, "see models()")
-    if status == 404:
-        return UnsupportedFeature(f"{name} does not do this with the model it serves", engine.embed_hint)
-    if status in (429, 503):
-        return EngineOverloaded(reason, "ask again later", retry_after=retry_after or 2)
-    if status == 408:
-        return EngineTimeout(reason, "ask again", retry_after=retry_after)
-    if status in (409, 502, 504):
-        return EngineUnavailable(reason, "ask again", retry_after=retry_after)
-    if 400 <= status < 500:
-        return InvalidRequest(reason, "correct the request")
-    if status == 501:
-        return UnsupportedFeature(reason, "use another engine or model")
-    return BadEngineReply(f"{name} answered {status}: {message}", "see the engine's log")
 
 
 class StartableAdapter(BaseLLMAdapter):
@@ -5381,7 +5372,7 @@ class HTTPAdapter(StartableAdapter):
         async with contextlib.aclosing(lines):
             async for data in lines:
                 with well_formed(self.engine_type):
-                    burst, error, ended = decode(data)
+                    burst, error = decode(data)
                 if burst is not None:
                     request.served.begun = True
                     yield burst
@@ -5390,7 +5381,7 @@ class HTTPAdapter(StartableAdapter):
                         raise error
                     finally:
                         del error  # or it keeps this frame, and with it the request
-                if ended:
+                if burst is not None and burst.end:
                     request.served.push = None  # nothing follows the end
                     await self._read_to_end(lines)
                     return
@@ -5431,7 +5422,7 @@ class HTTPAdapter(StartableAdapter):
             raise BadEngineReply(f"what answers for {self.engine_type} lists no models", "correct the address")
         return listed
 
-    def payload(self, data: bytes, status: int = 200) -> dict[str, Any]:
+    def payload(self, data: bytes) -> dict[str, Any]:
         """An engine's JSON object. Raises what it says where it is an error."""
         try:
             payload = from_json(data)
@@ -5441,12 +5432,8 @@ class HTTPAdapter(StartableAdapter):
             reason = f"{self.engine_type} answered with something that is not a JSON object"
             raise BadEngineReply(reason, "check what serves that address")
         if payload.get("error") is not None or payload.get("object") == "error":
-            raise self.read_error(500 if status == 200 else status, data)
+            raise engine_error(self, 500, data)
         return payload
-
-    def read_error(self, status: int, data: bytes, headers: Mapping[str, str] | None = None) -> InferenceError:
-        """One of our errors from an engine's status and body."""
-        return engine_error(self, status, data, headers or {})
 
 
 def _called(arguments: str) -> list[dict[str, Any]]:
@@ -5578,13 +5565,13 @@ class OpenAIAdapter(HTTPAdapter):
             finished += len(ends)
             if done is not None and error is None and finished < expected:
                 early = BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again", retryable=True)
-                return None, early, False
-            end = done is not None and error is None
+                return None, early
             if not data:
-                return None, error, end
+                return None, error
+            end = done is not None and error is None
             if one_call and b'"tool_calls"' in data:
-                return Burst(payloads=first_call_only(Burst(data)), end=end), error, end
-            return Burst(with_reasoning(data), end=end), error, end
+                return Burst(payloads=first_call_only(Burst(data)), end=end), error
+            return Burst(with_reasoning(data), end=end), error
 
         return decode
 
@@ -5607,7 +5594,7 @@ class OpenAIAdapter(HTTPAdapter):
             try:
                 for event in sse_payloads([text]):
                     if failing:
-                        raise self.read_error(500, event)
+                        raise engine_error(self, 500, event)
                     if event != b"[DONE]":
                         check_finishes(self.engine_type, self.payload(event))
             except InferenceError as exc:
@@ -5868,10 +5855,10 @@ class SGLangAdapter(OpenAIAdapter):
             wire["json_schema"] = json.dumps(wire["json_schema"])
         return path, wire
 
-    def payload(self, data: bytes, status: int = 200) -> dict[str, Any]:
+    def payload(self, data: bytes) -> dict[str, Any]:
         if data.startswith(b"["):  # its answer to /v1/rerank
             data = b'{"results":%s}' % data
-        return super().payload(data, status)
+        return super().payload(data)
 
     def constrain(self, name: str, value: Any, request: GenerateRequest) -> dict[str, Any]:
         if name == "schema":
@@ -5984,14 +5971,14 @@ class LlamaCppTranslator(OpenAIAdapter):
         offsets: dict[int, int] = {}  #: characters so far, by choice
 
         def with_openai_logprobs(data: bytes) -> Decoded:
-            burst, error, ended = decode(data)
+            burst, error = decode(data)
             if burst is None:
-                return burst, error, ended
+                return burst, error
             with well_formed(self.engine_type):
                 for payload in burst.payloads:
                     for choice in payload.get("choices") or ():
                         trim_logprobs(choice, wanted, offsets if legacy else None)
-                return Burst(payloads=burst.payloads, end=burst.end), error, ended
+                return Burst(payloads=burst.payloads, end=burst.end), error
 
         return with_openai_logprobs
 
@@ -6475,9 +6462,9 @@ class OllamaTranslator(HTTPAdapter):
                     with well_formed(self.engine_type):
                         events, ended = events_of(self.payload(line))
                 except InferenceError as exc:
-                    return Burst(payloads=found) if found else None, exc, False
+                    return Burst(payloads=found) if found else None, exc
                 found += events
-            return Burst(payloads=found, end=ended) if found else None, None, ended
+            return Burst(payloads=found, end=ended) if found else None, None
 
         return decode
 
