@@ -4997,7 +4997,7 @@ class Connection(EngineClient):
         adapter = self._adapter
         adapter.require_startable()
         await adapter.before_start()
-        identity = [self.name, *adapter.launch_identity(), adapter.python, adapter.launch_args]
+        identity = [self.name, adapter.launched_model, adapter.python, adapter.launch_args]
         target, version = await self.launcher.start(
             json.dumps([*identity, sorted(adapter.launch_env.items())]),
             adapter.command,
@@ -5219,20 +5219,28 @@ class StartableAdapter(BaseLLMAdapter):
     url_env: ClassVar[str] = ""
     key_env: ClassVar[str] = ""
     package: ClassVar[str] = ""  #: importable name of the engine's package
+    program: ClassVar[str] = ""  #: its name on the PATH
     start_hint: ClassVar[str] = ""  #: the command that starts the engine
     install_hint: ClassVar[str] = ""
 
+    @abstractmethod
     def command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
         """argv and environment that start the engine on `child.port` (or `child.uds`) with `child.key`."""
-        raise EngineNotInstalled(f"{self.engine_type} cannot be started from here", self.start_hint)
 
-    def can_start(self) -> bool:
-        """Whether the engine's package or program is here."""
-        return bool(self.python) or bool(self.package and installed(self.package))
+    def launch_options(self, name: str, child: EngineChild) -> tuple[str, list[str]]:
+        """The model that a command starts, and the options that vLLM's and SGLang's have in common."""
+        model = self.launched_model
+        if not model:
+            reason = f"model_name: {name} cannot be started without a model"
+            raise InvalidRequest(reason, "name a model of the hub, or a local folder", param="model_name")
+        address = ["--host", "127.0.0.1", "--port", str(child.port)]
+        return model, ["--served-model-name", self.served_name() or model, *address, *self.launch_args]
 
     def require_startable(self) -> None:
         """Raises EngineUnavailable, EngineNotInstalled where it may not or cannot be started here."""
-        name, can_start = self.engine_type, self.can_start()
+        name = self.engine_type
+        can_start = bool(self.package) and bool(self.python or installed(self.package))
+        can_start = can_start or shutil.which(self.program) is not None
         if self.launch is True and not can_start:
             hint = f"install it ({self.install_hint}), or name an interpreter that has it with python="
             raise EngineNotInstalled(f"{name} is not installed here", hint)
@@ -5247,9 +5255,10 @@ class StartableAdapter(BaseLLMAdapter):
     async def before_start(self) -> None:
         """What must be there first: a model's file, say."""
 
-    def launch_identity(self) -> tuple[str | None, ...]:
-        """What makes two started engines the same, beside their options."""
-        return (self.model_name,)
+    @property
+    def launched_model(self) -> str | None:
+        """The model that a started engine loads; None: the default one, or none."""
+        return self.model_name
 
     def child_target(self, child: EngineChild) -> Target:
         """Where a started engine is."""
@@ -5258,9 +5267,8 @@ class StartableAdapter(BaseLLMAdapter):
 
     def served_name(self) -> str | None:
         """What a started engine calls its model: a local folder goes by its last part, for no path reaches a caller."""
-        if self.model_name and os.path.isdir(self.model_name):
-            return Path(self.model_name).resolve().name
-        return self.model_name
+        model = self.launched_model
+        return Path(model).resolve().name if model and os.path.isdir(model) else model
 
 
 class HTTPAdapter(StartableAdapter):
@@ -5329,9 +5337,9 @@ class HTTPAdapter(StartableAdapter):
         return honoured(self.engine_type, surface, version_tuple(self.version))
 
     async def model_for(self, requested: str | None) -> str:
-        started = (await self.connection.reach()).child is not None
-        if started and requested in (None, self.model_name):
-            return self.served_name() or await super().model_for(requested)
+        target = await self.connection.reach()
+        if target.child is not None and requested in (None, self.model_name):
+            requested = self.served_name() or requested
         return await super().model_for(requested)
 
     async def features(self, model: str) -> frozenset[str]:
@@ -5747,7 +5755,8 @@ class VLLMAdapter(OpenAIAdapter):
     """vLLM's OpenAI server. Source: docs.vllm.ai, OpenAI-compatible server and Structured outputs, 0.26 to 0.33."""
 
     engine_type = "vllm"
-    default_url, url_env, key_env, package = "http://127.0.0.1:8000", "VLLM_BASE_URL", "VLLM_API_KEY", "vllm"
+    default_url, url_env, key_env = "http://127.0.0.1:8000", "VLLM_BASE_URL", "VLLM_API_KEY"
+    package, program = "vllm", "vllm"
     start_hint, install_hint = "vllm serve MODEL", "pip install vllm"
     embed_hint = "serve an embedding model: vllm serve MODEL --runner pooling"
     constraint_fields = "response_format and structured_outputs"
@@ -5792,18 +5801,11 @@ class VLLMAdapter(OpenAIAdapter):
         return missing | {"tool_choice"} if self.routed else missing
 
     def command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
-        if not self.model_name:
-            reason = "model_name: vLLM cannot be started without a model"
-            raise InvalidRequest(reason, "name a model of the hub, or a local folder", param="model_name")
-        address = ["--host", "127.0.0.1", "--port", str(child.port)]
-        options = ["--served-model-name", self.served_name() or "", *address, *self.launch_args]
+        model, options = self.launch_options("vLLM", child)
         env = {"VLLM_API_KEY": child.key, "VLLM_NO_USAGE_STATS": "1", **self.launch_env}
         if self.python or installed("vllm"):  # the console script is missing or broken in some builds
-            return [self.python or sys.executable, "-P", "-c", VLLM_SERVE, self.model_name, *options], env
-        return [shutil.which("vllm") or "vllm", "serve", self.model_name, *options], env
-
-    def can_start(self) -> bool:
-        return super().can_start() or bool(shutil.which("vllm"))
+            return [self.python or sys.executable, "-P", "-c", VLLM_SERVE, model, *options], env
+        return [shutil.which("vllm") or "vllm", "serve", model, *options], env
 
 
 def escape_regex(text: str) -> str:
@@ -5892,15 +5894,11 @@ class SGLangAdapter(OpenAIAdapter):
         return f"start SGLang with {' '.join(flags)}" if flags else super().suggestion(missing)
 
     def command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
-        if not self.model_name:
-            reason = "model_name: SGLang cannot be started without a model"
-            raise InvalidRequest(reason, "name a model of the hub, or a local folder", param="model_name")
+        model, options = self.launch_options("SGLang", child)
         config = Path(child.uds).with_name("sglang.yaml")  # in our own folder: everybody can read a command line
         config.write_text(f"api-key: {child.key}\n")
-        program = [self.python or sys.executable, "-m", "sglang.launch_server", "--model-path", self.model_name]
-        address = ["--host", "127.0.0.1", "--port", str(child.port)]
-        options = ["--config", str(config), "--served-model-name", self.served_name() or "", *address]
-        return [*program, *options, *self.launch_args], self.launch_env
+        program = [self.python or sys.executable, "-m", "sglang.launch_server", "--model-path", model]
+        return [*program, "--config", str(config), *options], self.launch_env
 
 
 class LlamaCppTranslator(OpenAIAdapter):
@@ -6042,26 +6040,20 @@ class LlamaCppAdapter(LlamaCppTranslator):
 
     @property
     def launched_model(self) -> str | None:
-        """The model that a started engine loads; None = the default one."""
         name = self.model_name or os.environ.get("LLAMACPP_MODEL") or None
         return None if name == DEFAULT_MODEL else name
 
     def served_name(self) -> str | None:
         return self.file.name if self.file else None
 
-    def launch_identity(self) -> tuple[str | None, ...]:
-        return (self.launched_model,)
-
     async def before_start(self) -> None:
-        if not installed("xllamacpp") and not self.python:
-            hint = f"{self.install_hint}, or start {self.start_hint} and set {self.url_env}"
-            raise EngineNotInstalled("xllamacpp is not installed", hint)
-        model = self.launched_model
-        self.file = await asyncio.to_thread(locate_model, model)
-        if self.file is None:
-            self.file = await self._pull(model)
+        self.file = await self._locate(self.launched_model)
 
-    async def _pull(self, model: str | None) -> "ModelFile":
+    async def _locate(self, model: str | None) -> ModelFile:
+        """The model's file, pulled where it is not here."""
+        known = await asyncio.to_thread(locate_model, model)
+        if known is not None:
+            return known
         progress, stop = Progress(f"pulling {model or DEFAULT_MODEL}"), threading.Event()
 
         def report(done: int, total: int) -> None:
@@ -6092,7 +6084,7 @@ class LlamaCppAdapter(LlamaCppTranslator):
         env = {"LLM_INFERENCE_CHILD": json.dumps(spec), "GGML_NO_BACKTRACE": "1", **self.launch_env}
         return [self.python or sys.executable, "-P", "-c", LLAMACPP_SERVER], env
 
-    def _parameters(self, file: "ModelFile", child: EngineChild) -> dict[str, Any]:
+    def _parameters(self, file: ModelFile, child: EngineChild) -> dict[str, Any]:
         """xllamacpp.CommonParams: ours, and over them launch_args."""
         threads = free_cores()
         slots = 4 if (os.cpu_count() or 1) >= 8 else 2  # requests at once: more do not pay on a few cores
@@ -6118,8 +6110,7 @@ class LlamaCppAdapter(LlamaCppTranslator):
         return params
 
     async def pull(self, model: str) -> AsyncGenerator[tuple[str, int, int], None]:
-        file = await asyncio.to_thread(locate_model, model) or await self._pull(model)
-        size = file.path.stat().st_size
+        size = (await self._locate(model)).path.stat().st_size
         yield "success", size, size
 
 
@@ -6475,7 +6466,9 @@ class OllamaAdapter(OllamaTranslator):
     engine_type = "ollama"
     extras = frozenset({"tool_messages", "images", "embed", "pull"})
     in_auto = True
-    default_url, url_env, key_env, package = "http://127.0.0.1:11434", "OLLAMA_HOST", "OLLAMA_API_KEY", "ollama"
+    default_url, url_env, key_env = "http://127.0.0.1:11434", "OLLAMA_HOST", "OLLAMA_API_KEY"
+    program = "ollama"
+    launched_model = None  # one server has all models
     start_hint, install_hint = "ollama serve", "see ollama.com/download"
     embed_hint = "use an embedding model: ollama pull nomic-embed-text"
     stamp_paths = ("/api/version",)
@@ -6631,18 +6624,8 @@ class OllamaAdapter(OllamaTranslator):
             raise
 
     def command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
-        program = shutil.which("ollama") or "ollama"
         address = {"OLLAMA_HOST": f"127.0.0.1:{child.port}"}
-        return [program, "serve", *self.launch_args], address | self.launch_env
-
-    def launch_identity(self) -> tuple[str | None, ...]:
-        return ()  # one server has all models
-
-    def served_name(self) -> str | None:
-        return None
-
-    def can_start(self) -> bool:
-        return bool(shutil.which("ollama"))
+        return [shutil.which("ollama") or "ollama", "serve", *self.launch_args], address | self.launch_env
 
 
 def ollama_message(message: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
