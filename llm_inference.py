@@ -5477,13 +5477,12 @@ class OpenAIAdapter(HTTPAdapter):
     reasoning_field: ClassVar[str] = "reasoning_content"  #: of an assistant's message, in and out
 
     def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        words = self.fields(request.surface)
+        words, own = self.fields(request.surface), request.surface == OWN
         wire: dict[str, Any] = {}
         for name, value in body.items():
             word = words.get(name, "=")
-            if name in (*CONSTRAINTS, "think") and (request.surface == OWN or word == "~"):
-                continue
-            wire[name if word in ("=", "~") else word] = value
+            if not own or name not in (*CONSTRAINTS, "think"):
+                wire[name if word in ("=", "~") else word] = value
         if isinstance(wire.get("stop"), str):
             wire["stop"] = [wire["stop"]]
         if "messages" in wire:
@@ -5492,8 +5491,8 @@ class OpenAIAdapter(HTTPAdapter):
             wire["add_generation_prompt"] = False  # vLLM refuses one without the other
         if body.get("tools") and body.get("tool_choice") not in (None, "auto"):
             wire |= strict_tools(body, self.offers_named_alone)
-        wire |= self._encode_constraint(request, body)
-        wire |= self._encode_thinking(request, body)
+        if own:
+            wire |= self._encode_own(request, body)
         if "documents" in wire:
             wire["documents"] = [text_of_document(document) for document in wire["documents"]]
             wire.pop("return_documents", None)
@@ -5502,19 +5501,14 @@ class OpenAIAdapter(HTTPAdapter):
             wire["response_format"] = form | {"json_schema": {"name": "answer", **form["json_schema"]}}
         return request.path, wire | dict(request.options)
 
-    def _encode_constraint(self, request: GenerateRequest, body: dict[str, Any]) -> dict[str, Any]:
-        name = request.constraint
-        if request.surface != OWN or name is None or name not in body:
-            return {}
-        return self.constrain(name, body[name], request)
-
-    def _encode_thinking(self, request: GenerateRequest, body: dict[str, Any]) -> dict[str, Any]:
-        think = body.get("think")
-        if think is None and request.surface == OWN and request.constraint in body:
-            think = False  # or the answer could be lost in the reasoning
-        if think is None:
-            return {}
-        found: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": bool(think)}}
+    def _encode_own(self, request: GenerateRequest, body: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        name, think = request.constraint, body.get("think")
+        if name is not None and name in body:
+            found = self.constrain(name, body[name], request)
+            think = think or False  # or the answer could be lost in the reasoning
+        if think is not None:
+            found["chat_template_kwargs"] = {"enable_thinking": bool(think)}
         if isinstance(think, str):
             found["reasoning_effort"] = think
         return found
@@ -5530,22 +5524,20 @@ class OpenAIAdapter(HTTPAdapter):
     def decode_object(
         self, data: bytes, payload: dict[str, Any], request: GenerateRequest, body: dict[str, Any]
     ) -> Answer:
+        self._check_model(payload.get("model"), body)
         if request.path in PLAIN:
-            self._check_model(payload, body)
             return plain_answer(request.path, payload, body, self._contexts.get(body["model"]))
         found = payload["data" if request.path == EMBEDDINGS else "choices"]
         if not isinstance(found, list) or not found or not isinstance(found[0], dict):
             reason = f"{self.engine_type} answered with something else than a completion"
             raise BadEngineReply(reason, "check the engine")
-        self._check_model(payload, body)
         if payload.pop("metadata", None) is not None:  # SGLang's does not fit OpenAI's type
             data = to_json(payload)
         return Answer.from_object(with_reasoning(data), payload)
 
-    def _check_model(self, payload: Mapping[str, Any], body: Mapping[str, Any]) -> None:
+    def _check_model(self, named: Any, body: Mapping[str, Any]) -> None:
         """An answer never comes from a model that was not asked for."""
-        named = payload.get("model")
-        if named and named != body["model"] and self.names_models:
+        if self.names_models and named and named != body["model"]:
             self.connection.forget()
             reason = f"{self.engine_type} answered as {redact(str(named), 80)!r}, which was not asked for"
             raise EngineUnavailable(reason, "ask again: the server was replaced")
@@ -5568,7 +5560,7 @@ class OpenAIAdapter(HTTPAdapter):
             if b'"error"' in data or not GOOD_ENDS.issuperset(ends) or not CLEAN_EVENTS.fullmatch(data):
                 data, error = self._checked_part(data)
             if first and (named := MODEL.search(data)):
-                self._check_model({"model": from_json(named[1])}, body)
+                self._check_model(from_json(named[1]), body)
             first = False
             finished += len(ends)
             if done is not None and error is None and finished < expected:
@@ -5624,11 +5616,10 @@ class OpenAIAdapter(HTTPAdapter):
         """A small request of our own; its JSON object."""
         return self.payload(await self.connection.post(path, to_json(body), self.deadlines))
 
-    async def template_drops(self, model: str, features: Sequence[str]) -> set[str]:
-        """Of these features, those that the model's template does not use: its rendered prompts are the same."""
+    async def template_drops(self, model: str) -> set[str]:
+        """The features that the model's template does not use: its rendered prompts are the same."""
         dropped = set()
-        for feature in features:
-            one, other = TEMPLATE_PROBES[feature]
+        for feature, (one, other) in TEMPLATE_PROBES.items():
             if await self._rendered(model, one) == await self._rendered(model, other):
                 dropped.add(feature)
         return dropped
@@ -5704,7 +5695,7 @@ def strict_tools(body: dict[str, Any], named_alone: bool) -> dict[str, Any]:
         tools, choice = [tool for tool in tools if name_of(tool) == name_of(choice)], "required"
     strict = []
     for tool in tools:
-        if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
+        if isinstance(tool.get("function"), dict):
             tool = tool | {"function": {**tool["function"], "strict": True}}
         strict.append(tool)
     return {"tools": strict, "tool_choice": choice}
@@ -5714,9 +5705,9 @@ def first_call_only(burst: Burst) -> list[dict[str, Any]]:
     """The chunks, without the tool calls behind the first."""
     for payload in burst.payloads:
         for choice in payload.get("choices") or ():
-            calls = message_of(choice).get("tool_calls")
-            if isinstance(calls, list):
-                choice["delta"] = {**message_of(choice), "tool_calls": [c for c in calls if c.get("index", 0) == 0]}
+            delta = choice.get("delta") or {}
+            if isinstance(delta.get("tool_calls"), list):
+                delta["tool_calls"] = [call for call in delta["tool_calls"] if call.get("index", 0) == 0]
     return burst.payloads
 
 
@@ -5727,18 +5718,16 @@ def expected_choices(body: Mapping[str, Any]) -> int:
     return prompts * n if isinstance(n, int) else 1
 
 
-def repaired_messages(messages: Any, reasoning_field: str) -> Any:
+def repaired_messages(messages: list[dict[str, Any]], reasoning_field: str) -> list[dict[str, Any]]:
     """Messages with the reasoning under the engine's name for it, and "{}" for a call's empty arguments: some
     templates need JSON there.
     """
-    if not isinstance(messages, list):
-        return messages
+    other = "reasoning" if reasoning_field == "reasoning_content" else "reasoning_content"
     found = []
     for message in messages:
-        other = "reasoning" if reasoning_field == "reasoning_content" else "reasoning_content"
-        if isinstance(message, dict) and other in message:
+        if other in message:
             message = {reasoning_field if name == other else name: value for name, value in message.items()}
-        if isinstance(message, dict) and isinstance(message.get("tool_calls"), list):
+        if isinstance(message.get("tool_calls"), list):
             message = message | {"tool_calls": [_repaired_call(call) for call in message["tool_calls"]]}
         found.append(message)
     return found
@@ -5797,7 +5786,7 @@ class VLLMAdapter(OpenAIAdapter):
     async def missing_features(self, model: str) -> set[str]:
         """What the model's template does not use is silently dropped by vLLM."""
         await self.check_served(model)
-        missing = await self.template_drops(model, ("think", "tools", "tool_messages"))
+        missing = await self.template_drops(model)
         return missing | {"tool_choice"} if self.routed else missing
 
     def command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
@@ -5839,10 +5828,11 @@ class SGLangAdapter(OpenAIAdapter):
     offers_named_alone = True
     stamp_paths = ("/v1/models", "/model_info")
     constraint_fields = "response_format, regex and ebnf"
-    FLAGS: ClassVar[dict[str, str]] = {
-        "seed": "--enable-deterministic-inference",
-        "think": "--reasoning-parser",
-        "tools": "--tool-call-parser",
+    #: without a parser calls arrive as text, an unseeded sampler ignores the seed
+    FLAGS: ClassVar = {
+        "seed": "enable_deterministic_inference",
+        "think": "reasoning_parser",
+        "tools": "tool_call_parser",
     }
 
     async def identify(self, get: Get) -> str | None:
@@ -5870,27 +5860,21 @@ class SGLangAdapter(OpenAIAdapter):
         return {"ebnf" if name == "grammar" else name: value}
 
     async def missing_features(self, model: str) -> set[str]:
-        """What its start flags lack: without a parser calls arrive as text, an unseeded sampler ignores the seed."""
+        """What its start flags lack."""
         await self.check_served(model)
         info: dict[str, Any] = {}
-        for path in ("/model_info", "/server_info"):
-            with contextlib.suppress(
-                UnsupportedFeature, ModelNotFound, BadEngineReply
-            ):  # a router does not report them
+        for path in ("/model_info", "/server_info"):  # a router does not report them
+            with contextlib.suppress(UnsupportedFeature, ModelNotFound, BadEngineReply):
                 info |= await self.fetch_json(path)
-        missing = set()
-        if not info or not info.get("has_image_understanding", True):
+        missing = {name for name, flag in self.FLAGS.items() if not info.get(flag)}
+        if "tools" in missing:
+            missing.add("tool_choice")
+        if not info.get("has_image_understanding", bool(info)):
             missing.add("images")
-        if not info.get("enable_deterministic_inference"):
-            missing.add("seed")
-        if not info.get("reasoning_parser"):
-            missing.add("think")
-        if not info.get("tool_call_parser"):
-            missing |= {"tools", "tool_choice"}
-        return missing | await self.template_drops(model, ("think", "tools", "tool_messages"))
+        return missing | await self.template_drops(model)
 
     def suggestion(self, missing: Sequence[str]) -> str:
-        flags = [flag for name, flag in self.FLAGS.items() if name in missing]
+        flags = [f"--{flag.replace('_', '-')}" for name, flag in self.FLAGS.items() if name in missing]
         return f"start SGLang with {' '.join(flags)}" if flags else super().suggestion(missing)
 
     def command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
