@@ -5885,22 +5885,33 @@ class SGLangAdapter(OpenAIAdapter):
         return [*program, "--config", str(config), *options], self.launch_env
 
 
-class LlamaCppTranslator(OpenAIAdapter):
-    """OpenAI's vocabulary to that of llama.cpp's server, and back. Source: tools/server/README.md, 2026-10."""
+class LlamaCppAdapter(OpenAIAdapter):
+    """llama.cpp's server, attached, or embedded (xllamacpp) in a child. Source: tools/server/README.md, 2026-10."""
 
+    engine_type = "llamacpp"
+    default_url, url_env, key_env = "http://127.0.0.1:8080", "LLAMACPP_BASE_URL", "LLAMACPP_API_KEY"
+    package = "xllamacpp"
+    start_hint, install_hint = "llama-server -m MODEL.gguf", "pip install xllamacpp"
+    embed_hint = (
+        "start it with --embeddings --pooling mean; the embedded one with launch_args embedding=true pooling_type=1"
+    )
+    pull_hint = "name a .gguf file, or a model such as Qwen/Qwen3-0.6B-GGUF:Q8_0"
+    constraint_fields = "response_format and grammar"
+    keep_alive = False  # it closes a connection after a stream, and says so only by doing it
+    stamp_paths = ("/v1/models", "/props")
     offers_named_alone = True
     streams_only = True
     names_models = True
 
-    def __init__(self, model_name: str | None = None, **options: Any) -> None:
-        super().__init__(model_name, **options)
-        self._vocabularies: dict[str, int] = {}  #: model → how many tokens it knows
+    def __init__(self, model_name: str | os.PathLike[str] | None = None, **options: Any) -> None:
+        super().__init__(os.fspath(model_name) if model_name is not None else None, **options)
+        self.file: ModelFile | None = None  #: the file of a started engine's model
+        self._vocabularies: dict[str, Any] = {}  #: model → how many tokens it knows
         self._effort_alone = False  #: does the template take reasoning_effort, but no enable_thinking (gpt-oss)?
 
     def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        refuse_lark(body.get("grammar"))
-        if isinstance(body.get("grammar"), str):
-            _EmptyRepeats(body["grammar"])
+        if "grammar" in body:
+            _check_grammar(body["grammar"])
         if self._effort_alone:
             _refuse_enable_thinking(body)
         _refuse_unknown_tokens(body, self._vocabularies.get(body["model"]))
@@ -5912,27 +5923,22 @@ class LlamaCppTranslator(OpenAIAdapter):
             wire |= _with_sizes(_encode_schema(request, schema))
             if request.path == COMPLETIONS:  # it ignores response_format there
                 wire.pop("response_format", None)
-        if body.get("logprobs") is not None and request.path in GENERATED:
-            wire |= _encode_logprobs(request, body)
+        top = top_logprobs(request.path, body)
+        if top is not None:  # without their number it reports 20, with 0 none at all: `decoder` cuts them
+            wire["logprobs" if request.path == COMPLETIONS else "top_logprobs"] = max(1, top)
         if body.get("continue_final_message"):
             wire["add_generation_prompt"] = False
         return path, wire
 
     async def answer(self, request: GenerateRequest, body: dict[str, Any]) -> Answer:
         if request.path == TOKENIZE:
-            body = await self._prompt_of(body)
+            await self.context_length(body["model"])  # for the answer's max_model_len
+            body = {"add_special_tokens": True, **body}  # by default it adds none; the other engines do
+            chat = {name: body.pop(name) for name in ("messages", "tools") if name in body}
+            if "messages" in chat:
+                with well_formed(self.engine_type):
+                    body["prompt"] = (await self.ask("/apply-template", chat))["prompt"]
         return await super().answer(request, body)
-
-    async def _prompt_of(self, body: dict[str, Any]) -> dict[str, Any]:
-        """A body of /tokenize with a prompt. By default it adds no special tokens; the other engines do."""
-        await self.context_length(body["model"])  # for the answer's max_model_len
-        given = {name: value for name, value in body.items() if name not in ("messages", "tools")}
-        given.setdefault("add_special_tokens", True)
-        if "messages" in body:
-            chat = {name: body[name] for name in ("messages", "tools") if name in body}
-            with well_formed(self.engine_type):
-                given["prompt"] = (await self.ask("/apply-template", chat))["prompt"]
-        return given
 
     def constrain(self, name: str, value: Any, request: GenerateRequest) -> dict[str, Any]:
         if name == "choice":
@@ -5942,64 +5948,39 @@ class LlamaCppTranslator(OpenAIAdapter):
         return {"grammar": value} if name == "grammar" else super().constrain(name, value, request)
 
     def pusher(self, request: GenerateRequest, body: dict[str, Any]) -> Callable[[bytes], bool] | None:
-        return None if asks_logprobs(body) else super().pusher(request, body)
+        return super().pusher(request, body) if body.get("logprobs") is None else None
 
     def decoder(self, request: GenerateRequest, body: dict[str, Any]) -> Decoder:
         decode = super().decoder(request, body)
-        if not asks_logprobs(body):
+        top = top_logprobs(request.path, body)
+        if top is None:
             return decode
-        legacy = request.path == COMPLETIONS
-        wanted = int(body["logprobs"]) if legacy else body.get("top_logprobs") or 0
-        offsets: dict[int, int] = {}  #: characters so far, by choice
+        offsets: dict[int, int] | None = {} if request.path == COMPLETIONS else None  #: characters so far, by choice
 
         def with_openai_logprobs(data: bytes) -> Decoded:
             burst, error = decode(data)
             if burst is None:
                 return burst, error
-            with well_formed(self.engine_type):
-                for payload in burst.payloads:
-                    for choice in payload.get("choices") or ():
-                        trim_logprobs(choice, wanted, offsets if legacy else None)
-                return Burst(payloads=burst.payloads, end=burst.end), error
+            for payload in burst.payloads:
+                for choice in payload.get("choices") or ():
+                    trim_logprobs(choice, top, offsets)
+            return Burst(payloads=burst.payloads, end=burst.end), error
 
         return with_openai_logprobs
-
-
-class LlamaCppAdapter(LlamaCppTranslator):
-    """llama.cpp's server, its models and their features: attached, or embedded (xllamacpp) in a child."""
-
-    engine_type = "llamacpp"
-    default_url, url_env, key_env = "http://127.0.0.1:8080", "LLAMACPP_BASE_URL", "LLAMACPP_API_KEY"
-    package = "xllamacpp"
-    start_hint, install_hint = "llama-server -m MODEL.gguf", "pip install xllamacpp"
-    embed_hint = (
-        "start it with --embeddings --pooling mean; the embedded one with launch_args embedding=true pooling_type=1"
-    )
-    constraint_fields = "response_format and grammar"
-    keep_alive = False  # it closes a connection after a stream, and says so only by doing it
-    stamp_paths = ("/v1/models", "/props")
-    pull_hint = "name a .gguf file, or a model such as Qwen/Qwen3-0.6B-GGUF:Q8_0"
-
-    def __init__(self, model_name: str | os.PathLike[str] | None = None, **options: Any) -> None:
-        super().__init__(os.fspath(model_name) if model_name is not None else None, **options)
-        self.file: ModelFile | None = None  #: the file of a started engine's model
 
     async def identify(self, get: Get) -> str | None:
         if "llamacpp" not in owners_of(await get("/v1/models")):
             return None
         props = await get("/props")
         build = str(props.get("build_info", "")) if isinstance(props, dict) else ""
-        return "" if build == "b0-unknown" else build  # what a build without git's history says
+        if build not in ("", "b0-unknown"):  # what a build without git's history says
+            return build
+        ours = self.connection.launcher.child is not None and not self.python
+        return f"xllamacpp {importlib.metadata.version('xllamacpp')}" if ours else ""
 
     def _model_info(self, model: dict[str, Any]) -> ModelInfo:
-        size = (model.get("meta") or {}).get("n_vocab")
-        if isinstance(size, int):
-            self._vocabularies[model["id"]] = size
+        self._vocabularies[model["id"]] = (model.get("meta") or {}).get("n_vocab")
         return super()._model_info(model)
-
-    def forget(self) -> None:
-        super().forget()
-        self._vocabularies.clear()
 
     async def missing_features(self, model: str) -> set[str]:
         """What the model's chat template and projector do not know is silently dropped by llama.cpp."""
@@ -6053,11 +6034,6 @@ class LlamaCppAdapter(LlamaCppTranslator):
             progress.done()
         return found
 
-    async def connect(self) -> None:
-        await super().connect()
-        if not self.version and not self.python and self.connection.launcher.child is not None:
-            self.version = f"xllamacpp {importlib.metadata.version('xllamacpp')}"
-
     def child_target(self, child: EngineChild) -> Target:
         headers = {"authorization": f"Bearer {child.key}"}
         return Target("http://localhost", headers, uds=child.uds, child=child, generation=child.generation)
@@ -6081,7 +6057,13 @@ class LlamaCppAdapter(LlamaCppTranslator):
         if file.mmproj is not None:
             params["mmproj.path"] = str(file.mmproj)
         for setting in self.launch_args:
-            params |= _launch_parameter(setting)
+            name, _, text = setting.partition("=")
+            if not re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", name) or not text:
+                hint = 'for example "n_ctx=8192" (names: xllamacpp.CommonParams)'
+                raise InvalidRequest(f"launch_args: {setting[:40]!r} is not name=value", hint, param="launch_args")
+            params[name] = text
+            with contextlib.suppress(ValueError):
+                params[name] = json.loads(text)
         for name in ("n_ctx", "n_parallel"):
             if type(params[name]) is not int:
                 reason = f"launch_args: {name} must be an integer"
@@ -6098,11 +6080,11 @@ class LlamaCppAdapter(LlamaCppTranslator):
         yield "success", size, size
 
 
-def _refuse_unknown_tokens(body: dict[str, Any], size: int | None) -> None:
+def _refuse_unknown_tokens(body: dict[str, Any], size: Any) -> None:
     """It ignores the bias of a token that it does not have, and answers 500 to such a one in /detokenize."""
     for name in ("logit_bias", "tokens"):
         for token in body.get(name) or ():
-            if size is not None and str(token).isdigit() and int(token) >= size:
+            if isinstance(size, int) and str(token).isdigit() and int(token) >= size:
                 reason = f"{name}: must be tokens from 0 to {size - 1}, the model's vocabulary, got {token}"
                 raise InvalidRequest(reason, "see POST /tokenize", param=name)
 
@@ -6147,16 +6129,12 @@ def _with_sizes(value: Any) -> Any:
     return copy
 
 
-def _encode_logprobs(request: GenerateRequest, body: dict[str, Any]) -> dict[str, Any]:
-    """Without top_logprobs it reports 20, with 0 no logprobs at all: ask for at least one, and cut (`decoder`)."""
-    if request.path == COMPLETIONS:
-        return {"logprobs": max(1, int(body["logprobs"]))}
-    return {"top_logprobs": max(1, body.get("top_logprobs") or 0)}
-
-
-def asks_logprobs(body: Mapping[str, Any]) -> bool:
-    """In the chat API with a boolean, for completions with a number, which may be 0."""
-    return bool(body.get("logprobs")) or type(body.get("logprobs")) is int
+def top_logprobs(path: str, body: Mapping[str, Any]) -> int | None:
+    """How many alternatives a token's logprobs are to have; None: no logprobs. Completions ask with their number."""
+    asked = body.get("logprobs")
+    if asked is None:
+        return None
+    return int(asked) if path == COMPLETIONS else body.get("top_logprobs") or 0
 
 
 def trim_logprobs(choice: dict[str, Any], top: int, offsets: dict[int, int] | None) -> None:
@@ -6173,71 +6151,55 @@ def trim_logprobs(choice: dict[str, Any], top: int, offsets: dict[int, int] | No
     offsets[index] = start + sum(len(item["token"]) for item in items)
 
 
-def _launch_parameter(setting: str) -> dict[str, Any]:
-    name, _, text = setting.partition("=")
-    if not re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", name) or not text:
-        hint = 'for example "n_ctx=8192" (names: xllamacpp.CommonParams)'
-        raise InvalidRequest(f"launch_args: {setting[:40]!r} is not name=value", hint, param="launch_args")
-    value: Any = text
-    with contextlib.suppress(ValueError):
-        value = json.loads(text)
-    return {name: value}
+_GBNF: Final = re.compile(_IN_GRAMMAR.pattern + r"|\{[^}]*\}|::=|[\w-]+|\S", re.DOTALL)
+_GBNF_ROUNDS = 20  # in which the rules that may be empty must be known
 
 
-def refuse_lark(grammar: Any) -> None:
-    """Raises UnsupportedFeature for LLGuidance's Lark, in which llama.cpp takes an error for no grammar at all."""
-    if str(grammar or "").lstrip().startswith("%llguidance"):
+def _check_grammar(grammar: str) -> None:
+    """Refuses what llama.cpp takes for no grammar, or cannot finish.
+
+    In LLGuidance's Lark an error counts as no grammar at all. Where a count repeats what may be empty, such as
+    `("a"? "b"?){0,500}`, it follows every way to divide a text among the repetitions, and answers nobody meanwhile.
+    """
+    if grammar.lstrip().startswith("%llguidance"):
         reason = "grammar: llamacpp would ignore an error in a Lark grammar"
         raise UnsupportedFeature(reason, "write it as GBNF", param="grammar")
+    tokens = [token for token in _GBNF.findall(grammar) if not token.startswith("#")]
+    starts = [place for place, token in enumerate(tokens[1:]) if token == "::="]
+    rules = [(tokens[one], tokens[one + 2 : other]) for one, other in itertools.pairwise([*starts, len(tokens)])]
+    empty: set[str] = set()  # the rules that may be empty
+    try:
+        for _ in range(_GBNF_ROUNDS):
+            known = len(empty)
+            rules.reverse()
+            for name, body in rules:
+                if _may_be_empty(iter(body), empty):
+                    empty.add(name)
+            if known == len(empty):
+                return
+    except RecursionError:
+        pass
+    raise InvalidRequest("grammar: nested too deeply", "use fewer levels of rules and groups", param="grammar")
 
 
-_GBNF: Final = re.compile(_IN_GRAMMAR.pattern + r"|\{[^}]*\}|::=|[\w-]+|\S", re.DOTALL)
-
-
-class _EmptyRepeats:
-    """Refuses a GBNF grammar that repeats by a count what may be empty, such as `("a"? "b"?){0,500}`.
-
-    llama.cpp follows every way to divide a text among the repetitions, and answers nobody meanwhile.
-    """
-
-    ROUNDS = 20  #: in which the rules that may be empty must be known
-
-    def __init__(self, grammar: str) -> None:
-        tokens = [token for token in _GBNF.findall(grammar) if not token.startswith("#")]
-        starts = [place for place, token in enumerate(tokens[1:]) if token == "::="]
-        rules = [(tokens[one], tokens[one + 2 : other]) for one, other in itertools.pairwise([*starts, len(tokens)])]
-        self.empty: set[str] = set()  #: the rules that may be empty
-        try:
-            for _ in range(self.ROUNDS):
-                known = len(self.empty)
-                rules.reverse()
-                for name, body in rules:
-                    if self._may_be_empty(iter(body)):
-                        self.empty.add(name)
-                if known == len(self.empty):
-                    return
-        except RecursionError:
-            pass
-        raise InvalidRequest("grammar: nested too deeply", "use fewer levels of rules and groups", param="grammar")
-
-    def _may_be_empty(self, tokens: Iterator[str]) -> bool:
-        """Whether one of the alternatives up to the closing bracket may be empty."""
-        found, items = False, [True]  # of an alternative, by item
-        for token in tokens:
-            if token == ")":
-                break
-            if token == "|":
-                found, items = found or all(items), [True]
-            elif token[0] in "?*{":
-                if token[0] == "{" and items[-1] and len(items) > 1:
-                    reason = "grammar: it repeats by a count what may be empty, which llama.cpp cannot finish"
-                    raise UnsupportedFeature(reason, "leave out the ? or * within what is repeated", param="grammar")
-                items[-1] = items[-1] or token[0] != "{" or int(re.sub(r"\D.*", "", token[1:].strip()) or 0) == 0
-            elif token == "(":
-                items.append(self._may_be_empty(tokens))
-            elif token != "+":
-                items.append(token == '""' or token in self.empty)
-        return found or all(items)
+def _may_be_empty(tokens: Iterator[str], empty: Container[str]) -> bool:
+    """Whether one of the alternatives up to the closing bracket may be empty; `empty`: the rules that may."""
+    found, items = False, [True]  # of an alternative, by item
+    for token in tokens:
+        if token == ")":
+            break
+        if token == "|":
+            found, items = found or all(items), [True]
+        elif token[0] in "?*{":
+            if token[0] == "{" and items[-1] and len(items) > 1:
+                reason = "grammar: it repeats by a count what may be empty, which llama.cpp cannot finish"
+                raise UnsupportedFeature(reason, "leave out the ? or * within what is repeated", param="grammar")
+            items[-1] = items[-1] or token[0] != "{" or int(re.sub(r"\D.*", "", token[1:].strip()) or 0) == 0
+        elif token == "(":
+            items.append(_may_be_empty(tokens, empty))
+        elif token != "+":
+            items.append(token == '""' or token in empty)
+    return found or all(items)
 
 
 def gbnf_literal(text: str) -> str:
