@@ -5413,6 +5413,10 @@ class HTTPAdapter(StartableAdapter):
             items = sorted(answer.payload["data"], key=lambda item: item["index"])
             return vectors_of([item["embedding"] for item in items], texts), answer.usage or Usage()
 
+    async def ask(self, path: str, body: Any) -> dict[str, Any]:
+        """A small request of our own; its JSON object."""
+        return self.payload(await self.connection.post(path, to_json(body), self.deadlines))
+
     async def fetch_json(self, path: str, body: Any = None) -> dict[str, Any]:
         """A small question to the engine; {} for what it does not know. Raises where it fails or is overloaded."""
         target = await self.connection.reach()
@@ -5611,10 +5615,6 @@ class OpenAIAdapter(HTTPAdapter):
         meta = model.get("meta") or {}
         context = model.get("max_model_len") or meta.get("n_ctx")
         return ModelInfo(name=model["id"], context_length=context, size=meta.get("size"))
-
-    async def ask(self, path: str, body: Any) -> dict[str, Any]:
-        """A small request of our own; its JSON object."""
-        return self.payload(await self.connection.post(path, to_json(body), self.deadlines))
 
     async def template_drops(self, model: str) -> set[str]:
         """The features that the model's template does not use: its rendered prompts are the same."""
@@ -6232,7 +6232,7 @@ class OllamaTranslator(HTTPAdapter):
     def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         if request.path == EMBEDDINGS:
             wire = {"model": body["model"], "input": texts_of(body["input"]), "truncate": False}
-            return "/api/embed", wire | {name: body[name] for name in ("dimensions", "keep_alive") if name in body}
+            return "/api/embed", wire | {name: body[name] for name in ("keep_alive",) if name in body}
         # truncate and shift: by default Ollama silently cuts a prompt that does not fit
         wire = {"model": body["model"], "stream": bool(body.get("stream")), "truncate": False, "shift": False}
         path = "/api/chat" if request.path == CHAT else "/api/generate"
@@ -6242,17 +6242,21 @@ class OllamaTranslator(HTTPAdapter):
             wire |= {"prompt": body["prompt"], "raw": True}
         else:
             raise UnsupportedFeature("prompt: ollama takes one text", "send one request for each", param="prompt")
-        if body.get("n", 1) != 1:
-            raise UnsupportedFeature("n: ollama gives one answer", "send several requests", param="n")
-        wire |= self._encode_constraint(body)
-        if isinstance(wire.get("format"), dict) and "schema" in body:  # its grammars also read patterns loosely
-            request.served.enforced = _GrammarCheck(body["schema"]).exact and '"pattern"' not in json.dumps(body)
+        schema = answer_schema(body)
+        if schema == ANY_OBJECT:
+            wire["format"] = "json"
+        elif schema is not None:
+            wire["format"] = schema
+            if "schema" in body:  # its grammars also read patterns loosely
+                request.served.enforced = _GrammarCheck(schema).exact and '"pattern"' not in json.dumps(schema)
+        elif "choice" in body:
+            wire["format"] = {"type": "string", "enum": body["choice"]}
         wire |= {name: body[name] for name in ("tools", "logprobs", "top_logprobs", "keep_alive") if name in body}
         think = self._thinking(request, body)
+        if think is None and "format" in wire and "think" in self._features.get(body["model"], (0, ()))[1]:
+            think = False  # or the answer could be lost in the reasoning
         if think is not None:
             wire["think"] = think
-        elif "format" in wire and "think" in self._features.get(body["model"], (0, frozenset()))[1]:
-            wire["think"] = False  # or the answer could be lost in the reasoning
         extra = dict(request.options)
         wire["options"] = self._options(request, body) | extra.pop("options", {})
         return path, wire | extra
@@ -6271,15 +6275,6 @@ class OllamaTranslator(HTTPAdapter):
             options["stop"] = [body["stop"]] if isinstance(body["stop"], str) else body["stop"]
         return options
 
-    @staticmethod
-    def _encode_constraint(body: dict[str, Any]) -> dict[str, Any]:
-        schema = answer_schema(body)
-        if schema is not None:
-            return {"format": "json" if schema == ANY_OBJECT else schema}
-        if "choice" in body:
-            return {"format": {"type": "string", "enum": body["choice"]}}
-        return {}
-
     def _thinking(self, request: GenerateRequest, body: dict[str, Any]) -> bool | str | None:
         """Our `think`, or OpenAI's reasoning_effort and the templates' enable_thinking in its words."""
         kwargs = body.get("chat_template_kwargs")
@@ -6289,10 +6284,9 @@ class OllamaTranslator(HTTPAdapter):
         found = body.get(name)
         if not isinstance(found, str):
             return found
-        levels: dict[str, bool | str] = {"none": False, "minimal": "low", "xhigh": "high"}
-        level = levels.get(found, found)
-        if level is False:
-            return level
+        if found == "none":
+            return False
+        level = {"minimal": "low", "xhigh": "high"}.get(found, found)
         has_levels = self._has_levels.get(body["model"])
         if level != found or not has_levels:
             request.served.ignored += (name,)  # it thinks, at another level than the one that was asked for
@@ -6313,36 +6307,6 @@ class OllamaTranslator(HTTPAdapter):
             found.append(ollama_message(message, names))
         return found
 
-    def _chunk(self, payload: dict[str, Any], calls: int = 0, one_call: bool = False) -> Chunk:
-        """A line of Ollama's, or its complete answer. `calls`: how many came before (each may claim index 0)."""
-        message = payload.get("message") or {}
-        found = []
-        for index, call in enumerate(message.get("tool_calls") or (), calls):
-            if not one_call or index == 0:
-                found.append(ollama_call(index, call))
-        done = payload.get("done") is True
-        usage = None
-        if done:
-            usage = Usage(
-                prompt_tokens=count_of(payload.get("prompt_eval_count")),
-                completion_tokens=count_of(payload.get("eval_count")),
-            )
-        return Chunk(
-            text=text_of(message.get("content")) or text_of(payload.get("response")),
-            reasoning=text_of(message.get("thinking") or payload.get("thinking")),
-            tool_calls=tuple(found),
-            logprobs=tuple(payload.get("logprobs") or ()),
-            finish_reason=finish_of(payload.get("done_reason") or "stop") if done else None,
-            usage=usage,
-        )
-
-    @staticmethod
-    def _timings(payload: dict[str, Any]) -> dict[str, float]:
-        """Its nanoseconds in llama.cpp's fields."""
-        load, decode = payload.get("load_duration", 0) / 1e6, payload.get("eval_duration", 0) / 1e6
-        speed = payload.get("eval_count", 0) / decode * 1e3 if decode else 0.0
-        return {"queue_ms": load, "predicted_ms": decode, "predicted_per_second": speed}
-
     def decode_object(
         self, data: bytes, payload: dict[str, Any], request: GenerateRequest, body: dict[str, Any]
     ) -> Answer:
@@ -6352,58 +6316,71 @@ class OllamaTranslator(HTTPAdapter):
         if not payload.get("done"):
             reason = "ollama stopped before the answer was complete"
             raise BadEngineReply(reason, "it ends an answer that repeats one token; rephrase the prompt")
-        chunk = self._chunk(payload, one_call=body.get("parallel_tool_calls") is False)
-        if "choice" in body:  # its choices are JSON strings
-            with contextlib.suppress(ValueError):
-                chunk = dataclasses.replace(chunk, text=str(from_json(chunk.text)))
         answer = Answer()
-        answer.add(payload_of(chunk, openai_base(request.path, body)))
-        answer.usage = chunk.usage
-        answer.payload["usage"] = (chunk.usage or Usage()).as_dict()
+        for event in self._reader(request, body | {"stream_options": {"include_usage": True}})(payload):
+            answer.add(event)
         answer.payload = answer.as_object(request.path)
         answer.data = to_json(answer.payload)
-        answer.timing = timing_of({"timings": self._timings(payload)})
         return answer
 
     def decoder(self, request: GenerateRequest, body: dict[str, Any]) -> Decoder:
-        base = openai_base(request.path, body, stream=True)
-        calls, opened = 0, request.path != CHAT
-        one_call = body.get("parallel_tool_calls") is False
-
-        def events_of(payload: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
-            nonlocal calls, opened
-            chunk = self._chunk(payload, calls, one_call)
-            calls += len(chunk.tool_calls)
-            if calls and chunk.finish_reason == "stop":
-                chunk = dataclasses.replace(chunk, finish_reason="tool_calls")
-            event = payload_of(chunk, base)
-            if not opened:
-                delta = {"role": "assistant", "content": "", **event["choices"][0]["delta"]}
-                event["choices"][0]["delta"] = delta
-                opened = True
-            found = [event]
-            if chunk.usage and wants_usage(body):
-                closing = {**base, "choices": [], "usage": chunk.usage.as_dict()}
-                if request.surface == OWN:
-                    closing["timings"] = self._timings(payload)
-                found.append(closing)
-            return found, chunk.finish_reason is not None
+        read = self._reader(request, body)
 
         def decode(data: bytes) -> Decoded:
             found: list[dict[str, Any]] = []
-            ended = False
-            for line in data.split(b"\n"):
-                if not line.strip():
-                    continue
-                try:
-                    with well_formed(self.engine_type):
-                        events, ended = events_of(self.payload(line))
-                except InferenceError as exc:
-                    return Burst(payloads=found) if found else None, exc
-                found += events
-            return Burst(payloads=found, end=ended) if found else None, None
+            done = False
+            try:
+                with well_formed(self.engine_type):
+                    for line in filter(bytes.strip, data.split(b"\n")):
+                        payload = self.payload(line)
+                        found += read(payload)
+                        done = payload.get("done") is True
+            except InferenceError as exc:
+                return Burst(payloads=found) if found else None, exc
+            return Burst(payloads=found, end=done) if found else None, None
 
         return decode
+
+    @staticmethod
+    def _reader(request: GenerateRequest, body: dict[str, Any]) -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
+        """Makes OpenAI's chunks of one answer's lines, or of a complete one."""
+        base = openai_base(request.path, body, stream=True)
+        one_call = body.get("parallel_tool_calls") is False
+        calls, opened = 0, request.path != CHAT
+
+        def read(payload: dict[str, Any]) -> list[dict[str, Any]]:
+            nonlocal calls, opened
+            message, done = payload.get("message") or {}, payload.get("done") is True
+            text = text_of(message.get("content")) or text_of(payload.get("response"))
+            if "choice" in body:  # its choices are JSON strings
+                with contextlib.suppress(ValueError):
+                    text = str(from_json(text))
+            deltas = []
+            for call in message.get("tool_calls") or ():  # each may claim index 0
+                if not one_call or calls == 0:
+                    deltas.append(ollama_call(calls, call))
+                calls += 1
+            finish = finish_of(payload.get("done_reason") or "stop") if done else None
+            chunk = Chunk(
+                text=text,
+                reasoning=text_of(message.get("thinking") or payload.get("thinking")),
+                tool_calls=tuple(deltas),
+                logprobs=tuple(payload.get("logprobs") or ()),
+                finish_reason="tool_calls" if calls and finish == "stop" else finish,
+            )
+            event = payload_of(chunk, base)
+            if not opened:
+                choice = event["choices"][0]
+                choice["delta"] = {"role": "assistant", "content": "", **choice["delta"]}
+                opened = True
+            if not done or not wants_usage(body):
+                return [event]
+            closing = {**base, "choices": [], **ollama_figures(payload)}
+            if request.surface != OWN:
+                del closing["timings"]
+            return [event, closing]
+
+        return read
 
 
 class OllamaAdapter(OllamaTranslator):
@@ -6456,28 +6433,24 @@ class OllamaAdapter(OllamaTranslator):
     ) -> InferenceError:
         """Ollama reports the numbers only where num_ctx is given: the loaded one, so that nothing is loaded again."""
         exc.hint = "shorten the prompt, or raise the context: OLLAMA_CONTEXT_LENGTH, or num_ctx in options"
-        loaded = await self._loaded_context(body["model"])
+        contexts = await self._loaded_contexts()
+        loaded = contexts.get(body["model"]) or contexts.get(f"{body['model']}:latest")
         if "tokens" in exc.reason or not loaded:
             return exc
         path, wire = self.encode(request, body | {"stream": False})
         wire["options"]["num_ctx"] = loaded
         try:
-            self.payload(await self.connection.post(path, to_json(wire), self.deadlines))
+            await self.ask(path, wire)
         except InferenceError as detailed:
             detailed.hint = exc.hint
             return detailed
         return exc
 
-    async def _loaded_context(self, model: str) -> int | None:
-        for name, context in (await self._loaded_contexts()).items():
-            if name in (model, f"{model}:latest"):
-                return context
-        return None
-
     async def _loaded_contexts(self) -> dict[str, int]:
         found = {}
+        listed = await self.fetch_json("/api/ps")
         with well_formed(self.engine_type):
-            for model in (await self.fetch_json("/api/ps")).get("models") or ():
+            for model in listed.get("models") or ():
                 if model.get("context_length"):
                     found[model["name"]] = model["context_length"]
         return found
@@ -6602,6 +6575,17 @@ def _ollama_history_call(call: ToolCall) -> dict[str, Any]:
         reason = "messages: a tool call's arguments are not JSON"
         raise InvalidRequest(reason, "send them as JSON text", param="messages") from None
     return {"function": {"name": call["function"]["name"], "arguments": arguments}}
+
+
+def ollama_figures(payload: dict[str, Any]) -> dict[str, Any]:
+    """The usage of an answer, and its nanoseconds in llama.cpp's fields."""
+    usage = Usage(
+        prompt_tokens=count_of(payload.get("prompt_eval_count")), completion_tokens=count_of(payload.get("eval_count"))
+    )
+    load, decode = payload.get("load_duration", 0) / 1e6, payload.get("eval_duration", 0) / 1e6
+    speed = usage.completion_tokens / decode * 1e3 if decode else 0.0
+    timings = {"queue_ms": load, "predicted_ms": decode, "predicted_per_second": speed}
+    return {"usage": usage.as_dict(), "timings": timings}
 
 
 def ollama_call(index: int, call: dict[str, Any]) -> dict[str, Any]:
