@@ -942,7 +942,7 @@ class Served:
     target: "Target | None" = None  #: the server that the body was written for
     closed: bool = False  #: was `close` called meanwhile?
     push: "Callable[[Burst], bool] | None" = None  #: sends a burst of a stream at once; False: it cannot now
-    collected: bool = False  #: is the stream checked, burst by burst?
+    collected: bool = False  #: is every burst of the stream looked at?
 
 
 SERVED: contextvars.ContextVar[Served | None] = contextvars.ContextVar("served", default=None)  #: until it has begun
@@ -5278,6 +5278,8 @@ class HTTPAdapter(StartableAdapter):
     starts the engine (`identify`, `command`).
     """
 
+    in_auto = True
+    extras: ClassVar[frozenset[str]] = frozenset({"tool_messages", "images", "embed"})  #: features that are no fields
     embed_hint: ClassVar[str] = "serve an embedding model"
     keep_alive: ClassVar[bool] = True  #: may a connection be used again after a POST?
     stamp_paths: ClassVar[tuple[str, ...]] = ()  #: GET routes whose replies tell one server from another
@@ -5294,8 +5296,6 @@ class HTTPAdapter(StartableAdapter):
     def __init_subclass__(cls) -> None:
         if cls.engine_type in ENGINES:
             cls.capabilities = frozenset(honoured(cls.engine_type, OWN)) & SAMPLING_FIELDS | cls.extras
-
-    extras: ClassVar[frozenset[str]] = frozenset()  #: features that are no fields
 
     # The pair of functions
     @abstractmethod
@@ -5375,7 +5375,7 @@ class HTTPAdapter(StartableAdapter):
         path, wire = self.encode(request, body)
         decode = self.decoder(request, body)
         await self.connection.confirm(request.served.target)
-        push = self.pusher(request, body)
+        push = functools.partial(push_plain, request.served)
         lines = self.connection.read(path, to_json(wire), self.deadlines.within(request.timeout), push)
         async with contextlib.aclosing(lines):
             async for data in lines:
@@ -5394,10 +5394,6 @@ class HTTPAdapter(StartableAdapter):
                     await self._read_to_end(lines)
                     return
         raise BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again", retryable=True)
-
-    def pusher(self, request: GenerateRequest, body: dict[str, Any]) -> Callable[[bytes], bool] | None:
-        """Sends lines that `decoder` leaves as they are past every task; False: it cannot."""
-        return None
 
     @staticmethod
     async def _read_to_end(lines: AsyncGenerator[bytes, None]) -> None:
@@ -5448,15 +5444,13 @@ class HTTPAdapter(StartableAdapter):
         return payload
 
 
-def _called(arguments: str) -> list[dict[str, Any]]:
+def _called(arguments: str) -> dict[str, Any]:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
-    return [
-        {"role": "user", "content": "x"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "c", "content": "y"},
-    ]
+    asked = {"role": "assistant", "content": "", "tool_calls": [call]}
+    return {"messages": [_PROBE_MESSAGE, asked, {"role": "tool", "tool_call_id": "c", "content": "y"}]}
 
 
+_PROBE_MESSAGE = {"role": "user", "content": "x"}
 _PROBE_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 #: feature → two requests that a template which knows the feature renders differently
 TEMPLATE_PROBES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -5465,20 +5459,26 @@ TEMPLATE_PROBES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"chat_template_kwargs": {"enable_thinking": False}},
     ),
     "tools": ({}, {"tools": [_PROBE_TOOL]}),
-    "tool_messages": ({"messages": _called("{}")}, {"messages": _called('{"a": "one two three"}')}),
+    "tool_messages": (_called("{}"), _called('{"a": "one two three"}')),
 }
 
 
 class OpenAIAdapter(HTTPAdapter):
     """What vLLM, SGLang and llama.cpp share: `/v1/chat/completions` and the routes beside it."""
 
-    extras = frozenset({"tool_messages", "images", "embed"})
-    in_auto = True
+    version_at: ClassVar[tuple[str, str]]  #: the route that reports the engine's version, and the field
     adapters_by_name: ClassVar[bool] = False  #: does `model:adapter` name a LoRA adapter?
     offers_named_alone: ClassVar[bool] = False  #: must a named function be the only one that is offered?
     constraint_fields: ClassVar[str] = "response_format"  #: what constrains an answer on /v1
     pull_hint = "it downloads its model when it starts"
     reasoning_field: ClassVar[str] = "reasoning_content"  #: of an assistant's message, in and out
+
+    async def identify(self, get: Get) -> str | None:
+        if self.engine_type not in owners_of(await get("/v1/models")):
+            return None
+        path, name = self.version_at
+        info = await get(path)
+        return str(info.get(name, "")) if isinstance(info, dict) else ""
 
     def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         words, own = self.fields(request.surface), request.surface == OWN
@@ -5551,7 +5551,10 @@ class OpenAIAdapter(HTTPAdapter):
 
     def decoder(self, request: GenerateRequest, body: dict[str, Any]) -> Decoder:
         finished, expected = 0, expected_choices(body)
-        first, one_call = True, self._keeps_one_call(body)
+        first = self.names_models
+        one_call = body.get("parallel_tool_calls") is False and not self.honours_one_call
+        if one_call:
+            request.served.collected = True
 
         def decode(data: bytes) -> Decoded:
             nonlocal finished, first
@@ -5578,13 +5581,6 @@ class OpenAIAdapter(HTTPAdapter):
             return Burst(with_reasoning(data), end=end), error
 
         return decode
-
-    def _keeps_one_call(self, body: dict[str, Any]) -> bool:
-        """Must the calls after the first be taken out of the answer here?"""
-        return body.get("parallel_tool_calls") is False and not self.honours_one_call
-
-    def pusher(self, request: GenerateRequest, body: dict[str, Any]) -> Callable[[bytes], bool] | None:
-        return None if self._keeps_one_call(body) else functools.partial(push_plain, request.served)
 
     def _checked_part(self, data: bytes) -> tuple[bytes, InferenceError | None]:
         """The lines of a stream up to the first that is an error or no event, and what that is."""
@@ -5626,7 +5622,7 @@ class OpenAIAdapter(HTTPAdapter):
 
     async def _rendered(self, model: str, probe: dict[str, Any]) -> Any:
         """A prompt's tokens; their number where nothing reports them (behind a router, or where /tokenize fails)."""
-        body = {"model": model, "messages": [{"role": "user", "content": "x"}], **probe}
+        body = {"model": model, "messages": [_PROBE_MESSAGE], **probe}
         try:
             return (await self.ask("/tokenize", body))["tokens"]
         except EngineUnavailable:
@@ -5670,7 +5666,7 @@ def with_reasoning(data: bytes) -> bytes:
 
 
 def push_plain(served: Served, data: bytes) -> bool:
-    """Send events that no decoder has to look at; False where they are others, or cannot be sent now."""
+    """Send events past every task; False where a decoder has to look at them, or they cannot be sent now."""
     if served.push is None or not is_plain(data):
         return False
     return served.push(Burst(with_reasoning(data)))
@@ -5750,15 +5746,15 @@ class VLLMAdapter(OpenAIAdapter):
     embed_hint = "serve an embedding model: vllm serve MODEL --runner pooling"
     constraint_fields = "response_format and structured_outputs"
     reasoning_field = "reasoning"
+    version_at = ("/version", "version")
     stamp_paths = ("/v1/models", "/version")
     routed = False  #: is vllm-router in between? (0.1.17: calls are then not held to their schema)
 
     async def identify(self, get: Get) -> str | None:
-        if "vllm" not in owners_of(await get("/v1/models")):
-            return None
-        version = await get("/version")
-        self.routed = isinstance(await get("/list_workers"), dict)
-        return str(version.get("version", "")) if isinstance(version, dict) else ""
+        version = await super().identify(get)
+        if version is not None:
+            self.routed = isinstance(await get("/list_workers"), dict)
+        return version
 
     def suggestion(self, missing: Sequence[str]) -> str:
         if self.routed and "tool_choice" in missing:
@@ -5826,6 +5822,7 @@ class SGLangAdapter(OpenAIAdapter):
     honours_one_call = False
     adapters_by_name = True
     offers_named_alone = True
+    version_at = ("/server_info", "version")
     stamp_paths = ("/v1/models", "/model_info")
     constraint_fields = "response_format, regex and ebnf"
     #: without a parser calls arrive as text, an unseeded sampler ignores the seed
@@ -5834,12 +5831,6 @@ class SGLangAdapter(OpenAIAdapter):
         "think": "reasoning_parser",
         "tools": "tool_call_parser",
     }
-
-    async def identify(self, get: Get) -> str | None:
-        if "sglang" not in owners_of(await get("/v1/models")):
-            return None
-        info = await get("/server_info")
-        return str(info.get("version", "")) if isinstance(info, dict) else ""
 
     def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         path, wire = super().encode(request, body)
@@ -5898,6 +5889,7 @@ class LlamaCppAdapter(OpenAIAdapter):
     pull_hint = "name a .gguf file, or a model such as Qwen/Qwen3-0.6B-GGUF:Q8_0"
     constraint_fields = "response_format and grammar"
     keep_alive = False  # it closes a connection after a stream, and says so only by doing it
+    version_at = ("/props", "build_info")
     stamp_paths = ("/v1/models", "/props")
     offers_named_alone = True
     streams_only = True
@@ -5926,8 +5918,6 @@ class LlamaCppAdapter(OpenAIAdapter):
         top = top_logprobs(request.path, body)
         if top is not None:  # without their number it reports 20, with 0 none at all: `decoder` cuts them
             wire["logprobs" if request.path == COMPLETIONS else "top_logprobs"] = max(1, top)
-        if body.get("continue_final_message"):
-            wire["add_generation_prompt"] = False
         return path, wire
 
     async def answer(self, request: GenerateRequest, body: dict[str, Any]) -> Answer:
@@ -5947,14 +5937,12 @@ class LlamaCppAdapter(OpenAIAdapter):
             return {"grammar": llamacpp_regex(value)}
         return {"grammar": value} if name == "grammar" else super().constrain(name, value, request)
 
-    def pusher(self, request: GenerateRequest, body: dict[str, Any]) -> Callable[[bytes], bool] | None:
-        return super().pusher(request, body) if body.get("logprobs") is None else None
-
     def decoder(self, request: GenerateRequest, body: dict[str, Any]) -> Decoder:
         decode = super().decoder(request, body)
         top = top_logprobs(request.path, body)
         if top is None:
             return decode
+        request.served.collected = True
         offsets: dict[int, int] | None = {} if request.path == COMPLETIONS else None  #: characters so far, by choice
 
         def with_openai_logprobs(data: bytes) -> Decoded:
@@ -5969,10 +5957,7 @@ class LlamaCppAdapter(OpenAIAdapter):
         return with_openai_logprobs
 
     async def identify(self, get: Get) -> str | None:
-        if "llamacpp" not in owners_of(await get("/v1/models")):
-            return None
-        props = await get("/props")
-        build = str(props.get("build_info", "")) if isinstance(props, dict) else ""
+        build = await super().identify(get)
         if build not in ("", "b0-unknown"):  # what a build without git's history says
             return build
         ours = self.connection.launcher.child is not None and not self.python
@@ -6091,11 +6076,10 @@ def _refuse_unknown_tokens(body: dict[str, Any], size: Any) -> None:
 
 def _refuse_enable_thinking(body: dict[str, Any]) -> None:
     kwargs = body.get("chat_template_kwargs")
+    name = "think" if isinstance(body.get("think"), bool) else ""
     if isinstance(kwargs, dict) and "enable_thinking" in kwargs:
         name = "chat_template_kwargs"
-    elif isinstance(body.get("think"), bool):
-        name = "think"
-    else:
+    if not name:
         return
     reason = f"{name}: the model's template knows levels of thinking only"
     raise UnsupportedFeature(reason, 'send reasoning_effort, or think as "low", "medium" or "high"', param=name)
@@ -6120,9 +6104,9 @@ def _with_sizes(value: Any) -> Any:
         return value
     copy: dict[str, Any] = {}
     for name, part in value.items():
-        if name in ("enum", "const") or type(part) not in (int, float, dict, list):
+        if name in ("enum", "const"):
             copy[name] = part
-        elif name not in _SIZES or not isinstance(part, (int, float)):
+        elif name not in _SIZES or type(part) not in (int, float):
             copy[name] = _with_sizes(part)
         elif part < 2**31:
             copy[name] = int(part)
@@ -6325,6 +6309,7 @@ class OllamaTranslator(HTTPAdapter):
 
     def decoder(self, request: GenerateRequest, body: dict[str, Any]) -> Decoder:
         read = self._reader(request, body)
+        request.served.collected = True
 
         def decode(data: bytes) -> Decoded:
             found: list[dict[str, Any]] = []
@@ -6387,8 +6372,7 @@ class OllamaAdapter(OllamaTranslator):
     """Ollama: its server, its models and their features."""
 
     engine_type = "ollama"
-    extras = frozenset({"tool_messages", "images", "embed", "pull"})
-    in_auto = True
+    extras = HTTPAdapter.extras | {"pull"}
     default_url, url_env, key_env = "http://127.0.0.1:11434", "OLLAMA_HOST", "OLLAMA_API_KEY"
     program = "ollama"
     launched_model = None  # one server has all models
@@ -6460,21 +6444,19 @@ class OllamaAdapter(OllamaTranslator):
         loaded: dict[str, int] = {}
         with contextlib.suppress(InferenceError):
             loaded = await self._loaded_contexts()
+        found = []
         with well_formed(self.engine_type):
-            found = [self._model_info(model, loaded) for model in listed["models"] or ()]
+            for model in listed["models"] or ():
+                info = ModelInfo(
+                    name=model["name"],
+                    size=model.get("size"),
+                    context_length=loaded.get(model["name"]) or (model.get("details") or {}).get("context_length"),
+                    capabilities=tuple(model.get("capabilities") or ()),
+                    digest=str(model.get("digest") or ""),
+                )
+                found.append(info)
         found.sort(key=lambda info: info.capabilities == ("embedding",))  # by default one that can chat
         return found
-
-    @staticmethod
-    def _model_info(model: dict[str, Any], loaded: Mapping[str, int]) -> ModelInfo:
-        details = model.get("details") or {}
-        return ModelInfo(
-            name=model["name"],
-            size=model.get("size"),
-            context_length=loaded.get(model["name"]) or details.get("context_length"),
-            capabilities=tuple(model.get("capabilities") or ()),
-            digest=str(model.get("digest") or ""),
-        )
 
     async def model_for(self, requested: str | None) -> str:
         if requested is not None or self.model_name is not None:
