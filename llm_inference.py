@@ -2128,6 +2128,7 @@ DONE = re.compile(rb"^data: ?\[DONE\]", re.MULTILINE)
 #: what is read from events without parsing them; inside a string the quotes would be escaped
 FINISH = re.compile(rb'"finish_reason": ?"([^"]*)"')
 MODEL = re.compile(rb'"model": ?("(?:[^"\\]|\\.)*")')
+NO_EVENT = re.compile(rb"^data: null\s*\n", re.MULTILINE)  # llama.cpp's first for several prompts
 
 
 def from_json(data: bytes | str) -> Any:
@@ -4995,7 +4996,6 @@ class Connection(EngineClient):
 
     async def _start(self) -> Target:
         adapter = self._adapter
-        adapter.require_startable()
         await adapter.before_start()
         identity = [self.name, adapter.launched_model, adapter.python, adapter.launch_args]
         target, version = await self.launcher.start(
@@ -5180,7 +5180,7 @@ def error_text(data: bytes) -> str:
         if isinstance(inner, dict) and inner.get("n_prompt_tokens"):
             tokens, limit = inner["n_prompt_tokens"], inner.get("n_ctx")
             return f"the prompt has {tokens} tokens, the model's maximum context length is {limit} tokens"
-        text = inner if inner is not None else ""
+        text = inner or ""
     return redact(str(text)) or "no reason given"
 
 
@@ -5215,13 +5215,9 @@ Get = Callable[[str], Coroutine[Any, Any, Any]]
 class StartableAdapter(BaseLLMAdapter):
     """An engine that can be started here: what it needs, and its command."""
 
-    default_url: ClassVar[str] = ""
-    url_env: ClassVar[str] = ""
-    key_env: ClassVar[str] = ""
-    package: ClassVar[str] = ""  #: importable name of the engine's package
-    program: ClassVar[str] = ""  #: its name on the PATH
-    start_hint: ClassVar[str] = ""  #: the command that starts the engine
-    install_hint: ClassVar[str] = ""
+    default_url, url_env, key_env = "", "", ""  #: its usual address; the variables that name another one, and its key
+    package, program = "", ""  #: the importable name of the engine's package; its name on the PATH
+    start_hint, install_hint = "", ""  #: the commands
 
     @abstractmethod
     def command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
@@ -5236,7 +5232,7 @@ class StartableAdapter(BaseLLMAdapter):
         address = ["--host", "127.0.0.1", "--port", str(child.port)]
         return model, ["--served-model-name", self.served_name() or model, *address, *self.launch_args]
 
-    def require_startable(self) -> None:
+    async def before_start(self) -> None:
         """Raises EngineUnavailable, EngineNotInstalled where it may not or cannot be started here."""
         name = self.engine_type
         can_start = bool(self.package) and bool(self.python or installed(self.package))
@@ -5251,9 +5247,6 @@ class StartableAdapter(BaseLLMAdapter):
         if self.python and shutil.which(self.python) is None:
             hint = f"give the path of an interpreter that has {name}"
             raise EngineNotInstalled("python: no executable at that path", hint, param="python")
-
-    async def before_start(self) -> None:
-        """What must be there first: a model's file, say."""
 
     @property
     def launched_model(self) -> str | None:
@@ -5391,16 +5384,11 @@ class HTTPAdapter(StartableAdapter):
                         del error  # or it keeps this frame, and with it the request
                 if burst is not None and burst.end:
                     request.served.push = None  # nothing follows the end
-                    await self._read_to_end(lines)
+                    with contextlib.suppress(InferenceError, TimeoutError):  # it leaves its connection for the next one
+                        async with asyncio.timeout(1):
+                            await anext(lines, None)
                     return
         raise BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again", retryable=True)
-
-    @staticmethod
-    async def _read_to_end(lines: AsyncGenerator[bytes, None]) -> None:
-        """A reply that is read to its end leaves its connection for the next request."""
-        with contextlib.suppress(InferenceError, TimeoutError):
-            async with asyncio.timeout(1):
-                await anext(lines, None)
 
     async def embed(self, texts: Sequence[str], model: str) -> tuple[list[list[float]], Usage]:
         body = {"model": model, "input": list(texts), "encoding_format": "float"}
@@ -5584,12 +5572,10 @@ class OpenAIAdapter(HTTPAdapter):
 
     def _checked_part(self, data: bytes) -> tuple[bytes, InferenceError | None]:
         """The lines of a stream up to the first that is an error or no event, and what that is."""
-        good, failing, empty = bytearray(), False, False
+        good, failing = bytearray(), False
+        data = NO_EVENT.sub(b"", data)
         for line in re.findall(rb"[^\n]*\n", data):
-            text, before = line.strip(), empty
-            empty = text == b"data: null"  # llama.cpp's first event for several prompts
-            if empty or (before and not text):
-                continue
+            text = line.strip()
             failing = text == b"event: error" or (failing and bool(text))
             try:
                 for event in sse_payloads([text]):
@@ -5647,10 +5633,8 @@ class OpenAIAdapter(HTTPAdapter):
             raise ModelNotFound(f"{self.engine_type} does not serve {model[:100]!r}", hint, param="model")
 
     def suggestion(self, missing: Sequence[str]) -> str:
-        for name in missing:
-            if name.startswith("guided_") or name in ("structured_outputs", "regex", "ebnf", "grammar"):
-                return f"{self.engine_type} has {self.constraint_fields}"
-        return ""
+        constraint = re.search(r"\b(guided_\w+|structured_outputs|regex|ebnf|grammar)\b", " ".join(missing))
+        return f"{self.engine_type} has {self.constraint_fields}" if constraint else ""
 
 
 def check_finishes(engine_type: str, payload: dict[str, Any]) -> None:
@@ -5997,6 +5981,7 @@ class LlamaCppAdapter(OpenAIAdapter):
         return self.file.name if self.file else None
 
     async def before_start(self) -> None:
+        await super().before_start()
         self.file = await self._locate(self.launched_model)
 
     async def _locate(self, model: str | None) -> ModelFile:

@@ -74,8 +74,8 @@ GUARDS: dict[str, Guard] = {
         "limit: int = 32 << 20)", "limit: int = 32 << 30)", "network", "engine:endless vllm v1"
     ),
     "a relayed stream has its end": Guard(
-        "                    await self._read_to_end(lines)\n                    return\n",
-        "        return\n",
+        "                            await anext(lines, None)\n                    return\n",
+        "                            await anext(lines, None)\n        return\n",
         "network",
         "engine:early end vllm v1",
     ),
