@@ -5390,13 +5390,6 @@ class HTTPAdapter(StartableAdapter):
                     return
         raise BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again", retryable=True)
 
-    async def embed(self, texts: Sequence[str], model: str) -> tuple[list[list[float]], Usage]:
-        body = {"model": model, "input": list(texts), "encoding_format": "float"}
-        answer = await self.answer(GenerateRequest(body=body, surface=EMBEDDINGS), body)
-        with well_formed(self.engine_type):
-            items = sorted(answer.payload["data"], key=lambda item: item["index"])
-            return vectors_of([item["embedding"] for item in items], texts), answer.usage or Usage()
-
     async def ask(self, path: str, body: Any) -> dict[str, Any]:
         """A small request of our own; its JSON object."""
         return self.payload(await self.connection.post(path, to_json(body), self.deadlines))
