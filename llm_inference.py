@@ -5290,7 +5290,6 @@ class HTTPAdapter(StartableAdapter):
         if cls.engine_type in ENGINES:
             cls.capabilities = frozenset(honoured(cls.engine_type, OWN)) & SAMPLING_FIELDS | cls.extras
 
-    # The pair of functions
     @abstractmethod
     def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """The engine's route, and the body in its own fields."""
@@ -5305,16 +5304,14 @@ class HTTPAdapter(StartableAdapter):
     def decoder(self, request: GenerateRequest, body: dict[str, Any]) -> Decoder:
         """For one stream: takes complete lines; returns the events in them."""
 
-    # What identifies and starts the engine
     @abstractmethod
     async def identify(self, get: Get) -> str | None:
-        """The version of the engine that answers `get(path)`; "" where it reports none, None for another engine."""
+        """The version of the engine that answers `get(path)`; "": it reports none, None: it is another engine."""
 
     async def missing_features(self, model: str) -> set[str]:
         """Of `capabilities`, those that this server or model lacks. Raises ModelNotFound."""
         return set()
 
-    # The same for all
     async def connect(self) -> None:
         await self.connection.reach()
 
@@ -5998,8 +5995,7 @@ class LlamaCppAdapter(OpenAIAdapter):
         return found
 
     def child_target(self, child: EngineChild) -> Target:
-        headers = {"authorization": f"Bearer {child.key}"}
-        return Target("http://localhost", headers, uds=child.uds, child=child, generation=child.generation)
+        return dataclasses.replace(super().child_target(child), url="http://localhost", uds=child.uds)
 
     def command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
         assert self.file is not None
@@ -6192,11 +6188,12 @@ class OllamaTranslator(HTTPAdapter):
         self._has_levels: dict[str, bool] = {}
 
     def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        fields = self.fields(request.surface)
+        wire = {name: body[name] for name, word in fields.items() if word == "=" and name in body}
+        wire["truncate"] = False  # by default Ollama silently cuts a prompt that does not fit; shift: the same later
         if request.path == EMBEDDINGS:
-            wire = {"model": body["model"], "input": texts_of(body["input"]), "truncate": False}
-            return "/api/embed", wire | {name: body[name] for name in ("keep_alive",) if name in body}
-        # truncate and shift: by default Ollama silently cuts a prompt that does not fit
-        wire = {"model": body["model"], "stream": bool(body.get("stream")), "truncate": False, "shift": False}
+            return "/api/embed", wire | {"input": texts_of(body["input"])}
+        wire |= {"stream": bool(body.get("stream")), "shift": False}
         path = "/api/chat" if request.path == CHAT else "/api/generate"
         if request.path == CHAT:
             wire["messages"] = self._messages(request, body["messages"])
@@ -6213,7 +6210,6 @@ class OllamaTranslator(HTTPAdapter):
                 request.served.enforced = _GrammarCheck(schema).exact and '"pattern"' not in json.dumps(schema)
         elif "choice" in body:
             wire["format"] = {"type": "string", "enum": body["choice"]}
-        wire |= {name: body[name] for name in ("tools", "logprobs", "top_logprobs", "keep_alive") if name in body}
         think = self._thinking(request, body)
         if think is None and "format" in wire and "think" in self._features.get(body["model"], (0, ()))[1]:
             think = False  # or the answer could be lost in the reasoning
@@ -6471,9 +6467,7 @@ class OllamaAdapter(OllamaTranslator):
             return "use schema or choice; only vllm, sglang and llamacpp support regex and grammar"
         if "tool_choice" in missing:
             return 'Ollama has tool_choice "none" and "auto"; vllm and sglang have the others'
-        if "continue_final_message" in missing:
-            return "end with a user message"
-        return ""
+        return "end with a user message" if "continue_final_message" in missing else ""
 
     async def pull(self, model: str) -> AsyncGenerator[tuple[str, int, int], None]:
         if not model:
