@@ -5265,10 +5265,9 @@ class StartableAdapter(BaseLLMAdapter):
 
 
 class HTTPAdapter(StartableAdapter):
-    """An engine behind HTTP: complete and streamed calls over one `Connection`, and one error map.
+    """An engine behind HTTP: complete and streamed calls over one `Connection`.
 
-    A subclass writes a pair of pure functions (`encode`; `decode_object` with `decoder`), and what identifies and
-    starts the engine (`identify`, `command`).
+    A subclass writes a pair of pure functions (`encode`; `decode_object` with `decoder`), `identify` and `command`.
     """
 
     in_auto = True
@@ -5295,9 +5294,7 @@ class HTTPAdapter(StartableAdapter):
         """The engine's route, and the body in its own fields."""
 
     @abstractmethod
-    def decode_object(
-        self, data: bytes, payload: dict[str, Any], request: GenerateRequest, body: dict[str, Any]
-    ) -> Answer:
+    def decode_object(self, data: bytes, request: GenerateRequest, body: dict[str, Any]) -> Answer:
         """The engine's complete reply as OpenAI's object."""
 
     @abstractmethod
@@ -5357,9 +5354,8 @@ class HTTPAdapter(StartableAdapter):
         path, wire = self.encode(request, body)
         await self.connection.confirm(request.served.target)
         data = await self.connection.post(path, to_json(wire), self.deadlines.within(request.timeout))
-        payload = self.payload(data)
         with well_formed(self.engine_type):
-            return self.decode_object(data, payload, request, body)
+            return self.decode_object(data, request, body)
 
     async def events(self, request: GenerateRequest, body: dict[str, Any]) -> AsyncGenerator[Burst, None]:
         path, wire = self.encode(request, body)
@@ -5503,9 +5499,8 @@ class OpenAIAdapter(HTTPAdapter):
         form = {"name": "answer", "schema": value, "strict": True}
         return {"response_format": {"type": "json_schema", "json_schema": form}}
 
-    def decode_object(
-        self, data: bytes, payload: dict[str, Any], request: GenerateRequest, body: dict[str, Any]
-    ) -> Answer:
+    def decode_object(self, data: bytes, request: GenerateRequest, body: dict[str, Any]) -> Answer:
+        payload = self.payload(data)
         self._check_model(payload.get("model"), body)
         if request.path in PLAIN:
             return plain_answer(request.path, payload, body, self._contexts.get(body["model"]))
@@ -5548,12 +5543,11 @@ class OpenAIAdapter(HTTPAdapter):
                 self._check_model(from_json(named[1]), body)
             first = False
             finished += len(ends)
-            if done is not None and error is None and finished < expected:
-                early = BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again", retryable=True)
-                return None, early
+            end = done is not None and error is None
+            if end and finished < expected:
+                return None, BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again", retryable=True)
             if not data:
                 return None, error
-            end = done is not None and error is None
             if one_call and b'"tool_calls"' in data:
                 return Burst(payloads=first_call_only(Burst(data)), end=end), error
             return Burst(with_reasoning(data), end=end), error
@@ -5689,9 +5683,7 @@ def expected_choices(body: Mapping[str, Any]) -> int:
 
 
 def repaired_messages(messages: list[dict[str, Any]], reasoning_field: str) -> list[dict[str, Any]]:
-    """Messages with the reasoning under the engine's name for it, and "{}" for a call's empty arguments: some
-    templates need JSON there.
-    """
+    """With the engine's name for the reasoning, and "{}" for empty arguments: some templates need JSON."""
     other = "reasoning" if reasoning_field == "reasoning_content" else "reasoning_content"
     found = []
     for message in messages:
@@ -5869,8 +5861,8 @@ class LlamaCppAdapter(OpenAIAdapter):
     streams_only = True
     names_models = True
 
-    def __init__(self, model_name: str | os.PathLike[str] | None = None, **options: Any) -> None:
-        super().__init__(os.fspath(model_name) if model_name is not None else None, **options)
+    def __init__(self, model_name: str | None = None, **options: Any) -> None:
+        super().__init__(model_name, **options)
         self.file: ModelFile | None = None  #: the file of a started engine's model
         self._vocabularies: dict[str, Any] = {}  #: model → how many tokens it knows
         self._effort_alone = False  #: does the template take reasoning_effort, but no enable_thinking (gpt-oss)?
@@ -6265,9 +6257,8 @@ class OllamaTranslator(HTTPAdapter):
             found.append(ollama_message(message, names))
         return found
 
-    def decode_object(
-        self, data: bytes, payload: dict[str, Any], request: GenerateRequest, body: dict[str, Any]
-    ) -> Answer:
+    def decode_object(self, data: bytes, request: GenerateRequest, body: dict[str, Any]) -> Answer:
+        payload = self.payload(data)
         if request.path == EMBEDDINGS:
             vectors = vectors_of(payload["embeddings"], texts_of(body["input"]))
             return embeddings_answer(vectors, count_of(payload.get("prompt_eval_count")), body)
@@ -6355,11 +6346,6 @@ class OllamaAdapter(OllamaTranslator):
     stamp_paths = ("/api/version",)
     pull_hint = "ollama pull MODEL (for example qwen3:0.6b)"
     features_ttl = 10.0  # a model may be created again under the same name
-    CAPABILITIES: ClassVar[tuple[tuple[str, str], ...]] = (
-        ("tools", "tools"), ("tool_messages", "tools"), ("think", "thinking"), ("images", "vision"),
-        ("embed", "embedding"),
-    )  # fmt: skip
-
     _default: tuple[float, str] = (float("-inf"), "")  #: when the model to use by default was looked for, and its name
 
     async def identify(self, get: Get) -> str | None:
@@ -6370,7 +6356,7 @@ class OllamaAdapter(OllamaTranslator):
         try:
             return await super().answer(request, body)
         except ContextTooLong as exc:
-            raise await self._with_numbers(exc, request, body) from exc
+            raise await self._numbered(exc, request, body) from exc
 
     async def events(self, request: GenerateRequest, body: dict[str, Any]) -> AsyncGenerator[Burst, None]:
         if "choice" in body:  # a JSON string, which is unpacked complete
@@ -6384,12 +6370,10 @@ class OllamaAdapter(OllamaTranslator):
                 async for burst in bursts:
                     yield burst
         except ContextTooLong as exc:
-            raise await self._with_numbers(exc, request, body) from exc
+            raise await self._numbered(exc, request, body) from exc
 
-    async def _with_numbers(
-        self, exc: ContextTooLong, request: GenerateRequest, body: dict[str, Any]
-    ) -> InferenceError:
-        """Ollama reports the numbers only where num_ctx is given: the loaded one, so that nothing is loaded again."""
+    async def _numbered(self, exc: ContextTooLong, request: GenerateRequest, body: dict[str, Any]) -> InferenceError:
+        """Ollama reports numbers only where num_ctx is given: the loaded one, so that nothing is loaded again."""
         exc.hint = "shorten the prompt, or raise the context: OLLAMA_CONTEXT_LENGTH, or num_ctx in options"
         contexts = await self._loaded_contexts()
         loaded = contexts.get(body["model"]) or contexts.get(f"{body['model']}:latest")
@@ -6457,7 +6441,8 @@ class OllamaAdapter(OllamaTranslator):
         can = shown.get("capabilities") or ()
         family = (shown.get("details") or {}).get("family")
         self._has_levels[model] = family == "gptoss" or "ThinkLevel" in str(shown.get("template"))
-        missing = {ours for ours, theirs in self.CAPABILITIES if theirs not in can}
+        words = {"tool_messages": "tools", "think": "thinking", "images": "vision", "embed": "embedding"}
+        missing = {name for name in ("tools", *words) if words.get(name, name) not in can}
         if version_tuple(self.version) < (0, 12, 11):
             missing |= {"logprobs", "top_logprobs"}
         return missing
@@ -6477,9 +6462,7 @@ class OllamaAdapter(OllamaTranslator):
         lines = self.connection.read("/api/pull", to_json({"model": model, "stream": True}), patient)
         async with contextlib.aclosing(lines):
             async for data in lines:
-                for line in data.split(b"\n"):
-                    if not line.strip():
-                        continue
+                for line in filter(bytes.strip, data.split(b"\n")):
                     step = self._pull_step(model, line)
                     stage = str(step.get("status", ""))
                     yield stage, step.get("completed") or 0, step.get("total") or 0
