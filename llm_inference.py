@@ -5946,10 +5946,8 @@ class LlamaCppAdapter(OpenAIAdapter):
             missing.add("think")
         if not (props.get("modalities") or {}).get("vision"):
             missing.add("images")
-        target = await self.connection.reach()
         try:
-            empty: dict[str, Any] = {"input": []}
-            await portal.run(self.connection.fetch(target, EMBEDDINGS, self.deadlines, empty, (501,)))
+            await self.fetch_json(EMBEDDINGS, {"input": []})
         except UnsupportedFeature:  # it was started without --embeddings
             missing.add("embed")
         return missing
