@@ -6168,19 +6168,16 @@ class OllamaTranslator(HTTPAdapter):
     """OpenAI's vocabulary to Ollama's native API, and back. Source: github.com/ollama/ollama docs/api.md, 0.33."""
 
     #: options that a caller may not set: they belong to the machine, or go around max_tokens
-    NOT_OPTIONS: ClassVar[frozenset[str]] = frozenset(
-        {"num_gpu", "main_gpu", "num_thread", "num_batch", "use_mmap", "draft_num_predict", "num_predict"}
-    )
+    NOT_OPTIONS = frozenset("num_gpu main_gpu num_thread num_batch use_mmap draft_num_predict num_predict".split())
 
     def __init__(self, model_name: str | None = None, **options: Any) -> None:
         super().__init__(model_name, **options)
-        #: whether a model takes a thinking level ("low", "high") or only thinking on and off
-        self._has_levels: dict[str, bool] = {}
+        self._has_levels: dict[str, bool] = {}  #: does a model take levels of thinking, or only on and off?
 
     def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         fields = self.fields(request.surface)
         wire = {name: body[name] for name, word in fields.items() if word == "=" and name in body}
-        wire["truncate"] = False  # by default Ollama silently cuts a prompt that does not fit; shift: the same later
+        wire["truncate"] = False  # as shift: by default Ollama silently cuts a prompt that does not fit
         if request.path == EMBEDDINGS:
             return "/api/embed", wire | {"input": texts_of(body["input"])}
         wire |= {"stream": bool(body.get("stream")), "shift": False}
