@@ -5445,7 +5445,7 @@ class OpenAIAdapter(HTTPAdapter):
     offers_named_alone: ClassVar[bool] = False  #: must a named function be the only one that is offered?
     constraint_fields: ClassVar[str] = "response_format"  #: what constrains an answer on /v1
     pull_hint = "it downloads its model when it starts"
-    reasoning_field: ClassVar[str] = "reasoning_content"  #: of an assistant's message, in and out
+    reasoning_field: ClassVar[str] = "reasoning_content"  #: of an assistant's message
 
     async def identify(self, get: Get) -> str | None:
         if self.engine_type not in owners_of(await get("/v1/models")):
@@ -5684,11 +5684,10 @@ def expected_choices(body: Mapping[str, Any]) -> int:
 
 def repaired_messages(messages: list[dict[str, Any]], reasoning_field: str) -> list[dict[str, Any]]:
     """With the engine's name for the reasoning, and "{}" for empty arguments: some templates need JSON."""
-    other = "reasoning" if reasoning_field == "reasoning_content" else "reasoning_content"
     found = []
     for message in messages:
-        if other in message:
-            message = {reasoning_field if name == other else name: value for name, value in message.items()}
+        if "reasoning" in message:
+            message = {reasoning_field if name == "reasoning" else name: value for name, value in message.items()}
         if isinstance(message.get("tool_calls"), list):
             message = message | {"tool_calls": [_repaired_call(call) for call in message["tool_calls"]]}
         found.append(message)
@@ -6039,11 +6038,8 @@ def _refuse_unknown_tokens(body: dict[str, Any], size: Any) -> None:
 
 
 def _refuse_enable_thinking(body: dict[str, Any]) -> None:
-    kwargs = body.get("chat_template_kwargs")
-    name = "think" if isinstance(body.get("think"), bool) else ""
-    if isinstance(kwargs, dict) and "enable_thinking" in kwargs:
-        name = "chat_template_kwargs"
-    if not name:
+    name = "think" if isinstance(body.get("think"), bool) else "chat_template_kwargs"
+    if name not in body:
         return
     reason = f"{name}: the model's template knows levels of thinking only"
     raise UnsupportedFeature(reason, 'send reasoning_effort, or think as "low", "medium" or "high"', param=name)
@@ -6223,7 +6219,7 @@ class OllamaTranslator(HTTPAdapter):
     def _thinking(self, request: GenerateRequest, body: dict[str, Any]) -> bool | str | None:
         """Our `think`, or OpenAI's reasoning_effort and the templates' enable_thinking in its words."""
         kwargs = body.get("chat_template_kwargs")
-        if isinstance(kwargs, dict) and "enable_thinking" in kwargs:
+        if kwargs:
             return bool(kwargs["enable_thinking"])
         name = "think" if "think" in body else "reasoning_effort"
         found = body.get(name)
