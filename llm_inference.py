@@ -1087,8 +1087,8 @@ def _dumped_call(call: Any) -> Any:
     kept = {"type": "function", **call, "function": dict(call["function"])}
     kept.pop("index", None)
     kept["function"].pop("parsed_arguments", None)
-    if kept["function"].get("arguments", "") is None:
-        kept["function"]["arguments"] = ""
+    if kept["function"].get("arguments") in ("", None):
+        kept["function"]["arguments"] = "{}"  # some templates need JSON
     return kept
 
 
@@ -5464,7 +5464,7 @@ class OpenAIAdapter(HTTPAdapter):
         if isinstance(wire.get("stop"), str):
             wire["stop"] = [wire["stop"]]
         if "messages" in wire:
-            wire["messages"] = repaired_messages(wire["messages"], self.reasoning_field)
+            wire["messages"] = [self._renamed(message) for message in wire["messages"]]
         if wire.get("continue_final_message") and "add_generation_prompt" in words:
             wire["add_generation_prompt"] = False  # vLLM refuses one without the other
         if body.get("tools") and body.get("tool_choice") not in (None, "auto"):
@@ -5478,6 +5478,12 @@ class OpenAIAdapter(HTTPAdapter):
         if isinstance(form, dict) and isinstance(form.get("json_schema"), dict):
             wire["response_format"] = form | {"json_schema": {"name": "answer", **form["json_schema"]}}
         return request.path, wire | dict(request.options)
+
+    def _renamed(self, message: dict[str, Any]) -> dict[str, Any]:
+        """With the engine's name for the reasoning."""
+        if "reasoning" not in message:
+            return message
+        return {self.reasoning_field if name == "reasoning" else name: value for name, value in message.items()}
 
     def _encode_own(self, request: GenerateRequest, body: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -5680,25 +5686,6 @@ def expected_choices(body: Mapping[str, Any]) -> int:
     prompt, n = body.get("prompt"), body.get("n") or 1
     prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
     return prompts * n if isinstance(n, int) else 1
-
-
-def repaired_messages(messages: list[dict[str, Any]], reasoning_field: str) -> list[dict[str, Any]]:
-    """With the engine's name for the reasoning, and "{}" for empty arguments: some templates need JSON."""
-    found = []
-    for message in messages:
-        if "reasoning" in message:
-            message = {reasoning_field if name == "reasoning" else name: value for name, value in message.items()}
-        if isinstance(message.get("tool_calls"), list):
-            message = message | {"tool_calls": [_repaired_call(call) for call in message["tool_calls"]]}
-        found.append(message)
-    return found
-
-
-def _repaired_call(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    if isinstance(function, dict) and function.get("arguments") in ("", None):
-        return call | {"function": function | {"arguments": "{}"}}
-    return call
 
 
 class VLLMAdapter(OpenAIAdapter):
@@ -6498,7 +6485,7 @@ def ollama_message(message: dict[str, Any], names: Mapping[str, str]) -> dict[st
 
 def _ollama_history_call(call: ToolCall) -> dict[str, Any]:
     try:
-        arguments = from_json(call["function"]["arguments"] or "{}")
+        arguments = from_json(call["function"]["arguments"])
     except ValueError:
         reason = "messages: a tool call's arguments are not JSON"
         raise InvalidRequest(reason, "send them as JSON text", param="messages") from None
