@@ -5235,8 +5235,7 @@ class StartableAdapter(BaseLLMAdapter):
     async def before_start(self) -> None:
         """Raises EngineUnavailable, EngineNotInstalled where it may not or cannot be started here."""
         name = self.engine_type
-        can_start = bool(self.package) and bool(self.python or installed(self.package))
-        can_start = can_start or shutil.which(self.program) is not None
+        can_start = shutil.which(self.program) or (self.package and (self.python or installed(self.package)))
         if self.launch is True and not can_start:
             hint = f"install it ({self.install_hint}), or name an interpreter that has it with python="
             raise EngineNotInstalled(f"{name} is not installed here", hint)
@@ -5442,6 +5441,8 @@ class OpenAIAdapter(HTTPAdapter):
 
     version_at: ClassVar[tuple[str, str]]  #: the route that reports the engine's version, and the field
     adapters_by_name: ClassVar[bool] = False  #: does `model:adapter` name a LoRA adapter?
+    honours_one_call: ClassVar[bool] = True  #: does it keep to one call with parallel_tool_calls false?
+    names_models: ClassVar[bool] = False  #: does a reply name the model that really answered?
     offers_named_alone: ClassVar[bool] = False  #: must a named function be the only one that is offered?
     constraint_fields: ClassVar[str] = "response_format"  #: what constrains an answer on /v1
     pull_hint = "it downloads its model when it starts"
@@ -5525,9 +5526,6 @@ class OpenAIAdapter(HTTPAdapter):
             reason = f"{self.engine_type} answered as {redact(str(named), 80)!r}, which was not asked for"
             raise EngineUnavailable(reason, "ask again: the server was replaced")
 
-    honours_one_call: ClassVar[bool] = True  #: does it keep to one call with parallel_tool_calls false?
-    names_models: ClassVar[bool] = False  #: does a reply name the model that really answered?
-
     def decoder(self, request: GenerateRequest, body: dict[str, Any]) -> Decoder:
         finished, expected = 0, expected_choices(body)
         first = self.names_models
@@ -5568,15 +5566,21 @@ class OpenAIAdapter(HTTPAdapter):
             text = line.strip()
             failing = text == b"event: error" or (failing and bool(text))
             try:
-                for event in sse_payloads([text]):
-                    if failing:
-                        raise engine_error(self, 500, event)
-                    if event != b"[DONE]":
-                        check_finishes(self.engine_type, self.payload(event))
+                with well_formed(self.engine_type):
+                    self._check_line(text, failing)
             except InferenceError as exc:
                 return bytes(good), exc
             good += line
         return bytes(good), None
+
+    def _check_line(self, text: bytes, failing: bool) -> None:
+        """Raises what an error means, or a finish_reason that is none of OpenAI's."""
+        for event in sse_payloads([text]):
+            if failing:
+                raise engine_error(self, 500, event)
+            payload = {} if event == b"[DONE]" else self.payload(event)
+            for choice in payload.get("choices") or ():
+                finish_of(choice.get("finish_reason"))
 
     async def models(self) -> list[ModelInfo]:
         listed = await self.fetch_models("/v1/models")
@@ -5625,13 +5629,6 @@ class OpenAIAdapter(HTTPAdapter):
     def suggestion(self, missing: Sequence[str]) -> str:
         constraint = re.search(r"\b(guided_\w+|structured_outputs|regex|ebnf|grammar)\b", " ".join(missing))
         return f"{self.engine_type} has {self.constraint_fields}" if constraint else ""
-
-
-def check_finishes(engine_type: str, payload: dict[str, Any]) -> None:
-    """Raises EngineUnavailable for a finish_reason that is none of OpenAI's, BadEngineReply for malformed choices."""
-    with well_formed(engine_type):
-        for choice in payload.get("choices") or ():
-            finish_of(choice.get("finish_reason"))
 
 
 def with_reasoning(data: bytes) -> bytes:
