@@ -5212,12 +5212,48 @@ Decoder = Callable[[bytes], Decoded]
 Get = Callable[[str], Coroutine[Any, Any, Any]]
 
 
-class StartableAdapter(BaseLLMAdapter):
-    """An engine that can be started here: what it needs, and its command."""
+class HTTPAdapter(BaseLLMAdapter):
+    """An engine behind HTTP, attached or started here: complete and streamed calls over one `Connection`.
+
+    A subclass writes a pair of pure functions (`encode`; `decode_object` with `decoder`), `identify` and `command`.
+    """
 
     default_url, url_env, key_env = "", "", ""  #: its usual address; the variables that name another one, and its key
     package, program = "", ""  #: the importable name of the engine's package; its name on the PATH
-    start_hint, install_hint = "", ""  #: the commands
+    start_hint, install_hint, embed_hint = "", "", ""  #: the commands; what to do for embeddings
+    in_auto = True
+    extras: ClassVar[frozenset[str]] = frozenset({"tool_messages", "images", "embed"})  #: features that are no fields
+    keep_alive: ClassVar[bool] = True  #: may a connection be used again after a POST?
+    stamp_paths: ClassVar[tuple[str, ...]] = ()  #: GET routes whose replies tell one server from another
+    streams_only: ClassVar[bool] = False  #: does it work on when a caller of a complete answer hangs up?
+    features_ttl: ClassVar[float] = float("inf")  #: seconds for which a model's features are good
+
+    def __init__(self, model_name: str | None = None, **options: Any) -> None:
+        super().__init__(model_name, **options)
+        self.connection = Connection(self)
+        self._flight = SingleFlight()
+        weakref.finalize(self, self.connection.abandon)
+        self._features: dict[str, tuple[float, frozenset[str]]] = {}  #: by model: when they were asked for, and what
+
+    def __init_subclass__(cls) -> None:
+        if cls.engine_type in ENGINES:
+            cls.capabilities = frozenset(honoured(cls.engine_type, OWN)) & SAMPLING_FIELDS | cls.extras
+
+    @abstractmethod
+    def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """The engine's route, and the body in its own fields."""
+
+    @abstractmethod
+    def decode_object(self, data: bytes, request: GenerateRequest, body: dict[str, Any]) -> Answer:
+        """The engine's complete reply as OpenAI's object."""
+
+    @abstractmethod
+    def decoder(self, request: GenerateRequest, body: dict[str, Any]) -> Decoder:
+        """For one stream: takes complete lines; returns the events in them."""
+
+    @abstractmethod
+    async def identify(self, get: Get) -> str | None:
+        """The version of the engine that answers `get(path)`; "": it reports none, None: it is another engine."""
 
     @abstractmethod
     def command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
@@ -5262,51 +5298,9 @@ class StartableAdapter(BaseLLMAdapter):
         model = self.launched_model
         return Path(model).resolve().name if model and os.path.isdir(model) else model
 
-
-class HTTPAdapter(StartableAdapter):
-    """An engine behind HTTP: complete and streamed calls over one `Connection`.
-
-    A subclass writes a pair of pure functions (`encode`; `decode_object` with `decoder`), `identify` and `command`.
-    """
-
-    in_auto = True
-    extras: ClassVar[frozenset[str]] = frozenset({"tool_messages", "images", "embed"})  #: features that are no fields
-    embed_hint: ClassVar[str] = "serve an embedding model"
-    keep_alive: ClassVar[bool] = True  #: may a connection be used again after a POST?
-    stamp_paths: ClassVar[tuple[str, ...]] = ()  #: GET routes whose replies tell one server from another
-    streams_only: ClassVar[bool] = False  #: does it work on when a caller of a complete answer hangs up?
-    features_ttl: ClassVar[float] = float("inf")  #: seconds for which a model's features are good
-
-    def __init__(self, model_name: str | None = None, **options: Any) -> None:
-        super().__init__(model_name, **options)
-        self.connection = Connection(self)
-        self._flight = SingleFlight()
-        weakref.finalize(self, self.connection.abandon)
-        self._features: dict[str, tuple[float, frozenset[str]]] = {}  #: by model: when they were asked for, and what
-
-    def __init_subclass__(cls) -> None:
-        if cls.engine_type in ENGINES:
-            cls.capabilities = frozenset(honoured(cls.engine_type, OWN)) & SAMPLING_FIELDS | cls.extras
-
     @abstractmethod
-    def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """The engine's route, and the body in its own fields."""
-
-    @abstractmethod
-    def decode_object(self, data: bytes, request: GenerateRequest, body: dict[str, Any]) -> Answer:
-        """The engine's complete reply as OpenAI's object."""
-
-    @abstractmethod
-    def decoder(self, request: GenerateRequest, body: dict[str, Any]) -> Decoder:
-        """For one stream: takes complete lines; returns the events in them."""
-
-    @abstractmethod
-    async def identify(self, get: Get) -> str | None:
-        """The version of the engine that answers `get(path)`; "": it reports none, None: it is another engine."""
-
     async def missing_features(self, model: str) -> set[str]:
         """Of `capabilities`, those that this server or model lacks. Raises ModelNotFound."""
-        return set()
 
     async def connect(self) -> None:
         await self.connection.reach()
