@@ -4608,16 +4608,6 @@ class Target:
         """False once a child has ended, or was started again elsewhere."""
         return self.child is None or (self.child.alive and self.child.generation == self.generation)
 
-    @property
-    def key(self) -> str | None:
-        """The key that the engine asks for."""
-        return self.headers.get("authorization", "").removeprefix("Bearer ") or None
-
-    @property
-    def address(self) -> str:
-        """A base_url that leads there."""
-        return f"unix:{self.uds}" if self.uds else self.url
-
 
 class Sessions:
     """The HTTP sessions to one engine, one for each event loop; each is closed with its loop."""
@@ -4674,80 +4664,8 @@ async def _aclose(generator: AsyncGenerator[Any, None]) -> None:
     await generator.aclose()
 
 
-class Launcher:
-    """Starts an engine as a child, and knows when it is ready."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.child: EngineChild | None = None
-        self.state = ""  #: what is being waited for, while it starts
-
-    async def start(
-        self,
-        identity: str,
-        command: Command,
-        target_of: Callable[[EngineChild], Target],
-        probe: Callable[[Target], Coroutine[Any, Any, str | None]],
-    ) -> tuple[Target, str]:
-        """The running child's target and version. Raises what its log says where it ends, EngineTimeout."""
-        if self.child is None:
-            self.child = EngineChild.share(identity, self.name)
-        child = self.child
-        patience = start_timeout()
-        if not child.alive:
-            if child.generation:
-                child.failure()  # it ended while it served: back off before the next start
-            await asyncio.to_thread(child.start, command)
-        target = target_of(child)
-        try:
-            version = await self._wait_ready(child, target, probe, patience)
-        finally:
-            self.state = ""
-        child.watch()
-        return target, version
-
-    async def _wait_ready(
-        self,
-        child: EngineChild,
-        target: Target,
-        probe: Callable[[Target], Coroutine[Any, Any, str | None]],
-        patience: float,
-    ) -> str:
-        progress, until, pause = Progress(f"starting {self.name}"), time.monotonic() + patience, 0.02
-        while True:
-            if not child.alive:
-                raise await asyncio.to_thread(child.failure)
-            with contextlib.suppress(InferenceError):
-                version = await probe(target)
-                if version is not None:
-                    progress.done(f"ready (log: {child.log})")
-                    return version
-            if time.monotonic() > until:
-                await asyncio.to_thread(child.stop)
-                reason = f"{self.name} did not become ready in {patience:g} s"
-                hint = "see the end of its log, or raise LLM_INFERENCE_START_TIMEOUT"
-                raise EngineTimeout(reason, hint, detail=child.log_end())
-            self.state = child.stage()
-            progress.show(self.state)
-            await asyncio.sleep(pause)
-            pause = min(0.5, pause * 1.3)
-
-    def release(self) -> None:
-        """Give up the child."""
-        child, self.child = self.child, None
-        if child is not None:
-            child.release()
-
-    def abandon(self) -> None:
-        """When the adapter is collected, or at exit: an engine's end takes a while, and the collector runs anywhere."""
-        try:
-            threading.Thread(target=self.release, name="llm_inference release", daemon=True).start()
-        except RuntimeError:  # the interpreter is ending
-            self.release()
-
-
-class EngineClient(ABC):
-    """Sends requests to one engine server, wherever `reach` finds it."""
+class EngineClient:
+    """Sends requests to one engine server."""
 
     def __init__(self, adapter: "HTTPAdapter") -> None:
         self._adapter = weakref.proxy(adapter)
@@ -4766,26 +4684,18 @@ class EngineClient(ABC):
             self.calls.discard(made)
             made.close()
 
-    @abstractmethod
-    async def reach(self) -> Target:
-        """Where the engine is."""
-
-    @abstractmethod
-    async def found_again(self, lost: Target, exc: EngineUnavailable) -> Target:
-        """Where the engine is after a connection was refused or lost. Raises where it is gone, or another one."""
-
     async def fetch(
         self, target: Target, path: str, limits: Deadlines, body: Any = None, refusals: Container[int] = (401, 403)
     ) -> Any:
         """A small JSON question; None for anything but 200 with JSON. Raises what a status among `refusals` means."""
-        method, data = ("GET", None) if body is None else ("POST", to_json(body))
+        data = None if body is None else to_json(body)
         with contextlib.closing(Deadline(limits, self.name)) as deadline:
             try:
-                reply = await self.send(method, target, path, data, deadline, limits.connect)
+                reply = await self.send(target, path, data, deadline)
             except EngineUnavailable as exc:
                 if not exc.stale:
                     raise
-                reply = await self.send(method, target, path, data, deadline, limits.connect)
+                reply = await self.send(target, path, data, deadline)
             try:
                 found = await deadline.wait(reply.body())
             finally:
@@ -4794,15 +4704,198 @@ class EngineClient(ABC):
             raise EngineUnavailable("that address is this very server", "give the engine's own address")
         if reply.status in refusals:
             raise engine_error(self._adapter, reply.status, found, reply.headers)
-        if reply.status != 200:
-            return None
-        with contextlib.suppress(ValueError):
-            return from_json(found)
+        if reply.status == 200:
+            with contextlib.suppress(ValueError):
+                return from_json(found)
         return None
 
     async def question(self, target: Target, path: str, body: Any = None) -> Any:
         """A small question; None for what the engine does not know. Raises where it fails or is overloaded."""
         return await self.fetch(target, path, self._adapter.deadlines.brief(), body, (401, 403, 429, *range(500, 600)))
+
+    async def send(
+        self, target: Target, path: str, body: bytes | None, deadline: Deadline, known: bool = False
+    ) -> Reply:
+        """Send one request, a GET where it has no body; its reply's head. Raises EngineTimeout, EngineUnavailable.
+
+        known: to the server that the target's stamp is of, and to no other one.
+        """
+        wire = await self.sessions.get(target.uds)
+        headers = {**target.headers, "accept-encoding": "identity", LOOP_HEADER: INSTANCE, **TRACE.get()}
+        if body is not None:
+            headers["content-type"] = "application/json"
+            if not self._adapter.keep_alive:
+                headers["connection"] = "close"
+        if request_id := REQUEST_ID.get():
+            headers["x-request-id"] = request_id
+        method, connect = "GET" if body is None else "POST", deadline.limits.connect
+        request = WireRequest(method, target.url + path, body, headers, connect, known and target.stamp is not None)
+        try:
+            return await deadline.wait(wire.send(request))
+        except TimeoutError as exc:
+            reason = f"{self.name}: connect deadline of {connect:g} s passed"
+            raise EngineTimeout(reason, "check that the address is right and the host is up") from exc
+        except socket.gaierror as exc:
+            where = f"at {target.url}"
+            raise EngineUnavailable(f"{self.name}: unknown host name", "correct the address", detail=where) from exc
+        except ConnectionRefusedError as exc:
+            hint = "ask again" if target.child else f"start it: {self._adapter.start_hint}"
+            raise EngineUnavailable(f"{self.name} refuses connections", hint, detail=f"at {target.url}") from exc
+
+
+class EngineFinder(EngineClient):
+    """Finds an engine server, or starts it as a child."""
+
+    def __init__(self, adapter: "HTTPAdapter") -> None:
+        super().__init__(adapter)
+        self.child: EngineChild | None = None
+        self.state = ""  #: what is being waited for, while it starts
+
+    async def attach(self) -> Target | None:
+        """The server that an address leads to, or that answers on the usual port."""
+        adapter = self._adapter
+        key = (adapter.api_key or os.environ.get(adapter.key_env) or "").strip()  # from a file it has a line break
+        if not re.fullmatch(r"[!-~]*", key):
+            reason = f"api_key, {adapter.key_env}: holds what no HTTP header may hold"
+            raise InvalidRequest(reason, "printable ASCII without spaces", param="api_key")
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        address, source = adapter.base_url, "base_url"
+        if not address and adapter.launch is not True:
+            address, source = os.environ.get(adapter.url_env), adapter.url_env
+        if address:
+            return await self._attach_to(address, source, headers)
+        if adapter.launch is True or not adapter.default_url:
+            return None
+        target = Target(adapter.default_url, headers)
+        with contextlib.suppress(InferenceError):
+            version = await self.probe(target, connect=1.0)
+            if version is not None:
+                adapter.how, adapter.version = f"found on port {adapter.default_url.rpartition(':')[2]}", version
+                return target
+        return None
+
+    async def _attach_to(self, address: str, source: str, headers: dict[str, str]) -> Target:
+        adapter = self._adapter
+        if address.startswith("unix:/"):
+            path = address.removeprefix("unix:")
+            if len(os.fsencode(path)) > 107:  # unix(7)
+                raise InvalidRequest(f"{source}: the socket's path is over 107 bytes long", "choose a shorter one")
+            target = Target("http://localhost", headers, uds=path)
+        else:
+            target = Target(clean_url(address, adapter.default_url.rpartition(":")[2], source), headers)
+        try:
+            version = await self.probe(target)
+        except InferenceError as exc:
+            exc.hint = exc.hint or f"start it ({adapter.start_hint}), or correct {source}"
+            raise
+        if version is None and (other := await self._other_engine(target)):
+            reason = f"the server at {source} is {other}, not {self.name}"
+            raise EngineUnavailable(reason, f"use engine_type={other!r}, or correct {source}")
+        adapter.how, adapter.version, adapter.identified = f"attached by {source}", version or "", version is not None
+        return target
+
+    async def probe(self, target: Target, connect: float = math.inf) -> str | None:
+        """The version of the engine at `target`, "" where it does not report one, None where it is another engine."""
+        limits = self._adapter.deadlines.brief()
+        limits = dataclasses.replace(limits, connect=min(connect, limits.connect))
+
+        async def get(path: str) -> Any:
+            return await self.fetch(target, path, limits)
+
+        version: str | None = await self._adapter.identify(get)
+        return version
+
+    async def _other_engine(self, target: Target) -> str | None:
+        """Which other engine lists models there; None too for a router that hides who it is: its address is trusted."""
+        engines = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llamacpp", "library": "ollama"}
+        for owner in owners_of(await self.fetch(target, "/v1/models", self._adapter.deadlines)):
+            if engines.get(owner) not in (None, self.name):
+                return engines[owner]
+        return None
+
+    async def start(self) -> Target:
+        """The running child's target. Raises what its log says where it ends, EngineTimeout."""
+        adapter = self._adapter
+        await adapter.before_start()
+        if self.child is None:
+            identity = [self.name, adapter.launched_model, adapter.python, adapter.launch_args]
+            self.child = EngineChild.share(json.dumps([*identity, sorted(adapter.launch_env.items())]), self.name)
+        child, patience = self.child, start_timeout()
+        if not child.alive:
+            if child.generation:
+                child.failure()  # it ended while it served: back off before the next start
+            await asyncio.to_thread(child.start, adapter.command)
+        target: Target = adapter.child_target(child)
+        try:
+            adapter.version = await self._wait_ready(child, target, patience)
+        finally:
+            self.state = ""
+        child.watch()
+        adapter.how = "started by us"
+        return target
+
+    async def _wait_ready(self, child: EngineChild, target: Target, patience: float) -> str:
+        """Its version, once it answers."""
+        progress, until, pause = Progress(f"starting {self.name}"), time.monotonic() + patience, 0.02
+        while True:
+            if not child.alive:
+                raise await asyncio.to_thread(child.failure)
+            with contextlib.suppress(InferenceError):
+                version = await self.probe(target, connect=1.0)
+                if version is not None:
+                    progress.done(f"ready (log: {child.log})")
+                    return version
+            if time.monotonic() > until:
+                await asyncio.to_thread(child.stop)
+                reason = f"{self.name} did not become ready in {patience:g} s"
+                hint = "see the end of its log, or raise LLM_INFERENCE_START_TIMEOUT"
+                raise EngineTimeout(reason, hint, detail=child.log_end())
+            self.state = child.stage()
+            progress.show(self.state)
+            await asyncio.sleep(pause)
+            pause = min(0.5, pause * 1.3)
+
+    def release(self) -> None:
+        """Give up the child; the last one who does ends it."""
+        child, self.child = self.child, None
+        if child is not None:
+            child.release()
+
+
+class Connection(EngineFinder):
+    """Calls to one engine server, wherever it is; what is known of a server ends with it."""
+
+    def __init__(self, adapter: "HTTPAdapter") -> None:
+        super().__init__(adapter)
+        self.target: Target | None = None
+        self._flight = SingleFlight()
+
+    async def reach(self) -> Target:
+        """Where the engine is; looked for again when it was lost."""
+        if self.target is not None and self.target.exists:
+            return self.target
+        served = SERVED.get()
+        if served is not None and served.closed:  # what was closed is not opened again by a request from before
+            raise EngineUnavailable(f"{self.name} was closed before it answered", "ask again")
+        return await self._flight.run("target", self._reach)
+
+    async def _reach(self) -> Target:
+        if self.target is not None and self.target.exists:  # reached while we were on our way here
+            return self.target
+        adapter = self._adapter
+        self.forget()
+        self.target = await self.attach() or await self.start()
+        if self.target.child is None and (adapter.launch_args or adapter.launch_env or adapter.python):
+            logger.warning("%s is already running: launch_args, launch_env and python are not used", self.name)
+        logger.info("%s: %s%s", self.name, adapter.how, f", version {adapter.version}" if adapter.version else "")
+        return self.target
+
+    def forget(self) -> None:
+        """What is known of a server ends with it."""
+        if self.target is not None and self.target.child is not None:
+            logger.warning("%s ended", self.name)
+        self.target = None
+        self._adapter.forget()
 
     async def post(self, path: str, body: bytes, deadlines: Deadlines) -> bytes:
         """The engine's complete reply to a POST, as it came."""
@@ -4854,194 +4947,36 @@ class EngineClient(ABC):
         A refused connection is retried where the engine is now, a stale one on a new one: both only once, and only
         where the same server answers, for which the body was written.
         """
-        adapter = self._adapter
         target = await self.reach()
         try:
-            reply = await self.send("POST", target, path, body, deadline, adapter.deadlines.connect, known=True)
+            reply = await self.send(target, path, body, deadline, known=True)
         except EngineUnavailable as exc:
             if not exc.stale and not isinstance(exc.__cause__, ConnectionRefusedError):
                 raise
-            target = await self.found_again(target, exc)
-            reply = await self.send("POST", target, path, body, deadline, adapter.deadlines.connect, known=True)
+            reply = await self.send(await self._found_again(target, exc), path, body, deadline, known=True)
         if reply.status == 200 and reply.headers.get("content-encoding", "identity") == "identity":
             return reply
         try:
             data = await deadline.wait(reply.body(1 << 20))
         finally:
             await reply.close()
-        raise engine_error(adapter, reply.status, data, reply.headers)
+        raise engine_error(self._adapter, reply.status, data, reply.headers)
 
-    async def send(
-        self,
-        method: str,
-        target: Target,
-        path: str,
-        body: bytes | None,
-        deadline: Deadline,
-        connect: float,
-        known: bool = False,
-    ) -> Reply:
-        """Send one request; its reply's head. Raises EngineTimeout, EngineUnavailable.
-
-        known: to the server that the target's stamp is of, and to no other one.
-        """
-        wire = await self.sessions.get(target.uds)
-        headers = self._request_headers(target, body)
-        known = known and target.stamp is not None
-        request = WireRequest(method, target.url + path, body, headers, connect, known)
-        try:
-            return await deadline.wait(wire.send(request))
-        except TimeoutError as exc:
-            reason = f"{self.name}: connect deadline of {connect:g} s passed"
-            raise EngineTimeout(reason, "check that the address is right and the host is up") from exc
-        except socket.gaierror as exc:
-            where = f"at {target.url}"
-            raise EngineUnavailable(f"{self.name}: unknown host name", "correct the address", detail=where) from exc
-        except ConnectionRefusedError as exc:
-            hint = "ask again" if target.child else f"start it: {self._adapter.start_hint}"
-            raise EngineUnavailable(f"{self.name} refuses connections", hint, detail=f"at {target.url}") from exc
-
-    def _request_headers(self, target: Target, body: bytes | None) -> dict[str, str]:
-        headers = {**target.headers, "accept-encoding": "identity", LOOP_HEADER: INSTANCE, **TRACE.get()}
-        if body is not None:
-            headers["content-type"] = "application/json"
-            if not self._adapter.keep_alive:
-                headers["connection"] = "close"
-        if request_id := REQUEST_ID.get():
-            headers["x-request-id"] = request_id
-        return headers
-
-
-class Connection(EngineClient):
-    """Finds one engine server, or starts it; what is known of a server ends with it."""
-
-    def __init__(self, adapter: "HTTPAdapter") -> None:
-        super().__init__(adapter)
-        self.target: Target | None = None
-        self.launcher = Launcher(adapter.engine_type)
-        self._flight = SingleFlight()
-
-    async def reach(self) -> Target:
-        """Where the engine is; looked for again when it was lost."""
-        if self.target is not None and self.target.exists:
-            return self.target
-        served = SERVED.get()
-        if served is not None and served.closed:  # what was closed is not opened again by a request from before
-            raise EngineUnavailable(f"{self.name} was closed before it answered", "ask again")
-        return await self._flight.run("target", self._reach)
-
-    async def _reach(self) -> Target:
-        if self.target is not None and self.target.exists:  # reached while we were on our way here
-            return self.target
-        adapter = self._adapter
-        self.forget()
-        self.target = await self._attach() or await self._start()
-        if self.target.child is None and (adapter.launch_args or adapter.launch_env or adapter.python):
-            logger.warning("%s is already running: launch_args, launch_env and python are not used", self.name)
-        logger.info("%s: %s%s", self.name, adapter.how, f", version {adapter.version}" if adapter.version else "")
-        return self.target
-
-    def forget(self) -> None:
-        """What is known of a server ends with it."""
-        if self.target is not None and self.target.child is not None:
-            logger.warning("%s ended", self.name)
-        self.target = None
-        self._adapter.forget()
-
-    async def _attach(self) -> Target | None:
-        adapter = self._adapter
-        headers = self._headers()
-        explicit, source = adapter.base_url, "base_url"
-        if not explicit and adapter.launch is not True:
-            explicit, source = os.environ.get(adapter.url_env), adapter.url_env
-        if explicit:
-            return await self._attach_to(explicit, source, headers)
-        if adapter.launch is True or not adapter.default_url:
-            return None
-        target = Target(adapter.default_url, headers)
-        with contextlib.suppress(InferenceError):
-            version = await self.probe(target, connect=1.0)
-            if version is not None:
-                adapter.how, adapter.version = f"found on port {adapter.default_url.rpartition(':')[2]}", version
-                return target
-        return None
-
-    def _headers(self) -> dict[str, str]:
-        adapter = self._adapter
-        key = (adapter.api_key or os.environ.get(adapter.key_env) or "").strip()  # from a file it has a line break
-        if not re.fullmatch(r"[!-~]*", key):
-            reason = f"api_key, {adapter.key_env}: holds what no HTTP header may hold"
-            raise InvalidRequest(reason, "printable ASCII without spaces", param="api_key")
-        return {"authorization": f"Bearer {key}"} if key else {}
-
-    async def _attach_to(self, address: str, source: str, headers: dict[str, str]) -> Target:
-        adapter = self._adapter
-        if address.startswith("unix:/"):
-            path = address.removeprefix("unix:")
-            if len(os.fsencode(path)) > 107:  # unix(7)
-                raise InvalidRequest(f"{source}: the socket's path is over 107 bytes long", "choose a shorter one")
-            target = Target("http://localhost", headers, uds=path)
-        else:
-            target = Target(clean_url(address, adapter.default_url.rpartition(":")[2], source), headers)
-        try:
-            version = await self.probe(target)
-        except InferenceError as exc:
-            exc.hint = exc.hint or f"start it ({adapter.start_hint}), or correct {source}"
-            raise
-        if version is None and (other := await self._other_engine(target)):
-            reason = f"the server at {source} is {other}, not {self.name}"
-            raise EngineUnavailable(reason, f"use engine_type={other!r}, or correct {source}")
-        adapter.how, adapter.version, adapter.identified = f"attached by {source}", version or "", version is not None
-        return target
-
-    async def _start(self) -> Target:
-        adapter = self._adapter
-        await adapter.before_start()
-        identity = [self.name, adapter.launched_model, adapter.python, adapter.launch_args]
-        target, version = await self.launcher.start(
-            json.dumps([*identity, sorted(adapter.launch_env.items())]),
-            adapter.command,
-            adapter.child_target,
-            functools.partial(self.probe, connect=1.0),
-        )
-        adapter.how, adapter.version = "started by us", version
-        return target
-
-    async def probe(self, target: Target, connect: float | None = None) -> str | None:
-        """The version of the engine at `target`, "" where it does not report one, None where it is another engine."""
-        limits = self._adapter.deadlines.brief()
-        limits = dataclasses.replace(limits, connect=min(connect or limits.connect, limits.connect))
-
-        async def get(path: str) -> Any:
-            return await self.fetch(target, path, limits)
-
-        version: str | None = await self._adapter.identify(get)
-        return version
-
-    async def _other_engine(self, target: Target) -> str | None:
-        """Which other engine lists models there; None too for a router that hides who it is: its address is trusted."""
-        engines = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llamacpp", "library": "ollama"}
-        for owner in owners_of(await self.fetch(target, "/v1/models", self._adapter.deadlines)):
-            if engines.get(owner) not in (None, self.name):
-                return engines[owner]
-        return None
-
-    async def found_again(self, lost: Target, exc: EngineUnavailable) -> Target:
-        if lost.child is not None and lost.child.alive and not exc.stale:
-            raise exc
-        if self.target is lost and lost.child is None and not exc.stale:
-            self.forget()
-        found = await self.recognise()
-        self.require_same(lost, found)
-        return found
+    async def _found_again(self, lost: Target, exc: EngineUnavailable) -> Target:
+        """Where the engine is after a connection was refused or lost. Raises where it is gone, or another one."""
+        if not exc.stale:
+            if lost.child is not None and lost.child.alive:
+                raise exc
+            if self.target is lost and lost.child is None:
+                self.forget()
+        await self.confirm(lost)
+        return await self.reach()
 
     async def confirm(self, known: Target | None) -> None:
         """Raises EngineUnavailable where the server that a body was written for was replaced meanwhile."""
-        if known is not None:
-            self.require_same(known, await self.recognise())
-
-    def require_same(self, known: Target, found: Target) -> None:
-        """Raises EngineUnavailable where another server answers than the one that a body was written for."""
+        if known is None:
+            return
+        found = await self.recognise()
         if known.stamp is not None and known.stamp != found.stamp:
             raise EngineUnavailable(f"{self.name} was replaced by another server", "ask again")
 
@@ -5101,14 +5036,17 @@ class Connection(EngineClient):
             call.abort()
         await self.sessions.close()
         try:
-            await asyncio.to_thread(self.launcher.release)
+            await asyncio.to_thread(self.release)
         except RuntimeError:  # the interpreter is ending: it starts no threads any more
-            self.launcher.release()
+            self.release()
 
     def abandon(self) -> None:
-        """The same, when the adapter is collected."""
+        """When the adapter is collected, or at exit: an engine's end takes a while, and the collector runs anywhere."""
         self.sessions.abandon()
-        self.launcher.abandon()
+        try:
+            threading.Thread(target=self.release, name="llm_inference release", daemon=True).start()
+        except RuntimeError:  # the interpreter is ending
+            self.release()
 
 
 def lasting(reply: Any) -> Any:
@@ -5903,7 +5841,7 @@ class LlamaCppAdapter(OpenAIAdapter):
         build = await super().identify(get)
         if build not in ("", "b0-unknown"):  # what a build without git's history says
             return build
-        ours = self.connection.launcher.child is not None and not self.python
+        ours = self.connection.child is not None and not self.python
         return f"xllamacpp {importlib.metadata.version('xllamacpp')}" if ours else ""
 
     def _model_info(self, model: dict[str, Any]) -> ModelInfo:
@@ -5949,14 +5887,14 @@ class LlamaCppAdapter(OpenAIAdapter):
         progress, stop = Progress(f"pulling {model or DEFAULT_MODEL}"), threading.Event()
 
         def report(done: int, total: int) -> None:
-            self.connection.launcher.state = f"pulling {bar(done, total)}"
+            self.connection.state = f"pulling {bar(done, total)}"
             progress.show(bar(done, total))
 
         try:
             found = await asyncio.to_thread(pull_model, model, report, stop)
         finally:
             stop.set()  # cancelled: the thread ends the download
-            self.connection.launcher.state = ""
+            self.connection.state = ""
         if progress.shown_at:
             progress.done()
         return found
@@ -6562,7 +6500,7 @@ class Endpoint:
     def progress(self) -> str:
         """What is being waited for while it starts; "" otherwise."""
         connection = getattr(self.adapter, "connection", None)
-        return connection.launcher.state if connection is not None else ""
+        return connection.state if connection is not None else ""
 
     @property
     def default_model(self) -> str | None:
@@ -11936,8 +11874,10 @@ async def attachable(endpoint: Endpoint) -> EndpointConfig:
     if config is not None and config.base_url:  # attached: each worker reaches it, or waits for it, by itself
         return config
     target = await adapter.connection.reach()
+    address = f"unix:{target.uds}" if target.uds else target.url
+    key = target.headers.get("authorization", "").removeprefix("Bearer ") or None
     return EndpointConfig(
-        name=endpoint.name, engine=adapter.engine_type, base_url=target.address, api_key=target.key,
+        name=endpoint.name, engine=adapter.engine_type, base_url=address, api_key=key,
         model=await adapter.model_for(None), models=tuple(endpoint.only), slots=endpoint.slots)  # fmt: skip
 
 
