@@ -2755,10 +2755,12 @@ def sse_payloads(lines: Iterable[bytes]) -> Iterator[bytes]:
 class Deadline:
     """One timer per call for connect + first token, idle and total."""
 
-    __slots__ = ("_expired", "_task", "_timer", "begun", "due", "end", "engine", "first", "limits", "loop")
+    __slots__ = ("_calls", "_expired", "_task", "_timer", "begun", "due", "end", "engine", "first", "limits", "loop")
 
-    def __init__(self, limits: Deadlines, engine: str) -> None:
+    def __init__(self, limits: Deadlines, engine: str, calls: "set[Deadline]") -> None:
         self.limits, self.engine, self.loop = limits, engine, asyncio.get_running_loop()
+        self._calls = calls
+        calls.add(self)
         now = self.loop.time()
         self.end, self.due = now + limits.total, now + limits.first_token
         self.first = True
@@ -2825,7 +2827,8 @@ class Deadline:
         )
 
     def close(self) -> None:
-        """Stop the timer."""
+        """Stop the timer, and leave `calls`."""
+        self._calls.discard(self)
         self._timer.cancel()
 
 
@@ -4640,25 +4643,14 @@ class EngineClient:
         self._adapter = weakref.proxy(adapter)
         self.name = adapter.engine_type
         self.sessions = Sessions()
-        self.calls: set[Deadline] = set()  #: the calls that wait for an answer
-
-    @contextlib.contextmanager
-    def deadline(self, limits: Deadlines) -> Iterator[Deadline]:
-        """The deadlines of one call, which `close` ends."""
-        made = Deadline(limits, self.name)
-        self.calls.add(made)
-        try:
-            yield made
-        finally:
-            self.calls.discard(made)
-            made.close()
+        self.calls: set[Deadline] = set()  #: the calls that wait for an answer; `close` ends them
 
     async def fetch(
         self, target: Target, path: str, limits: Deadlines, body: Any = None, refusals: Container[int] = (401, 403)
     ) -> Any:
         """A small JSON question; None for anything but 200 with JSON. Raises what a status among `refusals` means."""
         data = None if body is None else to_json(body)
-        with contextlib.closing(Deadline(limits, self.name)) as deadline:
+        with contextlib.closing(Deadline(limits, self.name, set())) as deadline:
             try:
                 reply = await self.send(target, path, data, deadline)
             except EngineUnavailable as exc:
@@ -4869,7 +4861,7 @@ class Connection(EngineFinder):
     async def post(self, path: str, body: bytes, deadlines: Deadlines) -> bytes:
         """The engine's complete reply to a POST, as it came."""
         await self.reach()  # to start an engine may take longer than an answer
-        with self.deadline(deadlines) as deadline:
+        with contextlib.closing(Deadline(deadlines, self.name, self.calls)) as deadline:
             deadline.due = deadline.end  # of a complete answer there is no first token
             reply = await self.open(path, body, deadline)
             deadline.begun = True
@@ -4886,7 +4878,7 @@ class Connection(EngineFinder):
         Lines that come while they are waited for are given to `push`, and yielded where it returns False.
         """
         await self.reach()
-        with self.deadline(deadlines) as deadline:
+        with contextlib.closing(Deadline(deadlines, self.name, self.calls)) as deadline:
             reply, lines = await self.open(path, body, deadline), LineReader()
 
             def take(data: bytes) -> bool:
