@@ -4031,61 +4031,55 @@ from pathlib import Path
 
 signal.signal(signal.SIGTERM, signal.default_int_handler)  # the library removes its temporary files
 task = json.loads(sys.argv[1])
-repo, folder_name = task["repo"], task["repo"].replace("/", "--")
+repo, offline = task["repo"], task.get("offline")
+folder = repo.replace("/", "--")
 
 
-def huggingface_hub():
-    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-
-    def list_files():
-        siblings = HfApi().model_info(repo, files_metadata=True).siblings or ()
-        return {file.rfilename: file.size or 0 for file in siblings}
-
-    return list_files, snapshot_download, hf_hub_download, f"{constants.HF_HUB_CACHE}/models--{folder_name}"
-
-
-def modelscope():
-    from modelscope.hub.api import HubApi
-    from modelscope.hub.file_download import model_file_download
-    from modelscope.hub.snapshot_download import snapshot_download
-
-    def list_files():
-        files = HubApi().get_model_files(repo, recursive=True)
-        return {file["Path"]: file.get("Size") or 0 for file in files}
-
-    cache = os.environ.get("MODELSCOPE_CACHE") or os.path.expanduser("~/.cache/modelscope")
-    return list_files, snapshot_download, model_file_download, f"{cache}/models/{folder_name}"
-
-
-def cached_files(find_snapshot):
-    folder = Path(find_snapshot(repo, local_files_only=True, allow_patterns=[]))
-    return {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*.gguf") if file.is_file()}
-
-
-def download(get, file, size):
-    path = str(get(repo, file, local_files_only=task["offline"]))
-    if not task["offline"] and os.path.getsize(path) != size:  # truncated, which not every version notices
+def download(file, size):
+    path = str(get(repo, file, local_files_only=offline))
+    if not offline and os.path.getsize(path) != size:  # truncated, which not every version notices
         os.unlink(os.path.realpath(path))
         path = str(get(repo, file))
     return path
 
 
-def listing(list_files, find_snapshot):
+def listing():
     try:
-        return {"files": list_files(), "offline": False}
+        return {"folder": folder, "files": list_files(), "offline": False}
     except Exception:  # without a network, what was downloaded before can be used
         with contextlib.suppress(Exception):
-            return {"files": cached_files(find_snapshot), "offline": True}
+            here = Path(snapshot_download(repo, local_files_only=True, allow_patterns=[]))
+            files = [file for file in here.rglob("*.gguf") if file.is_file()]
+            sizes = {str(file.relative_to(here)): file.stat().st_size for file in files}
+            return {"folder": folder, "files": sizes, "offline": True}
         raise
 
 
 try:
-    library = modelscope if task["library"] == "modelscope" else huggingface_hub
-    list_files, find_snapshot, get, folder = library()
-    if "files" in task:
-        result = {"paths": [download(get, file, size) for file, size in task["files"].items()]}
+    if task["library"] == "modelscope":
+        from modelscope.hub.api import HubApi
+        from modelscope.hub.file_download import model_file_download as get
+        from modelscope.hub.snapshot_download import snapshot_download
+
+        cache = os.environ.get("MODELSCOPE_CACHE") or os.path.expanduser("~/.cache/modelscope")
+        folder = f"{cache}/models/{folder}"
+
+        def list_files():
+            files = HubApi().get_model_files(repo, recursive=True)
+            return {file["Path"]: file.get("Size") or 0 for file in files}
     else:
-        result = {"folder": folder, **listing(list_files, find_snapshot)}
+        from huggingface_hub import HfApi, constants, hf_hub_download as get, snapshot_download
+
+        folder = f"{constants.HF_HUB_CACHE}/models--{folder}"
+
+        def list_files():
+            siblings = HfApi().model_info(repo, files_metadata=True).siblings or ()
+            return {file.rfilename: file.size or 0 for file in siblings}
+
+    if "files" in task:
+        result = {"paths": [download(file, size) for file, size in task["files"].items()]}
+    else:
+        result = listing()
 except Exception as exc:
     status = getattr(getattr(exc, "response", None), "status_code", None)
     signs = [kind.__name__ for kind in type(exc).__mro__] + [str(status), f"errno {getattr(exc, 'errno', None)}"]
