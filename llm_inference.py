@@ -4319,14 +4319,11 @@ class BaseLLMAdapter:
         if body.get("tool_choice") == "none":  # no tools, no calls: honoured everywhere
             del body["tool_choice"]
             body.pop("tools", None)
-        missing, ignored, off = left_out(self, request, body, has)
+        kept, missing, ignored = sorted_out(self, request, body, has)
         refused = [name for name in missing if name not in request.hints]
         if refused and not (request.lenient and {"images", "tool_messages"}.isdisjoint(refused)):
             raise self._unsupported(model, refused, request)
-        ignored += missing
-        off.update(ignored)
-        kept = {name: value for name, value in body.items() if name not in off}
-        ignored += await self._cap_tokens(request, kept)
+        ignored += [*missing, *await self._cap_tokens(request, kept)]
         served = request.served
         served.engine_type, served.model, served.ignored = self.engine_type, model, tuple(ignored)
         return kept
@@ -4401,10 +4398,13 @@ class BaseLLMAdapter:
             raise BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again", retryable=True)
 
 
-def left_out(
+def sorted_out(
     engine: BaseLLMAdapter, request: GenerateRequest, body: dict[str, Any], has: Container[str]
-) -> tuple[list[str], list[str], set[str]]:
-    """The fields that the engine lacks, those that it does not need, and values that ask for nothing here."""
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """What of the body is sent; the fields that the engine lacks; those that it does not need.
+
+    Values that ask for nothing here are in none of them.
+    """
     honoured = engine.fields(request.surface)
     missing, off = set(), set()
     for name in requested_features(body):
@@ -4415,17 +4415,17 @@ def left_out(
             off.update(fields)
         else:
             missing.update(fields or [name])
-    ignored = []
+    kept, ignored = {}, []
     for name, value in body.items():
-        if name in honoured or name in missing or name in off:
+        if name in missing or name in off:
             continue
-        if name in harmless(request.surface):
+        if name in honoured:
+            kept[name] = value
+        elif name in harmless(request.surface):
             ignored.append(name)
-        elif is_off(name, value) or (name in SAMPLING_FIELDS and value is False):
-            off.add(name)
-        else:
+        elif not is_off(name, value) and not (name in SAMPLING_FIELDS and value is False):
             missing.add(name)
-    return sorted(missing), ignored, off
+    return kept, sorted(missing), ignored
 
 
 def wants_usage(body: Mapping[str, Any]) -> bool:
@@ -4592,20 +4592,17 @@ class Sessions:
         wire = Wire.open(uds)
         keeper = self._keep_open(wire)
         await anext(keeper)  # does not wait: no other task gets in between
-        self._by_loop[loop] = (uds, wire, keeper)
-        if held is not None:
-            await held[2].aclose()
+        self._by_loop[loop] = (uds, wire, keeper)  # a loop closes an asynchronous generator that nobody holds
         return wire
 
     async def _keep_open(self, wire: Wire) -> AsyncGenerator[None, None]:
         """`asyncio.run` closes the asynchronous generators it knows, and so the wire with its loop."""
-        loop = asyncio.get_running_loop()
         try:
             yield
         finally:
-            held = self._by_loop.get(loop)
+            held = self._by_loop.get(wire.loop)
             if held is not None and held[1] is wire:
-                del self._by_loop[loop]  # what it holds would keep the loop
+                del self._by_loop[wire.loop]  # what it holds would keep the loop
             await wire.close()
 
     async def close(self) -> None:
@@ -4706,8 +4703,7 @@ class EngineFinder(EngineClient):
         self.child: EngineChild | None = None
         self.state = ""  #: what is being waited for, while it starts
 
-    async def attach(self) -> Target | None:
-        """The server that an address leads to, or that answers on the usual port."""
+    async def _attach(self) -> Target | None:
         adapter = self._adapter
         key = (adapter.api_key or os.environ.get(adapter.key_env) or "").strip()  # from a file it has a line break
         if not re.fullmatch(r"[!-~]*", key):
@@ -4768,8 +4764,7 @@ class EngineFinder(EngineClient):
                 return engines[owner]
         return None
 
-    async def start(self) -> Target:
-        """The running child's target. Raises what its log says where it ends, EngineTimeout."""
+    async def _start(self) -> Target:
         adapter = self._adapter
         await adapter.before_start()
         if self.child is None:
@@ -4790,7 +4785,7 @@ class EngineFinder(EngineClient):
         return target
 
     async def _wait_ready(self, child: EngineChild, target: Target, patience: float) -> str:
-        """Its version, once it answers."""
+        """Its version, once it answers. Raises what its log says where it ends, EngineTimeout."""
         progress, until, pause = Progress(f"starting {self.name}"), time.monotonic() + patience, 0.02
         while True:
             if not child.alive:
@@ -4839,7 +4834,7 @@ class Connection(EngineFinder):
             return self.target
         adapter = self._adapter
         self.forget()
-        self.target = await self.attach() or await self.start()
+        self.target = await self._attach() or await self._start()
         if self.target.child is None and (adapter.launch_args or adapter.launch_env or adapter.python):
             logger.warning("%s is already running: launch_args, launch_env and python are not used", self.name)
         logger.info("%s: %s%s", self.name, adapter.how, f", version {adapter.version}" if adapter.version else "")
