@@ -4489,8 +4489,7 @@ def rerank_object(payload: Mapping[str, Any], body: Mapping[str, Any]) -> dict[s
     """
     results = []
     for item in payload["results"]:
-        score = item["relevance_score"] if "relevance_score" in item else item["score"]
-        result = {"index": item["index"], "relevance_score": float(score)}
+        result = {"index": item["index"], "relevance_score": float(item.get("relevance_score", item.get("score")))}
         if body.get("return_documents", True):
             result["document"] = {"text": text_of_document(body["documents"][item["index"]])}
         results.append(result)
@@ -4698,10 +4697,8 @@ class EngineClient:
 class EngineFinder(EngineClient):
     """Finds an engine server, or starts it as a child."""
 
-    def __init__(self, adapter: "HTTPAdapter") -> None:
-        super().__init__(adapter)
-        self.child: EngineChild | None = None
-        self.state = ""  #: what is being waited for, while it starts
+    child: EngineChild | None = None
+    state = ""  #: what is being waited for, while it starts
 
     async def _attach(self) -> Target | None:
         adapter = self._adapter
@@ -4760,7 +4757,7 @@ class EngineFinder(EngineClient):
         """Which other engine lists models there; None too for a router that hides who it is: its address is trusted."""
         engines = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llamacpp", "library": "ollama"}
         for owner in owners_of(await self.fetch(target, "/v1/models", self._adapter.deadlines)):
-            if engines.get(owner) not in (None, self.name):
+            if engines.get(owner, self.name) != self.name:
                 return engines[owner]
         return None
 
@@ -4815,9 +4812,10 @@ class EngineFinder(EngineClient):
 class Connection(EngineFinder):
     """Calls to one engine server, wherever it is; what is known of a server ends with it."""
 
+    target: Target | None = None
+
     def __init__(self, adapter: "HTTPAdapter") -> None:
         super().__init__(adapter)
-        self.target: Target | None = None
         self._flight = SingleFlight()
 
     async def reach(self) -> Target:
@@ -4901,9 +4899,14 @@ class Connection(EngineFinder):
         try:
             reply = await self.send(target, path, body, deadline, known=True)
         except EngineUnavailable as exc:
-            if not exc.stale and not isinstance(exc.__cause__, ConnectionRefusedError):
-                raise
-            reply = await self.send(await self._found_again(target, exc), path, body, deadline, known=True)
+            if not exc.stale:
+                runs = target.child is not None and target.child.alive
+                if runs or not isinstance(exc.__cause__, ConnectionRefusedError):
+                    raise
+                if self.target is target:
+                    self.forget()
+            await self.confirm(target)
+            reply = await self.send(await self.reach(), path, body, deadline, known=True)
         if reply.status == 200 and reply.headers.get("content-encoding", "identity") == "identity":
             return reply
         try:
@@ -4911,16 +4914,6 @@ class Connection(EngineFinder):
         finally:
             await reply.close()
         raise engine_error(self._adapter, reply.status, data, reply.headers)
-
-    async def _found_again(self, lost: Target, exc: EngineUnavailable) -> Target:
-        """Where the engine is after a connection was refused or lost. Raises where it is gone, or another one."""
-        if not exc.stale:
-            if lost.child is not None and lost.child.alive:
-                raise exc
-            if self.target is lost and lost.child is None:
-                self.forget()
-        await self.confirm(lost)
-        return await self.reach()
 
     async def confirm(self, known: Target | None) -> None:
         """Raises EngineUnavailable where the server that a body was written for was replaced meanwhile."""
