@@ -3635,6 +3635,8 @@ class EngineChild:
             if not self.holders:
                 raise EngineUnavailable(f"{self.name} was closed meanwhile", "ask again")
             if not self.alive:
+                if self.generation:
+                    self.failure()  # it ended while it served: back off before the next start
                 self._check_back_off()
                 self._start(command)
 
@@ -3807,9 +3809,8 @@ class ModelFile:
 
 def cache_dir() -> Path:
     """Our folder in the user's cache, which need not exist. Raises EngineUnavailable where there is no home folder."""
-    base = os.environ.get("XDG_CACHE_HOME")
     try:
-        return (Path(base) if base else Path.home() / ".cache") / "llm_inference"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm_inference"
     except RuntimeError as exc:  # no HOME, and no account with this user id
         raise EngineUnavailable("there is no home folder for the cache", "set XDG_CACHE_HOME to a folder") from exc
 
@@ -4354,8 +4355,7 @@ class BaseLLMAdapter:
                 reduced.append(name)
         if not given and "max_tokens" in self.capabilities:
             known = await self.context_length(body["model"])
-            fits = known is not None and known > cap and (self.clamps_max_tokens or request.size + cap <= known)
-            if known is None or fits:
+            if known is None or (known > cap and (self.clamps_max_tokens or request.size + cap <= known)):
                 body["max_tokens"] = cap
         return reduced
 
@@ -4768,10 +4768,7 @@ class EngineFinder(EngineClient):
             identity = [self.name, adapter.launched_model, adapter.python, adapter.launch_args]
             self.child = EngineChild.share(json.dumps([*identity, sorted(adapter.launch_env.items())]), self.name)
         child, patience = self.child, start_timeout()
-        if not child.alive:
-            if child.generation:
-                child.failure()  # it ended while it served: back off before the next start
-            await asyncio.to_thread(child.start, adapter.command)
+        await asyncio.to_thread(child.start, adapter.command)
         target: Target = adapter.child_target(child)
         try:
             adapter.version = await self._wait_ready(child, target, patience)
