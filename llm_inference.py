@@ -3667,12 +3667,11 @@ class EngineChild:
     def _choose_address(self) -> str:
         """Choose key, port and socket, where free the last ones (--workers know them). The socket's folder."""
         self.key = self.key or secrets.token_urlsafe(24)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", self.port))
-            except OSError:
-                probe.bind(("127.0.0.1", 0))
+        try:
+            probe = socket.create_server(("127.0.0.1", self.port))
+        except OSError:
+            probe = socket.create_server(("127.0.0.1", 0))
+        with probe:
             self.port = probe.getsockname()[1]
         folder = private_folder(os.path.dirname(self.uds))
         self.uds = os.path.join(folder, "engine.sock")
@@ -4108,16 +4107,14 @@ def _pull_from_hub(name: str, report: Report, stop: threading.Event) -> ModelFil
 
 
 #: LLM_INFERENCE_HUB: the packages to download with; the first one that is installed is used
-_HUB_LIBRARIES = {
-    "": ("huggingface_hub", "modelscope"), "huggingface": ("huggingface_hub",), "modelscope": ("modelscope",),
-}  # fmt: skip
+_HUBS = {"": "huggingface_hub modelscope", "huggingface": "huggingface_hub", "modelscope": "modelscope"}
 
 
 def _hub_library(repo: str) -> str:
     hub = os.environ.get("LLM_INFERENCE_HUB", "")
-    if hub not in _HUB_LIBRARIES:
+    if hub not in _HUBS:
         raise InvalidRequest(f"LLM_INFERENCE_HUB: unknown hub {hub[:100]!r}", "set it to huggingface or modelscope")
-    libraries = _HUB_LIBRARIES[hub]
+    libraries = _HUBS[hub].split()
     for library in libraries:
         if installed(library):
             return library
