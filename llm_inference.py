@@ -1269,18 +1269,12 @@ _ANNOTATIONS = frozenset(
     "errorMessage".split()
 )
 # Keywords that would constrain, which the checker does not know.
-_UNCHECKED = frozenset(
-    "$dynamicRef $recursiveRef additionalItems dependencies divisibleBy disallow extends formatMinimum "
-    "formatMaximum".split()
-)
+_UNCHECKED = frozenset("$dynamicRef $recursiveRef disallow extends formatMinimum formatMaximum".split())
 _BETTER = {
     "items": "use prefixItems", "nullable": 'add "null" to its type', "divisibleBy": "use multipleOf",
     "dependencies": "use dependentRequired or dependentSchemas", "additionalItems": "use items beside prefixItems",
 }  # fmt: skip
-_TYPE_ALIASES = {
-    "str": "string", "text": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array",
-    "dict": "object", "none": "null",
-}  # fmt: skip
+_TYPE_ALIASES = {"text": "string", "float": "number", "list": "array", "dict": "object", "none": "null"}
 # A dict with one of these, holding such a value, may be a JSON Schema; otherwise it is the short form.
 _MARKS: dict[str, Any] = {
     "$schema": str, "$ref": str, "type": (str, list), "enum": list, "const": object, "anyOf": list, "oneOf": list,
@@ -1384,8 +1378,8 @@ def _not_a_type(value: Any, where: str) -> InvalidRequest:
     hint = f"one of {', '.join(TYPES)}, [type], {{name: type}}, or a JSON Schema"
     if not isinstance(value, str):
         return InvalidRequest(f"{where}: not a type", hint)
-    near = _TYPE_ALIASES.get(value.lower()) or next(iter(difflib.get_close_matches(value[:40], TYPES, n=1)), None)
-    if near:
+    word = value[:40].lower()
+    for near in difflib.get_close_matches(_TYPE_ALIASES.get(word, word), TYPES, n=1):
         hint = f'did you mean "{near}"? A type is {hint}'
     return InvalidRequest(f"{where}: {value[:40]!r} is not a type", hint)
 
@@ -1431,14 +1425,13 @@ def _check_size(schema: Any) -> None:
         raise InvalidRequest("schema: nested too deep", f"at most {MAX_SCHEMA_DEPTH} levels")
     for layer in _layers(schema):  # wherever it stands: an engine may look where we do not
         for node in layer:
-            if isinstance(node, dict) and isinstance(node.get("$ref"), str) and not node["$ref"].startswith("#"):
-                raise _leaves()
-            if isinstance(node, dict) and isinstance(node.get("$id"), str) and node is not schema:
+            if not isinstance(node, dict):
+                continue
+            if isinstance(node.get("$ref"), str) and not node["$ref"].startswith("#"):
+                hint = "put its target under $defs and refer to #/$defs/…"
+                raise InvalidRequest("schema: a $ref points outside it", hint)
+            if isinstance(node.get("$id"), str) and node is not schema:
                 raise UnsupportedFeature("schema: an $id inside of it", "leave it out and refer to #/$defs/…")
-
-
-def _leaves() -> InvalidRequest:
-    return InvalidRequest("schema: a $ref points outside it", "put its target under $defs and refer to #/$defs/…")
 
 
 class _ExpandedSize:
@@ -1503,15 +1496,13 @@ class _ExpandedSize:
 
 def _check_keyword(key: str, value: Any) -> None:
     """Raises UnsupportedFeature for a keyword that would constrain and is not checked."""
-    hint = _BETTER.get(key, "say it with another keyword")
-    if key == "items" and isinstance(value, list):
-        pass
-    elif key in _KEYWORDS or key in _ANNOTATIONS or key.startswith("x-"):
+    is_tuple = key == "items" and isinstance(value, list)
+    if (not is_tuple and key in _KEYWORDS | _ANNOTATIONS) or key.startswith("x-") or (key == "nullable" and not value):
         return
-    near = "" if key in _BETTER else did_you_mean(key[:40], _KEYWORDS, cutoff=0.85)
-    known = key in _UNCHECKED or near or key == "items" or (key == "nullable" and value is True)
-    if known or isinstance(value, dict) or _is_type_word(value):
-        raise UnsupportedFeature(f"schema: the keyword {key[:40]!r} is not checked", near or hint)
+    near = _BETTER.get(key) or did_you_mean(key[:40], _KEYWORDS, cutoff=0.85)
+    if near or key in _UNCHECKED or isinstance(value, dict) or _is_type_word(value):
+        hint = near or "say it with another keyword"
+        raise UnsupportedFeature(f"schema: the keyword {key[:40]!r} is not checked", hint)
 
 
 def _subschemas(node: dict[str, Any]) -> Iterator[Any]:
@@ -1533,19 +1524,18 @@ def _of_kind(key: str, value: Any, kind: type) -> Any:
 
 def resolve_ref(schema: dict[str, Any], ref: str) -> Any:
     """The part of the schema that a local JSON pointer (RFC 6901) names. Raises InvalidRequest."""
-    if ref != "#" and not ref.startswith("#/"):
-        raise _leaves()
-    node: Any = schema
-    for step in ref.split("/")[1:]:
+    start, *steps = ref.split("/")
+    node: Any = schema if start == "#" else None
+    for step in steps:
         step = urllib.parse.unquote(step).replace("~1", "/").replace("~0", "~")
         if isinstance(node, dict) and step in node:
             node = node[step]
         elif isinstance(node, list) and re.fullmatch("0|[1-9][0-9]{0,4}", step) and int(step) < len(node):
             node = node[int(step)]
         else:
-            raise InvalidRequest(f"schema: $ref {ref[:100]!r} has no target", "define it under $defs")
+            node = None
     if not isinstance(node, (dict, bool)):
-        raise InvalidRequest(f"schema: $ref {ref[:100]!r} names a part that is no schema", "put a schema under $defs")
+        raise InvalidRequest(f"schema: $ref {ref[:100]!r} has no target", "define it under $defs")
     return node
 
 
@@ -1589,6 +1579,18 @@ class _Rewriter:
         return value
 
 
+class _Steps:
+    """The keyword x-steps: spends so many steps, and fails when none are left."""
+
+    def __init__(self, check: "SchemaCheck", parent: Any, value: int, path: Any) -> None:
+        self.check, self.steps = check, value
+
+    def validate(self, value: Any) -> None:
+        self.check.steps += self.steps
+        if self.check.steps > MAX_CHECK_STEPS:
+            raise ValueError("too many steps")
+
+
 class SchemaCheck:
     """Does a JSON value fit a schema that `check_limits` passed? JSON Schema 2020-12, formats included.
 
@@ -1600,6 +1602,9 @@ class SchemaCheck:
     def __init__(self, schema: dict[str, Any]) -> None:
         self.steps = 0
         self._schema = _Rewriter(schema)
+        self._defs = {}
+        for name, part in self._schema.defs.items():  # behind a keyword that counts: its size in units of 50 bytes
+            self._defs[name] = {"allOf": [{"x-steps": 1 + len(json.dumps(part)) // 50}, part]}
         self._checks: dict[int, tuple[Any, Callable[[Any], bool]]] = {}
         self._fits(self._schema.body, None)
 
@@ -1629,43 +1634,27 @@ class SchemaCheck:
         except ImportError:
             _refuse_beyond_simple([part, *self._schema.defs.values()])
             return functools.partial(_fits_simple, part, self._schema.defs)
-        schema = part
-        if self._schema.defs and isinstance(part, dict):
-            defs = dict(zip(self._schema.defs, map(_with_steps, self._schema.defs.values()), strict=True))
-            schema = {**part, "$defs": defs}
-        options: dict[str, Any] = {"offline": True, "validate_formats": True, "keywords": {"x-steps": self._step()}}
+        schema = {**part, "$defs": self._defs} if isinstance(part, dict) else part
+        options: dict[str, Any] = {"pattern_options": jsonschema_rs.RegexOptions(), "validate_formats": True}
+        options["keywords"] = {"x-steps": functools.partial(_Steps, self)}
         try:
-            check = jsonschema_rs.Draft202012Validator(schema, pattern_options=jsonschema_rs.RegexOptions(), **options)
+            check = jsonschema_rs.Draft202012Validator(schema, offline=True, **options)
         except (jsonschema_rs.ValidationError, ValueError) as exc:
             place = ".".join(map(str, getattr(exc, "instance_path", ())))[-100:]
             raise InvalidRequest(f"schema: invalid at {place or 'its top'}", "see json-schema.org") from None
         return check.is_valid
 
-    def _step(self) -> type:
-        check = self
-
-        class Step:
-            """The keyword x-steps: spends so many steps, and fails when none are left."""
-
-            def __init__(self, parent: Any, value: int, path: Any) -> None:
-                self.steps = value
-
-            def validate(self, value: Any) -> None:
-                check.steps += self.steps
-                if check.steps > MAX_CHECK_STEPS:
-                    raise ValueError("too many steps")
-
-        return Step
-
     def _misfit(self, value: Any) -> str:
         part, at = self._schema.body, "$"
-        deeper = True
-        while deeper and self.steps <= MAX_CHECK_STEPS:
-            deeper = False
+        for _ in range(3 * MAX_VALUE_DEPTH):  # a reference to itself leads no deeper
+            if self.steps > MAX_CHECK_STEPS:
+                break
             for child, item, place in self._children(part, value):
                 if not self._fits(child, item):
-                    part, value, at, deeper = child, item, at + place, True
+                    part, value, at = child, item, at + place
                     break
+            else:
+                break
         return f"{at}: {self._reason(part, value)}"
 
     def _reason(self, schema: Any, value: Any) -> str:
@@ -1696,11 +1685,6 @@ class SchemaCheck:
         elif isinstance(value, list) and "prefixItems" not in schema:
             for index, item in enumerate(value):
                 yield schema.get("items", True), item, f"[{index}]"
-
-
-def _with_steps(part: Any) -> dict[str, Any]:
-    """A definition behind the keyword that counts: its size in units of 50 bytes."""
-    return {"allOf": [{"x-steps": 1 + len(json.dumps(part)) // 50}, part]}
 
 
 def _layers(value: Any) -> Iterator[list[Any]]:
