@@ -1247,7 +1247,11 @@ MAX_VALUE_DEPTH = 200  # jsonschema-rs 0.61 crashes on values nested deeper than
 MAX_CHECK_STEPS = 1_000_000  # about 0.2 s
 MAX_PATTERN_COST = 5_000  # automaton states, roughly: matching takes states x text, compiling up to 0.4 ms a state
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
-TYPES = ("string", "number", "integer", "boolean", "null", "object", "array")
+_PYTHON_TYPES: dict[str, Any] = {
+    "string": str, "number": (int, float), "integer": int, "boolean": bool, "null": types.NoneType, "object": dict,
+    "array": list,
+}  # fmt: skip
+TYPES = tuple(_PYTHON_TYPES)
 
 # The keywords that constrain (JSON Schema 2020-12), by what they hold.
 _SCHEMA_MAPS = frozenset({"properties", "patternProperties", "dependentSchemas"})
@@ -1561,13 +1565,9 @@ class _Rewriter:
     def node(self, schema: Any) -> Any:
         if not isinstance(schema, dict):
             return schema
-        copy: dict[str, Any] = {}
-        for key, value in schema.items():
-            if key in _KEYWORDS:
-                copy[key] = self.value(key, value)
-        return copy
+        return {key: self._value(key, value) for key, value in schema.items() if key in _KEYWORDS}
 
-    def value(self, key: str, value: Any) -> Any:
+    def _value(self, key: str, value: Any) -> Any:
         if key == "$ref" and isinstance(value, str):
             return self.ref(value)
         if key in _SCHEMAS:
@@ -1704,22 +1704,16 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 
 # Without jsonschema-rs: the short form and plain schemas.
-_SIZES: dict[str, tuple[type, Callable[[Any, Any], bool]]] = {
-    "minLength": (str, lambda text, limit: len(text) >= limit),
-    "maxLength": (str, lambda text, limit: len(text) <= limit),
-    "minItems": (list, lambda items, limit: len(items) >= limit),
-    "maxItems": (list, lambda items, limit: len(items) <= limit),
-}
+_SIZES: dict[str, type] = {"minLength": str, "maxLength": str, "minItems": list, "maxItems": list}
 _SIMPLE = _SIZES.keys() | set("$ref type properties required additionalProperties items enum const".split())
-_IS_TYPE: dict[str, Callable[[Any], bool]] = {
-    "string": lambda value: isinstance(value, str),
-    "number": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
-    "integer": lambda value: type(value) is int or (isinstance(value, float) and value.is_integer()),
-    "boolean": lambda value: isinstance(value, bool),
-    "null": lambda value: value is None,
-    "object": lambda value: isinstance(value, dict),
-    "array": lambda value: isinstance(value, list),
-}
+
+
+def _is_of_type(kind: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return kind == "boolean"
+    if kind == "integer" and isinstance(value, float):
+        return value.is_integer()
+    return isinstance(value, _PYTHON_TYPES[kind])
 
 
 def _refuse_beyond_simple(parts: list[Any]) -> None:
@@ -1737,11 +1731,13 @@ def _fits_simple(schema: Any, defs: dict[str, Any], value: Any) -> bool:
     if "$ref" in schema and not _fits_simple(defs[schema["$ref"].rpartition("/")[2]], defs, value):
         return False
     kinds = schema.get("type", TYPES)
-    if not any(_IS_TYPE[kind](value) for kind in ([kinds] if isinstance(kinds, str) else kinds)):
+    if not any(_is_of_type(kind, value) for kind in ([kinds] if isinstance(kinds, str) else kinds)):
         return False
-    for key, (kind, holds) in _SIZES.items():
-        if key in schema and isinstance(value, kind) and not holds(value, schema[key]):
-            return False
+    for key, kind in _SIZES.items():
+        if key in schema and isinstance(value, kind):
+            excess = len(value) - schema[key]
+            if excess and (excess > 0) == key.startswith("max"):
+                return False
     for allowed in (schema.get("enum"), [schema["const"]] if "const" in schema else None):
         if allowed is not None and _canonical(value) not in map(_canonical, allowed):
             return False
@@ -1824,8 +1820,9 @@ _CLASSES: dict[str, _Ranges] = {
 _JSON_ESCAPES = {8: "b", 9: "t", 10: "n", 12: "f", 13: "r", 34: '"', 92: "\\"}
 
 
-class _NotPortable(Exception):
-    """The regex cannot be written with sets of characters, groups and counts."""
+def _not_portable() -> UnsupportedFeature:
+    reason = r"regex: llama.cpp cannot enforce \b, look-around, back-references, flags, \p or anchors inside of it"
+    return UnsupportedFeature(reason, f"write it with classes, groups, alternatives and counts up to {_MAX_COUNT}")
 
 
 def _complement(ranges: _Ranges) -> _Ranges:
@@ -1865,14 +1862,12 @@ class _Grammar:
         self.quoted = quoted
         self.anything = "" if full else self._class(_complement([])) + "*"
         bare = re.sub(r"\{\d+(?:,\d*)?\}", "", re.sub(r"\\.", "_", regex, flags=re.DOTALL))
-        if _READ_DIFFERENTLY.search(bare) or re.search(r"\\[<>]", regex):
-            raise _NotPortable
         try:
             parsed = re_parser.parse(regex)
         except (re.error, RecursionError, OverflowError):
-            raise _NotPortable from None
-        if parsed.state.flags != re.UNICODE:
-            raise _NotPortable
+            raise _not_portable() from None
+        if parsed.state.flags != re.UNICODE or _READ_DIFFERENTLY.search(bare) or re.search(r"\\[<>]", regex):
+            raise _not_portable()
         self.text = self._from_start(list(parsed))
 
     def _from_start(self, items: list[Any]) -> str:
@@ -1912,7 +1907,7 @@ class _Grammar:
                 upper = "" if high is re_parser.MAXREPEAT else high
                 if max(low, upper or 0) <= _MAX_COUNT:
                     return f"({self._all(inner)}){{{low},{upper}}}"
-        raise _NotPortable
+        raise _not_portable()
 
     def _class(self, ranges: _Ranges) -> str:
         escapes = ""
@@ -1922,12 +1917,12 @@ class _Grammar:
                     escapes += f"\\x{ord(letter):02X}"
             ranges = _complement([*_complement(ranges), (0, 31), (34, 34), (92, 92)])
         if ranges == [(0, 0)]:  # it ends a text there
-            raise _NotPortable
+            raise _not_portable()
         plain, escaped = "".join(map(_range_text, ranges)), rf"[\x5C][{escapes}]"
         if plain:
             return f"([{plain}]|{escaped})" if escapes else f"[{plain}]"
         if not escapes:
-            raise _NotPortable
+            raise _not_portable()
         return f"({escaped})"
 
 
@@ -1941,12 +1936,7 @@ def llamacpp_regex(regex: str) -> str:
 
     Not Lark: LLGuidance takes a `\\b` for no grammar at all, and a llama.cpp built without it aborts.
     """
-    try:
-        return f"root ::= ({_Grammar(regex, full=True).text})"
-    except _NotPortable:
-        reason = r"regex: llama.cpp cannot enforce \b, look-around, back-references, flags, \p or anchors inside of it"
-        hint = f"write it with classes, groups, alternatives and counts up to {_MAX_COUNT}"
-        raise UnsupportedFeature(reason, hint) from None
+    return f"root ::= ({_Grammar(regex, full=True).text})"
 
 
 def llamacpp_schema(schema: dict[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -1959,11 +1949,15 @@ def llamacpp_schema(schema: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     return {**found.body, "$defs": found.defs} if found.defs else found.body, found.exact
 
 
+# What llama.cpp's grammars can say, by type; the first type with one of a schema's keywords is the one that it means.
+_ENFORCED: dict[str, frozenset[str]] = {
+    "object": frozenset({"properties", "required", "additionalProperties"}),
+    "array": frozenset({"items", "prefixItems", "minItems", "maxItems"}),
+    "string": frozenset({"pattern", "minLength", "maxLength", "format"}),
+    "integer": frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}),
+}
 #: what the grammars of vLLM, SGLang and Ollama leave out without a word (seen on vLLM 0.32), or only approximate
-_LEFT_OUT = frozenset(
-    "multipleOf allOf oneOf not if format uniqueItems contains minProperties maxProperties propertyNames "
-    "patternProperties dependentRequired dependentSchemas unevaluatedProperties unevaluatedItems".split()
-)
+_LEFT_OUT = _KEYWORDS - set().union(*_ENFORCED.values(), {"$ref", "anyOf", "type", "enum", "const"}) | {"format"}
 
 
 class _GrammarCheck(_Rewriter):
@@ -1979,16 +1973,6 @@ class _GrammarCheck(_Rewriter):
         return super().node(schema)
 
 
-# What its grammars can say, by type; the first type with one of a schema's keywords is the one that it means.
-_ENFORCED: dict[str, frozenset[str]] = {
-    "object": frozenset({"properties", "required", "additionalProperties"}),
-    "array": frozenset({"items", "prefixItems", "minItems", "maxItems"}),
-    "string": frozenset({"pattern", "minLength", "maxLength", "format"}),
-    "integer": frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}),
-}
-_ALTERNATIVES = ("$ref", "allOf", "anyOf", "oneOf")
-
-
 class _LlamaCppSchema(_Rewriter):
     def __init__(self, root: dict[str, Any]) -> None:
         self.exact = True
@@ -1999,10 +1983,10 @@ class _LlamaCppSchema(_Rewriter):
             self.exact &= schema is True
             return {}
         parts = {key: value for key, value in schema.items() if key in _KEYWORDS}
-        combined = [key for key in _ALTERNATIVES if key in parts]
-        if combined and not parts.keys() & _ENFORCED["object"]:
-            self.exact &= len(parts) == 1
-            return self._combined(combined[0], parts[combined[0]])
+        for key in ("$ref", "allOf", "anyOf", "oneOf"):
+            if key in parts and not parts.keys() & _ENFORCED["object"]:
+                self.exact &= len(parts) == 1
+                return self._combined(key, parts[key])
         if "const" in parts or "enum" in parts:
             return self._literal(parts)
         if isinstance(parts.get("type"), list):
@@ -2080,7 +2064,7 @@ class _LlamaCppSchema(_Rewriter):
                 text = _Grammar(parts["pattern"], quoted=True).text
                 self.exact &= parts.keys() <= {"type", "pattern"}
                 return {"pattern": f"^{text}$"}
-            except _NotPortable:
+            except UnsupportedFeature:
                 self.exact = False
         if "format" in parts:
             self.exact &= parts["format"] in ("time", "uuid") and parts.keys() <= {"type", "format"}
