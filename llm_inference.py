@@ -1239,8 +1239,8 @@ def requested_features(body: dict[str, Any]) -> set[str]:
 
 
 # 4 Structured output -----------------------------------------------------------------------------
-# A caller's schema is hostile input: no reference leaves it, its size is counted with references expanded, patterns run
-# in linear time, and the check of an answer has a budget of steps.
+# A caller's schema is hostile input: no reference leaves it, sizes count with references expanded, patterns run in
+# linear time, and the check of an answer has a budget of steps.
 MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH, MAX_SCHEMA_NODES = 65_536, 32, 5_000
 MAX_EXPANDED_DEPTH = 150  # levels with references followed; each is a Python frame or two
 MAX_VALUE_DEPTH = 200  # jsonschema-rs 0.61 crashes on values nested deeper than about 20,000 levels
@@ -1272,7 +1272,8 @@ _ANNOTATIONS = frozenset(
     "readOnly writeOnly discriminator contentEncoding contentMediaType contentSchema xml externalDocs "
     "errorMessage".split()
 )
-# Keywords that would constrain, which the checker does not know.
+_KNOWN = _KEYWORDS | _ANNOTATIONS
+# Keywords that would constrain and that the checker does not know (items: as a list).
 _UNCHECKED = frozenset("$dynamicRef $recursiveRef disallow extends formatMinimum formatMaximum".split())
 _BETTER = {
     "items": "use prefixItems", "nullable": 'add "null" to its type', "divisibleBy": "use multipleOf",
@@ -1344,7 +1345,7 @@ def _is_json_schema(schema: dict[str, Any]) -> bool:
     marked = isinstance(fields, dict) and all(isinstance(part, (bool, dict)) for part in fields.values())
     if not marked and not any(key in schema and isinstance(schema[key], kind) for key, kind in _MARKS.items()):
         return False
-    if not all(key in _KEYWORDS or key in _ANNOTATIONS or key.startswith("x-") for key in schema):
+    if not all(key in _KNOWN or key.startswith("x-") for key in schema):
         return not all(map(_is_short, schema.values()))
     if len(schema) > 1 and all(map(_is_type_word, schema.values())):
         reason = "schema: could be the short form or a JSON Schema"
@@ -1401,9 +1402,8 @@ def check_limits(schema: dict[str, Any]) -> None:
     SchemaCheck(schema)
 
 
-def _refuse_circular(node: Any) -> None:
-    """Raises InvalidRequest for a reference that leads to itself and to nothing else."""
-    root, seen = node, set()
+def _refuse_circular(root: Any) -> None:
+    node, seen = root, set()
     while isinstance(node, dict) and isinstance(node.get("$ref"), str):
         if node["$ref"] in seen:
             raise InvalidRequest("schema: a $ref leads only to itself", "refer to a schema that says something")
@@ -1418,7 +1418,7 @@ def check_tool_schema(schema: dict[str, Any]) -> None:
 
 
 def _check_size(schema: Any) -> None:
-    """Also the depth of nesting, so that walking through a schema never exhausts Python's stack."""
+    """Size, depth (walks through it must not exhaust Python's stack), and where references lead."""
     try:
         size = len(json.dumps(schema, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as exc:
@@ -1439,10 +1439,7 @@ def _check_size(schema: Any) -> None:
 
 
 class _ExpandedSize:
-    """Counts the parts of a schema with its references expanded, so that ladders of references are found out.
-
-    What refers to itself counts once: grammar compilers and the checker keep it as a rule.
-    """
+    """Counts a schema's parts with its references expanded. What refers to itself counts once, as a rule does."""
 
     def __init__(self, root: dict[str, Any], *, strict: bool) -> None:
         self.root, self.strict, self.size = root, strict, 0
@@ -1501,12 +1498,12 @@ class _ExpandedSize:
 def _check_keyword(key: str, value: Any) -> None:
     """Raises UnsupportedFeature for a keyword that would constrain and is not checked."""
     is_tuple = key == "items" and isinstance(value, list)
-    if (not is_tuple and key in _KEYWORDS | _ANNOTATIONS) or key.startswith("x-") or (key == "nullable" and not value):
+    if key.startswith("x-") or (key in _KNOWN and not is_tuple) or (key == "nullable" and value is False):
         return
-    near = _BETTER.get(key) or did_you_mean(key[:40], _KEYWORDS, cutoff=0.85)
-    if near or key in _UNCHECKED or isinstance(value, dict) or _is_type_word(value):
-        hint = near or "say it with another keyword"
-        raise UnsupportedFeature(f"schema: the keyword {key[:40]!r} is not checked", hint)
+    hint = _BETTER.get(key) or did_you_mean(key[:40], _KEYWORDS, cutoff=0.85)
+    if hint or key in _UNCHECKED or isinstance(value, dict) or _is_type_word(value):
+        reason = f"schema: the keyword {key[:40]!r} is not checked"
+        raise UnsupportedFeature(reason, hint or "say it with another keyword")
 
 
 def _subschemas(node: dict[str, Any]) -> Iterator[Any]:
@@ -1545,10 +1542,7 @@ def resolve_ref(schema: dict[str, Any], ref: str) -> Any:
 
 # The check ---------------------------------------------------------------------------------------
 class _Rewriter:
-    """Copies a schema without its annotations, with all that is referred to as `#/$defs/r0`, `r1`, ….
-
-    Subclasses change nodes in `node`. The copy is `body` and `defs`.
-    """
+    """A copy of a schema without its annotations: `body`, and all that is referred to in `defs`, as r0, r1, …."""
 
     def __init__(self, root: dict[str, Any]) -> None:
         self.root = root
@@ -1594,8 +1588,8 @@ class _Steps:
 class SchemaCheck:
     """Does a JSON value fit a schema that `check_limits` passed? JSON Schema 2020-12, formats included.
 
-    Only `is_valid` is asked: jsonschema-rs' `validate` and `iter_errors` can take exponential time. Every reference
-    spends from a budget of steps; the place of a misfit is found by asking again for ever smaller parts.
+    Only `is_valid` is asked: jsonschema-rs' other methods can take exponential time. Every reference spends from a
+    budget of steps; the place of a misfit is found by asking again for ever smaller parts.
     Raises InvalidRequest for a schema that is invalid, UnsupportedFeature where jsonschema-rs is needed and missing.
     """
 
@@ -1738,9 +1732,10 @@ def _fits_simple(schema: Any, defs: dict[str, Any], value: Any) -> bool:
             excess = len(value) - schema[key]
             if excess and (excess > 0) == key.startswith("max"):
                 return False
-    for allowed in (schema.get("enum"), [schema["const"]] if "const" in schema else None):
-        if allowed is not None and _canonical(value) not in map(_canonical, allowed):
-            return False
+    if "enum" in schema and _canonical(value) not in map(_canonical, schema["enum"]):
+        return False
+    if "const" in schema and _canonical(value) != _canonical(schema["const"]):
+        return False
     if isinstance(value, dict):
         named, others = schema.get("properties", {}), schema.get("additionalProperties", True)
         if not value.keys() >= set(schema.get("required", ())):
@@ -1806,9 +1801,9 @@ def full_matcher(regex: str) -> Callable[[str], bool]:
 
 
 # What llama.cpp enforces -------------------------------------------------------------------------
-# Its converter (common/json-schema.cpp, json-schema-to-grammar.cpp, 2026-10) drops most keywords without an error, and
-# its grammars (GBNF) know classes, groups, alternatives and counts only. Python's parser reads a regex for us; what
-# Rust's regex crate, which checks the answer, would read differently is not translated.
+# Its converter (common/json-schema.cpp, json-schema-to-grammar.cpp, 2026-10) drops most keywords without an error; its
+# grammars (GBNF) know classes, groups, alternatives and counts only. Python's parser reads a regex; what Rust's regex
+# crate, which checks the answer, would read differently is not translated.
 _Ranges = list[tuple[int, int]]
 _MAX_COUNT = 2_000  # llama.cpp refuses grammars that repeat anything more often
 _READ_DIFFERENTLY: Final = re.compile(r"&&|--|~~|[{}]|\[\^?\]|\[\^?[^]]*\[")  # without escapes and counts
@@ -1852,10 +1847,9 @@ def _set_of(members: list[tuple[Any, Any]]) -> _Ranges:
 
 
 class _Grammar:
-    """A regex as text that is the right side of a GBNF rule, and a pattern to llama.cpp's converter as well.
+    """A regex as the right side of a GBNF rule, which llama.cpp's converter also takes for a pattern.
 
-    `full`: it must match the entire text; else occur in it. `quoted`: for the inside of a JSON string, where llama.cpp
-    writes the characters of a pattern as they are.
+    `full`: it must match the entire text, else occur in it. `quoted`: it is for the inside of a JSON string.
     """
 
     def __init__(self, regex: str, *, full: bool = False, quoted: bool = False) -> None:
@@ -1916,14 +1910,13 @@ class _Grammar:
                 if any(low <= code <= high for low, high in ranges):
                     escapes += f"\\x{ord(letter):02X}"
             ranges = _complement([*_complement(ranges), (0, 31), (34, 34), (92, 92)])
-        if ranges == [(0, 0)]:  # it ends a text there
+        if ranges == [(0, 0)] or not (ranges or escapes):  # a zero ends a text there
             raise _not_portable()
-        plain, escaped = "".join(map(_range_text, ranges)), rf"[\x5C][{escapes}]"
-        if plain:
-            return f"([{plain}]|{escaped})" if escapes else f"[{plain}]"
+        plain = f"[{''.join(map(_range_text, ranges))}]"
         if not escapes:
-            raise _not_portable()
-        return f"({escaped})"
+            return plain
+        escaped = rf"[\x5C][{escapes}]"
+        return f"({plain}|{escaped})" if ranges else f"({escaped})"
 
 
 def _range_text(ends: tuple[int, int]) -> str:
@@ -1942,11 +1935,12 @@ def llamacpp_regex(regex: str) -> str:
 def llamacpp_schema(schema: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     """The schema as llama.cpp can enforce it, and whether what its grammar lets through fits all of `schema`.
 
-    If not, the grammar is looser in places, and the answer is only checked. It never allows less than it must: what
-    it leaves out (properties that are not named, tuples of another length) the schema leaves open.
+    If not, the grammar is looser in places. It never allows less than it must: what it leaves out (properties that are
+    not named, tuples of another length) the schema leaves open.
     """
     found = _LlamaCppSchema(schema)
-    return {**found.body, "$defs": found.defs} if found.defs else found.body, found.exact
+    defs = {"$defs": found.defs} if found.defs else {}
+    return found.body | defs, found.exact
 
 
 # What llama.cpp's grammars can say, by type; the first type with one of a schema's keywords is the one that it means.
@@ -1956,8 +1950,9 @@ _ENFORCED: dict[str, frozenset[str]] = {
     "string": frozenset({"pattern", "minLength", "maxLength", "format"}),
     "integer": frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}),
 }
+_ENFORCED_KEYS = {"type"}.union(*_ENFORCED.values())
 #: what the grammars of vLLM, SGLang and Ollama leave out without a word (seen on vLLM 0.32), or only approximate
-_LEFT_OUT = _KEYWORDS - set().union(*_ENFORCED.values(), {"$ref", "anyOf", "type", "enum", "const"}) | {"format"}
+_LEFT_OUT = _KEYWORDS - _ENFORCED_KEYS - {"$ref", "anyOf", "enum", "const"} | {"format"}
 
 
 class _GrammarCheck(_Rewriter):
@@ -1974,9 +1969,7 @@ class _GrammarCheck(_Rewriter):
 
 
 class _LlamaCppSchema(_Rewriter):
-    def __init__(self, root: dict[str, Any]) -> None:
-        self.exact = True
-        super().__init__(root)
+    exact = True
 
     def node(self, schema: Any) -> Any:
         if not isinstance(schema, dict):
@@ -2016,11 +2009,8 @@ class _LlamaCppSchema(_Rewriter):
         for implied in ("object", "array", "string"):
             if not kind and parts.keys() & _ENFORCED[implied]:
                 kind = implied
-        relevant = parts.keys() - {"type"}
-        for name, keys in _ENFORCED.items():  # a type's keywords say nothing about another type
-            if name != "integer" or kind not in ("", "number"):
-                relevant -= keys
-        self.exact &= not relevant
+        self.exact &= parts.keys() <= _ENFORCED_KEYS  # a type's keywords say nothing about another type
+        self.exact &= kind not in ("", "number") or not parts.keys() & _ENFORCED["integer"]
         build = {"object": self._object, "array": self._array, "string": self._string, "integer": self._integer}
         if kind in build:
             return {"type": kind, **build[kind](parts)}
@@ -2078,9 +2068,9 @@ class _LlamaCppSchema(_Rewriter):
         found: dict[str, Any] = {}
         for key, step in (("minimum", 0), ("exclusiveMinimum", 1), ("maximum", 0), ("exclusiveMaximum", -1)):
             if isinstance(parts.get(key), int) and abs(parts[key]) < 10**15:  # it writes at most 16 digits
-                found["minimum" if "Min" in key or key == "minimum" else "maximum"] = parts[key] + step
+                found[key.removeprefix("exclusive").lower()] = parts[key] + step
         self.exact &= len(found) == len(parts.keys() & _ENFORCED["integer"])
-        if found.get("minimum", 0) > found.get("maximum", found.get("minimum", 0)):  # it would answer 500
+        if found.get("minimum", -math.inf) > found.get("maximum", math.inf):  # it would answer 500
             raise InvalidRequest("schema: no integer lies between its bounds", "correct one of them")
         return found
 
