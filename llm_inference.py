@@ -1425,10 +1425,10 @@ def _check_size(schema: Any) -> None:
         raise InvalidRequest("schema: not plain JSON, or nested too deep", "give JSON values only") from exc
     if size > MAX_SCHEMA_BYTES:
         raise InvalidRequest(f"schema: {size} bytes", f"at most {MAX_SCHEMA_BYTES}")
-    if _is_deeper(schema, 3 * MAX_SCHEMA_DEPTH):
-        raise InvalidRequest("schema: nested too deep", f"at most {MAX_SCHEMA_DEPTH} levels")
-    for layer in _layers(schema):  # wherever it stands: an engine may look where we do not
-        for node in layer:
+    for depth, layer in enumerate(_layers(schema)):
+        if depth > 3 * MAX_SCHEMA_DEPTH:
+            raise InvalidRequest("schema: nested too deep", f"at most {MAX_SCHEMA_DEPTH} levels")
+        for node in layer:  # wherever it stands: an engine may look where we do not
             if not isinstance(node, dict):
                 continue
             if isinstance(node.get("$ref"), str) and not node["$ref"].startswith("#"):
@@ -1498,7 +1498,7 @@ class _ExpandedSize:
 def _check_keyword(key: str, value: Any) -> None:
     """Raises UnsupportedFeature for a keyword that would constrain and is not checked."""
     is_tuple = key == "items" and isinstance(value, list)
-    if key.startswith("x-") or (key in _KNOWN and not is_tuple) or (key == "nullable" and value is False):
+    if key.startswith("x-") or (key in _KNOWN and not is_tuple) or (key == "nullable" and value is not True):
         return
     hint = _BETTER.get(key) or did_you_mean(key[:40], _KEYWORDS, cutoff=0.85)
     if hint or key in _UNCHECKED or isinstance(value, dict) or _is_type_word(value):
@@ -1604,8 +1604,9 @@ class SchemaCheck:
 
     def __call__(self, value: Any) -> None:
         """Raises ValueError with the place and the keyword, such as `$.a[0]: does not fit {"type": "integer"}`."""
-        if _is_deeper(value, MAX_VALUE_DEPTH):
-            raise ValueError(f"$: nested deeper than {MAX_VALUE_DEPTH} levels")
+        for depth, _ in enumerate(_layers(value)):
+            if depth > MAX_VALUE_DEPTH:
+                raise ValueError(f"$: nested deeper than {MAX_VALUE_DEPTH} levels")
         if not self.fits(value):
             raise ValueError(self._misfit(value)[:500])
 
@@ -1693,12 +1694,8 @@ def _layers(value: Any) -> Iterator[list[Any]]:
         layer = below
 
 
-def _is_deeper(value: Any, levels: int) -> bool:
-    return any(depth > levels for depth, _ in enumerate(_layers(value)))
-
-
 # Without jsonschema-rs: the short form and plain schemas.
-_SIZES: dict[str, type] = {"minLength": str, "maxLength": str, "minItems": list, "maxItems": list}
+_SIZES: dict[str, Any] = {"minLength": str, "maxLength": str, "minItems": list, "maxItems": list}
 _SIMPLE = _SIZES.keys() | set("$ref type properties required additionalProperties items enum const".split())
 
 
