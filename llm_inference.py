@@ -2067,7 +2067,7 @@ class _LlamaCppSchema(_Rewriter):
             if isinstance(parts.get(key), int) and abs(parts[key]) < 10**15:  # it writes at most 16 digits
                 found[key.removeprefix("exclusive").lower()] = parts[key] + step
         self.exact &= len(found) == len(parts.keys() & _ENFORCED["integer"])
-        if found.get("minimum", -math.inf) > found.get("maximum", math.inf):  # it would answer 500
+        if found.get("minimum", 0) > found.get("maximum", found.get("minimum", 0)):  # it would answer 500
             raise InvalidRequest("schema: no integer lies between its bounds", "correct one of them")
         return found
 
