@@ -1853,11 +1853,13 @@ class _Grammar:
         self.quoted = quoted
         self.anything = "" if full else self._class(_complement([])) + "*"
         bare = re.sub(r"\{\d+(?:,\d*)?\}", "", re.sub(r"\\.", "_", regex, flags=re.DOTALL))
+        if _READ_DIFFERENTLY.search(bare) or re.search(r"\\[<>]", regex):  # before Python's parser, which would warn
+            raise _not_portable()
         try:
             parsed = re_parser.parse(regex)
         except (re.error, RecursionError, OverflowError):
             raise _not_portable() from None
-        if parsed.state.flags != re.UNICODE or _READ_DIFFERENTLY.search(bare) or re.search(r"\\[<>]", regex):
+        if parsed.state.flags != re.UNICODE:
             raise _not_portable()
         self.text = self._from_start(list(parsed))
 
@@ -1936,8 +1938,7 @@ def llamacpp_schema(schema: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     not named, tuples of another length) the schema leaves open.
     """
     found = _LlamaCppSchema(schema)
-    defs = {"$defs": found.defs} if found.defs else {}
-    return found.body | defs, found.exact
+    return {**found.body, "$defs": found.defs} if found.defs else found.body, found.exact
 
 
 # What llama.cpp's grammars can say, by type; the first type with one of a schema's keywords is the one that it means.
