@@ -86,12 +86,14 @@ from typing import (
     Annotated,
     Any,
     ClassVar,
+    Concatenate,
     Final,
     ForwardRef,
     Literal,
     NamedTuple,
     NoReturn,
     NotRequired,
+    ParamSpec,
     TypeAlias,
     TypeVar,
     overload,
@@ -112,6 +114,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response as StarletteResponse
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 logger = logging.getLogger("llm_inference")  # a literal: __name__ is "__main__" under `python llm_inference.py`
 
@@ -7147,14 +7150,128 @@ def check_prompts(prompts: Any, concurrency: Any) -> list[Prompt]:
 
 
 #: the verb of several requests that runs here: whose it is, and how often that had been closed when it began
-VERB: contextvars.ContextVar[tuple["AsyncVerbs", int] | None] = contextvars.ContextVar("verb", default=None)
+VERB: contextvars.ContextVar[tuple["EngineChoice", int] | None] = contextvars.ContextVar("verb", default=None)
 
 
-class AsyncVerbs(ABC):
-    """The asynchronous verbs of `LLMInferencer`."""
+class EngineChoice:
+    """Which endpoints an inferencer asks: those of an engine that is named, the first that answers, or a fleet's."""
 
-    model_name: str | None
+    ENGINE_MAP: ClassVar[dict[str, type[BaseLLMAdapter]]] = {
+        "ollama": OllamaAdapter,
+        "vllm": VLLMAdapter,
+        "sglang": SGLangAdapter,
+        "llamacpp": LlamaCppAdapter,
+    }
     closed = 0  #: how often
+
+    def __init__(
+        self,
+        engine_type: str = "auto",
+        model_name: str | os.PathLike[str] | None = None,
+        **options: Unpack[EngineOptions],
+    ) -> None:
+        self.options: dict[str, Any] = dict(options)
+        if not isinstance(engine_type, (str, types.NoneType)):
+            raise InvalidRequest("engine_type: must be a string", "see help(LLMInferencer)", param="engine_type")
+        if not isinstance(model_name, (str, os.PathLike, types.NoneType)):
+            raise InvalidRequest("model_name: must be a string or a path", "see models()", param="model_name")
+        try:
+            _ENGINE_OPTIONS.validate_python(options | {"launch_env": plain(options.get("launch_env"))}, strict=True)
+        except ValidationError as exc:
+            raise InvalidRequest(explain(exc)[0], "see help(LLMInferencer)") from None
+        if options.get("base_url") in ([], ()):
+            raise InvalidRequest("base_url: must not be empty", "name a server, or leave it out", param="base_url")
+        if options.get("base_url") and options.get("launch") is True:
+            raise InvalidRequest("base_url and launch=True cannot be combined", "leave one of them out", param="launch")
+        self.model_name = os.fspath(model_name) if model_name is not None else None
+        if engine_type == "auto" and self.model_name and self.model_name.partition("/")[0] in self.ENGINE_MAP:
+            engine_type, _, self.model_name = self.model_name.partition("/")
+        self._flight = SingleFlight()
+        made = self._fleet_of("llamacpp" if engine_type == "auto" else engine_type)  # no I/O; checks the options
+        self.fleet: Fleet | None = None if engine_type == "auto" else made
+
+    def _fleet_of(self, engine_type: str, **more: Any) -> Fleet:
+        options = self.options | more
+        addresses = options.pop("base_url", None) or ""
+        if not addresses and options.get("launch") is not True:
+            listed = os.environ.get(getattr(engine_class(engine_type), "url_env", ""), "")
+            addresses = listed if "," in listed else ""
+        if isinstance(addresses, str):
+            addresses = addresses.split(",")
+        endpoints = []
+        for number, address in enumerate(addresses, 1):
+            name = f"{engine_type}-{number}" if len(addresses) > 1 else engine_type
+            adapter = make_adapter(engine_type, self.model_name, base_url=address.strip() or None, **options)
+            endpoints.append(Endpoint(adapter, name=name))
+        return Fleet(endpoints)
+
+    @property
+    def engine_type(self) -> str:
+        """The engine's name (the first one's of a fleet); "auto" until the first verb has found one."""
+        return self.fleet.endpoints[0].adapter.engine_type if self.fleet else "auto"
+
+    async def found(self) -> Fleet:
+        """The endpoints; with "auto", whichever engine answers first, in ENGINE_MAP's order."""
+        verb = VERB.get()
+        if verb is not None and verb[0] is self and verb[1] != self.closed:
+            raise EngineUnavailable("it was closed meanwhile", "ask again")
+        if self.fleet is not None:
+            return self.fleet
+        return await self._flight.run("fleet", self._find)
+
+    async def _find(self) -> Fleet:
+        if self.fleet is not None:  # found meanwhile
+            return self.fleet
+        names = [name for name, adapter in self.ENGINE_MAP.items() if adapter.in_auto]
+        fleets = [self._fleet_of(name, launch=False) for name in names]
+        outcomes = await asyncio.gather(*map(_usable, fleets), return_exceptions=True)
+        chosen: Fleet | None = None
+        for fleet, outcome in zip(fleets, outcomes, strict=True):
+            if isinstance(outcome, InvalidRequest):  # a setting is wrong: not to be passed over
+                raise outcome
+            if outcome is None:
+                chosen = chosen or fleet
+        for fleet in fleets:
+            if fleet is not chosen:
+                await fleet.close()
+        if chosen is not None:
+            adapter = chosen.endpoints[0].adapter
+            logger.info("auto: using %s (%s)", adapter.engine_type, adapter.how)
+        elif self.options.get("base_url"):
+            reason = "no engine that can be identified answers at base_url"
+            raise EngineUnavailable(reason, "start it, correct the address, or name the engine")
+        elif self.options.get("launch", "auto") is False or not installed("xllamacpp"):
+            hint = f"start one of {', '.join(names)}, or pip install xllamacpp for the embedded one"
+            raise EngineUnavailable("no engine answers", hint)
+        else:
+            logger.info("auto: no engine answers, so the embedded llama.cpp is started")
+            chosen = self._fleet_of("llamacpp")
+        self.fleet = chosen
+        return chosen
+
+    def request(self, prompt: Prompt, schema: Any = None, **fields: Any) -> GenerateRequest:
+        """A checked request. Raises InvalidRequest, UnsupportedFeature."""
+        messages = messages_from(prompt, fields.pop("system", None))
+        build = None
+        if schema is not None:
+            schema, build = normalize_schema(schema)
+        for name, hint in (("model", "did you mean 'model_name'?"), ("stream", "call stream(…) or astream(…)")):
+            if name in fields:
+                raise InvalidRequest(f"{name}: no such argument", hint, param=name)
+        several = self.fleet is not None and len(self.fleet.endpoints) != 1
+        model = fields.pop("model_name", None) or (self.model_name if several else None)
+        return make_request(messages=messages, schema=schema, build=build, model=model, **fields)
+
+    async def engine(self) -> BaseLLMAdapter:
+        """The (first) endpoint's adapter."""
+        return (await self.found()).endpoints[0].adapter
+
+    async def aclose(self) -> None:
+        """End what was started and close what was opened. A verb called after that connects, or starts, anew."""
+        self.closed += 1
+        self._flight.cancel()
+        if self.fleet is not None:
+            await self.fleet.close()
 
     @contextlib.contextmanager
     def _several_requests(self) -> Iterator[None]:
@@ -7165,30 +7282,9 @@ class AsyncVerbs(ABC):
         finally:
             VERB.reset(token)
 
-    def _require_open(self) -> None:
-        verb = VERB.get()
-        if verb is not None and verb[0] is self and verb[1] != self.closed:
-            raise EngineUnavailable("it was closed meanwhile", "ask again")
 
-    @property
-    @abstractmethod
-    def engine_type(self) -> str:
-        """The engine's name."""
-
-    @abstractmethod
-    async def found(self) -> Fleet:
-        """The endpoints."""
-
-    @abstractmethod
-    def request(self, prompt: Prompt, schema: Any = None, **fields: Any) -> GenerateRequest:
-        """A checked request. Raises InvalidRequest, UnsupportedFeature."""
-
-    async def engine(self) -> BaseLLMAdapter:
-        """The (first) endpoint's adapter."""
-        return (await self.found()).endpoints[0].adapter
-
-    async def aclose(self) -> None:
-        """End what was started and close what was opened. A verb called after that connects, or starts, anew."""
+class AsyncVerbs(EngineChoice):
+    """The asynchronous verbs of `LLMInferencer`."""
 
     async def acomplete(self, prompt: Prompt, *, schema: Any = None, **options: Unpack[Options]) -> Completion:
         """The complete `Completion`. `schema`: as in `structured_generate`.
@@ -7285,7 +7381,7 @@ class AsyncVerbs(ABC):
         return answers
 
     async def arun(
-        self, prompt: Prompt, *, tools: Sequence[Callable[..., Any]], max_turns: int = 8, **options: Any
+        self, /, prompt: Prompt, *, tools: Sequence[Callable[..., Any]], max_turns: int = 8, **options: Any
     ) -> Completion:
         """The answer of a model that may call Python functions, after at most `max_turns` requests.
 
@@ -7359,76 +7455,18 @@ def texts_in(bursts: Generator[list[Chunk], None, None]) -> Iterator[str]:
             yield from (chunk.text for chunk in burst if chunk.text)
 
 
-class Verbs(AsyncVerbs):
-    """The same methods, synchronous: each runs its `a…` twin on a background loop."""
+def _blocking(verb: Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]) -> Callable[Concatenate[Any, P], T]:
+    """A verb's synchronous twin: it runs the `a…` one on a background loop."""
 
-    def complete(self, prompt: Prompt, *, schema: Any = None, **options: Unpack[Options]) -> Completion:
-        """See `acomplete`."""
-        return portal.call(self.acomplete(prompt, schema=schema, **options))
+    def twin(self: Any, /, *args: P.args, **options: P.kwargs) -> T:
+        return portal.call(getattr(self, verb.__name__)(*args, **options))  # type: ignore[no-any-return]
 
-    def generate(self, prompt: str, **options: Unpack[Options]) -> str:
-        """See `agenerate`."""
-        return portal.call(self.agenerate(prompt, **options))
-
-    def chat(self, messages: Prompt, **options: Unpack[Options]) -> str:
-        """See `achat`."""
-        return portal.call(self.achat(messages, **options))
-
-    @overload
-    def structured_generate(self, prompt: Prompt, schema: type[T], **options: Unpack[Options]) -> T: ...
-    @overload
-    def structured_generate(
-        self, prompt: Prompt, schema: dict[str, Any], **options: Unpack[Options]
-    ) -> dict[str, Any]: ...
-    @overload
-    def structured_generate(self, prompt: Prompt, schema: Any = None, **options: Unpack[Options]) -> Any: ...
-    def structured_generate(self, prompt: Prompt, schema: Any = None, **options: Unpack[Options]) -> Any:
-        """See `astructured_generate`."""
-        return portal.call(self.astructured_generate(prompt, schema, **options))
-
-    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[str]:
-        """See `astream`. A refusal is raised by this call, an engine's failure by the first item or a later one."""
-        portal.check_alive()
-        return texts_in(portal.iterate(self.bursts(self.request(prompt, **options))))
-
-    def batch(
-        self, prompts: Iterable[Prompt], *, concurrency: int = 8, schema: Any = None, **options: Unpack[Options]
-    ) -> list[Completion | InferenceError]:
-        """See `abatch`."""
-        return portal.call(self.abatch(prompts, concurrency=concurrency, schema=schema, **options))
-
-    def run(
-        self, prompt: Prompt, *, tools: Sequence[Callable[..., Any]], max_turns: int = 8, **options: Any
-    ) -> Completion:
-        """See `arun`."""
-        return portal.call(self.arun(prompt, tools=tools, max_turns=max_turns, **options))
-
-    def embed(self, texts: str | Sequence[str], *, model_name: str | None = None) -> list[list[float]]:
-        """See `aembed`."""
-        return portal.call(self.aembed(texts, model_name=model_name))
-
-    def models(self) -> list[ModelInfo]:
-        """See `amodels`."""
-        return portal.call(self.amodels())
-
-    def pull(self, model: str | None = None) -> None:
-        """See `apull`."""
-        portal.call(self.apull(model))
-
-    def health(self) -> dict[str, Any]:
-        """See `ahealth`."""
-        return portal.call(self.ahealth())
-
-    def close(self) -> None:
-        """See `aclose`."""
-        try:
-            portal.call(self.aclose())
-        except EngineUnavailable:
-            if portal.started:
-                raise  # else the interpreter is ending, and nothing was opened
+    functools.update_wrapper(twin, verb)
+    twin.__name__ = verb.__name__.removeprefix("a")
+    return twin
 
 
-class LLMInferencer(Verbs):
+class LLMInferencer(AsyncVerbs):
     """One engine and model, or several endpoints. Every method has an async `a…` twin; both are thread-safe.
 
     engine_type: a key of ENGINE_MAP, or "auto": the first engine that answers, the embedded llama.cpp last.
@@ -7437,39 +7475,6 @@ class LLMInferencer(Verbs):
 
     All methods raise InferenceError's subclasses, each with `kind`, `reason`, `hint` and `retryable`.
     """
-
-    ENGINE_MAP: ClassVar[dict[str, type[BaseLLMAdapter]]] = {
-        "ollama": OllamaAdapter,
-        "vllm": VLLMAdapter,
-        "sglang": SGLangAdapter,
-        "llamacpp": LlamaCppAdapter,
-    }
-
-    def __init__(
-        self,
-        engine_type: str = "auto",
-        model_name: str | os.PathLike[str] | None = None,
-        **options: Unpack[EngineOptions],
-    ) -> None:
-        self.options: dict[str, Any] = dict(options)
-        if not isinstance(engine_type, (str, types.NoneType)):
-            raise InvalidRequest("engine_type: must be a string", "see help(LLMInferencer)", param="engine_type")
-        if not isinstance(model_name, (str, os.PathLike, types.NoneType)):
-            raise InvalidRequest("model_name: must be a string or a path", "see models()", param="model_name")
-        try:
-            _ENGINE_OPTIONS.validate_python(options | {"launch_env": plain(options.get("launch_env"))}, strict=True)
-        except ValidationError as exc:
-            raise InvalidRequest(explain(exc)[0], "see help(LLMInferencer)") from None
-        if options.get("base_url") in ([], ()):
-            raise InvalidRequest("base_url: must not be empty", "name a server, or leave it out", param="base_url")
-        if options.get("base_url") and options.get("launch") is True:
-            raise InvalidRequest("base_url and launch=True cannot be combined", "leave one of them out", param="launch")
-        self.model_name = os.fspath(model_name) if model_name is not None else None
-        if engine_type == "auto" and self.model_name and self.model_name.partition("/")[0] in self.ENGINE_MAP:
-            engine_type, _, self.model_name = self.model_name.partition("/")
-        self._flight = SingleFlight()
-        made = self._endpoints("llamacpp" if engine_type == "auto" else engine_type)  # no I/O; checks the options
-        self.fleet: Fleet | None = None if engine_type == "auto" else Fleet(made)
 
     @classmethod
     def from_config(cls, path: str | os.PathLike[str]) -> "LLMInferencer":
@@ -7483,84 +7488,29 @@ class LLMInferencer(Verbs):
         made.options, made.model_name, made._flight, made.fleet = {}, model_name, SingleFlight(), fleet
         return made
 
-    def _endpoints(self, engine_type: str, **more: Any) -> list[Endpoint]:
-        options = self.options | more
-        addresses = options.pop("base_url", None)
-        if addresses is None and options.get("launch") is not True:
-            listed = os.environ.get(getattr(engine_class(engine_type), "url_env", ""), "")
-            addresses = listed.split(",") if "," in listed else None
-        if addresses is None or isinstance(addresses, str):
-            addresses = addresses.split(",") if addresses and "," in addresses else [addresses]
-        found = []
-        for number, address in enumerate(addresses, 1):
-            address = address.strip() if address else None
-            adapter = make_adapter(engine_type, self.model_name, base_url=address, **options)
-            found.append(Endpoint(adapter, name=f"{engine_type}-{number}" if len(addresses) > 1 else engine_type))
-        return found
+    complete = _blocking(AsyncVerbs.acomplete)
+    generate = _blocking(AsyncVerbs.agenerate)
+    chat = _blocking(AsyncVerbs.achat)
+    structured_generate = _blocking(AsyncVerbs.astructured_generate)
+    batch = _blocking(AsyncVerbs.abatch)
+    run = _blocking(AsyncVerbs.arun)
+    embed = _blocking(AsyncVerbs.aembed)
+    models = _blocking(AsyncVerbs.amodels)
+    pull = _blocking(AsyncVerbs.apull)
+    health = _blocking(AsyncVerbs.ahealth)
 
-    @property
-    def engine_type(self) -> str:
-        """The engine's name (the first one's of a fleet); "auto" until the first verb has found one."""
-        return self.fleet.endpoints[0].adapter.engine_type if self.fleet else "auto"
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[str]:
+        """See `astream`. A refusal is raised by this call, an engine's failure by the first item or a later one."""
+        portal.check_alive()
+        return texts_in(portal.iterate(self.bursts(self.request(prompt, **options))))
 
-    async def found(self) -> Fleet:
-        """The endpoints; with "auto", whichever engine answers first, in ENGINE_MAP's order."""
-        self._require_open()
-        if self.fleet is None:
-            await self._flight.run("fleet", self._find_once)
-        assert self.fleet is not None
-        return self.fleet
-
-    async def _find_once(self) -> None:
-        self.fleet = self.fleet or Fleet(await self._find())
-
-    async def _find(self) -> list[Endpoint]:
-        names = [name for name, adapter in self.ENGINE_MAP.items() if adapter.in_auto]
-        candidates = [self._endpoints(name, launch=False) for name in names]
-        outcomes = await asyncio.gather(*map(_usable, candidates), return_exceptions=True)
-        chosen: list[Endpoint] | None = None
-        for endpoints, outcome in zip(candidates, outcomes, strict=True):
-            if isinstance(outcome, InvalidRequest):  # a setting is wrong: not to be passed over
-                raise outcome
-            if chosen is None and outcome is None:
-                chosen = endpoints
-        for endpoints in candidates:
-            if endpoints is not chosen:
-                await Fleet(endpoints).close()
-        if chosen is not None:
-            adapter = chosen[0].adapter
-            logger.info("auto: using %s (%s)", adapter.engine_type, adapter.how)
-            return chosen
-        if self.options.get("base_url"):
-            reason = "no engine that can be identified answers at base_url"
-            raise EngineUnavailable(reason, "start it, correct the address, or name the engine")
-        if self.options.get("launch", "auto") is False or not installed("xllamacpp"):
-            hint = f"start one of {', '.join(names)}, or pip install xllamacpp for the embedded one"
-            raise EngineUnavailable("no engine answers", hint)
-        logger.info("auto: no engine answers, so the embedded llama.cpp is started")
-        return self._endpoints("llamacpp")
-
-    def request(self, prompt: Prompt, schema: Any = None, **fields: Any) -> GenerateRequest:
-        """A checked request. Raises InvalidRequest, UnsupportedFeature."""
-        messages = messages_from(prompt, fields.pop("system", None))
-        build = None
-        if schema is not None:
-            schema, build = normalize_schema(schema)
-        for name, hint in (("model", "did you mean 'model_name'?"), ("stream", "call stream(…) or astream(…)")):
-            if name in fields:
-                raise InvalidRequest(f"{name}: no such argument", hint, param=name)
-        model = fields.pop("model_name", None) or (self.model_name if len(self._known_endpoints()) != 1 else None)
-        return make_request(messages=messages, schema=schema, build=build, model=model, **fields)
-
-    def _known_endpoints(self) -> Sequence[Endpoint]:
-        return self.fleet.endpoints if self.fleet else (None,)  # type: ignore[return-value]
-
-    async def aclose(self) -> None:
-        """End what was started and close what was opened. A verb called after that connects, or starts, anew."""
-        self.closed += 1
-        self._flight.cancel()
-        if self.fleet is not None:
-            await self.fleet.close()
+    def close(self) -> None:
+        """See `aclose`."""
+        try:
+            portal.call(self.aclose())
+        except EngineUnavailable:
+            if portal.started:
+                raise  # else the interpreter is ending, and nothing was opened
 
     def __enter__(self) -> "LLMInferencer":
         portal.call(self.__aenter__())
@@ -7592,9 +7542,9 @@ async def embedding_model(fleet: Fleet) -> str:
 STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 
 
-async def _usable(endpoints: Sequence[Endpoint]) -> None:
+async def _usable(fleet: Fleet) -> None:
     """Raises where no engine answers, or where it is not known to be that engine, or has no model that can chat."""
-    adapter = endpoints[0].adapter
+    adapter = fleet.endpoints[0].adapter
     await adapter.connect()
     if not adapter.identified:
         raise EngineUnavailable("it did not say which engine it is")
