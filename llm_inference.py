@@ -7663,26 +7663,21 @@ def _check_engine(name: str, *further: str) -> None:
         raise _invalid("engine", f"no such engine: {name[:60]!r}", hint)
 
 
-def _split(value: Any) -> Any:
-    """Texts with several values, separated by commas, as one list."""
-    found: list[Any] = []
-    for item in [value] if isinstance(value, str) else value:
-        found += filter(None, map(str.strip, item.split(",")))
+def _split(value: Any) -> tuple[str, ...]:
+    """Texts with several values, separated by commas, as one tuple."""
+    texts = value if isinstance(value, str) else ",".join(value)
+    found = tuple(filter(None, map(str.strip, texts.split(","))))
     if value and not found:
         raise ValueError("no value in it")
-    return tuple(found)
+    return found
 
 
-def _alias_table(value: Any) -> dict[str, Any]:
-    """Aliases as a mapping to tuples. Of `NAME=TARGET` texts, a name that comes again has a further target."""
-    found: dict[str, Any] = {}
-    if isinstance(value, Mapping):
-        for name, targets in value.items():
-            found[name] = (targets,) if isinstance(targets, str) else tuple(targets)
-        return found
-    for text in _split(value):
-        name, _, target = text.partition("=")
-        found[name] = (*found.get(name, ()), target)
+def _alias_table(value: Any) -> dict[str, list[str]]:
+    """Aliases as a mapping to lists; of `NAME=TARGET` texts, a name that comes again has a further target."""
+    pairs = value.items() if isinstance(value, Mapping) else [text.partition("=")[::2] for text in _split(value)]
+    found: dict[str, list[str]] = {}
+    for name, targets in pairs:
+        found.setdefault(name, []).extend([targets] if isinstance(targets, str) else targets)
     return found
 
 
@@ -7707,7 +7702,12 @@ def resolve_aliases(aliases: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[s
     """
     resolved: dict[str, tuple[str, ...]] = {}
 
-    def resolve(name: str, path: tuple[str, ...]) -> None:
+    def resolve(name: str, path: tuple[str, ...]) -> tuple[str, ...]:
+        if name in resolved:
+            return resolved[name]
+        if name not in aliases:
+            _check_target(path[-1], name, aliases)
+            return (name,)
         if name in path:
             circle = " -> ".join((*path[path.index(name) :], name))
             raise _invalid(f"aliases.{name}", f"is circular ({circle})", "end it with engine/model")
@@ -7715,16 +7715,12 @@ def resolve_aliases(aliases: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[s
             raise _invalid(f"aliases.{name}", f"is reached through {_MAX_CHAIN} other aliases", "shorten the chain")
         found: list[str] = []
         for target in aliases[name]:
-            if target not in aliases:
-                _check_target(name, target, aliases)
-            elif target not in resolved:
-                resolve(target, (*path, name))
-            found += resolved.get(target, (target,))
+            found += resolve(target, (*path, name))
         resolved[name] = tuple(dict.fromkeys(found))
+        return resolved[name]
 
     for name in aliases:
-        if name not in resolved:
-            resolve(name, ())
+        resolve(name, ())
     return resolved
 
 
