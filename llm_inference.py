@@ -7139,16 +7139,6 @@ async def call_function(function: Callable[..., Any], arguments: str) -> str:
     return result if isinstance(result, str) else to_json(plain(result)).decode()
 
 
-def check_prompts(prompts: Any, concurrency: Any) -> list[Prompt]:
-    """The prompts of a batch as a list. Raises InvalidRequest."""
-    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
-        raise InvalidRequest("prompts: must be a list", "send [prompt], or use generate()", param="prompts")
-    if type(concurrency) is not int or concurrency < 1:
-        reason = f"concurrency: must be an integer from 1 on, got {concurrency}"
-        raise InvalidRequest(reason, "leave it out", param="concurrency")
-    return list(prompts)
-
-
 #: the verb of several requests that runs here: whose it is, and how often that had been closed when it began
 VERB: contextvars.ContextVar[tuple["EngineChoice", int] | None] = contextvars.ContextVar("verb", default=None)
 
@@ -7351,7 +7341,12 @@ class AsyncVerbs(EngineChoice):
 
         A vLLM that is started here answers twice as many a second with `launch_args=["--api-server-count", "4"]`.
         """
-        waiting = check_prompts(prompts, concurrency)
+        if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
+            raise InvalidRequest("prompts: must be a list", "send [prompt], or use generate()", param="prompts")
+        if type(concurrency) is not int or concurrency < 1:
+            reason = f"concurrency: must be an integer from 1 on, got {concurrency}"
+            raise InvalidRequest(reason, "leave it out", param="concurrency")
+        waiting = list(prompts)
         answers: list[Any] = [None] * len(waiting)
         places, progress, finished = iter(enumerate(waiting)), Progress("batch"), 0
 
@@ -7582,7 +7577,7 @@ def make_adapter(engine_type: str, model_name: str | None, **options: Any) -> Ba
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(exc))
         if unknown is None:
             raise
-        known = ("engine_type", "model_name", *inspect.signature(BaseLLMAdapter.__init__).parameters)
+        known = ("engine_type", "model_name", *EngineOptions.__annotations__)
         hint = did_you_mean(unknown[1], known, "see help(LLMInferencer)", cutoff=0.5)
         raise InvalidRequest(f"{unknown[1]}: no such option", hint, param=unknown[1]) from None
 
@@ -7625,10 +7620,10 @@ def _invalid(param: str, problem: str, hint: str) -> InvalidRequest:
 
 
 @functools.cache
-def _check_of(owner: Any, name: str) -> tuple[TypeAdapter[Any], str]:
+def _check_of(field: "dataclasses.Field[Any]") -> tuple[TypeAdapter[Any], str]:
     """What checks a field's value (texts become numbers and booleans, lists tuples), and what it expects in words."""
-    kind = owner.__dataclass_fields__[name].type
-    option: Option = owner.__dataclass_fields__[name].metadata["option"]
+    kind: Any = field.type
+    option: Option = field.metadata["option"]
     if kind is bool:
         return TypeAdapter(kind), "true or false"
     if option.high == math.inf:
@@ -7644,7 +7639,7 @@ def _check_fields(settings: Any) -> None:
         value = getattr(settings, field.name)
         if "option" not in field.metadata or value is None and field.default is None:
             continue
-        adapter, expected = _check_of(settings.__class__, field.name)
+        adapter, expected = _check_of(field)
         try:
             if isinstance(value, bool) and field.type is not bool:
                 raise TypeError("pydantic would take it for a number")
@@ -7913,6 +7908,13 @@ def _check_mode(place: str, key: str, mode: str) -> None:
         raise InvalidRequest(f"{place} has no effect on {MODES[mode]}", f"use it with {uses}")
 
 
+def _check_keys(table: Iterable[str], prefix: str, known: Iterable[str]) -> None:
+    for key in table:
+        if key not in known:
+            hint = did_you_mean(key, known, f"the keys are {', '.join(sorted(known))}")
+            raise _invalid(prefix + key, "no such key", hint)
+
+
 class ConfigFile:
     """A TOML file: settings, [[endpoint]] tables and an [alias] table. Raises InvalidRequest."""
 
@@ -7939,7 +7941,7 @@ class ConfigFile:
 
     def values(self, mode: str, env: Mapping[str, str]) -> dict[str, Any]:
         """The fields of `Settings` that the file gives."""
-        self._check_keys(self.tables, "", OPTIONS.keys() - {"config", "json"} | {"endpoint"})
+        _check_keys(self.tables, "", OPTIONS.keys() - {"config", "json"} | {"endpoint"})
         found: dict[str, Any] = {}
         for key, value in self.tables.items():
             if key == "endpoint":
@@ -7955,20 +7957,14 @@ class ConfigFile:
             raise _invalid("endpoint", "must be an array of tables", "write [[endpoint]]")
         found = []
         for number, table in enumerate(tables, 1):
-            self._check_keys(table, f"endpoints.{number}.", EndpointConfig.__dataclass_fields__)
+            _check_keys(table, f"endpoints.{number}.", EndpointConfig.__dataclass_fields__)
             try:
                 found.append(EndpointConfig(**table))
                 found[-1].key(env)
             except InvalidRequest as exc:
-                key = exc.param or "base_url"
-                raise _invalid(f"endpoints.{number}.{key}", exc.reason.removeprefix(f"{key}: "), exc.hint) from None
+                problem = exc.reason.removeprefix(f"{exc.param}: ")
+                raise _invalid(f"endpoints.{number}.{exc.param}", problem, exc.hint) from None
         return found
-
-    def _check_keys(self, table: Iterable[str], prefix: str, known: Iterable[str]) -> None:
-        for key in table:
-            if key not in known:
-                hint = did_you_mean(key, known, f"the keys are {', '.join(sorted(known))}")
-                raise _invalid(prefix + key, "no such key", hint)
 
 
 def _lines_of(text: str) -> dict[str, int]:
@@ -8014,7 +8010,10 @@ def load_settings(argv_values: Mapping[str, Any], mode: str = "serve", env: Mapp
                 raise _invalid(name, "is empty", "give a value, or leave it out")
         return Settings(**values)
     except InvalidRequest as exc:
-        place = _place_of(exc.param or "", places, file)
+        field, _, name = (exc.param or "").partition(".")
+        place = f"{places[field]} {name}".strip() if field in places else ""
+        if file and exc.param and (not place or name and name in file.tables.get("alias", ())):
+            place = file.place(exc.param)
         if not place:
             raise
         reason = exc.reason.removeprefix(f"{exc.param}: ")
@@ -8036,16 +8035,6 @@ def _given(argv_values: Mapping[str, Any], mode: str, env: Mapping[str, str]) ->
             flag = repr(value[0][:40])
         _check_mode(flag, key, mode)
         yield key, (flag, value)
-
-
-def _place_of(param: str, places: Mapping[str, str], file: ConfigFile | None) -> str:
-    """Where the value of a field was given: `--alias fast`, or `llm.toml: alias.fast (line 3)`."""
-    field, _, name = param.partition(".")
-    if param and file and (field not in places or name and name in file.tables.get("alias", ())):
-        return file.place(param)
-    if field in places:
-        return f"{places[field]} {name}".strip()
-    return ""
 
 
 def build_parser(prog: str = "llm_inference.py") -> "argparse.ArgumentParser":
