@@ -7139,10 +7139,6 @@ async def call_function(function: Callable[..., Any], arguments: str) -> str:
     return result if isinstance(result, str) else to_json(plain(result)).decode()
 
 
-#: the verb of several requests that runs here: whose it is, and how often that had been closed when it began
-VERB: contextvars.ContextVar[tuple["EngineChoice", int] | None] = contextvars.ContextVar("verb", default=None)
-
-
 class EngineChoice:
     """Which endpoints an inferencer asks: those of an engine that is named, the first that answers, or a fleet's."""
 
@@ -7202,9 +7198,6 @@ class EngineChoice:
 
     async def found(self) -> Fleet:
         """The endpoints; with "auto", whichever engine answers first, in ENGINE_MAP's order."""
-        verb = VERB.get()
-        if verb is not None and verb[0] is self and verb[1] != self.closed:
-            raise EngineUnavailable("it was closed meanwhile", "ask again")
         if self.fleet is not None:
             return self.fleet
         return await self._flight.run("fleet", self._find)
@@ -7263,14 +7256,10 @@ class EngineChoice:
         if self.fleet is not None:
             await self.fleet.close()
 
-    @contextlib.contextmanager
-    def _several_requests(self) -> Iterator[None]:
-        """Around a verb that makes several: after `aclose` it makes no further one."""
-        token = VERB.set((self, self.closed))
-        try:
-            yield
-        finally:
-            VERB.reset(token)
+    def _require_open(self, closed: int) -> None:
+        """A verb of several requests makes no further one once `aclose` was called: that would connect anew."""
+        if self.closed != closed:
+            raise EngineUnavailable("it was closed meanwhile", "ask again")
 
 
 class AsyncVerbs(EngineChoice):
@@ -7346,12 +7335,13 @@ class AsyncVerbs(EngineChoice):
         if type(concurrency) is not int or concurrency < 1:
             reason = f"concurrency: must be an integer from 1 on, got {concurrency}"
             raise InvalidRequest(reason, "leave it out", param="concurrency")
-        waiting = list(prompts)
+        waiting, closed = list(prompts), self.closed
         answers: list[Any] = [None] * len(waiting)
         places, progress, finished = iter(enumerate(waiting)), Progress("batch"), 0
 
         async def one(prompt: Prompt) -> Completion | InferenceError:
             try:
+                self._require_open(closed)
                 return await self.acomplete(prompt, schema=schema, **options)
             except InferenceError as exc:  # caught where no name leads to `answers`: its traceback would keep them all
                 return exc
@@ -7363,8 +7353,7 @@ class AsyncVerbs(EngineChoice):
                 finished += 1
                 progress.show(bar(finished, len(waiting)))
 
-        with self._several_requests():
-            workers = [asyncio.ensure_future(work()) for _ in range(min(concurrency, len(waiting)))]
+        workers = [asyncio.ensure_future(work()) for _ in range(min(concurrency, len(waiting)))]
         try:
             await asyncio.gather(*workers)
         finally:  # an error that is none of ours ends the others too, and is raised once they have ended
@@ -7386,16 +7375,17 @@ class AsyncVerbs(EngineChoice):
         functions = functions_by_name(tools)
         offered: list[Any] = list(map(tool_from, functions.values()))
         messages = messages_from(prompt, options.pop("system", None))
-        with self._several_requests():
-            for _ in range(max_turns):
-                done = await self.acomplete(messages, **{**options, "tools": offered})
-                if not done.tool_calls:
-                    return done
-                calls = list(done.tool_calls)
-                messages.append({"role": "assistant", "content": done.text or None, "tool_calls": calls})
-                for call in calls:
-                    text = await call_function(functions[call["function"]["name"]], call["function"]["arguments"])
-                    messages.append({"role": "tool", "tool_call_id": call["id"], "content": text})
+        closed = self.closed
+        for _ in range(max_turns):
+            self._require_open(closed)
+            done = await self.acomplete(messages, **{**options, "tools": offered})
+            if not done.tool_calls:
+                return done
+            calls = list(done.tool_calls)
+            messages.append({"role": "assistant", "content": done.text or None, "tool_calls": calls})
+            for call in calls:
+                text = await call_function(functions[call["function"]["name"]], call["function"]["arguments"])
+                messages.append({"role": "tool", "tool_call_id": call["id"], "content": text})
         raise InferenceError(f"the model still calls functions after {max_turns} turns", "raise max_turns")
 
     async def aembed(self, texts: str | Sequence[str], *, model_name: str | None = None) -> list[list[float]]:
@@ -7407,9 +7397,10 @@ class AsyncVerbs(EngineChoice):
             return vectors
         body = {"input": texts_of(given), "encoding_format": "float"}
         check_json(body)
-        with self._several_requests():
-            body["model"] = model_name or self.model_name or await embedding_model(await self.found())
-            answer = await (await self.found()).answer(GenerateRequest(body=body, surface=EMBEDDINGS))
+        fleet, closed = await self.found(), self.closed
+        body["model"] = model_name or self.model_name or await embedding_model(fleet)
+        self._require_open(closed)
+        answer = await fleet.answer(GenerateRequest(body=body, surface=EMBEDDINGS))
         with well_formed(adapter.engine_type):
             items = sorted(answer.payload["data"], key=lambda item: item["index"])
             return vectors_of([item["embedding"] for item in items], given)
