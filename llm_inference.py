@@ -7100,15 +7100,19 @@ class EngineOptions(TypedDict, total=False):
 _ENGINE_OPTIONS: TypeAdapter[Any] = TypeAdapter(EngineOptions)
 
 
+def _invalid(param: str, problem: str, hint: str) -> InvalidRequest:
+    return InvalidRequest(f"{param}: {problem}", hint, param=param)
+
+
 def functions_by_name(tools: Any) -> dict[str, Callable[..., Any]]:
     """Functions by their names, a partial by that of its function. Raises InvalidRequest."""
     found: dict[str, Callable[..., Any]] = {}
     for function in tools if isinstance(tools, Iterable) else [None]:
         name = getattr(function.func if isinstance(function, functools.partial) else function, "__name__", None)
         if not callable(function) or name is None:
-            raise InvalidRequest("tools: must be a list of functions", "wrap it in a function", param="tools")
+            raise _invalid("tools", "must be a list of functions", "wrap it in a function")
         if found.setdefault(name, function) is not function:
-            raise InvalidRequest(f"tools: two functions are called {name}", "rename one of them", param="tools")
+            raise _invalid("tools", f"two functions are called {name}", "rename one of them")
     return found
 
 
@@ -7118,8 +7122,8 @@ def tool_from(function: Callable[..., Any]) -> Tool:
     try:
         parameters = TypeAdapter(function).json_schema()  # type: ignore[arg-type]
     except Exception as exc:  # pydantic raises several unrelated classes here
-        reason = f"tools: no JSON Schema can be made of the parameters of {name}"
-        raise InvalidRequest(reason, "annotate them with types that have one", param="tools") from exc
+        problem = f"no JSON Schema can be made of the parameters of {name}"
+        raise _invalid("tools", problem, "annotate them with types that have one") from exc
     described: Function = {"name": name, "parameters": parameters}
     if function.__doc__:
         described["description"] = inspect.cleandoc(function.__doc__)
@@ -7158,18 +7162,18 @@ class EngineChoice:
     ) -> None:
         self.options: dict[str, Any] = dict(options)
         if not isinstance(engine_type, (str, types.NoneType)):
-            raise InvalidRequest("engine_type: must be a string", "see help(LLMInferencer)", param="engine_type")
+            raise _invalid("engine_type", "must be a string", "see help(LLMInferencer)")
         if not isinstance(model_name, (str, os.PathLike, types.NoneType)):
-            raise InvalidRequest("model_name: must be a string or a path", "see models()", param="model_name")
+            raise _invalid("model_name", "must be a string or a path", "see models()")
         try:
             _ENGINE_OPTIONS.validate_python(options | {"launch_env": plain(options.get("launch_env"))}, strict=True)
         except ValidationError as exc:
             raise InvalidRequest(explain(exc)[0], "see help(LLMInferencer)") from None
         if options.get("base_url") in ([], ()):
-            raise InvalidRequest("base_url: must not be empty", "name a server, or leave it out", param="base_url")
+            raise _invalid("base_url", "must not be empty", "name a server, or leave it out")
         if options.get("base_url") and options.get("launch") is True:
             raise InvalidRequest("base_url and launch=True cannot be combined", "leave one of them out", param="launch")
-        self.model_name = os.fspath(model_name) if model_name is not None else None
+        self.model_name: str | None = plain(model_name)
         if engine_type == "auto" and self.model_name and self.model_name.partition("/")[0] in self.ENGINE_MAP:
             engine_type, _, self.model_name = self.model_name.partition("/")
         self._flight = SingleFlight()
@@ -7240,7 +7244,7 @@ class EngineChoice:
             schema, build = normalize_schema(schema)
         for name, hint in (("model", "did you mean 'model_name'?"), ("stream", "call stream(…) or astream(…)")):
             if name in fields:
-                raise InvalidRequest(f"{name}: no such argument", hint, param=name)
+                raise _invalid(name, "no such argument", hint)
         several = self.fleet is not None and len(self.fleet.endpoints) != 1
         model = fields.pop("model_name", None) or (self.model_name if several else None)
         return make_request(messages=messages, schema=schema, build=build, model=model, **fields)
@@ -7331,10 +7335,9 @@ class AsyncVerbs(EngineChoice):
         A vLLM that is started here answers twice as many a second with `launch_args=["--api-server-count", "4"]`.
         """
         if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
-            raise InvalidRequest("prompts: must be a list", "send [prompt], or use generate()", param="prompts")
+            raise _invalid("prompts", "must be a list", "send [prompt], or use generate()")
         if type(concurrency) is not int or concurrency < 1:
-            reason = f"concurrency: must be an integer from 1 on, got {concurrency}"
-            raise InvalidRequest(reason, "leave it out", param="concurrency")
+            raise _invalid("concurrency", f"must be an integer from 1 on, got {concurrency}", "leave it out")
         waiting, closed = list(prompts), self.closed
         answers: list[Any] = [None] * len(waiting)
         places, progress, finished = iter(enumerate(waiting)), Progress("batch"), 0
@@ -7391,13 +7394,14 @@ class AsyncVerbs(EngineChoice):
     async def aembed(self, texts: str | Sequence[str], *, model_name: str | None = None) -> list[list[float]]:
         """One vector per text."""
         given = [texts] if isinstance(texts, str) else plain(texts)
-        adapter = await self.engine()
+        fleet = await self.found()
+        adapter = fleet.endpoints[0].adapter
         if not isinstance(adapter, HTTPAdapter):
             vectors, _ = await adapter.embed(texts_of(given), await adapter.model_for(model_name or self.model_name))
             return vectors
         body = {"input": texts_of(given), "encoding_format": "float"}
         check_json(body)
-        fleet, closed = await self.found(), self.closed
+        closed = self.closed
         body["model"] = model_name or self.model_name or await embedding_model(fleet)
         self._require_open(closed)
         answer = await fleet.answer(GenerateRequest(body=body, surface=EMBEDDINGS))
@@ -7542,7 +7546,7 @@ def messages_from(prompt: Any, system: Any = None) -> list[Any]:
     if isinstance(prompt, str):
         messages: list[Any] = [{"role": "user", "content": prompt}]
     elif isinstance(prompt, (Mapping, bytes)) or not isinstance(prompt, Iterable):
-        raise InvalidRequest("prompt: must be a string or a list of messages", "send one of them", param="prompt")
+        raise _invalid("prompt", "must be a string or a list of messages", "send one of them")
     else:
         messages = list(prompt)
     if system is not None:
@@ -7570,7 +7574,7 @@ def make_adapter(engine_type: str, model_name: str | None, **options: Any) -> Ba
             raise
         known = ("engine_type", "model_name", *EngineOptions.__annotations__)
         hint = did_you_mean(unknown[1], known, "see help(LLMInferencer)", cutoff=0.5)
-        raise InvalidRequest(f"{unknown[1]}: no such option", hint, param=unknown[1]) from None
+        raise _invalid(unknown[1], "no such option", hint) from None
 
 
 # 12 Settings -------------------------------------------------------------------------------------
@@ -7604,10 +7608,6 @@ def setting(default: Any, help: str = "", group: str = "", modes: str = "serve r
     if callable(default):
         return dataclasses.field(default_factory=default, **given)
     return dataclasses.field(default=default, **given)
-
-
-def _invalid(param: str, problem: str, hint: str) -> InvalidRequest:
-    return InvalidRequest(f"{param}: {problem}", hint, param=param)
 
 
 @functools.cache
