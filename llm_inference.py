@@ -7104,21 +7104,14 @@ def _invalid(param: str, problem: str, hint: str) -> InvalidRequest:
     return InvalidRequest(f"{param}: {problem}", hint, param=param)
 
 
-def functions_by_name(tools: Any) -> dict[str, Callable[..., Any]]:
-    """Functions by their names, a partial by that of its function. Raises InvalidRequest."""
-    found: dict[str, Callable[..., Any]] = {}
-    for function in tools if isinstance(tools, Iterable) else [None]:
-        name = getattr(function.func if isinstance(function, functools.partial) else function, "__name__", None)
-        if not callable(function) or name is None:
-            raise _invalid("tools", "must be a list of functions", "wrap it in a function")
-        if found.setdefault(name, function) is not function:
-            raise _invalid("tools", f"two functions are called {name}", "rename one of them")
-    return found
-
-
 def tool_from(function: Callable[..., Any]) -> Tool:
-    """A Python function as a tool. Raises InvalidRequest where its parameters have no JSON Schema."""
-    (name,) = functions_by_name([function])
+    """A Python function as a tool, a partial by the name of its function.
+
+    Raises InvalidRequest for what is no function, and where its parameters have no JSON Schema.
+    """
+    name = getattr(function.func if isinstance(function, functools.partial) else function, "__name__", None)
+    if not callable(function) or name is None:
+        raise _invalid("tools", "must be a list of functions", "wrap it in a function")
     try:
         parameters = TypeAdapter(function).json_schema()  # type: ignore[arg-type]
     except Exception as exc:  # pydantic raises several unrelated classes here
@@ -7375,13 +7368,19 @@ class AsyncVerbs(EngineChoice):
         A function's name, docstring and annotated parameters become the tool; its result, or its error as text, goes
         back to the model. Raises InferenceError where the model still calls after `max_turns`.
         """
-        functions = functions_by_name(tools)
-        offered: list[Any] = list(map(tool_from, functions.values()))
+        functions: dict[str, Callable[..., Any]] = {}
+        offered: dict[str, Tool] = {}
+        for function in tools if isinstance(tools, Iterable) else [tools]:
+            tool = tool_from(function)
+            name = tool["function"]["name"]
+            if functions.setdefault(name, function) is not function:
+                raise _invalid("tools", f"two functions are called {name}", "rename one of them")
+            offered[name] = tool
         messages = messages_from(prompt, options.pop("system", None))
         closed = self.closed
         for _ in range(max_turns):
             self._require_open(closed)
-            done = await self.acomplete(messages, **{**options, "tools": offered})
+            done = await self.acomplete(messages, **{**options, "tools": list(offered.values())})
             if not done.tool_calls:
                 return done
             calls = list(done.tool_calls)
@@ -7604,10 +7603,7 @@ class Option:
 def setting(default: Any, help: str = "", group: str = "", modes: str = "serve ray", **more: Any) -> Any:
     """A field of `Settings`; for the parameters see `Option`."""
     option = Option(help=help, group=group, modes=tuple(modes.split()), **more)
-    given: dict[str, Any] = {"repr": not option.secret, "metadata": {"option": option}}
-    if callable(default):
-        return dataclasses.field(default_factory=default, **given)
-    return dataclasses.field(default=default, **given)
+    return dataclasses.field(default=default, repr=not option.secret, metadata={"option": option})
 
 
 @functools.cache
@@ -7743,7 +7739,7 @@ class EndpointConfig:
     group: NonEmpty | None = setting(None)  #: of the endpoints of one group, one runs at a time
     python: NonEmpty | None = setting(None)
     launch_args: tuple[str, ...] = setting((), expected="a list of strings")
-    launch_env: Mapping[str, str] = setting(dict, expected="a table of strings")
+    launch_env: Mapping[str, str] | None = setting(None, expected="a table of strings")
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -7804,7 +7800,7 @@ class Settings:
         None, "default: the engine's first; for llamacpp also a .gguf file, or a name on the model hub",
         _ENGINE, _ALL, metavar="NAME")
     aliases: _Aliases = setting(
-        dict, "another name for a model (repeatable); the same name given again adds a fallback", _ENGINE, key="alias",
+        (), "another name for a model (repeatable); the same name given again adds a fallback", _ENGINE, key="alias",
         metavar="NAME=MODEL", expected="name=engine/model, the name without spaces")
     base_url: NonEmpty | None = setting(None, "URL of the engine (with --api-test: of the server)", _ENGINE, _ALL,
                                         metavar="URL", has_variable=False)
@@ -7821,7 +7817,7 @@ class Settings:
     queue: int = setting(256, "requests that may wait; further ones get 429", _LIMITS, low=0, high=1_000_000)
     max_tokens_cap: int = setting(8192, "upper limit of max_tokens", _LIMITS, low=1, high=1_000_000)
     deadlines: Annotated[Deadlines, BeforeValidator(_as_deadlines)] = setting(
-        Deadlines, "seconds for a complete answer (default: 600)", _LIMITS, _ENGINES, key="timeout", metavar="S",
+        Deadlines(), "seconds for a complete answer (default: 600)", _LIMITS, _ENGINES, key="timeout", metavar="S",
         expected="a number from 0.1 to 1000000")
     python: NonEmpty | None = setting(None, "Python interpreter with vllm or sglang", _STARTED, metavar="PATH")
     launch_args: tuple[str, ...] = setting((), "the engine's own arguments, passed on unchanged", _STARTED,
@@ -7991,7 +7987,7 @@ def load_settings(argv_values: Mapping[str, Any], mode: str = "serve", env: Mapp
         if path and mode != "api-test":
             file = ConfigFile(path)
             values = file.values(mode, env)
-        for key, (place, value) in dict(_given(argv_values, mode, env)).items():
+        for key, (place, value) in _given(argv_values, mode, env).items():
             name = OPTIONS[key].name
             if key == "alias" and isinstance(values.get(name), Mapping):
                 value = values[name] | _alias_table(value)  # by name, over the file's
@@ -8011,21 +8007,21 @@ def load_settings(argv_values: Mapping[str, Any], mode: str = "serve", env: Mapp
         raise InvalidRequest(f"{place}: {reason}", exc.hint, param=exc.param) from None
 
 
-def _given(argv_values: Mapping[str, Any], mode: str, env: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, Any]]]:
-    """Key, place and value of what the environment gives; then of the flags."""
+def _given(argv_values: Mapping[str, Any], mode: str, env: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
+    """By key: place and value of what the environment gives, and over that of the flags."""
+    found: dict[str, tuple[str, Any]] = {}
     for key, field in OPTIONS.items():
         option, variable = field.metadata["option"], f"LLM_INFERENCE_{key.upper()}"
         text = env.get(variable, "")
         if text.startswith("tcp://"):
             continue  # Kubernetes sets LLM_INFERENCE_PORT so for a service that is called llm-inference
         if text and mode in option.modes and option.has_variable:
-            yield key, (variable, text)
+            found[key] = (variable, text)
     for key, value in argv_values.items():
-        flag = f"--{key.replace('_', '-')}"
-        if key == "launch_args":
-            flag = repr(value[0][:40])
+        flag = repr(value[0][:40]) if key == "launch_args" else f"--{key.replace('_', '-')}"
         _check_mode(flag, key, mode)
-        yield key, (flag, value)
+        found[key] = (flag, value)
+    return found
 
 
 def build_parser(prog: str = "llm_inference.py") -> "argparse.ArgumentParser":
