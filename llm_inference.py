@@ -7370,7 +7370,7 @@ class AsyncVerbs(EngineChoice):
         """
         functions: dict[str, Callable[..., Any]] = {}
         offered: dict[str, Tool] = {}
-        for function in tools if isinstance(tools, Iterable) else [tools]:
+        for function in tools if isinstance(tools, Iterable) else [None]:
             tool = tool_from(function)
             name = tool["function"]["name"]
             if functions.setdefault(name, function) is not function:
