@@ -8248,17 +8248,15 @@ class _Writer:
     A subclass writes the events in its API's form.
     """
 
-    kinds: Collection[str]  #: what the API has a block for, of reasoning, text, refusal and call
-    call_prefix: str  #: of the ids of calls that came without one
-    _start: Callable[[], None]
+    _forms: Mapping[str, Any]  #: of reasoning, text, refusal and call, what the API has a block for
     _read_usage: Callable[[Mapping[str, Any]], None]
     _begin: Callable[[str, str, str], None]  #: kind, and a call's name and id
     _delta: Callable[[str, str, Sequence[dict[str, Any]]], None]  #: kind, text, log probabilities
-    _finish_block: Callable[[str, str, bool], None]  #: kind, all of its text, whether the answer ended inside it
+    _finish_block: Callable[[str, str], None]  #: kind, all of its text
 
-    def __init__(self, body: dict[str, Any]) -> None:
+    def __init__(self, body: dict[str, Any], call_prefix: str) -> None:
         self._model = body.get("model") or ""
-        self._started = False
+        self._call_prefix = call_prefix  #: of the ids of calls that came without one
         self._events: list[dict[str, Any]] = []  #: not yet handed out
         self._block: tuple[str, int] | None = None  #: the open one: its kind, and which tool call it is
         self._pieces: list[str] = []  #: its text
@@ -8266,29 +8264,18 @@ class _Writer:
         self._finish: str | None = None
 
     def start(self) -> list[dict[str, Any]]:
-        """The events before the first chunk; `feed` includes them where they were not asked for."""
-        if not self._started:
-            self._started = True
-            self._start()
-        return self._hand_out()
-
-    def feed(self, payload: dict[str, Any]) -> list[dict[str, Any]]:
-        """The events for a `chat.completion.chunk`. Raises BadEngineReply."""
-        events = self.start()
-        self._read(payload)
-        return events + self._hand_out()
-
-    def _hand_out(self) -> list[dict[str, Any]]:
+        """The events that are there already, before the first chunk; where nobody asks, `feed` or `end` has them."""
         events, self._events = self._events, []
         return events
 
-    def _read(self, payload: Mapping[str, Any]) -> None:
-        """Raises BadEngineReply."""
+    def feed(self, payload: dict[str, Any]) -> list[dict[str, Any]]:
+        """The events for a `chat.completion.chunk`. Raises BadEngineReply."""
         with well_formed("the engine"):
             if payload.get("usage"):
                 self._read_usage(payload["usage"])
             for choice in payload.get("choices") or ():
                 self._read_choice(choice)
+        return self.start()
 
     def _read_choice(self, choice: Mapping[str, Any]) -> None:
         message = message_of(choice)
@@ -8300,10 +8287,11 @@ class _Writer:
         self._finish = finish_of(choice.get("finish_reason")) or self._finish
 
     def _write(self, kind: str, text: str, logprobs: Sequence[dict[str, Any]] = ()) -> None:
-        if kind not in self.kinds:
+        if kind not in self._forms:
             return
         if text or (logprobs and self._block == (kind, 0)):  # a token may be part of a character
-            self._open((kind, 0))
+            if self._block != (kind, 0):
+                self._open(kind, 0)
             self._pieces.append(text)
             self._delta(kind, text, logprobs)
 
@@ -8319,8 +8307,8 @@ class _Writer:
             if index in self._calls or not name:
                 raise ValueError("a tool call continues after the next block began, or has no name")
             if not call_id or call_id in self._calls.values():  # clients tell calls apart by this id
-                call_id = f"{self.call_prefix}{len(self._calls)}"
-            self._open(("call", index), name, call_id)
+                call_id = f"{self._call_prefix}{len(self._calls)}"
+            self._open("call", index, name, call_id)
             self._calls[index] = call_id
         arguments = function.get("arguments")
         if isinstance(arguments, dict):
@@ -8329,16 +8317,14 @@ class _Writer:
             self._pieces.append(text_of(arguments))
             self._delta("call", arguments, ())
 
-    def _open(self, block: tuple[str, int], name: str = "", call_id: str = "") -> None:
-        if self._block != block:
-            self._close()
-            self._block, self._pieces = block, []
-            self._begin(block[0], name, call_id)
+    def _open(self, kind: str, index: int, name: str = "", call_id: str = "") -> None:
+        self._close()
+        self._block, self._pieces = (kind, index), []
+        self._begin(kind, name, call_id)
 
-    def _close(self, cut: bool = False) -> None:
-        """`cut`: the answer ended inside this block."""
+    def _close(self) -> None:
         if self._block is not None:
-            self._finish_block(self._block[0], "".join(self._pieces), cut)
+            self._finish_block(self._block[0], "".join(self._pieces))
             self._block = None
 
 
@@ -8651,10 +8637,11 @@ def _output_from_responses(reader: _Reader) -> dict[str, Any]:
     return chat
 
 
-class _Text(NamedTuple):
-    """A kind of block in `output`: the item that holds it, where and how, and the names of its events."""
+class _Form(NamedTuple):
+    """A kind of block in `output`: a new item, where the item holds the text and how, and the names of its events."""
 
-    item: str
+    id_prefix: str
+    item: dict[str, Any]
     place: str  #: the item's field for its parts, or for the text itself
     part: str  #: the part's type; "" where the item has none
     value: str  #: the field of the finished text
@@ -8662,13 +8649,19 @@ class _Text(NamedTuple):
     part_events: str = "content_part"  #: response.….added, response.….done
 
 
-_ANSWER = _Text("message", "content", "output_text", "text", "output_text")
-_REFUSAL = _Text("message", "content", "refusal", "refusal", "refusal")
-_REASONING = _Text("reasoning", "content", "reasoning_text", "text", "reasoning_text")
-_SUMMARY = _Text("reasoning", "summary", "summary_text", "text", "reasoning_summary_text", "reasoning_summary_part")
-_CALL = _Text("function_call", "arguments", "", "arguments", "function_call_arguments")
-_ITEM_IDS = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
+_MESSAGE = {"type": "message", "status": "in_progress", "role": "assistant", "content": []}
+_REASONING = {"type": "reasoning", "summary": []}
+_CALL = {"type": "function_call", "status": "in_progress", "arguments": ""}
 # fmt: off
+_FORMS = {
+    "text": _Form("msg", _MESSAGE, "content", "output_text", "text", "output_text"),
+    "refusal": _Form("msg", _MESSAGE, "content", "refusal", "refusal", "refusal"),
+    "reasoning": _Form("rs", _REASONING, "content", "reasoning_text", "text", "reasoning_text"),
+    "summary": _Form(
+        "rs", _REASONING, "summary", "summary_text", "text", "reasoning_summary_text", "reasoning_summary_part"
+    ),
+    "call": _Form("fc", _CALL, "arguments", "", "arguments", "function_call_arguments"),
+}
 _ECHOED: dict[str, Any] = {  # what a Response repeats of its request → the value where it has none
     "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {},
     "parallel_tool_calls": True, "prompt_cache_key": None, "reasoning": {}, "safety_identifier": None,
@@ -8677,7 +8670,8 @@ _ECHOED: dict[str, Any] = {  # what a Response repeats of its request → the va
 }
 # fmt: on
 _ERROR_CODES = ("context_length_exceeded", "invalid_prompt", "rate_limit_exceeded", "server_error")
-_INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}  #: finish_reason → reason
+#: finish_reason → incomplete_details
+_INCOMPLETE = {"length": {"reason": "max_output_tokens"}, "content_filter": {"reason": "content_filter"}}
 
 
 def _response_logprob(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -8712,17 +8706,15 @@ class ResponseWriter(_Writer):
     An event is sent as `event: TYPE` and `data: JSON`; no `[DONE]` follows.
     """
 
-    kinds = ("reasoning", "text", "refusal", "call")
-
     def __init__(self, body: dict[str, Any], response_id: str, created: int) -> None:
-        super().__init__(body)
-        self._base = {"id": response_id, "object": "response", "created_at": created, **_echo(body)}
         self._suffix = response_id.removeprefix("resp_")
-        self.call_prefix = f"call_{self._suffix}"
+        super().__init__(body, f"call_{self._suffix}")
+        self._base = {"id": response_id, "object": "response", "created_at": created, **_echo(body)}
+        self._base |= {"error": None, "incomplete_details": None}
+        self._forms: dict[str, _Form] = _FORMS
         reasoning = body.get("reasoning") or {}
-        self._forms = {"reasoning": _REASONING, "text": _ANSWER, "refusal": _REFUSAL, "call": _CALL}
         if reasoning.get("summary") or reasoning.get("generate_summary"):
-            self._forms["reasoning"] = _SUMMARY
+            self._forms = _FORMS | {"reasoning": _FORMS["summary"]}
         self._spaces: dict[str, dict[str, str]] = {}  #: name of a function for the engine → in the caller's terms
         for _, tool, space in _tools_of(body):
             if space and tool.get("name"):
@@ -8731,7 +8723,11 @@ class ResponseWriter(_Writer):
         self._output: list[dict[str, Any]] = []
         self._logprobs: list[dict[str, Any]] = []
         self._usage: dict[str, Any] | None = None
+        self._status = "completed"  #: of what ends
         self._sent = 0
+        response = self._response("in_progress")
+        self._event("response.created", response=response)
+        self._event("response.in_progress", response=response)
 
     def complete(self, payload: dict[str, Any]) -> dict[str, Any]:
         """The Response for a `chat.completion` object."""
@@ -8740,15 +8736,13 @@ class ResponseWriter(_Writer):
 
     def end(self) -> list[dict[str, Any]]:
         """The last events, up to `response.completed` or `response.incomplete`."""
-        events = self.start()
-        reason = _INCOMPLETE.get(self._finish or "")
-        status = "incomplete" if reason else "completed"
-        self._close(cut=status == "incomplete")
-        response = self._response(status)
-        if reason:
-            response["incomplete_details"] = {"reason": reason}
-        self._event(f"response.{status}", response=response)
-        return events + self._hand_out()
+        details = _INCOMPLETE.get(self._finish or "")
+        if details:
+            self._status = "incomplete"
+        self._close()
+        response = self._response(self._status, incomplete_details=details)
+        self._event(f"response.{self._status}", response=response)
+        return self.start()
 
     def fail(self, code: str, message: str) -> list[dict[str, Any]]:
         """The last events where the answer failed: `error`, then `response.failed` with the items that were complete.
@@ -8756,34 +8750,28 @@ class ResponseWriter(_Writer):
         Some clients pass over `response.failed` (langchain-ai/langchain#39039), and openai-python raises only for an
         event that has an object `error`; the flat fields are the documented ones.
         """
-        events = self.start()
         error = {"code": code if code in _ERROR_CODES else "server_error", "message": message}
         nested = {"type": error["code"], **error, "param": None}
         self._event("error", **error, param=None, error=nested)
         if self._block:
             self._output.pop()
-        self._event("response.failed", response={**self._response("failed"), "error": error})
-        return events + self._hand_out()
-
-    def _start(self) -> None:
-        response = self._response("in_progress")
-        self._event("response.created", response=response)
-        self._event("response.in_progress", response=response)
+        self._event("response.failed", response=self._response("failed", error=error))
+        return self.start()
 
     def _event(self, kind: str, **fields: Any) -> None:
         self._events.append({"type": kind, "sequence_number": self._sent, **fields})
         self._sent += 1
 
-    def _item_event(self, form: _Text, kind: str, **fields: Any) -> None:
+    def _item_event(self, form: _Form, kind: str, **fields: Any) -> None:
         """An event about the text of the last item."""
         place = {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}
         if form.part:
             place[f"{form.place}_index"] = 0
         self._event(f"response.{kind}", **place, **fields)
 
-    def _response(self, status: str) -> dict[str, Any]:
+    def _response(self, status: str, **more: Any) -> dict[str, Any]:
         now = {"status": status, "model": self._model, "output": list(self._output), "usage": self._usage}
-        return {**self._base, **now, "error": None, "incomplete_details": None}
+        return {**self._base, **now, **more}
 
     def _read_usage(self, usage: Mapping[str, Any]) -> None:
         read, written = count_of(usage.get("prompt_tokens")), count_of(usage.get("completion_tokens"))
@@ -8798,50 +8786,45 @@ class ResponseWriter(_Writer):
         }
 
     def _begin(self, kind: str, name: str, call_id: str) -> None:
-        text, index = self._forms[kind], len(self._output)
-        item: dict[str, Any] = {"id": f"{_ITEM_IDS[text.item]}_{self._suffix}{index}", "type": text.item}
-        match kind:
-            case "reasoning":
-                item["summary"] = []
-            case "call":
-                item |= {"status": "in_progress", "call_id": call_id, "name": name, "arguments": ""}
-                item |= self._spaces.get(name, {})
-            case _:
-                item |= {"status": "in_progress", "role": "assistant", "content": []}
+        form, index = self._forms[kind], len(self._output)
+        item = {"id": f"{form.id_prefix}_{self._suffix}{index}", **form.item}
+        if kind == "call":
+            item |= {"call_id": call_id, "name": name, **self._spaces.get(name, {})}
         self._output.append(item)
         self._logprobs = []
         self._event("response.output_item.added", output_index=index, item=dict(item))
-        if text.part:
-            self._item_event(text, f"{text.part_events}.added", part=self._part(text, ""))
+        if form.part:
+            self._item_event(form, f"{form.part_events}.added", part=self._part(kind, ""))
 
     def _delta(self, kind: str, text: str, logprobs: Sequence[dict[str, Any]]) -> None:
         form = self._forms[kind]
         self._item_event(form, f"{form.events}.delta", delta=text)
-        if form is _ANSWER:
+        if kind == "text":
             found = [_response_logprob(entry) for entry in logprobs]
             self._events[-1]["logprobs"] = found
             self._logprobs += found
 
-    def _part(self, text: _Text, value: str) -> dict[str, Any]:
-        part: dict[str, Any] = {"type": text.part, text.value: value}
-        if text is _ANSWER:
+    def _part(self, kind: str, text: str) -> dict[str, Any]:
+        form = self._forms[kind]
+        part: dict[str, Any] = {"type": form.part, form.value: text}
+        if kind == "text":
             part |= {"annotations": [], "logprobs": list(self._logprobs)}
         return part
 
-    def _finish_block(self, kind: str, text: str, cut: bool) -> None:
+    def _finish_block(self, kind: str, text: str) -> None:
         form, item = self._forms[kind], self._output[-1]
-        part = self._part(form, text)
         self._item_event(form, f"{form.events}.done", **{form.value: text})
-        if form is _ANSWER:
+        if kind == "text":
             self._events[-1]["logprobs"] = self._logprobs
-        if form is _CALL:
+        if kind == "call":
             self._events[-1]["name"] = item["name"]
         item[form.place] = text
         if form.part:
+            part = self._part(kind, text)
             self._item_event(form, f"{form.part_events}.done", part=part)
             item[form.place] = [part]
         if "status" in item:
-            item["status"] = "incomplete" if cut else "completed"
+            item["status"] = self._status
         self._event("response.output_item.done", output_index=len(self._output) - 1, item=item)
 
 
@@ -9079,16 +9062,11 @@ def _tool_choice_from_messages(reader: _Reader, names: Collection[str]) -> dict[
     return chat
 
 
-#: A new content block of each kind; the type of its deltas, and their field for the text.
-_NEW_BLOCKS: dict[str, dict[str, Any]] = {
-    "reasoning": {"type": "thinking", "thinking": "", "signature": ""},
-    "text": {"type": "text", "text": ""},
-    "call": {"type": "tool_use"},
-}
-_DELTAS = {
-    "reasoning": ("thinking_delta", "thinking"),
-    "text": ("text_delta", "text"),
-    "call": ("input_json_delta", "partial_json"),
+#: Of each kind, a new content block, the type of its deltas, and their field for the text.
+_CONTENT: dict[str, tuple[dict[str, Any], str, str]] = {
+    "reasoning": ({"type": "thinking", "thinking": "", "signature": ""}, "thinking_delta", "thinking"),
+    "text": ({"type": "text", "text": ""}, "text_delta", "text"),
+    "call": ({"type": "tool_use", "input": {}}, "input_json_delta", "partial_json"),
 }
 
 
@@ -9100,54 +9078,49 @@ class MessageWriter(_Writer):
     """
 
     def __init__(self, body: dict[str, Any], message_id: str) -> None:
-        super().__init__(body)
-        self._id, self.call_prefix = message_id, f"toolu_{message_id}_"
-        self.kinds = ("text", "call")
-        if (body.get("thinking") or {}).get("display") != "omitted":
-            self.kinds = ("reasoning", "text", "call")
+        super().__init__(body, f"toolu_{message_id}_")
+        self._id = message_id
+        self._forms = _CONTENT.copy()
+        if (body.get("thinking") or {}).get("display") == "omitted":
+            del self._forms["reasoning"]
         self._stop_sequences = body.get("stop_sequences") or []
         self._stop_sequence: str | None = None
+        self._stop_reason: str | None = None
         self._content: list[dict[str, Any]] = []
-        self._usage = {"input_tokens": 0, "output_tokens": 0}
+        self._usage = {"input_tokens": 0, "output_tokens": 0}  #: the engine's come with message_delta, at the end
+        self._events += [{"type": "message_start", "message": self._message()}, {"type": "ping"}]
 
     def complete(self, payload: dict[str, Any]) -> dict[str, Any]:
         """A Message from a chat.completion object. Raises BadEngineReply."""
         self.feed(payload)
         self.end()
-        return self._message(self._content, self._stop_reason())
+        return self._message()
 
     def end(self) -> list[dict[str, Any]]:
         """content_block_stop of the open block, message_delta and message_stop. Raises BadEngineReply."""
         if self._finish is None:
             raise BadEngineReply("the engine's answer has no finish_reason", "send the request again")
-        events = self.start()
-        self._close(cut=self._finish == "length")
-        delta = {"stop_reason": self._stop_reason(), "stop_sequence": self._stop_sequence}
-        self._events.append({"type": "message_delta", "delta": delta, "usage": self._usage})
-        self._events.append({"type": "message_stop"})
-        return events + self._hand_out()
+        self._stop_reason = _STOP_REASONS[self._finish]
+        self._close()
+        if self._stop_reason == "end_turn":
+            if self._calls:  # vLLM finishes a call that tool_choice named with "stop"
+                self._stop_reason = "tool_use"
+            elif self._stop_sequence is not None:
+                self._stop_reason = "stop_sequence"
+        delta = {"stop_reason": self._stop_reason, "stop_sequence": self._stop_sequence}
+        self._events += [{"type": "message_delta", "delta": delta, "usage": self._usage}, {"type": "message_stop"}]
+        return self.start()
 
     def fail(self, type: str, message: str) -> list[dict[str, Any]]:
         """The last event of a stream that fails; `type` is an error type of Anthropic's API."""
         return [{"type": "error", "error": {"type": type, "message": message}}]
 
-    def _start(self) -> None:
-        """The token counts come with message_delta, at the end."""
-        self._events += [{"type": "message_start", "message": self._message([], None)}, {"type": "ping"}]
-
-    def _message(self, content: list[dict[str, Any]], stop_reason: str | None) -> dict[str, Any]:
+    def _message(self) -> dict[str, Any]:
         return {
-            "id": self._id, "type": "message", "role": "assistant", "model": self._model, "content": content,
-            "stop_reason": stop_reason, "stop_sequence": self._stop_sequence, "usage": self._usage,
+            "id": self._id, "type": "message", "role": "assistant", "model": self._model,
+            "content": self._content.copy(), "stop_reason": self._stop_reason, "stop_sequence": self._stop_sequence,
+            "usage": self._usage,
         }  # fmt: skip
-
-    def _stop_reason(self) -> str:
-        reason = _STOP_REASONS[self._finish or "stop"]
-        if reason == "end_turn" and self._calls:  # vLLM finishes a call that tool_choice named with "stop"
-            return "tool_use"
-        if reason == "end_turn" and self._stop_sequence is not None:
-            return "stop_sequence"
-        return reason
 
     def _read_usage(self, usage: Mapping[str, Any]) -> None:
         """OpenAI's prompt_tokens are all of them; Anthropic's input_tokens are without those that a cache had."""
@@ -9170,39 +9143,36 @@ class MessageWriter(_Writer):
         self._events.append({"type": f"content_block_{kind}", "index": len(self._content) - 1, **fields})
 
     def _begin(self, kind: str, name: str, call_id: str) -> None:
-        block = dict(_NEW_BLOCKS[kind])
+        block = self._forms[kind][0].copy()
         if kind == "call":
-            block |= {"id": call_id, "name": name, "input": {}}
+            block |= {"id": call_id, "name": name}
         self._content.append(block)
-        self._event("start", content_block=dict(block))
+        self._event("start", content_block=block.copy())
 
     def _delta(self, kind: str, text: str, logprobs: Sequence[dict[str, Any]] = ()) -> None:
-        delta, name = _DELTAS[kind]
+        _, delta, name = self._forms[kind]
         self._event("delta", delta={"type": delta, name: text})
 
-    def _finish_block(self, kind: str, text: str, cut: bool) -> None:
+    def _finish_block(self, kind: str, text: str) -> None:
         block = self._content[-1]
-        if kind == "call":
-            block["input"] = {}
-            if text.strip():
-                block["input"] = _input_of(text.strip(), cut)
-            else:
-                self._delta(kind, "{}")
-            if not isinstance(block["input"], dict):
-                raise BadEngineReply("a tool call's arguments are not a JSON object", "send the request again")
+        if kind != "call":
+            block[self._forms[kind][2]] = text
+        elif text.strip():
+            block["input"] = _input_of(text.strip(), self._stop_reason == "max_tokens")
         else:
-            block[_DELTAS[kind][1]] = text
+            self._delta(kind, "{}")
         if kind == "reasoning":
             self._event("delta", delta={"type": "signature_delta", "signature": ""})
         self._event("stop")
 
 
-def _input_of(arguments: str, cut: bool) -> Any:
-    """Parsed arguments, None if they are not JSON. Of cut ones, what is complete: Anthropic's client does the same."""
-    try:
-        return pydantic_core.from_json(arguments, allow_inf_nan=False, allow_partial=cut)
-    except ValueError:
-        return None
+def _input_of(arguments: str, cut: bool) -> dict[str, Any]:
+    """Parsed arguments; of cut ones, what is complete: Anthropic's client does the same. Raises BadEngineReply."""
+    with contextlib.suppress(ValueError):
+        found = pydantic_core.from_json(arguments, allow_inf_nan=False, allow_partial=cut)
+        if isinstance(found, dict):
+            return found
+    raise BadEngineReply("a tool call's arguments are not a JSON object", "send the request again")
 
 
 #: platform.claude.com/docs/en/api/errors. Other 4xx are invalid_request_error, other 5xx api_error.
