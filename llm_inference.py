@@ -8086,7 +8086,6 @@ the engines' keys: OLLAMA_API_KEY, VLLM_API_KEY, SGLANG_API_KEY, LLAMACPP_API_KE
 # answers is folded into blocks that follow each other.
 _Turn = tuple[str, list[dict[str, Any]]]  # a role, and its blocks: text, image_url, thinking, tool_use, tool_result
 _Specs = Mapping[str, Any]  # of fields: a JSON type (object: any), or the words that may stand there
-_NO_FIELDS: _Specs = {}
 
 
 def _bad_field(where: str, problem: str, hint: str) -> InferenceError:
@@ -8106,18 +8105,11 @@ def _text_part(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
 
 
-def _image_part(**image: str) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": image}
-
-
 def _content_of(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
     """Text alone becomes one string, which every chat template accepts."""
-    texts = []
-    for part in parts:
-        if part["type"] != "text":
-            return parts
-        texts.append(part["text"])
-    return "\n".join(texts)
+    if any(part["type"] != "text" for part in parts):
+        return parts
+    return "\n".join([part["text"] for part in parts])
 
 
 class _Reader:
@@ -8128,12 +8120,9 @@ class _Reader:
     text_joint = system_joint = "\n"
 
     def __init__(self, body: dict[str, Any]) -> None:
-        self.body = body.copy()
+        self.body = {name: value for name, value in body.items() if value is not None}
         self.ignored: dict[str, None] = {}
         self._images = 0  #: in tool results, so far
-        for name, value in body.items():
-            if value is None:
-                del self.body[name]
 
     def ignore(self, name: str) -> None:
         self.ignored[name] = None
@@ -8160,23 +8149,21 @@ class _Reader:
         return kind
 
     def fields(
-        self, value: Any, where: str, required: _Specs, optional: _Specs = _NO_FIELDS, noted_in: str = ""
+        self, value: Any, where: str, required: _Specs, optional: _Specs | None = None, noted_in: str = ""
     ) -> dict[str, Any]:
-        """The fields of an object, checked, without nulls. Others are noted as `noted_in.NAME`, or else refused."""
-        specs = {**optional, **required}
+        """The fields of an object, checked, without nulls. Others are noted as `noted_in`NAME, or else refused."""
+        specs = {**(optional or {}), **required}
         given = {}
         for name, field in self.check(value, dict, where).items():
+            path = f"{where}.{name[:100]}"
             if field is None:
                 continue
-            path = f"{where}.{name[:100]}"
             if name in specs:
                 given[name] = self.check(field, specs[name], path)
-            elif noted_in and field:
-                self.ignore(f"{noted_in}.{_header_safe(name)}")
-            elif name in self.hints and field:
-                self.ignore(name)
             elif not noted_in and name not in self.hints:
                 raise self.unknown_field(path, "is not a field that is supported here", f"send only {', '.join(specs)}")
+            elif field:
+                self.ignore(noted_in + _header_safe(name))
         for name in required:
             if name not in given:
                 raise _bad_field(f"{where}.{name}", "is required", "add the field")
@@ -8196,17 +8183,16 @@ class _Reader:
 
     def _user_turn(self, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The tool results, in their order, then everything else as one user message."""
-        results: list[dict[str, Any]] = []
-        attached: list[dict[str, Any]] = []
+        messages: list[dict[str, Any]] = []
         parts: list[dict[str, Any]] = []
-        for block in blocks:
+        for block in sorted(blocks, key=lambda block: block["type"] != "tool_result"):
             if block["type"] == "tool_result":
-                results.append(self._tool_result(block, attached))
+                messages.append(self._tool_result(block, parts))
             else:
                 parts.append(block)
-        if results and not (attached or parts):
-            return results
-        return [*results, {"role": "user", "content": _content_of(attached + parts)}]
+        if parts or not messages:
+            messages.append({"role": "user", "content": _content_of(parts)})
+        return messages
 
     def _tool_result(self, block: dict[str, Any], attached: list[dict[str, Any]]) -> dict[str, Any]:
         """A tool message. Its images go to `attached`: most chat templates take only text here."""
@@ -8474,7 +8460,7 @@ class _ResponsesReader(_Reader):
         kind = "message"
         if self.check(item, dict, where).get("type") is not None:
             kind = self.type_of(item, tuple(_ITEMS), where)
-        given = self.fields(item, where, _ITEMS[kind], _ITEM_FIELDS, noted_in="input")
+        given = self.fields(item, where, _ITEMS[kind], _ITEM_FIELDS, noted_in="input.")
         match kind:
             case "message":
                 role = given["role"].replace("developer", "system")  # few templates know a developer role
@@ -8507,20 +8493,21 @@ class _ResponsesReader(_Reader):
                 parts.append(self._image(part, path))
                 continue
             name = _TEXT_PARTS[self.type_of(part, tuple(_TEXT_PARTS), path)]
-            parts.append(_text_part(self.fields(part, path, {name: str}, _ITEM_FIELDS, noted_in="input")[name]))
+            parts.append(_text_part(self.fields(part, path, {name: str}, _ITEM_FIELDS, noted_in="input.")[name]))
         return parts
 
     def _image(self, part: dict[str, Any], where: str) -> dict[str, Any]:
-        given = self.fields(part, where, {}, _ITEM_FIELDS, noted_in="input")
+        given = self.fields(part, where, {}, _ITEM_FIELDS, noted_in="input.")
         url, detail = str(given.get("image_url")), given.get("detail")
         if not re.match(r"data:image/[a-z0-9.+-]+;base64,", url):
             problem = "must be a data: URL; images are neither fetched nor stored here"
             raise _bad_field(f"{where}.image_url", problem, "send the image as a data: URL")
+        image = {"url": url}
         if detail in ("auto", "low", "high"):
-            return _image_part(url=url, detail=detail)
-        if detail is not None:
+            image["detail"] = detail
+        elif detail is not None:
             self.ignore("input.detail")
-        return _image_part(url=url)
+        return {"type": "image_url", "image_url": image}
 
 
 def _flat_name(space: str | None, name: str) -> str:
@@ -8528,9 +8515,9 @@ def _flat_name(space: str | None, name: str) -> str:
     return f"{space}__{name}" if space else name
 
 
-def _tools_of(body: Mapping[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+def _tools_of(tools: Iterable[Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """The tools with their place and namespace ({}: none); of a namespace, its tools."""
-    for index, tool in enumerate(body.get("tools") or ()):
+    for index, tool in enumerate(tools):
         match tool:
             case {"type": "namespace", "name": str(name), "tools": list(members)} if name:
                 for number, member in enumerate(members):
@@ -8542,7 +8529,7 @@ def _tools_of(body: Mapping[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any
 def _tools_from_responses(reader: _Reader) -> dict[str, Any]:
     """`tools`, `tool_choice` and `parallel_tool_calls`: none of them without function tools."""
     functions: dict[str, dict[str, Any]] = {}
-    for where, tool, space in _tools_of({"tools": reader.body.pop("tools", ())}):
+    for where, tool, space in _tools_of(reader.body.pop("tools", ())):
         kind = reader.type_of(tool, str, where)
         if where.endswith(".tools[0]"):  # once for a namespace
             for name in sorted(space.keys() - {"type", "name", "tools"}):
@@ -8550,7 +8537,7 @@ def _tools_from_responses(reader: _Reader) -> dict[str, Any]:
         if kind != "function":  # hosted and other tools are offers, which are left out
             reader.ignore(f"{where} ({_header_safe(kind)})")
             continue
-        function = reader.fields(tool, where, {"type": str, "name": str}, _FUNCTION_FIELDS, noted_in=where)
+        function = reader.fields(tool, where, {"type": str, "name": str}, _FUNCTION_FIELDS, noted_in=f"{where}.")
         function["name"] = _flat_name(space.get("name"), function["name"])
         if function["name"] in functions:
             raise _bad_field(f"{where}.name", "is there twice", "send other names")
@@ -8601,14 +8588,16 @@ def _allowed(names: Collection[str], tools: list[Any]) -> list[str]:
 def _text_from_responses(reader: _Reader) -> dict[str, Any]:
     """`response_format` and `verbosity`."""
     chat = reader.fields(reader.body.pop("text", {}), "text", {}, _TEXT_FIELDS)
-    form, where = chat.pop("format", None), "text.format"
+    form = chat.pop("format", None)
     if form is None:
         return chat
-    if reader.type_of(form, _FORMATS, where) != "json_schema":
-        return chat | {"response_format": reader.fields(form, where, {}, _FORMAT_FIELDS)}
-    schema = reader.fields(form, where, {"name": str, "schema": dict}, _FORMAT_FIELDS)
-    del schema["type"]
-    return chat | {"response_format": {"type": "json_schema", "json_schema": schema}}
+    required: _Specs = {}
+    if reader.type_of(form, _FORMATS, "text.format") == "json_schema":
+        required = {"name": str, "schema": dict}
+    given = reader.fields(form, "text.format", required, _FORMAT_FIELDS)
+    if required:
+        given = {"type": given.pop("type"), "json_schema": given}
+    return chat | {"response_format": given}
 
 
 def _output_from_responses(reader: _Reader) -> dict[str, Any]:
@@ -8676,18 +8665,15 @@ _INCOMPLETE = {"length": {"reason": "max_output_tokens"}, "content_filter": {"re
 
 def _response_logprob(entry: Mapping[str, Any]) -> dict[str, Any]:
     """A token's log probability. Unlike in chat, `bytes` and `top_logprobs` are never null."""
-    found: dict[str, Any] = {"token": entry["token"], "logprob": entry["logprob"], "bytes": entry.get("bytes") or []}
-    found["top_logprobs"] = []
-    for other in entry.get("top_logprobs") or ():
-        found["top_logprobs"].append({**other, "bytes": other.get("bytes") or []})
-    return found
+    found = {"token": entry["token"], "logprob": entry["logprob"], "bytes": entry.get("bytes") or []}
+    others = [{**other, "bytes": other.get("bytes") or []} for other in entry.get("top_logprobs") or ()]
+    return {**found, "top_logprobs": others}
 
 
 def _echo(body: dict[str, Any]) -> dict[str, Any]:
     """What a Response repeats of its request. Of the tools, those that the model can call."""
-    echo: dict[str, Any] = {"background": False, "previous_response_id": None, "store": False, "tools": []}
-    for name, default in _ECHOED.items():
-        echo[name] = default
+    echo = {"background": False, "previous_response_id": None, "store": False, "tools": [], **_ECHOED}
+    for name in _ECHOED:
         if body.get(name) is not None:
             echo[name] = body[name]
     if echo["text"].get("format") is None:
@@ -8716,7 +8702,7 @@ class ResponseWriter(_Writer):
         if reasoning.get("summary") or reasoning.get("generate_summary"):
             self._forms = _FORMS | {"reasoning": _FORMS["summary"]}
         self._spaces: dict[str, dict[str, str]] = {}  #: name of a function for the engine → in the caller's terms
-        for _, tool, space in _tools_of(body):
+        for _, tool, space in _tools_of(body.get("tools") or ()):
             if space and tool.get("name"):
                 own, name = space["name"], tool["name"]
                 self._spaces[_flat_name(own, name)] = {"name": name, "namespace": own}
@@ -8842,18 +8828,14 @@ _BLOCKS = {
     "system": ("text",),
     "tool_result": ("text", "image"),
 }
-#: Their fields: those that each needs, and others.
-_BLOCK_FIELDS: dict[str, _Specs] = {
-    "text": {"type": str, "text": str},
-    "image": {"type": str, "source": dict},
-    "thinking": {"type": str, "thinking": str},
-    "redacted_thinking": {"type": str},
-    "tool_use": {"type": str, "id": str, "name": str, "input": dict},
-    "tool_result": {"type": str, "tool_use_id": str},
-}
-_BLOCK_OPTIONS: dict[str, _Specs] = {
-    "redacted_thinking": {"data": object},
-    "tool_result": {"content": object, "is_error": bool},
+#: Their fields beside the type: those that each needs, and others.
+_BLOCK_FIELDS: dict[str, tuple[_Specs, _Specs]] = {
+    "text": ({"text": str}, {}),
+    "image": ({"source": dict}, {}),
+    "thinking": ({"thinking": str}, {}),
+    "redacted_thinking": ({}, {"data": object}),
+    "tool_use": ({"id": str, "name": str, "input": dict}, {}),
+    "tool_result": ({"tool_use_id": str}, {"content": object, "is_error": bool}),
 }
 # fmt: off
 #: Fields about caching, billing, placement and budgets, which are left out and reported: of the body, and in it.
@@ -8913,19 +8895,20 @@ class _MessagesReader(_Reader):
 
     def conversation(self) -> dict[str, Any]:
         system = self._blocks("system", self.body.pop("system", ""), "system")
-        turns = []
+        turns: list[_Turn] = []
         for number, message in enumerate(self.take("messages", list)):
             where = f"messages[{number}]"
             given = self.fields(message, where, {"role": ("user", "assistant", "system"), "content": object})
-            turns.append((given["role"], self._blocks(given["role"], given["content"], f"{where}.content")))
+            role, blocks = given["role"], self._blocks(given["role"], given["content"], f"{where}.content")
+            if turns and turns[-1][0] == role:  # one turn, as in Anthropic's API
+                turns[-1][1].extend(blocks)
+            else:
+                turns.append((role, blocks))
         if not turns:
             raise _bad_field("messages", "must not be empty", "send at least one message")
-        joined: list[_Turn] = []
-        for role, group in itertools.groupby(turns, key=lambda turn: turn[0]):  # as in Anthropic's API
-            joined.append((role, [block for _, blocks in group for block in blocks]))
         if system:
-            joined.insert(0, ("system", system))
-        messages = self.messages_of(joined)
+            turns.insert(0, ("system", system))
+        messages = self.messages_of(turns)
         if messages[-1]["role"] != "assistant":
             return {"messages": messages}
         if "tool_calls" in messages[-1] or not messages[-1]["content"]:
@@ -8940,7 +8923,8 @@ class _MessagesReader(_Reader):
         for number, block in enumerate(self.check(content, list, where)):
             path = f"{where}[{number}]"
             kind = self.type_of(block, _BLOCKS[place], path)
-            given = self.fields(block, path, _BLOCK_FIELDS[kind], _BLOCK_OPTIONS.get(kind, _NO_FIELDS))
+            required, optional = _BLOCK_FIELDS[kind]
+            given = self.fields(block, path, {"type": str, **required}, optional)
             match kind:
                 case "image":
                     given = self._image(given["source"], f"{path}.source")
@@ -8950,22 +8934,13 @@ class _MessagesReader(_Reader):
                     given["content"] = self._blocks(kind, given.get("content", ""), f"{path}.content")
                 case "redacted_thinking":
                     self.ignore(kind)
-            blocks.append(given)
-        if place == "system":
-            return self._without_billing(blocks)
+                case "text" if place == "system" and given["text"].startswith("x-anthropic-billing-header:"):
+                    # Claude Code's first line changes with each request: no prefix cache would ever hit
+                    self.ignore("x-anthropic-billing-header")
+                    given["text"] = given["text"].partition("\n")[2]
+            if place != "system" or given["text"]:
+                blocks.append(given)
         return blocks
-
-    def _without_billing(self, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Without Claude Code's first line, which changes with each request: no prefix cache would ever hit."""
-        kept = []
-        for block in blocks:
-            text = block["text"]
-            if text.startswith("x-anthropic-billing-header:"):
-                self.ignore("x-anthropic-billing-header")
-                text = text.partition("\n")[2]
-            if text:
-                kept.append(_text_part(text))
-        return kept
 
     def _image(self, source: dict[str, Any], where: str) -> dict[str, Any]:
         if source.get("type") in ("url", "file"):
@@ -8975,7 +8950,7 @@ class _MessagesReader(_Reader):
             binascii.a2b_base64(given["data"], strict_mode=True)
         except ValueError:
             raise _bad_field(f"{where}.data", "is not base64", "send padded base64 without line breaks") from None
-        return _image_part(url=f"data:{given['media_type']};base64,{given['data']}")
+        return {"type": "image_url", "image_url": {"url": f"data:{given['media_type']};base64,{given['data']}"}}
 
 
 def _sampling_from_messages(reader: _Reader, count_tokens: bool) -> dict[str, Any]:
@@ -8988,8 +8963,7 @@ def _sampling_from_messages(reader: _Reader, count_tokens: bool) -> dict[str, An
         raise _bad_field("temperature", "must be a number between 0 and 1", "send a value in that range")
     if reader.take("stream", bool, False):
         chat |= STREAMED
-    stop = reader.take("stop_sequences", list, [])
-    if stop:
+    if stop := reader.take("stop_sequences", list, []):
         chat["stop"] = stop
     return chat
 
@@ -9007,7 +8981,7 @@ def _output_from_messages(reader: _Reader) -> dict[str, Any]:
     config = reader.fields(reader.body.pop("output_config", {}), "output_config", {}, optional)
     if "effort" in config and thinks:
         chat["reasoning_effort"] = _REASONING_EFFORT[config["effort"]]
-    if "effort" in config and chat.get("reasoning_effort") != config["effort"]:
+    if chat.get("reasoning_effort") != config.get("effort"):
         reader.ignore("output_config.effort")  # or another level than the one that was asked for
     where, form = "output_config.format", config.get("format")
     if form is None:
@@ -9190,11 +9164,10 @@ def anthropic_error(
     With the error's `param`, Anthropic's tool runner learns that threads are not supported: it then sends all of the
     conversation instead.
     """
-    error: dict[str, Any] = {"type": _ANTHROPIC_ERRORS.get(status, "api_error"), "message": message}
+    name = _ANTHROPIC_ERRORS.get(status, "invalid_request_error" if status < 500 else "api_error")
     if kind in ("engine_overloaded", "engine_unavailable"):
-        error["type"] = "overloaded_error"
-    elif status < 500 and status not in _ANTHROPIC_ERRORS:
-        error["type"] = "invalid_request_error"
+        name = "overloaded_error"
+    error: dict[str, Any] = {"type": name, "message": message}
     if param == "thread":
         error["details"] = {"error_code": "thread_unsupported_request"}
     return {"type": "error", "error": error, "request_id": request_id}
@@ -9210,10 +9183,8 @@ def anthropic_models(models: list[dict[str, Any]]) -> dict[str, Any]:
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(model.get("created") or 0))
         name = model["id"]
         data.append({"type": "model", "id": name, "display_name": name, "created_at": created, "lifecycle": "active"})
-    page: dict[str, Any] = {"data": data, "has_more": False, "first_id": None, "last_id": None}
-    if data:
-        page |= {"first_id": data[0]["id"], "last_id": data[-1]["id"]}
-    return page
+    first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+    return {"data": data, "has_more": False, "first_id": first, "last_id": last}
 
 
 # 14 HTTP surfaces --------------------------------------------------------------------------------
