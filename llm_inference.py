@@ -8695,8 +8695,9 @@ class ResponseWriter(_Writer):
     def __init__(self, body: dict[str, Any], response_id: str, created: int) -> None:
         self._suffix = response_id.removeprefix("resp_")
         super().__init__(body, f"call_{self._suffix}")
-        self._base = {"id": response_id, "object": "response", "created_at": created, **_echo(body)}
-        self._base |= {"error": None, "incomplete_details": None}
+        self._response = {"id": response_id, "object": "response", "created_at": created, **_echo(body)}
+        self._response |= {"model": self._model, "usage": None, "error": None, "incomplete_details": None}
+        self._output: list[dict[str, Any]] = []
         self._forms: dict[str, _Form] = _FORMS
         reasoning = body.get("reasoning") or {}
         if reasoning.get("summary") or reasoning.get("generate_summary"):
@@ -8706,14 +8707,11 @@ class ResponseWriter(_Writer):
             if space and tool.get("name"):
                 own, name = space["name"], tool["name"]
                 self._spaces[_flat_name(own, name)] = {"name": name, "namespace": own}
-        self._output: list[dict[str, Any]] = []
-        self._logprobs: list[dict[str, Any]] = []
-        self._usage: dict[str, Any] | None = None
-        self._status = "completed"  #: of what ends
+        self._place: dict[str, Any] = {}  #: of the open block
+        self._logprobs: list[dict[str, Any]] = []  #: its
         self._sent = 0
-        response = self._response("in_progress")
-        self._event("response.created", response=response)
-        self._event("response.in_progress", response=response)
+        self._about("created", "in_progress")
+        self._about("in_progress", "in_progress")
 
     def complete(self, payload: dict[str, Any]) -> dict[str, Any]:
         """The Response for a `chat.completion` object."""
@@ -8722,12 +8720,9 @@ class ResponseWriter(_Writer):
 
     def end(self) -> list[dict[str, Any]]:
         """The last events, up to `response.completed` or `response.incomplete`."""
-        details = _INCOMPLETE.get(self._finish or "")
-        if details:
-            self._status = "incomplete"
+        self._response["incomplete_details"] = _INCOMPLETE.get(self._finish or "")
         self._close()
-        response = self._response(self._status, incomplete_details=details)
-        self._event(f"response.{self._status}", response=response)
+        self._about(self._status(), self._status())
         return self.start()
 
     def fail(self, code: str, message: str) -> list[dict[str, Any]]:
@@ -8737,33 +8732,30 @@ class ResponseWriter(_Writer):
         event that has an object `error`; the flat fields are the documented ones.
         """
         error = {"code": code if code in _ERROR_CODES else "server_error", "message": message}
-        nested = {"type": error["code"], **error, "param": None}
-        self._event("error", **error, param=None, error=nested)
+        self._event("error", **error, param=None, error={"type": error["code"], **error, "param": None})
         if self._block:
             self._output.pop()
-        self._event("response.failed", response=self._response("failed", error=error))
+        self._response["error"] = error
+        self._about("failed", "failed")
         return self.start()
 
     def _event(self, kind: str, **fields: Any) -> None:
         self._events.append({"type": kind, "sequence_number": self._sent, **fields})
         self._sent += 1
 
-    def _item_event(self, form: _Form, kind: str, **fields: Any) -> None:
-        """An event about the text of the last item."""
-        place = {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}
-        if form.part:
-            place[f"{form.place}_index"] = 0
-        self._event(f"response.{kind}", **place, **fields)
+    def _about(self, kind: str, status: str) -> None:
+        """An event with the Response as it is now."""
+        response = {**self._response, "status": status, "output": self._output.copy()}
+        self._event(f"response.{kind}", response=response)
 
-    def _response(self, status: str, **more: Any) -> dict[str, Any]:
-        now = {"status": status, "model": self._model, "output": list(self._output), "usage": self._usage}
-        return {**self._base, **now, **more}
+    def _status(self) -> str:
+        return "incomplete" if self._response["incomplete_details"] else "completed"
 
     def _read_usage(self, usage: Mapping[str, Any]) -> None:
         read, written = count_of(usage.get("prompt_tokens")), count_of(usage.get("completion_tokens"))
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
         reasoning = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
-        self._usage = {
+        self._response["usage"] = {
             "input_tokens": read,
             "input_tokens_details": {"cached_tokens": count_of(cached), "cache_write_tokens": 0},
             "output_tokens": written,
@@ -8778,13 +8770,14 @@ class ResponseWriter(_Writer):
             item |= {"call_id": call_id, "name": name, **self._spaces.get(name, {})}
         self._output.append(item)
         self._logprobs = []
-        self._event("response.output_item.added", output_index=index, item=dict(item))
+        self._place = {"item_id": item["id"], "output_index": index}
+        self._event("response.output_item.added", output_index=index, item=item.copy())
         if form.part:
-            self._item_event(form, f"{form.part_events}.added", part=self._part(kind, ""))
+            self._place[f"{form.place}_index"] = 0
+            self._event(f"response.{form.part_events}.added", **self._place, part=self._part(kind, ""))
 
     def _delta(self, kind: str, text: str, logprobs: Sequence[dict[str, Any]]) -> None:
-        form = self._forms[kind]
-        self._item_event(form, f"{form.events}.delta", delta=text)
+        self._event(f"response.{self._forms[kind].events}.delta", **self._place, delta=text)
         if kind == "text":
             found = [_response_logprob(entry) for entry in logprobs]
             self._events[-1]["logprobs"] = found
@@ -8794,12 +8787,12 @@ class ResponseWriter(_Writer):
         form = self._forms[kind]
         part: dict[str, Any] = {"type": form.part, form.value: text}
         if kind == "text":
-            part |= {"annotations": [], "logprobs": list(self._logprobs)}
+            part |= {"annotations": [], "logprobs": self._logprobs.copy()}
         return part
 
     def _finish_block(self, kind: str, text: str) -> None:
         form, item = self._forms[kind], self._output[-1]
-        self._item_event(form, f"{form.events}.done", **{form.value: text})
+        self._event(f"response.{form.events}.done", **self._place, **{form.value: text})
         if kind == "text":
             self._events[-1]["logprobs"] = self._logprobs
         if kind == "call":
@@ -8807,10 +8800,10 @@ class ResponseWriter(_Writer):
         item[form.place] = text
         if form.part:
             part = self._part(kind, text)
-            self._item_event(form, f"{form.part_events}.done", part=part)
+            self._event(f"response.{form.part_events}.done", **self._place, part=part)
             item[form.place] = [part]
         if "status" in item:
-            item["status"] = self._status
+            item["status"] = self._status()
         self._event("response.output_item.done", output_index=len(self._output) - 1, item=item)
 
 
