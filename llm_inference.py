@@ -8085,7 +8085,7 @@ the engines' keys: OLLAMA_API_KEY, VLLM_API_KEY, SGLANG_API_KEY, LLAMACPP_API_KE
 # What the Responses API and the Messages API share: their requests become chat-completions bodies, and what the engine
 # answers is folded into blocks that follow each other.
 _Turn = tuple[str, list[dict[str, Any]]]  # a role, and its blocks: text, image_url, thinking, tool_use, tool_result
-_Specs = Mapping[str, Any]  # of fields: a JSON type (object: any), or the words that may stand there
+_Specs = Mapping[str, Any]  # of fields: a JSON type (object: any), the words that may stand there, or specs of its own
 
 
 def _bad_field(where: str, problem: str, hint: str) -> InferenceError:
@@ -8115,6 +8115,7 @@ def _content_of(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
 class _Reader:
     """Reads a request of another API. `body` keeps the fields that nobody has taken yet, without nulls."""
 
+    known: _Specs  #: the body's fields; others are not looked at
     hints: frozenset[str] = frozenset()  #: fields of objects that are left out and reported
     unknown_field = staticmethod(_bad_field)
     text_joint = system_joint = "\n"
@@ -8123,15 +8124,16 @@ class _Reader:
         self.body = {name: value for name, value in body.items() if value is not None}
         self.ignored: dict[str, None] = {}
         self._images = 0  #: in tool results, so far
+        for name, spec in self.known.items():
+            if name in self.body:
+                self.body[name] = self.check(self.body[name], spec, name)
 
     def ignore(self, name: str) -> None:
         self.ignored[name] = None
 
-    def take(self, name: str, spec: Any, default: Any = None) -> Any:
-        return self.check(self.body.pop(name, default), spec, name)
-
     def check(self, value: Any, spec: Any, where: str) -> Any:
-        """The value, if it is of that type (object: any), or one of those words."""
+        if isinstance(spec, dict):
+            return self.fields(value, where, {}, spec)
         if isinstance(spec, tuple):
             if self.check(value, str, where) not in spec:
                 refusal = _unsupported if where.endswith("type") else _bad_field
@@ -8318,17 +8320,18 @@ class _Writer:
 # Source of the wire facts: OpenAI's API reference, as typed in openai-python 3.57 (`openai.types.responses`).
 _SUMMARIES = ("auto", "concise", "detailed")
 _LOGPROBS = "message.output_text.logprobs"
+_TEXT_FIELDS: _Specs = {"format": dict, "verbosity": ("low", "medium", "high")}
+_REASONING_FIELDS: _Specs = {"effort": str, "summary": _SUMMARIES, "generate_summary": _SUMMARIES, "context": str}
 # fmt: off
 _RESPONSES_FIELDS: _Specs = {
     "background": bool, "include": list, "instructions": str, "max_output_tokens": int, "max_tool_calls": int,
-    "metadata": dict, "model": str, "parallel_tool_calls": bool, "prompt_cache_key": str, "reasoning": dict,
-    "safety_identifier": str, "store": bool, "stream": bool, "stream_options": dict, "temperature": float,
-    "text": dict, "tools": list, "top_logprobs": int, "top_p": float, "truncation": ("disabled", "auto"), "user": str,
+    "metadata": dict, "model": str, "parallel_tool_calls": bool, "prompt_cache_key": str,
+    "reasoning": _REASONING_FIELDS, "safety_identifier": str, "store": bool, "stream": bool,
+    "stream_options": {"include_obfuscation": bool}, "temperature": float, "text": _TEXT_FIELDS, "tools": list,
+    "top_logprobs": int, "top_p": float, "truncation": ("disabled", "auto"), "user": str,
 }
-_TEXT_FIELDS: _Specs = {"format": dict, "verbosity": ("low", "medium", "high")}
 _FORMATS = ("text", "json_object", "json_schema")
 _FORMAT_FIELDS: _Specs = {"type": str, "name": str, "schema": dict, "strict": bool, "description": str}
-_REASONING_FIELDS: _Specs = {"effort": str, "summary": _SUMMARIES, "generate_summary": _SUMMARIES, "context": str}
 _FUNCTION_FIELDS: _Specs = {"name": str, "description": str, "parameters": dict, "strict": bool}
 _INCLUDABLE = (
     _LOGPROBS, "code_interpreter_call.outputs", "computer_call_output.output.image_url", "file_search_call.results",
@@ -8342,11 +8345,8 @@ _ITEMS: dict[str, _Specs] = {
     "function_call_output": {"call_id": str, "output": object},
     "reasoning": {},
 }
-#: The parts of text in their contents → the field that holds it.
-_TEXT_PARTS = {
-    "input_text": "text", "output_text": "text", "text": "text", "summary_text": "text", "reasoning_text": "text",
-    "refusal": "refusal",
-}
+#: The parts of text in their contents.
+_TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text", "refusal")
 #: Fields of items and parts that are read, or say nothing new; others are noted.
 _ITEM_FIELDS: _Specs = dict.fromkeys((
     "annotations", "arguments", "call_id", "content", "detail", "encrypted_content", "id", "image_url",
@@ -8394,18 +8394,13 @@ def chat_from_responses(body: dict[str, Any]) -> tuple[dict[str, Any], list[str]
 class _ResponsesReader(_Reader):
     """Makes messages of input items: reasoning, text and calls that follow each other are one message."""
 
+    known = _RESPONSES_FIELDS
     unknown_field = staticmethod(_unsupported)
     text_joint, system_joint = "", "\n\n"
 
     def __init__(self, body: dict[str, Any]) -> None:
         super().__init__(body)
-        self._check_body()
         self._call_ids: set[str] = set()
-
-    def _check_body(self) -> None:
-        for name, spec in _RESPONSES_FIELDS.items():
-            if name in self.body:
-                self.check(self.body[name], spec, name)
         for name in ("max_output_tokens", "max_tool_calls"):
             if self.body.get(name, 1) < 1:
                 raise _bad_field(name, "is too small", "send a positive number")
@@ -8492,7 +8487,7 @@ class _ResponsesReader(_Reader):
             if self.check(part, dict, path).get("type") == "input_image" and images:
                 parts.append(self._image(part, path))
                 continue
-            name = _TEXT_PARTS[self.type_of(part, tuple(_TEXT_PARTS), path)]
+            name = "refusal" if self.type_of(part, _TEXT_PARTS, path) == "refusal" else "text"
             parts.append(_text_part(self.fields(part, path, {name: str}, _ITEM_FIELDS, noted_in="input.")[name]))
         return parts
 
@@ -8587,7 +8582,7 @@ def _allowed(names: Collection[str], tools: list[Any]) -> list[str]:
 
 def _text_from_responses(reader: _Reader) -> dict[str, Any]:
     """`response_format` and `verbosity`."""
-    chat = reader.fields(reader.body.pop("text", {}), "text", {}, _TEXT_FIELDS)
+    chat: dict[str, Any] = reader.body.pop("text", {})
     form = chat.pop("format", None)
     if form is None:
         return chat
@@ -8603,8 +8598,7 @@ def _text_from_responses(reader: _Reader) -> dict[str, Any]:
 def _output_from_responses(reader: _Reader) -> dict[str, Any]:
     """The effort, log probabilities, length and stream. A summary is asked of the writer, which sends all reasoning."""
     chat: dict[str, Any] = {}
-    reasoning = reader.fields(reader.body.pop("reasoning", {}), "reasoning", {}, _REASONING_FIELDS)
-    for name, value in reasoning.items():
+    for name, value in reader.body.pop("reasoning", {}).items():
         if name == "effort":
             chat["reasoning_effort"] = value
         elif value == "concise" or name == "context":  # which earlier reasoning counts is for the template to say
@@ -8618,8 +8612,7 @@ def _output_from_responses(reader: _Reader) -> dict[str, Any]:
         chat |= {"logprobs": True, "top_logprobs": top_logprobs}
     if "max_output_tokens" in reader.body:
         chat["max_completion_tokens"] = reader.body.pop("max_output_tokens")
-    options = reader.fields(reader.body.pop("stream_options", {}), "stream_options", {}, {"include_obfuscation": bool})
-    if options.get("include_obfuscation"):
+    if reader.body.pop("stream_options", {}).get("include_obfuscation"):
         reader.ignore("stream_options.include_obfuscation")
     if reader.body.pop("stream", False):
         chat |= STREAMED
@@ -8814,6 +8807,12 @@ _REASONING_EFFORT = {"low": "low", "medium": "medium", "high": "high", "xhigh": 
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "required"}
 _STOP_REASONS = {"stop": "end_turn", "tool_calls": "end_turn", "length": "max_tokens", "content_filter": "refusal"}
 _IMAGE_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
+# fmt: off
+_MESSAGES_FIELDS: _Specs = {
+    "max_tokens": int, "messages": list, "stop_sequences": list, "stream": bool, "temperature": float, "tools": list,
+    "output_config": {"effort": tuple(_REASONING_EFFORT), "format": dict},
+}
+# fmt: on
 #: The content blocks of each role, and of a tool result.
 _BLOCKS = {
     "user": ("text", "image", "tool_result"),
@@ -8884,12 +8883,13 @@ def chat_from_messages(body: dict[str, Any], *, count_tokens: bool = False) -> t
 class _MessagesReader(_Reader):
     """Reads the conversation of a Messages body."""
 
+    known = _MESSAGES_FIELDS
     hints = _FIELD_HINTS
 
     def conversation(self) -> dict[str, Any]:
         system = self._blocks("system", self.body.pop("system", ""), "system")
         turns: list[_Turn] = []
-        for number, message in enumerate(self.take("messages", list)):
+        for number, message in enumerate(self.check(self.body.pop("messages", None), list, "messages")):
             where = f"messages[{number}]"
             given = self.fields(message, where, {"role": ("user", "assistant", "system"), "content": object})
             role, blocks = given["role"], self._blocks(given["role"], given["content"], f"{where}.content")
@@ -8947,16 +8947,14 @@ class _MessagesReader(_Reader):
 
 
 def _sampling_from_messages(reader: _Reader, count_tokens: bool) -> dict[str, Any]:
-    chat: dict[str, Any] = {}
-    if "max_tokens" in reader.body or not count_tokens:
-        chat["max_tokens"] = reader.take("max_tokens", int)
-        if chat["max_tokens"] < 1:
-            raise _bad_field("max_tokens", "must be at least 1", "send how many tokens may be generated")
-    if not 0 <= reader.check(reader.body.get("temperature", 0), float, "temperature") <= 1:
+    if not count_tokens and reader.check(reader.body.get("max_tokens"), int, "max_tokens") < 1:
+        raise _bad_field("max_tokens", "must be at least 1", "send how many tokens may be generated")
+    if not 0 <= reader.body.get("temperature", 0) <= 1:
         raise _bad_field("temperature", "must be a number between 0 and 1", "send a value in that range")
-    if reader.take("stream", bool, False):
+    chat: dict[str, Any] = {}
+    if reader.body.pop("stream", False):
         chat |= STREAMED
-    if stop := reader.take("stop_sequences", list, []):
+    if stop := reader.body.pop("stop_sequences", []):
         chat["stop"] = stop
     return chat
 
@@ -8970,8 +8968,7 @@ def _output_from_messages(reader: _Reader) -> dict[str, Any]:
         given = reader.fields(reader.body.pop("thinking"), "thinking", {"type": kinds}, {"display": display})
         thinks = given["type"] != "disabled"
         chat["chat_template_kwargs"] = {"enable_thinking": thinks}
-    optional = {"effort": tuple(_REASONING_EFFORT), "format": dict}
-    config = reader.fields(reader.body.pop("output_config", {}), "output_config", {}, optional)
+    config = reader.body.pop("output_config", {})
     if "effort" in config and thinks:
         chat["reasoning_effort"] = _REASONING_EFFORT[config["effort"]]
     if chat.get("reasoning_effort") != config.get("effort"):
@@ -8990,7 +8987,7 @@ def _tools_from_messages(reader: _Reader) -> dict[str, Any]:
     """Custom tools as functions. A tool of Anthropic's own types is left out, unless tool_choice demands it."""
     optional = {"type": str, "description": str, "strict": bool, "input_examples": list}
     functions: list[dict[str, Any]] = []
-    for number, tool in enumerate(reader.take("tools", list, [])):
+    for number, tool in enumerate(reader.body.pop("tools", [])):
         where = f"tools[{number}]"
         kind = reader.check(tool, dict, where).get("type") or "custom"
         if kind != "custom":
