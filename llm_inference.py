@@ -8085,7 +8085,8 @@ the engines' keys: OLLAMA_API_KEY, VLLM_API_KEY, SGLANG_API_KEY, LLAMACPP_API_KE
 # What the Responses API and the Messages API share: their requests become chat-completions bodies, and what the engine
 # answers is folded into blocks that follow each other.
 _Turn = tuple[str, list[dict[str, Any]]]  # a role, and its blocks: text, image_url, thinking, tool_use, tool_result
-_Specs = Mapping[str, Any]  # of fields: a JSON type (object: any), the words that may stand there, or specs of its own
+#: Of fields: a JSON type (object: any), the words that may stand there, or an object's specs. [spec]: it is required.
+_Specs = Mapping[str, Any]
 
 
 def _bad_field(where: str, problem: str, hint: str) -> InferenceError:
@@ -8132,8 +8133,10 @@ class _Reader:
         self.ignored[name] = None
 
     def check(self, value: Any, spec: Any, where: str) -> Any:
+        if isinstance(spec, list):
+            spec = spec[0]
         if isinstance(spec, dict):
-            return self.fields(value, where, {}, spec)
+            return self.fields(value, where, spec)
         if isinstance(spec, tuple):
             if self.check(value, str, where) not in spec:
                 refusal = _unsupported if where.endswith("type") else _bad_field
@@ -8150,11 +8153,8 @@ class _Reader:
         kind: str = self.check(self.check(value, dict, where).get("type"), spec, f"{where}.type")
         return kind
 
-    def fields(
-        self, value: Any, where: str, required: _Specs, optional: _Specs | None = None, noted_in: str = ""
-    ) -> dict[str, Any]:
+    def fields(self, value: Any, where: str, specs: _Specs, noted_in: str = "") -> dict[str, Any]:
         """The fields of an object, checked, without nulls. Others are noted as `noted_in`NAME, or else refused."""
-        specs = {**(optional or {}), **required}
         given = {}
         for name, field in self.check(value, dict, where).items():
             path = f"{where}.{name[:100]}"
@@ -8166,8 +8166,8 @@ class _Reader:
                 raise self.unknown_field(path, "is not a field that is supported here", f"send only {', '.join(specs)}")
             elif field:
                 self.ignore(noted_in + _header_safe(name))
-        for name in required:
-            if name not in given:
+        for name, spec in specs.items():
+            if isinstance(spec, list) and name not in given:
                 raise _bad_field(f"{where}.{name}", "is required", "add the field")
         return given
 
@@ -8338,20 +8338,20 @@ _INCLUDABLE = (
     "message.input_image.image_url", "reasoning.encrypted_content", "web_search_call.action.sources",
     "web_search_call.results",
 )
-#: The input items that are read, with the fields that each needs.
-_ITEMS: dict[str, _Specs] = {
-    "message": {"role": ("user", "assistant", "system", "developer"), "content": object},
-    "function_call": {"call_id": str, "name": str, "arguments": str},
-    "function_call_output": {"call_id": str, "output": object},
-    "reasoning": {},
-}
-#: The parts of text in their contents.
+#: The parts of text in the contents of items.
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text", "refusal")
 #: Fields of items and parts that are read, or say nothing new; others are noted.
-_ITEM_FIELDS: _Specs = dict.fromkeys((
+_ITEM_FIELDS: dict[str, Any] = dict.fromkeys((
     "annotations", "arguments", "call_id", "content", "detail", "encrypted_content", "id", "image_url",
     "logprobs", "name", "output", "parsed", "parsed_arguments", "refusal", "role", "status", "summary", "text", "type",
 ), object) | {"namespace": str}
+#: The input items that are read.
+_ITEMS: dict[str, _Specs] = {
+    "message": _ITEM_FIELDS | {"role": [("user", "assistant", "system", "developer")], "content": [object]},
+    "function_call": _ITEM_FIELDS | {"call_id": [str], "name": [str], "arguments": [str]},
+    "function_call_output": _ITEM_FIELDS | {"call_id": [str], "output": [object]},
+    "reasoning": _ITEM_FIELDS,
+}
 _NEEDS_STORE = {  # responses are not stored: field → what to do instead
     "background": "send the request without it, and with stream where the answer is long",
     "conversation": "send the earlier items in input",
@@ -8455,7 +8455,7 @@ class _ResponsesReader(_Reader):
         kind = "message"
         if self.check(item, dict, where).get("type") is not None:
             kind = self.type_of(item, tuple(_ITEMS), where)
-        given = self.fields(item, where, _ITEMS[kind], _ITEM_FIELDS, noted_in="input.")
+        given = self.fields(item, where, _ITEMS[kind], noted_in="input.")
         match kind:
             case "message":
                 role = given["role"].replace("developer", "system")  # few templates know a developer role
@@ -8488,11 +8488,11 @@ class _ResponsesReader(_Reader):
                 parts.append(self._image(part, path))
                 continue
             name = "refusal" if self.type_of(part, _TEXT_PARTS, path) == "refusal" else "text"
-            parts.append(_text_part(self.fields(part, path, {name: str}, _ITEM_FIELDS, noted_in="input.")[name]))
+            parts.append(_text_part(self.fields(part, path, _ITEM_FIELDS | {name: [str]}, noted_in="input.")[name]))
         return parts
 
     def _image(self, part: dict[str, Any], where: str) -> dict[str, Any]:
-        given = self.fields(part, where, {}, _ITEM_FIELDS, noted_in="input.")
+        given = self.fields(part, where, _ITEM_FIELDS, noted_in="input.")
         url, detail = str(given.get("image_url")), given.get("detail")
         if not re.match(r"data:image/[a-z0-9.+-]+;base64,", url):
             problem = "must be a data: URL; images are neither fetched nor stored here"
@@ -8532,7 +8532,7 @@ def _tools_from_responses(reader: _Reader) -> dict[str, Any]:
         if kind != "function":  # hosted and other tools are offers, which are left out
             reader.ignore(f"{where} ({_header_safe(kind)})")
             continue
-        function = reader.fields(tool, where, {"type": str, "name": str}, _FUNCTION_FIELDS, noted_in=f"{where}.")
+        function = reader.fields(tool, where, {"type": str, **_FUNCTION_FIELDS, "name": [str]}, noted_in=f"{where}.")
         function["name"] = _flat_name(space.get("name"), function["name"])
         if function["name"] in functions:
             raise _bad_field(f"{where}.name", "is there twice", "send other names")
@@ -8586,11 +8586,11 @@ def _text_from_responses(reader: _Reader) -> dict[str, Any]:
     form = chat.pop("format", None)
     if form is None:
         return chat
-    required: _Specs = {}
-    if reader.type_of(form, _FORMATS, "text.format") == "json_schema":
-        required = {"name": str, "schema": dict}
-    given = reader.fields(form, "text.format", required, _FORMAT_FIELDS)
-    if required:
+    specs, kind = _FORMAT_FIELDS, reader.type_of(form, _FORMATS, "text.format")
+    if kind == "json_schema":
+        specs = {**_FORMAT_FIELDS, "name": [str], "schema": [dict]}
+    given = reader.fields(form, "text.format", specs)
+    if kind == "json_schema":
         given = {"type": given.pop("type"), "json_schema": given}
     return chat | {"response_format": given}
 
@@ -8807,12 +8807,23 @@ _REASONING_EFFORT = {"low": "low", "medium": "medium", "high": "high", "xhigh": 
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "required"}
 _STOP_REASONS = {"stop": "end_turn", "tool_calls": "end_turn", "length": "max_tokens", "content_filter": "refusal"}
 _IMAGE_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
-# fmt: off
+_FORMAT: _Specs = {"type": [("json_schema",)], "schema": [dict]}
 _MESSAGES_FIELDS: _Specs = {
-    "max_tokens": int, "messages": list, "stop_sequences": list, "stream": bool, "temperature": float, "tools": list,
-    "output_config": {"effort": tuple(_REASONING_EFFORT), "format": dict},
+    "max_tokens": int,
+    "messages": list,
+    "output_config": {"effort": tuple(_REASONING_EFFORT), "format": _FORMAT},
+    "output_format": _FORMAT,  # as an earlier beta of the API had it
+    "stop_sequences": list,
+    "stream": bool,
+    "temperature": float,
+    "thinking": {"display": ("summarized", "omitted"), "type": [("adaptive", "enabled", "disabled")]},
+    "tool_choice": {"name": str, "disable_parallel_tool_use": bool, "type": [tuple(_TOOL_CHOICES)]},
+    "tools": list,
 }
-# fmt: on
+_MESSAGE_FIELDS: _Specs = {"role": [("user", "assistant", "system")], "content": [object]}
+_CUSTOM_TOOL: _Specs = {
+    "type": str, "description": str, "strict": bool, "input_examples": list, "name": [str], "input_schema": [dict]
+}  # fmt: skip
 #: The content blocks of each role, and of a tool result.
 _BLOCKS = {
     "user": ("text", "image", "tool_result"),
@@ -8820,15 +8831,15 @@ _BLOCKS = {
     "system": ("text",),
     "tool_result": ("text", "image"),
 }
-#: Their fields beside the type: those that each needs, and others.
-_BLOCK_FIELDS: dict[str, tuple[_Specs, _Specs]] = {
-    "text": ({"text": str}, {}),
-    "image": ({"source": dict}, {}),
-    "thinking": ({"thinking": str}, {}),
-    "redacted_thinking": ({}, {"data": object}),
-    "tool_use": ({"id": str, "name": str, "input": dict}, {}),
-    "tool_result": ({"tool_use_id": str}, {"content": object, "is_error": bool}),
+_BLOCK_FIELDS: dict[str, _Specs] = {
+    "text": {"type": str, "text": [str]},
+    "image": {"type": str, "source": [dict]},
+    "thinking": {"type": str, "thinking": [str]},
+    "redacted_thinking": {"data": object, "type": str},
+    "tool_use": {"type": str, "id": [str], "name": [str], "input": [dict]},
+    "tool_result": {"content": object, "is_error": bool, "type": str, "tool_use_id": [str]},
 }
+_SOURCE_FIELDS: _Specs = {"type": [("base64",)], "media_type": [_IMAGE_TYPES], "data": [str]}
 # fmt: off
 #: Fields about caching, billing, placement and budgets, which are left out and reported: of the body, and in it.
 _BODY_HINTS = frozenset((
@@ -8891,7 +8902,7 @@ class _MessagesReader(_Reader):
         turns: list[_Turn] = []
         for number, message in enumerate(self.check(self.body.pop("messages", None), list, "messages")):
             where = f"messages[{number}]"
-            given = self.fields(message, where, {"role": ("user", "assistant", "system"), "content": object})
+            given = self.fields(message, where, _MESSAGE_FIELDS)
             role, blocks = given["role"], self._blocks(given["role"], given["content"], f"{where}.content")
             if turns and turns[-1][0] == role:  # one turn, as in Anthropic's API
                 turns[-1][1].extend(blocks)
@@ -8916,8 +8927,7 @@ class _MessagesReader(_Reader):
         for number, block in enumerate(self.check(content, list, where)):
             path = f"{where}[{number}]"
             kind = self.type_of(block, _BLOCKS[place], path)
-            required, optional = _BLOCK_FIELDS[kind]
-            given = self.fields(block, path, {"type": str, **required}, optional)
+            given = self.fields(block, path, _BLOCK_FIELDS[kind])
             match kind:
                 case "image":
                     given = self._image(given["source"], f"{path}.source")
@@ -8938,7 +8948,7 @@ class _MessagesReader(_Reader):
     def _image(self, source: dict[str, Any], where: str) -> dict[str, Any]:
         if source.get("type") in ("url", "file"):
             raise _unsupported(f"{where}.type", "images by reference are not supported", "send the image as base64")
-        given = self.fields(source, where, {"type": ("base64",), "media_type": _IMAGE_TYPES, "data": str})
+        given = self.fields(source, where, _SOURCE_FIELDS)
         try:
             binascii.a2b_base64(given["data"], strict_mode=True)
         except ValueError:
@@ -8960,32 +8970,28 @@ def _sampling_from_messages(reader: _Reader, count_tokens: bool) -> dict[str, An
 
 
 def _output_from_messages(reader: _Reader) -> dict[str, Any]:
-    """From thinking, output_config, and output_format as an earlier beta of the API had it."""
+    """From thinking, output_config and output_format."""
     chat: dict[str, Any] = {}
     thinks = True
     if "thinking" in reader.body:
-        kinds, display = ("adaptive", "enabled", "disabled"), ("summarized", "omitted")
-        given = reader.fields(reader.body.pop("thinking"), "thinking", {"type": kinds}, {"display": display})
-        thinks = given["type"] != "disabled"
+        thinks = reader.body.pop("thinking")["type"] != "disabled"
         chat["chat_template_kwargs"] = {"enable_thinking": thinks}
     config = reader.body.pop("output_config", {})
     if "effort" in config and thinks:
         chat["reasoning_effort"] = _REASONING_EFFORT[config["effort"]]
     if chat.get("reasoning_effort") != config.get("effort"):
         reader.ignore("output_config.effort")  # or another level than the one that was asked for
-    where, form = "output_config.format", config.get("format")
+    form = config.get("format")
     if form is None:
-        where, form = "output_format", reader.body.pop("output_format", None)
+        form = reader.body.pop("output_format", None)
     if form is not None:
-        schema = reader.fields(form, where, {"type": ("json_schema",), "schema": dict})["schema"]
-        named = {"name": "output", "schema": schema, "strict": True}
+        named = {"name": "output", "schema": form["schema"], "strict": True}
         chat["response_format"] = {"type": "json_schema", "json_schema": named}
     return chat
 
 
 def _tools_from_messages(reader: _Reader) -> dict[str, Any]:
     """Custom tools as functions. A tool of Anthropic's own types is left out, unless tool_choice demands it."""
-    optional = {"type": str, "description": str, "strict": bool, "input_examples": list}
     functions: list[dict[str, Any]] = []
     for number, tool in enumerate(reader.body.pop("tools", [])):
         where = f"tools[{number}]"
@@ -8995,7 +9001,7 @@ def _tools_from_messages(reader: _Reader) -> dict[str, Any]:
                 raise _bad_field(f"{where}.type", "is not the name of a type", "send custom with an input_schema")
             reader.ignore(f"tools.{kind}")
             continue
-        function = reader.fields(tool, where, {"name": str, "input_schema": dict}, optional)
+        function = reader.fields(tool, where, _CUSTOM_TOOL)
         function.pop("type", None)
         function["parameters"] = function.pop("input_schema")
         if "input_examples" in function:  # JSON Schema has a keyword for them, which constrains nothing
@@ -9008,10 +9014,9 @@ def _tools_from_messages(reader: _Reader) -> dict[str, Any]:
 
 
 def _tool_choice_from_messages(reader: _Reader, names: Collection[str]) -> dict[str, Any]:
-    if "tool_choice" not in reader.body:
+    given = reader.body.pop("tool_choice", None)
+    if given is None:
         return {}
-    required, optional = {"type": tuple(_TOOL_CHOICES)}, {"name": str, "disable_parallel_tool_use": bool}
-    given = reader.fields(reader.body.pop("tool_choice"), "tool_choice", required, optional)
     chat: dict[str, Any] = {"tool_choice": _TOOL_CHOICES[given["type"]]}
     if chat["tool_choice"] == "required" and not names:
         raise _unsupported("tool_choice.type", "demands a tool, and no custom one is offered", "add one to tools")
