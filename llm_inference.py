@@ -8808,22 +8808,19 @@ _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "req
 _STOP_REASONS = {"stop": "end_turn", "tool_calls": "end_turn", "length": "max_tokens", "content_filter": "refusal"}
 _IMAGE_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
 _FORMAT: _Specs = {"type": [("json_schema",)], "schema": [dict]}
+# fmt: off
 _MESSAGES_FIELDS: _Specs = {
-    "max_tokens": int,
-    "messages": list,
+    "max_tokens": int, "messages": list, "stop_sequences": list, "stream": bool, "temperature": float, "tools": list,
     "output_config": {"effort": tuple(_REASONING_EFFORT), "format": _FORMAT},
     "output_format": _FORMAT,  # as an earlier beta of the API had it
-    "stop_sequences": list,
-    "stream": bool,
-    "temperature": float,
     "thinking": {"display": ("summarized", "omitted"), "type": [("adaptive", "enabled", "disabled")]},
     "tool_choice": {"name": str, "disable_parallel_tool_use": bool, "type": [tuple(_TOOL_CHOICES)]},
-    "tools": list,
 }
 _MESSAGE_FIELDS: _Specs = {"role": [("user", "assistant", "system")], "content": [object]}
 _CUSTOM_TOOL: _Specs = {
-    "type": str, "description": str, "strict": bool, "input_examples": list, "name": [str], "input_schema": [dict]
-}  # fmt: skip
+    "type": str, "description": str, "strict": bool, "input_examples": list, "name": [str], "input_schema": [dict],
+}
+# fmt: on
 #: The content blocks of each role, and of a tool result.
 _BLOCKS = {
     "user": ("text", "image", "tool_result"),
@@ -8833,13 +8830,12 @@ _BLOCKS = {
 }
 _BLOCK_FIELDS: dict[str, _Specs] = {
     "text": {"type": str, "text": [str]},
-    "image": {"type": str, "source": [dict]},
+    "image": {"type": str, "source": [{"type": [("base64",)], "media_type": [_IMAGE_TYPES], "data": [str]}]},
     "thinking": {"type": str, "thinking": [str]},
     "redacted_thinking": {"data": object, "type": str},
     "tool_use": {"type": str, "id": [str], "name": [str], "input": [dict]},
     "tool_result": {"content": object, "is_error": bool, "type": str, "tool_use_id": [str]},
 }
-_SOURCE_FIELDS: _Specs = {"type": [("base64",)], "media_type": [_IMAGE_TYPES], "data": [str]}
 # fmt: off
 #: Fields about caching, billing, placement and budgets, which are left out and reported: of the body, and in it.
 _BODY_HINTS = frozenset((
@@ -8946,14 +8942,11 @@ class _MessagesReader(_Reader):
         return blocks
 
     def _image(self, source: dict[str, Any], where: str) -> dict[str, Any]:
-        if source.get("type") in ("url", "file"):
-            raise _unsupported(f"{where}.type", "images by reference are not supported", "send the image as base64")
-        given = self.fields(source, where, _SOURCE_FIELDS)
         try:
-            binascii.a2b_base64(given["data"], strict_mode=True)
+            binascii.a2b_base64(source["data"], strict_mode=True)
         except ValueError:
             raise _bad_field(f"{where}.data", "is not base64", "send padded base64 without line breaks") from None
-        return {"type": "image_url", "image_url": {"url": f"data:{given['media_type']};base64,{given['data']}"}}
+        return {"type": "image_url", "image_url": {"url": f"data:{source['media_type']};base64,{source['data']}"}}
 
 
 def _sampling_from_messages(reader: _Reader, count_tokens: bool) -> dict[str, Any]:
@@ -8992,7 +8985,7 @@ def _output_from_messages(reader: _Reader) -> dict[str, Any]:
 
 def _tools_from_messages(reader: _Reader) -> dict[str, Any]:
     """Custom tools as functions. A tool of Anthropic's own types is left out, unless tool_choice demands it."""
-    functions: list[dict[str, Any]] = []
+    tools, names = [], []
     for number, tool in enumerate(reader.body.pop("tools", [])):
         where = f"tools[{number}]"
         kind = reader.check(tool, dict, where).get("type") or "custom"
@@ -9006,29 +8999,23 @@ def _tools_from_messages(reader: _Reader) -> dict[str, Any]:
         function["parameters"] = function.pop("input_schema")
         if "input_examples" in function:  # JSON Schema has a keyword for them, which constrains nothing
             function["parameters"] = function["parameters"] | {"examples": function.pop("input_examples")}
-        functions.append(function)
-    choice = _tool_choice_from_messages(reader, [function["name"] for function in functions])
-    if not functions:
-        return {}
-    return {"tools": [{"type": "function", "function": function} for function in functions]} | choice
-
-
-def _tool_choice_from_messages(reader: _Reader, names: Collection[str]) -> dict[str, Any]:
-    given = reader.body.pop("tool_choice", None)
-    if given is None:
-        return {}
-    chat: dict[str, Any] = {"tool_choice": _TOOL_CHOICES[given["type"]]}
-    if chat["tool_choice"] == "required" and not names:
+        tools.append({"type": "function", "function": function})
+        names.append(function["name"])
+    chat: dict[str, Any] = {"tools": tools}
+    choice = reader.body.pop("tool_choice", {})
+    if choice:
+        chat["tool_choice"] = _TOOL_CHOICES[choice["type"]]
+    if chat.get("tool_choice") == "required" and not tools:
         raise _unsupported("tool_choice.type", "demands a tool, and no custom one is offered", "add one to tools")
-    if given["type"] == "tool":
-        name = given.get("name", "")
+    if choice.get("type") == "tool":
+        name = choice.get("name", "")
         if name not in names:
             problem = f"{name[:100]!r} is not a custom tool of this request"
             raise _unsupported("tool_choice.name", problem, "add it to tools with its input_schema")
         chat["tool_choice"] = {"type": "function", "function": {"name": name}}
-    if given.get("disable_parallel_tool_use"):
+    if choice.get("disable_parallel_tool_use"):
         chat["parallel_tool_calls"] = False
-    return chat
+    return chat if tools else {}
 
 
 #: Of each kind, a new content block, the type of its deltas, and their field for the text.
