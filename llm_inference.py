@@ -8320,7 +8320,10 @@ class _Writer:
 # Source of the wire facts: OpenAI's API reference, as typed in openai-python 3.57 (`openai.types.responses`).
 _SUMMARIES = ("auto", "concise", "detailed")
 _LOGPROBS = "message.output_text.logprobs"
-_TEXT_FIELDS: _Specs = {"format": dict, "verbosity": ("low", "medium", "high")}
+_FORMAT_FIELDS: _Specs = {
+    "type": [("text", "json_object", "json_schema")], "name": str, "schema": dict, "strict": bool, "description": str
+}  # fmt: skip
+_TEXT_FIELDS: _Specs = {"format": _FORMAT_FIELDS, "verbosity": ("low", "medium", "high")}
 _REASONING_FIELDS: _Specs = {"effort": str, "summary": _SUMMARIES, "generate_summary": _SUMMARIES, "context": str}
 # fmt: off
 _RESPONSES_FIELDS: _Specs = {
@@ -8330,8 +8333,6 @@ _RESPONSES_FIELDS: _Specs = {
     "stream_options": {"include_obfuscation": bool}, "temperature": float, "text": _TEXT_FIELDS, "tools": list,
     "top_logprobs": int, "top_p": float, "truncation": ("disabled", "auto"), "user": str,
 }
-_FORMATS = ("text", "json_object", "json_schema")
-_FORMAT_FIELDS: _Specs = {"type": str, "name": str, "schema": dict, "strict": bool, "description": str}
 _FUNCTION_FIELDS: _Specs = {"name": str, "description": str, "parameters": dict, "strict": bool}
 _INCLUDABLE = (
     _LOGPROBS, "code_interpreter_call.outputs", "computer_call_output.output.image_url", "file_search_call.results",
@@ -8377,11 +8378,10 @@ def chat_from_responses(body: dict[str, Any]) -> tuple[dict[str, Any], list[str]
     reader = _ResponsesReader(body)
     chat: dict[str, Any] = {"messages": reader.conversation()}
     chat |= _tools_from_responses(reader)
-    chat |= _text_from_responses(reader)
+    chat |= _output_from_responses(reader)
     if chat.get("tool_choice") not in (None, "auto", "none") and "response_format" in chat:
         del chat["response_format"]  # it is for a message, and the answer will be a call: instructor sends both
         reader.ignore("text.format")
-    chat |= _output_from_responses(reader)
     for name in _RESPONSES_HINTS:
         if reader.body.pop(name, None):
             reader.ignore(name)
@@ -8580,24 +8580,18 @@ def _allowed(names: Collection[str], tools: list[Any]) -> list[str]:
     return [name for name in names if name in allowed]
 
 
-def _text_from_responses(reader: _Reader) -> dict[str, Any]:
-    """`response_format` and `verbosity`."""
-    chat: dict[str, Any] = reader.body.pop("text", {})
-    form = chat.pop("format", None)
-    if form is None:
-        return chat
-    specs, kind = _FORMAT_FIELDS, reader.type_of(form, _FORMATS, "text.format")
-    if kind == "json_schema":
-        specs = {**_FORMAT_FIELDS, "name": [str], "schema": [dict]}
-    given = reader.fields(form, "text.format", specs)
-    if kind == "json_schema":
-        given = {"type": given.pop("type"), "json_schema": given}
-    return chat | {"response_format": given}
-
-
 def _output_from_responses(reader: _Reader) -> dict[str, Any]:
-    """The effort, log probabilities, length and stream. A summary is asked of the writer, which sends all reasoning."""
-    chat: dict[str, Any] = {}
+    """The form of the answer, its effort, log probabilities, length and stream.
+
+    A summary is asked of the writer, which sends all reasoning.
+    """
+    chat: dict[str, Any] = reader.body.pop("text", {})
+    form = chat.pop("format", {})
+    if form.get("type") == "json_schema":
+        reader.fields(form, "text.format", {**_FORMAT_FIELDS, "name": [str], "schema": [dict]})
+        form = {"type": form.pop("type"), "json_schema": form}
+    if form:
+        chat["response_format"] = form
     for name, value in reader.body.pop("reasoning", {}).items():
         if name == "effort":
             chat["reasoning_effort"] = value
@@ -8721,8 +8715,8 @@ class ResponseWriter(_Writer):
     def fail(self, code: str, message: str) -> list[dict[str, Any]]:
         """The last events where the answer failed: `error`, then `response.failed` with the items that were complete.
 
-        Some clients pass over `response.failed` (langchain-ai/langchain#39039), and openai-python raises only for an
-        event that has an object `error`; the flat fields are the documented ones.
+        Some clients pass over the latter (langchain-ai/langchain#39039). openai-python raises only for an event with an
+        object `error`; the flat fields are the documented ones.
         """
         error = {"code": code if code in _ERROR_CODES else "server_error", "message": message}
         self._event("error", **error, param=None, error={"type": error["code"], **error, "param": None})
@@ -8870,8 +8864,7 @@ def chat_from_messages(body: dict[str, Any], *, count_tokens: bool = False) -> t
     """
     reader = _MessagesReader(body)
     chat = reader.conversation()
-    chat |= _sampling_from_messages(reader, count_tokens)
-    chat |= _output_from_messages(reader)
+    chat |= _output_from_messages(reader, count_tokens)
     chat |= _tools_from_messages(reader)
     for name, value in reader.body.items():
         if name in _BODY_HINTS:
@@ -8949,8 +8942,9 @@ class _MessagesReader(_Reader):
         return {"type": "image_url", "image_url": {"url": f"data:{source['media_type']};base64,{source['data']}"}}
 
 
-def _sampling_from_messages(reader: _Reader, count_tokens: bool) -> dict[str, Any]:
-    if not count_tokens and reader.check(reader.body.get("max_tokens"), int, "max_tokens") < 1:
+def _output_from_messages(reader: _Reader, count_tokens: bool) -> dict[str, Any]:
+    limit = reader.body.get("max_tokens", 1 if count_tokens else None)
+    if reader.check(limit, int, "max_tokens") < 1:
         raise _bad_field("max_tokens", "must be at least 1", "send how many tokens may be generated")
     if not 0 <= reader.body.get("temperature", 0) <= 1:
         raise _bad_field("temperature", "must be a number between 0 and 1", "send a value in that range")
@@ -8959,12 +8953,6 @@ def _sampling_from_messages(reader: _Reader, count_tokens: bool) -> dict[str, An
         chat |= STREAMED
     if stop := reader.body.pop("stop_sequences", []):
         chat["stop"] = stop
-    return chat
-
-
-def _output_from_messages(reader: _Reader) -> dict[str, Any]:
-    """From thinking, output_config and output_format."""
-    chat: dict[str, Any] = {}
     thinks = True
     if "thinking" in reader.body:
         thinks = reader.body.pop("thinking")["type"] != "disabled"
@@ -8974,10 +8962,7 @@ def _output_from_messages(reader: _Reader) -> dict[str, Any]:
         chat["reasoning_effort"] = _REASONING_EFFORT[config["effort"]]
     if chat.get("reasoning_effort") != config.get("effort"):
         reader.ignore("output_config.effort")  # or another level than the one that was asked for
-    form = config.get("format")
-    if form is None:
-        form = reader.body.pop("output_format", None)
-    if form is not None:
+    if form := config.get("format") or reader.body.pop("output_format", {}):
         named = {"name": "output", "schema": form["schema"], "strict": True}
         chat["response_format"] = {"type": "json_schema", "json_schema": named}
     return chat
