@@ -8342,10 +8342,9 @@ _INCLUDABLE = (
 #: The parts of text in the contents of items.
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text", "refusal")
 #: Fields of items and parts that are read, or say nothing new; others are noted.
-_ITEM_FIELDS: dict[str, Any] = dict.fromkeys((
-    "annotations", "arguments", "call_id", "content", "detail", "encrypted_content", "id", "image_url",
-    "logprobs", "name", "output", "parsed", "parsed_arguments", "refusal", "role", "status", "summary", "text", "type",
-), object) | {"namespace": str}
+_ITEM_NAMES = """annotations arguments call_id content detail encrypted_content id image_url logprobs name output parsed
+parsed_arguments refusal role status summary text type"""
+_ITEM_FIELDS: dict[str, Any] = dict.fromkeys(_ITEM_NAMES.split(), object) | {"namespace": str}
 #: The input items that are read.
 _ITEMS: dict[str, _Specs] = {
     "message": _ITEM_FIELDS | {"role": [("user", "assistant", "system", "developer")], "content": [object]},
@@ -8830,17 +8829,15 @@ _BLOCK_FIELDS: dict[str, _Specs] = {
     "tool_use": {"type": str, "id": [str], "name": [str], "input": [dict]},
     "tool_result": {"content": object, "is_error": bool, "type": str, "tool_use_id": [str]},
 }
-# fmt: off
 #: Fields about caching, billing, placement and budgets, which are left out and reported: of the body, and in it.
-_BODY_HINTS = frozenset((
-    "betas", "billing_policy", "cache_control", "context_management", "diagnostics", "fallback_credit_token",
-    "fallbacks", "inference_geo", "metadata", "service_tier", "speed", "user_profile_id", "workspace_id",
-))
-_FIELD_HINTS = frozenset((
-    "allowed_callers", "block_binding", "budget_tokens", "cache_control", "caller", "citations", "defer_loading",
-    "eager_input_streaming", "signature", "task_budget", "toolset_name", "transformations",
-))
-# fmt: on
+_BODY_HINTS = frozenset(
+    """betas billing_policy cache_control context_management diagnostics fallback_credit_token fallbacks inference_geo
+    metadata service_tier speed user_profile_id workspace_id""".split()
+)
+_FIELD_HINTS = frozenset(
+    """allowed_callers block_binding budget_tokens cache_control caller citations defer_loading eager_input_streaming
+    signature task_budget toolset_name transformations""".split()
+)
 #: Fields that change the answer and cannot be honoured, with what to do instead.
 _MESSAGES_REFUSED = {
     "mcp_servers": "call the MCP server from the client and offer its tools in tools",
