@@ -8375,9 +8375,7 @@ def chat_from_responses(body: dict[str, Any]) -> tuple[dict[str, Any], list[str]
     Raises InvalidRequest and UnsupportedFeature, with the field as `param`: `input[2].type`.
     """
     reader = _ResponsesReader(body)
-    chat: dict[str, Any] = {"messages": reader.conversation()}
-    chat |= _tools_from_responses(reader)
-    chat |= _output_from_responses(reader)
+    chat = {"messages": reader.conversation()} | _tools_from_responses(reader) | _output_from_responses(reader)
     if chat.get("tool_choice") not in (None, "auto", "none") and "response_format" in chat:
         del chat["response_format"]  # it is for a message, and the answer will be a call: instructor sends both
         reader.ignore("text.format")
@@ -8617,10 +8615,10 @@ class _Form(NamedTuple):
 
     id_prefix: str
     item: dict[str, Any]
-    place: str  #: the item's field for its parts, or for the text itself
-    part: str  #: the part's type; "" where the item has none
-    value: str  #: the field of the finished text
     events: str  #: response.….delta, response.….done
+    value: str = "text"  #: the field of the finished text
+    part: str = ""  #: its type, where the text is part of a list
+    place: str = "content"  #: the item's field for that list
     part_events: str = "content_part"  #: response.….added, response.….done
 
 
@@ -8629,13 +8627,13 @@ _REASONING = {"type": "reasoning", "summary": []}
 _CALL = {"type": "function_call", "status": "in_progress", "arguments": ""}
 # fmt: off
 _FORMS = {
-    "text": _Form("msg", _MESSAGE, "content", "output_text", "text", "output_text"),
-    "refusal": _Form("msg", _MESSAGE, "content", "refusal", "refusal", "refusal"),
-    "reasoning": _Form("rs", _REASONING, "content", "reasoning_text", "text", "reasoning_text"),
+    "text": _Form("msg", _MESSAGE, "output_text", part="output_text"),
+    "refusal": _Form("msg", _MESSAGE, "refusal", "refusal", "refusal"),
+    "reasoning": _Form("rs", _REASONING, "reasoning_text", part="reasoning_text"),
     "summary": _Form(
-        "rs", _REASONING, "summary", "summary_text", "text", "reasoning_summary_text", "reasoning_summary_part"
+        "rs", _REASONING, "reasoning_summary_text", "text", "summary_text", "summary", "reasoning_summary_part"
     ),
-    "call": _Form("fc", _CALL, "arguments", "", "arguments", "function_call_arguments"),
+    "call": _Form("fc", _CALL, "function_call_arguments", "arguments"),
 }
 _ECHOED: dict[str, Any] = {  # what a Response repeats of its request → the value where it has none
     "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {},
@@ -8693,8 +8691,6 @@ class ResponseWriter(_Writer):
             if space and tool.get("name"):
                 own, name = space["name"], tool["name"]
                 self._spaces[_flat_name(own, name)] = {"name": name, "namespace": own}
-        self._place: dict[str, Any] = {}  #: of the open block
-        self._logprobs: list[dict[str, Any]] = []  #: its
         self._sent = 0
         self._about("created", "in_progress")
         self._about("in_progress", "in_progress")
@@ -8755,10 +8751,10 @@ class ResponseWriter(_Writer):
         if kind == "call":
             item |= {"call_id": call_id, "name": name, **self._spaces.get(name, {})}
         self._output.append(item)
-        self._logprobs = []
-        self._place = {"item_id": item["id"], "output_index": index}
+        self._logprobs: list[dict[str, Any]] = []  #: of the open block
+        self._place = {"item_id": item["id"], "output_index": index}  #: its
         self._event("response.output_item.added", output_index=index, item=item.copy())
-        if form.part:
+        if kind != "call":
             self._place[f"{form.place}_index"] = 0
             self._event(f"response.{form.part_events}.added", **self._place, part=self._part(kind, ""))
 
@@ -8783,8 +8779,8 @@ class ResponseWriter(_Writer):
             self._events[-1]["logprobs"] = self._logprobs
         if kind == "call":
             self._events[-1]["name"] = item["name"]
-        item[form.place] = text
-        if form.part:
+            item["arguments"] = text
+        else:
             part = self._part(kind, text)
             self._event(f"response.{form.part_events}.done", **self._place, part=part)
             item[form.place] = [part]
@@ -8860,9 +8856,7 @@ def chat_from_messages(body: dict[str, Any], *, count_tokens: bool = False) -> t
     Raises InvalidRequest and UnsupportedFeature, with the field as `param`: `messages[1].content[0].type`.
     """
     reader = _MessagesReader(body)
-    chat = reader.conversation()
-    chat |= _output_from_messages(reader, count_tokens)
-    chat |= _tools_from_messages(reader)
+    chat = reader.conversation() | _output_from_messages(reader, count_tokens) | _tools_from_messages(reader)
     for name, value in reader.body.items():
         if name in _BODY_HINTS:
             reader.ignore(name)
