@@ -8425,7 +8425,8 @@ class _ResponsesReader(_Reader):
             problem = "must be a string or a list of at least one item"
             raise _bad_field("input", problem, "send the conversation in input")
         turns: list[_Turn] = []
-        if instructions := self.body.pop("instructions", ""):
+        instructions = self.body.pop("instructions", "")
+        if instructions:
             turns.append(("system", [_text_part(instructions)]))
         for index, item in enumerate(items):
             turns.append(self._turn(item, f"input[{index}]"))
@@ -8553,8 +8554,8 @@ def _chosen(names: Collection[str], choice: Any) -> tuple[Collection[str], Any]:
     match choice:
         case None | "auto" | "none" | "required":
             return names, choice
-        case {"type": "function", "name": str(name)} if len(choice) == 2 and (flat := _choice(name, names)) in names:
-            return names, {"type": "function", "function": {"name": flat}}
+        case {"type": "function", "name": str(name)} if len(choice) == 2 and _choice(name, names) in names:
+            return names, {"type": "function", "function": {"name": _choice(name, names)}}
         case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": list(tools)} if len(choice) == 3:
             return _allowed(names, tools), mode
         case {"type": str(kind)} if kind not in ("function", "allowed_tools"):
@@ -8568,8 +8569,8 @@ def _allowed(names: Collection[str], tools: list[Any]) -> list[str]:
     allowed = set()
     for index, tool in enumerate(tools):
         match tool:
-            case {"type": "function", "name": str(name)} if (flat := _choice(name, names)) in names:
-                allowed.add(flat)
+            case {"type": "function", "name": str(name)} if _choice(name, names) in names:
+                allowed.add(_choice(name, names))
             case {"type": str(kind)} if kind != "function":
                 pass
             case _:
@@ -8649,9 +8650,9 @@ _INCOMPLETE = {"length": {"reason": "max_output_tokens"}, "content_filter": {"re
 
 def _response_logprob(entry: Mapping[str, Any]) -> dict[str, Any]:
     """A token's log probability. Unlike in chat, `bytes` and `top_logprobs` are never null."""
-    found = {"token": entry["token"], "logprob": entry["logprob"], "bytes": entry.get("bytes") or []}
     others = [{**other, "bytes": other.get("bytes") or []} for other in entry.get("top_logprobs") or ()]
-    return {**found, "top_logprobs": others}
+    own = {"token": entry["token"], "logprob": entry["logprob"], "bytes": entry.get("bytes") or []}
+    return own | {"top_logprobs": others}
 
 
 def _echo(body: dict[str, Any]) -> dict[str, Any]:
@@ -8934,15 +8935,17 @@ class _MessagesReader(_Reader):
 
 
 def _output_from_messages(reader: _Reader, count_tokens: bool) -> dict[str, Any]:
-    limit = reader.body.get("max_tokens", 1 if count_tokens else None)
-    if reader.check(limit, int, "max_tokens") < 1:
+    if not count_tokens:
+        reader.check(reader.body.get("max_tokens"), int, "max_tokens")
+    if reader.body.get("max_tokens", 1) < 1:
         raise _bad_field("max_tokens", "must be at least 1", "send how many tokens may be generated")
     if not 0 <= reader.body.get("temperature", 0) <= 1:
         raise _bad_field("temperature", "must be a number between 0 and 1", "send a value in that range")
     chat: dict[str, Any] = {}
     if reader.body.pop("stream", False):
         chat |= STREAMED
-    if stop := reader.body.pop("stop_sequences", []):
+    stop = reader.body.pop("stop_sequences", [])
+    if stop:
         chat["stop"] = stop
     thinks = True
     if "thinking" in reader.body:
@@ -8953,7 +8956,8 @@ def _output_from_messages(reader: _Reader, count_tokens: bool) -> dict[str, Any]
         chat["reasoning_effort"] = _REASONING_EFFORT[config["effort"]]
     if chat.get("reasoning_effort") != config.get("effort"):
         reader.ignore("output_config.effort")  # or another level than the one that was asked for
-    if form := config.get("format") or reader.body.pop("output_format", {}):
+    form = config.get("format") or reader.body.pop("output_format", {})
+    if form:
         named = {"name": "output", "schema": form["schema"], "strict": True}
         chat["response_format"] = {"type": "json_schema", "json_schema": named}
     return chat
@@ -9122,7 +9126,9 @@ def anthropic_error(
     With the error's `param`, Anthropic's tool runner learns that threads are not supported: it then sends all of the
     conversation instead.
     """
-    name = _ANTHROPIC_ERRORS.get(status, "invalid_request_error" if status < 500 else "api_error")
+    name = _ANTHROPIC_ERRORS.get(status, "api_error")
+    if name == "api_error" and status < 500:
+        name = "invalid_request_error"
     if kind in ("engine_overloaded", "engine_unavailable"):
         name = "overloaded_error"
     error: dict[str, Any] = {"type": name, "message": message}
@@ -9141,8 +9147,8 @@ def anthropic_models(models: list[dict[str, Any]]) -> dict[str, Any]:
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(model.get("created") or 0))
         name = model["id"]
         data.append({"type": "model", "id": name, "display_name": name, "created_at": created, "lifecycle": "active"})
-    first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
-    return {"data": data, "has_more": False, "first_id": first, "last_id": last}
+    ids = [model["id"] for model in models] or [None]
+    return {"data": data, "has_more": False, "first_id": ids[0], "last_id": ids[-1]}
 
 
 # 14 HTTP surfaces --------------------------------------------------------------------------------
