@@ -8133,17 +8133,17 @@ class _Reader:
         self.ignored[name] = None
 
     def check(self, value: Any, spec: Any, where: str) -> Any:
+        if spec is object or type(value) is spec:  # a bool is not an integer
+            return value
         if isinstance(spec, list):
-            spec = spec[0]
+            return self.check(value, spec[0], where)
         if isinstance(spec, dict):
             return self.fields(value, where, spec)
         if isinstance(spec, tuple):
             if self.check(value, str, where) not in spec:
                 refusal = _unsupported if where.endswith("type") else _bad_field
                 raise refusal(where, f"{value[:100]!r} is not supported", f"send one of: {', '.join(spec)}")
-        elif spec is float and type(value) is int:
-            return value
-        elif spec is not object and type(value) is not spec:  # a bool is not an integer
+        elif spec is not float or type(value) is not int:
             given = _JSON_NAMES.get(type(value), "null")
             problem = "is required" if value is None else f"must be {_JSON_NAMES[spec]}, got {given}"
             raise _bad_field(where, problem, "correct the field")
@@ -8167,7 +8167,7 @@ class _Reader:
             elif field:
                 self.ignore(noted_in + _header_safe(name))
         for name, spec in specs.items():
-            if isinstance(spec, list) and name not in given:
+            if type(spec) is list and name not in given:
                 raise _bad_field(f"{where}.{name}", "is required", "add the field")
         return given
 
@@ -8345,6 +8345,7 @@ _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_t
 _ITEM_NAMES = """annotations arguments call_id content detail encrypted_content id image_url logprobs name output parsed
 parsed_arguments refusal role status summary text type"""
 _ITEM_FIELDS: dict[str, Any] = dict.fromkeys(_ITEM_NAMES.split(), object) | {"namespace": str}
+_TEXT_FIELD, _REFUSAL_FIELD = _ITEM_FIELDS | {"text": [str]}, _ITEM_FIELDS | {"refusal": [str]}
 #: The input items that are read.
 _ITEMS: dict[str, _Specs] = {
     "message": _ITEM_FIELDS | {"role": [("user", "assistant", "system", "developer")], "content": [object]},
@@ -8485,8 +8486,11 @@ class _ResponsesReader(_Reader):
             if self.check(part, dict, path).get("type") == "input_image" and images:
                 parts.append(self._image(part, path))
                 continue
-            name = "refusal" if self.type_of(part, _TEXT_PARTS, path) == "refusal" else "text"
-            parts.append(_text_part(self.fields(part, path, _ITEM_FIELDS | {name: [str]}, noted_in="input.")[name]))
+            if self.type_of(part, _TEXT_PARTS, path) == "refusal":
+                text = self.fields(part, path, _REFUSAL_FIELD, noted_in="input.")["refusal"]
+            else:
+                text = self.fields(part, path, _TEXT_FIELD, noted_in="input.")["text"]
+            parts.append(_text_part(text))
         return parts
 
     def _image(self, part: dict[str, Any], where: str) -> dict[str, Any]:
