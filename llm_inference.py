@@ -9292,7 +9292,6 @@ class Surface(ABC):
     `event` and `end` its events.
     """
 
-    __slots__ = ("cap", "engine_type", "ignored", "model", "request_id", "size", "streamed")
     content_type = b"text/event-stream; charset=utf-8"
     names: ClassVar[Mapping[str, str]] = {}  #: field of the common request → its name in this API
 
@@ -9339,8 +9338,6 @@ class Surface(ABC):
 
 class OwnSurface(Surface):
     """POST /generate, /chat and /structured-generate: envelopes."""
-
-    __slots__ = ("before", "reader", "shape")
 
     def __init__(self, request_id: str, shape: type) -> None:
         super().__init__(request_id)
@@ -9448,8 +9445,6 @@ def chunk_data(chunk: Chunk, structured: bool) -> dict[str, Any]:
 
 class OpenAISurface(Surface):
     """POST /v1/chat/completions, /v1/completions and /v1/embeddings: OpenAI's body in, the engine's bytes out."""
-
-    __slots__ = ("path", "renamed")
 
     def __init__(self, request_id: str, path: str) -> None:
         super().__init__(request_id)
@@ -10150,11 +10145,6 @@ UUID = re.compile(rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 class Exchange:
     """One request and its answer as pure ASGI: reads the body, watches the client, answers, logs one line."""
 
-    __slots__ = (
-        "began", "body", "error_kind", "extra", "first_event", "gateway", "gone", "make_surface", "send", "sent", "served",
-        "splice", "started", "surface", "task",
-    )  # fmt: skip
-
     def __init__(self, gateway: Gateway, surface: SurfaceMaker) -> None:
         self.gateway, self.make_surface = gateway, surface
         self.began = time.monotonic()
@@ -10339,8 +10329,6 @@ class Exchange:
 
 class EventWriter:
     """Sends a stream's parts, comments in its silences, and notices a client that does not read."""
-
-    __slots__ = ("changed", "exchange", "idle", "loop", "sending")
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange, self.loop = exchange, asyncio.get_running_loop()
