@@ -9295,8 +9295,8 @@ class Surface(ABC):
     content_type = b"text/event-stream; charset=utf-8"
     names: ClassVar[Mapping[str, str]] = {}  #: field of the common request → its name in this API
 
-    def __init__(self, request_id: str) -> None:
-        self.request_id = request_id
+    def __init__(self, request_id: str, path: str) -> None:
+        self.request_id, self.path = request_id, path
         self.streamed = False
         self.cap: int | None = None  #: the server's limit of max_tokens
         self.size = 0  #: bytes of the body
@@ -9339,16 +9339,12 @@ class Surface(ABC):
 class OwnSurface(Surface):
     """POST /generate, /chat and /structured-generate: envelopes."""
 
-    def __init__(self, request_id: str, shape: type) -> None:
-        super().__init__(request_id)
-        self.shape = shape
+    def __init__(self, request_id: str, path: str) -> None:
+        super().__init__(request_id, path)
+        self.shape = OWN_BODIES[path]
+        self.structured = self.shape is StructuredBody  #: is the answer a checked value?
         self.reader = ChunkReader()
         self.before = b'data: {"request_id":"%s","code":200,"msg":"success","data":' % request_id.encode()
-
-    @property
-    def structured(self) -> bool:
-        """Whether the answer is a checked value."""
-        return self.shape is StructuredBody
 
     def read(self, body: dict[str, Any]) -> GenerateRequest:
         body = without_no_ops(body)
@@ -9447,12 +9443,11 @@ class OpenAISurface(Surface):
     """POST /v1/chat/completions, /v1/completions and /v1/embeddings: OpenAI's body in, the engine's bytes out."""
 
     def __init__(self, request_id: str, path: str) -> None:
-        super().__init__(request_id)
-        self.path = path
+        super().__init__(request_id, path)
         self.renamed: tuple[bytes, bytes] | None = None  #: the engine's name for the model, and the caller's
 
     def read(self, body: dict[str, Any]) -> GenerateRequest:
-        for name in REQUIRED_FIELDS[self.path]:
+        for name in V1_SURFACES[self.path][1]:
             if body.get(name) is None:
                 hint = "name one of GET /v1/models" if name == "model" else "see OpenAI's API reference"
                 raise InvalidRequest(f"{name}: is required", hint, param=name)
@@ -9635,7 +9630,7 @@ class PlainSurface(OpenAISurface):
 
     def read(self, body: dict[str, Any]) -> GenerateRequest:
         body = without_no_ops(body)
-        for name in REQUIRED_FIELDS[self.path]:
+        for name in V1_SURFACES[self.path][1]:
             if name not in body:
                 raise InvalidRequest(f"{name}: is required", f"see POST {self.path} in /docs", param=name)
         if self.path == TOKENIZE and ("prompt" in body) == ("messages" in body):
@@ -9650,24 +9645,19 @@ class PlainSurface(OpenAISurface):
         return to_json(answer.payload)
 
 
-#: the fields without which a /v1 route does nothing
-REQUIRED_FIELDS: dict[str, tuple[str, ...]] = {
-    CHAT: ("model", "messages"), COMPLETIONS: ("model", "prompt"), EMBEDDINGS: ("model", "input"),
-    RERANK: ("query", "documents"), TOKENIZE: (), DETOKENIZE: ("tokens",), RESPONSES: ("model", "input"),
-    MESSAGES: ("model", "messages"), COUNT_TOKENS: ("model", "messages"),
-}  # fmt: skip
-SurfaceMaker = Callable[[str], Surface]
-#: the /v1 routes: path → (surface, summary, example)
-V1_SURFACES: dict[str, tuple[SurfaceMaker, str]] = {
-    CHAT: (functools.partial(OpenAISurface, path=CHAT), "OpenAI: chat completions"),
-    COMPLETIONS: (functools.partial(OpenAISurface, path=COMPLETIONS), "OpenAI: completions (no chat template)"),
-    EMBEDDINGS: (functools.partial(OpenAISurface, path=EMBEDDINGS), "OpenAI: embeddings"),
-    RERANK: (functools.partial(PlainSurface, path=RERANK), "Cohere, Jina: rank documents for a query"),
-    TOKENIZE: (functools.partial(PlainSurface, path=TOKENIZE), "vLLM: tokenize a prompt or messages"),
-    DETOKENIZE: (functools.partial(PlainSurface, path=DETOKENIZE), "vLLM: tokens to text"),
-    RESPONSES: (ResponsesSurface, "OpenAI: responses (nothing is stored)"),
-    MESSAGES: (MessagesSurface, "Anthropic: messages"),
-    COUNT_TOKENS: (CountTokensSurface, "Anthropic: count a prompt's tokens"),
+#: our own routes, and their bodies
+OWN_BODIES: dict[str, type] = {"/generate": GenerateBody, "/chat": ChatBody, "/structured-generate": StructuredBody}
+#: the /v1 routes: path → surface, the fields without which it does nothing, summary
+V1_SURFACES: dict[str, tuple[type[Surface], tuple[str, ...], str]] = {
+    CHAT: (OpenAISurface, ("model", "messages"), "OpenAI: chat completions"),
+    COMPLETIONS: (OpenAISurface, ("model", "prompt"), "OpenAI: completions (no chat template)"),
+    EMBEDDINGS: (OpenAISurface, ("model", "input"), "OpenAI: embeddings"),
+    RERANK: (PlainSurface, ("query", "documents"), "Cohere, Jina: rank documents for a query"),
+    TOKENIZE: (PlainSurface, (), "vLLM: tokenize a prompt or messages"),
+    DETOKENIZE: (PlainSurface, ("tokens",), "vLLM: tokens to text"),
+    RESPONSES: (ResponsesSurface, ("model", "input"), "OpenAI: responses (nothing is stored)"),
+    MESSAGES: (MessagesSurface, ("model", "messages"), "Anthropic: messages"),
+    COUNT_TOKENS: (CountTokensSurface, ("model", "messages"), "Anthropic: count a prompt's tokens"),
 }
 
 _JSON_VALUE = re.compile(rb'"(?:[^"\\]+|\\.)*+(?:"|\Z)|([\[{,])', re.DOTALL)  # a string, or what begins a value
@@ -10145,7 +10135,7 @@ UUID = re.compile(rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 class Exchange:
     """One request and its answer as pure ASGI: reads the body, watches the client, answers, logs one line."""
 
-    def __init__(self, gateway: Gateway, surface: SurfaceMaker) -> None:
+    def __init__(self, gateway: Gateway, surface: Callable[[str], Surface]) -> None:
         self.gateway, self.make_surface = gateway, surface
         self.began = time.monotonic()
         self.surface: Surface
@@ -10431,7 +10421,15 @@ _ANSWER_EXAMPLE: dict[str, Any] = {
     "model_name": "SmolLM2-135M-Instruct.Q4_1",
     "timing": {"ttft": 0.05, "total": 0.1, "tokens_per_second": 48.0},
 }
-_CHECKED_EXAMPLE: dict[str, Any] = {"text": '{"city": "Paris"}', "enforced_by": "engine", "result": {"city": "Paris"}}
+#: our own routes: path → summary, and what the answer holds beside that
+_OWN_ANSWERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "/generate": ("Answer a prompt", {}),
+    "/chat": ("Answer messages", {"message": {"role": "assistant", "content": "Paris."}}),
+    "/structured-generate": (
+        "Answer with checked JSON",
+        {"text": '{"city": "Paris"}', "enforced_by": "engine", "result": {"city": "Paris"}},
+    ),
+}
 _ENGINE_EXAMPLE = {
     "engine_type": "llamacpp", "reachable": True, "version": "b0", "models": [DEMO], "features": ["schema"],
 }  # fmt: skip
@@ -10514,16 +10512,10 @@ def create_router(
 
     router = APIRouter(prefix=API, tags=["llm"], route_class=envelope_route(), lifespan=lifespan)
 
-    def add(path: str, shape: type, summary: str, example: dict[str, Any]) -> None:
-        surface, schema = functools.partial(OwnSurface, shape=shape), own_body_schema(shape, here)
-        make = functools.partial(Exchange, here, surface)
-        here.direct[API + path] = make
-        responses = envelope_responses(example, _FAILURES)
-        add_exchange(router, path, make, schema, EXAMPLES[shape], summary=summary, responses=responses)
-
-    add("/generate", GenerateBody, "Answer a prompt", _ANSWER_EXAMPLE)
-    add("/chat", ChatBody, "Answer messages", _ANSWER_EXAMPLE | {"message": {"role": "assistant", "content": "Paris."}})
-    add("/structured-generate", StructuredBody, "Answer with checked JSON", _ANSWER_EXAMPLE | _CHECKED_EXAMPLE)
+    for path, (summary, answer) in _OWN_ANSWERS.items():
+        shape, responses = OWN_BODIES[path], envelope_responses(_ANSWER_EXAMPLE | answer, _FAILURES)
+        schema = own_body_schema(shape, here)
+        add_exchange(router, here, path, OwnSurface, schema, EXAMPLES[shape], summary=summary, responses=responses)
 
     async def engines() -> Response:
         return JSONResponse(envelope(str(uuid.uuid4()), await here.engines()))
@@ -10540,12 +10532,14 @@ def create_router(
 
 
 def add_exchange(
-    router: Any, path: str, make: Callable[[], Exchange], schema: dict[str, Any], example: Any, **described: Any
+    router: Any, gateway: Gateway, path: str, surface: type[Surface], schema: Any, example: Any, **described: Any
 ) -> None:
     """A POST route that an Exchange answers, with what OpenAPI says of its body."""
     from fastapi import Request, Response
 
     answered_by = response_class()
+    make = functools.partial(Exchange, gateway, functools.partial(surface, path=path))
+    gateway.direct[router.prefix + path] = make
 
     async def endpoint(request: Request) -> Response:
         exchange = make()
@@ -10632,9 +10626,8 @@ def create_v1_router(gateway: Gateway) -> Any:
     from fastapi.responses import JSONResponse, Response
 
     router = APIRouter(tags=["v1"], responses=v1_responses())
-    for path, (surface, summary) in V1_SURFACES.items():
-        make = gateway.direct[path] = functools.partial(Exchange, gateway, surface)
-        add_exchange(router, path, make, v1_body_schema(path), V1_EXAMPLES[path], summary=summary)
+    for path, (surface, _, summary) in V1_SURFACES.items():
+        add_exchange(router, gateway, path, surface, v1_body_schema(path), V1_EXAMPLES[path], summary=summary)
 
     async def listed() -> list[dict[str, Any]]:
         names = [(f"{engine_type}/{model.name}", engine_type) for engine_type, model in await gateway.models()]
@@ -10666,8 +10659,8 @@ def create_v1_router(gateway: Gateway) -> Any:
 def v1_body_schema(path: str) -> dict[str, Any]:
     """What OpenAPI says of a /v1 body: the fields that are checked here, and the required ones."""
     schema: dict[str, Any] = {"type": "object", "additionalProperties": True}
-    if REQUIRED_FIELDS[path]:
-        schema["required"] = list(REQUIRED_FIELDS[path])
+    if required := V1_SURFACES[path][1]:
+        schema["required"] = list(required)
     if path in SURFACES:
         checked = inlined(body_adapter(V1Body).json_schema())["properties"]
         checked |= inlined(body_adapter(PlainBody).json_schema())["properties"] if path not in GENERATED else {}
