@@ -9292,7 +9292,6 @@ class Surface(ABC):
     `event` and `end` its events.
     """
 
-    content_type = b"text/event-stream; charset=utf-8"
     names: ClassVar[Mapping[str, str]] = {}  #: field of the common request → its name in this API
 
     def __init__(self, request_id: str, path: str) -> None:
@@ -9307,6 +9306,13 @@ class Surface(ABC):
     @abstractmethod
     def read(self, body: dict[str, Any]) -> GenerateRequest:
         """The common request. Raises InvalidRequest, UnsupportedFeature."""
+
+    def require(self, body: dict[str, Any]) -> None:
+        """Raises InvalidRequest where a field is missing without which a /v1 route does nothing."""
+        for name in V1_SURFACES[self.path][1]:
+            if body.get(name) is None:
+                hint = "name one of GET /v1/models" if name == "model" else f"see POST {self.path} in /docs"
+                raise InvalidRequest(f"{name}: is required", hint, param=name)
 
     @abstractmethod
     def write(self, answer: Answer, served: Served) -> bytes:
@@ -9447,10 +9453,7 @@ class OpenAISurface(Surface):
         self.renamed: tuple[bytes, bytes] | None = None  #: the engine's name for the model, and the caller's
 
     def read(self, body: dict[str, Any]) -> GenerateRequest:
-        for name in V1_SURFACES[self.path][1]:
-            if body.get(name) is None:
-                hint = "name one of GET /v1/models" if name == "model" else "see OpenAI's API reference"
-                raise InvalidRequest(f"{name}: is required", hint, param=name)
+        self.require(body)
         request = chat_request(self, without_no_ops(body), self.path)
         self.model, self.streamed = request.body["model"], bool(request.body.get("stream"))
         return request
@@ -9477,7 +9480,7 @@ class OpenAISurface(Surface):
         return data if old == new else data.replace(old, new)
 
 
-def chat_request(surface: Surface, body: dict[str, Any], path: str) -> GenerateRequest:
+def chat_request(surface: Surface, body: dict[str, Any], path: str, **more: Any) -> GenerateRequest:
     """A checked request out of one of OpenAI's bodies. Raises InvalidRequest, UnsupportedFeature."""
     check_body(V1Body, body)
     if "model" in body:
@@ -9495,7 +9498,7 @@ def chat_request(surface: Surface, body: dict[str, Any], path: str) -> GenerateR
     if "messages" in body:
         body["messages"] = without_dump_fields(body["messages"])
     check_together(body)
-    return GenerateRequest(body=body, surface=path, cap=surface.cap, size=surface.size)
+    return GenerateRequest(body=body, surface=path, cap=surface.cap, size=surface.size, **more)
 
 
 def refuse_addresses(messages: Iterable[Any]) -> None:
@@ -9539,20 +9542,16 @@ class TranslatedSurface(Surface):
 
     @abstractmethod
     def to_chat(self, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """The chat request's fields, and the names of those that were left out."""
-
-    @abstractmethod
-    def writer_for(self, body: dict[str, Any]) -> ResponseWriter | MessageWriter:
-        """The writer of the answer to a body that `to_chat` has accepted."""
+        """The chat request's fields, and the names of those that were left out; sets the answer's writer."""
 
     def read(self, body: dict[str, Any]) -> GenerateRequest:
-        if body.get("model") is None:
-            raise InvalidRequest("model: is required", "see GET /v1/models", param="model")
+        self.require(body)
         chat, ignored = self.to_chat(body)
         self.ignored, self.streamed, self.model = tuple(ignored), bool(chat.get("stream")), chat["model"]
-        self.writer = self.writer_for(body)
-        request = chat_request(self, without_no_ops(chat) | (STREAMED if self.streamed else {}), CHAT)
-        return dataclasses.replace(request, hints=frozenset(THINKING_FIELDS))
+        chat = without_no_ops(chat) | (STREAMED if self.streamed else {})
+        choice = body.get("tool_choice")
+        narrowed = isinstance(choice, dict) and choice.get("type") == "allowed_tools"
+        return chat_request(self, chat, CHAT, hints=frozenset(THINKING_FIELDS), narrowed=narrowed)
 
     def write(self, answer: Answer, served: Served) -> bytes:
         return to_json(self.writer.complete(answer.payload))
@@ -9576,16 +9575,10 @@ class ResponsesSurface(TranslatedSurface):
         "response_format": "text.format", "schema": "text.format.schema", "verbosity": "text.verbosity",
     }  # fmt: skip
 
-    def read(self, body: dict[str, Any]) -> GenerateRequest:
-        choice = body.get("tool_choice")
-        narrowed = isinstance(choice, dict) and choice.get("type") == "allowed_tools"
-        return dataclasses.replace(super().read(body), narrowed=narrowed)
-
     def to_chat(self, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        return chat_from_responses(body)
-
-    def writer_for(self, body: dict[str, Any]) -> ResponseWriter:
-        return ResponseWriter(body, f"resp_{self.request_id.replace('-', '')}", int(time.time()))
+        found = chat_from_responses(body)
+        self.writer = ResponseWriter(body, f"resp_{self.request_id.replace('-', '')}", int(time.time()))
+        return found
 
     def error_event(self, error: InferenceError) -> bytes:
         return sse(self.writer.fail(error.openai_code or error.kind, error.message))
@@ -9601,10 +9594,9 @@ class MessagesSurface(TranslatedSurface):
     }  # fmt: skip
 
     def to_chat(self, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        return chat_from_messages(body)
-
-    def writer_for(self, body: dict[str, Any]) -> MessageWriter:
-        return MessageWriter(body, f"msg_{self.request_id.replace('-', '')}")
+        found = chat_from_messages(body)
+        self.writer = MessageWriter(body, f"msg_{self.request_id.replace('-', '')}")
+        return found
 
     def error(self, error: InferenceError) -> tuple[int, dict[str, Any]]:
         message = error.v1_prefix + error.message
@@ -9629,10 +9621,8 @@ class PlainSurface(OpenAISurface):
     """POST /v1/rerank (Cohere's and Jina's), /tokenize and /detokenize (vLLM's): nothing is generated."""
 
     def read(self, body: dict[str, Any]) -> GenerateRequest:
+        self.require(body)
         body = without_no_ops(body)
-        for name in V1_SURFACES[self.path][1]:
-            if name not in body:
-                raise InvalidRequest(f"{name}: is required", f"see POST {self.path} in /docs", param=name)
         if self.path == TOKENIZE and ("prompt" in body) == ("messages" in body):
             raise InvalidRequest("prompt, messages: exactly one is required", "send one of them", param="prompt")
         check_body(PlainBody, body)
@@ -10304,7 +10294,7 @@ class Exchange:
             comments = asyncio.ensure_future(writer.keep_alive())
             try:
                 no_cache = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
-                await self.head(200, surface.content_type, *no_cache)
+                await self.head(200, b"text/event-stream; charset=utf-8", *no_cache)
                 with well_formed(served.engine_type):
                     while burst is not None:
                         await writer.write(surface.event(burst, served))
