@@ -9650,14 +9650,16 @@ V1_SURFACES: dict[str, tuple[type[Surface], tuple[str, ...], str]] = {
     COUNT_TOKENS: (CountTokensSurface, ("model", "messages"), "Anthropic: count a prompt's tokens"),
 }
 
-_JSON_VALUE = re.compile(rb'"(?:[^"\\]+|\\.)*+(?:"|\Z)|([\[{,])', re.DOTALL)  # a string, or what begins a value
+_JSON_STRING = re.compile(rb'"(?:[^"\\]+|\\.)*+(?:"|\Z)', re.DOTALL)
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
     """Strict JSON: an object, not too deep, not of too many parts, no key twice. Raises InvalidRequest."""
     body = body.removeprefix(b"\xef\xbb\xbf")
-    if len(body) >= 65_536 and too_many_values(body):
-        raise InvalidRequest("body: too many values", f"at most {MAX_JSON_VALUES}")
+    if len(body) >= 65_536:
+        bare = _JSON_STRING.sub(b"", body)
+        if bare.count(b"[") + bare.count(b"{") + bare.count(b",") > MAX_JSON_VALUES:
+            raise InvalidRequest("body: too many values", f"at most {MAX_JSON_VALUES}")
     try:
         value = from_json(body)
         _JSON_CHECK.decode(body.decode())
@@ -9668,32 +9670,17 @@ def parse_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequest("body: not a JSON object", "send an object with the fields of this route")
     if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH:
-        refuse_deep(value)
+        refuse_deep(value, MAX_JSON_DEPTH)
     return value
 
 
-def too_many_values(body: bytes) -> bool:
-    """Whether JSON text holds more values than a request may have."""
-    count = 0
-    for found in _JSON_VALUE.finditer(body):
-        if found[1]:
-            count += 1
-            if count > MAX_JSON_VALUES:
-                return True
-    return False
-
-
-def refuse_deep(value: Any) -> None:
-    """Raises InvalidRequest for a value that is nested too deeply."""
-    level = [value]
-    for _ in range(MAX_JSON_DEPTH):
-        below: list[Any] = []
-        for node in level:
-            children = node.values() if isinstance(node, dict) else node
-            below += [child for child in children if isinstance(child, (dict, list))]
-        level = below
-    if level:
+def refuse_deep(value: Any, levels: int) -> None:
+    """Raises InvalidRequest for an object or array of more levels."""
+    if not levels:
         raise InvalidRequest("body: nested too deeply", f"at most {MAX_JSON_DEPTH} levels")
+    for child in value.values() if isinstance(value, dict) else value:
+        if isinstance(child, (dict, list)):
+            refuse_deep(child, levels - 1)
 
 
 def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> None:
