@@ -9733,33 +9733,27 @@ class Metrics:
 
     BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
-    @classmethod
-    def open(cls) -> "Metrics | None":
-        """None where prometheus_client is not installed."""
-        return cls() if installed("prometheus_client") else None
-
     def __init__(self) -> None:
         import prometheus_client as prom
 
         self.prom, self.registry = prom, prom.CollectorRegistry()
-        own: dict[str, Any] = {"registry": self.registry, "namespace": "llm"}
-        labels = ("route", "engine", "endpoint")
-        self.requests = prom.Counter(
-            "requests", "Requests by route, engine and HTTP status", (*labels, "status"), **own
-        )
-        self.errors = prom.Counter("errors", "Errors by engine and kind", ("engine", "endpoint", "kind"), **own)
-        self.tokens = prom.Counter("tokens", "Tokens as the engine counted them", ("engine", "endpoint", "kind"), **own)
-        timed = own | {"buckets": self.BUCKETS}
-        self.seconds = prom.Histogram(
-            "request_seconds", "Seconds from the request's header to its end", labels, **timed
-        )
-        self.first = prom.Histogram("first_token_seconds", "Seconds to a stream's first event", labels, **timed)
-        shared = own | {"multiprocess_mode": "livesum"}
-        self.in_flight = prom.Gauge("requests_in_flight", "Requests being worked on", **shared)
-        self.waiting = prom.Gauge("requests_waiting", "Requests waiting for a place", **shared)
-        up = own | {"multiprocess_mode": "livemin"}
-        self.up = prom.Gauge("engine_up", "1 when the default engine answers", **up)
-        self.endpoint_up = prom.Gauge("endpoint_up", "1 when the endpoint is up", ("endpoint",), **up)
+
+        def metric(kind: Any, name: str, text: str, *labels: str, **more: Any) -> Any:
+            return kind(name, text, labels, namespace="llm", registry=self.registry, **more)
+
+        where, kinds = ("route", "engine", "endpoint"), ("engine", "endpoint", "kind")
+        self.requests = metric(prom.Counter, "requests", "Requests by route, engine and HTTP status", *where, "status")
+        self.errors = metric(prom.Counter, "errors", "Errors by engine and kind", *kinds)
+        self.tokens = metric(prom.Counter, "tokens", "Tokens as the engine counted them", *kinds)
+        histogram = functools.partial(metric, prom.Histogram, buckets=self.BUCKETS)
+        self.seconds = histogram("request_seconds", "Seconds from the request's header to its end", *where)
+        self.first = histogram("first_token_seconds", "Seconds to a stream's first event", *where)
+        total = functools.partial(metric, prom.Gauge, multiprocess_mode="livesum")
+        self.in_flight = total("requests_in_flight", "Requests being worked on")
+        self.waiting = total("requests_waiting", "Requests waiting for a place")
+        least = functools.partial(metric, prom.Gauge, multiprocess_mode="livemin")
+        self.up = least("engine_up", "1 when the default engine answers")
+        self.endpoint_up = least("endpoint_up", "1 when the endpoint is up", "endpoint")
         self.children: dict[tuple[Any, ...], Any] = {}  # labels() costs more than all else here
 
     def child(self, metric: Any, *labels: Any) -> Any:
@@ -9810,7 +9804,7 @@ class Catalog:
         self.settings = settings
         self.default = llm or settings.inferencer()
         self.others: dict[str, LLMInferencer] = {}  #: engines at their default addresses, which a request may name
-        self.listed: tuple[float, list[tuple[str, ModelInfo]]] = (float("-inf"), [])
+        self.listed: tuple[float, list[tuple[str, ModelInfo]]] = (0.0, [])  #: when, and (engine, model)
 
     @property
     def configured(self) -> bool:
@@ -9824,53 +9818,43 @@ class Catalog:
         engine_class(engine_type)
         if self.configured:
             return self.default
-        await self._known_default()
+        with contextlib.suppress(InferenceError):  # it is not this request's error that no engine is found for "auto"
+            await self.default.found()
         if engine_type == self.default.engine_type:
             return self.default
         if engine_type not in self.others:
             self.others[engine_type] = LLMInferencer(engine_type, launch=False, deadlines=self.settings.deadlines)
         return self.others[engine_type]
 
-    async def _known_default(self) -> None:
-        """With engine "auto": wait until it is found; a failure to find it is not this request's error."""
-        with contextlib.suppress(InferenceError):
-            await self.default.found()
-
     async def models(self) -> list[tuple[str, ModelInfo]]:
         """(engine, model) of every engine that answers; refreshed after ten seconds, and at once where none did."""
-        if time.monotonic() - self.listed[0] > 10 or not self.listed[1]:
-            self.listed = (time.monotonic(), await self._list())
+        now = time.monotonic()
+        if now - self.listed[0] > 10 or not self.listed[1]:
+            found = {}
+            for engine_type, model in await self._list():
+                found[engine_type, model.name] = (engine_type, model)  # a replica is no second model
+            self.listed = (now, list(found.values()))
         return self.listed[1]
 
-    async def _list(self) -> list[tuple[str, ModelInfo]]:
+    async def _list(self) -> Iterable[tuple[str, ModelInfo]]:
         if self.configured:
             fleet = await self.default.found()
-            found = {}
-            for endpoint, model in await fleet.models():
-                found[endpoint.adapter.engine_type, model.name] = model
-            return [(engine_type, model) for (engine_type, _), model in found.items()]
+            return [(endpoint.adapter.engine_type, model) for endpoint, model in await fleet.models()]
+        return itertools.chain(*await asyncio.gather(*map(self._models_of, LLMInferencer.ENGINE_MAP)))
 
-        async def one(name: str) -> list[tuple[str, ModelInfo]]:
-            llm = await self.inferencer(name)
-            if starting(llm):
-                return []
+    async def _models_of(self, name: str) -> list[tuple[str, ModelInfo]]:
+        llm = await self.inferencer(name)
+        if not starting(llm):
             with contextlib.suppress(InferenceError):
                 return [(name, model) for model in await llm.amodels()]
-            return []
-
-        lists = await asyncio.gather(*(one(name) for name in LLMInferencer.ENGINE_MAP))
-        found = {}
-        for pairs in lists:
-            for engine_type, model in pairs:
-                found[engine_type, model.name] = model  # a replica is no second model
-        return [(engine_type, model) for (engine_type, _), model in found.items()]
+        return []
 
     async def engines(self) -> list[dict[str, Any]]:
         """What each engine is: reachable, version, models, features, endpoints; or why not."""
         if self.configured:
             fleet = await self.default.found()
-            return list(await asyncio.gather(*(self._describe_endpoint(endpoint) for endpoint in fleet.endpoints)))
-        return list(await asyncio.gather(*(self._describe(name) for name in LLMInferencer.ENGINE_MAP)))
+            return await asyncio.gather(*map(self._describe_endpoint, fleet.endpoints))
+        return await asyncio.gather(*map(self._describe, LLMInferencer.ENGINE_MAP))
 
     async def _describe_endpoint(self, endpoint: Endpoint) -> dict[str, Any]:
         adapter = endpoint.adapter
@@ -9880,21 +9864,18 @@ class Catalog:
         return found | {"reachable": found["state"] == "up", "version": adapter.version, "how": adapter.how}
 
     async def _describe(self, name: str) -> dict[str, Any]:
-        llm = await self.inferencer(name)
-        health: dict[str, Any]
+        llm, features = await self.inferencer(name), frozenset[str]()
         if progress := starting(llm):
-            health = {"engine_type": name, "healthy": False, "error": f"starting: {progress}"}
+            health: dict[str, Any] = {"healthy": False, "error": f"starting: {progress}"}
         else:
             health = await llm.ahealth()
-        features: list[str] = []
         if health["healthy"]:
-            adapter = await llm.engine()
+            adapter, models = await llm.engine(), health["models"]
             try:
-                models = health["models"]
-                features = sorted(await adapter.features(models[0]) if models else adapter.capabilities)
+                features = await adapter.features(models[0]) if models else adapter.capabilities
             except InferenceError as exc:  # too busy to say: no reason to hide the others
                 health["error"] = exc.message
-        known = {"reachable": health.pop("healthy"), "default": llm is self.default, "features": features}
+        known = {"reachable": health.pop("healthy"), "default": llm is self.default, "features": sorted(features)}
         return known | health | {"engine_type": name}  # a default that was not found calls itself "auto"
 
 
@@ -10009,32 +9990,32 @@ class Gateway(Catalog):
     async def route(self, surface: Surface) -> tuple[LLMInferencer, str | None]:
         """Where a request goes: an alias, `engine/model`, or the engine and model that it names."""
         engine_type, model = surface.engine_type, surface.model
+        if self.configured:
+            if engine_type not in (None, "auto"):
+                model = f"{engine_type}/{model or ''}"
+            return await self.inferencer(engine_type), model or None
         if engine_type in (None, "auto") and model is not None:
-            if model in self.settings.aliases and not self.configured:
+            if model in self.settings.aliases:
                 engine_type, model = await self._alias_target(model)
-            elif not self.configured:
+            else:
                 prefix, _, rest = model.partition("/")
                 known = self.default.fleet.endpoints if self.default.fleet else ()
                 if rest and prefix in LLMInferencer.ENGINE_MAP and not any(model in e.known_models for e in known):
                     engine_type, model = prefix, rest
-        elif self.configured and engine_type not in (None, "auto"):
-            model = f"{engine_type}/{model or ''}"
         llm = await self.inferencer(engine_type)
-        if isinstance(surface, OwnSurface) or self.configured or engine_type is not None or model is None:
+        if isinstance(surface, OwnSurface) or engine_type is not None or model is None:
             return llm, model or None
         return await self._owner(llm, model)
 
     async def _alias_target(self, alias: str) -> tuple[str, str]:
         """Engine and model of the first target whose engine can be reached, else of the last."""
-        engine_type = model = ""
-        for target in self.settings.aliases[alias]:
+        *others, last = self.settings.aliases[alias]
+        for target in others:
             engine_type, _, model = target.partition("/")
-            if len(self.settings.aliases[alias]) > 1:
-                try:
-                    await (await (await self.inferencer(engine_type)).engine()).connect()
-                except InferenceError:
-                    continue
-            break
+            with contextlib.suppress(InferenceError):
+                await (await (await self.inferencer(engine_type)).engine()).connect()
+                return engine_type, model
+        engine_type, _, model = last.partition("/")
         return engine_type, model
 
     async def _owner(self, llm: LLMInferencer, model: str) -> tuple[LLMInferencer, str]:
@@ -10045,13 +10026,13 @@ class Gateway(Catalog):
         for endpoint in fleet.endpoints:
             if endpoint.has_listed(model, fleet.look_at) or await endpoint.serves(model):
                 return llm, model
-        owners = [engine_type for engine_type, info in await self.models() if info.name == model]
-        if not owners:  # an engine may have been started since
-            self.listed = (float("-inf"), [])
-            owners = [engine_type for engine_type, info in await self.models() if info.name == model]
-        if len(set(owners)) != 1:
+        if not any(info.name == model for _, info in await self.models()):  # an engine may have been started since
+            self.listed = (0.0, [])
+        models = await self.models()
+        owners = [engine for engine, info in models if info.name == model]
+        if len(owners) != 1:
             where = "several engines serve" if owners else "no engine serves"
-            names = [name for engine, info in await self.models() for name in (info.name, f"{engine}/{info.name}")]
+            names = [name for engine, info in models for name in (info.name, f"{engine}/{info.name}")]
             hint = did_you_mean(model, names, "see GET /v1/models, or write engine/model")
             raise ModelNotFound(f"{where} the model {model[:100]!r}", hint, param="model")
         return await self.inferencer(owners[0]), model
@@ -10091,15 +10072,11 @@ class Gateway(Catalog):
 
     async def read(self, surface: Surface, raw: bytes) -> GenerateRequest:
         """The common request; a large body, a schema or a pattern is looked at in a thread, for it may take a while."""
-
         surface.cap, surface.size = self.settings.max_tokens_cap, len(raw)
-
-        def read() -> GenerateRequest:
-            return surface.read(parse_object(raw))
-
         if len(raw) < 65_536 and not _COSTLY.search(raw):
-            return read()
-        return await asyncio.get_running_loop().run_in_executor(self.parsing, read)
+            return surface.read(parse_object(raw))
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.parsing, lambda: surface.read(parse_object(raw)))
 
 
 _COSTLY = re.compile(rb'"(schema|json_schema|regex|grammar|ebnf|parameters|structured_outputs|input_schema|format)"')
@@ -10806,7 +10783,7 @@ def create_app(settings: Settings | None = None, llm: LLMInferencer | None = Non
 
         make = functools.partial(FastAPIOffline, static_url=ASSETS)
     gateway = Gateway(settings or Settings(), llm)
-    gateway.metrics = Metrics.open()
+    gateway.metrics = Metrics() if installed("prometheus_client") else None
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -11207,7 +11184,7 @@ def reload_config(gateway: Gateway) -> None:
     removed = [endpoint for endpoint in fleet.endpoints if endpoint not in kept]
     fleet.endpoints, fleet.aliases = kept, fresh.aliases
     gateway.settings = settings
-    gateway.listed = (float("-inf"), [])
+    gateway.listed = (0.0, [])
     logger.info("the configuration was read again: %d endpoints, %d removed", len(kept), len(removed))
     for endpoint in removed:
         endpoint.removed = True
