@@ -9347,7 +9347,7 @@ class OwnSurface(Surface):
 
     def __init__(self, request_id: str, path: str) -> None:
         super().__init__(request_id, path)
-        self.shape = OWN_BODIES[path]
+        self.shape = OWN_ROUTES[path][0]
         self.structured = self.shape is StructuredBody  #: is the answer a checked value?
         self.reader = ChunkReader()
         self.before = b'data: {"request_id":"%s","code":200,"msg":"success","data":' % request_id.encode()
@@ -9635,8 +9635,15 @@ class PlainSurface(OpenAISurface):
         return to_json(answer.payload)
 
 
-#: our own routes, and their bodies
-OWN_BODIES: dict[str, type] = {"/generate": GenerateBody, "/chat": ChatBody, "/structured-generate": StructuredBody}
+#: our own routes: path → body, summary, and what the answer's example holds beside that of /generate
+OWN_ROUTES: dict[str, tuple[type, str, dict[str, Any]]] = {
+    "/generate": (GenerateBody, "Answer a prompt", {}),
+    "/chat": (ChatBody, "Answer messages", {"message": {"role": "assistant", "content": "Paris."}}),
+    "/structured-generate": (
+        StructuredBody, "Answer with checked JSON",
+        {"text": '{"city": "Paris"}', "enforced_by": "engine", "result": {"city": "Paris"}},
+    ),
+}  # fmt: skip
 #: the /v1 routes: path → surface, the fields without which it does nothing, summary
 V1_SURFACES: dict[str, tuple[type[Surface], tuple[str, ...], str]] = {
     CHAT: (OpenAISurface, ("model", "messages"), "OpenAI: chat completions"),
@@ -10099,23 +10106,16 @@ class Exchange:
         self.gone = False  #: has the client disconnected, or stopped reading?
         self.sent = b""  #: the last part of a stream
         self.body: bytes | None = None  #: the body, where somebody has read it before
-        self.extra: list[tuple[bytes, bytes]] = []
-        self.task: asyncio.Task[Any] | None = None
+        self.task: asyncio.Task[Any]
         self.send: Send
         self.splice: Callable[[bytes], bool] | None = None  #: our own server's, see `LimitsMixin.splice`
-
-    @property
-    def request_id(self) -> str:
-        """The caller's X-Request-Id where it is a UUID, else a new one."""
-        return self.surface.request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.send, status = send, 499
         self.splice = scope.get("extensions", {}).get(SPLICE)
         headers = dict(scope["headers"])
         self._identify(headers)
-        self.task = asyncio.current_task()
-        assert self.task is not None
+        self.task = asyncio.current_task()  # type: ignore[assignment]
         watch: asyncio.Task[None] | None = None
         try:
             body = await self._read(headers, receive)
@@ -10131,7 +10131,8 @@ class Exchange:
             self.task.uncancel()
             if not self.gone:
                 status = 503
-                await self._fail_at_shutdown()
+                with contextlib.suppress(TimeoutError, asyncio.CancelledError):  # nobody waits for a client to read
+                    await asyncio.wait_for(self.fail(NotReady("the server is stopping", "ask again")), 1)
         except Exception as exc:
             status = await self.fail(as_inference_error(exc))  # no name keeps the error: its traceback keeps the body
         finally:
@@ -10142,10 +10143,11 @@ class Exchange:
             await self.answer(b"", status)
 
     def _identify(self, headers: Mapping[bytes, bytes]) -> None:
-        given = headers.get(b"x-request-id")
-        self.surface = self.make_surface(given.decode() if given and UUID.fullmatch(given) else str(uuid.uuid4()))
-        REQUEST_ID.set(self.request_id)
-        trace = {}
+        """The caller's X-Request-Id where it is a UUID, else a new one; and what is traced."""
+        given = headers.get(b"x-request-id", b"")
+        request_id = given.decode() if UUID.fullmatch(given) else str(uuid.uuid4())
+        self.surface, trace = self.make_surface(request_id), {}
+        REQUEST_ID.set(request_id)
         parent, state = headers.get(b"traceparent", b""), headers.get(b"tracestate", b"")
         if TRACEPARENT.fullmatch(parent):
             trace["traceparent"] = parent.decode()
@@ -10189,26 +10191,18 @@ class Exchange:
             data = surface.write(answer, self.served)
         await self.answer(data)
 
-    async def _fail_at_shutdown(self) -> None:
-        with contextlib.suppress(TimeoutError, asyncio.CancelledError):  # a client that does not read is not waited for
-            await asyncio.wait_for(self.fail(NotReady("the server is stopping", "ask again")), 1)
-
     def _log(self, path: str, status: int) -> None:
-        served = self.served
-        usage = served.usage
+        served, usage = self.served, self.served.usage
         tokens = f"{usage.prompt_tokens}+{usage.completion_tokens}" if usage else "-"
-        who = served.endpoint or served.engine_type
-        seconds = time.monotonic() - self.began
-        kind = f" {self.error_kind}" if self.error_kind else ""
-        logger.info(
-            "%s %s %s %s %s %.3fs %s%s", self.request_id, path, who, served.model, status, seconds, tokens, kind
-        )
+        who, seconds = served.endpoint or served.engine_type, time.monotonic() - self.began
+        kind, request_id = f" {self.error_kind}".rstrip(), self.surface.request_id
+        logger.info("%s %s %s %s %s %.3fs %s%s", request_id, path, who, served.model, status, seconds, tokens, kind)
         if self.gateway.metrics:
             self.gateway.metrics.record(self, path, status)
 
     def leave(self) -> None:
         """Nobody is left to answer: end the work, once."""
-        if self.task is not None and not self.gone:
+        if not self.gone:
             self.gone = True
             self.task.cancel()
 
@@ -10222,24 +10216,24 @@ class Exchange:
             gap = b"" if self.sent.endswith(b"\n\n") else b"\n\n"  # a relayed event may lack its blank line
             await self.send({"type": "http.response.body", "body": gap + self.surface.error_event(error)})
             return status
-        self.extra.append((b"x-error-kind", error.kind.encode()))
+        more = [(b"x-error-kind", error.kind.encode())]
         if error.retry_after:
-            self.extra.append((b"retry-after", str(error.retry_after).encode()))
-        await self.answer(to_json(body), status)
+            more.append((b"retry-after", str(error.retry_after).encode()))
+        await self.answer(to_json(body), status, *more)
         return status
 
-    async def answer(self, body: bytes, status: int = 200) -> None:
+    async def answer(self, body: bytes, status: int = 200, *more: tuple[bytes, bytes]) -> None:
         """Send a complete answer."""
-        await self.head(status, b"application/json", (b"content-length", str(len(body)).encode()))
+        await self.head(status, b"application/json", (b"content-length", str(len(body)).encode()), *more)
         await self.send({"type": "http.response.body", "body": body})
 
     async def head(self, status: int, content_type: bytes, *more: tuple[bytes, bytes]) -> None:
         """Send the status and the headers."""
         self.started = True
-        headers = [(b"content-type", content_type), (b"x-request-id", self.request_id.encode()), *more, *self.extra]
-        ignored = [*self.surface.ignored]
-        ignored += [self.surface.names.get(name, name) for name in self.served.ignored]
-        if ignored and not isinstance(self.surface, OwnSurface):
+        surface = self.surface
+        headers = [(b"content-type", content_type), (b"x-request-id", surface.request_id.encode()), *more]
+        ignored = [*surface.ignored, *(surface.names.get(name, name) for name in self.served.ignored)]
+        if ignored and not isinstance(surface, OwnSurface):
             headers.append((b"x-ignored-fields", ", ".join(ignored).encode("ascii", "replace")[:4000]))
         if self.served.endpoint:
             headers.append((b"x-endpoint", self.served.endpoint.encode("ascii", "replace")))
@@ -10375,15 +10369,6 @@ _ANSWER_EXAMPLE: dict[str, Any] = {
     "model_name": "SmolLM2-135M-Instruct.Q4_1",
     "timing": {"ttft": 0.05, "total": 0.1, "tokens_per_second": 48.0},
 }
-#: our own routes: path → summary, and what the answer holds beside that
-_OWN_ANSWERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "/generate": ("Answer a prompt", {}),
-    "/chat": ("Answer messages", {"message": {"role": "assistant", "content": "Paris."}}),
-    "/structured-generate": (
-        "Answer with checked JSON",
-        {"text": '{"city": "Paris"}', "enforced_by": "engine", "result": {"city": "Paris"}},
-    ),
-}
 _ENGINE_EXAMPLE = {
     "engine_type": "llamacpp", "reachable": True, "version": "b0", "models": [DEMO], "features": ["schema"],
 }  # fmt: skip
@@ -10404,36 +10389,35 @@ _FAILURES = (
 )
 
 
-def inlined(schema: dict[str, Any]) -> dict[str, Any]:
-    """A JSON Schema with its definitions in their places, so that it can stand anywhere in an OpenAPI page."""
-    definitions = schema.pop("$defs", {})
-
-    def put(node: Any) -> Any:
-        if isinstance(node, list):
-            return [put(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        ref = node.get("$ref")
-        if isinstance(ref, str):
-            return put(definitions[ref.rpartition("/")[2]])
-        return {key: put(value) for key, value in node.items() if key != "discriminator"}
-
-    found: dict[str, Any] = put(schema)
+def body_schema(shape: type) -> dict[str, Any]:
+    """A body's JSON Schema with its definitions in their places, so that it can stand anywhere in an OpenAPI page."""
+    schema = body_adapter(shape).json_schema()
+    found: dict[str, Any] = inlined(schema, schema.pop("$defs", {}))
     return found
+
+
+def inlined(node: Any, definitions: Mapping[str, Any]) -> Any:
+    """A part of a JSON Schema, with what it refers to in its place."""
+    if isinstance(node, list):
+        return [inlined(item, definitions) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if "$ref" in node:
+        return inlined(definitions[node["$ref"].rpartition("/")[2]], definitions)
+    return {key: inlined(value, definitions) for key, value in node.items() if key != "discriminator"}
+
+
+def documented(description: str, example: Any, **schema: Any) -> dict[str, Any]:
+    """What OpenAPI says of a response."""
+    return {"description": description, "content": {"application/json": {**schema, "example": example}}}
 
 
 def envelope_responses(example: Any, failures: Sequence[InferenceError]) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's responses of one of our own routes."""
-
-    def content(value: Any) -> dict[str, Any]:
-        return {"application/json": {"schema": _ENVELOPE, "example": value}}
-
-    found: dict[int | str, dict[str, Any]] = {
-        200: {"description": "the answer", "content": content(envelope(_EXAMPLE_ID, example))}
-    }
+    answer = documented("the answer", envelope(_EXAMPLE_ID, example), schema=_ENVELOPE)
+    found: dict[int | str, dict[str, Any]] = {200: answer}
     for error in failures:
-        shown = envelope(_EXAMPLE_ID, error=error)
-        found[error.status] = {"description": error.kind, "content": content(shown)}
+        found[error.status] = documented(error.kind, envelope(_EXAMPLE_ID, error=error), schema=_ENVELOPE)
     return found
 
 
@@ -10441,8 +10425,7 @@ def v1_responses() -> dict[int | str, dict[str, Any]]:
     """OpenAPI's responses of the /v1 routes."""
     found: dict[int | str, dict[str, Any]] = {}
     for error in (*_FAILURES, ModelNotFound("no endpoint serves the model", "see /v1/models", param="model")):
-        content = {"application/json": {"example": error_object(error)}}
-        found[error.v1[0]] = {"description": error.openai_code or error.kind, "content": content}
+        found[error.v1[0]] = documented(error.openai_code or error.kind, error_object(error))
     return found
 
 
@@ -10466,9 +10449,8 @@ def create_router(
 
     router = APIRouter(prefix=API, tags=["llm"], route_class=envelope_route(), lifespan=lifespan)
 
-    for path, (summary, answer) in _OWN_ANSWERS.items():
-        shape, responses = OWN_BODIES[path], envelope_responses(_ANSWER_EXAMPLE | answer, _FAILURES)
-        schema = own_body_schema(shape, here)
+    for path, (shape, summary, answer) in OWN_ROUTES.items():
+        schema, responses = own_body_schema(shape, here), envelope_responses(_ANSWER_EXAMPLE | answer, _FAILURES)
         add_exchange(router, here, path, OwnSurface, schema, EXAMPLES[shape], summary=summary, responses=responses)
 
     async def engines() -> Response:
@@ -10508,7 +10490,7 @@ def add_exchange(
 
 def own_body_schema(shape: type, gateway: Gateway) -> dict[str, Any]:
     """The JSON Schema of one of our own bodies, with this server's limits in it."""
-    schema = inlined(body_adapter(shape).json_schema())
+    schema = body_schema(shape)
     for option in schema["properties"]["max_tokens"]["anyOf"]:
         if option.get("type") == "integer":
             option["description"] = f"values above {gateway.settings.max_tokens_cap} are reduced to it"
@@ -10616,10 +10598,10 @@ def v1_body_schema(path: str) -> dict[str, Any]:
     if required := V1_SURFACES[path][1]:
         schema["required"] = list(required)
     if path in SURFACES:
-        checked = inlined(body_adapter(V1Body).json_schema())["properties"]
-        checked |= inlined(body_adapter(PlainBody).json_schema())["properties"] if path not in GENERATED else {}
-        rows = {name for where, _, names in field_rows() if SURFACES[path] in where for name in names}
-        schema["properties"] = {name: form for name, form in checked.items() if name in rows}
+        checked = body_schema(V1Body)["properties"]
+        checked |= body_schema(PlainBody)["properties"] if path not in GENERATED else {}
+        known = column(ENGINES[0], SURFACES[path])
+        schema["properties"] = {name: form for name, form in checked.items() if name in known}
     return schema
 
 
