@@ -9256,9 +9256,12 @@ def check_body(shape: type, body: dict[str, Any]) -> None:
         body_adapter(shape).validate_python(body)
     except ValidationError as exc:
         known = () if shape in (V1Body, PlainBody) else typing.get_type_hints(shape)
-        for name, other, route in (("messages", "prompt", "/chat"), ("prompt", "messages", "/generate")):
+        hints = {
+            "messages": "send prompt here, or messages to /chat",
+            "prompt": "send messages here, or prompt to /generate",
+        }
+        for name, hint in hints.items():
             if known and name in body and name not in known:
-                hint = f"send {other} here, or {name} to {route}"
                 raise InvalidRequest(f"{name}: no such field on this route", hint, param=name) from None
         raise invalid(exc, body, known) from None
 
@@ -9362,9 +9365,9 @@ class OwnSurface(Surface):
             raise InvalidRequest("prompt, messages: exactly one is required", "send prompt or messages", param="prompt")
         self.engine_type, self.model = body.pop("engine_type", None), body.pop("model_name", None)
         self.streamed = bool(body.pop("stream", False))
+        if self.structured and body.keys().isdisjoint(CONSTRAINTS):
+            body["schema"] = {}
         schema = body.pop("schema", None)
-        if schema is None and self.structured and not any(name in body for name in CONSTRAINTS):
-            schema = {}
         if schema is not None:
             schema, _ = normalize_schema(schema)
         messages = messages_from(prompt if messages is None else messages, body.pop("system", None))
@@ -9373,59 +9376,51 @@ class OwnSurface(Surface):
         return dataclasses.replace(request, body=request.body | more, cap=self.cap, size=self.size)
 
     def write(self, answer: Answer, served: Served) -> bytes:
-        data = completion_data(answer.completion(served), chat=self.shape is ChatBody, structured=self.structured)
+        done = answer.completion(served)
+        data = self._end_data(done)
+        data |= {"text": done.text, "engine_type": done.engine_type, "model_name": done.model_name}
+        for name in ("reasoning", "tool_calls", "logprobs"):
+            if value := getattr(done, name):
+                data[name] = value
+        if done.enforced_by != "none":
+            data["enforced_by"] = done.enforced_by
+        if self.shape is ChatBody:
+            data["message"] = {"role": "assistant", "content": done.text}
+            if done.tool_calls:
+                data["message"]["tool_calls"] = done.tool_calls
         return to_json(envelope(self.request_id, data))
 
     def event(self, burst: Burst, served: Served) -> bytes:
-        return b"".join([self._event(chunk) for chunk in self.reader.chunks(burst)])
+        return b"".join([self._event(chunk_data(chunk)) for chunk in self.reader.chunks(burst)])
 
-    def _event(self, chunk: Chunk) -> bytes:
-        return self.before + to_json(chunk_data(chunk, self.structured)) + b"}\n\n"
+    def _event(self, data: dict[str, Any]) -> bytes:
+        return self.before + to_json(data) + b"}\n\n"
 
     def end(self, served: Served) -> bytes:
         last = self.reader.last(served)
         served.usage = last.usage
-        return self._event(last) + b"data: [DONE]\n\n"
+        return self._event(self._end_data(last)) + b"data: [DONE]\n\n"
+
+    def _end_data(self, done: Completion | Chunk) -> dict[str, Any]:
+        """What a complete answer has in common with the last event of a stream."""
+        usage, timing = done.usage or Usage(), done.timing or Timing(total=0.0)
+        seconds = {"ttft": timing.ttft, "total": timing.total, "tokens_per_second": timing.tokens_per_second}
+        rounded = {name: value if value is None else round(value, 4) for name, value in seconds.items()}
+        data: dict[str, Any] = {"finish_reason": done.finish_reason, "usage": usage.as_dict(), "timing": rounded}
+        if self.structured:
+            data["result"] = done.result
+        if done.ignored:
+            data["ignored"] = done.ignored
+        return data
 
     def error(self, error: InferenceError) -> tuple[int, dict[str, Any]]:
         return error.status, envelope(self.request_id, error=error)
 
 
-def completion_data(done: Completion, *, chat: bool, structured: bool) -> dict[str, Any]:
-    """`data` of a complete answer."""
-    data: dict[str, Any] = {
-        "text": done.text,
-        "finish_reason": done.finish_reason,
-        "usage": done.usage.as_dict(),
-        "engine_type": done.engine_type,
-        "model_name": done.model_name,
-        "timing": timing_data(done.timing),
-    }
-    for name in ("reasoning", "tool_calls", "logprobs", "ignored"):
-        value = getattr(done, name)
-        if value:
-            data[name] = value
-    if done.enforced_by != "none":
-        data["enforced_by"] = done.enforced_by
-    if chat:
-        data["message"] = {"role": "assistant", "content": done.text}
-        if done.tool_calls:
-            data["message"]["tool_calls"] = done.tool_calls
-    if structured:
-        data["result"] = done.result
-    return data
-
-
-def timing_data(timing: Timing) -> dict[str, Any]:
-    """`timing` of an answer, in seconds."""
-    data = {"ttft": timing.ttft, "total": timing.total, "tokens_per_second": timing.tokens_per_second}
-    return {name: round(value, 4) if value is not None else None for name, value in data.items()}
-
-
-def chunk_data(chunk: Chunk, structured: bool) -> dict[str, Any]:
-    """`data` of one streamed event."""
+def chunk_data(chunk: Chunk) -> dict[str, Any]:
+    """`data` of one streamed event before the last."""
     data: dict[str, Any] = {}
-    if chunk.text or (chunk.finish_reason is None and not chunk.reasoning and not chunk.tool_calls):
+    if chunk.text or not (chunk.reasoning or chunk.tool_calls):
         data["delta"] = chunk.text
     if chunk.reasoning:
         data["reasoning_delta"] = chunk.reasoning
@@ -9433,15 +9428,6 @@ def chunk_data(chunk: Chunk, structured: bool) -> dict[str, Any]:
         data["tool_call_delta"] = chunk.tool_calls
     if chunk.logprobs:
         data["logprobs"] = chunk.logprobs
-    if chunk.finish_reason is None:
-        return data
-    data["finish_reason"] = chunk.finish_reason
-    data["usage"] = (chunk.usage or Usage()).as_dict()
-    data["timing"] = timing_data(chunk.timing or Timing(total=0.0))
-    if structured:
-        data["result"] = chunk.result
-    if chunk.ignored:
-        data["ignored"] = chunk.ignored
     return data
 
 
@@ -9459,8 +9445,6 @@ class OpenAISurface(Surface):
         return request
 
     def write(self, answer: Answer, served: Served) -> bytes:
-        if answer.data and answer.payload.get("model") in (None, self.model):
-            return answer.data
         if answer.data:
             return self._with_name(answer.data, served)
         return to_json({**answer.payload, "model": self.model})
@@ -9489,8 +9473,7 @@ def chat_request(surface: Surface, body: dict[str, Any], path: str, **more: Any)
         reason = "prompt, n: more than 128 answers in one request"
         raise InvalidRequest(reason, "send several requests", param="prompt")
     refuse_addresses(body.get("messages") or ())
-    if isinstance(body.get("input"), (dict, list)):
-        refuse_address(body["input"])
+    refuse_address(body.get("input"))
     template = body.get("chat_template_kwargs")
     if template is not None and not (isinstance(template, dict) and set(template) <= {"enable_thinking"}):
         reason = "chat_template_kwargs: only enable_thinking may be set"
@@ -9504,17 +9487,8 @@ def chat_request(surface: Surface, body: dict[str, Any], path: str, **more: Any)
 def refuse_addresses(messages: Iterable[Any]) -> None:
     """Images and the like come as data, not as addresses that an engine would fetch for the caller."""
     for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else ():
-            refuse_address(part)
-            if not isinstance(part, dict):
-                continue
-            kind = str(part.get("type")).lower()
-            place = part.get(kind) if kind.endswith("_url") else "data:"
-            url = place.get("url") if isinstance(place, dict) else place
-            if not str(url).startswith("data:"):
-                reason = f"messages: a part of type {kind[:40]} must hold a data: URL"
-                raise InvalidRequest(reason, "send the image as data: data:image/png;base64,…", param="messages")
+        if isinstance(message, dict) and isinstance(message.get("content"), list):
+            refuse_address(message["content"])
 
 
 def refuse_address(part: Any, key: str = "") -> None:
