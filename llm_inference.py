@@ -9595,8 +9595,8 @@ class PlainSurface(OpenAISurface):
     """POST /v1/rerank (Cohere's and Jina's), /tokenize and /detokenize (vLLM's): nothing is generated."""
 
     def read(self, body: dict[str, Any]) -> GenerateRequest:
-        self.require(body)
         body = without_no_ops(body)
+        self.require(body)
         if self.path == TOKENIZE and ("prompt" in body) == ("messages" in body):
             raise InvalidRequest("prompt, messages: exactly one is required", "send one of them", param="prompt")
         check_body(PlainBody, body)
