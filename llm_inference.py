@@ -111,7 +111,6 @@ if TYPE_CHECKING:
     import argparse
 
     from requests import Response, Session
-    from starlette.responses import Response as StarletteResponse
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -9169,9 +9168,7 @@ Send: TypeAlias = Callable[[dict[str, Any]], Coroutine[Any, Any, None]]
 class Body(Sampling, total=False):
     """What every one of our own routes takes beside its prompt or messages."""
 
-    engine_type: Annotated[
-        str | None, Field(description="ollama, vllm, sglang, llamacpp or auto; default: the server's")
-    ]
+    engine_type: str | None  # see `own_body_schema`
     model_name: Annotated[
         str | None, Field(max_length=1024, description="default: the server's, else the engine's first")
     ]
@@ -9256,12 +9253,9 @@ def check_body(shape: type, body: dict[str, Any]) -> None:
         body_adapter(shape).validate_python(body)
     except ValidationError as exc:
         known = () if shape in (V1Body, PlainBody) else typing.get_type_hints(shape)
-        hints = {
-            "messages": "send prompt here, or messages to /chat",
-            "prompt": "send messages here, or prompt to /generate",
-        }
-        for name, hint in hints.items():
+        for name, other, route in (("messages", "prompt", "/chat"), ("prompt", "messages", "/generate")):
             if known and name in body and name not in known:
+                hint = f"send {other} here, or {name} to {route}"
                 raise InvalidRequest(f"{name}: no such field on this route", hint, param=name) from None
         raise invalid(exc, body, known) from None
 
@@ -9274,10 +9268,8 @@ def error_object(error: InferenceError) -> dict[str, Any]:
 
 def envelope(request_id: str, data: Any = None, error: InferenceError | None = None) -> dict[str, Any]:
     """`{"request_id", "code", "msg", "data"}`: every answer of our own routes."""
-    if error is not None:
-        message = f"{error.kind}: {error.message}"
-        return {"request_id": request_id, "code": error.code, "msg": message, "data": None}
-    return {"request_id": request_id, "code": 200, "msg": "success", "data": data}
+    code, message = (200, "success") if error is None else (error.code, f"{error.kind}: {error.message}")
+    return {"request_id": request_id, "code": code, "msg": message, "data": data}
 
 
 def as_inference_error(exc: Exception) -> InferenceError:
@@ -9681,17 +9673,16 @@ _JSON_CHECK = json.JSONDecoder(object_pairs_hook=_refuse_duplicate_keys, parse_f
 
 async def read_body(receive: Receive) -> bytes:
     """The complete body. Raises PayloadTooLarge past 4 MiB, ClientGone when the client disconnects."""
-    parts, size = [], 0
+    body = bytearray()
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > MAX_BODY:
+        body += message.get("body", b"")
+        if len(body) > MAX_BODY:
             raise PayloadTooLarge(f"body: over {MAX_BODY} bytes", "send less")
         if not message.get("more_body"):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+            return bytes(body)
 
 
 def refuse_loop(headers: Mapping[bytes, bytes]) -> None:
@@ -9703,8 +9694,7 @@ def refuse_loop(headers: Mapping[bytes, bytes]) -> None:
 def refuse_long_header(scope: Scope) -> None:
     """Raises HeaderTooLarge past 32 KiB or 100 fields. A header without an end is `limited_protocol`'s."""
     size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
-    for name, value in scope["headers"]:
-        size += len(name) + len(value) + 4
+    size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
     if size > MAX_HEADER or len(scope["headers"]) > 100:
         raise HeaderTooLarge(f"header: over {MAX_HEADER} bytes or 100 fields", "send less")
 
@@ -9877,7 +9867,7 @@ class Gateway(Catalog):
         self.state = "starting"
         # large bodies, one at a time: one thread's heap is enough
         self.parsing = concurrent.futures.ThreadPoolExecutor(1)
-        self.born = time.time()
+        self.born = int(time.time())
         self.metrics: Metrics | None = None
         self.direct: dict[str, Callable[[], Exchange]] = {}  #: what answers a POST, for our own server's short way
         self._watching: asyncio.Task[None] | None = None
@@ -10064,6 +10054,7 @@ _COSTLY = re.compile(rb'"(schema|json_schema|regex|grammar|ebnf|parameters|struc
 #: W3C Trace Context's headers, which are passed on to the engine (w3.org/TR/trace-context)
 TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 TRACESTATE = re.compile(rb"[a-z0-9_\-*/@]{1,241}=[ -~]{1,256}(,[a-z0-9_\-*/@]{1,241}=[ -~]{1,256}){0,3}")
+NOT_CACHED = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))  #: no proxy keeps a stream back
 UUID = re.compile(rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -10225,8 +10216,7 @@ class Exchange:
             writer = EventWriter(self)
             comments = asyncio.ensure_future(writer.keep_alive())
             try:
-                no_cache = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
-                await self.head(200, b"text/event-stream; charset=utf-8", *no_cache)
+                await self.head(200, b"text/event-stream; charset=utf-8", *NOT_CACHED)
                 with well_formed(served.engine_type):
                     while burst is not None:
                         await writer.write(surface.event(burst, served))
@@ -10286,7 +10276,7 @@ class EventWriter:
 
 
 @functools.cache
-def response_class() -> "Callable[[Exchange], StarletteResponse]":
+def response_class() -> Any:
     """A FastAPI endpoint returns it so that an Exchange answers: FastAPI calls it as it calls any Response."""
     from starlette.responses import Response
 
@@ -10427,17 +10417,19 @@ def create_router(
         schema, responses = own_body_schema(shape, here), envelope_responses(_ANSWER_EXAMPLE | answer, _FAILURES)
         add_exchange(router, here, path, OwnSurface, schema, EXAMPLES[shape], summary=summary, responses=responses)
 
+    listed = envelope_responses([_ENGINE_EXAMPLE], [_UNAUTHORIZED])
+
+    @router.get("/engines", summary="List the engines and their features", responses=listed)
     async def engines() -> Response:
         return JSONResponse(envelope(str(uuid.uuid4()), await here.engines()))
 
+    listed = envelope_responses([_MODEL_EXAMPLE], [_UNAUTHORIZED])
+
+    @router.get("/models", summary="List the models of reachable engines", responses=listed)
     async def models() -> Response:
         found = [{"engine_type": name, **dataclasses.asdict(model)} for name, model in await here.models()]
         return JSONResponse(envelope(str(uuid.uuid4()), found))
 
-    listed = envelope_responses([_ENGINE_EXAMPLE], [_UNAUTHORIZED])
-    router.get("/engines", summary="List the engines and their features", responses=listed)(engines)
-    listed = envelope_responses([_MODEL_EXAMPLE], [_UNAUTHORIZED])
-    router.get("/models", summary="List the models of reachable engines", responses=listed)(models)
     return router
 
 
@@ -10454,7 +10446,8 @@ def add_exchange(
     async def endpoint(request: Request) -> Response:
         exchange = make()
         exchange.body = getattr(request, "_body", None)
-        return answered_by(exchange)
+        answer: Response = answered_by(exchange)
+        return answer
 
     content = {"application/json": {"schema": schema, "example": example}}
     extra = {"requestBody": {"required": True, "content": content}}
@@ -10473,7 +10466,6 @@ def own_body_schema(shape: type, gateway: Gateway) -> dict[str, Any]:
     return schema
 
 
-@functools.cache
 def envelope_route() -> Any:
     """Brings the envelope along for whatever is raised on these routes, the host's dependencies included."""
     from fastapi import Request, Response
@@ -10494,31 +10486,21 @@ def envelope_route() -> Any:
                 except ClientGone:
                     return Response(status_code=499)
                 except Exception as exc:
-                    return enveloped_error(exc, JSONResponse)  # type: ignore[return-value]
+                    error, status = http_error(exc)
+                    headers = {**(getattr(exc, "headers", None) or {}), "x-error-kind": error.kind}
+                    return JSONResponse(envelope(str(uuid.uuid4()), error=error), status, headers)
 
             return enveloped
 
     return EnvelopeRoute
 
 
-def enveloped_error(exc: Exception, response: "Callable[..., StarletteResponse]") -> "StarletteResponse":
-    """Any exception as an envelope in a response of that class."""
-    error, status = http_error(exc)
-    headers = getattr(exc, "headers", None) or {}
-    return response(envelope(str(uuid.uuid4()), error=error), status, {**headers, "x-error-kind": error.kind})
-
-
-_KIND_BY_STATUS: dict[int, type[InferenceError]] = {
-    401: Unauthorized, 403: Unauthorized, 404: NotFound, 405: MethodNotAllowed, 413: PayloadTooLarge, 429: Busy,
-    503: NotReady,
-}  # fmt: skip
-
-
 def http_error(exc: Exception) -> tuple[InferenceError, int]:
     """Any exception as one of our errors, and its HTTP status."""
     status = getattr(exc, "status_code", None)
     if status is not None:  # Starlette's and FastAPI's HTTPException
-        kind = _KIND_BY_STATUS.get(status, InvalidRequest if status < 500 else InferenceError)
+        kinds = {each.http: each for each in InferenceError.__subclasses__()} | {403: Unauthorized}
+        kind = kinds.get(status, InvalidRequest if status < 500 else InferenceError)
         return kind(str(getattr(exc, "detail", "")) or "refused", "see /docs"), status
     if type(exc).__name__ == "RequestValidationError":  # FastAPI's, of a host's dependency
         places = []
@@ -10542,8 +10524,8 @@ def create_v1_router(gateway: Gateway) -> Any:
     async def listed() -> list[dict[str, Any]]:
         names = [(f"{engine_type}/{model.name}", engine_type) for engine_type, model in await gateway.models()]
         names += [(alias, targets[0].partition("/")[0]) for alias, targets in gateway.settings.aliases.items()]
-        created = int(gateway.born)
-        return [{"id": name, "object": "model", "created": created, "owned_by": owner} for name, owner in names]
+        known = {"object": "model", "created": gateway.born}
+        return [{"id": name, **known, "owned_by": owner} for name, owner in names]
 
     @router.get("/v1/models", summary="OpenAI, Anthropic: list models")
     async def models(request: Request) -> Response:
