@@ -9281,26 +9281,23 @@ def as_inference_error(exc: Exception) -> InferenceError:
 
 
 class Surface(ABC):
-    """How one kind of caller asks and is answered; one object for each request.
-
-    `read` makes the common request out of the caller's body; `write` the caller's answer out of the common one, or
-    `event` and `end` its events.
-    """
+    """How one kind of caller asks and is answered; one object for each request."""
 
     names: ClassVar[Mapping[str, str]] = {}  #: field of the common request → its name in this API
 
+    streamed = False
+    cap: int | None = None  #: the server's limit of max_tokens
+    size = 0  #: bytes of the body
+    engine_type: str | None = None  #: that the caller names
+    model: str | None = None  #: that the caller names
+    ignored: tuple[str, ...] = ()  #: fields that this surface leaves out
+
     def __init__(self, request_id: str, path: str) -> None:
         self.request_id, self.path = request_id, path
-        self.streamed = False
-        self.cap: int | None = None  #: the server's limit of max_tokens
-        self.size = 0  #: bytes of the body
-        self.engine_type: str | None = None  #: the engine that the caller names
-        self.model: str | None = None  #: the model that the caller names
-        self.ignored: tuple[str, ...] = ()  #: fields that this surface leaves out
 
     @abstractmethod
     def read(self, body: dict[str, Any]) -> GenerateRequest:
-        """The common request. Raises InvalidRequest, UnsupportedFeature."""
+        """The common request, out of the caller's body. Raises InvalidRequest, UnsupportedFeature."""
 
     def require(self, body: dict[str, Any]) -> None:
         """Raises InvalidRequest where a field is missing without which a /v1 route does nothing."""
@@ -9426,9 +9423,7 @@ def chunk_data(chunk: Chunk) -> dict[str, Any]:
 class OpenAISurface(Surface):
     """POST /v1/chat/completions, /v1/completions and /v1/embeddings: OpenAI's body in, the engine's bytes out."""
 
-    def __init__(self, request_id: str, path: str) -> None:
-        super().__init__(request_id, path)
-        self.renamed: tuple[bytes, bytes] | None = None  #: the engine's name for the model, and the caller's
+    renamed: tuple[bytes, bytes] | None = None  #: the engine's name for the model, and the caller's
 
     def read(self, body: dict[str, Any]) -> GenerateRequest:
         self.require(body)
@@ -9865,20 +9860,18 @@ class Gateway(Catalog):
         self.in_flight = self.waiting = 0
         self.places = asyncio.Semaphore(settings.max_in_flight)
         self.state = "starting"
-        # large bodies, one at a time: one thread's heap is enough
-        self.parsing = concurrent.futures.ThreadPoolExecutor(1)
+        self.parsing = concurrent.futures.ThreadPoolExecutor(1)  #: large bodies, one at a time: one thread's heap
         self.born = int(time.time())
         self.metrics: Metrics | None = None
         self.direct: dict[str, Callable[[], Exchange]] = {}  #: what answers a POST, for our own server's short way
         self._watching: asyncio.Task[None] | None = None
 
     def watch(self) -> None:
-        """Keep knowing whether the default engine answers; does nothing the second time."""
+        """From now on: reach the default engine (attach, else start the embedded one), and ask it now and then."""
         if self._watching is None:
             self._watching = asyncio.ensure_future(self._watch())
 
     async def _watch(self) -> None:
-        """Reach the default engine (attach, else start the embedded one), and ask it from time to time."""
         pause = 1.0
         while True:
             try:
@@ -10051,9 +10044,11 @@ class Gateway(Catalog):
 
 
 _COSTLY = re.compile(rb'"(schema|json_schema|regex|grammar|ebnf|parameters|structured_outputs|input_schema|format)"')
-#: W3C Trace Context's headers, which are passed on to the engine (w3.org/TR/trace-context)
-TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-TRACESTATE = re.compile(rb"[a-z0-9_\-*/@]{1,241}=[ -~]{1,256}(,[a-z0-9_\-*/@]{1,241}=[ -~]{1,256}){0,3}")
+#: W3C Trace Context's headers, which are passed on to the engine, the second not alone (w3.org/TR/trace-context)
+TRACE_HEADERS = {
+    "traceparent": re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}"),
+    "tracestate": re.compile(rb"[a-z0-9_\-*/@]{1,241}=[ -~]{1,256}(,[a-z0-9_\-*/@]{1,241}=[ -~]{1,256}){0,3}"),
+}
 NOT_CACHED = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))  #: no proxy keeps a stream back
 UUID = re.compile(rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -10061,19 +10056,20 @@ UUID = re.compile(rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 class Exchange:
     """One request and its answer as pure ASGI: reads the body, watches the client, answers, logs one line."""
 
+    surface: Surface
+    task: asyncio.Task[Any]
+    send: Send
+    splice: Callable[[bytes], bool] | None  #: our own server's, see `LimitsMixin.splice`
+    body: bytes | None = None  #: where somebody has read it before
+    error_kind, first_event = "", 0.0
+    started = False  #: has the answer begun?
+    gone = False  #: has the client disconnected, or stopped reading?
+    sent = b""  #: the last part of a stream
+
     def __init__(self, gateway: Gateway, surface: Callable[[str], Surface]) -> None:
         self.gateway, self.make_surface = gateway, surface
         self.began = time.monotonic()
-        self.surface: Surface
         self.served = Served()
-        self.error_kind, self.first_event = "", 0.0
-        self.started = False  #: has the answer begun?
-        self.gone = False  #: has the client disconnected, or stopped reading?
-        self.sent = b""  #: the last part of a stream
-        self.body: bytes | None = None  #: the body, where somebody has read it before
-        self.task: asyncio.Task[Any]
-        self.send: Send
-        self.splice: Callable[[bytes], bool] | None = None  #: our own server's, see `LimitsMixin.splice`
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.send, status = send, 499
@@ -10113,11 +10109,11 @@ class Exchange:
         request_id = given.decode() if UUID.fullmatch(given) else str(uuid.uuid4())
         self.surface, trace = self.make_surface(request_id), {}
         REQUEST_ID.set(request_id)
-        parent, state = headers.get(b"traceparent", b""), headers.get(b"tracestate", b"")
-        if TRACEPARENT.fullmatch(parent):
-            trace["traceparent"] = parent.decode()
-            if TRACESTATE.fullmatch(state):
-                trace["tracestate"] = state.decode()
+        for name, form in TRACE_HEADERS.items():
+            value = headers.get(name.encode(), b"")
+            if not form.fullmatch(value):
+                break
+            trace[name] = value.decode()
         TRACE.set(trace)
 
     async def _read(self, headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
@@ -10480,8 +10476,8 @@ def envelope_route() -> Any:
                 try:
                     refuse_loop(dict(request.scope["headers"]))
                     if request.method == "POST" and request.scope.get("route") is not None:
-                        # a dependency of the host may read it too
-                        request._body = await read_body(request.receive)  # type: ignore[arg-type]
+                        body = await read_body(request.receive)  # type: ignore[arg-type]
+                        request._body = body  # a dependency of the host may read it too
                     return await handle(request)
                 except ClientGone:
                     return Response(status_code=499)
