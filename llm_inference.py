@@ -9707,11 +9707,14 @@ class Metrics:
         def metric(kind: Any, name: str, text: str, *labels: str, **more: Any) -> Any:
             return kind(name, text, labels, namespace="llm", registry=self.registry, **more)
 
+        def cached(*args: Any, **more: Any) -> Any:  # labels() costs more than all else here
+            return functools.cache(metric(*args, **more).labels)
+
         where, kinds = ("route", "engine", "endpoint"), ("engine", "endpoint", "kind")
-        self.requests = metric(prom.Counter, "requests", "Requests by route, engine and HTTP status", *where, "status")
-        self.errors = metric(prom.Counter, "errors", "Errors by engine and kind", *kinds)
-        self.tokens = metric(prom.Counter, "tokens", "Tokens as the engine counted them", *kinds)
-        histogram = functools.partial(metric, prom.Histogram, buckets=self.BUCKETS)
+        self.requests = cached(prom.Counter, "requests", "Requests by route, engine and HTTP status", *where, "status")
+        self.errors = cached(prom.Counter, "errors", "Errors by engine and kind", *kinds)
+        self.tokens = cached(prom.Counter, "tokens", "Tokens as the engine counted them", *kinds)
+        histogram = functools.partial(cached, prom.Histogram, buckets=self.BUCKETS)
         self.seconds = histogram("request_seconds", "Seconds from the request's header to its end", *where)
         self.first = histogram("first_token_seconds", "Seconds to a stream's first event", *where)
         total = functools.partial(metric, prom.Gauge, multiprocess_mode="livesum")
@@ -9720,33 +9723,20 @@ class Metrics:
         least = functools.partial(metric, prom.Gauge, multiprocess_mode="livemin")
         self.up = least("engine_up", "1 when the default engine answers")
         self.endpoint_up = least("endpoint_up", "1 when the endpoint is up", "endpoint")
-        self.children: dict[tuple[Any, ...], Any] = {}  # labels() costs more than all else here
-
-    def child(self, metric: Any, *labels: Any) -> Any:
-        """The metric with these labels."""
-        found = self.children.get((metric, labels))
-        if found is None:
-            found = self.children[(metric, labels)] = metric.labels(*labels)
-        return found
-
-    def forget(self, endpoint: str) -> None:
-        """An endpoint that is no longer served is not shown as up."""
-        if self.children.pop((self.endpoint_up, (endpoint,)), None):
-            self.endpoint_up.remove(endpoint)
 
     def record(self, exchange: "Exchange", route: str, status: int) -> None:
         """One request that has ended."""
         served = exchange.served
         engine, endpoint = served.engine_type, served.endpoint or "-"
-        self.child(self.requests, route, engine, endpoint, status).inc()
-        self.child(self.seconds, route, engine, endpoint).observe(time.monotonic() - exchange.began)
+        self.requests(route, engine, endpoint, status).inc()
+        self.seconds(route, engine, endpoint).observe(time.monotonic() - exchange.began)
         if exchange.error_kind:
-            self.child(self.errors, engine, endpoint, exchange.error_kind).inc()
+            self.errors(engine, endpoint, exchange.error_kind).inc()
         if exchange.first_event:
-            self.child(self.first, route, engine, endpoint).observe(exchange.first_event - exchange.began)
+            self.first(route, engine, endpoint).observe(exchange.first_event - exchange.began)
         if served.usage:
-            self.child(self.tokens, engine, endpoint, "prompt").inc(served.usage.prompt_tokens)
-            self.child(self.tokens, engine, endpoint, "completion").inc(served.usage.completion_tokens)
+            self.tokens(engine, endpoint, "prompt").inc(served.usage.prompt_tokens)
+            self.tokens(engine, endpoint, "completion").inc(served.usage.completion_tokens)
 
     def page(self) -> tuple[bytes, str]:
         """The page and its content type."""
@@ -9942,7 +9932,7 @@ class Gateway(Catalog):
         if self.default.fleet:
             for endpoint in self.default.fleet.endpoints:
                 up = not endpoint.failures and not endpoint.removed
-                self.metrics.child(self.metrics.endpoint_up, endpoint.name).set(up)
+                self.metrics.endpoint_up.labels(endpoint.name).set(up)
 
     async def close(self) -> None:
         """End the watch, and close the inferencers."""
@@ -11123,7 +11113,8 @@ def reload_config(gateway: Gateway) -> None:
     for endpoint in removed:
         endpoint.removed = True
         if gateway.metrics:
-            gateway.metrics.forget(endpoint.name)
+            with contextlib.suppress(KeyError):  # nobody has looked at it yet
+                gateway.metrics.endpoint_up.remove(endpoint.name)
         asyncio.run_coroutine_threadsafe(drain(endpoint), portal.loop)
 
 
