@@ -9426,10 +9426,10 @@ class OpenAISurface(Surface):
     renamed: tuple[bytes, bytes] | None = None  #: the engine's name for the model, and the caller's
 
     def read(self, body: dict[str, Any]) -> GenerateRequest:
+        body = without_no_ops(body)
         self.require(body)
-        request = chat_request(self, without_no_ops(body), self.path)
-        self.model, self.streamed = request.body["model"], bool(request.body.get("stream"))
-        return request
+        self.model, self.streamed = body.get("model"), bool(body.get("stream"))
+        return chat_request(self, body, self.path)
 
     def write(self, answer: Answer, served: Served) -> bytes:
         if answer.data:
@@ -9459,7 +9459,9 @@ def chat_request(surface: Surface, body: dict[str, Any], path: str, **more: Any)
     if expected_choices(body) > 128:
         reason = "prompt, n: more than 128 answers in one request"
         raise InvalidRequest(reason, "send several requests", param="prompt")
-    refuse_addresses(body.get("messages") or ())
+    for message in body.get("messages") or ():
+        if isinstance(message.get("content"), list):
+            refuse_address(message["content"])
     refuse_address(body.get("input"))
     template = body.get("chat_template_kwargs")
     if template is not None and not (isinstance(template, dict) and set(template) <= {"enable_thinking"}):
@@ -9471,15 +9473,11 @@ def chat_request(surface: Surface, body: dict[str, Any], path: str, **more: Any)
     return GenerateRequest(body=body, surface=path, cap=surface.cap, size=surface.size, **more)
 
 
-def refuse_addresses(messages: Iterable[Any]) -> None:
-    """Images and the like come as data, not as addresses that an engine would fetch for the caller."""
-    for message in messages:
-        if isinstance(message, dict) and isinstance(message.get("content"), list):
-            refuse_address(message["content"])
-
-
 def refuse_address(part: Any, key: str = "") -> None:
-    """Raises InvalidRequest for a text outside of a part's `text` that is neither a data: URL nor bare base64."""
+    """Raises InvalidRequest for a text outside of a part's `text` that is neither a data: URL nor bare base64.
+
+    Images and the like come as data, not as addresses that an engine would fetch for the caller.
+    """
     if isinstance(part, dict):
         for name, value in part.items():
             if name not in ("type", "text", "detail", "format", "uuid", "id", "name", "refusal", "filename", "role"):
@@ -9582,13 +9580,11 @@ class PlainSurface(OpenAISurface):
     """POST /v1/rerank (Cohere's and Jina's), /tokenize and /detokenize (vLLM's): nothing is generated."""
 
     def read(self, body: dict[str, Any]) -> GenerateRequest:
-        body = without_no_ops(body)
-        self.require(body)
-        if self.path == TOKENIZE and ("prompt" in body) == ("messages" in body):
+        if self.path == TOKENIZE and (body.get("prompt") is None) == (body.get("messages") is None):
             raise InvalidRequest("prompt, messages: exactly one is required", "send one of them", param="prompt")
-        check_body(PlainBody, body)
-        self.model = body.get("model")
-        return chat_request(self, body, self.path)
+        request = super().read(body)
+        check_body(PlainBody, request.body)
+        return request
 
     def write(self, answer: Answer, served: Served) -> bytes:
         if "model" in answer.payload:
