@@ -9241,10 +9241,7 @@ class PlainBody(Open, total=False):
     skip_special_tokens: bool
 
 
-@functools.cache
-def body_adapter(shape: type) -> TypeAdapter[Any]:
-    """The validator of a body, built once."""
-    return TypeAdapter(shape)
+body_adapter: Callable[[type], TypeAdapter[Any]] = functools.cache(TypeAdapter)  #: of a body, built once
 
 
 def check_body(shape: type, body: dict[str, Any]) -> None:
@@ -10440,9 +10437,8 @@ def add_exchange(
 def own_body_schema(shape: type, gateway: Gateway) -> dict[str, Any]:
     """The JSON Schema of one of our own bodies, with this server's limits in it."""
     schema = body_schema(shape)
-    for option in schema["properties"]["max_tokens"]["anyOf"]:
-        if option.get("type") == "integer":
-            option["description"] = f"values above {gateway.settings.max_tokens_cap} are reduced to it"
+    limit = f"values above {gateway.settings.max_tokens_cap} are reduced to it"
+    schema["properties"]["max_tokens"]["anyOf"][0]["description"] = limit
     engines = ", ".join(LLMInferencer.ENGINE_MAP)
     schema["properties"]["engine_type"]["description"] = f"one of auto, {engines}; default: the server's"
     return schema
@@ -10485,12 +10481,10 @@ def http_error(exc: Exception) -> tuple[InferenceError, int]:
         kind = kinds.get(status, InvalidRequest if status < 500 else InferenceError)
         return kind(str(getattr(exc, "detail", "")) or "refused", "see /docs"), status
     if type(exc).__name__ == "RequestValidationError":  # FastAPI's, of a host's dependency
-        places = []
-        for each in exc.errors()[:4]:  # type: ignore[attr-defined]
-            places.append(f"{'.'.join(map(str, each['loc']))}: {each['msg']}")
-        error: InferenceError = InvalidRequest("; ".join(places), "correct the named field")
-    else:
-        error = as_inference_error(exc)
+        errors = exc.errors()[:4]  # type: ignore[attr-defined]
+        reason = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in errors)
+        return InvalidRequest(reason, "correct the named field"), 400
+    error = as_inference_error(exc)
     return error, error.status
 
 
