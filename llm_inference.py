@@ -10101,8 +10101,7 @@ class Exchange:
 
     async def _read(self, headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
         refuse_loop(headers)
-        encoding = headers.get(b"content-encoding", b"identity")
-        if encoding.lower() != b"identity":
+        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise InvalidRequest("content-encoding: must be identity", "send the body uncompressed")
         if int(headers.get(b"content-length", b"0")) > MAX_BODY:  # the HTTP parser has checked that it is a number
             raise PayloadTooLarge(f"body: over {MAX_BODY} bytes", "send less")
