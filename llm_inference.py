@@ -11116,31 +11116,28 @@ async def drain(endpoint: Endpoint) -> None:
 
 
 # 16 Chat page -----------------------------------------------------------------------------------
-FAVICON = (
-    """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><circle cx="8" cy="8" r="7" fill="#36c"/></svg>"""
-)
+FAVICON = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><circle cx="8" cy="8" r="7" fill="#36c"/></svg>'
 CHAT_PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>llm_inference</title>
 <link rel="icon" href="data:,">
 <style>
 * { box-sizing: border-box; overflow-wrap: anywhere }
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
-body { display: flex; flex-direction: column; gap: 8px; height: 100dvh; max-width: 52rem; margin: auto; padding: 8px }
-header, footer, #examples, #settings div { display: flex; flex-wrap: wrap; gap: 8px; padding: 2px }
-h1 { font-size: 1.1rem; margin: .3rem 0 } #model { flex: 1 14rem; min-width: 0 } footer { flex-wrap: nowrap }
+body, header, footer, #examples, #settings div { display: flex; flex-wrap: wrap; gap: 8px; padding: 2px }
+body { flex-flow: column; height: 100dvh; max-width: 52rem; margin: auto; padding: 8px }
 button, select, input, textarea { font: inherit; border: 1px solid #888; border-radius: 8px; padding: .4rem .7rem }
-label { flex: 1 10rem } label * { display: block; width: 100% } #send { background: #05c; color: white }
+h1 { font-size: 1.1rem; margin: .3rem 0 } label { flex: 1 10rem } label * { display: block; width: 100% }
+#model { flex: 1 14rem; min-width: 0 } #send { background: #05c; color: white }
 #ask, #talk { flex: 1; min-height: 4rem; resize: none } #settings { max-height: 50dvh; flex-shrink: 0 }
 #settings, #talk, pre { overflow: auto } p, pre { margin: .3rem 0; white-space: pre-wrap }
 .item { padding-left: 1.3em; text-indent: -1.3em } .user { margin-left: 15%; border-radius: .9rem }
-.user, pre { padding: .5rem .9rem } .user, pre, code { background: #8883 } .note { font-size: .9rem }
+.user, pre { padding: .5rem .9rem } .user, pre, code { background: #8883 }
 .reasoning, .error { border-left: 4px solid #888; padding-left: .7rem } .warn, .error { color: light-dark(#a00, #fba) }
 [hidden], #status:empty, .reasoning:empty, #examples:not(:only-child) { display: none }
 </style>
 <header><h1>llm_inference</h1><button id="new" data-zh="新对话">New chat</button>
 <select id="model" aria-label="Model" data-zh="模型"></select></header>
-<div id="demo" hidden>
-<span data-zh="当前是演示用的微型模型，经常答错，基本只懂英文。换用正式模型：">
+<div id="demo" hidden><span data-zh="当前是演示用的微型模型，经常答错，基本只懂英文。换用正式模型：">
 This tiny demo model is often wrong and only knows English. To use a real model:</span>
 <code>python llm_inference.py --serve --engine llamacpp --model Qwen/Qwen3-0.6B-GGUF:Q8_0</code></div>
 <details id="settings"><summary data-zh="设置">Settings</summary><div>
@@ -11178,10 +11175,9 @@ function markdown(text) {
   const parts = text.split(/^ *```.*\n?/m)  // the odd ones are code
   return parts.flatMap((part, i) => i % 2 ? make("pre", {}, part.trimEnd()) : part.trim().split("\n").map(paragraph))
 }
-function draw({box, thought, shown, reasoning, text, schema}, note = "", className = "note") {
+function draw({box, shown, schema, text}, note, className = "note") {
   const atEnd = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 40
   const blocks = schema ? [make("pre", {}, text)] : markdown(text)
-  thought.textContent = reasoning
   while (shown.lastChild && !shown.lastChild.isEqualNode(blocks[shown.children.length - 1])) shown.lastChild.remove()
   shown.append(...blocks.slice(shown.children.length))
   if (note) box.append(make("p", {className, role: className == "error" ? "alert" : null}, note))
@@ -11203,27 +11199,18 @@ async function models() {
   try {
     const {data} = await (await call("/v1/models")).json()
     $("model").replaceChildren(...data.map(model => new Option(model.id)))
+    $("model").onchange()
     $("status").textContent = ""
-    greet()
   } catch (error) { $("status").textContent = reason(error) }
 }
-function greet() {
-  const demo = $("model").value.includes("SmolLM2-135M"), examples = inChinese && !demo ? CHINESE_EXAMPLES : EXAMPLES
-  const onclick = event => { $("ask").value = event.target.textContent; $("ask").focus() }
-  $("demo").hidden = !demo
-  $("examples").replaceChildren(...examples.map(text => make("button", {onclick}, text)))
-}
-function request({question, schema}) {
-  const body = {model_name: $("model").value || null, stream: true, on_unsupported: "ignore"}
-  const system = {role: "system", content: $("system").value.trim()}
-  body.messages = [...(system.content ? [system] : []), ...messages, {role: "user", content: question}]
-  for (const id of ["temperature", "top_p", "max_tokens"]) if ($(id).value) body[id] = Number($(id).value)
-  try { if (schema) body.schema = JSON.parse(schema) } catch (error) { throw Error(`JSON schema: ${error.message}`) }
-  return JSON.stringify(body)
-}
 async function answer(turn) {
-  const path = `/api/v1/llm/${turn.schema ? "structured-generate" : "chat"}`
-  const reply = await call(path, {method: "POST", body: request(turn), signal: running.signal})
+  const system = {role: "system", content: $("system").value.trim()}, question = {role: "user", content: turn.question}
+  const body = {model_name: $("model").value || null, stream: true, on_unsupported: "ignore"}
+  body.messages = [system, ...messages, question].filter(message => message.content)
+  for (const {id, value} of document.querySelectorAll("[type=number]")) if (value) body[id] = Number(value)
+  try { if (turn.schema) body.schema = JSON.parse(turn.schema) } catch (e) { throw Error(`JSON schema: ${e.message}`) }
+  const options = {method: "POST", body: JSON.stringify(body), signal: running.signal}
+  const reply = await call(`/api/v1/llm/${turn.schema ? "structured-generate" : "chat"}`, options)
   const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader()
   let last = {}, rest = ""
   for (let part = await reader.read(); !part.done; part = await reader.read()) {
@@ -11232,16 +11219,15 @@ async function answer(turn) {
     for (const event of events.filter(event => event.startsWith("data: {"))) {
       const {code, msg, data} = JSON.parse(event.slice(6))
       if (code != 200) throw Error(msg)
-      turn.reasoning += data.reasoning_delta ?? ""
+      if (data.reasoning_delta) turn.thought.append(data.reasoning_delta)
       turn.text = "result" in data ? JSON.stringify(data.result, null, 2) : turn.text + (data.delta ?? "")
       last = data
     }
     draw(turn)
   }
   if (!last.finish_reason) throw TypeError()  // the stream broke off
-  const cut = t("Cut off by max_tokens", "回答被 max_tokens 截断")
-  if (last.finish_reason == "length") draw(turn, `✂ ${cut}`, "note warn")
   const speed = last.timing?.tokens_per_second, figures = speed ? `${speed.toFixed(0)} tokens/s · ` : ""
+  if (last.finish_reason == "length") draw(turn, `✂ ${t("Cut off by max_tokens", "回答被 max_tokens 截断")}`, "note warn")
   draw(turn, `${figures}${t("endpoint: ", "端点：")}${reply.headers.get("x-endpoint")}`)
   if (last.ignored?.length) draw(turn, `${t("ignored: ", "已忽略：")}${last.ignored.join(", ")}`, "note warn")
 }
@@ -11249,7 +11235,7 @@ async function send() {
   const question = $("ask").value.trim(), history = messages
   if (running || !question) return
   const thought = make("p", {className: "reasoning"}), shown = make("div"), box = make("article", {}, thought, shown)
-  const turn = {question, box, thought, shown, schema: $("schema").value.trim(), text: "", reasoning: ""}
+  const turn = {question, box, thought, shown, schema: $("schema").value.trim(), text: ""}
   talk.append(make("p", {className: "user"}, question), box)
   talk.scrollTop = talk.scrollHeight
   $("ask").value = $("status").textContent = ""
@@ -11280,7 +11266,12 @@ $("new").onclick = () => {
   $("ask").focus()
 }
 $("key").onchange = models
-$("model").onchange = greet
+$("model").onchange = () => {
+  const demo = $("model").value.includes("SmolLM2-135M"), examples = inChinese && !demo ? CHINESE_EXAMPLES : EXAMPLES
+  const onclick = event => { $("ask").value = event.target.textContent; $("ask").focus() }
+  $("demo").hidden = !demo
+  $("examples").replaceChildren(...examples.map(text => make("button", {onclick}, text)))
+}
 document.documentElement.lang = t("en", "zh-CN")
 for (const node of inChinese ? document.querySelectorAll("[data-zh]") : [])
   node[node.ariaLabel ? "ariaLabel" : "textContent"] = node.dataset.zh
