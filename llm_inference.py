@@ -892,8 +892,8 @@ class Completion:
         answer, last = Answer(), chunks[-1]
         for chunk in chunks:
             answer.add(payload_of(chunk, {"object": "chat.completion.chunk"}))
-        answer.usage, answer.timing, answer.result = last.usage, last.timing, last.result
-        return answer.completion(Served(ignored=last.ignored))
+        answer.usage, answer.timing = last.usage, last.timing
+        return answer.completion(Served(ignored=last.ignored, result=last.result))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -940,7 +940,8 @@ class Served:
     ignored: tuple[str, ...] = ()
     usage: Usage | None = None
     enforced: bool = True  #: does the engine's decoding enforce the constraint?
-    result: Any = None  #: the checked value of a stream
+    result: Any = None  #: the checked value
+    enforced_by: Literal["engine", "checked", "none"] = "none"
     target: "Target | None" = None  #: the server that the body was written for
     closed: bool = False  #: was `close` called meanwhile?
     push: "Callable[[Burst], bool] | None" = None  #: sends a burst of a stream at once; False: it cannot now
@@ -2121,20 +2122,16 @@ class well_formed:
 
 def text_of(value: Any) -> str:
     """A text, or "" for null. Raises TypeError for anything else."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
+    if value is not None and not isinstance(value, str):
         raise TypeError("a text is not a string")
-    return value
+    return value or ""
 
 
 def count_of(value: Any) -> int:
     """A number of tokens, 0 for null. Raises TypeError for anything else."""
-    if value is None:
-        return 0
-    if type(value) is not int or not 0 <= value < 1 << 40:
+    if value is not None and (type(value) is not int or not 0 <= value < 1 << 40):
         raise TypeError("a token count is not a count")
-    return value
+    return value or 0
 
 
 def vectors_of(found: Any, texts: Sequence[str]) -> list[list[float]]:
@@ -2148,7 +2145,7 @@ def vectors_of(found: Any, texts: Sequence[str]) -> list[list[float]]:
 
 
 FINISH_REASONS = ("stop", "length", "tool_calls", "content_filter")
-GOOD_ENDS = frozenset(reason.encode() for reason in FINISH_REASONS)
+GOOD_ENDS = frozenset(map(str.encode, FINISH_REASONS))
 
 
 def finish_of(value: Any) -> str | None:
@@ -2205,36 +2202,12 @@ def logprobs_of(choice: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
     return logprobs.get("content") or () if isinstance(logprobs, dict) else ()
 
 
-def chunk_of(payload: Mapping[str, Any]) -> Chunk:
-    """One of OpenAI's chunks as a `Chunk`."""
-    usage, timing = usage_of(payload), timing_of(payload)
-    choices = payload.get("choices")
-    if not choices:
-        return Chunk(usage=usage, timing=timing)
-    choice = choices[0]
-    message = message_of(choice)
-    return Chunk(
-        text=text_of(message.get("content")),
-        reasoning=reasoning_of(message),
-        tool_calls=tuple(message.get("tool_calls") or ()),
-        logprobs=tuple(logprobs_of(choice)),
-        finish_reason=finish_of(choice.get("finish_reason")),
-        usage=usage,
-        timing=timing,
-    )
-
-
-def chunk_delta(chunk: Chunk) -> dict[str, Any]:
-    """A chunk's parts as OpenAI's delta."""
-    delta = {"content": chunk.text, "reasoning": chunk.reasoning, "tool_calls": list(chunk.tool_calls)}
-    return {name: value for name, value in delta.items() if value}
-
-
 def payload_of(chunk: Chunk, base: Mapping[str, Any]) -> dict[str, Any]:
     """A `Chunk` as OpenAI's chunk; `base` is `openai_base`'s."""
     choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": chunk.finish_reason}
     if base["object"].startswith("chat"):
-        choice["delta"] = chunk_delta(chunk)
+        delta = {"content": chunk.text, "reasoning": chunk.reasoning, "tool_calls": list(chunk.tool_calls)}
+        choice["delta"] = {name: value for name, value in delta.items() if value}
         if chunk.logprobs:
             choice["logprobs"] = {"content": list(chunk.logprobs), "refusal": None}
     else:
@@ -2244,23 +2217,15 @@ def payload_of(chunk: Chunk, base: Mapping[str, Any]) -> dict[str, Any]:
 
 def timing_from(answer: "Answer", started: float) -> Timing:
     """Our clock for the complete answer and its first token; the engine's own speed where it reports one."""
-    now, usage = time.monotonic(), answer.usage or Usage()
-    first = answer.first_at
-    decode = now - first if first else now - started
-    tokens = usage.completion_tokens - 1 if first else usage.completion_tokens
-    speed = tokens / decode if decode > 0 and tokens > 0 else None
-    ours = Timing(
-        total=now - started,
-        ttft=first - started if first else None,
-        decode=decode if first else None,
-        tokens_per_second=speed,
-    )
-    theirs = answer.timing
-    if theirs is None or theirs.source != "engine":
-        return ours
-    return dataclasses.replace(
-        ours, queue=theirs.queue, decode=theirs.decode, tokens_per_second=theirs.tokens_per_second, source="engine"
-    )
+    now, tokens = time.monotonic(), (answer.usage or Usage()).completion_tokens
+    total, ttft, decode, generating = now - started, None, None, now - started
+    if answer.first_at:
+        ttft, tokens = answer.first_at - started, tokens - 1
+        decode = generating = now - answer.first_at
+    if answer.timing is not None and answer.timing.source == "engine":
+        return dataclasses.replace(answer.timing, total=total, ttft=ttft)
+    speed = tokens / generating if generating > 0 and tokens > 0 else None
+    return Timing(total=total, ttft=ttft, decode=decode, tokens_per_second=speed)
 
 
 def join_tool_calls(deltas: Iterable[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
@@ -2283,7 +2248,7 @@ def join_tool_calls(deltas: Iterable[Mapping[str, Any]]) -> tuple[ToolCall, ...]
 class Choice:
     """One of the answers to a request (n = 1: the only one), as far as it has come."""
 
-    __slots__ = ("call_deltas", "extra", "finish_reason", "logprobs", "reasoning_parts", "role", "text_parts")
+    __slots__ = ("call_deltas", "extra", "finish_reason", "logprobs", "reasoning_parts", "text_parts")
 
     def __init__(self) -> None:
         self.text_parts: list[str] = []
@@ -2323,17 +2288,28 @@ class Choice:
             self.reasoning_parts.append(reasoning)
         calls = message.get("tool_calls") or ()
         self.call_deltas.extend(calls)
-        self._add_logprobs(choice)
+        logprobs = choice.get("logprobs")
+        if isinstance(logprobs, dict):
+            self.logprobs.extend(logprobs.get("content") or ([logprobs] if "tokens" in logprobs else ()))
         self.finish_reason = finish_of(choice.get("finish_reason")) or self.finish_reason
         for name in ("stop_reason", "matched_stop"):
             if choice.get(name) is not None:
                 self.extra[name] = choice[name]
         return len(text) + len(reasoning) + sum(len(str(call)) for call in calls)
 
-    def _add_logprobs(self, choice: Mapping[str, Any]) -> None:
-        logprobs = choice.get("logprobs")
-        if isinstance(logprobs, dict):
-            self.logprobs.extend(logprobs.get("content") or ([logprobs] if "tokens" in logprobs else ()))
+    def as_object(self, index: int, path: str) -> dict[str, Any]:
+        """A choice of the complete object."""
+        found: dict[str, Any] = {"index": index, "finish_reason": self.finish, "logprobs": None, **self.extra}
+        if path != CHAT:
+            return found | {"text": self.text, "logprobs": legacy_logprobs(self.logprobs)}
+        if self.logprobs:
+            found["logprobs"] = {"content": self.logprobs, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": self.text, "refusal": None}
+        if self.reasoning:
+            message["reasoning"] = self.reasoning
+        if self.call_deltas:
+            message |= {"content": self.text or None, "tool_calls": self.tool_calls}
+        return found | {"message": message}
 
 
 class Answer:
@@ -2349,8 +2325,6 @@ class Answer:
         self.size = 0
         self.data = b""  #: the engine's own bytes of a complete object
         self.payload: dict[str, Any] = {}  #: the complete object, or what all its chunks had in common
-        self.result: Any = None  #: the checked value
-        self.enforced_by: Literal["engine", "checked", "none"] = "none"
 
     @classmethod
     def from_object(cls, data: bytes, payload: dict[str, Any]) -> "Answer":
@@ -2374,10 +2348,9 @@ class Answer:
         self.timing = timing_of(payload) or self.timing
         if not self.payload:
             self.payload = {name: value for name, value in payload.items() if name not in ("choices", "usage")}
-        if "timings" in payload:
-            self.payload["timings"] = payload["timings"]
-        if isinstance(payload.get("usage"), dict):
-            self.payload["usage"] = payload["usage"]
+        for name in ("timings", "usage"):
+            if payload.get(name):
+                self.payload[name] = payload[name]
 
     def require_end(self, choices: int = 0) -> None:
         """Raises BadEngineReply unless every choice (at least `choices` of them) has its finish_reason."""
@@ -2399,35 +2372,18 @@ class Answer:
             engine_type=served.engine_type,
             model_name=served.model,
             endpoint=served.endpoint,
-            result=self.result,
-            enforced_by=self.enforced_by,
+            result=served.result,
+            enforced_by=served.enforced_by,
             ignored=served.ignored,
         )
 
     def as_object(self, path: str) -> dict[str, Any]:
         """The complete object that OpenAI's API returns, out of the chunks of a stream."""
         kind = "chat.completion" if path == CHAT else "text_completion"
-        choices = []
-        for index in sorted(self.choices):
-            choices.append(self._choice_object(index, path))
+        choices = [choice.as_object(index, path) for index, choice in sorted(self.choices.items())]
         found = {**self.payload, "object": kind, "choices": choices}
         found.setdefault("usage", (self.usage or Usage()).as_dict())
         return found
-
-    def _choice_object(self, index: int, path: str) -> dict[str, Any]:
-        choice = self.choices[index]
-        found: dict[str, Any] = {"index": index, "finish_reason": choice.finish, "logprobs": None, **choice.extra}
-        if path != CHAT:
-            found |= {"text": choice.text, "logprobs": legacy_logprobs(choice.logprobs)}
-            return found
-        if choice.logprobs:
-            found["logprobs"] = {"content": choice.logprobs, "refusal": None}
-        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
-        if choice.reasoning:
-            message["reasoning"] = choice.reasoning
-        if choice.call_deltas:
-            message |= {"content": choice.text or None, "tool_calls": choice.tool_calls}
-        return found | {"message": message}
 
 
 def legacy_logprobs(items: Sequence[dict[str, Any]], offset: int = 0) -> dict[str, Any] | None:
@@ -2440,9 +2396,9 @@ def legacy_logprobs(items: Sequence[dict[str, Any]], offset: int = 0) -> dict[st
             for name, values in found.items():
                 values.extend(item.get(name) or ())
             continue
-        top = {each["token"]: each["logprob"] for each in item.get("top_logprobs") or ()}
-        for name, value in (("tokens", item["token"]), ("token_logprobs", item["logprob"]), ("top_logprobs", top)):
-            found[name].append(value)
+        found["tokens"].append(item["token"])
+        found["token_logprobs"].append(item["logprob"])
+        found["top_logprobs"].append({each["token"]: each["logprob"] for each in item.get("top_logprobs") or ()})
         found["text_offset"].append(offset)
         offset += len(item["token"])
     return found
@@ -2488,18 +2444,23 @@ class ChunkReader:
 
     def chunks(self, burst: Burst) -> list[Chunk]:
         """The chunks of a burst that hold text, reasoning, calls or logprobs."""
-        found = []
+        found, end = [], self.end
         for payload in burst.payloads:
-            chunk = chunk_of(payload)
-            self.finish = chunk.finish_reason or self.finish
-            self.end.usage, self.end.timing = chunk.usage or self.end.usage, chunk.timing or self.end.timing
-            if chunk.text or chunk.reasoning or chunk.tool_calls or chunk.logprobs:
-                self.called = self.called or bool(chunk.tool_calls)
-                if chunk.finish_reason or chunk.usage:
-                    chunk = dataclasses.replace(chunk, finish_reason=None, usage=None, timing=None)
-                found.append(chunk)
-        if found and not self.end.first_at:
-            self.end.first_at = time.monotonic()
+            end.usage, end.timing = usage_of(payload) or end.usage, timing_of(payload) or end.timing
+            if not payload.get("choices"):
+                continue
+            choice = payload["choices"][0]
+            message = message_of(choice)
+            text, reasoning, calls = text_of(message.get("content")), reasoning_of(message), message.get("tool_calls")
+            logprobs = logprobs_of(choice)
+            self.finish = finish_of(choice.get("finish_reason")) or self.finish
+            self.called = self.called or bool(calls)
+            if text or reasoning or calls or logprobs:
+                found.append(
+                    Chunk(text=text, reasoning=reasoning, tool_calls=tuple(calls or ()), logprobs=tuple(logprobs))
+                )
+        if found and not end.first_at:
+            end.first_at = time.monotonic()
         return found
 
     def last(self, served: Served) -> Chunk:
@@ -2551,12 +2512,13 @@ def check_text(request: GenerateRequest, choice: Choice) -> Any:
     if cut and request.constraint == "grammar":
         raise ValueError("max_tokens was reached before the grammar's end")
     try:
-        return _check_text(request, body, choice.text)
+        return _check_text(request, choice.text)
     except ValueError as exc:
         raise ValueError(f"max_tokens was reached ({exc})" if cut else str(exc)) from None
 
 
-def _check_text(request: GenerateRequest, body: dict[str, Any], text: str) -> Any:
+def _check_text(request: GenerateRequest, text: str) -> Any:
+    body = request.body
     schema = answer_schema(body)
     if schema is not None:
         value = from_json(text)
@@ -2630,14 +2592,20 @@ def relaxed(request: GenerateRequest, final: bool = False) -> GenerateRequest:
     return dataclasses.replace(request, body=kept)
 
 
-async def run_check(answer: Answer, checker: Checker) -> None:
-    """Check every choice, a large answer in a thread. Raises ValueError; sets `answer.result`."""
+async def checked_answer(request: GenerateRequest, answer: Answer, checker: Checker) -> None:
+    """Check every choice, a large answer in a thread; sets the `result` of `request.served`.
+
+    Raises ValueError where one does not satisfy the request, BadEngineReply for malformed calls.
+    """
+    with well_formed(request.served.engine_type):
+        for choice in answer.choices.values():
+            join_tool_calls(choice.call_deltas)
 
     def check() -> None:
-        for index in sorted(answer.choices):
-            value = checker(answer.choices[index])
+        for index, choice in sorted(answer.choices.items()):
+            value = checker(choice)
             if index == 0:
-                answer.result = value
+                request.served.result = value
 
     if answer.size > 65_536:
         await asyncio.to_thread(check)
@@ -6857,7 +6825,7 @@ class Fleet(Router):
                 problem = str(exc)[:300]
                 logger.info("an answer does not satisfy its constraint: %s", problem)
                 continue
-            answer.enforced_by = enforced_by(request)
+            request.served.enforced_by = enforced_by(request)
             answer.usage = spent  # what it cost, the first try included
             answer.timing = dataclasses.replace(answer.timing or Timing(total=0.0), total=seconds)
             return answer
@@ -7021,14 +6989,6 @@ def unsatisfied(request: GenerateRequest, answer: Answer, problem: str) -> Struc
     return error
 
 
-async def checked_answer(request: GenerateRequest, answer: Answer, checker: Checker) -> None:
-    """Check an answer. Raises ValueError where it does not satisfy the request, BadEngineReply for malformed calls."""
-    with well_formed(request.served.engine_type):
-        for choice in answer.choices.values():
-            join_tool_calls(choice.call_deltas)
-    await run_check(answer, checker)
-
-
 @dataclass(slots=True)
 class OpenStream:
     """A stream whose first burst has come."""
@@ -7076,7 +7036,6 @@ async def checked(
             except ValueError as exc:
                 request.served.usage = answer.usage
                 raise unsatisfied(request, answer, str(exc)[:300]) from exc
-            request.served.result = answer.result
         yield burst
 
 
