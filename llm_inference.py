@@ -31,7 +31,6 @@ import contextlib
 import contextvars
 import dataclasses
 import difflib
-import errno
 import functools
 import hashlib
 import hmac
@@ -11186,7 +11185,8 @@ async function answer(turn) {
   }
   if (!last.finish_reason) throw TypeError()  // the stream broke off
   const speed = last.timing?.tokens_per_second, figures = speed ? `${speed.toFixed(0)} tokens/s · ` : ""
-  if (last.finish_reason == "length") draw(turn, `✂ ${t("Cut off by max_tokens", "回答被 max_tokens 截断")}`, "note warn")
+  const cut = last.finish_reason == "length" && t("Cut off by max_tokens", "回答被 max_tokens 截断")
+  if (cut) draw(turn, `✂ ${cut}`, "note warn")
   draw(turn, `${figures}${t("endpoint: ", "端点：")}${reply.headers.get("x-endpoint")}`)
   if (last.ignored?.length) draw(turn, `${t("ignored: ", "已忽略：")}${last.ignored.join(", ")}`, "note warn")
 }
@@ -11380,10 +11380,8 @@ def sharing(settings: Settings, workers: int) -> Iterator[Settings]:
         os.environ |= {"PROMETHEUS_MULTIPROC_DIR": folder, "LLM_INFERENCE_INSTANCE": INSTANCE}
         where: dict[str, Any] = {"endpoints": tuple(shared)}
         if not settings.endpoints:
-            only = shared[0]
-            where = {
-                "engine": only.engine, "model": only.model, "base_url": only.base_url, "engine_api_key": only.api_key
-            }  # fmt: skip
+            one = shared[0]
+            where = {"engine": one.engine, "model": one.model, "base_url": one.base_url, "engine_api_key": one.api_key}
         yield dataclasses.replace(
             settings, python=None, launch_args=(), max_in_flight=-(-settings.max_in_flight // workers),
             queue=-(-settings.queue // workers), **where)  # fmt: skip
@@ -11525,11 +11523,8 @@ def _answer_of(settings: Settings, endpoint: EndpointConfig) -> dict[str, Any]:
     with inferencer as llm:
         engine = portal.call(llm.engine())
         request = llm.request(FIRST_PROMPT, max_tokens=48, temperature=0.0, on_unsupported="ignore")
-
-        async def chunks() -> list[Chunk]:
-            return [chunk async for burst in llm.bursts(request) for chunk in burst]
-
-        done = Completion.from_chunks(portal.call(chunks()))
+        bursts = portal.iterate(llm.bursts(request))
+        done = Completion.from_chunks(list(itertools.chain.from_iterable(bursts)))
         text = done.text or done.reasoning
         if not text:
             raise InferenceError("the answer is empty", "try another model")
@@ -11570,9 +11565,9 @@ class Case(NamedTuple):
 
     name: str
     request: str  #: method and path
-    body: dict[str, Any] | None = None
     #: the status of a refusal, or a check: of `data` (our routes), the events of a stream, the JSON or the text
     right: int | Callable[[Any], Any] = bool
+    body: dict[str, Any] | None = None
     headers: dict[str, str] | None = None
 
 
@@ -11718,47 +11713,49 @@ def _good_cases(settings: Settings, model: str) -> list[Case]:
         "type": "object", "required": ["city", "country"], "additionalProperties": False,
         "properties": {"city": {"type": "string", "maxLength": 40}, "country": {"enum": ["France", "Italy"]}},
     }
-    streamed, messages = {"stream": True}, [{"role": "user", "content": FIRST_PROMPT}]
+    messages = [{"role": "user", "content": FIRST_PROMPT}]
     prompt, chat = asked | {"prompt": FIRST_PROMPT}, asked | {"messages": messages}
     schema = asked | {"prompt": "Describe Paris: city and country.", "schema": shape, "max_tokens": 200}
     v1_chat = {"model": model, "messages": messages, "max_tokens": 32}
     v1_prompt = {"model": model, "prompt": "The capital of France is", "max_tokens": 8}
     respond, named = {"model": model, "input": FIRST_PROMPT, "max_output_tokens": 32}, {"model": model}
     count, embed = named | {"messages": messages}, named | {"input": ["hello"]}
+    both = (  # asked for a complete answer and for a stream
+        ("generate", f"{API}/generate", prompt, _has_text, _streams_envelopes),
+        ("chat", f"{API}/chat", chat, lambda data: _has_text(data) and data["message"]["role"] == "assistant",
+         _streams_envelopes),
+        ("structured-generate", f"{API}/structured-generate", schema,
+         lambda data: data["result"]["country"] in ("France", "Italy"), _streams_envelopes),
+        ("OpenAI chat", CHAT, v1_chat, lambda body: body["choices"][0]["message"]["content"], _ends_with("[DONE]")),
+        ("OpenAI completions", COMPLETIONS, v1_prompt, lambda body: body["choices"][0]["text"], _ends_with("[DONE]")),
+        ("OpenAI responses", RESPONSES, respond, lambda body: body["output"],
+         _ends_with('"response.completed"', '"response.incomplete"')),
+        ("Anthropic messages", MESSAGES, v1_chat, lambda body: body["content"][0]["text"],
+         _ends_with('"message_stop"')),
+    )
+    generated = []
+    for name, path, body, complete, stream in both:
+        generated.append(Case(name, f"POST {path}", complete, body))
+        generated.append(Case(f"{name}, streamed", f"POST {path}", stream, body | {"stream": True}))
     return [
-        Case("health", "GET /health", None, lambda body: body["status"] == "ok"),
-        Case("health, HEAD", "HEAD /health", None, lambda text: text == ""),
-        Case("ready", "GET /ready", None, lambda body: body["status"] == "ready"),
-        Case("engines", f"GET {API}/engines", None, lambda data: any(each["reachable"] for each in data)),
+        Case("health", "GET /health", lambda body: body["status"] == "ok"),
+        Case("health, HEAD", "HEAD /health", lambda text: text == ""),
+        Case("ready", "GET /ready", lambda body: body["status"] == "ready"),
+        Case("engines", f"GET {API}/engines", lambda data: any(each["reachable"] for each in data)),
         Case("models", f"GET {API}/models"),
-        Case("generate", f"POST {API}/generate", prompt, _has_text),
-        Case("generate, streamed", f"POST {API}/generate", prompt | streamed, _streams_envelopes),
-        Case("chat", f"POST {API}/chat", chat, lambda data: _has_text(data) and data["message"]["role"] == "assistant"),
-        Case("chat, streamed", f"POST {API}/chat", chat | streamed, _streams_envelopes),
-        Case("structured-generate", f"POST {API}/structured-generate", schema,
-             lambda data: data["result"]["country"] in ("France", "Italy")),
-        Case("structured-generate, streamed", f"POST {API}/structured-generate", schema | streamed, _streams_envelopes),
-        Case("OpenAI models", "GET /v1/models", None, lambda body: body["data"]),
-        Case("OpenAI model", f"GET /v1/models/{urllib.parse.quote(model)}", None, lambda body: body["id"] == model),
-        Case("OpenAI chat", f"POST {CHAT}", v1_chat, lambda body: body["choices"][0]["message"]["content"]),
-        Case("OpenAI chat, streamed", f"POST {CHAT}", v1_chat | streamed, _ends_with("[DONE]")),
-        Case("OpenAI completions", f"POST {COMPLETIONS}", v1_prompt, lambda body: body["choices"][0]["text"]),
-        Case("OpenAI completions, streamed", f"POST {COMPLETIONS}", v1_prompt | streamed, _ends_with("[DONE]")),
-        Case("OpenAI embeddings", f"POST {EMBEDDINGS}", embed, lambda body: body["data"][0]["embedding"]),
-        Case("rerank", f"POST {RERANK}", V1_EXAMPLES[RERANK] | named, lambda body: len(body["results"]) == 2),
-        Case("tokenize", f"POST {TOKENIZE}", V1_EXAMPLES[TOKENIZE] | named, lambda body: body["count"] > 0),
-        Case("detokenize", f"POST {DETOKENIZE}", V1_EXAMPLES[DETOKENIZE] | named, lambda body: body["prompt"]),
-        Case("OpenAI responses", f"POST {RESPONSES}", respond, lambda body: body["output"]),
-        Case("OpenAI responses, streamed", f"POST {RESPONSES}", respond | streamed,
-             _ends_with('"response.completed"', '"response.incomplete"')),
-        Case("Anthropic messages", f"POST {MESSAGES}", v1_chat, lambda body: body["content"][0]["text"]),
-        Case("Anthropic messages, streamed", f"POST {MESSAGES}", v1_chat | streamed, _ends_with('"message_stop"')),
-        Case("Anthropic count_tokens", f"POST {COUNT_TOKENS}", count, lambda body: body["input_tokens"]),
+        *generated,
+        Case("OpenAI models", "GET /v1/models", lambda body: body["data"]),
+        Case("OpenAI model", f"GET /v1/models/{urllib.parse.quote(model)}", lambda body: body["id"] == model),
+        Case("OpenAI embeddings", f"POST {EMBEDDINGS}", lambda body: body["data"][0]["embedding"], embed),
+        Case("rerank", f"POST {RERANK}", lambda body: len(body["results"]) == 2, V1_EXAMPLES[RERANK] | named),
+        Case("tokenize", f"POST {TOKENIZE}", lambda body: body["count"] > 0, V1_EXAMPLES[TOKENIZE] | named),
+        Case("detokenize", f"POST {DETOKENIZE}", lambda body: body["prompt"], V1_EXAMPLES[DETOKENIZE] | named),
+        Case("Anthropic count_tokens", f"POST {COUNT_TOKENS}", lambda body: body["input_tokens"], count),
         Case("metrics", "GET /metrics"),
-        Case("Swagger UI", "GET /docs", None, lambda text: "swagger" in text.lower()),
-        Case("ReDoc", "GET /redoc", None, lambda text: "redoc" in text.lower()),
-        Case("OpenAPI", "GET /openapi.json", None, lambda body: f"{API}/chat" in body["paths"]),
-        Case("chat page", "GET /ui", None, lambda text: "<html" in text.lower()),
+        Case("Swagger UI", "GET /docs", lambda text: "swagger" in text.lower()),
+        Case("ReDoc", "GET /redoc", lambda text: "redoc" in text.lower()),
+        Case("OpenAPI", "GET /openapi.json", lambda body: f"{API}/chat" in body["paths"]),
+        Case("chat page", "GET /ui", lambda text: "<html" in text.lower()),
     ]
 
 
@@ -11768,26 +11765,26 @@ def _bad_cases(model: str, asks_for_key: bool) -> list[Case]:
     if asks_for_key:
         access = [
             Case("no key, public route", "GET /health", headers=none),
-            Case("no key", models, None, 401, none),
-            Case("wrong key", models, None, 401, wrong),
-            Case("OpenAI models, wrong key", "GET /v1/models", None, 401, wrong),
+            Case("no key", models, 401, headers=none),
+            Case("wrong key", models, 401, headers=wrong),
+            Case("OpenAI models, wrong key", "GET /v1/models", 401, headers=wrong),
         ]
     prompt = {"prompt": "hello", "max_tokens": 4}
     chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
     return [
-        Case("no prompt", f"POST {API}/generate", {"max_tokens": 4}, 400),
-        Case("max_tokens: true", f"POST {API}/generate", prompt | {"max_tokens": True}, 400),
-        Case("temperature: 3", f"POST {API}/chat", chat | {"temperature": 3}, 400),
-        Case("unknown field", f"POST {API}/chat", chat | {"max_token": 4}, 400),
-        Case("unknown engine", f"POST {API}/chat", chat | {"engine_type": "olama"}, 400),
-        Case("unknown type in schema", f"POST {API}/structured-generate", prompt | {"schema": {"a": "strin"}}, 400),
-        Case("unknown route", f"GET {API}/nope", None, 404),
-        Case("wrong method", f"GET {API}/chat", None, 405),
-        Case("OpenAI chat, temperature 3", f"POST {CHAT}", chat | {"model": model, "temperature": 3}, 400),
-        Case("OpenAI chat, unknown model", f"POST {CHAT}", chat | {"model": "no-such-model"}, 404),
-        Case("OpenAI model, unknown", "GET /v1/models/no-such-model", None, 404),
-        Case("OpenAI responses, no input", f"POST {RESPONSES}", {"model": model}, 400),
-        Case("Anthropic messages, no messages", f"POST {MESSAGES}", {"model": model, "max_tokens": 4}, 400),
+        Case("no prompt", f"POST {API}/generate", 400, {"max_tokens": 4}),
+        Case("max_tokens: true", f"POST {API}/generate", 400, prompt | {"max_tokens": True}),
+        Case("temperature: 3", f"POST {API}/chat", 400, chat | {"temperature": 3}),
+        Case("unknown field", f"POST {API}/chat", 400, chat | {"max_token": 4}),
+        Case("unknown engine", f"POST {API}/chat", 400, chat | {"engine_type": "olama"}),
+        Case("unknown type in schema", f"POST {API}/structured-generate", 400, prompt | {"schema": {"a": "strin"}}),
+        Case("unknown route", f"GET {API}/nope", 404),
+        Case("wrong method", f"GET {API}/chat", 405),
+        Case("OpenAI chat, temperature 3", f"POST {CHAT}", 400, chat | {"model": model, "temperature": 3}),
+        Case("OpenAI chat, unknown model", f"POST {CHAT}", 404, chat | {"model": "no-such-model"}),
+        Case("OpenAI model, unknown", "GET /v1/models/no-such-model", 404),
+        Case("OpenAI responses, no input", f"POST {RESPONSES}", 400, {"model": model}),
+        Case("Anthropic messages, no messages", f"POST {MESSAGES}", 400, {"model": model, "max_tokens": 4}),
         *access,
     ]
 # fmt: on
@@ -11860,12 +11857,10 @@ def check_config(settings: Settings) -> int:
     return 0
 
 
-def serve(settings: Settings, *, ray: bool = False) -> int:
+def serve(settings: Settings) -> int:
     """The API server; returns the exit status when it is stopped."""
     if not (installed("fastapi") and installed("uvicorn")):
         raise EngineNotInstalled("the server needs uvicorn and fastapi", "pip install -r requirements.txt")
-    if ray:
-        return serve_on_ray(settings)
     listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -11889,13 +11884,7 @@ def serve(settings: Settings, *, ray: bool = False) -> int:
 
 
 def _cannot_listen(settings: Settings, exc: OSError) -> int:
-    hint = "choose another address or port"
-    if isinstance(exc, socket.gaierror):
-        hint = "there is no such address"
-    elif exc.errno == errno.EADDRNOTAVAIL:
-        hint = "give an address of this machine, for example --host 0.0.0.0"
-    elif exc.errno == errno.EADDRINUSE:
-        hint = f"choose another: --port {settings.port + 1}"
+    hint = f"choose another (--port {settings.port + 1}), or an address of this machine (--host 0.0.0.0)"
     print(f"port {settings.port} on {settings.host} cannot be used ({exc.strerror}); {hint}", file=sys.stderr)
     return 1
 
@@ -11918,11 +11907,10 @@ def serve_on_ray(settings: Settings) -> int:
 # Entry point
 def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     """The flags that were given, by their key. Ends the process for --help and --version. Raises InvalidRequest."""
-    parser, own, launch_args = build_parser(program()), list(arguments), []
-    if "--" in own:
-        launch_args = own[own.index("--") + 1 :]
-        own = own[: own.index("--")]
-    values = vars(parser.parse_args(own))
+    parser = build_parser(program())
+    end = [*arguments, "--"].index("--")
+    launch_args = list(arguments[end + 1 :])
+    values = vars(parser.parse_args(arguments[:end]))
     if "launch_args" in values:
         parser.error(f"{values['launch_args'][0]!r}: unexpected; the engine's own arguments go after --")
     if "ray" in values and "serve" not in values:
@@ -11942,24 +11930,17 @@ def take_mode(values: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 1 where something failed, 2 for a mistake in the settings."""
-    if argv is None:
-        argv = sys.argv[1:]
     try:
-        values = parse_arguments(argv)
+        values = parse_arguments(sys.argv[1:] if argv is None else argv)
         mode = take_mode(values)
         checking = values.pop("check_config", False)
         settings = dataclasses.replace(load_settings(values, mode), flags=values)
         if checking:
             return check_config(settings)
-        level = logging.WARNING
-        if settings.verbose or mode in ("serve", "ray"):
-            level = logging.INFO
-        logging.basicConfig(level=level, format=LOG_FORMAT, stream=sys.stderr)
-        if mode in ("serve", "ray"):
-            return serve(settings, ray=mode == "ray")
-        if mode == "api-test":
-            return api_test(settings)
-        return self_test(settings)
+        logs_steps = settings.verbose or mode in ("serve", "ray")
+        logging.basicConfig(level="INFO" if logs_steps else "WARNING", format=LOG_FORMAT, stream=sys.stderr)
+        run = {"serve": serve, "ray": serve_on_ray, "api-test": api_test, "self-test": self_test}[mode]
+        return run(settings)
     except InferenceError as exc:
         print(f"{exc.kind}: {exc}", file=sys.stderr)
         return 2
