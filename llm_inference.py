@@ -2161,9 +2161,8 @@ def usage_of(payload: Mapping[str, Any]) -> Usage | None:
     used = payload.get("usage")
     if not used:
         return None
-    return Usage(
-        prompt_tokens=count_of(used["prompt_tokens"]), completion_tokens=count_of(used.get("completion_tokens"))
-    )
+    asked, written = count_of(used["prompt_tokens"]), count_of(used.get("completion_tokens"))
+    return Usage(prompt_tokens=asked, completion_tokens=written)
 
 
 def timing_of(payload: Mapping[str, Any]) -> Timing | None:
@@ -2171,10 +2170,8 @@ def timing_of(payload: Mapping[str, Any]) -> Timing | None:
     spent = payload.get("timings")
     if not spent:
         return None
-    queue, decode = spent.get("queue_ms", 0) / 1e3 or None, spent["predicted_ms"] / 1e3
-    return Timing(
-        total=0.0, queue=queue, decode=decode, tokens_per_second=spent["predicted_per_second"], source="engine"
-    )
+    queue, decode, speed = spent.get("queue_ms", 0) / 1e3, spent["predicted_ms"] / 1e3, spent["predicted_per_second"]
+    return Timing(total=0.0, queue=queue or None, decode=decode, tokens_per_second=speed, source="engine")
 
 
 def message_of(choice: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -2500,7 +2497,7 @@ def is_strict(tool: Any) -> bool:
 
 def check_text(request: GenerateRequest, choice: Choice) -> Any:
     """The parsed JSON for a schema (an instance where it was a Python type), the text for the other constraints."""
-    body, cut = request.body, choice.finish_reason == "length"
+    body, text, cut = request.body, choice.text, choice.finish_reason == "length"
     if choice.call_deltas and body.get("tools"):
         return check_calls(request, None, choice)
     if cut and request.surface != OWN:
@@ -2508,37 +2505,30 @@ def check_text(request: GenerateRequest, choice: Choice) -> Any:
     if cut and request.constraint == "grammar":
         raise ValueError("max_tokens was reached before the grammar's end")
     try:
-        return _check_text(request, choice.text)
-    except ValueError as exc:
-        raise ValueError(f"max_tokens was reached ({exc})" if cut else str(exc)) from None
-
-
-def _check_text(request: GenerateRequest, text: str) -> Any:
-    body = request.body
-    schema = answer_schema(body)
-    if schema is not None:
+        schema = answer_schema(body)
+        if schema is None:
+            return _check_words(body, text)
         value = from_json(text)
         SchemaCheck(schema)(value)
-        try:
-            return value if request.build is None else request.build.validate_json(text)
-        except ValidationError as exc:
-            raise ValueError(_first_refusal(exc)) from None
+        return value if request.build is None else request.build.validate_json(text)
+    except ValidationError as exc:  # in the Python type's own words: `$.a: no even numbers`
+        error = exc.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in error["loc"])
+        problem = f"${place}: {re.sub('^(Value error|Assertion failed), ', '', error['msg'])}"[:300]
+    except ValueError as exc:
+        problem = str(exc)
+    raise ValueError(f"max_tokens was reached ({problem})" if cut else problem)
+
+
+def _check_words(body: Mapping[str, Any], text: str) -> str:
     outputs = body.get("structured_outputs")
     words = {**outputs, **body} if isinstance(outputs, dict) else body
-    options = words.get("choice")
+    options, regex = words.get("choice"), words.get("regex")
     if options is not None and text not in options:
         raise ValueError("it is not one of the choices")
-    regex = words.get("regex")
     if regex is not None and not full_matcher(regex)(text):
         raise ValueError("it does not match the regex")
     return text
-
-
-def _first_refusal(exc: ValidationError) -> str:
-    """What a Python type says against an answer, in its own words: `$.a: no even numbers`."""
-    error = exc.errors(include_url=False, include_input=False, include_context=False)[0]
-    place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in error["loc"])
-    return f"${place}: {re.sub('^(Value error|Assertion failed), ', '', error['msg'])}"[:300]
 
 
 def check_calls(request: GenerateRequest, forced: Any, choice: Choice) -> None:
@@ -11407,9 +11397,7 @@ REAL_MODEL = "--engine llamacpp --model Qwen/Qwen3-0.6B-GGUF:Q8_0"
 def program() -> str:
     """How the user called this program: `llm-inference`, or the module's file name."""
     name = Path(sys.argv[0]).name
-    if name.startswith("llm"):
-        return name
-    return "llm_inference.py"  # called by another program
+    return name if name.startswith("llm") else "llm_inference.py"  # else another program calls it
 
 
 def command(arguments: str) -> str:
@@ -11622,9 +11610,7 @@ def _find_server(session: "Session", base: str, settings: Settings) -> str:
         raise InvalidRequest(f"the server at {base} asks for a key", "give --api-key KEY")
     if listed.status_code != 200:
         raise InvalidRequest(f"{base} answers {listed.status_code} to GET /v1/models", listed.text[:200])
-    engine = settings.engine
-    if engine == "auto":
-        engine = str(ready.get("engine_type"))
+    engine = str(ready.get("engine_type")) if settings.engine == "auto" else settings.engine
     for model in listed.json()["data"]:
         if not settings.model and model["owned_by"] == engine:
             return str(model["id"])
@@ -11691,7 +11677,7 @@ def _good_cases(settings: Settings, model: str) -> list[Case]:
     v1_prompt = {"model": model, "prompt": "The capital of France is", "max_tokens": 8}
     respond, named = {"model": model, "input": FIRST_PROMPT, "max_output_tokens": 32}, {"model": model}
     count, embed = named | {"messages": messages}, named | {"input": ["hello"]}
-    text, done = '"text":"[^"]', r"data: \[DONE\]\s*$"
+    text, done, model_id = '"text":"[^"]', r"data: \[DONE\]\s*$", re.escape(f'"id":{to_json(model).decode()}')
     envelopes = '"delta":"[^"].*"finish_reason":"[^"].*' + done
     both = (  # asked for a complete answer and for a stream
         ("generate", f"{API}/generate", prompt, f'{text}.*"finish_reason":"(stop|length)"', envelopes),
@@ -11714,7 +11700,7 @@ def _good_cases(settings: Settings, model: str) -> list[Case]:
         Case("models", f"GET {API}/models", r'"data":\[.*"name":"'),
         *generated,
         Case("OpenAI models", "GET /v1/models", '"id":"'),
-        Case("OpenAI model", f"GET /v1/models/{urllib.parse.quote(model)}", re.escape(f'"id":{to_json(model).decode()}')),
+        Case("OpenAI model", f"GET /v1/models/{urllib.parse.quote(model)}", model_id),
         Case("OpenAI embeddings", f"POST {EMBEDDINGS}", '"embedding":.', embed),
         Case("rerank", f"POST {RERANK}", r'"results":\[(.*"index":){2}', V1_EXAMPLES[RERANK] | named),
         Case("tokenize", f"POST {TOKENIZE}", '"count":[1-9]', V1_EXAMPLES[TOKENIZE] | named),
