@@ -2275,10 +2275,8 @@ class Choice:
         """Take a chunk's choice in; the number of characters that came."""
         message = message_of(choice)
         text, reasoning = text_of(message.get("content")), reasoning_of(message)
-        if text:
-            self.text_parts.append(text)
-        if reasoning:
-            self.reasoning_parts.append(reasoning)
+        self.text_parts.append(text)
+        self.reasoning_parts.append(reasoning)
         calls = message.get("tool_calls") or ()
         self.call_deltas.extend(calls)
         logprobs = choice.get("logprobs")
@@ -2351,9 +2349,9 @@ class Answer:
         if None in finished or len(finished) < choices:
             raise BadEngineReply("the engine ended the answer without a finish_reason", "ask again", retryable=True)
 
-    def completion(self, served: Served | None = None) -> Completion:
+    def completion(self, served: Served) -> Completion:
         """The first choice as a `Completion`."""
-        served, choice = served or Served(), self.choices[0]
+        choice = self.choices[0]
         return Completion(
             text=choice.text,
             reasoning=choice.reasoning,
@@ -2540,27 +2538,20 @@ def check_calls(request: GenerateRequest, forced: Any, choice: Choice) -> None:
     if forced and (not names or (wanted and wanted not in names)):
         cut = " before max_tokens was reached" if choice.finish_reason == "length" else ""
         raise ValueError(f"there is no call of {wanted or 'a tool'}{cut}")
-    for call in calls:
-        name = name_of(call)
+    for name, call in zip(names, calls, strict=True):
         if name not in tools:
             raise ValueError("it calls a tool that was not offered")
         function = tools[name]
-        if request.surface == OWN or forced or function.get("strict"):
-            _check_arguments(function, call["function"]["arguments"])
-
-
-def _check_arguments(function: Mapping[str, Any], arguments: str) -> None:
-    value = from_json(arguments or "{}")
-    if not isinstance(value, dict):
-        raise ValueError("the arguments of a tool call are not an object")
-    parameters = function.get("parameters")
-    if not parameters:
-        return
-    try:
-        check = SchemaCheck(parameters)
-    except InferenceError:
-        return  # merely offered, with keywords that nobody here can check: passed on as it is
-    check(value)
+        if request.surface != OWN and not forced and not function.get("strict"):
+            continue
+        value = from_json(call["function"]["arguments"] or "{}")
+        if not isinstance(value, dict):
+            raise ValueError("the arguments of a tool call are not an object")
+        try:
+            check = SchemaCheck(function["parameters"]) if function.get("parameters") else bool
+        except InferenceError:
+            continue  # merely offered, with keywords that nobody here can check: passed on as it is
+        check(value)
 
 
 def relaxed(request: GenerateRequest, final: bool = False) -> GenerateRequest:
@@ -2579,10 +2570,7 @@ def relaxed(request: GenerateRequest, final: bool = False) -> GenerateRequest:
 
 
 async def checked_answer(request: GenerateRequest, answer: Answer, checker: Checker) -> None:
-    """Check every choice, a large answer in a thread; sets the `result` of `request.served`.
-
-    Raises ValueError where one does not satisfy the request, BadEngineReply for malformed calls.
-    """
+    """Check every choice, a large answer in a thread. Raises ValueError, and BadEngineReply for malformed calls."""
     with well_formed(request.served.engine_type):
         for choice in answer.choices.values():
             join_tool_calls(choice.call_deltas)
