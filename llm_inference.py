@@ -2418,10 +2418,8 @@ class Burst:
     def payloads(self) -> list[dict[str, Any]]:
         """The events' JSON objects."""
         if self._payloads is None:
-            self._payloads = []
-            for payload in sse_payloads(line.strip() for line in self._data.split(b"\n")):
-                if payload != b"[DONE]":
-                    self._payloads.append(from_json(payload))
+            events = sse_payloads(line.strip() for line in self._data.split(b"\n"))
+            self._payloads = [from_json(event) for event in events if event != b"[DONE]"]
         return self._payloads
 
 
@@ -2442,14 +2440,12 @@ class ChunkReader:
                 continue
             choice = payload["choices"][0]
             message = message_of(choice)
-            text, reasoning, calls = text_of(message.get("content")), reasoning_of(message), message.get("tool_calls")
-            logprobs = logprobs_of(choice)
+            text, reasoning = text_of(message.get("content")), reasoning_of(message)
+            calls, logprobs = tuple(message.get("tool_calls") or ()), tuple(logprobs_of(choice))
             self.finish = finish_of(choice.get("finish_reason")) or self.finish
             self.called = self.called or bool(calls)
             if text or reasoning or calls or logprobs:
-                found.append(
-                    Chunk(text=text, reasoning=reasoning, tool_calls=tuple(calls or ()), logprobs=tuple(logprobs))
-                )
+                found.append(Chunk(text=text, reasoning=reasoning, tool_calls=calls, logprobs=logprobs))
         if found and not end.first_at:
             end.first_at = time.monotonic()
         return found
@@ -2547,8 +2543,10 @@ def check_calls(request: GenerateRequest, forced: Any, choice: Choice) -> None:
         value = from_json(call["function"]["arguments"] or "{}")
         if not isinstance(value, dict):
             raise ValueError("the arguments of a tool call are not an object")
+        if not function.get("parameters"):
+            continue
         try:
-            check = SchemaCheck(function["parameters"]) if function.get("parameters") else bool
+            check = SchemaCheck(function["parameters"])
         except InferenceError:
             continue  # merely offered, with keywords that nobody here can check: passed on as it is
         check(value)
@@ -11385,7 +11383,9 @@ REAL_MODEL = "--engine llamacpp --model Qwen/Qwen3-0.6B-GGUF:Q8_0"
 def program() -> str:
     """How the user called this program: `llm-inference`, or the module's file name."""
     name = Path(sys.argv[0]).name
-    return name if name.startswith("llm") else "llm_inference.py"  # else another program calls it
+    if name.startswith("llm"):
+        return name
+    return "llm_inference.py"  # called by another program
 
 
 def command(arguments: str) -> str:
@@ -11567,16 +11567,15 @@ def api_test(settings: Settings) -> int:
     keyless = session.get(f"{base}{API}/models", headers={"Authorization": ""}, timeout=60)
     cases = _good_cases(settings, model) + _bad_cases(model, keyless.status_code != 200)
     progress = Progress("api-test")
-    good, bad, verdicts = list[tuple[str, ...]](), list[tuple[str, ...]](), list[str]()
+    good, bad = list[tuple[str, ...]](), list[tuple[str, ...]]()
     for number, case in enumerate(cases):
         progress.show(bar(number, len(cases)))
-        row = _run_case(session, base, case)
-        verdicts.append(row[-1].partition(":")[0])
-        (bad if isinstance(case.right, int) else good).append(row)
+        (bad if isinstance(case.right, int) else good).append(_run_case(session, base, case))
     progress.done(f"{len(cases)} requests")
     columns = ("request", "status", "seconds", "result")
     table(f"api-test of {base} with {model}", columns, good)
     table("\nbad requests, which must be refused", columns, bad)
+    verdicts = [row[-1].partition(":")[0] for row in good + bad]
     passed, failed, refused = map(verdicts.count, ("ok", "failed", "refused"))
     print(f"\n{passed} passed, {failed} failed, {refused} not supported here")
     return min(failed, 1)
@@ -11598,7 +11597,9 @@ def _find_server(session: "Session", base: str, settings: Settings) -> str:
         raise InvalidRequest(f"the server at {base} asks for a key", "give --api-key KEY")
     if listed.status_code != 200:
         raise InvalidRequest(f"{base} answers {listed.status_code} to GET /v1/models", listed.text[:200])
-    engine = str(ready.get("engine_type")) if settings.engine == "auto" else settings.engine
+    engine = settings.engine
+    if engine == "auto":
+        engine = str(ready.get("engine_type"))
     for model in listed.json()["data"]:
         if not settings.model and model["owned_by"] == engine:
             return str(model["id"])
@@ -11881,7 +11882,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if checking:
             return check_config(settings)
         logs_steps = settings.verbose or mode in ("serve", "ray")
-        logging.basicConfig(level="INFO" if logs_steps else "WARNING", format=LOG_FORMAT, stream=sys.stderr)
+        logging.basicConfig(level=("WARNING", "INFO")[logs_steps], format=LOG_FORMAT, stream=sys.stderr)
         run = {"serve": serve, "ray": serve_on_ray, "api-test": api_test, "self-test": self_test}[mode]
         return run(settings)
     except InferenceError as exc:
