@@ -2315,7 +2315,7 @@ class Answer:
         self.first_at = 0.0  #: when the first chunk came, where it was streamed
         self.size = 0
         self.data = b""  #: the engine's own bytes of a complete object
-        self.payload: dict[str, Any] = {}  #: the complete object, or what all its chunks had in common
+        self.payload: dict[str, Any] = {}  #: the complete object, or what its chunks had beside the choices
 
     @classmethod
     def from_object(cls, data: bytes, payload: dict[str, Any]) -> "Answer":
@@ -2337,11 +2337,7 @@ class Answer:
             raise BadEngineReply("an answer of more than 32 MiB", "check the engine")
         self.usage = usage_of(payload) or self.usage
         self.timing = timing_of(payload) or self.timing
-        if not self.payload:
-            self.payload = {name: value for name, value in payload.items() if name not in ("choices", "usage")}
-        for name in ("timings", "usage"):
-            if payload.get(name):
-                self.payload[name] = payload[name]
+        self.payload.update(payload)
 
     def require_end(self, choices: int = 0) -> None:
         """Raises BadEngineReply unless every choice (at least `choices` of them) has its finish_reason."""
@@ -2373,7 +2369,7 @@ class Answer:
         kind = "chat.completion" if path == CHAT else "text_completion"
         choices = [choice.as_object(index, path) for index, choice in sorted(self.choices.items())]
         found = {**self.payload, "object": kind, "choices": choices}
-        found.setdefault("usage", (self.usage or Usage()).as_dict())
+        found["usage"] = found.get("usage") or (self.usage or Usage()).as_dict()
         return found
 
 
@@ -11106,9 +11102,10 @@ function markdown(text) {
   const parts = text.split(/^ *```.*\n?/m)  // the odd ones are code
   return parts.flatMap((part, i) => i % 2 ? make("pre", {}, part.trimEnd()) : part.trim().split("\n").map(paragraph))
 }
-function draw({box, shown, schema, text}, note, className = "note") {
-  const atEnd = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 40
+function draw({box, schema, reasoning, text}, note, className = "note") {
+  const [thought, shown] = box.children, atEnd = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 40
   const blocks = schema ? [make("pre", {}, text)] : markdown(text)
+  thought.textContent = reasoning
   while (shown.lastChild && !shown.lastChild.isEqualNode(blocks[shown.children.length - 1])) shown.lastChild.remove()
   shown.append(...blocks.slice(shown.children.length))
   if (note) box.append(make("p", {className, role: className == "error" ? "alert" : null}, note))
@@ -11150,7 +11147,7 @@ async function answer(turn) {
     for (const event of events.filter(event => event.startsWith("data: {"))) {
       const {code, msg, data} = JSON.parse(event.slice(6))
       if (code != 200) throw Error(msg)
-      if (data.reasoning_delta) turn.thought.append(data.reasoning_delta)
+      turn.reasoning += data.reasoning_delta ?? ""
       turn.text = "result" in data ? JSON.stringify(data.result, null, 2) : turn.text + (data.delta ?? "")
       last = data
     }
@@ -11158,16 +11155,16 @@ async function answer(turn) {
   }
   if (!last.finish_reason) throw TypeError()  // the stream broke off
   const speed = last.timing?.tokens_per_second, figures = speed ? `${speed.toFixed(0)} tokens/s · ` : ""
-  const cut = last.finish_reason == "length" && t("Cut off by max_tokens", "回答被 max_tokens 截断")
-  if (cut) draw(turn, `✂ ${cut}`, "note warn")
+  const cut = t("✂ Cut off by max_tokens", "✂ 回答被 max_tokens 截断")
+  if (last.finish_reason == "length") draw(turn, cut, "note warn")
   draw(turn, `${figures}${t("endpoint: ", "端点：")}${reply.headers.get("x-endpoint")}`)
   if (last.ignored?.length) draw(turn, `${t("ignored: ", "已忽略：")}${last.ignored.join(", ")}`, "note warn")
 }
 async function send() {
   const question = $("ask").value.trim(), history = messages
   if (running || !question) return
-  const thought = make("p", {className: "reasoning"}), shown = make("div"), box = make("article", {}, thought, shown)
-  const turn = {question, box, thought, shown, schema: $("schema").value.trim(), text: ""}
+  const box = make("article", {}, make("p", {className: "reasoning"}), make("div"))
+  const turn = {question, box, schema: $("schema").value.trim(), reasoning: "", text: ""}
   talk.append(make("p", {className: "user"}, question), box)
   talk.scrollTop = talk.scrollHeight
   $("ask").value = $("status").textContent = ""
@@ -11175,7 +11172,7 @@ async function send() {
   talk.ariaBusy = true
   running = new AbortController()
   try { await answer(turn) } catch (error) {
-    if (error.name == "AbortError") draw(turn, `■ ${t("Stopped", "已停止")}`, "note warn")
+    if (error.name == "AbortError") draw(turn, t("■ Stopped", "■ 已停止"), "note warn")
     else draw(turn, reason(error), "error")
   }
   talk.ariaBusy = false
