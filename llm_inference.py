@@ -29,6 +29,7 @@ import binascii
 import concurrent.futures
 import contextlib
 import contextvars
+import copy
 import dataclasses
 import difflib
 import functools
@@ -720,7 +721,7 @@ class Options(Sampling, total=False):
 
 
 _MESSAGES: TypeAdapter[list[Any]] = TypeAdapter(Messages, config=ConfigDict(defer_build=True))
-_OPTIONS: TypeAdapter[Any] = TypeAdapter(Options)
+validator_of: Callable[[type], TypeAdapter[Any]] = functools.cache(TypeAdapter)  #: built at first use, once
 SAMPLING_FIELDS = frozenset({"schema", *Sampling.__annotations__})
 CONSTRAINTS = ("schema", "choice", "regex", "grammar")  #: what an answer may be held to, in our own vocabulary
 ALL_CONSTRAINTS = (*CONSTRAINTS, "response_format", "structured_outputs", "json_schema", "ebnf")  #: and in the others'
@@ -729,7 +730,7 @@ ALL_CONSTRAINTS = (*CONSTRAINTS, "response_format", "structured_outputs", "json_
 @functools.cache
 def range_of(field: str) -> str:
     """What a numeric field of `Options` must be: `must be from 0 to 2`; "" where it has no range."""
-    form = _OPTIONS.json_schema()["properties"].get(field, {}).get("anyOf", [{}])[0]
+    form = validator_of(Options).json_schema()["properties"].get(field, {}).get("anyOf", [{}])[0]
     if "maximum" not in form:
         return ""
     above = form.get("exclusiveMinimum")
@@ -1011,7 +1012,7 @@ def make_request(
     except RecursionError:
         raise InvalidRequest("the request holds a value that is nested too deeply", "send plain JSON values") from None
     try:
-        _OPTIONS.validate_python(body)
+        validator_of(Options).validate_python(body)
     except ValidationError as exc:
         raise invalid(exc, body, {"schema", *Options.__annotations__}) from None
     body["messages"] = checked_messages(messages)
@@ -1698,7 +1699,10 @@ def _layers(value: Any) -> Iterator[list[Any]]:
 
 # Without jsonschema-rs: the short form and plain schemas.
 _SIZES: dict[str, Any] = {"minLength": str, "maxLength": str, "minItems": list, "maxItems": list}
-_SIMPLE = _SIZES.keys() | set("$ref type properties required additionalProperties items enum const".split())
+_SIMPLE: dict[str, Any] = dict.fromkeys(_SIZES, int) | {
+    "$ref": str, "type": (str, list), "properties": dict, "required": list, "additionalProperties": (bool, dict),
+    "items": (bool, dict), "enum": list, "const": object,
+}  # fmt: skip
 
 
 def _is_of_type(kind: str, value: Any) -> bool:
@@ -1713,8 +1717,12 @@ def _refuse_beyond_simple(parts: list[Any]) -> None:
     for part in parts:
         if not isinstance(part, dict):
             continue
-        for key in part.keys() - _SIMPLE:
-            raise UnsupportedFeature(f"schema: checking {key} needs jsonschema-rs", "pip install jsonschema-rs")
+        for key, value in part.items():
+            if key not in _SIMPLE:
+                raise UnsupportedFeature(f"schema: checking {key} needs jsonschema-rs", "pip install jsonschema-rs")
+            names = value if key == "required" and isinstance(value, list) else ()
+            if not isinstance(value, _SIMPLE[key]) or not all(isinstance(name, str) for name in names):
+                raise InvalidRequest(f"schema: invalid value of {key}", "see json-schema.org")
         _refuse_beyond_simple(list(_subschemas(part)))
 
 
@@ -2070,7 +2078,7 @@ class _LlamaCppSchema(_Rewriter):
             if isinstance(parts.get(key), int) and abs(parts[key]) < 10**15:  # it writes at most 16 digits
                 found[key.removeprefix("exclusive").lower()] = parts[key] + step
         self.exact &= len(found) == len(parts.keys() & _ENFORCED["integer"])
-        if found.get("minimum", 0) > found.get("maximum", found.get("minimum", 0)):  # it would answer 500
+        if found.get("minimum", -math.inf) > found.get("maximum", math.inf):  # it would answer 500
             raise InvalidRequest("schema: no integer lies between its bounds", "correct one of them")
         return found
 
@@ -7023,9 +7031,6 @@ class EngineOptions(TypedDict, total=False):
     deadlines: Deadlines | None
 
 
-_ENGINE_OPTIONS: TypeAdapter[Any] = TypeAdapter(EngineOptions)
-
-
 def _invalid(param: str, problem: str, hint: str) -> InvalidRequest:
     return InvalidRequest(f"{param}: {problem}", hint, param=param)
 
@@ -7085,7 +7090,8 @@ class EngineChoice:
         if not isinstance(model_name, (str, os.PathLike, types.NoneType)):
             raise _invalid("model_name", "must be a string or a path", "see models()")
         try:
-            _ENGINE_OPTIONS.validate_python(options | {"launch_env": plain(options.get("launch_env"))}, strict=True)
+            given = options | {"launch_env": plain(options.get("launch_env"))}
+            validator_of(EngineOptions).validate_python(given, strict=True)
         except ValidationError as exc:
             raise InvalidRequest(explain(exc)[0], "see help(LLMInferencer)") from None
         if options.get("base_url") in ([], ()):
@@ -9168,13 +9174,10 @@ class PlainBody(Open, total=False):
     skip_special_tokens: bool
 
 
-body_adapter: Callable[[type], TypeAdapter[Any]] = functools.cache(TypeAdapter)  #: of a body, built once
-
-
 def check_body(shape: type, body: dict[str, Any]) -> None:
     """Raises InvalidRequest with the field and its range, never with long input."""
     try:
-        body_adapter(shape).validate_python(body)
+        validator_of(shape).validate_python(body)
     except ValidationError as exc:
         known = () if shape in (V1Body, PlainBody) else typing.get_type_hints(shape)
         for name, other, route in (("messages", "prompt", "/chat"), ("prompt", "messages", "/generate")):
@@ -10258,9 +10261,10 @@ _FAILURES = (
 )
 
 
+@functools.cache
 def body_schema(shape: type) -> dict[str, Any]:
     """A body's JSON Schema with its definitions in their places, so that it can stand anywhere in an OpenAPI page."""
-    schema = body_adapter(shape).json_schema()
+    schema = validator_of(shape).json_schema()
     found: dict[str, Any] = inlined(schema, schema.pop("$defs", {}))
     return found
 
@@ -10362,7 +10366,7 @@ def add_exchange(
 
 def own_body_schema(shape: type, gateway: Gateway) -> dict[str, Any]:
     """The JSON Schema of one of our own bodies, with this server's limits in it."""
-    schema = body_schema(shape)
+    schema = copy.deepcopy(body_schema(shape))
     limit = f"values above {gateway.settings.max_tokens_cap} are reduced to it"
     schema["properties"]["max_tokens"]["anyOf"][0]["description"] = limit
     engines = ", ".join(LLMInferencer.ENGINE_MAP)
@@ -10436,9 +10440,12 @@ def create_v1_router(gateway: Gateway) -> Any:
             return JSONResponse(anthropic_models(found))
         return JSONResponse({"object": "list", "data": found})
 
-    @router.get("/v1/models/{name:path}", summary="OpenAI: one model")
-    async def model(name: Annotated[str, Field(json_schema_extra={"example": DEMO})], asked: Request) -> Response:
-        anthropic = "anthropic-version" in asked.headers
+    # no parameter of the handler: FastAPI would import pydantic.v1 for it, which takes as long as ten routes
+    parameter = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}, "example": DEMO}
+
+    @router.get("/v1/models/{name:path}", summary="OpenAI: one model", openapi_extra={"parameters": [parameter]})
+    async def model(request: Request) -> Response:
+        name, anthropic = request.path_params["name"], "anthropic-version" in request.headers
         for each in await listed():
             if name and name in (each["id"], each["id"].partition("/")[2]):
                 return JSONResponse(anthropic_models([each])["data"][0] if anthropic else each)
@@ -10457,7 +10464,8 @@ def v1_body_schema(path: str) -> dict[str, Any]:
         schema["required"] = list(required)
     if path in SURFACES:
         checked = body_schema(V1Body)["properties"]
-        checked |= body_schema(PlainBody)["properties"] if path not in GENERATED else {}
+        if path not in GENERATED:
+            checked = checked | body_schema(PlainBody)["properties"]
         known = column(ENGINES[0], SURFACES[path])
         schema["properties"] = {name: form for name, form in checked.items() if name in known}
     return schema
@@ -10661,7 +10669,6 @@ def build_openapi(build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     schema = build()
     for path in schema["paths"].values():
         for operation in path.values():
-            operation["responses"].pop("422", None)  # FastAPI's, of path parameters, which any text satisfies
             for status, response in operation["responses"].items():
                 for content in response.get("content", {}).values():
                     _restore_nulls(status, content.get("example", {}))

@@ -164,6 +164,15 @@ def test_a_stop_string_ends_the_answer_before_it(embedded: LLMInferencer) -> Non
 
 
 # Reachable by us alone ---------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "bounds", [{"maximum": -1}, {"exclusiveMaximum": 0}, {"maximum": -1000}, {"minimum": -7, "maximum": -3}], ids=str
+)
+def test_an_integer_may_be_held_below_zero(bounds: dict[str, int], embedded: LLMInferencer) -> None:
+    answer = embedded.complete("Say a number.", schema={"type": "integer", **bounds}, max_tokens=24, temperature=0)
+    assert answer.enforced_by == "engine"
+    assert isinstance(answer.result, int) and answer.result <= bounds.get("maximum", -1)
+
+
 def test_no_other_user_can_reach_the_engine(embedded: LLMInferencer) -> None:
     """A socket file in a folder of ours, a key that is asked for and not shown, and no open port."""
     where = target(embedded)

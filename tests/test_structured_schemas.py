@@ -23,6 +23,7 @@ from typing_extensions import TypedDict
 
 import llm_inference
 from llm_inference import (
+    InferenceError,
     InvalidRequest,
     LLMInferencer,
     SchemaCheck,
@@ -777,6 +778,41 @@ def test_other_schemas_name_the_package_that_they_need(monkeypatch: pytest.Monke
     nested_ref = {"$ref": "#/$defs/n", "$defs": {"n": {**node, "required": ["v"]}}}
     check_limits(nested_ref)
     assert fits(nested_ref, {"v": 1, "next": {"v": 2}}) and not fits(nested_ref, {"v": 1, "next": {}})
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [
+        ({"$ref": 5}, r"\$ref"),
+        ({"properties": [1]}, "properties"),
+        ({"required": False}, "required"),
+        ({"required": [1]}, "required"),
+        ({"required": [{}]}, "required"),
+        ({"enum": "a"}, "enum"),
+        ({"items": [{"type": "string"}]}, "items"),
+        ({"additionalProperties": 1}, "a part of it is no schema"),
+        ({"minLength": "1"}, "minLength"),
+        ({"maxItems": {}}, "maxItems"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_invalid_value_of_a_keyword_is_refused_without_jsonschema_rs(
+    part: dict[str, Any], key: str, inside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jsonschema_rs", None)
+    schema = {"type": "object", "properties": {"a": part}} if inside else part
+    with pytest.raises(InferenceError, match=key) as refused:
+        check_limits(schema)
+    assert refused.value.code == 400
+
+
+def test_a_reference_to_itself_ends_without_jsonschema_rs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jsonschema_rs", None)
+    schema = {"properties": {"a": {"$ref": "#/properties/a"}}}
+    check_limits(schema)
+    with pytest.raises(ValueError, match="does not fit"):
+        SchemaCheck(schema)({"a": 1})
 
 
 # Tools that are only offered ---------------------------------------------------------------------
