@@ -1812,6 +1812,7 @@ def full_matcher(regex: str) -> Callable[[str], bool]:
 # grammars (GBNF) know classes, groups, alternatives and counts only. Python's parser reads a regex; what Rust's regex
 # crate, which checks the answer, would read differently is not translated.
 _Ranges = list[tuple[int, int]]
+_LARGEST_INTEGER = 10**15  # llama.cpp writes at most 16 digits
 _MAX_COUNT = 2_000  # llama.cpp refuses grammars that repeat anything more often
 _READ_DIFFERENTLY: Final = re.compile(r"&&|--|~~|[{}]|\[\^?\]|\[\^?[^]]*\[")  # without escapes and counts
 _SPACES: _Ranges = [(9, 13), (32, 32), (133, 133), (160, 160), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029),
@@ -2075,12 +2076,13 @@ class _LlamaCppSchema(_Rewriter):
     def _integer(self, parts: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, step in (("minimum", 0), ("exclusiveMinimum", 1), ("maximum", 0), ("exclusiveMaximum", -1)):
-            if isinstance(parts.get(key), int) and abs(parts[key]) < 10**15:  # it writes at most 16 digits
+            if isinstance(parts.get(key), int) and abs(parts[key]) < _LARGEST_INTEGER:
                 found[key.removeprefix("exclusive").lower()] = parts[key] + step
         self.exact &= len(found) == len(parts.keys() & _ENFORCED["integer"])
         if found.get("minimum", -math.inf) > found.get("maximum", math.inf):  # it would answer 500
             raise InvalidRequest("schema: no integer lies between its bounds", "correct one of them")
-        return found
+        # from one bound alone it makes a grammar that lets others through, such as 18 for a minimum of 1000
+        return found and {"minimum": -_LARGEST_INTEGER, "maximum": _LARGEST_INTEGER, **found}
 
 
 # 5 Answers ---------------------------------------------------------------------------------------
