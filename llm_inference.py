@@ -1090,7 +1090,7 @@ def _dumped_call(call: Any) -> Any:
     kept = {"type": "function", **call, "function": dict(call["function"])}
     kept.pop("index", None)
     kept["function"].pop("parsed_arguments", None)
-    if kept["function"].get("arguments") in ("", None):
+    if kept["function"].get("arguments", "-") in ("", None):
         kept["function"]["arguments"] = "{}"  # some templates need JSON
     return kept
 
@@ -9295,8 +9295,8 @@ class OwnSurface(Surface):
 
     def write(self, answer: Answer, served: Served) -> bytes:
         done = answer.completion(served)
-        data = self._end_data(done)
-        data |= {"text": done.text, "engine_type": done.engine_type, "model_name": done.model_name}
+        served_by = {"engine_type": done.engine_type, "model_name": done.model_name}
+        data = {"text": done.text, **self._end_data(done, served_by)}
         for name in ("reasoning", "tool_calls", "logprobs"):
             if value := getattr(done, name):
                 data[name] = value
@@ -9317,14 +9317,15 @@ class OwnSurface(Surface):
     def end(self, served: Served) -> bytes:
         last = self.reader.last(served)
         served.usage = last.usage
-        return self._event(self._end_data(last)) + b"data: [DONE]\n\n"
+        return self._event(self._end_data(last, {})) + b"data: [DONE]\n\n"
 
-    def _end_data(self, done: Completion | Chunk) -> dict[str, Any]:
+    def _end_data(self, done: Completion | Chunk, served_by: Mapping[str, str]) -> dict[str, Any]:
         """What a complete answer has in common with the last event of a stream."""
         usage, timing = done.usage or Usage(), done.timing or Timing(total=0.0)
         seconds = {"ttft": timing.ttft, "total": timing.total, "tokens_per_second": timing.tokens_per_second}
         rounded = {name: value if value is None else round(value, 4) for name, value in seconds.items()}
-        data: dict[str, Any] = {"finish_reason": done.finish_reason, "usage": usage.as_dict(), "timing": rounded}
+        data: dict[str, Any] = {"finish_reason": done.finish_reason, "usage": usage.as_dict(), **served_by}
+        data["timing"] = rounded
         if self.structured:
             data["result"] = done.result
         if done.ignored:
