@@ -18,6 +18,7 @@ engine answers with one stream of OpenAI-shaped chunks. The file reads top to bo
 """
 
 # 1 Imports and logging ---------------------------------------------------------------------------
+# The standard library's slow ones (zipfile, tomllib, ssl, importlib.metadata) are imported where they are used.
 # Required: pydantic (here); fastapi and uvicorn (to serve), httpx (to reach engines), requests (--api-test).
 # Used when installed: httptools, uvloop (speed), xllamacpp (the embedded engine), jsonschema-rs (schemas),
 # rich (tables), prometheus-client (/metrics), fastapi-offline (/docs without a CDN), huggingface_hub or modelscope.
@@ -35,7 +36,6 @@ import difflib
 import functools
 import hashlib
 import hmac
-import importlib.metadata
 import importlib.util
 import inspect
 import ipaddress
@@ -57,13 +57,11 @@ import tempfile
 import textwrap
 import threading
 import time
-import tomllib
 import types
 import typing
 import urllib.parse
 import uuid
 import weakref
-import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import (
@@ -3867,6 +3865,8 @@ def _verified_default() -> ModelFile | None:
 
 
 def _pull_default(report: Report, stop: threading.Event) -> ModelFile:
+    import zipfile
+
     folder = cache_dir() / "models"
     file = folder / f"{DEFAULT_MODEL}.gguf"
     for abandoned in folder.glob("pull-*"):  # by processes that have ended, for we hold the lock
@@ -5682,8 +5682,11 @@ class LlamaCppAdapter(OpenAIAdapter):
         build = await super().identify(get)
         if build not in ("", "b0-unknown"):  # what a build without git's history says
             return build
-        ours = self.connection.child is not None and not self.python
-        return f"xllamacpp {importlib.metadata.version('xllamacpp')}" if ours else ""
+        if self.connection.child is None or self.python:
+            return ""
+        from importlib.metadata import version
+
+        return f"xllamacpp {version('xllamacpp')}"
 
     def _model_info(self, model: dict[str, Any]) -> ModelInfo:
         self._vocabularies[model["id"]] = (model.get("meta") or {}).get("n_vocab")
@@ -7840,6 +7843,8 @@ class ConfigFile:
     """A TOML file: settings, [[endpoint]] tables and an [alias] table. Raises InvalidRequest."""
 
     def __init__(self, path: str) -> None:
+        import tomllib
+
         self.path = path
         try:
             text = Path(path).expanduser().read_text("utf-8-sig")
