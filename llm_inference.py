@@ -10148,6 +10148,8 @@ class Exchange:
 class EventWriter:
     """Sends a stream's parts, comments in its silences, and notices a client that does not read."""
 
+    __slots__ = ("changed", "exchange", "idle", "loop", "sending")
+
     def __init__(self, exchange: Exchange) -> None:
         self.exchange, self.loop = exchange, asyncio.get_running_loop()
         self.idle = exchange.gateway.settings.deadlines.idle
