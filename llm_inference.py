@@ -213,6 +213,11 @@ class InvalidRequest(InferenceError, ValueError):
     kind, code, v1 = "invalid_request", 400, (400, "invalid_request_error")
 
 
+def bad_field(name: str, problem: str, hint: str) -> InvalidRequest:
+    """The error for a field's name or value; `hint` says what to do."""
+    return InvalidRequest(f"{name}: {problem}", hint, param=name)
+
+
 class UnsupportedFeature(InferenceError):
     """This engine, its version or this model cannot do what was asked."""
 
@@ -1042,7 +1047,7 @@ def checked_messages(messages: Any) -> list[Any]:
 def check_model_name(model: Any, field: str = "model_name") -> str:
     """The name. Raises InvalidRequest for what cannot be one."""
     if not isinstance(model, str) or not 0 < len(model) <= 1024 or not model.isprintable():
-        raise InvalidRequest(f"{field}: not the name of a model", "see models() or GET /v1/models", param=field)
+        raise bad_field(field, "not the name of a model", "see models() or GET /v1/models")
     return model
 
 
@@ -1097,14 +1102,14 @@ def check_together(body: dict[str, Any]) -> None:
     """Raises InvalidRequest, UnsupportedFeature for fields that contradict each other, hostile schemas and patterns."""
     tools, choice = body.get("tools") or (), body.get("tool_choice")
     if choice not in (None, "none", "auto") and not tools:
-        raise InvalidRequest("tool_choice: there are no tools", "send tools, or leave it out", param="tool_choice")
+        raise bad_field("tool_choice", "there are no tools", "send tools, or leave it out")
     if isinstance(choice, dict):
         names = list(map(name_of, tools))
         if name_of(choice) not in names:
             listed = ", ".join(map(str, names))[:200]
-            raise InvalidRequest("tool_choice: not a function of tools", f"one of: {listed}", param="tool_choice")
+            raise bad_field("tool_choice", "not a function of tools", f"one of: {listed}")
     if body.get("top_logprobs") and not body.get("logprobs"):
-        raise InvalidRequest("top_logprobs: needs logprobs", "set logprobs to true", param="top_logprobs")
+        raise bad_field("top_logprobs", "needs logprobs", "set logprobs to true")
     constraints = list(constraints_in(body))
     if constraints[:1] == ["response_format"] and choice in (None, "auto"):
         tools = ()  # a call, or an answer in that format: see `relaxed`
@@ -1198,8 +1203,8 @@ def response_schema(form: Any) -> dict[str, Any] | None:
     schema = wrapped.get("schema") if isinstance(wrapped, dict) else None
     if isinstance(schema, dict):
         return schema or ANY_OBJECT
-    reason = "response_format: its type is unknown, or its schema is missing"
-    raise InvalidRequest(reason, "send text, json_object, or json_schema with its schema", param="response_format")
+    problem = "its type is unknown, or its schema is missing"
+    raise bad_field("response_format", problem, "send text, json_object, or json_schema with its schema")
 
 
 def answer_schema(body: dict[str, Any]) -> dict[str, Any] | None:
@@ -4143,8 +4148,8 @@ class BaseLLMAdapter:
         self.launch_args, self.launch_env = tuple(launch_args), dict(launch_env or {})
         for name, value in self.launch_env.items():
             if not re.fullmatch(r"[^=\0]+", name) or "\0" in value:
-                reason = f"launch_env: no environment can hold {name[:40]!r}"
-                raise InvalidRequest(reason, "write NAME and a text without U+0000", param="launch_env")
+                problem = f"no environment can hold {name[:40]!r}"
+                raise bad_field("launch_env", problem, "write NAME and a text without U+0000")
         self.deadlines = deadlines or Deadlines()
         self.how = "built in"  #: how the engine was found, once it is
         self.version = ""  #: the server's version, once it is known
@@ -4348,10 +4353,10 @@ def texts_of(value: Any) -> list[str]:
     """OpenAI's embedding input as a list of texts. Raises InvalidRequest."""
     texts = [value] if isinstance(value, str) else value
     if texts == []:
-        raise InvalidRequest("input: must not be empty", "send one text or more", param="input")
+        raise bad_field("input", "must not be empty", "send one text or more")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         hint = "this engine does not take token ids"
-        raise InvalidRequest("input: must be a text or a list of texts", hint, param="input")
+        raise bad_field("input", "must be a text or a list of texts", hint)
     return texts
 
 
@@ -4444,9 +4449,9 @@ def clean_url(url: str, port: str = "", name: str = "base_url") -> str:
         hint = "for example http://127.0.0.1:8000"
         if re.search("[@?#]", url):
             hint += ", without a user, a password or a query; a key goes into api_key"
-        raise InvalidRequest(f"{name}: not an http(s) URL", hint, param=name)
+        raise bad_field(name, "not an http(s) URL", hint)
     if found[2] and not 0 < int(found[2]) < 65536:
-        raise InvalidRequest(f"{name}: port {found[2]} does not exist", "ports are 1 to 65535", param=name)
+        raise bad_field(name, f"port {found[2]} does not exist", "ports are 1 to 65535")
     return re.sub(r"//0\.0\.0\.0(?=[:/]|$)", "//127.0.0.1", url)
 
 
@@ -5042,8 +5047,8 @@ class HTTPAdapter(BaseLLMAdapter):
         """The model that a command starts, and the options that vLLM's and SGLang's have in common."""
         model = self.launched_model
         if not model:
-            reason = f"model_name: {name} cannot be started without a model"
-            raise InvalidRequest(reason, "name a model of the hub, or a local folder", param="model_name")
+            problem = f"{name} cannot be started without a model"
+            raise bad_field("model_name", problem, "name a model of the hub, or a local folder")
         address = ["--host", "127.0.0.1", "--port", str(child.port)]
         return model, ["--served-model-name", self.served_name() or model, *address, *self.launch_args]
 
@@ -5768,14 +5773,13 @@ class LlamaCppAdapter(OpenAIAdapter):
             name, _, text = setting.partition("=")
             if not re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", name) or not text:
                 hint = 'for example "n_ctx=8192" (names: xllamacpp.CommonParams)'
-                raise InvalidRequest(f"launch_args: {setting[:40]!r} is not name=value", hint, param="launch_args")
+                raise bad_field("launch_args", f"{setting[:40]!r} is not name=value", hint)
             params[name] = text
             with contextlib.suppress(ValueError):
                 params[name] = json.loads(text)
         for name in ("n_ctx", "n_parallel"):
             if type(params[name]) is not int:
-                reason = f"launch_args: {name} must be an integer"
-                raise InvalidRequest(reason, f"write {name}=NUMBER", param="launch_args")
+                raise bad_field("launch_args", f"{name} must be an integer", f"write {name}=NUMBER")
         if not params["kv_unified"]:
             params["n_ctx"] *= params["n_parallel"]  # given for one request; llama.cpp divides it
         if params.get("embedding"):  # a text must fit one batch (error "too large to process" otherwise)
@@ -5793,8 +5797,8 @@ def _refuse_unknown_tokens(body: dict[str, Any], size: Any) -> None:
     for name in ("logit_bias", "tokens"):
         for token in body.get(name) or ():
             if isinstance(size, int) and str(token).isdigit() and int(token) >= size:
-                reason = f"{name}: must be tokens from 0 to {size - 1}, the model's vocabulary, got {token}"
-                raise InvalidRequest(reason, "see POST /tokenize", param=name)
+                problem = f"must be tokens from 0 to {size - 1}, the model's vocabulary, got {token}"
+                raise bad_field(name, problem, "see POST /tokenize")
 
 
 def _refuse_enable_thinking(body: dict[str, Any]) -> None:
@@ -5883,7 +5887,7 @@ def _check_grammar(grammar: str) -> None:
                 return
     except RecursionError:
         pass
-    raise InvalidRequest("grammar: nested too deeply", "use fewer levels of rules and groups", param="grammar")
+    raise bad_field("grammar", "nested too deeply", "use fewer levels of rules and groups")
 
 
 def _may_be_empty(tokens: Iterator[str], empty: Container[str]) -> bool:
@@ -6207,7 +6211,7 @@ class OllamaAdapter(OllamaTranslator):
 
     async def pull(self, model: str) -> AsyncGenerator[tuple[str, int, int], None]:
         if not model:
-            raise InvalidRequest("model: is required", 'for example pull("qwen3:0.6b")', param="model")
+            raise bad_field("model", "is required", 'for example pull("qwen3:0.6b")')
         stage = ""
         patient = dataclasses.replace(self.deadlines, total=float("inf"))
         lines = self.connection.read("/api/pull", to_json({"model": model, "stream": True}), patient)
@@ -6260,8 +6264,8 @@ def _ollama_history_call(call: ToolCall) -> dict[str, Any]:
     try:
         arguments = from_json(call["function"]["arguments"])
     except ValueError:
-        reason = "messages: a tool call's arguments are not JSON"
-        raise InvalidRequest(reason, "send them as JSON text", param="messages") from None
+        problem = "a tool call's arguments are not JSON"
+        raise bad_field("messages", problem, "send them as JSON text") from None
     return {"function": {"name": call["function"]["name"], "arguments": arguments}}
 
 
@@ -7036,10 +7040,6 @@ class EngineOptions(TypedDict, total=False):
     deadlines: Deadlines | None
 
 
-def _invalid(param: str, problem: str, hint: str) -> InvalidRequest:
-    return InvalidRequest(f"{param}: {problem}", hint, param=param)
-
-
 def tool_from(function: Callable[..., Any]) -> Tool:
     """A Python function as a tool, a partial by the name of its function.
 
@@ -7047,12 +7047,12 @@ def tool_from(function: Callable[..., Any]) -> Tool:
     """
     name = getattr(function.func if isinstance(function, functools.partial) else function, "__name__", None)
     if not callable(function) or name is None:
-        raise _invalid("tools", "must be a list of functions", "wrap it in a function")
+        raise bad_field("tools", "must be a list of functions", "wrap it in a function")
     try:
         parameters = TypeAdapter(function).json_schema()  # type: ignore[arg-type]
     except Exception as exc:  # pydantic raises several unrelated classes here
         problem = f"no JSON Schema can be made of the parameters of {name}"
-        raise _invalid("tools", problem, "annotate them with types that have one") from exc
+        raise bad_field("tools", problem, "annotate them with types that have one") from exc
     described: Function = {"name": name, "parameters": parameters}
     if function.__doc__:
         described["description"] = inspect.cleandoc(function.__doc__)
@@ -7091,16 +7091,16 @@ class EngineChoice:
     ) -> None:
         self.options: dict[str, Any] = dict(options)
         if not isinstance(engine_type, (str, types.NoneType)):
-            raise _invalid("engine_type", "must be a string", "see help(LLMInferencer)")
+            raise bad_field("engine_type", "must be a string", "see help(LLMInferencer)")
         if not isinstance(model_name, (str, os.PathLike, types.NoneType)):
-            raise _invalid("model_name", "must be a string or a path", "see models()")
+            raise bad_field("model_name", "must be a string or a path", "see models()")
         try:
             given = options | {"launch_env": plain(options.get("launch_env"))}
             validator_of(EngineOptions).validate_python(given, strict=True)
         except ValidationError as exc:
             raise InvalidRequest(explain(exc)[0], "see help(LLMInferencer)") from None
         if options.get("base_url") in ([], ()):
-            raise _invalid("base_url", "must not be empty", "name a server, or leave it out")
+            raise bad_field("base_url", "must not be empty", "name a server, or leave it out")
         if options.get("base_url") and options.get("launch") is True:
             raise InvalidRequest("base_url and launch=True cannot be combined", "leave one of them out", param="launch")
         self.model_name: str | None = plain(model_name)
@@ -7174,7 +7174,7 @@ class EngineChoice:
             schema, build = normalize_schema(schema)
         for name, hint in (("model", "did you mean 'model_name'?"), ("stream", "call stream(…) or astream(…)")):
             if name in fields:
-                raise _invalid(name, "no such argument", hint)
+                raise bad_field(name, "no such argument", hint)
         several = self.fleet is not None and len(self.fleet.endpoints) != 1
         model = fields.pop("model_name", None) or (self.model_name if several else None)
         return make_request(messages=messages, schema=schema, build=build, model=model, **fields)
@@ -7265,9 +7265,9 @@ class AsyncVerbs(EngineChoice):
         A vLLM that is started here answers twice as many a second with `launch_args=["--api-server-count", "4"]`.
         """
         if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
-            raise _invalid("prompts", "must be a list", "send [prompt], or use generate()")
+            raise bad_field("prompts", "must be a list", "send [prompt], or use generate()")
         if type(concurrency) is not int or concurrency < 1:
-            raise _invalid("concurrency", f"must be an integer from 1 on, got {concurrency}", "leave it out")
+            raise bad_field("concurrency", f"must be an integer from 1 on, got {concurrency}", "leave it out")
         waiting, closed = list(prompts), self.closed
         answers: list[Any] = [None] * len(waiting)
         places, progress, finished = iter(enumerate(waiting)), Progress("batch"), 0
@@ -7311,7 +7311,7 @@ class AsyncVerbs(EngineChoice):
             tool = tool_from(function)
             name = tool["function"]["name"]
             if functions.setdefault(name, function) is not function:
-                raise _invalid("tools", f"two functions are called {name}", "rename one of them")
+                raise bad_field("tools", f"two functions are called {name}", "rename one of them")
             offered[name] = tool
         messages = messages_from(prompt, options.pop("system", None))
         closed = self.closed
@@ -7482,7 +7482,7 @@ def messages_from(prompt: Any, system: Any = None) -> list[Any]:
     if isinstance(prompt, str):
         messages: list[Any] = [{"role": "user", "content": prompt}]
     elif isinstance(prompt, (Mapping, bytes)) or not isinstance(prompt, Iterable):
-        raise _invalid("prompt", "must be a string or a list of messages", "send one of them")
+        raise bad_field("prompt", "must be a string or a list of messages", "send one of them")
     else:
         messages = list(prompt)
     if system is not None:
@@ -7510,7 +7510,7 @@ def make_adapter(engine_type: str, model_name: str | None, **options: Any) -> Ba
             raise
         known = ("engine_type", "model_name", *EngineOptions.__annotations__)
         hint = did_you_mean(unknown[1], known, "see help(LLMInferencer)", cutoff=0.5)
-        raise _invalid(unknown[1], "no such option", hint) from None
+        raise bad_field(unknown[1], "no such option", hint) from None
 
 
 # 12 Settings -------------------------------------------------------------------------------------
@@ -7572,14 +7572,14 @@ def _check_fields(settings: Any) -> None:
             got = ""
             if isinstance(value, str | int | float) and not field.metadata["option"].secret:
                 got = f", got {value!r}"[:80]
-            raise _invalid(field.name, f"must be {expected}{got}", "correct it, or leave it out") from None
+            raise bad_field(field.name, f"must be {expected}{got}", "correct it, or leave it out") from None
 
 
 def _check_engine(name: str, *further: str) -> None:
     known = (*further, *LLMInferencer.ENGINE_MAP)
     if name not in known:
         hint = did_you_mean(name, known, f"one of {', '.join(known)}")
-        raise _invalid("engine", f"no such engine: {name[:60]!r}", hint)
+        raise bad_field("engine", f"no such engine: {name[:60]!r}", hint)
 
 
 def _split(value: Any) -> tuple[str, ...]:
@@ -7629,9 +7629,9 @@ def resolve_aliases(aliases: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[s
             return (name,)
         if name in path:
             circle = " -> ".join((*path[path.index(name) :], name))
-            raise _invalid(f"aliases.{name}", f"is circular ({circle})", "end it with engine/model")
+            raise bad_field(f"aliases.{name}", f"is circular ({circle})", "end it with engine/model")
         if len(path) >= _MAX_CHAIN:
-            raise _invalid(f"aliases.{name}", f"is reached through {_MAX_CHAIN} other aliases", "shorten the chain")
+            raise bad_field(f"aliases.{name}", f"is reached through {_MAX_CHAIN} other aliases", "shorten the chain")
         found: list[str] = []
         for target in aliases[name]:
             found += resolve(target, (*path, name))
@@ -7653,7 +7653,7 @@ def _check_target(name: str, target: str, aliases: Mapping[str, Any]) -> None:
         known = aliases.keys() - {name}
         problem = "not name=engine/model, nor another alias"
     hint = did_you_mean(engine, known, "for example vllm/Qwen/Qwen3-8B")
-    raise _invalid(f"aliases.{name}", f"{problem}: {target[:60]!r}", hint)
+    raise bad_field(f"aliases.{name}", f"{problem}: {target[:60]!r}", hint)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -7681,26 +7681,26 @@ class EndpointConfig:
     def __post_init__(self) -> None:
         _check_fields(self)
         if not self.engine:
-            raise _invalid("engine", "is required", f"one of {', '.join(LLMInferencer.ENGINE_MAP)}")
+            raise bad_field("engine", "is required", f"one of {', '.join(LLMInferencer.ENGINE_MAP)}")
         _check_engine(self.engine)
         if self.api_key and self.api_key_env:
-            raise _invalid("api_key_env", "was given beside api_key", "give one of them")
+            raise bad_field("api_key_env", "was given beside api_key", "give one of them")
         if self.base_url and not self.base_url.startswith("unix:"):
             clean_url(self.base_url)
         for key in ("start", "stop_after", "group", "python", "launch_args", "launch_env"):
             if getattr(self, key) in ("at_start", None, (), {}):
                 continue
             if self.base_url:
-                raise _invalid(key, "this endpoint has a base_url, so it is not started here", f"remove {key}")
+                raise bad_field(key, "this endpoint has a base_url, so it is not started here", f"remove {key}")
             if key in ("stop_after", "group") and self.start == "at_start":
-                raise _invalid(key, "what is stopped must be started again by a request", 'add start = "on_request"')
+                raise bad_field(key, "what is stopped must be started again by a request", 'add start = "on_request"')
 
     def key(self, env: Mapping[str, str] = os.environ) -> str | None:
         """The key that the engine asks for. Raises InvalidRequest for an `api_key_env` that is not set."""
         if self.api_key_env is None:
             return self.api_key
         if not env.get(self.api_key_env):
-            raise _invalid("api_key_env", f"the environment variable {self.api_key_env} is not set", "set it")
+            raise bad_field("api_key_env", f"the environment variable {self.api_key_env} is not set", "set it")
         return env[self.api_key_env]
 
     def endpoint(self, deadlines: Deadlines) -> Endpoint:
@@ -7778,14 +7778,15 @@ class Settings:
         for number, endpoint in enumerate(self.endpoints, 1):
             if endpoint.start == "on_request" and self.workers > 1:
                 problem = "several workers cannot share an on_request endpoint"
-                raise _invalid(f"endpoints.{number}.start", problem, "serve it with --workers 1")
+                raise bad_field(f"endpoints.{number}.start", problem, "serve it with --workers 1")
         for field in ("engine", "base_url", "engine_api_key", "launch_args", "python"):
             if getattr(self, field) in (None, (), "auto"):
                 continue
             if self.endpoints:
-                raise _invalid(field, "cannot be combined with [[endpoint]] tables", "put it into the endpoint's table")
+                problem = "cannot be combined with [[endpoint]] tables"
+                raise bad_field(field, problem, "put it into the endpoint's table")
             if self.engine == "auto" and field in ("launch_args", "python"):
-                raise _invalid(field, "given without an engine", "name the engine that it is for")
+                raise bad_field(field, "given without an engine", "name the engine that it is for")
         for address in (self.base_url or "").split(","):
             if address and not address.strip().startswith("unix:"):
                 clean_url(address.strip())
@@ -7813,7 +7814,7 @@ def _with_names(endpoints: Iterable[EndpointConfig]) -> tuple[EndpointConfig, ..
             unnamed[endpoint.engine] += 1
             name = f"{endpoint.engine}-{unnamed[endpoint.engine]}".removesuffix("-1")
         if name in named:
-            raise _invalid(f"endpoints.{number}.name", f"{name!r} is another endpoint's name too", "give it its own")
+            raise bad_field(f"endpoints.{number}.name", f"{name!r} is another endpoint's name too", "give it its own")
         named[name] = dataclasses.replace(endpoint, name=name)
     return tuple(named.values())
 
@@ -7836,7 +7837,7 @@ def _check_keys(table: Iterable[str], prefix: str, known: Iterable[str]) -> None
     for key in table:
         if key not in known:
             hint = did_you_mean(key, known, f"the keys are {', '.join(sorted(known))}")
-            raise _invalid(prefix + key, "no such key", hint)
+            raise bad_field(prefix + key, "no such key", hint)
 
 
 class ConfigFile:
@@ -7880,7 +7881,7 @@ class ConfigFile:
 
     def _endpoints(self, tables: Any, env: Mapping[str, str]) -> list[EndpointConfig]:
         if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-            raise _invalid("endpoint", "must be an array of tables", "write [[endpoint]]")
+            raise bad_field("endpoint", "must be an array of tables", "write [[endpoint]]")
         found = []
         for number, table in enumerate(tables, 1):
             _check_keys(table, f"endpoints.{number}.", EndpointConfig.__dataclass_fields__)
@@ -7889,7 +7890,7 @@ class ConfigFile:
                 found[-1].key(env)
             except InvalidRequest as exc:
                 problem = exc.reason.removeprefix(f"{exc.param}: ")
-                raise _invalid(f"endpoints.{number}.{exc.param}", problem, exc.hint) from None
+                raise bad_field(f"endpoints.{number}.{exc.param}", problem, exc.hint) from None
         return found
 
 
@@ -7933,7 +7934,7 @@ def load_settings(argv_values: Mapping[str, Any], mode: str = "serve", env: Mapp
             places[name], values[name] = place, value
         for name in ("api_keys", "cors_origins"):
             if values.get(name) == "":  # such as --api-key "$UNSET"
-                raise _invalid(name, "is empty", "give a value, or leave it out")
+                raise bad_field(name, "is empty", "give a value, or leave it out")
         return Settings(**values)
     except InvalidRequest as exc:
         field, _, name = (exc.param or "").partition(".")
@@ -8028,10 +8029,6 @@ _Turn = tuple[str, list[dict[str, Any]]]  # a role, and its blocks: text, image_
 _Specs = Mapping[str, Any]
 
 
-def _bad_field(where: str, problem: str, hint: str) -> InferenceError:
-    return InvalidRequest(f"{where}: {problem}", hint, param=where)
-
-
 def _unsupported(where: str, problem: str, hint: str) -> InferenceError:
     return UnsupportedFeature(f"{where}: {problem}", hint, param=where)
 
@@ -8057,7 +8054,7 @@ class _Reader:
 
     known: _Specs  #: the body's fields; others are not looked at
     hints: frozenset[str] = frozenset()  #: fields of objects that are left out and reported
-    unknown_field = staticmethod(_bad_field)
+    unknown_field: Callable[[str, str, str], InferenceError] = staticmethod(bad_field)
     text_joint = system_joint = "\n"
 
     def __init__(self, body: dict[str, Any]) -> None:
@@ -8080,12 +8077,12 @@ class _Reader:
             return self.fields(value, where, spec)
         if isinstance(spec, tuple):
             if self.check(value, str, where) not in spec:
-                refusal = _unsupported if where.endswith("type") else _bad_field
+                refusal = _unsupported if where.endswith("type") else bad_field
                 raise refusal(where, f"{value[:100]!r} is not supported", f"send one of: {', '.join(spec)}")
         elif spec is not float or type(value) is not int:
             given = _JSON_NAMES.get(type(value), "null")
             problem = "is required" if value is None else f"must be {_JSON_NAMES[spec]}, got {given}"
-            raise _bad_field(where, problem, "correct the field")
+            raise bad_field(where, problem, "correct the field")
         return value
 
     def type_of(self, value: Any, spec: Any, where: str) -> str:
@@ -8107,7 +8104,7 @@ class _Reader:
                 self.ignore(noted_in + _header_safe(name))
         for name, spec in specs.items():
             if type(spec) is list and name not in given:
-                raise _bad_field(f"{where}.{name}", "is required", "add the field")
+                raise bad_field(f"{where}.{name}", "is required", "add the field")
         return given
 
     def messages_of(self, turns: Iterable[_Turn]) -> list[dict[str, Any]]:
@@ -8340,13 +8337,13 @@ class _ResponsesReader(_Reader):
         self._call_ids: set[str] = set()
         for name in ("max_output_tokens", "max_tool_calls"):
             if self.body.get(name, 1) < 1:
-                raise _bad_field(name, "is too small", "send a positive number")
+                raise bad_field(name, "is too small", "send a positive number")
         for name, hint in _NEEDS_STORE.items():
             if self.body.pop(name, False) is not False:
                 raise _unsupported(name, "responses are not stored here", hint)
         for name, equivalent in _CHAT_ONLY.items():
             if name in self.body:
-                raise _bad_field(name, "not a field of /v1/responses", f"send {equivalent}")
+                raise bad_field(name, "not a field of /v1/responses", f"send {equivalent}")
         if self.body.pop("truncation", "") == "auto":
             hint = 'send "disabled", and an input that fits the context'
             raise _unsupported("truncation", "an input is never shortened here", hint)
@@ -8355,7 +8352,7 @@ class _ResponsesReader(_Reader):
         for name, value in metadata.items():
             if len(metadata) > 16 or len(name) > 64 or not isinstance(value, str) or len(value) > 512:
                 problem = "must be at most 16 strings of at most 512 characters, with names of at most 64"
-                raise _bad_field("metadata", problem, "send fewer or shorter ones")
+                raise bad_field("metadata", problem, "send fewer or shorter ones")
 
     def conversation(self) -> list[dict[str, Any]]:
         items = self.body.pop("input", None)
@@ -8363,7 +8360,7 @@ class _ResponsesReader(_Reader):
             items = [{"role": "user", "content": items}]
         if not isinstance(items, list) or not items:
             problem = "must be a string or a list of at least one item"
-            raise _bad_field("input", problem, "send the conversation in input")
+            raise bad_field("input", problem, "send the conversation in input")
         turns: list[_Turn] = []
         instructions = self.body.pop("instructions", "")
         if instructions:
@@ -8406,7 +8403,7 @@ class _ResponsesReader(_Reader):
             case "function_call_output":
                 if given["call_id"] not in self._call_ids:
                     problem = "no function_call item before it has this id"
-                    raise _bad_field(f"{where}.call_id", problem, "send the function_call item too")
+                    raise bad_field(f"{where}.call_id", problem, "send the function_call item too")
                 content = self._parts(given["output"], f"{where}.output", images=True)
                 return "user", [{"type": "tool_result", "tool_use_id": given["call_id"], "content": content}]
         parts = self._parts(given.get("content", []), f"{where}.content")
@@ -8437,7 +8434,7 @@ class _ResponsesReader(_Reader):
         url, detail = str(given.get("image_url")), given.get("detail")
         if not re.match(r"data:image/[a-z0-9.+-]+;base64,", url):
             problem = "must be a data: URL; images are neither fetched nor stored here"
-            raise _bad_field(f"{where}.image_url", problem, "send the image as a data: URL")
+            raise bad_field(f"{where}.image_url", problem, "send the image as a data: URL")
         image = {"url": url}
         if detail in ("auto", "low", "high"):
             image["detail"] = detail
@@ -8476,7 +8473,7 @@ def _tools_from_responses(reader: _Reader) -> dict[str, Any]:
         function = reader.fields(tool, where, {"type": str, **_FUNCTION_FIELDS, "name": [str]}, noted_in=f"{where}.")
         function["name"] = _flat_name(space.get("name"), function["name"])
         if function["name"] in functions:
-            raise _bad_field(f"{where}.name", "is there twice", "send other names")
+            raise bad_field(f"{where}.name", "is there twice", "send other names")
         del function["type"]
         functions[function["name"]] = function
     names, choice = _chosen(functions, reader.body.pop("tool_choice", None))
@@ -8504,7 +8501,7 @@ def _chosen(names: Collection[str], choice: Any) -> tuple[Collection[str], Any]:
         case {"type": str(kind)} if kind not in ("function", "allowed_tools"):
             raise _unsupported("tool_choice.type", f"{kind[:100]!r} cannot be forced", "choose a function")
     hint = 'send "auto", "none", "required", a function in tools, or allowed_tools with mode and tools'
-    raise _bad_field("tool_choice", "not of a known form, or not in tools", hint)
+    raise bad_field("tool_choice", "not of a known form, or not in tools", hint)
 
 
 def _allowed(names: Collection[str], tools: list[Any]) -> list[str]:
@@ -8517,7 +8514,7 @@ def _allowed(names: Collection[str], tools: list[Any]) -> list[str]:
             case {"type": str(kind)} if kind != "function":
                 pass
             case _:
-                raise _bad_field(f"tool_choice.tools[{index}]", "is not in tools", 'send {"type": "function", "name"}')
+                raise bad_field(f"tool_choice.tools[{index}]", "is not in tools", 'send {"type": "function", "name"}')
     return [name for name in names if name in allowed]
 
 
@@ -8806,12 +8803,12 @@ def chat_from_messages(body: dict[str, Any], *, count_tokens: bool = False) -> t
             reader.ignore(name)
         elif name not in _MESSAGES_REFUSED:
             if name in chat:
-                raise _bad_field(name, "has the meaning of another field of this request", "send one of them")
+                raise bad_field(name, "has the meaning of another field of this request", "send one of them")
             chat[name] = value
         elif value:
             raise _unsupported(name, "is not supported on /v1/messages", _MESSAGES_REFUSED[name])
     if len(reader.ignored) > 64:  # they are sent in a header
-        raise _bad_field("tools", "too many types that are not supported", "send custom tools")
+        raise bad_field("tools", "too many types that are not supported", "send custom tools")
     return chat, list(reader.ignored)
 
 
@@ -8833,14 +8830,14 @@ class _MessagesReader(_Reader):
             else:
                 turns.append((role, blocks))
         if not turns:
-            raise _bad_field("messages", "must not be empty", "send at least one message")
+            raise bad_field("messages", "must not be empty", "send at least one message")
         if system:
             turns.insert(0, ("system", system))
         messages = self.messages_of(turns)
         if messages[-1]["role"] != "assistant":
             return {"messages": messages}
         if "tool_calls" in messages[-1] or not messages[-1]["content"]:
-            raise _bad_field("messages", "the last message has no text to continue", "end with a user message")
+            raise bad_field("messages", "the last message has no text to continue", "end with a user message")
         return {"messages": messages, "continue_final_message": True}
 
     def _blocks(self, place: str, content: Any, where: str) -> list[dict[str, Any]]:
@@ -8873,7 +8870,7 @@ class _MessagesReader(_Reader):
         try:
             binascii.a2b_base64(source["data"], strict_mode=True)
         except ValueError:
-            raise _bad_field(f"{where}.data", "is not base64", "send padded base64 without line breaks") from None
+            raise bad_field(f"{where}.data", "is not base64", "send padded base64 without line breaks") from None
         return {"type": "image_url", "image_url": {"url": f"data:{source['media_type']};base64,{source['data']}"}}
 
 
@@ -8881,9 +8878,9 @@ def _output_from_messages(reader: _Reader, count_tokens: bool) -> dict[str, Any]
     if not count_tokens:
         reader.check(reader.body.get("max_tokens"), int, "max_tokens")
     if reader.body.get("max_tokens", 1) < 1:
-        raise _bad_field("max_tokens", "must be at least 1", "send how many tokens may be generated")
+        raise bad_field("max_tokens", "must be at least 1", "send how many tokens may be generated")
     if not 0 <= reader.body.get("temperature", 0) <= 1:
-        raise _bad_field("temperature", "must be a number between 0 and 1", "send a value in that range")
+        raise bad_field("temperature", "must be a number between 0 and 1", "send a value in that range")
     chat: dict[str, Any] = {}
     if reader.body.pop("stream", False):
         chat |= STREAMED
@@ -8914,7 +8911,7 @@ def _tools_from_messages(reader: _Reader) -> dict[str, Any]:
         kind = reader.check(tool, dict, where).get("type") or "custom"
         if kind != "custom":
             if _header_safe(reader.check(kind, str, f"{where}.type")) != kind:
-                raise _bad_field(f"{where}.type", "is not the name of a type", "send custom with an input_schema")
+                raise bad_field(f"{where}.type", "is not the name of a type", "send custom with an input_schema")
             reader.ignore(f"tools.{kind}")
             continue
         function = reader.fields(tool, where, _CUSTOM_TOOL)
@@ -9190,7 +9187,7 @@ def check_body(shape: type, body: dict[str, Any]) -> None:
         for name, other, route in (("messages", "prompt", "/chat"), ("prompt", "messages", "/generate")):
             if known and name in body and name not in known:
                 hint = f"send {other} here, or {name} to {route}"
-                raise InvalidRequest(f"{name}: no such field on this route", hint, param=name) from None
+                raise bad_field(name, "no such field on this route", hint) from None
         raise invalid(exc, body, known) from None
 
 
@@ -9238,7 +9235,7 @@ class Surface(ABC):
         for name in V1_SURFACES[self.path][1]:
             if body.get(name) is None:
                 hint = "name one of GET /v1/models" if name == "model" else f"see POST {self.path} in /docs"
-                raise InvalidRequest(f"{name}: is required", hint, param=name)
+                raise bad_field(name, "is required", hint)
 
     @abstractmethod
     def write(self, answer: Answer, served: Served) -> bytes:
@@ -9400,8 +9397,7 @@ def chat_request(surface: Surface, body: dict[str, Any], path: str, **more: Any)
     refuse_address(body.get("input"))
     template = body.get("chat_template_kwargs")
     if template is not None and not (isinstance(template, dict) and set(template) <= {"enable_thinking"}):
-        reason = "chat_template_kwargs: only enable_thinking may be set"
-        raise InvalidRequest(reason, "leave the others out", param="chat_template_kwargs")
+        raise bad_field("chat_template_kwargs", "only enable_thinking may be set", "leave the others out")
     if "messages" in body:
         body["messages"] = without_dump_fields(body["messages"])
     check_together(body)
@@ -9421,7 +9417,7 @@ def refuse_address(part: Any, key: str = "") -> None:
         for value in part:
             refuse_address(value, key)
     elif isinstance(part, str) and key and not part.startswith("data:") and (key != "data" or ":" in part):
-        raise InvalidRequest("messages: a part names an address", "send it as a data: URL", param="messages")
+        raise bad_field("messages", "a part names an address", "send it as a data: URL")
 
 
 def sse(events: Iterable[Mapping[str, Any]]) -> bytes:
@@ -10262,7 +10258,7 @@ NO_KEY = "the API key is missing or wrong"
 SEND_KEY = "send the header Authorization: Bearer KEY (--api-key, or the key printed at start)"
 _UNAUTHORIZED = Unauthorized(NO_KEY, SEND_KEY)
 _FAILURES = (
-    InvalidRequest("max_tokens: must be from 1 to 1000000, got 0", "correct the named field", param="max_tokens"),
+    bad_field("max_tokens", "must be from 1 to 1000000, got 0", "correct the named field"),
     _UNAUTHORIZED,
     PayloadTooLarge(f"body: over {MAX_BODY} bytes", "send less"),
     Busy("256 requests in flight and 256 waiting", "ask again later"),
