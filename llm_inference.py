@@ -1008,7 +1008,7 @@ def make_request(
     model: str | None = None,
     **fields: Any,
 ) -> GenerateRequest:
-    """Check the fields of a request together. `schema` is a JSON Schema. Raises InvalidRequest, UnsupportedFeature."""
+    """A request of Python's arguments. `schema` is a JSON Schema. Raises InvalidRequest, UnsupportedFeature."""
     try:
         body = without_no_ops(plain(fields))
         messages = plain(messages)
@@ -1019,11 +1019,18 @@ def make_request(
     except ValidationError as exc:
         raise invalid(exc, body, {"schema", *Options.__annotations__}) from None
     body["messages"] = checked_messages(messages)
+    if model is not None:
+        body["model"] = model
+    return assembled(body, schema, build)
+
+
+def assembled(body: dict[str, Any], schema: Any, build: "TypeAdapter[Any] | None" = None) -> GenerateRequest:
+    """A request of fields that have been checked one by one, which are checked together here."""
     for number, message in enumerate(body["messages"]):
         if "content" not in message and message["role"] != "assistant":
             raise InvalidRequest(f"messages[{number}].content: is required", "send a text", param="messages")
-    if model is not None:
-        body["model"] = check_model_name(model)
+    if "model" in body:
+        check_model_name(body["model"])
     if schema is not None:
         body["schema"] = schema
     check_json(body)
@@ -9290,10 +9297,12 @@ class OwnSurface(Surface):
         schema = body.pop("schema", None)
         if schema is not None:
             schema, _ = normalize_schema(schema)
-        messages = messages_from(prompt if messages is None else messages, body.pop("system", None))
-        request = make_request(messages=messages, schema=schema, model=self.model, **body)
-        more = STREAMED if self.streamed else {}
-        return dataclasses.replace(request, body=request.body | more, cap=self.cap, size=self.size)
+        body["messages"] = messages_from(prompt if messages is None else messages, body.pop("system", None))
+        if self.model is not None:
+            body["model"] = self.model
+        if self.streamed:
+            body |= STREAMED
+        return dataclasses.replace(assembled(body, schema), cap=self.cap, size=self.size)
 
     def write(self, answer: Answer, served: Served) -> bytes:
         done = answer.completion(served)
