@@ -600,7 +600,7 @@ THINKING_FIELDS = ("think", "reasoning_effort", "chat_template_kwargs")
 
 @with_config(ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, defer_build=True))
 class Strict(TypedDict):
-    """What no other field, and no other type, is accepted in."""
+    """A TypedDict that takes no other field and no other type."""
 
 
 class FunctionCall(Strict):
@@ -685,7 +685,7 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
 
 
 class Common(TypedDict, total=False):
-    """What may be asked of an answer on every surface, within the same bounds."""
+    """The fields that every surface takes within the same bounds."""
 
     max_tokens: Annotated[int | None, Field(ge=1, le=1_000_000, description="maximum number of tokens to generate")]
     temperature: Annotated[float | None, Field(ge=0, le=2, description="0 = greedy")]
@@ -5266,7 +5266,7 @@ class OpenAIAdapter(HTTPAdapter):
         return request.path, wire | dict(request.options)
 
     def _renamed(self, message: dict[str, Any]) -> dict[str, Any]:
-        """With the engine's name for the reasoning."""
+        """A message with the engine's name for the reasoning."""
         if "reasoning" not in message:
             return message
         return {self.reasoning_field if name == "reasoning" else name: value for name, value in message.items()}
@@ -5359,7 +5359,7 @@ class OpenAIAdapter(HTTPAdapter):
         return bytes(good), None
 
     def _check_line(self, text: bytes, failing: bool) -> None:
-        """Raises what an error means, or a finish_reason that is none of OpenAI's."""
+        """Raises the error that an event reports, or that its finish_reason is none of OpenAI's."""
         for event in sse_payloads([text]):
             if failing:
                 raise engine_error(self, 500, event)
@@ -5585,7 +5585,7 @@ class SGLangAdapter(OpenAIAdapter):
         return {"ebnf" if name == "grammar" else name: value}
 
     async def missing_features(self, model: str) -> set[str]:
-        """What its start flags lack."""
+        """The features for which it was started without the flags."""
         await self.check_served(model)
         info: dict[str, Any] = {}
         for path in ("/model_info", "/server_info"):  # a router does not report them
@@ -8097,7 +8097,7 @@ class _Reader:
         return kind
 
     def fields(self, value: Any, where: str, specs: _Specs, noted_in: str = "") -> dict[str, Any]:
-        """The fields of an object, checked, without nulls. Others are noted as `noted_in`NAME, or else refused."""
+        """The fields of an object, checked, without nulls. Others are refused, or with `noted_in` reported."""
         given = {}
         for name, field in self.check(value, dict, where).items():
             path = f"{where}.{name[:100]}"
@@ -8700,7 +8700,7 @@ class ResponseWriter(_Writer):
             item |= {"call_id": call_id, "name": name, **self._spaces.get(name, {})}
         self._output.append(item)
         self._logprobs: list[dict[str, Any]] = []  #: of the open block
-        self._place = {"item_id": item["id"], "output_index": index}  #: its
+        self._place = {"item_id": item["id"], "output_index": index}  #: where it is
         self._event("response.output_item.added", output_index=index, item=item.copy())
         if kind != "call":
             self._place[f"{form.place}_index"] = 0
@@ -9142,7 +9142,7 @@ class StructuredBody(Body, total=False):
 
 @with_config(ConfigDict(extra="allow", strict=True, allow_inf_nan=False, defer_build=True))
 class Open(TypedDict):
-    """What other fields are accepted in, to be checked by their names (see FIELDS)."""
+    """A TypedDict that takes other fields too, which are checked by name (see FIELDS)."""
 
 
 class V1Body(Open, Common, total=False):
