@@ -9577,7 +9577,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def too_many_values(body: bytes) -> bool:
-    """Whether JSON text holds more values than a request may have; what it takes for that does not grow with them."""
+    """Whether JSON text holds more values than a request may have. One by one, for the memory."""
     count = 0
     for found in _JSON_VALUE.finditer(body):
         if found[1]:
