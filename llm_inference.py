@@ -9400,9 +9400,7 @@ def chat_request(surface: Surface, body: dict[str, Any], path: str, **more: Any)
     if expected_choices(body) > 128:
         reason = "prompt, n: more than 128 answers in one request"
         raise InvalidRequest(reason, "send several requests", param="prompt")
-    for message in body.get("messages") or ():
-        if isinstance(message.get("content"), list):
-            refuse_address(message["content"])
+    refuse_addresses(body.get("messages") or ())
     refuse_address(body.get("input"))
     template = body.get("chat_template_kwargs")
     if template is not None and not (isinstance(template, dict) and set(template) <= {"enable_thinking"}):
@@ -9413,11 +9411,24 @@ def chat_request(surface: Surface, body: dict[str, Any], path: str, **more: Any)
     return GenerateRequest(body=body, surface=path, cap=surface.cap, size=surface.size, **more)
 
 
-def refuse_address(part: Any, key: str = "") -> None:
-    """Raises InvalidRequest for a text outside of a part's `text` that is neither a data: URL nor bare base64.
+def refuse_addresses(messages: Iterable[Any]) -> None:
+    """Images and the like come as data, not as addresses that an engine would fetch for the caller."""
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            refuse_address(part)
+            if not isinstance(part, dict):
+                continue
+            kind = str(part.get("type")).lower()
+            place = part.get(kind) if kind.endswith("_url") else "data:"
+            url = place.get("url") if isinstance(place, dict) else place
+            if not str(url).startswith("data:"):
+                problem = f"a part of type {kind[:40]} must hold a data: URL"
+                raise bad_field("messages", problem, "send the image as data: data:image/png;base64,…")
 
-    Images and the like come as data, not as addresses that an engine would fetch for the caller.
-    """
+
+def refuse_address(part: Any, key: str = "") -> None:
+    """Raises InvalidRequest for a text outside of a part's `text` that is neither a data: URL nor bare base64."""
     if isinstance(part, dict):
         for name, value in part.items():
             if name not in ("type", "text", "detail", "format", "uuid", "id", "name", "refusal", "filename", "role"):
@@ -9613,16 +9624,17 @@ _JSON_CHECK = json.JSONDecoder(object_pairs_hook=_refuse_duplicate_keys, parse_f
 
 async def read_body(receive: Receive) -> bytes:
     """The complete body. Raises PayloadTooLarge past 4 MiB, ClientGone when the client disconnects."""
-    body = bytearray()
+    parts, size = [], 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
-        body += message.get("body", b"")
-        if len(body) > MAX_BODY:
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > MAX_BODY:
             raise PayloadTooLarge(f"body: over {MAX_BODY} bytes", "send less")
         if not message.get("more_body"):
-            return bytes(body)
+            return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def refuse_loop(headers: Mapping[bytes, bytes]) -> None:

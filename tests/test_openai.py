@@ -1170,6 +1170,16 @@ def test_a_url_in_a_message_is_refused(stand: Stand, part: Any) -> None:
     no_place(stand, part)
 
 
+@pytest.mark.parametrize("part", [{"type": "image_url"}, {"type": "video_url", "video_url": {}}], ids=json.dumps)
+def test_a_part_without_its_data_is_refused(stand: Stand, part: Any) -> None:
+    stand.engine.reset()
+    messages = [{"role": "user", "content": [part]}]
+    assert "must hold a data: URL" in refused_v1(
+        stand.post(CHAT, model=stand.model, messages=messages), "invalid_request"
+    )
+    assert not stand.engine.asked
+
+
 @pytest.mark.parametrize(
     "part",
     [

@@ -50,7 +50,7 @@ GUARDS: dict[str, Guard] = {
         "places",
         "schema",
     ),
-    "images are data": Guard('refuse_address(message["content"])', "pass", "places", "part"),
+    "images are data": Guard('refuse_addresses(body.get("messages") or ())', "pass", "places", "part"),
     "never from ourselves": Guard(
         "if headers.get(LOOP_HEADER.encode()) == INSTANCE.encode():", "if False:", "hostile_bodies", "header"
     ),
