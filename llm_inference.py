@@ -6300,6 +6300,14 @@ def ollama_call(index: int, call: dict[str, Any]) -> dict[str, Any]:
 
 
 # 10 Endpoints and fleet --------------------------------------------------------------------------
+MASK_64 = (1 << 64) - 1
+
+
+def has_answers(body: Mapping[str, Any]) -> bool:
+    """Whether a request continues a conversation."""
+    return any(isinstance(each, dict) and each.get("role") == "assistant" for each in body.get("messages") or ())
+
+
 def holds(listed: Container[str], model: str) -> bool:
     """Whether a list of models has this one; Ollama lists `m` as `m:latest`."""
     return model in listed or f"{model}:latest" in listed
@@ -6309,6 +6317,7 @@ class Endpoint:
     """One server of one engine: its adapter, the models it serves, its load and its health."""
 
     LIST_TTL, FIRST_PAUSE, LONGEST_PAUSE = 10.0, 2.0, 30.0  #: seconds
+    changes = 0  #: of any endpoint's list or health, so far
 
     def __init__(
         self,
@@ -6334,11 +6343,11 @@ class Endpoint:
         self.used_at = time.monotonic()
         self.removed = False  #: finishes what it has, and gets nothing new
         self.config: Any = None  #: the EndpointConfig it was made from
-        self.seed = zlib.crc32(self.name.encode()) * 0x9E3779B97F4A7C15 & ((1 << 64) - 1)
+        self.seed = zlib.crc32(self.name.encode()) * 0x9E3779B97F4A7C15 & MASK_64
         self._listed_at = float("-inf")
         self._listed: dict[str, ModelInfo] = {}
         self._flight = SingleFlight()
-        self._refreshing: concurrent.futures.Future[None] | None = None
+        self.refreshing: concurrent.futures.Future[None] | None = None  #: a look that nobody waits for
 
     @property
     def load(self) -> float:
@@ -6377,6 +6386,7 @@ class Endpoint:
             if not self.only or model.name in self.only:
                 found[model.name] = model
         self._listed, self._listed_at = found, time.monotonic()
+        Endpoint.changes += 1
 
     @property
     def configured_name(self) -> str:
@@ -6402,13 +6412,14 @@ class Endpoint:
         """Whether its last list is young enough to be used without asking again."""
         return now - self._listed_at <= self.LIST_TTL
 
-    def has_listed(self, model: str, look: Callable[["Endpoint"], Coroutine[Any, Any, None]]) -> bool:
-        """Whether its last list names the model, and it has not failed since: nobody waits for a new list then."""
-        if not self.running or self.failures or not self.lists(model):
-            return False
-        if not self.is_fresh(time.monotonic()):
-            self.refresh(look)
-        return True
+    @property
+    def known_since(self) -> float:
+        """When what a router knows of it was true; long ago where it is to be looked at again."""
+        if self.failures or self.removed:
+            return float("-inf")
+        if self.named_before and not self.running:
+            return float("inf")
+        return self._listed_at
 
     async def serves(self, model: str) -> bool:
         """Whether it serves the model. A list that does not name it is asked for again, unless it has just come."""
@@ -6418,11 +6429,6 @@ class Endpoint:
             self._listed_at = float("-inf")
             listed = await self.models()
         return holds(listed, model)
-
-    def refresh(self, look: Callable[["Endpoint"], Coroutine[Any, Any, None]]) -> None:
-        """`look` at it while nobody waits for that."""
-        if self._refreshing is None or self._refreshing.done():
-            self._refreshing = portal.submit(look(self))
 
     def drop_waiting(self) -> None:
         """End the calls to which no answer has begun: they are passed on."""
@@ -6466,6 +6472,7 @@ class Endpoint:
         """An outage is counted once, however many requests notice it."""
         self.error, self.overloaded = error.message, isinstance(error, EngineOverloaded)
         self._listed_at = float("-inf")
+        Endpoint.changes += 1
         now = time.monotonic()
         if now < self.retry_at:
             return
@@ -6478,6 +6485,7 @@ class Endpoint:
         """It has answered: the outage is over."""
         if self.failures:
             self.failures, self.error, self.retry_at, self.trial = 0, "", 0.0, None
+            Endpoint.changes += 1
 
     def describe(self) -> dict[str, Any]:
         """For /ready, /engines and the chat page."""
@@ -6522,29 +6530,64 @@ def prefix_hash(body: Mapping[str, Any]) -> int:
     return zlib.crc32(repr(beginning).encode(errors="replace"))
 
 
-def rendezvous_weights(endpoints: Sequence[Endpoint], key: int) -> list[int]:
-    """Highest random weight (Thaler and Ravishankar 1998), mixed with two of splitmix64's factors."""
-    mixed = key * 0xBF58476D1CE4E5B9 & ((1 << 64) - 1)
-    return [(mixed ^ each.seed) * 0x94D049BB133111EB & ((1 << 64) - 1) for each in endpoints]
-
-
 Work = Callable[[Endpoint, GenerateRequest], Coroutine[Any, Any, T]]  #: asks an endpoint
 Route = tuple[Endpoint, str | None]  #: where a request goes, and the model's name there
 Replicas = tuple[list[Endpoint], str | None]  #: endpoints with the same model, and its name there
 
 
-class Router:
-    """Which endpoints may answer a request, best first.
+class Balancer:
+    """Which replica of a model gets a request.
 
     Requests with the same beginning go to the same endpoint while its load is at most 1.25 times the average
-    (rendezvous hashing with bounded loads, Mirrokni et al. 2016).
+    (rendezvous hashing with bounded loads, Mirrokni et al. 2016). A conversation begins at the first endpoint in its
+    order that has at most one request a slot more than the average, which keeps replicas as busy as each other.
     """
 
     BALANCE = 1.25
+    HOMES = 10_000  #: conversations whose endpoint is remembered; that of others is mostly the first in their order
+
+    def __init__(self) -> None:
+        self._homes: dict[int, str] = {}  #: by the hash of a conversation's beginning: where it began
+
+    def in_order(self, endpoints: Sequence[Endpoint], key: int, begins: bool = False) -> Iterator[Endpoint]:
+        """By rendezvous order behind where the conversation began, over the bound last; sorted if the first failed."""
+        if len(endpoints) < 2:
+            yield from endpoints
+            return
+        in_flight = sum([endpoint.in_flight for endpoint in endpoints])
+        slots = sum([endpoint.slots for endpoint in endpoints])
+        bound, home = self.BALANCE * (in_flight + 1) / slots, self._homes.get(key)
+        begins = begins and home is None
+        if begins:
+            bound = min(bound, in_flight / slots + 1)
+        mixed = key * 0xBF58476D1CE4E5B9 & MASK_64  # with this and the next factor as in splitmix64
+        ranks: list[float] = []  # the least is best: a negative weight, or a load over the bound
+        for endpoint in endpoints:
+            if endpoint.in_flight and endpoint.in_flight + 1 > bound * endpoint.slots:
+                ranks.append(endpoint.load)
+            elif endpoint.name == home:
+                ranks.append(-math.inf)
+            else:
+                ranks.append(-((mixed ^ endpoint.seed) * 0x94D049BB133111EB & MASK_64))
+        best = endpoints[ranks.index(min(ranks))]
+        if begins:
+            self._homes[key] = best.name
+            if len(self._homes) > self.HOMES:
+                del self._homes[next(iter(self._homes))]
+        yield best
+        for _, place in sorted(zip(ranks, range(len(ranks)), strict=True))[1:]:
+            yield endpoints[place]
+
+
+class Router(Balancer):
+    """Which endpoints may answer a request, best first."""
 
     def __init__(self, endpoints: Sequence[Endpoint], aliases: Mapping[str, Sequence[str]] | None = None) -> None:
+        super().__init__()
         self.endpoints = list(endpoints)
         self.aliases = dict(aliases or {})
+        #: by name: the replicas that were found, since when that holds, and the changes before it
+        self._known: dict[str | None, tuple[list[Replicas], float, int]] = {}
 
     async def routes(self, request: GenerateRequest) -> Iterator[Route]:
         """Where the request may go, best first. Raises ModelNotFound, EngineUnavailable."""
@@ -6555,6 +6598,15 @@ class Router:
             if short != name and name in endpoint.known_models:
                 short = name
             return iter([(endpoint, short)])
+        groups, since, changes = self._known.get(name, ([], -math.inf, 0))
+        if changes != Endpoint.changes or time.monotonic() - since > Endpoint.LIST_TTL:
+            groups = await self._find(name)
+        key, begins = prefix_hash(request.body), not has_answers(request.body)
+        return ((endpoint, model) for group, model in groups for endpoint in self.in_order(group, key, begins))
+
+    async def _find(self, name: str | None) -> list[Replicas]:
+        """The endpoints that are up, for a name; remembered while all endpoints are."""
+        changes = Endpoint.changes
         if name is None:
             groups = await self._default_routes(self.endpoints)
         elif name.endswith("/"):  # an engine without a model
@@ -6565,31 +6617,16 @@ class Router:
         else:
             groups = await self._resolve(name)
         up = [(self._up(group), model) for group, model in groups]
-        if any(group for group, _ in up):
-            key = prefix_hash(request.body)
-            return ((endpoint, model) for group, model in up for endpoint in self.in_order(group, key))
-        raise self.unavailable([endpoint for endpoints, _ in groups for endpoint in endpoints])
+        if not any(group for group, _ in up):
+            raise self.unavailable([endpoint for endpoints, _ in groups for endpoint in endpoints])
+        self._known[name] = up, min([endpoint.known_since for endpoint in self.endpoints]), changes
+        return up
 
     def _up(self, endpoints: list[Endpoint]) -> list[Endpoint]:
         if len(self.endpoints) == 1:
             return endpoints
         now = time.monotonic()
         return [endpoint for endpoint in endpoints if endpoint.available(now)]
-
-    def in_order(self, endpoints: Sequence[Endpoint], key: int) -> Iterator[Endpoint]:
-        """By rendezvous order, over the bound last; sorted if the first failed."""
-        if len(endpoints) < 2:
-            yield from endpoints
-            return
-        weights = rendezvous_weights(endpoints, key)
-        in_flight = [endpoint.in_flight for endpoint in endpoints]
-        slots = [endpoint.slots for endpoint in endpoints]
-        bound = self.BALANCE * (sum(in_flight) + 1) / sum(slots)
-        # the least is best: a negative weight, or a load over the bound
-        ranks = [n / m if n and n + 1 > bound * m else -w for w, n, m in zip(weights, in_flight, slots, strict=True)]
-        yield endpoints[ranks.index(min(ranks))]
-        for _, place in sorted(zip(ranks, range(len(ranks)), strict=True))[1:]:
-            yield endpoints[place]
 
     async def _default_routes(self, endpoints: Sequence[Endpoint]) -> list[Replicas]:
         """No model was asked for: the default one of the first endpoint that is up, wherever it is served."""
@@ -6645,7 +6682,7 @@ class Router:
                 continue
             available = endpoint.available(now)
             if available and not endpoint.is_fresh(now):
-                if endpoint.has_listed(model, self.look_at):
+                if self.has_listed(endpoint, model):
                     group.append(endpoint)
                 else:
                     stale.append(endpoint)
@@ -6663,6 +6700,15 @@ class Router:
             if unknown:  # nobody knows what these serve
                 raise self.unavailable(unknown)
         return group
+
+    def has_listed(self, endpoint: Endpoint, model: str) -> bool:
+        """Whether its last list names the model, and it has not failed since: nobody waits for a new list then."""
+        if not endpoint.running or endpoint.failures or not endpoint.lists(model):
+            return False
+        is_due = not endpoint.is_fresh(time.monotonic())
+        if is_due and (endpoint.refreshing is None or endpoint.refreshing.done()):
+            endpoint.refreshing = portal.submit(self.look_at(endpoint))
+        return True
 
     async def look_at(self, endpoint: Endpoint) -> None:
         """Ask for its list; a failure is noted."""
@@ -6730,7 +6776,7 @@ class Turns:
     """Begins requests at endpoints that are started on request, of a group one at a time."""
 
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
-        self._endpoints = endpoints
+        self.endpoints = endpoints
         self._locks: dict[str, asyncio.Lock] = {}  #: by group
 
     async def begin(self, endpoint: Endpoint, request: GenerateRequest) -> None:
@@ -6762,7 +6808,7 @@ class Turns:
 
     async def _take_turn(self, endpoint: Endpoint) -> None:
         """Stop the others of the group once they have answered what they have."""
-        for other in self._endpoints:
+        for other in self.endpoints:
             if other is endpoint or other.group != endpoint.group or not other.running:
                 continue
             while other.in_flight:
@@ -6782,6 +6828,12 @@ class Fleet(Router):
         super().__init__(endpoints, aliases)
         self._turns = Turns(self.endpoints)
         self._at_work: set[Served] = set()
+
+    def replace(self, endpoints: Sequence[Endpoint], aliases: Mapping[str, Sequence[str]]) -> None:
+        """From now on, choose among these; one that still runs keeps its turn in its group."""
+        self.endpoints, self.aliases, self._known = list(endpoints), dict(aliases), {}
+        removed = [known for known in self._turns.endpoints if known not in endpoints and known.running]
+        self._turns.endpoints = [*endpoints, *removed]
 
     @contextlib.contextmanager
     def _working(self, served: Served) -> Iterator[None]:
@@ -9935,7 +9987,7 @@ class Gateway(Catalog):
         if model == llm.model_name:
             return llm, model
         for endpoint in fleet.endpoints:
-            if endpoint.has_listed(model, fleet.look_at) or await endpoint.serves(model):
+            if fleet.has_listed(endpoint, model) or await endpoint.serves(model):
                 return llm, model
         if not any(info.name == model for _, info in await self.models()):  # an engine may have been started since
             self.listed = (0.0, [])
@@ -11065,7 +11117,7 @@ def reload_config(gateway: Gateway) -> None:
         same = [known for known in fleet.endpoints if known.config == endpoint.config]
         kept.append(same[0] if same else endpoint)
     removed = [endpoint for endpoint in fleet.endpoints if endpoint not in kept]
-    fleet.endpoints, fleet.aliases = kept, fresh.aliases
+    fleet.replace(kept, fresh.aliases)
     gateway.settings = settings
     gateway.listed = (0.0, [])
     logger.info("the configuration was read again: %d endpoints, %d removed", len(kept), len(removed))

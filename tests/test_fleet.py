@@ -528,6 +528,55 @@ def test_an_endpoint_with_too_much_comes_last_but_is_not_left_out() -> None:
     assert len(order) == 3 and order[-1] is favourite
 
 
+@pytest.mark.parametrize("slots", [[1, 1], [1, 1, 1, 1], [1, 3]])
+def test_conversations_begin_where_there_is_room_and_stay_there(slots: list[int]) -> None:
+    """Rendezvous hashing alone gives two replicas 100 of 200 conversations, plus or minus 7."""
+    endpoints = a_fleet(len(slots))
+    for endpoint, number in zip(endpoints, slots, strict=True):
+        endpoint.slots = number
+    fleet, began = Fleet(endpoints), {}
+    for key in CONVERSATIONS[:200]:
+        began[key] = next(fleet.in_order(endpoints, key, begins=True))
+        began[key].in_flight += 1
+        loads = [endpoint.load for endpoint in endpoints]
+        assert max(loads) <= sum(endpoint.in_flight for endpoint in endpoints) / sum(slots) + 1
+    assert any(rendezvous_order(endpoints, key)[0] is not chosen for key, chosen in began.items())
+    for _ in range(3):
+        for key, chosen in began.items():
+            chosen.in_flight -= 1
+            assert next(fleet.in_order(endpoints, key)) is chosen, "its next question"
+            assert next(fleet.in_order(endpoints, key, begins=True)) is chosen, "the first one again"
+            chosen.in_flight += 1
+
+
+def test_a_conversation_that_is_no_longer_remembered_goes_by_its_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Fleet, "HOMES", 3)
+    endpoints = a_fleet(2)
+    fleet, (first, *others) = Fleet(endpoints), CONVERSATIONS[:4]
+    favourite, other = rendezvous_order(endpoints, first)
+    favourite.in_flight = 2
+    assert next(fleet.in_order(endpoints, first, begins=True)) is other
+    favourite.in_flight = 0
+    assert next(fleet.in_order(endpoints, first)) is other
+    for key in others:
+        next(fleet.in_order(endpoints, key, begins=True))
+    assert next(fleet.in_order(endpoints, first)) is favourite
+
+
+@pytest.mark.parametrize(
+    ("body", "begins"),
+    [
+        ({"messages": HI}, True),
+        ({"messages": [{"role": "system", "content": "x"}, *HI]}, True),
+        ({"messages": [*HI, {"role": "assistant", "content": "a"}, *HI]}, False),
+        ({"prompt": "a"}, True),
+        ({"messages": ["not a message"]}, True),
+    ],
+)
+def test_a_conversation_begins_with_the_request_that_holds_no_answer(body: Any, begins: bool) -> None:
+    assert product.has_answers(body) is not begins
+
+
 @pytest.mark.parametrize(
     ("one", "two", "same"),
     [
@@ -1437,6 +1486,33 @@ def test_endpoints_of_a_group_take_turns(stub: Path) -> None:
             assert reply.status_code == 200, reply.text
             assert payloads(reply)[-1] == "[DONE]", "no stream was cut"
         assert max(map(len, seen)) == 1, seen
+
+
+def test_endpoints_that_join_a_group_take_turns_with_those_that_leave_it(stub: Path) -> None:
+    """As after SIGHUP: `two` joins, then `one` is removed while it answers, and `three` joins."""
+
+    def fleet_of(*names: str) -> Any:
+        configs = [started(stub, name, group="gpu0", pace=0.1) for name in names]
+        return Settings(endpoints=tuple(configs)).fleet()
+
+    fleet, later = fleet_of("one"), fleet_of("two", "three")
+    two, three = later.endpoints
+    with contextlib.closing(LLMInferencer.from_fleet(fleet)) as llm:
+        llm.generate("hi", model_name="one")
+        fleet.replace([*fleet.endpoints, two], {})
+        llm.generate("hi", model_name="two")
+        assert running() == {"two"}
+        stream = llm.stream("hi", model_name="one")
+        text = next(stream)
+        assert running() == {"one"}
+        fleet.replace([two, three], {})
+        waiting = threading.Thread(target=lambda: llm.generate("hi", model_name="three"))
+        waiting.start()
+        time.sleep(0.3)
+        assert running() == {"one"}, "which still answers"
+        assert text + "".join(stream)
+        waiting.join(20)
+        assert running() == {"three"}
 
 
 def test_a_request_for_another_endpoint_does_not_wait_for_a_start(stub: Path, fake: Make) -> None:

@@ -176,6 +176,7 @@ def figures(seen: Seen, begin: float) -> dict[str, Any]:
         "answers": len(first), "tokens": seen.tokens, "seconds": round(seconds, 3),
         "tokens_per_s": round(seen.tokens / seconds, 1) if seconds else 0.0,
         "first_token_p50_ms": round(statistics.median(first), 2) if first else None,
+        "first_token_mean_ms": round(statistics.mean(first), 2) if first else None,
         "first_token_p99_ms": round(first[min(len(first) - 1, int(0.99 * len(first)))], 2) if first else None,
         "errors": len(seen.errors), "first_errors": seen.errors[:5],
     }  # fmt: skip

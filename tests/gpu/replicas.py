@@ -9,6 +9,7 @@ none finds what an earlier one left in the caches; the hit rates are what the en
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -52,7 +53,14 @@ http {{
 }}
 """
 ALONE, BY_HAND, OURS = "one replica, half the load", "each client at one replica", "ours"
-COUNTED = {"queries": "prefix_cache_queries", "hits": "prefix_cache_hits", "written": "generation_tokens"}
+#: what a replica counts; the seconds to the first token are those from the request's arrival in its server
+COUNTED = {
+    "queries": "prefix_cache_queries_total",
+    "hits": "prefix_cache_hits_total",
+    "written": "generation_tokens_total",
+    "waited": "time_to_first_token_seconds_sum",
+    "begun": "time_to_first_token_seconds_count",
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ def replicas(run: Run) -> Json:
     with contextlib.ExitStack() as stack:
         urls = args.attach or stack.enter_context(both(run, model))
         sides = {ALONE: Side(urls[:1], share=2), BY_HAND: Side(urls)}
-        for name, start in FRONTS.items():
+        for name, start in fronts(run).items():
             if url_and_pid := stack.enter_context(start(run, urls)):
                 sides[name] = Side([url_and_pid[0]], url_and_pid[1])
         found |= {"sides": list(sides), "versions": versions()}
@@ -96,7 +104,8 @@ def replicas(run: Run) -> Json:
 def one_side(run: Run, side: Side, urls: list[str], clients: int, seed: int, warm_up: bool) -> Json:
     args = run.args
     command = [sys.executable, str(LOAD), "--url", *side.urls, "--model", served(urls[0]), "--seed", str(seed)]
-    command += ["--streams", str(clients // side.share), "--processes", str(args.processes), "--ramp", "2"]
+    streams, processes = clients // side.share, args.processes // side.share  # as many streams in each process
+    command += ["--streams", str(streams), "--processes", str(processes), "--ramp", "2"]
     for name in ("turns", "talks", "systems", "system_words", "question_words"):
         value = 1 if warm_up and name == "talks" else getattr(args, name)
         command += ["--" + name.replace("_", "-"), str(value)]
@@ -109,20 +118,22 @@ def one_side(run: Run, side: Side, urls: list[str], clients: int, seed: int, war
     spent = cpu_seconds(side.pid) - cpu if side.pid else 0.0
     after = [counters(url) for url in urls]
     more = [{name: late[name] - early[name] for name in late} for early, late in zip(before, after, strict=True)]
-    queries, hits = sum(one["queries"] for one in more), sum(one["hits"] for one in more)
+    queries, hits, waited, begun = (sum(one[name] for one in more) for name in ("queries", "hits", "waited", "begun"))
     seen.pop("by_url", None)
     return seen | {
         "tokens_per_s": round(seen["tokens_per_s"] * side.share, 1),
         "hit_rate": round(hits / queries, 4) if queries else None,
         "not_cached_tokens": round(queries - hits),
         "written": [round(one["written"]) for one in more],
+        "first_token_in_engine_mean_ms": round(1000 * waited / begun, 2) if begun else None,
         "cpu_us_a_token": round(1e6 * spent / max(1, seen["tokens"]), 1) if side.pid else None,
     }
 
 
 def summary(rounds: list[Json], name: str) -> Json:
     """Medians over the rounds, and the throughput beside the others' of the same round."""
-    kept = ("tokens_per_s", "first_token_p50_ms", "first_token_p99_ms", "hit_rate", "cpu_us_a_token")
+    kept = ("tokens_per_s", "first_token_p50_ms", "first_token_p99_ms", "first_token_mean_ms")
+    kept += ("first_token_in_engine_mean_ms", "hit_rate", "cpu_us_a_token")
     values = {key: [one[name][key] for one in rounds if one[name][key] is not None] for key in kept}
     ratios = {
         other: round(statistics.median(one[name]["tokens_per_s"] / one[other]["tokens_per_s"] for one in rounds), 4)
@@ -164,7 +175,7 @@ def counters(url: str) -> dict[str, float]:
         text = reply.read().decode()
 
     def total(name: str) -> float:
-        return sum(float(value) for value in re.findall(rf"^vllm:{name}_total(?:{{.*}})? (\S+)$", text, re.MULTILINE))
+        return sum(float(value) for value in re.findall(rf"^vllm:{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
 
     return {key: total(name) for key, name in COUNTED.items()}
 
@@ -212,20 +223,21 @@ def vllm_router(run: Run, urls: list[str]) -> Iterator[tuple[str, int] | None]:
 
 
 @contextlib.contextmanager
-def ours(run: Run, urls: list[str]) -> Iterator[tuple[str, int] | None]:
+def ours(run: Run, urls: list[str], module: Path = ROOT / "llm_inference.py") -> Iterator[tuple[str, int] | None]:
     config, port = run.args.work / "llm.toml", free_port()
     config.write_text(CONFIG.format(*urls, engine=run.args.engine))
-    command = [sys.executable, str(ROOT / "llm_inference.py"), "--serve", "--config", str(config)]
+    command = [sys.executable, str(module), "--serve", "--config", str(config)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--no-auth"]
     with started(run, "ours", command, port, "/ready") as side:
         yield side
 
 
-FRONTS: dict[str, Callable[[Run, list[str]], Front]] = {
-    "round robin (nginx)": nginx,
-    "vllm-router, cache_aware": vllm_router,
-    OURS: ours,
-}
+def fronts(run: Run) -> dict[str, Callable[[Run, list[str]], Front]]:
+    """What may stand in between; with --module, other versions of ours too."""
+    found = {"round robin (nginx)": nginx, "vllm-router, cache_aware": vllm_router, OURS: ours}
+    for name, path in run.args.module or ():
+        found[f"{OURS}, {name}"] = functools.partial(ours, module=path)
+    return found
 
 
 @contextlib.contextmanager
