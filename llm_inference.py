@@ -19,7 +19,8 @@ engine answers with one stream of OpenAI-shaped chunks. The file reads top to bo
 
 # 1 Imports and logging ---------------------------------------------------------------------------
 # The standard library's slow ones (zipfile, tomllib, ssl, importlib.metadata) are imported where they are used.
-# Required: pydantic (here); fastapi and uvicorn (to serve), httpx (to reach engines), requests (--api-test).
+# Required: pydantic (here); fastapi and uvicorn (to serve), h11 (to reach engines; it comes with uvicorn and httpx),
+# requests (--api-test).
 # Used when installed: httptools, uvloop (speed), xllamacpp (the embedded engine), jsonschema-rs (schemas),
 # rich (tables), prometheus-client (/metrics), fastapi-offline (/docs without a CDN), huggingface_hub or modelscope.
 # Engines are servers that we attach to or start as child processes; their packages are never imported here.
@@ -2746,81 +2747,6 @@ class Deadline:
         self._timer.cancel()
 
 
-class Reply(ABC):
-    """A reply whose head has come: `status`, `headers` (lower-case names), then its bytes as they come."""
-
-    __slots__ = ("begun", "headers", "status", "take")
-    status: int
-    headers: Mapping[str, str]
-
-    def __init__(self) -> None:
-        self.begun = False  #: has a byte of the body come?
-        #: gets bytes that `read` waits for; False: `read` is to return them
-        self.take: Callable[[bytes], bool] | None = None
-
-    @abstractmethod
-    async def read(self) -> bytes:
-        """The next bytes, b"" at the end. Raises BadEngineReply when the connection ends too early."""
-
-    @abstractmethod
-    async def close(self) -> None:
-        """Reuse the connection after a complete reply, else close it (which stops the engine's work)."""
-
-    def ended_early(self, exc: Exception) -> InferenceError:
-        """The error for a reply that broke off."""
-        error = BadEngineReply if self.begun else EngineUnavailable
-        return error(f"the reply ended early ({type(exc).__name__})", "ask again", retryable=True)
-
-    async def body(self, limit: int = 32 << 20) -> bytes:
-        """All of its bytes. Raises BadEngineReply past `limit`."""
-        parts, size = [], 0
-        while part := await self.read():
-            parts.append(part)
-            size += len(part)
-            if size > limit:
-                raise BadEngineReply(f"a reply of more than {limit} bytes", "check the engine")
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-class WireRequest(NamedTuple):
-    """An HTTP request to an engine."""
-
-    method: str
-    url: str
-    body: bytes | None
-    headers: dict[str, str]
-    connect: float  #: seconds for a connection
-    known: bool = False  #: is it for the server that was recognised, and for no other one?
-
-
-class Wire(ABC):
-    """Asynchronous HTTP to one engine from one event loop: no redirects, proxies, cookies or decompression."""
-
-    KEEP_ALIVE = 4.0  #: seconds; below the 5 s after which uvicorn and llama.cpp close an idle connection
-    CROSSING = 0.5  #: seconds in which the close of an idle connection may cross a request on its way
-    recognised = False  #: has the server been looked at since a connection to it was opened with no other open?
-
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.lock = asyncio.Lock()  #: held while the server is looked at
-
-    @abstractmethod
-    async def send(self, request: WireRequest) -> Reply:
-        """Send a request; its reply's head. Raises OSError's TimeoutError and the like, or EngineUnavailable."""
-
-    @abstractmethod
-    async def close(self) -> None:
-        """Close all connections."""
-
-    @staticmethod
-    def open(uds: str | None) -> "Wire":
-        """The wire of the best HTTP package that is installed. Raises EngineNotInstalled."""
-        for package, wire in (("httptools", HttptoolsWire), ("httpx", HttpxWire)):
-            if installed(package):
-                return wire(uds)
-        raise EngineNotInstalled("neither httptools nor httpx is installed", "pip install httpx")
-
-
 def broken(exc: Exception, stale: bool = False) -> EngineUnavailable:
     """A connection that broke before the reply's head; `stale`: a kept one, before a byte of the reply came."""
     error = EngineUnavailable(f"the connection broke before the reply ({type(exc).__name__})", "ask again")
@@ -2849,41 +2775,103 @@ def place_of(url: str) -> Place:
     return Place(f"{parts.scheme}://{host}", parts.hostname or "", parts.port or (443 if tls else 80), tls, target)
 
 
-class HttptoolsWire(Wire):
-    """The fast one: httptools' parser on the loop's own transports. The pool is unbounded, for admission is ours."""
-
-    def __init__(self, uds: str | None) -> None:
+def response_parser() -> Any:
+    """The class of the best HTTP parser that is installed. Raises EngineNotInstalled."""
+    if installed("httptools"):
         import httptools
 
-        super().__init__()
-        self.parser = httptools.HttpResponseParser
+        return httptools.HttpResponseParser
+    if installed("h11"):
+        return H11Parser
+    raise EngineNotInstalled("neither httptools nor h11 is installed", "pip install httptools")
+
+
+class H11Parser:
+    """httptools' parser of replies, made of h11, which comes with httpx and uvicorn."""
+
+    def __init__(self, link: "_Link") -> None:
+        import h11
+
+        self._h11, self._link, self._status = h11, link, 0
+        self._begin()
+
+    def _begin(self) -> None:
+        """h11 reads a reply after its request only; which one it was does not matter."""
+        self._connection = self._h11.Connection(self._h11.CLIENT, _Link.MAX_HEAD)
+        self._connection.send(self._h11.Request(method="GET", target="/", headers=[("host", "engine")]))
+        self._connection.send(self._h11.EndOfMessage())
+
+    def feed_data(self, data: bytes) -> None:
+        """Call the connection's `on_…` for what has come. Raises h11's RemoteProtocolError."""
+        self._connection.receive_data(data)
+        while (event := self._connection.next_event()) is not self._h11.NEED_DATA:
+            if isinstance(event, self._h11.Response):
+                self._status = event.status_code
+                for name, value in event.headers:
+                    self._link.on_header(name, value)
+                self._link.on_headers_complete()
+            elif isinstance(event, self._h11.Data):
+                self._link.on_body(bytes(event.data))
+            elif isinstance(event, self._h11.EndOfMessage):
+                self._link.on_message_complete()
+                self._begin()
+                return
+
+    def get_status_code(self) -> int:
+        """Of the reply that has begun last."""
+        return self._status
+
+    def should_keep_alive(self) -> bool:
+        """May the connection be used again, after a complete reply?"""
+        return self._connection.their_state is self._h11.DONE and not self._connection.trailing_data[0]
+
+
+class Wire:
+    """Asynchronous HTTP to one engine from one event loop: no redirects, proxies, cookies or decompression.
+
+    A parser on the loop's own transports. The pool is unbounded, for admission is ours.
+    """
+
+    KEEP_ALIVE = 4.0  #: seconds; below the 5 s after which uvicorn and llama.cpp close an idle connection
+    CROSSING = 0.5  #: seconds in which the close of an idle connection may cross a request on its way
+    recognised = False  #: has the server been looked at since a connection to it was opened with no other open?
+
+    def __init__(self, uds: str | None) -> None:
+        """Raises EngineNotInstalled without a parser."""
+        self.loop = asyncio.get_running_loop()
+        self.lock = asyncio.Lock()  #: held while the server is looked at
+        self.parser = response_parser()
         self.links: set[_Link] = set()  #: all connections
         self._uds = uds
         self._idle: dict[str, list[_Link]] = {}  #: those that may be used again, by origin
         self._sweep: asyncio.TimerHandle | None = None
 
-    async def send(self, request: WireRequest) -> Reply:
-        place = place_of(request.url)
-        data = self._bytes_of(request, place)
-        link = None if "connection" in request.headers else self._reusable(place.origin)
+    async def send(self, url: str, headers: dict[str, str], body: bytes | None, connect: float, known: bool) -> "Reply":
+        """Send a request, a GET where it has no body; its reply's head. `connect`: seconds for a connection.
+
+        Raises OSError's TimeoutError and the like, or EngineUnavailable: also where it was for the server that was
+        recognised (`known`), and another one may be there.
+        """
+        place = place_of(url)
+        data = self._bytes_of(place, headers, body)
+        link = None if "connection" in headers else self._reusable(place.origin)
         kept = link is not None
         if link is None:
-            link = await self._connect(place, request.connect)
-        if request.known and not self.recognised:
+            link = await self._connect(place, connect)
+        if known and not self.recognised:
             self.keep(link)
             raise broken(ConnectionResetError(), stale=True)
         return await link.ask(data, kept)
 
     @staticmethod
-    def _bytes_of(request: WireRequest, place: Place) -> bytes:
-        body = request.body
-        lines = [f"{name}: {value}\r\n" for name, value in request.headers.items()]
+    def _bytes_of(place: Place, headers: dict[str, str], body: bytes | None) -> bytes:
+        lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
         if body is not None:
             lines.append(f"content-length: {len(body)}\r\n")
         fields = "".join(lines)
         if fields.count("\n") != len(lines) or fields.count("\r") != len(lines):
             raise InvalidRequest("a header or the api_key holds a line break", "remove it", param="api_key")
-        return f"{request.method}{place.target}{fields}\r\n".encode() + (body or b"")
+        return f"{'GET' if body is None else 'POST'}{place.target}{fields}\r\n".encode() + (body or b"")
 
     def _reusable(self, origin: str) -> "_Link | None":
         idle = self._idle.get(origin)
@@ -2925,6 +2913,7 @@ class HttptoolsWire(Wire):
             self._sweep = self.loop.call_at(oldest + self.KEEP_ALIVE, self._close_idle)
 
     async def close(self) -> None:
+        """Close all connections."""
         if self._sweep is not None:
             self._sweep.cancel()
         self._idle.clear()
@@ -2947,14 +2936,14 @@ class _Link(asyncio.Protocol):
     MAX_HEAD = 64 << 10
     transport: asyncio.Transport
 
-    def __init__(self, wire: HttptoolsWire, origin: str) -> None:
+    def __init__(self, wire: Wire, origin: str) -> None:
         self.wire, self.origin, self.idle_since = wire, origin, 0.0
-        self.reply: _LinkReply | None = None
+        self.reply: Reply | None = None
         self.parser = wire.parser(self)
 
-    async def ask(self, request: bytes, kept: bool) -> "_LinkReply":
+    async def ask(self, request: bytes, kept: bool) -> "Reply":
         """Send a request; its reply's head. Raises EngineUnavailable."""
-        reply, began = _LinkReply(self), self.wire.loop.time()
+        reply, began = Reply(self), self.wire.loop.time()
         self.reply = reply
         self.transport.write(request)
         try:
@@ -3037,16 +3026,21 @@ class _Link(asyncio.Protocol):
             self.reply.ended, self.reply.reusable = True, self.parser.should_keep_alive()
 
 
-class _LinkReply(Reply):
-    """A reply on a connection; what has come of it waits to be read."""
+class Reply:
+    """A reply on a connection: `status` and `headers` (lower-case names); its body waits to be read as it comes."""
 
-    __slots__ = ("_waiter", "broken", "ended", "link", "parts", "paused", "reusable", "size", "waiting")
+    __slots__ = (
+        "_waiter", "begun", "broken", "ended", "headers", "link", "parts", "paused", "reusable", "size", "status",
+        "take", "waiting",
+    )  # fmt: skip
     FULL = 256 << 10  #: bytes that wait, beyond which the connection is read no further
 
     def __init__(self, link: _Link) -> None:
-        super().__init__()
         self.link = link
         self.status = 0
+        self.begun = False  #: has a byte of the body been read?
+        #: gets bytes that `read` waits for; False: `read` is to return them
+        self.take: Callable[[bytes], bool] | None = None
         self.size = 0  #: bytes that have come, its head among them
         self.waiting = 0  #: bytes of its body that have not been read yet
         self.headers: dict[str, str] = {}
@@ -3090,10 +3084,12 @@ class _LinkReply(Reply):
         self.wake()
 
     async def read(self) -> bytes:
+        """The next bytes, b"" at the end. Raises BadEngineReply when the connection ends too early."""
         while not self.parts and not self.ended and self.broken is None:
             await self.wait()
         if not self.parts and self.broken is not None:
-            raise self.ended_early(self.broken) from self.broken
+            error, reason = BadEngineReply if self.begun else EngineUnavailable, type(self.broken).__name__
+            raise error(f"the reply ended early ({reason})", "ask again", retryable=True) from self.broken
         data = self._come()
         self.parts.clear()
         self.waiting = 0
@@ -3103,7 +3099,18 @@ class _LinkReply(Reply):
         self.begun = True
         return data
 
-    async def close(self) -> None:
+    async def body(self, limit: int = 32 << 20) -> bytes:
+        """All of its bytes. Raises BadEngineReply past `limit`."""
+        parts, size = [], 0
+        while part := await self.read():
+            parts.append(part)
+            size += len(part)
+            if size > limit:
+                raise BadEngineReply(f"a reply of more than {limit} bytes", "check the engine")
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def close(self) -> None:
+        """Reuse the connection after a complete reply, else close it (which stops the engine's work)."""
         link = self.link
         if link.reply is not self:
             return
@@ -3112,77 +3119,6 @@ class _LinkReply(Reply):
             link.wire.keep(link)
         else:
             link.end()
-
-
-class HttpxWire(Wire):
-    """The one for an installation with httpx alone."""
-
-    def __init__(self, uds: str | None) -> None:
-        import httpx
-
-        super().__init__()
-        self._httpx = httpx
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=self.KEEP_ALIVE)
-        transport = httpx.AsyncHTTPTransport(uds=uds, limits=limits, trust_env=False)
-        self._client = httpx.AsyncClient(transport=transport, trust_env=False)
-        self._timer: asyncio.TimerHandle | None = None
-
-    async def send(self, request: WireRequest) -> Reply:
-        if self._timer is not None:
-            self._timer.cancel()
-        fresh, began = False, self.loop.time()
-
-        async def trace(event: str, info: Mapping[str, Any]) -> None:
-            nonlocal fresh
-            fresh = fresh or event.startswith("connection.")
-
-        built = self._client.build_request(
-            request.method,
-            request.url,
-            content=request.body,
-            headers=request.headers,
-            timeout=self._httpx.Timeout(None, connect=request.connect),
-            extensions={"trace": trace},
-        )
-        try:
-            response = await self._client.send(built, stream=True)
-        except self._httpx.ConnectTimeout as exc:
-            raise TimeoutError(str(exc)) from exc
-        except self._httpx.ConnectError as exc:
-            resolver = "[Errno -" in str(exc)  # a resolver's error numbers are negative
-            raise (socket.gaierror if resolver else ConnectionRefusedError)(str(exc)) from exc
-        except self._httpx.HTTPError as exc:
-            crossed = self.loop.time() - began < self.CROSSING
-            raise broken(exc, stale=crossed and not fresh) from exc
-        self._timer = self.loop.call_later(self.KEEP_ALIVE, self._forget)
-        return _HttpxReply(self._httpx, response)
-
-    def _forget(self) -> None:
-        """After a silence all connections may have been replaced; httpx does not tell."""
-        self.recognised = False
-
-    async def close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        await self._client.aclose()
-
-
-class _HttpxReply(Reply):
-    def __init__(self, httpx: Any, response: Any) -> None:
-        super().__init__()
-        self._httpx, self._response, self._parts = httpx, response, response.aiter_raw()
-        self.status, self.headers = response.status_code, response.headers
-
-    async def read(self) -> bytes:
-        try:
-            data = await anext(self._parts, b"")
-            self.begun = True
-            return data
-        except self._httpx.HTTPError as exc:
-            raise self.ended_early(exc) from exc
-
-    async def close(self) -> None:
-        await self._response.aclose()
 
 
 class Portal:
@@ -4501,7 +4437,7 @@ class Sessions:
         held = self._by_loop.get(loop)
         if held is not None and held[0] == uds:
             return held[1]
-        wire = Wire.open(uds)
+        wire = Wire(uds)
         keeper = self._keep_open(wire)
         await anext(keeper)  # does not wait: no other task gets in between
         self._by_loop[loop] = (uds, wire, keeper)  # a loop closes an asynchronous generator that nobody holds
@@ -4563,7 +4499,7 @@ class EngineClient:
             try:
                 found = await deadline.wait(reply.body())
             finally:
-                await reply.close()
+                reply.close()
         if reply.headers.get("x-llm-inference") == INSTANCE:
             raise EngineUnavailable("that address is this very server", "give the engine's own address")
         if reply.status in refusals:
@@ -4592,10 +4528,9 @@ class EngineClient:
                 headers["connection"] = "close"
         if request_id := REQUEST_ID.get():
             headers["x-request-id"] = request_id
-        method, connect = "GET" if body is None else "POST", deadline.limits.connect
-        request = WireRequest(method, target.url + path, body, headers, connect, known and target.stamp is not None)
+        connect, known = deadline.limits.connect, known and target.stamp is not None
         try:
-            return await deadline.wait(wire.send(request))
+            return await deadline.wait(wire.send(target.url + path, headers, body, connect, known))
         except TimeoutError as exc:
             reason = f"{self.name}: connect deadline of {connect:g} s passed"
             raise EngineTimeout(reason, "check that the address is right and the host is up") from exc
@@ -4765,7 +4700,7 @@ class Connection(EngineFinder):
             try:
                 return await deadline.wait(reply.body())
             finally:
-                await reply.close()
+                reply.close()
 
     async def read(
         self, path: str, body: bytes, deadlines: Deadlines, push: Callable[[bytes], bool] | None = None
@@ -4797,7 +4732,7 @@ class Connection(EngineFinder):
                     yield rest[0] + b"\n"
             finally:
                 reply.take = None
-                await reply.close()
+                reply.close()
 
     async def open(self, path: str, body: bytes, deadline: Deadline) -> Reply:
         """The engine's reply to a POST, its status checked.
@@ -4822,7 +4757,7 @@ class Connection(EngineFinder):
         try:
             data = await deadline.wait(reply.body(1 << 20))
         finally:
-            await reply.close()
+            reply.close()
         raise engine_error(self._adapter, reply.status, data, reply.headers)
 
     async def confirm(self, known: Target | None) -> None:

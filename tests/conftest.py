@@ -2,7 +2,7 @@
 
 Real servers are used where LLM_TEST_VLLM_URL, LLM_TEST_SGLANG_URL or LLM_TEST_OLLAMA_URL name one
 (LLM_TEST_OLLAMA_MODEL: its model); everything else needs loopback, tests/requirements.txt and the embedded model alone.
-LLM_TEST_WIRE=httpx: as without httptools.
+LLM_TEST_WIRE=h11: as without httptools.
 LLM_TEST_FLEET=1: each engine of the contract is the first of a mixed fleet."""
 
 import contextlib
@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 import llm_inference as product
-from llm_inference import EndpointConfig, HttpxWire, LLMInferencer, Wire
+from llm_inference import EndpointConfig, H11Parser, LLMInferencer
 from tests.fake_engine import DIALECTS, Dialect, FakeEngine
 from tests.harness import Command, Stand
 from tests.processes import is_setting
@@ -27,8 +27,8 @@ def pytest_configure() -> None:
     signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # a shell's background ignores it, and what the tests start would too
-    if os.environ.get("LLM_TEST_WIRE") == "httpx":  # as where the five packages alone are installed
-        Wire.open = staticmethod(HttpxWire)  # type: ignore[method-assign]
+    if os.environ.get("LLM_TEST_WIRE") == "h11":  # as where the five packages alone are installed
+        product.response_parser = lambda: H11Parser
 
 
 def clear_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,7 @@ TOOL: dict[str, Any] = {
 OTHER: dict[str, Any] = {"type": "function", "function": {"name": "get_time", "parameters": {"type": "object"}}}
 NAMED = {"type": "function", "function": {"name": "get_time"}}
 OPENAI: tuple[Dialect, ...] = ("vllm", "sglang", "llamacpp")
+PARSERS = (llm_inference.response_parser(), llm_inference.H11Parser)
 
 
 def base(dialect: Dialect, *, stream: bool = False) -> dict[str, Any]:
@@ -528,8 +529,8 @@ def test_ollama_pulls_and_others_say_that_they_do_not(fake: Make, attach: Attach
 
 # Finding an engine -------------------------------------------------------------------------------
 def test_without_a_package_for_http_the_error_names_it(without: Callable[..., None]) -> None:
-    without("httptools", "httpx")
-    with pytest.raises(EngineNotInstalled, match="pip install httpx"):
+    without("httptools", "h11")
+    with pytest.raises(EngineNotInstalled, match="pip install httptools"):
         LLMInferencer("vllm", base_url="http://127.0.0.1:9").generate("hi")
 
 
@@ -1008,7 +1009,7 @@ def test_a_wrong_setting_is_named(fake: Make, attach: Attach, monkeypatch: pytes
     assert llm_inference.clean_url(":11434") == "http://127.0.0.1:11434"
 
 
-@pytest.mark.parametrize("wire", [llm_inference.HttptoolsWire, llm_inference.HttpxWire])
+@pytest.mark.parametrize("parser", PARSERS)
 @pytest.mark.parametrize(
     ("base_url", "says"),
     [
@@ -1018,13 +1019,13 @@ def test_a_wrong_setting_is_named(fake: Make, attach: Attach, monkeypatch: pytes
     ],
 )
 def test_an_impossible_address_is_an_error(
-    base_url: str, says: str, wire: Any, attach: Attach, monkeypatch: pytest.MonkeyPatch
+    base_url: str, says: str, parser: Any, attach: Attach, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unknown(*args: Any, **named: Any) -> Any:
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)  # no name leaves this machine
-    monkeypatch.setattr(llm_inference.Wire, "open", staticmethod(wire))
+    monkeypatch.setattr(llm_inference, "response_parser", lambda: parser)
     with pytest.raises(llm_inference.InferenceError, match=says):
         LLMInferencer("vllm", base_url=base_url).generate("hi")
 
@@ -1047,9 +1048,9 @@ def test_a_connection_that_is_not_accepted_is_a_timeout(attach: Attach) -> None:
             client = waiting.enter_context(socket.socket())
             client.setblocking(False)
             client.connect_ex(full.getsockname())
-        for wire in (llm_inference.HttptoolsWire, llm_inference.HttpxWire):
+        for parser in PARSERS:
             with pytest.MonkeyPatch.context() as patch, pytest.raises(EngineTimeout, match="connect"):
-                patch.setattr(llm_inference.Wire, "open", staticmethod(wire))
+                patch.setattr(llm_inference, "response_parser", lambda kept=parser: kept)
                 attach(
                     "vllm", base_url=f"http://127.0.0.1:{full.getsockname()[1]}", deadlines=Deadlines(connect=0.3)
                 ).generate("hi")
@@ -1086,7 +1087,7 @@ def test_a_batch_that_breaks_leaves_nothing_running(fake: Make, attach: Attach) 
 
 
 def test_ctrl_c_in_a_stream_that_takes_a_moment_to_end_is_ctrl_c() -> None:
-    """httpx closes a connection in several steps, and a generator that is at work cannot be closed."""
+    """An answer may end in several steps, and a generator that is at work cannot be closed."""
     ended = []
 
     async def answer() -> AsyncGenerator[str, None]:

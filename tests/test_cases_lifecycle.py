@@ -47,7 +47,7 @@ Make = Callable[..., FakeEngine]
 HI = [{"role": "user", "content": "Hi"}]
 CITY_TOOL: Json = {"type": "function", "function": {"name": "get", "parameters": {"type": "object", "properties": {}}}}
 JSON = {"content-type": "application/json"}
-WIRES = {"httptools": product.HttptoolsWire, "httpx": product.HttpxWire}
+PARSERS = {"httptools": product.response_parser(), "h11": product.H11Parser}
 
 
 class Shelf(FakeEngine):
@@ -578,10 +578,10 @@ class Hanger:
         return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(data) + data
 
 
-@pytest.mark.parametrize("wire", WIRES)
-def test_e15_a_kept_connection_that_the_engine_closes(wire: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("parser", PARSERS)
+def test_e15_a_kept_connection_that_the_engine_closes(parser: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """E15: nothing was processed: the request is sent once more, on a new connection."""
-    monkeypatch.setattr(product.Wire, "open", staticmethod(WIRES[wire]))
+    monkeypatch.setattr(product, "response_parser", lambda: PARSERS[parser])
     with Hanger() as engine, lazy("vllm", "m", base_url=engine.base_url) as llm:
         for number in range(1, 7):
             assert llm.generate("x") == "ok"
@@ -785,9 +785,9 @@ def test_e12_a_cached_default_model_that_changed(tmp_path: Path, monkeypatch: py
 
 
 # E11, E13, E14, E16: loops, statuses, ends, names ----------------------------------------------------------
-@pytest.mark.parametrize("wire", WIRES)
-def test_e11_no_loop_outlives_its_run(wire: str, fake: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product.Wire, "open", staticmethod(WIRES[wire]))
+@pytest.mark.parametrize("parser", PARSERS)
+def test_e11_no_loop_outlives_its_run(parser: str, fake: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "response_parser", lambda: PARSERS[parser])
     engine = fake("vllm")
 
     def loops() -> int:
@@ -958,8 +958,8 @@ def slow(*args, **named):
     raise socket.gaierror(-2, "Name or service not known")
 
 socket.getaddrinfo = slow
-if os.environ["WIRE"] == "httpx":
-    llm_inference.Wire.open = staticmethod(llm_inference.HttpxWire)
+if os.environ["PARSER"] == "h11":
+    llm_inference.response_parser = lambda: llm_inference.H11Parser
 llm = LLMInferencer("vllm", base_url="http://engine.invalid:1", deadlines=Deadlines(connect=1.0))
 begin = time.monotonic()
 try:
@@ -969,10 +969,10 @@ except EngineTimeout as exc:
 """
 
 
-@pytest.mark.parametrize("wire", WIRES)
-def test_e16_slow_names(wire: str) -> None:
+@pytest.mark.parametrize("parser", PARSERS)
+def test_e16_slow_names(parser: str) -> None:
     """E16: the connect deadline holds for the resolver too."""
-    env = clean_env(ROOT=str(ROOT), WIRE=wire)
+    env = clean_env(ROOT=str(ROOT), PARSER=parser)
     process = subprocess.Popen([sys.executable, "-c", SLOW_NAMES], stdout=subprocess.PIPE, text=True, env=env)
     with process:
         assert process.stdout

@@ -324,11 +324,11 @@ def test_d13_e1_every_engine(name: str, dialect: Any, fake: Callable[..., FakeEn
     engine.wait(lambda: engine.live == 0, SOON + 3)
 
 
-WITHOUT_HTTPTOOLS = "llm_inference.Wire.open = staticmethod(llm_inference.HttpxWire)\n"
+WITHOUT_HTTPTOOLS = "llm_inference.response_parser = lambda: llm_inference.H11Parser\n"
 
 
 @pytest.mark.parametrize("name", ["module level", "sys.exit", "zip kept", "fork, the child exits", "a kept traceback"])
-def test_d13_e1_with_httpx(name: str, slow: FakeEngine) -> None:
+def test_d13_e1_without_httptools(name: str, slow: FakeEngine) -> None:
     """D13, E1 where the five packages alone are installed."""
     script, code = SCRIPTS[name]
     ended_well(run_script(WITHOUT_HTTPTOOLS + script, slow), code)
@@ -353,9 +353,9 @@ def test_d13_signals(body: str, number: int, slow: FakeEngine) -> None:
     slow.wait(lambda: slow.live == 0, SOON + 3)
 
 
-@pytest.mark.parametrize("wire", ["httptools", "httpx"])
+@pytest.mark.parametrize("parser", ["httptools", "h11"])
 @pytest.mark.parametrize("verb", ["generate", "stream", "embed", "batch"])
-def test_e2_close_ends_those_who_wait(verb: str, wire: str, slow: FakeEngine) -> None:
+def test_e2_close_ends_those_who_wait(verb: str, parser: str, slow: FakeEngine) -> None:
     """E2: three threads wait for an answer when the inferencer is closed: each gets a typed error at once."""
     use = {
         "generate": "llm.generate(LONG)",
@@ -383,7 +383,7 @@ llm.close()
 for thread in threads: thread.join(10)
 print(time.monotonic() - begin, len(errors), others, [each.kind for each in errors])
 """
-    ended = run_script((WITHOUT_HTTPTOOLS if wire == "httpx" else "") + script, slow)
+    ended = run_script((WITHOUT_HTTPTOOLS if parser == "h11" else "") + script, slow)
     ended_well(ended)
     seconds, count, rest = ended.out.split(" ", 2)
     assert float(seconds) < SOON, ended.out

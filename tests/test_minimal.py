@@ -58,7 +58,7 @@ def test_the_five_packages_are_enough(tmp_path: Path) -> None:
             cut, engine.pace, engine.text, engine.answer = engine.cut, 0.05, "word " * 1000, None
             with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=ask, trust_env=False) as reply:
                 next(reply.iter_lines())
-            engine.wait(lambda: engine.cut == cut + 1)  # client gone, on httpx's wire too
+            engine.wait(lambda: engine.cut == cut + 1)  # client gone, with h11's parser too
             engine.pace, engine.text = 0, "x"
         assert '"ok": true' in python(
             five, "llm_inference.py", "--engine", "vllm", "--json", VLLM_BASE_URL=engine.base_url
