@@ -2616,7 +2616,7 @@ def redact(text: str, limit: int = 400) -> str:
 
 
 class LineReader:
-    """Bytes in, lines out; lines end at LF or CRLF only (JSON may hold U+2028 raw) and have a bounded length."""
+    """Bytes in, lines out; lines end at LF only (JSON may hold U+2028 raw) and have a bounded length."""
 
     __slots__ = ("_parts", "_size")
     LIMIT = 8 << 20
@@ -2643,14 +2643,6 @@ class LineReader:
             if self._size > self.LIMIT:
                 raise BadEngineReply(f"a line of more than {self.LIMIT} bytes", "check the engine")
         return lines
-
-    def feed(self, data: bytes) -> list[bytes]:
-        """The lines that are complete now, without their line breaks."""
-        return [line.removesuffix(b"\r") for line in self.complete(data).split(b"\n")[:-1]]
-
-    def end(self) -> list[bytes]:
-        """The last line, where the stream ended without a line break."""
-        return self.feed(b"\n") if self._parts else []
 
 
 def sse_payloads(lines: Iterable[bytes]) -> Iterator[bytes]:
@@ -2842,7 +2834,7 @@ class Wire:
         self.lock = asyncio.Lock()  #: held while the server is looked at
         self.parser = response_parser()
         self.links: set[_Link] = set()  #: all connections
-        self._uds = uds
+        self.uds = uds
         self._idle: dict[str, list[_Link]] = {}  #: those that may be used again, by origin
         self._sweep: asyncio.TimerHandle | None = None
 
@@ -2885,8 +2877,8 @@ class Wire:
         make = functools.partial(_Link, self, place.origin)
         try:
             async with asyncio.timeout(connect):
-                if self._uds:
-                    return (await self.loop.create_unix_connection(make, self._uds))[1]
+                if self.uds:
+                    return (await self.loop.create_unix_connection(make, self.uds))[1]
                 tls = _tls_context() if place.tls else None
                 return (await self.loop.create_connection(make, place.host, place.port, ssl=tls))[1]
         except (TimeoutError, socket.gaierror):
@@ -4427,20 +4419,20 @@ class Sessions:
     """The HTTP sessions to one engine, one for each event loop; each is closed with its loop."""
 
     def __init__(self) -> None:
-        self._by_loop: weakref.WeakKeyDictionary[
-            asyncio.AbstractEventLoop, tuple[str | None, Wire, AsyncGenerator[None, None]]
-        ] = weakref.WeakKeyDictionary()
+        self._by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[Wire, AsyncGenerator[None, None]]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     async def get(self, uds: str | None) -> Wire:
         """This loop's session."""
         loop = asyncio.get_running_loop()
         held = self._by_loop.get(loop)
-        if held is not None and held[0] == uds:
-            return held[1]
+        if held is not None and held[0].uds == uds:
+            return held[0]
         wire = Wire(uds)
         keeper = self._keep_open(wire)
         await anext(keeper)  # does not wait: no other task gets in between
-        self._by_loop[loop] = (uds, wire, keeper)  # a loop closes an asynchronous generator that nobody holds
+        self._by_loop[loop] = (wire, keeper)  # a loop closes an asynchronous generator that nobody holds
         return wire
 
     async def _keep_open(self, wire: Wire) -> AsyncGenerator[None, None]:
@@ -4449,30 +4441,23 @@ class Sessions:
             yield
         finally:
             held = self._by_loop.get(wire.loop)
-            if held is not None and held[1] is wire:
+            if held is not None and held[0] is wire:
                 del self._by_loop[wire.loop]  # what it holds would keep the loop
             await wire.close()
 
     async def close(self) -> None:
         """Close this loop's."""
-        held = self._by_loop.pop(asyncio.get_running_loop(), None)
-        if held is not None:
-            await held[2].aclose()
+        _, keeper = self._by_loop.pop(asyncio.get_running_loop(), (None, None))
+        if keeper is not None:
+            await keeper.aclose()
 
     def abandon(self) -> None:
         """Close those of loops that run, where nobody closed them: when the adapter is collected, or at exit."""
         for loop in list(self._by_loop):
             if loop.is_running() and threading.current_thread().name != Portal.THREAD:
-                held = self._by_loop.pop(loop, None)  # taken out first: `close` must not close it a second time
-                if held is None:
-                    continue
                 with contextlib.suppress(Exception):
-                    closing = asyncio.run_coroutine_threadsafe(_aclose(held[2]), loop)
+                    closing = asyncio.run_coroutine_threadsafe(self.close(), loop)
                     closing.result(1 if loop is portal.loop and not sys.is_finalizing() else 0)
-
-
-async def _aclose(generator: AsyncGenerator[Any, None]) -> None:
-    await generator.aclose()
 
 
 class EngineClient:
@@ -4485,9 +4470,14 @@ class EngineClient:
         self.calls: set[Deadline] = set()  #: the calls that wait for an answer; `close` ends them
 
     async def fetch(
-        self, target: Target, path: str, limits: Deadlines, body: Any = None, refusals: Container[int] = (401, 403)
+        self, target: Target, path: str, body: Any = None, *, strict: bool = False, connect: float = math.inf
     ) -> Any:
-        """A small JSON question; None for anything but 200 with JSON. Raises what a status among `refusals` means."""
+        """A small JSON question; None for anything but 200 with JSON.
+
+        Raises where it refuses the key; `strict`: also where it fails or is overloaded.
+        """
+        limits = self._adapter.deadlines.brief()
+        limits = dataclasses.replace(limits, connect=min(connect, limits.connect))
         data = None if body is None else to_json(body)
         with contextlib.closing(Deadline(limits, self.name, set())) as deadline:
             try:
@@ -4502,16 +4492,12 @@ class EngineClient:
                 reply.close()
         if reply.headers.get("x-llm-inference") == INSTANCE:
             raise EngineUnavailable("that address is this very server", "give the engine's own address")
-        if reply.status in refusals:
+        if reply.status in (401, 403) or (strict and (reply.status == 429 or reply.status >= 500)):
             raise engine_error(self._adapter, reply.status, found, reply.headers)
         if reply.status == 200:
             with contextlib.suppress(ValueError):
                 return from_json(found)
         return None
-
-    async def question(self, target: Target, path: str, body: Any = None) -> Any:
-        """A small question; None for what the engine does not know. Raises where it fails or is overloaded."""
-        return await self.fetch(target, path, self._adapter.deadlines.brief(), body, (401, 403, 429, *range(500, 600)))
 
     async def send(
         self, target: Target, path: str, body: bytes | None, deadline: Deadline, known: bool = False
@@ -4592,19 +4578,13 @@ class EngineFinder(EngineClient):
 
     async def probe(self, target: Target, connect: float = math.inf) -> str | None:
         """The version of the engine at `target`, "" where it does not report one, None where it is another engine."""
-        limits = self._adapter.deadlines.brief()
-        limits = dataclasses.replace(limits, connect=min(connect, limits.connect))
-
-        async def get(path: str) -> Any:
-            return await self.fetch(target, path, limits)
-
-        version: str | None = await self._adapter.identify(get)
+        version: str | None = await self._adapter.identify(functools.partial(self.fetch, target, connect=connect))
         return version
 
     async def _other_engine(self, target: Target) -> str | None:
         """Which other engine lists models there; None too for a router that hides who it is: its address is trusted."""
         engines = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llamacpp", "library": "ollama"}
-        for owner in owners_of(await self.fetch(target, "/v1/models", self._adapter.deadlines)):
+        for owner in owners_of(await self.fetch(target, "/v1/models")):
             if engines.get(owner, self.name) != self.name:
                 return engines[owner]
         return None
@@ -4728,8 +4708,8 @@ class Connection(EngineFinder):
                     deadline.received()
                     if data := lines.complete(data):
                         yield data
-                if rest := lines.end():
-                    yield rest[0] + b"\n"
+                if lines.in_line:
+                    yield lines.complete(b"\n")
             finally:
                 reply.take = None
                 reply.close()
@@ -4808,7 +4788,7 @@ class Connection(EngineFinder):
         """What tells one server at an address from another. Raises where it fails or is overloaded."""
         found = []
         for path in self._adapter.stamp_paths:
-            found.append(lasting(await self.question(target, path)))
+            found.append(lasting(await self.fetch(target, path, strict=True)))
         return json.dumps(found, sort_keys=True)
 
     async def close(self) -> None:
@@ -5109,7 +5089,7 @@ class HTTPAdapter(BaseLLMAdapter):
     async def fetch_json(self, path: str, body: Any = None) -> dict[str, Any]:
         """A small question to the engine; {} for what it does not know. Raises where it fails or is overloaded."""
         target = await self.connection.reach()
-        found = await portal.run(self.connection.question(target, path, body))
+        found = await portal.run(self.connection.fetch(target, path, body, strict=True))
         return found if isinstance(found, dict) else {}
 
     async def fetch_models(self, path: str) -> dict[str, Any]:

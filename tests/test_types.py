@@ -369,16 +369,23 @@ LINES = [
 ]
 
 
+def lines_of(*pieces: bytes) -> list[bytes]:
+    """What a reader makes of pieces of a stream, the last line without an end among it."""
+    reader = LineReader()
+    data = b"".join(map(reader.complete, pieces))
+    if reader.in_line:
+        data += reader.complete(b"\n")
+    assert not reader.in_line and data.endswith(b"\n")
+    return [line.removesuffix(b"\r") for line in data.split(b"\n")[:-1]]
+
+
 @pytest.mark.parametrize("cut", range(len(RAW) + 1))
 def test_lines_do_not_depend_on_where_the_bytes_are_cut(cut: int) -> None:
-    reader = LineReader()
-    lines = reader.feed(RAW[:cut]) + reader.feed(RAW[cut:]) + reader.end()
-    assert [line.decode() for line in lines] == LINES
+    assert [line.decode() for line in lines_of(RAW[:cut], RAW[cut:])] == LINES
 
 
 def test_lines_byte_by_byte() -> None:
-    reader = LineReader()
-    lines = [line for n in range(len(RAW)) for line in reader.feed(RAW[n : n + 1])] + reader.end()
+    lines = lines_of(*(RAW[n : n + 1] for n in range(len(RAW))))
     assert [line.decode() for line in lines] == LINES
     assert list(sse_payloads(lines)) == [
         '{"a": "x\u2028y\u0085z"}'.encode(),
@@ -392,19 +399,19 @@ def test_an_endless_line_is_refused_and_not_kept() -> None:
     reader, piece = LineReader(), b"x" * (1 << 20)
     with pytest.raises(BadEngineReply):
         for _ in range(LineReader.LIMIT // len(piece) + 2):
-            assert reader.feed(piece) == []
+            assert reader.complete(piece) == b""
 
 
 def test_a_long_line_in_small_pieces_costs_little() -> None:
     """4 MiB in pieces of 1 KiB: linear, not quadratic."""
     reader, started = LineReader(), time.process_time()
     for _ in range(4096):
-        reader.feed(b"x" * 1024)
+        reader.complete(b"x" * 1024)
     assert time.process_time() - started < 2.5
 
 
-def test_an_empty_input_yields_no_events() -> None:
-    assert LineReader().end() == [] and LineReader().feed(b"") == []
+def test_an_empty_input_yields_no_lines() -> None:
+    assert LineReader().complete(b"") == b"" and not LineReader().in_line
 
 
 @pytest.mark.parametrize("bad", [b"", b"{", b"NaN", b"Infinity", b'{"a": 1}x', b"\xff", b"[1,]"])
