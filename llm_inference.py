@@ -4064,6 +4064,7 @@ class BaseLLMAdapter:
     in_auto: ClassVar[bool] = False  #: may engine_type="auto" choose it?
     clamps_max_tokens: ClassVar[bool] = True  #: is max_tokens beyond the context reduced (or is it an error)?
     pull_hint: ClassVar[str] = "it downloads its models when it starts"
+    features_ttl: ClassVar[float] = float("inf")  #: seconds for which the default model and a model's features are good
 
     def __init__(
         self,
@@ -4090,6 +4091,7 @@ class BaseLLMAdapter:
         self.version = ""  #: the server's version, once it is known
         self.identified = True  #: did the server say which engine it is?
         self._contexts: dict[str, int | None] = {}
+        self._default = (float("-inf"), "")  #: when the model to use by default was looked for, and its name
 
     # What a subclass may write
     def _stream(self, request: GenerateRequest) -> AsyncGenerator[list[Chunk], None]:
@@ -4139,12 +4141,16 @@ class BaseLLMAdapter:
 
     async def model_for(self, requested: str | None) -> str:
         """The name that the engine knows it by; the adapter's own, else the engine's first, where none is requested."""
-        if requested is None and self.model_name is None:
-            found = await self.models()
-            if not found:
-                raise ModelNotFound(f"{self.engine_type} has no model", self.pull_hint)
-            self.model_name = found[0].name
-        return requested or self.model_name or ""
+        if requested is not None or self.model_name is not None:
+            return requested or self.model_name or ""
+        asked, found = self._default
+        if time.monotonic() - asked < self.features_ttl:
+            return found
+        usable = [info for info in await self.models() if info.capabilities != ("embedding",)]
+        if not usable:
+            raise ModelNotFound(f"{self.engine_type} has no model that can chat", self.pull_hint)
+        self._default = (time.monotonic(), usable[0].name)
+        return usable[0].name
 
     async def prepare(self, request: GenerateRequest) -> dict[str, Any]:
         """The body to send; `request.served` learns who answers, and what was left out.
@@ -4641,7 +4647,7 @@ class Connection(EngineFinder):
 
     def __init__(self, adapter: "HTTPAdapter") -> None:
         super().__init__(adapter)
-        self._flight = SingleFlight()
+        self.flight = SingleFlight()  #: what several may wait for
 
     async def reach(self) -> Target:
         """Where the engine is; looked for again when it was lost."""
@@ -4650,7 +4656,7 @@ class Connection(EngineFinder):
         served = SERVED.get()
         if served is not None and served.closed:  # what was closed is not opened again by a request from before
             raise EngineUnavailable(f"{self.name} was closed before it answered", "ask again")
-        return await self._flight.run("target", self._reach)
+        return await self.flight.run("target", self._reach)
 
     async def _reach(self) -> Target:
         if self.target is not None and self.target.exists:  # reached while we were on our way here
@@ -4798,7 +4804,7 @@ class Connection(EngineFinder):
         await self.sessions.close()
 
     async def _close(self) -> None:
-        self._flight.cancel()
+        self.flight.cancel()
         self.target = None
         for call in list(self.calls):
             call.abort()
@@ -4932,12 +4938,10 @@ class HTTPAdapter(BaseLLMAdapter):
     keep_alive: ClassVar[bool] = True  #: may a connection be used again after a POST?
     stamp_paths: ClassVar[tuple[str, ...]] = ()  #: GET routes whose replies tell one server from another
     streams_only: ClassVar[bool] = False  #: does it work on when a caller of a complete answer hangs up?
-    features_ttl: ClassVar[float] = float("inf")  #: seconds for which a model's features are good
 
     def __init__(self, model_name: str | None = None, **options: Any) -> None:
         super().__init__(model_name, **options)
         self.connection = Connection(self)
-        self._flight = SingleFlight()
         weakref.finalize(self, self.connection.abandon)
         self._features: dict[str, tuple[float, frozenset[str]]] = {}  #: by model: when they were asked for, and what
 
@@ -5012,12 +5016,11 @@ class HTTPAdapter(BaseLLMAdapter):
         await self.connection.reach()
 
     async def close(self) -> None:
-        self._flight.cancel()
         await self.connection.close()
 
     def forget(self) -> None:
         """The server is lost: whoever is there next may be another version, with other models."""
-        self._features, self._contexts = {}, {}
+        self._features, self._contexts, self._default = {}, {}, (float("-inf"), "")
 
     def fields(self, surface: str) -> Mapping[str, str]:
         return honoured(self.engine_type, surface, version_tuple(self.version))
@@ -5032,7 +5035,7 @@ class HTTPAdapter(BaseLLMAdapter):
         asked, found = self._features.get(model, (float("-inf"), frozenset()))
         if time.monotonic() - asked < self.features_ttl:
             return found
-        return await self._flight.run(model, functools.partial(self._find_features, model))
+        return await self.connection.flight.run(("features", model), functools.partial(self._find_features, model))
 
     async def _find_features(self, model: str) -> frozenset[str]:
         await self.connection.reach()
@@ -6023,7 +6026,6 @@ class OllamaAdapter(OllamaTranslator):
     stamp_paths = ("/api/version",)
     pull_hint = "ollama pull MODEL (for example qwen3:0.6b)"
     features_ttl = 10.0  # a model may be created again under the same name
-    _default: tuple[float, str] = (float("-inf"), "")  #: when the model to use by default was looked for, and its name
 
     async def identify(self, get: Get) -> str | None:
         answer = await get("/api/version")
@@ -6092,22 +6094,6 @@ class OllamaAdapter(OllamaTranslator):
                 found.append(info)
         found.sort(key=lambda info: info.capabilities == ("embedding",))  # by default one that can chat
         return found
-
-    async def model_for(self, requested: str | None) -> str:
-        if requested is not None or self.model_name is not None:
-            return requested or self.model_name or ""
-        asked, found = self._default
-        if time.monotonic() - asked > self.features_ttl:
-            usable = [info for info in await self.models() if info.capabilities != ("embedding",)]
-            if not usable:
-                raise ModelNotFound("ollama has no model that can chat", self.pull_hint)
-            found = usable[0].name
-            self._default = (time.monotonic(), found)
-        return found
-
-    def forget(self) -> None:
-        super().forget()
-        self._default = (float("-inf"), "")
 
     async def missing_features(self, model: str) -> set[str]:
         shown = await self.fetch_json("/api/show", {"model": model})
@@ -6510,8 +6496,9 @@ class Router(Balancer):
         name, alone = request.body.get("model"), len(self.endpoints) == 1 and not self.aliases
         if endpoint and alone and not endpoint.only:  # one engine: it says itself what it does not serve
             short = without_engine(name, endpoint)
-            if short != name and name in endpoint.known_models:
-                short = name
+            if short != name:
+                known = endpoint.known_models or (await endpoint.models() if endpoint.running else ())
+                short = name if name in known else short
             return iter([(endpoint, short)])
         groups, since, changes = self._known.get(name, ([], -math.inf, 0))
         if changes != Endpoint.changes or time.monotonic() - since > Endpoint.LIST_TTL:

@@ -1030,6 +1030,17 @@ def test_an_impossible_address_is_an_error(
         LLMInferencer("vllm", base_url=base_url).generate("hi")
 
 
+@pytest.mark.parametrize("dialect", OPENAI)  # Ollama's is looked up again after ten seconds
+def test_the_default_model_is_the_servers_that_is_there_now(dialect: Dialect, fake: Make, attach: Attach) -> None:
+    engine = fake(dialect)
+    llm = attach(engine)
+    assert llm.complete("hi").model_name == "m"
+    engine.stop()
+    engine.model, engine.models = "other", ["other"]
+    engine.start()
+    assert llm.complete("hi").model_name == "other"
+
+
 def test_a_web_page_is_not_taken_for_an_engine(attach: Attach) -> None:
     with http_server(lambda path: b"<html>hello</html>") as url:
         for dialect in DIALECTS:
