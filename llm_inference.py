@@ -4466,8 +4466,11 @@ class Sessions:
                     closing.result(1 if loop is portal.loop and not sys.is_finalizing() else 0)
 
 
-class EngineClient:
-    """Sends requests to one engine server."""
+class EngineFinder:
+    """Finds an engine server, or starts it as a child, and sends requests to it."""
+
+    child: EngineChild | None = None
+    state = ""  #: what is being waited for, while it starts
 
     def __init__(self, adapter: "HTTPAdapter") -> None:
         self._adapter = weakref.proxy(adapter)
@@ -4532,13 +4535,6 @@ class EngineClient:
         except ConnectionRefusedError as exc:
             hint = "ask again" if target.child else f"start it: {self._adapter.start_hint}"
             raise EngineUnavailable(f"{self.name} refuses connections", hint, detail=f"at {target.url}") from exc
-
-
-class EngineFinder(EngineClient):
-    """Finds an engine server, or starts it as a child."""
-
-    child: EngineChild | None = None
-    state = ""  #: what is being waited for, while it starts
 
     async def _attach(self) -> Target | None:
         adapter = self._adapter
@@ -5193,7 +5189,7 @@ class OpenAIAdapter(HTTPAdapter):
         found: dict[str, Any] = {}
         name, think = request.constraint, body.get("think")
         if name is not None and name in body:
-            found = self.constrain(name, body[name], request)
+            found = self._hold_to(body[name], request) if name == "schema" else self.constrain(name, body[name])
             think = think or False  # or the answer could be lost in the reasoning
         if think is not None:
             found["chat_template_kwargs"] = {"enable_thinking": bool(think)}
@@ -5201,13 +5197,16 @@ class OpenAIAdapter(HTTPAdapter):
             found["reasoning_effort"] = think
         return found
 
-    def constrain(self, name: str, value: Any, request: GenerateRequest) -> dict[str, Any]:
-        """The engine's fields for one of our constraints."""
-        if value == ANY_OBJECT:
+    def _hold_to(self, schema: dict[str, Any], request: GenerateRequest) -> dict[str, Any]:
+        if schema == ANY_OBJECT:
             return {"response_format": {"type": "json_object"}}
-        request.served.enforced = _GrammarCheck(value).exact
-        form = {"name": "answer", "schema": value, "strict": True}
+        request.served.enforced = _GrammarCheck(schema).exact
+        form = {"name": "answer", "schema": schema, "strict": True}
         return {"response_format": {"type": "json_schema", "json_schema": form}}
+
+    @abstractmethod
+    def constrain(self, name: str, value: Any) -> dict[str, Any]:
+        """The engine's fields for a choice, a regex or a grammar."""
 
     def decode_object(self, data: bytes, request: GenerateRequest, body: dict[str, Any]) -> Answer:
         payload = self.payload(data)
@@ -5419,9 +5418,7 @@ class VLLMAdapter(OpenAIAdapter):
             raise UnsupportedFeature(reason, "write the characters out, for example [A-Za-z]", param="schema")
         return super().encode(request, body)
 
-    def constrain(self, name: str, value: Any, request: GenerateRequest) -> dict[str, Any]:
-        if name == "schema":
-            return super().constrain(name, value, request)
+    def constrain(self, name: str, value: Any) -> dict[str, Any]:
         if name == "regex" and re.search(r"(?<!\\)(?:\\\\)*\(\?[a-zA-Z-]+[:)]", value):
             reason = "vllm: inline flags in a regex (its compiler answers 500)"
             raise UnsupportedFeature(reason, "write both cases out: [Oo][Kk]", param="regex")
@@ -5495,9 +5492,7 @@ class SGLangAdapter(OpenAIAdapter):
             data = b'{"results":%s}' % data
         return super().payload(data)
 
-    def constrain(self, name: str, value: Any, request: GenerateRequest) -> dict[str, Any]:
-        if name == "schema":
-            return super().constrain(name, value, request)
+    def constrain(self, name: str, value: Any) -> dict[str, Any]:
         if name == "choice":
             return {"regex": one_of_regex(value)}
         return {"ebnf" if name == "grammar" else name: value}
@@ -5582,12 +5577,12 @@ class LlamaCppAdapter(OpenAIAdapter):
                     body["prompt"] = (await self.ask("/apply-template", chat))["prompt"]
         return await super().answer(request, body)
 
-    def constrain(self, name: str, value: Any, request: GenerateRequest) -> dict[str, Any]:
+    def constrain(self, name: str, value: Any) -> dict[str, Any]:
         if name == "choice":
-            return {"grammar": "root ::= " + " | ".join(map(gbnf_literal, value))}
-        if name == "regex":
-            return {"grammar": llamacpp_regex(value)}
-        return {"grammar": value} if name == "grammar" else super().constrain(name, value, request)
+            value = "root ::= " + " | ".join(map(gbnf_literal, value))
+        elif name == "regex":
+            value = llamacpp_regex(value)
+        return {"grammar": value}
 
     def decoder(self, request: GenerateRequest, body: dict[str, Any]) -> Decoder:
         decode = super().decoder(request, body)
@@ -6251,11 +6246,6 @@ class Endpoint:
         self.refreshing: concurrent.futures.Future[None] | None = None  #: a look that nobody waits for
 
     @property
-    def load(self) -> float:
-        """Requests in flight per slot."""
-        return self.in_flight / self.slots
-
-    @property
     def running(self) -> bool:
         """False for an endpoint that a request would start."""
         connection = getattr(self.adapter, "connection", None)
@@ -6266,11 +6256,6 @@ class Endpoint:
         """What is being waited for while it starts; "" otherwise."""
         connection = getattr(self.adapter, "connection", None)
         return connection.state if connection is not None else ""
-
-    @property
-    def default_model(self) -> str | None:
-        """The model that the operator named."""
-        return self.adapter.model_name
 
     async def models(self) -> Mapping[str, ModelInfo]:
         """What it serves, refreshed after ten seconds. Raises where it does not answer; absence is not cached."""
@@ -6292,18 +6277,18 @@ class Endpoint:
     @property
     def configured_name(self) -> str:
         """What a started endpoint's model is called before it runs."""
-        return model_alias(self.default_model)
+        return model_alias(self.adapter.model_name)
 
     @property
     def known_models(self) -> frozenset[str]:
         """The names that it listed last, and the one that the operator gave; no path of a file."""
-        return frozenset(self._listed) | ({self.configured_name} if self.default_model else set())
+        return frozenset(self._listed) | ({self.configured_name} if self.adapter.model_name else set())
 
     @property
     def named_before(self) -> bool:
         """Is its model's name known before it runs? Then nobody waits for its start who asks for another."""
         started = self.config is not None and self.config.base_url is None
-        return self.on_request or (started and self.default_model is not None)
+        return self.on_request or (started and self.adapter.model_name is not None)
 
     def lists(self, model: str) -> bool:
         """Whether its last list holds the model."""
@@ -6401,7 +6386,7 @@ class Endpoint:
             "slots": self.slots,
             "failures": self.failures,
             "error": self.error,
-            "models": sorted(self._listed) or [self.configured_name] * (self.default_model is not None),
+            "models": sorted(self._listed) or [self.configured_name] * (self.adapter.model_name is not None),
         }
 
 
@@ -6465,7 +6450,7 @@ class Balancer:
         ranks: list[float] = []  # the least is best: a negative weight, or a load over the bound
         for endpoint in endpoints:
             if endpoint.in_flight and endpoint.in_flight + 1 > bound * endpoint.slots:
-                ranks.append(endpoint.load)
+                ranks.append(endpoint.in_flight / endpoint.slots)
             elif endpoint.name == home:
                 ranks.append(-math.inf)
             else:
