@@ -2673,7 +2673,7 @@ class Deadline:
         self.first = True
         self.begun = False  #: has anything of the answer come?
         self._task: asyncio.Task[Any] | None = None
-        self._expired = ""
+        self._expired = ""  #: which of `limits` has passed; or "closed"
         self._timer = self.loop.call_at(min(self.due, self.end), self._fire)
 
     def received(self) -> None:
@@ -2696,7 +2696,7 @@ class Deadline:
         if self.end <= now:
             self._expired = "total"
         else:
-            self._expired = "first token" if self.first else "idle"
+            self._expired = "first_token" if self.first else "idle"
         self._task.cancel()
 
     async def wait(self, awaitable: Coroutine[Any, Any, T]) -> T:
@@ -2727,11 +2727,9 @@ class Deadline:
     def _error(self) -> InferenceError:
         if self._expired == "closed":
             return EngineUnavailable("it was closed meanwhile", "ask again")
-        seconds = {"total": self.limits.total, "first token": self.limits.first_token, "idle": self.limits.idle}
-        limit = seconds[self._expired]
-        return EngineTimeout(
-            f"{self.engine}: {self._expired} deadline of {limit:g} s passed", "ask for less, or raise the deadline"
-        )
+        name, limit = self._expired.replace("_", " "), getattr(self.limits, self._expired)
+        hint = "ask for less, or raise the deadline"
+        return EngineTimeout(f"{self.engine}: {name} deadline of {limit:g} s passed", hint)
 
     def close(self) -> None:
         """Stop the timer, and leave `calls`."""
@@ -4586,9 +4584,10 @@ class EngineFinder:
     async def _other_engine(self, target: Target) -> str | None:
         """Which other engine lists models there; None too for a router that hides who it is: its address is trusted."""
         engines = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llamacpp", "library": "ollama"}
-        for owner in owners_of(await self.fetch(target, "/v1/models")):
-            if engines.get(owner, self.name) != self.name:
-                return engines[owner]
+        for model in models_in(await self.fetch(target, "/v1/models")):
+            owner = engines.get(str(model.get("owned_by")), self.name)
+            if owner != self.name:
+                return owner
         return None
 
     async def _start(self) -> Target:
@@ -4821,18 +4820,14 @@ class Connection(EngineFinder):
 
 def lasting(reply: Any) -> Any:
     """What of a reply is the same while one server runs: the models of a list have new times in each."""
-    if not isinstance(reply, dict) or not isinstance(reply.get("data"), list):
-        return reply
     names = ("id", "owned_by", "root", "max_model_len", "meta")
-    return [[model.get(name) for name in names] for model in reply["data"] if isinstance(model, dict)]
+    return [[model.get(name) for name in names] for model in models_in(reply)] or reply
 
 
-def owners_of(listed: Any) -> list[str]:
-    """`owned_by` of the models that an OpenAI server lists."""
-    models = listed.get("data") if isinstance(listed, dict) else None
-    if not isinstance(models, list):
-        return []
-    return [str(model.get("owned_by")) for model in models if isinstance(model, dict)]
+def models_in(reply: Any) -> list[dict[str, Any]]:
+    """The models in an OpenAI server's list; [] where the reply is none."""
+    models = reply.get("data") if isinstance(reply, dict) else None
+    return [model for model in models if isinstance(model, dict)] if isinstance(models, list) else []
 
 
 # 9 The four adapters -----------------------------------------------------------------------------
@@ -5148,7 +5143,7 @@ class OpenAIAdapter(HTTPAdapter):
     reasoning_field: ClassVar[str] = "reasoning_content"  #: of an assistant's message
 
     async def identify(self, get: Get) -> str | None:
-        if self.engine_type not in owners_of(await get("/v1/models")):
+        if all(model.get("owned_by") != self.engine_type for model in models_in(await get("/v1/models"))):
             return None
         path, name = self.version_at
         info = await get(path)
@@ -6386,7 +6381,7 @@ class Endpoint:
             "slots": self.slots,
             "failures": self.failures,
             "error": self.error,
-            "models": sorted(self._listed) or [self.configured_name] * (self.adapter.model_name is not None),
+            "models": sorted(self._listed or self.known_models),
         }
 
 
