@@ -5966,13 +5966,15 @@ class OllamaTranslator(HTTPAdapter):
         """Makes OpenAI's chunks of one answer's lines, or of a complete one."""
         base = openai_base(request.path, body, stream=True)
         one_call = body.get("parallel_tool_calls") is False
-        calls, opened = 0, request.path != CHAT
+        calls, opened, held = 0, request.path != CHAT, ""
 
         def read(payload: dict[str, Any]) -> list[dict[str, Any]]:
-            nonlocal calls, opened
+            nonlocal calls, opened, held
             message, done = payload.get("message") or {}, payload.get("done") is True
             text = text_of(message.get("content")) or text_of(payload.get("response"))
-            if "choice" in body:  # its choices are JSON strings
+            if "choice" in body:  # a JSON string, which is unpacked when it is complete
+                held += text
+                text = held if done else ""
                 with contextlib.suppress(ValueError):
                     text = str(from_json(text))
             deltas = []
@@ -6028,12 +6030,6 @@ class OllamaAdapter(OllamaTranslator):
             raise await self._numbered(exc, request, body) from exc
 
     async def events(self, request: GenerateRequest, body: dict[str, Any]) -> AsyncGenerator[Burst, None]:
-        if "choice" in body:  # a JSON string, which is unpacked complete
-            answer = await self.answer(request, body | {"stream": False})
-            choice = answer.payload["choices"][0]
-            event = {"index": 0, "delta": choice["message"], "finish_reason": choice["finish_reason"]}
-            yield Burst(payloads=[answer.payload | {"choices": [event]}], end=True)
-            return
         try:
             async with contextlib.aclosing(super().events(request, body)) as bursts:
                 async for burst in bursts:
