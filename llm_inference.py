@@ -4126,8 +4126,10 @@ class BaseLLMAdapter:
         """The fields that the engine honours on that surface, and its own names for them; {}: it has no such route."""
         if surface in PLAIN:
             return {}
-        usual = ("model", "messages", "prompt", "stream", "stream_options", "n", "max_completion_tokens")
-        return dict.fromkeys({*self.capabilities, *usual}, "=")
+        usual = "model messages prompt stream stream_options n max_completion_tokens"
+        if surface == EMBEDDINGS:
+            usual = "model input encoding_format"
+        return dict.fromkeys({*self.capabilities, *usual.split()}, "=")
 
     # What every engine does the same way
     async def context_length(self, model: str) -> int | None:
@@ -4230,11 +4232,11 @@ class BaseLLMAdapter:
     async def events(self, request: GenerateRequest, body: dict[str, Any]) -> AsyncGenerator[Burst, None]:
         """The streamed answer as OpenAI's chunks. Raises BadEngineReply where it ends without a finish_reason."""
         base = openai_base(request.path, body, stream=True)
-        ended, usage, timing = False, None, None
+        ended, usage = False, None
         async with contextlib.aclosing(self._stream(dataclasses.replace(request, body=body))) as bursts:
             async for burst in bursts:
                 payloads = [payload_of(chunk, base) for chunk in burst]
-                usage, timing = burst[-1].usage or usage, burst[-1].timing or timing
+                usage = burst[-1].usage or usage
                 ended = ended or burst[-1].finish_reason is not None
                 if ended and usage and wants_usage(body):
                     payloads.append({**base, "choices": [], "usage": usage.as_dict()})
@@ -7268,17 +7270,13 @@ class AsyncVerbs(EngineChoice):
         """One vector per text."""
         given = [texts] if isinstance(texts, str) else plain(texts)
         fleet = await self.found()
-        adapter = fleet.endpoints[0].adapter
-        if not isinstance(adapter, HTTPAdapter):
-            vectors, _ = await adapter.embed(texts_of(given), await adapter.model_for(model_name or self.model_name))
-            return vectors
         body = {"input": texts_of(given), "encoding_format": "float"}
         check_json(body)
         closed = self.closed
         body["model"] = model_name or self.model_name or await embedding_model(fleet)
         self._require_open(closed)
         answer = await fleet.answer(GenerateRequest(body=body, surface=EMBEDDINGS))
-        with well_formed(adapter.engine_type):
+        with well_formed(fleet.endpoints[0].adapter.engine_type):
             items = sorted(answer.payload["data"], key=lambda item: item["index"])
             return vectors_of([item["embedding"] for item in items], given)
 

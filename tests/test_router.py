@@ -12,7 +12,7 @@ import signal
 import sys
 import textwrap
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +24,16 @@ from fastapi.testclient import TestClient
 from pydantic import BaseModel
 
 import llm_inference as product
-from llm_inference import BaseLLMAdapter, Chunk, GenerateRequest, LLMInferencer, Settings, create_router
+from llm_inference import (
+    BaseLLMAdapter,
+    Chunk,
+    GenerateRequest,
+    LLMInferencer,
+    Settings,
+    UnsupportedFeature,
+    Usage,
+    create_router,
+)
 from tests.fake_engine import TEXT, FakeEngine, Reply
 from tests.harness import API, SOON, Command, enveloped, good, hang_up, payloads, refused, run_command, serving, until
 from tests.processes import ROOT
@@ -468,6 +477,22 @@ def test_a_new_engine_speaks_openai(echoing: httpx.Client, stream: bool) -> None
         assert "".join(e["choices"][0]["delta"].get("content", "") for e in payloads(reply)[:-1]) == "ab"
     else:
         assert reply.json()["choices"][0]["message"]["content"] == "ab"
+
+
+def test_a_new_engine_embeds(echoing: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def embed(self: Any, texts: Sequence[str], model: str) -> tuple[list[list[float]], Usage]:
+        return [[float(len(text)), 0.5] for text in texts], Usage(prompt_tokens=3)
+
+    body = {"model": "echo/echo", "input": ["a", "bc"]}
+    assert echoing.post("/v1/embeddings", json=body).json()["error"]["code"] == "unsupported_feature"
+    with LLMInferencer("echo") as llm:
+        with pytest.raises(UnsupportedFeature, match="echo has no embeddings"):
+            llm.embed("a")
+        monkeypatch.setattr(Echo, "embed", embed)
+        assert llm.embed(["a", "bc"]) == [[1.0, 0.5], [2.0, 0.5]]
+    found = echoing.post("/v1/embeddings", json=body).json()
+    assert [each["embedding"] for each in found["data"]] == [[1.0, 0.5], [2.0, 0.5]]
+    assert found["usage"]["prompt_tokens"] == 3
 
 
 def test_a_new_engines_failure_is_typed(echoing: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
