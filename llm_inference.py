@@ -4061,7 +4061,7 @@ class BaseLLMAdapter:
     capabilities: ClassVar[frozenset[str]] = frozenset()  #: request fields that are honoured; and images, embed, pull
     in_auto: ClassVar[bool] = False  #: may engine_type="auto" choose it?
     clamps_max_tokens: ClassVar[bool] = True  #: is max_tokens beyond the context reduced (or is it an error)?
-    pull_hint: ClassVar[str] = "it downloads its models when it starts"
+    pull_hint: ClassVar[str] = "it downloads its model when it starts"
     features_ttl: ClassVar[float] = float("inf")  #: seconds for which the default model and a model's features are good
 
     def __init__(
@@ -4741,7 +4741,8 @@ class Connection(EngineFinder):
             data = await deadline.wait(reply.body(1 << 20))
         finally:
             reply.close()
-        raise engine_error(self._adapter, reply.status, data, reply.headers)
+        adapter = self._adapter
+        raise await adapter.explained(engine_error(adapter, reply.status, data, reply.headers), path, body)
 
     async def confirm(self, known: Target | None) -> None:
         """Raises EngineUnavailable where the server that a body was written for was replaced meanwhile."""
@@ -4908,6 +4909,8 @@ def engine_error(
         reason = f"{name} answered {status}: {message}"
     elif error is EngineOverloaded:
         retry_after = retry_after or 2
+    elif error is ContextTooLong:
+        hint = adapter.context_hint or hint
     return error(reason, adapter.embed_hint if hint.startswith("@") else hint, retry_after=retry_after)
 
 
@@ -4926,6 +4929,7 @@ class HTTPAdapter(BaseLLMAdapter):
     default_url, url_env, key_env = "", "", ""  #: its usual address; the variables that name another one, and its key
     package, program = "", ""  #: the importable name of the engine's package; its name on the PATH
     start_hint, install_hint, embed_hint = "", "", ""  #: the commands; what to do for embeddings
+    context_hint = ""  #: what to do where a prompt is too long
     in_auto = True
     extras: ClassVar[frozenset[str]] = frozenset({"tool_messages", "images", "embed"})  #: features that are no fields
     keep_alive: ClassVar[bool] = True  #: may a connection be used again after a POST?
@@ -5078,6 +5082,10 @@ class HTTPAdapter(BaseLLMAdapter):
                     return
         raise BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again", retryable=True)
 
+    async def explained(self, error: InferenceError, path: str, body: bytes) -> InferenceError:
+        """An engine's refusal of a request, with what can be found out about it."""
+        return error
+
     async def ask(self, path: str, body: Any) -> dict[str, Any]:
         """A small request of our own; its JSON object."""
         return self.payload(await self.connection.post(path, to_json(body), self.deadlines))
@@ -5141,7 +5149,6 @@ class OpenAIAdapter(HTTPAdapter):
     names_models: ClassVar[bool] = False  #: does a reply name the model that really answered?
     offers_named_alone: ClassVar[bool] = False  #: must a named function be the only one that is offered?
     constraint_fields: ClassVar[str] = "response_format"  #: what constrains an answer on /v1
-    pull_hint = "it downloads its model when it starts"
     reasoning_field: ClassVar[str] = "reasoning_content"  #: of an assistant's message
 
     async def identify(self, get: Get) -> str | None:
@@ -6017,6 +6024,7 @@ class OllamaAdapter(OllamaTranslator):
     launched_model = None  # one server has all models
     start_hint, install_hint = "ollama serve", "see ollama.com/download"
     embed_hint = "use an embedding model: ollama pull nomic-embed-text"
+    context_hint = "shorten the prompt, or raise the context: OLLAMA_CONTEXT_LENGTH, or num_ctx in options"
     stamp_paths = ("/api/version",)
     pull_hint = "ollama pull MODEL (for example qwen3:0.6b)"
     features_ttl = 10.0  # a model may be created again under the same name
@@ -6025,35 +6033,22 @@ class OllamaAdapter(OllamaTranslator):
         answer = await get("/api/version")
         return str(answer["version"]) if isinstance(answer, dict) and "version" in answer else None
 
-    async def answer(self, request: GenerateRequest, body: dict[str, Any]) -> Answer:
-        try:
-            return await super().answer(request, body)
-        except ContextTooLong as exc:
-            raise await self._numbered(exc, request, body) from exc
-
-    async def events(self, request: GenerateRequest, body: dict[str, Any]) -> AsyncGenerator[Burst, None]:
-        try:
-            async with contextlib.aclosing(super().events(request, body)) as bursts:
-                async for burst in bursts:
-                    yield burst
-        except ContextTooLong as exc:
-            raise await self._numbered(exc, request, body) from exc
-
-    async def _numbered(self, exc: ContextTooLong, request: GenerateRequest, body: dict[str, Any]) -> InferenceError:
+    async def explained(self, error: InferenceError, path: str, body: bytes) -> InferenceError:
         """Ollama reports numbers only where num_ctx is given: the loaded one, so that nothing is loaded again."""
-        exc.hint = "shorten the prompt, or raise the context: OLLAMA_CONTEXT_LENGTH, or num_ctx in options"
+        if not isinstance(error, ContextTooLong):
+            return error
+        wire = from_json(body)
+        options = wire.get("options") or {}
+        if "tokens" in error.reason or "num_ctx" in options:
+            return error
         contexts = await self._loaded_contexts()
-        loaded = contexts.get(body["model"]) or contexts.get(f"{body['model']}:latest")
-        if "tokens" in exc.reason or not loaded:
-            return exc
-        path, wire = self.encode(request, body | {"stream": False})
-        wire["options"]["num_ctx"] = loaded
-        try:
-            await self.ask(path, wire)
-        except InferenceError as detailed:
-            detailed.hint = exc.hint
-            return detailed
-        return exc
+        loaded = contexts.get(wire["model"]) or contexts.get(f"{wire['model']}:latest")
+        if loaded:
+            try:
+                await self.ask(path, wire | {"stream": False, "options": options | {"num_ctx": loaded}})
+            except InferenceError as detailed:
+                return detailed
+        return error
 
     async def _loaded_contexts(self) -> dict[str, int]:
         found = {}

@@ -895,6 +895,18 @@ def test_ollama_is_asked_again_for_the_counts_that_it_omitted(fake: Make, attach
         )  # the one that is loaded, so that Ollama does not load the model again
 
 
+def test_a_text_too_long_to_embed_is_too_long_on_ollama(fake: Make, attach: Attach) -> None:
+    engine = fake("ollama")
+    engine.capabilities, engine.context = ["completion", "embedding"], 512
+    llm = attach(engine)
+    for number in (1, 2):  # the second time, the loaded model's context is known
+        for _ in range(2 * number):
+            engine.replay("13_embed_too_long_truncate_false")
+        with pytest.raises(ContextTooLong, match="OLLAMA_CONTEXT_LENGTH"):
+            llm.embed("word " * 9000)
+        engine.reset()
+
+
 @pytest.mark.parametrize(
     ("status", "body", "error"),
     [
