@@ -891,11 +891,12 @@ class Completion:
     @classmethod
     def from_chunks(cls, chunks: Sequence[Chunk]) -> "Completion":
         """Fold a stream into its answer. Raises BadEngineReply when the last chunk has no finish_reason."""
-        if not chunks or chunks[-1].finish_reason is None:
+        if not chunks or finish_of(chunks[-1].finish_reason) is None:
             raise BadEngineReply("the stream ended early", "ask again", retryable=True)
         answer, last = Answer(), chunks[-1]
+        choice = answer.choices[0] = Choice()
         for chunk in chunks:
-            answer.add(payload_of(chunk, {"object": "chat.completion.chunk"}))
+            choice.add(chunk)
         answer.usage, answer.timing = last.usage, last.timing
         return answer.completion(Served(ignored=last.ignored, result=last.result))
 
@@ -2195,25 +2196,35 @@ def timing_of(payload: Mapping[str, Any]) -> Timing | None:
     return Timing(total=0.0, queue=queue or None, decode=decode, tokens_per_second=speed, source="engine")
 
 
-def message_of(choice: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a choice that holds its text: a chunk's delta, an object's message, or a text completion itself."""
-    if "delta" in choice:
-        return choice["delta"] or {}
-    found = choice["message"] if "message" in choice else {"content": choice.get("text")}
-    if not isinstance(found, dict):
-        raise TypeError("a message is not an object")
-    return found
+class Piece:
+    """A choice of a chunk, or of a complete object, taken apart."""
 
+    __slots__ = ("choice", "finish_reason", "logprobs", "message", "reasoning", "text", "tool_calls")
 
-def reasoning_of(message: Mapping[str, Any]) -> str:
-    """vLLM says `reasoning`, SGLang and llama.cpp `reasoning_content`."""
-    return text_of(message.get("reasoning") or message.get("reasoning_content"))
+    def __init__(self, choice: Mapping[str, Any]) -> None:
+        if "delta" in choice:
+            message = choice["delta"] or {}
+        else:  # of a complete object, or a text completion
+            message = choice["message"] if "message" in choice else {"content": choice.get("text")}
+        self.choice, self.message = choice, message
+        self.text = text_of(message.get("content"))
+        self.reasoning = text_of(message.get("reasoning") or message.get("reasoning_content"))  # SGLang's, llama.cpp's
+        self.tool_calls: tuple[dict[str, Any], ...] = tuple(message.get("tool_calls") or ())
+        self.logprobs: tuple[dict[str, Any], ...] = ()
+        logprobs = choice.get("logprobs")
+        if isinstance(logprobs, dict):  # chat's, or those of /v1/completions
+            self.logprobs = tuple(logprobs.get("content") or ([logprobs] if "tokens" in logprobs else ()))
+        self.finish_reason = finish_of(choice.get("finish_reason"))
 
+    def as_chunk(self) -> Chunk:
+        """The same without its end, which the last chunk has."""
+        return Chunk(text=self.text, reasoning=self.reasoning, tool_calls=self.tool_calls, logprobs=self.logprobs)
 
-def logprobs_of(choice: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
-    """A choice's logprobs in the shape of chat completions."""
-    logprobs = choice.get("logprobs")
-    return logprobs.get("content") or () if isinstance(logprobs, dict) else ()
+    @property
+    def matched(self) -> dict[str, Any]:
+        """Which stop sequence ended it: stop_reason (vLLM), matched_stop (SGLang)."""
+        names = ("stop_reason", "matched_stop")
+        return {name: self.choice[name] for name in names if self.choice.get(name) is not None}
 
 
 def payload_of(chunk: Chunk, base: Mapping[str, Any]) -> dict[str, Any]:
@@ -2262,7 +2273,7 @@ def join_tool_calls(deltas: Iterable[Mapping[str, Any]]) -> tuple[ToolCall, ...]
 class Choice:
     """One of the answers to a request (n = 1: the only one), as far as it has come."""
 
-    __slots__ = ("call_deltas", "extra", "finish_reason", "logprobs", "reasoning_parts", "text_parts")
+    __slots__ = ("call_deltas", "finish_reason", "logprobs", "matched", "reasoning_parts", "text_parts")
 
     def __init__(self) -> None:
         self.text_parts: list[str] = []
@@ -2270,7 +2281,7 @@ class Choice:
         self.call_deltas: list[dict[str, Any]] = []
         self.logprobs: list[Any] = []
         self.finish_reason: str | None = None
-        self.extra: dict[str, Any] = {}  #: stop_reason (vLLM), matched_stop (SGLang): which stop sequence matched
+        self.matched: dict[str, Any] = {}  #: see `Piece`
 
     @property
     def text(self) -> str:
@@ -2292,26 +2303,18 @@ class Choice:
         """vLLM says "stop" after the call of a named function."""
         return "tool_calls" if self.call_deltas and self.finish_reason == "stop" else self.finish_reason
 
-    def add(self, choice: Mapping[str, Any]) -> int:
-        """Take a chunk's choice in; the number of characters that came."""
-        message = message_of(choice)
-        text, reasoning = text_of(message.get("content")), reasoning_of(message)
-        self.text_parts.append(text)
-        self.reasoning_parts.append(reasoning)
-        calls = message.get("tool_calls") or ()
-        self.call_deltas.extend(calls)
-        logprobs = choice.get("logprobs")
-        if isinstance(logprobs, dict):
-            self.logprobs.extend(logprobs.get("content") or ([logprobs] if "tokens" in logprobs else ()))
-        self.finish_reason = finish_of(choice.get("finish_reason")) or self.finish_reason
-        for name in ("stop_reason", "matched_stop"):
-            if choice.get(name) is not None:
-                self.extra[name] = choice[name]
-        return len(text) + len(reasoning) + sum(len(str(call)) for call in calls)
+    def add(self, piece: Piece | Chunk) -> int:
+        """Take a piece in; the number of characters that came."""
+        self.text_parts.append(piece.text)
+        self.reasoning_parts.append(piece.reasoning)
+        self.call_deltas += piece.tool_calls
+        self.logprobs += piece.logprobs
+        self.finish_reason = piece.finish_reason or self.finish_reason
+        return len(piece.text) + len(piece.reasoning) + sum(map(len, map(str, piece.tool_calls)))
 
     def as_object(self, index: int, path: str) -> dict[str, Any]:
         """A choice of the complete object."""
-        found: dict[str, Any] = {"index": index, "finish_reason": self.finish, "logprobs": None, **self.extra}
+        found: dict[str, Any] = {"index": index, "finish_reason": self.finish, "logprobs": None, **self.matched}
         if path != CHAT:
             return found | {"text": self.text, "logprobs": legacy_logprobs(self.logprobs)}
         if self.logprobs:
@@ -2335,11 +2338,11 @@ class Answer:
         self.timing: Timing | None = None
         self.first_at = 0.0  #: when the first chunk came, where it was streamed
         self.size = 0
-        self.data = b""  #: the engine's own bytes of a complete object
+        self.data = b""  #: the engine's own bytes, of a complete object that it sent in OpenAI's form
         self.payload: dict[str, Any] = {}  #: the complete object, or what its chunks had beside the choices
 
     @classmethod
-    def from_object(cls, data: bytes, payload: dict[str, Any]) -> "Answer":
+    def from_object(cls, payload: dict[str, Any], data: bytes = b"") -> "Answer":
         """A complete object. Raises BadEngineReply where one of its choices has no finish_reason."""
         answer = cls()
         answer.add(payload)
@@ -2349,11 +2352,14 @@ class Answer:
 
     def add(self, payload: Mapping[str, Any]) -> None:
         """Take a chunk in, or a complete object."""
-        for choice in payload.get("choices") or ():
-            index = choice.get("index") or 0
+        for each in payload.get("choices") or ():
+            index = each.get("index") or 0
             if type(index) is not int or not 0 <= index < 10_000:
                 raise TypeError("the index of a choice is not one")
-            self.size += self.choices.setdefault(index, Choice()).add(choice)
+            choice, piece = self.choices.setdefault(index, Choice()), Piece(each)
+            self.size += choice.add(piece)
+            if piece.finish_reason:
+                choice.matched = piece.matched
         if self.size > self.LIMIT:
             raise BadEngineReply("an answer of more than 32 MiB", "check the engine")
         self.usage = usage_of(payload) or self.usage
@@ -2385,13 +2391,13 @@ class Answer:
             ignored=served.ignored,
         )
 
-    def as_object(self, path: str) -> dict[str, Any]:
-        """The complete object that OpenAI's API returns, out of the chunks of a stream."""
+    def complete(self, path: str) -> None:
+        """Make the complete object that OpenAI's API returns out of the chunks of a stream. Raises BadEngineReply."""
+        self.require_end()
         kind = "chat.completion" if path == CHAT else "text_completion"
         choices = [choice.as_object(index, path) for index, choice in sorted(self.choices.items())]
-        found = {**self.payload, "object": kind, "choices": choices}
-        found["usage"] = found.get("usage") or (self.usage or Usage()).as_dict()
-        return found
+        self.payload |= {"object": kind, "choices": choices}
+        self.payload["usage"] = self.payload.get("usage") or (self.usage or Usage()).as_dict()
 
 
 def legacy_logprobs(items: Sequence[dict[str, Any]], offset: int = 0) -> dict[str, Any] | None:
@@ -2440,29 +2446,26 @@ class Burst:
         return self._payloads
 
 
-class ChunkReader:
-    """Turns bursts into `Chunk`s; what belongs to the end (finish_reason, usage, timing) is kept for `last`."""
+class PieceReader:
+    """Reads a stream of one choice; what belongs to the end (finish_reason, usage, timing) is kept for `last`."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
-        self.end, self.called = Answer(), False
-        self.finish: str | None = None
+        self.end, self.choice = Answer(), Choice()  #: without the text
 
-    def chunks(self, burst: Burst) -> list[Chunk]:
-        """The chunks of a burst that hold text, reasoning, calls or logprobs."""
-        found, end = [], self.end
+    def pieces(self, burst: Burst) -> list[Piece]:
+        """The pieces of a burst that hold text, reasoning, calls or logprobs."""
+        found, end, choice = [], self.end, self.choice
         for payload in burst.payloads:
             end.usage, end.timing = usage_of(payload) or end.usage, timing_of(payload) or end.timing
             if not payload.get("choices"):
                 continue
-            choice = payload["choices"][0]
-            message = message_of(choice)
-            text, reasoning = text_of(message.get("content")), reasoning_of(message)
-            calls, logprobs = tuple(message.get("tool_calls") or ()), tuple(logprobs_of(choice))
-            self.finish = finish_of(choice.get("finish_reason")) or self.finish
-            self.called = self.called or bool(calls)
-            if text or reasoning or calls or logprobs:
-                found.append(Chunk(text=text, reasoning=reasoning, tool_calls=calls, logprobs=logprobs))
+            piece = Piece(payload["choices"][0])
+            choice.finish_reason = piece.finish_reason or choice.finish_reason
+            if piece.tool_calls:
+                choice.call_deltas = list(piece.tool_calls)
+            if piece.text or piece.reasoning or piece.tool_calls or piece.logprobs:
+                found.append(piece)
         if found and not end.first_at:
             end.first_at = time.monotonic()
         return found
@@ -2470,7 +2473,7 @@ class ChunkReader:
     def last(self, served: Served) -> Chunk:
         """The chunk that ends the stream."""
         return Chunk(
-            finish_reason="tool_calls" if self.called and self.finish == "stop" else self.finish,
+            finish_reason=self.choice.finish,
             usage=self.end.usage or Usage(),
             timing=timing_from(self.end, self.started),
             result=served.result,
@@ -4224,9 +4227,8 @@ class BaseLLMAdapter:
                         answer.add(payload)
                 if answer.size and not answer.first_at:
                     answer.first_at = time.monotonic()
-        answer.require_end()
         with well_formed(self.engine_type):
-            answer.payload = answer.as_object(request.path)
+            answer.complete(request.path)
         return answer
 
     async def events(self, request: GenerateRequest, body: dict[str, Any]) -> AsyncGenerator[Burst, None]:
@@ -4310,7 +4312,7 @@ def embeddings_answer(vectors: Sequence[Any], tokens: int, body: Mapping[str, An
         data.append({"object": "embedding", "index": index, "embedding": vector})
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     payload = {"object": "list", "data": data, "model": body["model"], "usage": usage}
-    return Answer.from_object(to_json(payload), payload)
+    return Answer.from_object(payload)
 
 
 def plain_answer(path: str, payload: Mapping[str, Any], body: Mapping[str, Any], context: int | None) -> Answer:
@@ -4321,7 +4323,7 @@ def plain_answer(path: str, payload: Mapping[str, Any], body: Mapping[str, Any],
         found = tokens_object(payload, context)
     else:
         found = {"prompt": detokenized(payload)}
-    return Answer.from_object(to_json(found), found)
+    return Answer.from_object(found)
 
 
 def text_of_document(document: Any) -> str:
@@ -5223,7 +5225,7 @@ class OpenAIAdapter(HTTPAdapter):
             raise BadEngineReply(reason, "check the engine")
         if payload.pop("metadata", None) is not None:  # SGLang's does not fit OpenAI's type
             data = to_json(payload)
-        return Answer.from_object(with_reasoning(data), payload)
+        return Answer.from_object(payload, with_reasoning(data))
 
     def _check_model(self, named: Any, body: Mapping[str, Any]) -> None:
         """An answer never comes from a model that was not asked for."""
@@ -5771,7 +5773,7 @@ def top_logprobs(path: str, body: Mapping[str, Any]) -> int | None:
 
 def trim_logprobs(choice: dict[str, Any], top: int, offsets: dict[int, int] | None) -> None:
     """Give a choice's logprobs OpenAI's shape with `top` alternatives; with `offsets`, that of completions."""
-    items = logprobs_of(choice)
+    items = (choice.get("logprobs") or {}).get("content") or ()
     for item in items:
         item["top_logprobs"] = item.get("top_logprobs", [])[:top]
         item.pop("id", None)
@@ -5947,8 +5949,7 @@ class OllamaTranslator(HTTPAdapter):
         answer = Answer()
         for event in self._reader(request, body | {"stream_options": {"include_usage": True}})(payload):
             answer.add(event)
-        answer.payload = answer.as_object(request.path)
-        answer.data = to_json(answer.payload)
+        answer.complete(request.path)
         return answer
 
     def decoder(self, request: GenerateRequest, body: dict[str, Any]) -> Decoder:
@@ -7146,12 +7147,12 @@ class AsyncVerbs(EngineChoice):
 
     async def bursts(self, request: GenerateRequest) -> AsyncGenerator[list[Chunk], None]:
         """The streamed answer: chunks that arrived together; the last one has finish_reason and the checked value."""
-        fleet, reader = await self.found(), ChunkReader()
+        fleet, reader = await self.found(), PieceReader()
         streamed = dataclasses.replace(request, body=request.body | STREAMED)
         async with contextlib.aclosing(fleet.events(streamed)) as bursts:
             async for burst in bursts:
                 with well_formed(request.served.engine_type):
-                    chunks = reader.chunks(burst)
+                    chunks = [piece.as_chunk() for piece in reader.pieces(burst)]
                 if chunks:
                     yield chunks
         yield [reader.last(request.served)]
@@ -8103,7 +8104,7 @@ class _Writer:
     """
 
     _forms: Mapping[str, Any]  #: of reasoning, text, refusal and call, what the API has a block for
-    _read_usage: Callable[[Mapping[str, Any]], None]
+    _read_usage: Callable[[Usage, Mapping[str, Any]], None]  #: and OpenAI's object, for its details
     _begin: Callable[[str, str, str], None]  #: kind, and a call's name and id
     _delta: Callable[[str, str, Sequence[dict[str, Any]]], None]  #: kind, text, log probabilities
     _finish_block: Callable[[str, str], None]  #: kind, all of its text
@@ -8116,6 +8117,8 @@ class _Writer:
         self._pieces: list[str] = []  #: its text
         self._calls: dict[int, str] = {}  #: the engine's index → id
         self._finish: str | None = None
+        self._matched: dict[str, Any] = {}  #: see `Piece`
+        self.used: Usage | None = None
 
     def start(self) -> list[dict[str, Any]]:
         """The events that are there already, before the first chunk; where nobody asks, `feed` or `end` has them."""
@@ -8125,20 +8128,23 @@ class _Writer:
     def feed(self, payload: dict[str, Any]) -> list[dict[str, Any]]:
         """The events for a `chat.completion.chunk`. Raises BadEngineReply."""
         with well_formed("the engine"):
-            if payload.get("usage"):
-                self._read_usage(payload["usage"])
+            used = usage_of(payload)
+            if used is not None:
+                self.used = used
+                self._read_usage(used, payload["usage"])
             for choice in payload.get("choices") or ():
-                self._read_choice(choice)
+                self._read_piece(Piece(choice))
         return self.start()
 
-    def _read_choice(self, choice: Mapping[str, Any]) -> None:
-        message = message_of(choice)
-        self._write("reasoning", reasoning_of(message))
-        self._write("text", text_of(message.get("content")), logprobs_of(choice))
-        self._write("refusal", text_of(message.get("refusal")))
-        for position, call in enumerate(message.get("tool_calls") or ()):
+    def _read_piece(self, piece: Piece) -> None:
+        self._write("reasoning", piece.reasoning)
+        self._write("text", piece.text, piece.logprobs)
+        if "refusal" in piece.message:
+            self._write("refusal", text_of(piece.message["refusal"]))
+        for position, call in enumerate(piece.tool_calls):
             self._write_call(call, position)
-        self._finish = finish_of(choice.get("finish_reason")) or self._finish
+        if piece.finish_reason:
+            self._finish, self._matched = piece.finish_reason, piece.matched
 
     def _write(self, kind: str, text: str, logprobs: Sequence[dict[str, Any]] = ()) -> None:
         if kind not in self._forms:
@@ -8604,16 +8610,15 @@ class ResponseWriter(_Writer):
     def _status(self) -> str:
         return "incomplete" if self._response["incomplete_details"] else "completed"
 
-    def _read_usage(self, usage: Mapping[str, Any]) -> None:
-        read, written = count_of(usage.get("prompt_tokens")), count_of(usage.get("completion_tokens"))
+    def _read_usage(self, used: Usage, usage: Mapping[str, Any]) -> None:
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
         reasoning = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
         self._response["usage"] = {
-            "input_tokens": read,
+            "input_tokens": used.prompt_tokens,
             "input_tokens_details": {"cached_tokens": count_of(cached), "cache_write_tokens": 0},
-            "output_tokens": written,
+            "output_tokens": used.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": count_of(reasoning)},
-            "total_tokens": read + written,
+            "total_tokens": used.total_tokens,
         }
 
     def _begin(self, kind: str, name: str, call_id: str) -> None:
@@ -8908,11 +8913,12 @@ class MessageWriter(_Writer):
             raise BadEngineReply("the engine's answer has no finish_reason", "send the request again")
         self._stop_reason = _STOP_REASONS[self._finish]
         self._close()
+        matched = [each for each in self._matched.values() if each in self._stop_sequences]  # or the id of a token
         if self._stop_reason == "end_turn":
             if self._calls:  # vLLM finishes a call that tool_choice named with "stop"
                 self._stop_reason = "tool_use"
-            elif self._stop_sequence is not None:
-                self._stop_reason = "stop_sequence"
+            elif matched:
+                self._stop_reason, self._stop_sequence = "stop_sequence", matched[0]
         delta = {"stop_reason": self._stop_reason, "stop_sequence": self._stop_sequence}
         self._events += [{"type": "message_delta", "delta": delta, "usage": self._usage}, {"type": "message_stop"}]
         return self.start()
@@ -8928,22 +8934,13 @@ class MessageWriter(_Writer):
             "usage": self._usage,
         }  # fmt: skip
 
-    def _read_usage(self, usage: Mapping[str, Any]) -> None:
+    def _read_usage(self, used: Usage, usage: Mapping[str, Any]) -> None:
         """OpenAI's prompt_tokens are all of them; Anthropic's input_tokens are without those that a cache had."""
         details = usage.get("prompt_tokens_details") or {}
         cached = count_of(details.get("cached_tokens"))
-        self._usage = {
-            "input_tokens": max(0, count_of(usage["prompt_tokens"]) - cached),
-            "output_tokens": count_of(usage.get("completion_tokens")),
-        }
+        self._usage = {"input_tokens": max(0, used.prompt_tokens - cached), "output_tokens": used.completion_tokens}
         if "cached_tokens" in details:
             self._usage |= {"cache_read_input_tokens": cached, "cache_creation_input_tokens": 0}
-
-    def _read_choice(self, choice: Mapping[str, Any]) -> None:
-        super()._read_choice(choice)
-        for name in ("stop_reason", "matched_stop"):  # vLLM, SGLang; a number is the id of a token
-            if choice.get(name) in self._stop_sequences:
-                self._stop_sequence = choice[name]
 
     def _event(self, kind: str, **fields: Any) -> None:
         self._events.append({"type": f"content_block_{kind}", "index": len(self._content) - 1, **fields})
@@ -9202,7 +9199,7 @@ class OwnSurface(Surface):
         super().__init__(request_id, path)
         self.shape = OWN_ROUTES[path][0]
         self.structured = self.shape is StructuredBody  #: is the answer a checked value?
-        self.reader = ChunkReader()
+        self.reader = PieceReader()
         self.before = b'data: {"request_id":"%s","code":200,"msg":"success","data":' % request_id.encode()
 
     def read(self, body: dict[str, Any]) -> GenerateRequest:
@@ -9243,7 +9240,7 @@ class OwnSurface(Surface):
         return to_json(envelope(self.request_id, data))
 
     def event(self, burst: Burst, served: Served) -> bytes:
-        return b"".join([self._event(chunk_data(chunk)) for chunk in self.reader.chunks(burst)])
+        return b"".join([self._event(piece_data(piece)) for piece in self.reader.pieces(burst)])
 
     def _event(self, data: dict[str, Any]) -> bytes:
         return self.before + to_json(data) + b"}\n\n"
@@ -9270,17 +9267,17 @@ class OwnSurface(Surface):
         return error.status, envelope(self.request_id, error=error)
 
 
-def chunk_data(chunk: Chunk) -> dict[str, Any]:
+def piece_data(piece: Piece) -> dict[str, Any]:
     """`data` of one streamed event before the last."""
     data: dict[str, Any] = {}
-    if chunk.text or not (chunk.reasoning or chunk.tool_calls):
-        data["delta"] = chunk.text
-    if chunk.reasoning:
-        data["reasoning_delta"] = chunk.reasoning
-    if chunk.tool_calls:
-        data["tool_call_delta"] = chunk.tool_calls
-    if chunk.logprobs:
-        data["logprobs"] = chunk.logprobs
+    if piece.text or not (piece.reasoning or piece.tool_calls):
+        data["delta"] = piece.text
+    if piece.reasoning:
+        data["reasoning_delta"] = piece.reasoning
+    if piece.tool_calls:
+        data["tool_call_delta"] = piece.tool_calls
+    if piece.logprobs:
+        data["logprobs"] = piece.logprobs
     return data
 
 
@@ -9392,8 +9389,8 @@ class TranslatedSurface(Surface):
     def event(self, burst: Burst, served: Served) -> bytes:
         events = self.writer.start()
         for payload in burst.payloads:
-            served.usage = usage_of(payload) or served.usage
             events += self.writer.feed(payload)
+        served.usage = self.writer.used
         return sse(events)
 
     def end(self, served: Served) -> bytes:

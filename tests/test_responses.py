@@ -116,7 +116,7 @@ def run(body, chunks):
 
 
 def whole_object(chunks):
-    """What the module's fold makes of the chunks (Answer.as_object)."""
+    """What the module's fold makes of the chunks (Answer.complete)."""
     message, found, calls = {"role": "assistant", "content": ""}, {"model": "served", "usage": None}, {}
     finish, logprobs = None, []
     for payload in chunks:
