@@ -7985,6 +7985,8 @@ class _Reader:
 
     known: _Specs  #: the body's fields; others are not looked at
     hints: frozenset[str] = frozenset()  #: fields of objects that are left out and reported
+    shapes: Mapping[str, _Specs]  #: the fields of messages' parts, by their type
+    noted_in = ""  #: where other fields of parts are noted; "": they are refused
     unknown_field: Callable[[str, str, str], InferenceError] = staticmethod(bad_field)
     text_joint = system_joint = "\n"
 
@@ -8016,9 +8018,17 @@ class _Reader:
             raise bad_field(where, problem, "correct the field")
         return value
 
-    def type_of(self, value: Any, spec: Any, where: str) -> str:
-        kind: str = self.check(self.check(value, dict, where).get("type"), spec, f"{where}.type")
-        return kind
+    def type_of(self, value: Any, spec: Any, where: str, default: str | None = None) -> str:
+        kind = self.check(value, dict, where).get("type")
+        return str(self.check(default if kind is None else kind, spec, f"{where}.type"))
+
+    def each_part(self, content: Any, where: str, kinds: tuple[str, ...]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """The parts of a content, which is a string or a list: place, type and fields."""
+        parts = [_text_part(content)] if isinstance(content, str) else self.check(content, list, where)
+        for index, part in enumerate(parts):
+            path = f"{where}[{index}]"
+            kind = self.type_of(part, kinds, path)
+            yield path, kind, self.fields(part, path, self.shapes[kind], self.noted_in)
 
     def fields(self, value: Any, where: str, specs: _Specs, noted_in: str = "") -> dict[str, Any]:
         """The fields of an object, checked, without nulls. Others are refused, or with `noted_in` reported."""
@@ -8087,14 +8097,25 @@ class _Reader:
                 case "thinking":
                     thoughts.append(block["thinking"])
                 case "tool_use":
-                    function = {"name": block["name"], "arguments": block["input"]}
-                    calls.append({"id": block["id"], "type": "function", "function": function})
+                    call = _function({"name": block["name"], "arguments": block["input"]})
+                    calls.append({"id": block["id"], **call})
         message: dict[str, Any] = {"role": "assistant", "content": self.text_joint.join(texts)}
         if thoughts:
             message["reasoning"] = "\n".join(thoughts)
         if calls:
             message |= {"content": message["content"] or None, "tool_calls": calls}
         return message
+
+
+def _function(function: dict[str, Any]) -> dict[str, Any]:
+    """A tool, or a tool_choice, of chat completions."""
+    return {"type": "function", "function": function}
+
+
+def _tools(functions: list[dict[str, Any]], choice: Any, parallel: bool | None) -> dict[str, Any]:
+    """`tools`, `tool_choice` and `parallel_tool_calls`: none of them without functions."""
+    chat = {"tools": list(map(_function, functions)), "tool_choice": choice, "parallel_tool_calls": parallel}
+    return {name: value for name, value in chat.items() if functions and value is not None}
 
 
 class _Writer:
@@ -8205,7 +8226,7 @@ _RESPONSES_FIELDS: _Specs = {
     "stream_options": {"include_obfuscation": bool}, "temperature": float, "text": _TEXT_FIELDS, "tools": list,
     "top_logprobs": int, "top_p": float, "truncation": ("disabled", "auto"), "user": str,
 }
-_FUNCTION_FIELDS: _Specs = {"name": str, "description": str, "parameters": dict, "strict": bool}
+_FUNCTION_FIELDS: _Specs = {"type": str, "name": [str], "description": str, "parameters": dict, "strict": bool}
 _INCLUDABLE = (
     _LOGPROBS, "code_interpreter_call.outputs", "computer_call_output.output.image_url", "file_search_call.results",
     "message.input_image.image_url", "reasoning.encrypted_content", "web_search_call.action.sources",
@@ -8217,7 +8238,8 @@ _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_t
 _ITEM_NAMES = """annotations arguments call_id content detail encrypted_content id image_url logprobs name output parsed
 parsed_arguments refusal role status summary text type"""
 _ITEM_FIELDS: dict[str, Any] = dict.fromkeys(_ITEM_NAMES.split(), object) | {"namespace": str}
-_TEXT_FIELD, _REFUSAL_FIELD = _ITEM_FIELDS | {"text": [str]}, _ITEM_FIELDS | {"refusal": [str]}
+_PARTS = {**dict.fromkeys(_TEXT_PARTS, _ITEM_FIELDS | {"text": [str]}), "input_image": _ITEM_FIELDS}
+_PARTS["refusal"] = _ITEM_FIELDS | {"refusal": [str]}
 #: The input items that are read.
 _ITEMS: dict[str, _Specs] = {
     "message": _ITEM_FIELDS | {"role": [("user", "assistant", "system", "developer")], "content": [object]},
@@ -8264,7 +8286,7 @@ def chat_from_responses(body: dict[str, Any]) -> tuple[dict[str, Any], list[str]
 class _ResponsesReader(_Reader):
     """Makes messages of input items: reasoning, text and calls that follow each other are one message."""
 
-    known = _RESPONSES_FIELDS
+    known, shapes, noted_in = _RESPONSES_FIELDS, _PARTS, "input."
     unknown_field = staticmethod(_unsupported)
     text_joint, system_joint = "", "\n\n"
 
@@ -8323,10 +8345,8 @@ class _ResponsesReader(_Reader):
         return joined
 
     def _turn(self, item: Any, where: str) -> _Turn:
-        kind = "message"
-        if self.check(item, dict, where).get("type") is not None:
-            kind = self.type_of(item, tuple(_ITEMS), where)
-        given = self.fields(item, where, _ITEMS[kind], noted_in="input.")
+        kind = self.type_of(item, tuple(_ITEMS), where, "message")
+        given = self.fields(item, where, _ITEMS[kind], self.noted_in)
         match kind:
             case "message":
                 role = given["role"].replace("developer", "system")  # few templates know a developer role
@@ -8349,24 +8369,15 @@ class _ResponsesReader(_Reader):
         return "assistant", [{"type": "thinking", "thinking": part["text"]} for part in parts]
 
     def _parts(self, content: Any, where: str, *, images: bool = False) -> list[dict[str, Any]]:
-        """A content, which is a string or a list, as parts of a chat message."""
-        if isinstance(content, str):
-            return [_text_part(content)]
         parts = []
-        for index, part in enumerate(self.check(content, list, where)):
-            path = f"{where}[{index}]"
-            if self.check(part, dict, path).get("type") == "input_image" and images:
-                parts.append(self._image(part, path))
-                continue
-            if self.type_of(part, _TEXT_PARTS, path) == "refusal":
-                text = self.fields(part, path, _REFUSAL_FIELD, noted_in="input.")["refusal"]
+        for path, kind, given in self.each_part(content, where, _TEXT_PARTS + ("input_image",) * images):
+            if kind == "input_image":
+                parts.append(self._image(given, path))
             else:
-                text = self.fields(part, path, _TEXT_FIELD, noted_in="input.")["text"]
-            parts.append(_text_part(text))
+                parts.append(_text_part(given["refusal" if kind == "refusal" else "text"]))
         return parts
 
-    def _image(self, part: dict[str, Any], where: str) -> dict[str, Any]:
-        given = self.fields(part, where, _ITEM_FIELDS, noted_in="input.")
+    def _image(self, given: dict[str, Any], where: str) -> dict[str, Any]:
         url, detail = str(given.get("image_url")), given.get("detail")
         if not re.match(r"data:image/[a-z0-9.+-]+;base64,", url):
             problem = "must be a data: URL; images are neither fetched nor stored here"
@@ -8396,7 +8407,6 @@ def _tools_of(tools: Iterable[Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]
 
 
 def _tools_from_responses(reader: _Reader) -> dict[str, Any]:
-    """`tools`, `tool_choice` and `parallel_tool_calls`: none of them without function tools."""
     functions: dict[str, dict[str, Any]] = {}
     for where, tool, space in _tools_of(reader.body.pop("tools", ())):
         kind = reader.type_of(tool, str, where)
@@ -8406,19 +8416,18 @@ def _tools_from_responses(reader: _Reader) -> dict[str, Any]:
         if kind != "function":  # hosted and other tools are offers, which are left out
             reader.ignore(f"{where} ({_header_safe(kind)})")
             continue
-        function = reader.fields(tool, where, {"type": str, **_FUNCTION_FIELDS, "name": [str]}, noted_in=f"{where}.")
+        function = reader.fields(tool, where, _FUNCTION_FIELDS, f"{where}.")
         function["name"] = _flat_name(space.get("name"), function["name"])
         if function["name"] in functions:
             raise bad_field(f"{where}.name", "is there twice", "send other names")
         del function["type"]
         functions[function["name"]] = function
     names, choice = _chosen(functions, reader.body.pop("tool_choice", None))
-    chat: dict[str, Any] = {"tools": [{"type": "function", "function": functions[name]} for name in names]}
-    chat |= {"tool_choice": choice, "parallel_tool_calls": reader.body.pop("parallel_tool_calls", None)}
+    parallel = reader.body.pop("parallel_tool_calls", None)
     if choice not in (None, "auto", "none") and not names:
         problem = "requires a call, and none of the tools that it allows is a function"
         raise _unsupported("tool_choice", problem, "send function tools")
-    return {name: value for name, value in chat.items() if names and value is not None}
+    return _tools([functions[name] for name in names], choice, parallel)
 
 
 def _choice(name: str, names: Collection[str]) -> str:
@@ -8431,7 +8440,7 @@ def _chosen(names: Collection[str], choice: Any) -> tuple[Collection[str], Any]:
         case None | "auto" | "none" | "required":
             return names, choice
         case {"type": "function", "name": str(name)} if len(choice) == 2 and _choice(name, names) in names:
-            return names, {"type": "function", "function": {"name": _choice(name, names)}}
+            return names, _function({"name": _choice(name, names)})
         case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": list(tools)} if len(choice) == 3:
             return _allowed(names, tools), mode
         case {"type": str(kind)} if kind not in ("function", "allowed_tools"):
@@ -8543,7 +8552,7 @@ def _echo(body: dict[str, Any]) -> dict[str, Any]:
         if tool["type"] == "namespace":
             echo["tools"].append(tool)
         if tool["type"] == "function":
-            echo["tools"].append({"type": "function", **{name: tool.get(name) for name in _FUNCTION_FIELDS}})
+            echo["tools"].append({name: tool.get(name) for name in _FUNCTION_FIELDS})
     return echo
 
 
@@ -8750,8 +8759,7 @@ def chat_from_messages(body: dict[str, Any], *, count_tokens: bool = False) -> t
 class _MessagesReader(_Reader):
     """Reads the conversation of a Messages body."""
 
-    known = _MESSAGES_FIELDS
-    hints = _FIELD_HINTS
+    known, shapes, hints = _MESSAGES_FIELDS, _BLOCK_FIELDS, _FIELD_HINTS
 
     def conversation(self) -> dict[str, Any]:
         system = self._blocks("system", self.body.pop("system", ""), "system")
@@ -8777,13 +8785,8 @@ class _MessagesReader(_Reader):
 
     def _blocks(self, place: str, content: Any, where: str) -> list[dict[str, Any]]:
         """Checked content blocks, also those in tool results; images as OpenAI's parts."""
-        if isinstance(content, str):
-            content = [_text_part(content)]
         blocks = []
-        for number, block in enumerate(self.check(content, list, where)):
-            path = f"{where}[{number}]"
-            kind = self.type_of(block, _BLOCKS[place], path)
-            given = self.fields(block, path, _BLOCK_FIELDS[kind])
+        for path, kind, given in self.each_part(content, where, _BLOCKS[place]):
             match kind:
                 case "image":
                     given = self._image(given["source"], f"{path}.source")
@@ -8840,12 +8843,12 @@ def _output_from_messages(reader: _Reader, count_tokens: bool) -> dict[str, Any]
 
 def _tools_from_messages(reader: _Reader) -> dict[str, Any]:
     """Custom tools as functions. A tool of Anthropic's own types is left out, unless tool_choice demands it."""
-    tools, names = [], []
+    functions = []
     for number, tool in enumerate(reader.body.pop("tools", [])):
         where = f"tools[{number}]"
-        kind = reader.check(tool, dict, where).get("type") or "custom"
+        kind = reader.type_of(tool, str, where, "custom")
         if kind != "custom":
-            if _header_safe(reader.check(kind, str, f"{where}.type")) != kind:
+            if _header_safe(kind) != kind:
                 raise bad_field(f"{where}.type", "is not the name of a type", "send custom with an input_schema")
             reader.ignore(f"tools.{kind}")
             continue
@@ -8854,23 +8857,18 @@ def _tools_from_messages(reader: _Reader) -> dict[str, Any]:
         function["parameters"] = function.pop("input_schema")
         if "input_examples" in function:  # JSON Schema has a keyword for them, which constrains nothing
             function["parameters"] = function["parameters"] | {"examples": function.pop("input_examples")}
-        tools.append({"type": "function", "function": function})
-        names.append(function["name"])
-    chat: dict[str, Any] = {"tools": tools}
-    choice = reader.body.pop("tool_choice", {})
-    if choice:
-        chat["tool_choice"] = _TOOL_CHOICES[choice["type"]]
-    if chat.get("tool_choice") == "required" and not tools:
+        functions.append(function)
+    given = reader.body.pop("tool_choice", {})
+    kind, name = given.get("type"), given.get("name", "")
+    choice: Any = _TOOL_CHOICES.get(kind)
+    if choice == "required" and not functions:
         raise _unsupported("tool_choice.type", "demands a tool, and no custom one is offered", "add one to tools")
-    if choice.get("type") == "tool":
-        name = choice.get("name", "")
-        if name not in names:
+    if kind == "tool":
+        if not any(function["name"] == name for function in functions):
             problem = f"{name[:100]!r} is not a custom tool of this request"
             raise _unsupported("tool_choice.name", problem, "add it to tools with its input_schema")
-        chat["tool_choice"] = {"type": "function", "function": {"name": name}}
-    if choice.get("disable_parallel_tool_use"):
-        chat["parallel_tool_calls"] = False
-    return chat if tools else {}
+        choice = _function({"name": name})
+    return _tools(functions, choice, False if given.get("disable_parallel_tool_use") else None)
 
 
 #: Of each kind, a new content block, the type of its deltas, and their field for the text.
