@@ -8126,7 +8126,7 @@ class _Writer:
 
     _forms: Mapping[str, Any]  #: of reasoning, text, refusal and call, what the API has a block for
     _read_usage: Callable[[Usage, Mapping[str, Any]], None]  #: and OpenAI's object, for its details
-    _begin: Callable[[str, str, str], None]  #: kind, and a call's name and id
+    _begin: Callable[[str, dict[str, str]], None]  #: kind, and a call's id and name
     _delta: Callable[[str, str, Sequence[dict[str, Any]]], None]  #: kind, text, log probabilities
     _finish_block: Callable[[str, str], None]  #: kind, all of its text
 
@@ -8172,7 +8172,7 @@ class _Writer:
             return
         if text or (logprobs and self._block == (kind, 0)):  # a token may be part of a character
             if self._block != (kind, 0):
-                self._open(kind, 0)
+                self._open(kind, 0, {})
             self._pieces.append(text)
             self._delta(kind, text, logprobs)
 
@@ -8189,7 +8189,7 @@ class _Writer:
                 raise ValueError("a tool call continues after the next block began, or has no name")
             if not call_id or call_id in self._calls.values():  # clients tell calls apart by this id
                 call_id = f"{self._call_prefix}{len(self._calls)}"
-            self._open("call", index, name, call_id)
+            self._open("call", index, {"id": call_id, "name": name})
             self._calls[index] = call_id
         arguments = function.get("arguments")
         if isinstance(arguments, dict):
@@ -8198,10 +8198,10 @@ class _Writer:
             self._pieces.append(text_of(arguments))
             self._delta("call", arguments, ())
 
-    def _open(self, kind: str, index: int, name: str = "", call_id: str = "") -> None:
+    def _open(self, kind: str, index: int, call: dict[str, str]) -> None:
         self._close()
         self._block, self._pieces = (kind, index), []
-        self._begin(kind, name, call_id)
+        self._begin(kind, call)
 
     def _close(self) -> None:
         if self._block is not None:
@@ -8630,11 +8630,11 @@ class ResponseWriter(_Writer):
             "total_tokens": used.total_tokens,
         }
 
-    def _begin(self, kind: str, name: str, call_id: str) -> None:
+    def _begin(self, kind: str, call: dict[str, str]) -> None:
         form, index = self._forms[kind], len(self._output)
         item = {"id": f"{form.id_prefix}_{self._suffix}{index}", **form.item}
         if kind == "call":
-            item |= {"call_id": call_id, "name": name, **self._spaces.get(name, {})}
+            item |= {"call_id": call["id"], "name": call["name"], **self._spaces.get(call["name"], {})}
         self._output.append(item)
         self._logprobs: list[dict[str, Any]] = []  #: of the open block
         self._place = {"item_id": item["id"], "output_index": index}  #: where it is
@@ -8888,65 +8888,58 @@ class MessageWriter(_Writer):
 
     def __init__(self, body: dict[str, Any], message_id: str) -> None:
         super().__init__(body, f"toolu_{message_id}_")
-        self._id = message_id
         self._forms = _CONTENT.copy()
         if (body.get("thinking") or {}).get("display") == "omitted":
             del self._forms["reasoning"]
         self._stop_sequences = body.get("stop_sequences") or []
-        self._stop_sequence: str | None = None
-        self._stop_reason: str | None = None
         self._content: list[dict[str, Any]] = []
-        self._usage = {"input_tokens": 0, "output_tokens": 0}  #: the engine's come with message_delta, at the end
-        self._events += [{"type": "message_start", "message": self._message()}, {"type": "ping"}]
+        self._message = {
+            "id": message_id, "type": "message", "role": "assistant", "model": self._model, "content": self._content,
+            "stop_reason": None, "stop_sequence": None, "usage": {"input_tokens": 0, "output_tokens": 0},
+        }  # fmt: skip
+        self._events += [{"type": "message_start", "message": {**self._message, "content": []}}, {"type": "ping"}]
 
     def complete(self, payload: dict[str, Any]) -> dict[str, Any]:
         """A Message from a chat.completion object. Raises BadEngineReply."""
         self.feed(payload)
         self.end()
-        return self._message()
+        return self._message
 
     def end(self) -> list[dict[str, Any]]:
         """content_block_stop of the open block, message_delta and message_stop. Raises BadEngineReply."""
         if self._finish is None:
             raise BadEngineReply("the engine's answer has no finish_reason", "send the request again")
-        self._stop_reason = _STOP_REASONS[self._finish]
         self._close()
+        delta = {"stop_reason": _STOP_REASONS[self._finish], "stop_sequence": None}
         matched = [each for each in self._matched.values() if each in self._stop_sequences]  # or the id of a token
-        if self._stop_reason == "end_turn":
+        if delta["stop_reason"] == "end_turn":
             if self._calls:  # vLLM finishes a call that tool_choice named with "stop"
-                self._stop_reason = "tool_use"
+                delta["stop_reason"] = "tool_use"
             elif matched:
-                self._stop_reason, self._stop_sequence = "stop_sequence", matched[0]
-        delta = {"stop_reason": self._stop_reason, "stop_sequence": self._stop_sequence}
-        self._events += [{"type": "message_delta", "delta": delta, "usage": self._usage}, {"type": "message_stop"}]
+                delta = {"stop_reason": "stop_sequence", "stop_sequence": matched[0]}
+        self._message |= delta
+        usage = self._message["usage"]  # the engine's, which comes last
+        self._events += [{"type": "message_delta", "delta": delta, "usage": usage}, {"type": "message_stop"}]
         return self.start()
 
     def fail(self, type: str, message: str) -> list[dict[str, Any]]:
         """The last event of a stream that fails; `type` is an error type of Anthropic's API."""
         return [{"type": "error", "error": {"type": type, "message": message}}]
 
-    def _message(self) -> dict[str, Any]:
-        return {
-            "id": self._id, "type": "message", "role": "assistant", "model": self._model,
-            "content": self._content.copy(), "stop_reason": self._stop_reason, "stop_sequence": self._stop_sequence,
-            "usage": self._usage,
-        }  # fmt: skip
-
     def _read_usage(self, used: Usage, usage: Mapping[str, Any]) -> None:
         """OpenAI's prompt_tokens are all of them; Anthropic's input_tokens are without those that a cache had."""
         details = usage.get("prompt_tokens_details") or {}
         cached = count_of(details.get("cached_tokens"))
-        self._usage = {"input_tokens": max(0, used.prompt_tokens - cached), "output_tokens": used.completion_tokens}
+        found = {"input_tokens": max(0, used.prompt_tokens - cached), "output_tokens": used.completion_tokens}
         if "cached_tokens" in details:
-            self._usage |= {"cache_read_input_tokens": cached, "cache_creation_input_tokens": 0}
+            found |= {"cache_read_input_tokens": cached, "cache_creation_input_tokens": 0}
+        self._message["usage"] = found
 
     def _event(self, kind: str, **fields: Any) -> None:
         self._events.append({"type": f"content_block_{kind}", "index": len(self._content) - 1, **fields})
 
-    def _begin(self, kind: str, name: str, call_id: str) -> None:
-        block = self._forms[kind][0].copy()
-        if kind == "call":
-            block |= {"id": call_id, "name": name}
+    def _begin(self, kind: str, call: dict[str, str]) -> None:
+        block = self._forms[kind][0] | call
         self._content.append(block)
         self._event("start", content_block=block.copy())
 
@@ -8959,7 +8952,7 @@ class MessageWriter(_Writer):
         if kind != "call":
             block[self._forms[kind][2]] = text
         elif text.strip():
-            block["input"] = _input_of(text.strip(), self._stop_reason == "max_tokens")
+            block["input"] = _input_of(text.strip(), self._finish == "length")
         else:
             self._delta(kind, "{}")
         if kind == "reasoning":
