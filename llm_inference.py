@@ -2499,14 +2499,10 @@ def checker_for(request: GenerateRequest) -> Checker | None:
     if not tools or choice == "none" or "tools" in ignored:
         return None
     forced = choice not in (None, "auto") and "tool_choice" not in ignored
-    if not forced and not request.narrowed and request.surface != OWN and not any(map(is_strict, tools)):
+    strict = any(function_of(tool).get("strict") for tool in tools)
+    if not (forced or strict or request.narrowed or request.surface == OWN):
         return None
     return functools.partial(check_calls, request, choice if forced else None)
-
-
-def is_strict(tool: Any) -> bool:
-    """Whether a tool asks for arguments that match its schema."""
-    return bool(function_of(tool).get("strict"))
 
 
 def check_text(request: GenerateRequest, choice: Choice) -> Any:
@@ -8567,6 +8563,7 @@ class ResponseWriter(_Writer):
         super().__init__(body, f"call_{self._suffix}")
         self._response = {"id": response_id, "object": "response", "created_at": created, **_echo(body)}
         self._response |= {"model": self._model, "usage": None, "error": None, "incomplete_details": None}
+        self._response["status"] = "in_progress"
         self._output: list[dict[str, Any]] = []
         self._forms: dict[str, _Form] = _FORMS
         reasoning = body.get("reasoning") or {}
@@ -8578,8 +8575,8 @@ class ResponseWriter(_Writer):
                 own, name = space["name"], tool["name"]
                 self._spaces[_flat_name(own, name)] = {"name": name, "namespace": own}
         self._sent = 0
-        self._about("created", "in_progress")
-        self._about("in_progress", "in_progress")
+        self._about("created")
+        self._about("in_progress")
 
     def complete(self, payload: dict[str, Any]) -> dict[str, Any]:
         """The Response for a `chat.completion` object."""
@@ -8589,8 +8586,9 @@ class ResponseWriter(_Writer):
     def end(self) -> list[dict[str, Any]]:
         """The last events, up to `response.completed` or `response.incomplete`."""
         self._response["incomplete_details"] = _INCOMPLETE.get(self._finish or "")
+        self._response["status"] = "incomplete" if self._response["incomplete_details"] else "completed"
         self._close()
-        self._about(self._status(), self._status())
+        self._about(self._response["status"])
         return self.start()
 
     def fail(self, code: str, message: str) -> list[dict[str, Any]]:
@@ -8603,21 +8601,17 @@ class ResponseWriter(_Writer):
         self._event("error", **error, param=None, error={"type": error["code"], **error, "param": None})
         if self._block:
             self._output.pop()
-        self._response["error"] = error
-        self._about("failed", "failed")
+        self._response |= {"error": error, "status": "failed"}
+        self._about("failed")
         return self.start()
 
     def _event(self, kind: str, **fields: Any) -> None:
         self._events.append({"type": kind, "sequence_number": self._sent, **fields})
         self._sent += 1
 
-    def _about(self, kind: str, status: str) -> None:
+    def _about(self, kind: str) -> None:
         """An event with the Response as it is now."""
-        response = {**self._response, "status": status, "output": self._output.copy()}
-        self._event(f"response.{kind}", response=response)
-
-    def _status(self) -> str:
-        return "incomplete" if self._response["incomplete_details"] else "completed"
+        self._event(f"response.{kind}", response={**self._response, "output": self._output.copy()})
 
     def _read_usage(self, used: Usage, usage: Mapping[str, Any]) -> None:
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
@@ -8670,7 +8664,7 @@ class ResponseWriter(_Writer):
             self._event(f"response.{form.part_events}.done", **self._place, part=part)
             item[form.place] = [part]
         if "status" in item:
-            item["status"] = self._status()
+            item["status"] = "incomplete" if self._response["status"] == "incomplete" else "completed"
         self._event("response.output_item.done", output_index=len(self._output) - 1, item=item)
 
 
@@ -9286,7 +9280,9 @@ class OpenAISurface(Surface):
     def write(self, answer: Answer, served: Served) -> bytes:
         if answer.data:
             return self._with_name(answer.data, served)
-        return to_json({**answer.payload, "model": self.model})
+        if "model" in answer.payload:
+            answer.payload["model"] = self.model or served.model
+        return to_json(answer.payload)
 
     def event(self, burst: Burst, served: Served) -> bytes:
         if b'"usage":{' in burst.data:
@@ -9369,10 +9365,9 @@ class TranslatedSurface(Surface):
         self.require(body)
         chat, ignored = self.to_chat(body)
         self.ignored, self.streamed, self.model = tuple(ignored), bool(chat.get("stream")), chat["model"]
-        chat = without_no_ops(chat) | (STREAMED if self.streamed else {})
         choice = body.get("tool_choice")
         narrowed = isinstance(choice, dict) and choice.get("type") == "allowed_tools"
-        return chat_request(self, chat, CHAT, hints=frozenset(THINKING_FIELDS), narrowed=narrowed)
+        return chat_request(self, without_no_ops(chat), CHAT, hints=frozenset(THINKING_FIELDS), narrowed=narrowed)
 
     def write(self, answer: Answer, served: Served) -> bytes:
         return to_json(self.writer.complete(answer.payload))
@@ -9447,11 +9442,6 @@ class PlainSurface(OpenAISurface):
         request = super().read(body)
         check_body(PlainBody, request.body)
         return request
-
-    def write(self, answer: Answer, served: Served) -> bytes:
-        if "model" in answer.payload:
-            answer.payload["model"] = self.model or served.model
-        return to_json(answer.payload)
 
 
 #: our own routes: path → body, summary, and what the answer's example holds beside that of /generate
