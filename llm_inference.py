@@ -8558,10 +8558,11 @@ class ResponseWriter(_Writer):
     An event is sent as `event: TYPE` and `data: JSON`; no `[DONE]` follows.
     """
 
-    def __init__(self, body: dict[str, Any], response_id: str, created: int) -> None:
+    def __init__(self, body: dict[str, Any], response_id: str, created: int | None = None) -> None:
         self._suffix = response_id.removeprefix("resp_")
         super().__init__(body, f"call_{self._suffix}")
-        self._response = {"id": response_id, "object": "response", "created_at": created, **_echo(body)}
+        now = int(time.time()) if created is None else created
+        self._response = {"id": response_id, "object": "response", "created_at": now, **_echo(body)}
         self._response |= {"model": self._model, "usage": None, "error": None, "incomplete_details": None}
         self._response["status"] = "in_progress"
         self._output: list[dict[str, Any]] = []
@@ -9355,15 +9356,14 @@ def sse(events: Iterable[Mapping[str, Any]]) -> bytes:
 class TranslatedSurface(Surface):
     """An API that is not OpenAI's chat: its bodies become chat requests, and a writer forms its answers."""
 
-    writer: ResponseWriter | MessageWriter
-
-    @abstractmethod
-    def to_chat(self, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """The chat request's fields, and the names of those that were left out; sets the answer's writer."""
+    to_chat: Callable[[dict[str, Any]], tuple[dict[str, Any], list[str]]]  #: and the names of what was left out
+    writer_type: type[ResponseWriter] | type[MessageWriter]
+    prefix: str  #: of an answer's id
 
     def read(self, body: dict[str, Any]) -> GenerateRequest:
         self.require(body)
         chat, ignored = self.to_chat(body)
+        self.writer = self.writer_type(body, f"{self.prefix}_{self.request_id.replace('-', '')}")
         self.ignored, self.streamed, self.model = tuple(ignored), bool(chat.get("stream")), chat["model"]
         choice = body.get("tool_choice")
         narrowed = isinstance(choice, dict) and choice.get("type") == "allowed_tools"
@@ -9386,15 +9386,11 @@ class TranslatedSurface(Surface):
 class ResponsesSurface(TranslatedSurface):
     """POST /v1/responses: OpenAI's Responses API, without a store."""
 
+    to_chat, writer_type, prefix = staticmethod(chat_from_responses), ResponseWriter, "resp"
     names: ClassVar[Mapping[str, str]] = {
         "max_completion_tokens": "max_output_tokens", "reasoning_effort": "reasoning.effort",
         "response_format": "text.format", "schema": "text.format.schema", "verbosity": "text.verbosity",
     }  # fmt: skip
-
-    def to_chat(self, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        found = chat_from_responses(body)
-        self.writer = ResponseWriter(body, f"resp_{self.request_id.replace('-', '')}", int(time.time()))
-        return found
 
     def error_event(self, error: InferenceError) -> bytes:
         return sse(self.writer.fail(error.openai_code or error.kind, error.message))
@@ -9403,16 +9399,12 @@ class ResponsesSurface(TranslatedSurface):
 class MessagesSurface(TranslatedSurface):
     """POST /v1/messages: Anthropic's Messages API."""
 
+    to_chat, writer_type, prefix = staticmethod(chat_from_messages), MessageWriter, "msg"
     names: ClassVar[Mapping[str, str]] = {
         "chat_template_kwargs": "thinking", "continue_final_message": "messages", "stop": "stop_sequences",
         "response_format": "output_config.format", "reasoning_effort": "output_config.effort",
         "schema": "output_config.format.schema",
     }  # fmt: skip
-
-    def to_chat(self, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        found = chat_from_messages(body)
-        self.writer = MessageWriter(body, f"msg_{self.request_id.replace('-', '')}")
-        return found
 
     def error(self, error: InferenceError) -> tuple[int, dict[str, Any]]:
         message = error.v1_prefix + error.message
