@@ -9104,16 +9104,25 @@ def check_body(shape: type, body: dict[str, Any]) -> None:
         raise invalid(exc, body, known) from None
 
 
-def error_object(error: InferenceError) -> dict[str, Any]:
-    """OpenAI's error format."""
-    code, message = error.openai_code or error.kind, error.v1_prefix + error.message
-    return {"error": {"message": message, "type": error.v1[1], "param": error.param, "code": code}}
-
-
 def envelope(request_id: str, data: Any = None, error: InferenceError | None = None) -> dict[str, Any]:
     """`{"request_id", "code", "msg", "data"}`: every answer of our own routes."""
     code, message = (200, "success") if error is None else (error.code, f"{error.kind}: {error.message}")
     return {"request_id": request_id, "code": code, "msg": message, "data": data}
+
+
+def failure(error: InferenceError, path: str, request_id: str = "") -> tuple[int, dict[str, str], dict[str, Any]]:
+    """HTTP status, headers and body of an error, in the form of the path's API."""
+    headers, request_id = {"x-error-kind": error.kind}, request_id or str(uuid.uuid4())
+    if error.retry_after:
+        headers["retry-after"] = str(error.retry_after)
+    if not path.startswith(V1_PATHS):
+        return error.status, headers, envelope(request_id, error=error)
+    (status, of_type), message = error.v1, error.v1_prefix + error.message
+    if path.startswith(MESSAGES):
+        body = anthropic_error(error.kind, status, message, request_id, param=error.param)
+        return (529 if body["error"]["type"] == "overloaded_error" else status), headers, body
+    code = error.openai_code or error.kind
+    return status, headers, {"error": {"message": message, "type": of_type, "param": error.param, "code": code}}
 
 
 def as_inference_error(exc: Exception) -> InferenceError:
@@ -9169,13 +9178,9 @@ class Surface(ABC):
             error.reason = re.sub(rf"\b{error.param}\b", name, error.reason)
             error.param = name
 
-    def error(self, error: InferenceError) -> tuple[int, dict[str, Any]]:
-        """HTTP status and body of a failure before the answer has begun."""
-        return error.v1[0], error_object(error)
-
-    def error_event(self, error: InferenceError) -> bytes:
-        """The event of a failure after that."""
-        return b"data: " + to_json(self.error(error)[1]) + b"\n\n"
+    def error_event(self, body: dict[str, Any]) -> bytes:
+        """The event of a failure after the answer has begun; `body` is what it would have been before."""
+        return b"data: " + to_json(body) + b"\n\n"
 
 
 class OwnSurface(Surface):
@@ -9248,9 +9253,6 @@ class OwnSurface(Surface):
         if done.ignored:
             data["ignored"] = done.ignored
         return data
-
-    def error(self, error: InferenceError) -> tuple[int, dict[str, Any]]:
-        return error.status, envelope(self.request_id, error=error)
 
 
 def piece_data(piece: Piece) -> dict[str, Any]:
@@ -9392,8 +9394,8 @@ class ResponsesSurface(TranslatedSurface):
         "response_format": "text.format", "schema": "text.format.schema", "verbosity": "text.verbosity",
     }  # fmt: skip
 
-    def error_event(self, error: InferenceError) -> bytes:
-        return sse(self.writer.fail(error.openai_code or error.kind, error.message))
+    def error_event(self, body: dict[str, Any]) -> bytes:
+        return sse(self.writer.fail(body["error"]["code"], body["error"]["message"]))
 
 
 class MessagesSurface(TranslatedSurface):
@@ -9406,13 +9408,8 @@ class MessagesSurface(TranslatedSurface):
         "schema": "output_config.format.schema",
     }  # fmt: skip
 
-    def error(self, error: InferenceError) -> tuple[int, dict[str, Any]]:
-        message = error.v1_prefix + error.message
-        body = anthropic_error(error.kind, error.v1[0], message, self.request_id, param=error.param)
-        return (529 if body["error"]["type"] == "overloaded_error" else error.v1[0]), body
-
-    def error_event(self, error: InferenceError) -> bytes:
-        return sse([self.error(error)[1]])
+    def error_event(self, body: dict[str, Any]) -> bytes:
+        return sse([body])
 
 
 class CountTokensSurface(MessagesSurface):
@@ -10011,15 +10008,13 @@ class Exchange:
         self.error_kind = error.kind
         self.surface.rename(error)
         self.served.usage = getattr(error, "usage", None) or self.served.usage
-        status, body = self.surface.error(error)
+        status, headers, body = failure(error, self.surface.path, self.surface.request_id)
         if self.started:
             gap = b"" if self.sent.endswith(b"\n\n") else b"\n\n"  # a relayed event may lack its blank line
-            await self.send({"type": "http.response.body", "body": gap + self.surface.error_event(error)})
-            return status
-        more = [(b"x-error-kind", error.kind.encode())]
-        if error.retry_after:
-            more.append((b"retry-after", str(error.retry_after).encode()))
-        await self.answer(to_json(body), status, *more)
+            await self.send({"type": "http.response.body", "body": gap + self.surface.error_event(body)})
+        else:
+            encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+            await self.answer(to_json(body), status, *encoded)
         return status
 
     async def answer(self, body: bytes, status: int = 200, *more: tuple[bytes, bytes]) -> None:
@@ -10219,7 +10214,8 @@ def envelope_responses(example: Any, failures: Sequence[InferenceError]) -> dict
     answer = documented("the answer", envelope(_EXAMPLE_ID, example), schema=_ENVELOPE)
     found: dict[int | str, dict[str, Any]] = {200: answer}
     for error in failures:
-        found[error.status] = documented(error.kind, envelope(_EXAMPLE_ID, error=error), schema=_ENVELOPE)
+        status, _, body = failure(error, API, _EXAMPLE_ID)
+        found[status] = documented(error.kind, body, schema=_ENVELOPE)
     return found
 
 
@@ -10227,7 +10223,8 @@ def v1_responses() -> dict[int | str, dict[str, Any]]:
     """OpenAPI's responses of the /v1 routes."""
     found: dict[int | str, dict[str, Any]] = {}
     for error in (*_FAILURES, ModelNotFound("no endpoint serves the model", "see /v1/models", param="model")):
-        found[error.v1[0]] = documented(error.openai_code or error.kind, error_object(error))
+        status, _, body = failure(error, CHAT)
+        found[status] = documented(error.openai_code or error.kind, body)
     return found
 
 
@@ -10306,7 +10303,6 @@ def own_body_schema(shape: type, gateway: Gateway) -> dict[str, Any]:
 def envelope_route() -> Any:
     """Brings the envelope along for whatever is raised on these routes, the host's dependencies included."""
     from fastapi import Request, Response
-    from fastapi.responses import JSONResponse
     from fastapi.routing import APIRoute
 
     class EnvelopeRoute(APIRoute):
@@ -10323,28 +10319,36 @@ def envelope_route() -> Any:
                 except ClientGone:
                     return Response(status_code=499)
                 except Exception as exc:
-                    error, status = http_error(exc)
-                    headers = {**(getattr(exc, "headers", None) or {}), "x-error-kind": error.kind}
-                    return JSONResponse(envelope(str(uuid.uuid4()), error=error), status, headers)
+                    reply: Response = refusal(http_error(exc), API, getattr(exc, "headers", None))
+                    return reply
 
             return enveloped
 
     return EnvelopeRoute
 
 
-def http_error(exc: Exception) -> tuple[InferenceError, int]:
-    """Any exception as one of our errors, and its HTTP status."""
+def refusal(error: InferenceError, path: str, more: Mapping[str, str] | None = None) -> Any:
+    """An error as a response of Starlette's, in the form of the path's API; `more` headers."""
+    from starlette.responses import JSONResponse
+
+    status, headers, body = failure(error, path)
+    return JSONResponse(body, status, {**(more or {}), **headers})
+
+
+def http_error(exc: Exception) -> InferenceError:
+    """Any exception as one of our errors, with its HTTP status."""
     status = getattr(exc, "status_code", None)
     if status is not None:  # Starlette's and FastAPI's HTTPException
         kinds = {each.http: each for each in InferenceError.__subclasses__()} | {403: Unauthorized}
         kind = kinds.get(status, InvalidRequest if status < 500 else InferenceError)
-        return kind(str(getattr(exc, "detail", "")) or "refused", "see /docs"), status
+        error = kind(str(getattr(exc, "detail", "")) or "refused", "see /docs")
+        error.http = status  # type: ignore[misc]
+        return error
     if type(exc).__name__ == "RequestValidationError":  # FastAPI's, of a host's dependency
         errors = exc.errors()[:4]  # type: ignore[attr-defined]
         reason = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in errors)
-        return InvalidRequest(reason, "correct the named field"), 400
-    error = as_inference_error(exc)
-    return error, error.status
+        return InvalidRequest(reason, "correct the named field")
+    return as_inference_error(exc)
 
 
 def create_v1_router(gateway: Gateway) -> Any:
@@ -10378,9 +10382,7 @@ def create_v1_router(gateway: Gateway) -> Any:
         for each in await listed():
             if name and name in (each["id"], each["id"].partition("/")[2]):
                 return JSONResponse(anthropic_models([each])["data"][0] if anthropic else each)
-        error = ModelNotFound(f"no endpoint serves the model {name[:100]!r}", "see GET /v1/models", param="model")
-        body = refusal_body(error, MESSAGES if anthropic else CHAT)
-        return JSONResponse(body, error.v1[0], {"x-error-kind": error.kind})
+        raise ModelNotFound(f"no endpoint serves the model {name[:100]!r}", "see GET /v1/models", param="model")
 
     return router
 
@@ -10416,6 +10418,11 @@ def path_below(scope: Scope) -> str:
     return path.rstrip("/") or "/"
 
 
+def form_of(path: str, headers: Mapping[bytes, bytes]) -> str:
+    """The path whose form an error has: on /v1, Anthropic's clients are answered in theirs."""
+    return MESSAGES if b"anthropic-version" in headers and path.startswith(V1_PATHS) else path
+
+
 class Guard:
     """Pure ASGI: who gets in.
 
@@ -10439,7 +10446,8 @@ class Guard:
         except InferenceError as error:
             own_probe = headers.get(LOOP_HEADER.encode()) == INSTANCE.encode()
             logger.log(logging.DEBUG if own_probe else logging.INFO, "- %s refused: %s", repr(path)[:100], error.kind)
-            await self._refuse(error, MESSAGES if b"anthropic-version" in headers else path, send)
+            reply = refusal(error, form_of(path, headers), {"x-llm-inference": INSTANCE, "www-authenticate": "Bearer"})
+            await reply(scope, receive, send)
             return
         exchange = self.gateway.direct.get(path) if scope["method"] == "POST" else None
         if exchange is not None:  # past FastAPI's machinery, which has nothing to add to these routes
@@ -10455,7 +10463,8 @@ class Guard:
                 raise
             task.uncancel()
             with contextlib.suppress(RuntimeError):  # where its answer has begun
-                await self._refuse(NotReady("the server is stopping", "ask again"), path, send)
+                reply = refusal(NotReady("the server is stopping", "ask again"), form_of(path, headers))
+                await reply(scope, receive, send)
 
     def _check(self, scope: Scope, headers: Mapping[bytes, bytes], path: str) -> None:
         refuse_long_header(scope)
@@ -10466,19 +10475,6 @@ class Guard:
             reason = self._refusal(scope, headers)
             if reason:
                 raise Unauthorized(reason, SEND_KEY)
-
-    async def _refuse(self, error: InferenceError, path: str, send: Send) -> None:
-        body = to_json(refusal_body(error, path))
-        headers = {
-            "content-type": "application/json",
-            "content-length": str(len(body)),
-            "x-error-kind": error.kind,
-            "x-llm-inference": INSTANCE,
-            "www-authenticate": "Bearer",
-        }
-        encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": error.status, "headers": encoded})
-        await send({"type": "http.response.body", "body": body})
 
     def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> str:
         """Why the call is not let in; "" where it is."""
@@ -10496,15 +10492,6 @@ class Guard:
     def _knows(self, key: bytes) -> bool:
         given = hashlib.sha256(key).digest()
         return sum(hmac.compare_digest(given, digest) for digest in self.digests) > 0
-
-
-def refusal_body(error: InferenceError, path: str) -> dict[str, Any]:
-    """The body of an error where no surface is known yet: by the path's own form."""
-    if path.startswith(MESSAGES):
-        return anthropic_error(
-            error.kind, error.v1[0] if error.http is None else error.http, error.message, str(uuid.uuid4())
-        )
-    return error_object(error) if path.startswith(V1_PATHS) else envelope(str(uuid.uuid4()), error=error)
 
 
 def foreign_reason(scope: Scope, headers: Mapping[bytes, bytes], trusted: Sequence[str] = ()) -> str:
@@ -10619,21 +10606,20 @@ def _restore_nulls(status: str, example: Any) -> None:
 def add_error_handlers(app: Any) -> None:
     """Errors of routes that do not exist, or that fail, in the form of their surface."""
     from fastapi import Request, Response
-    from fastapi.responses import JSONResponse
     from starlette.exceptions import HTTPException
 
     async def failed(request: Request, exc: Exception) -> Response:
-        error, status = http_error(exc)
-        path = path_below(dict(request.scope))
-        if status == 404:
+        path, headers = path_below(dict(request.scope)), getattr(exc, "headers", None) or {}
+        error = http_error(exc)
+        if isinstance(exc, HTTPException) and exc.status_code == 404:
             error = NotFound(f"there is no route {path[:100]!r}", route_hint(path))
-        headers = {**(getattr(exc, "headers", None) or {}), "x-error-kind": error.kind}
-        if status == 405:
+        elif isinstance(error, MethodNotAllowed):
             error = MethodNotAllowed(f"{request.method[:20]} is not allowed here", f"send {headers.get('Allow')}")
-        return JSONResponse(refusal_body(error, path), status, headers)
+        reply: Response = refusal(error, form_of(path, dict(request.scope["headers"])), headers)
+        return reply
 
-    app.add_exception_handler(HTTPException, failed)
-    app.add_exception_handler(Exception, failed)
+    for kind in (HTTPException, InferenceError, Exception):
+        app.add_exception_handler(kind, failed)
 
 
 def route_hint(path: str) -> str:
@@ -10667,8 +10653,7 @@ def add_server_routes(app: Any, gateway: Gateway) -> None:
 
     async def metrics() -> Response:
         if gateway.metrics is None:
-            error = NotFound("/metrics needs prometheus-client", "pip install prometheus-client")
-            return JSONResponse(envelope(str(uuid.uuid4()), error=error), 404, {"x-error-kind": error.kind})
+            raise NotFound("/metrics needs prometheus-client", "pip install prometheus-client")
         page, content_type = gateway.metrics.page()
         return Response(page, media_type=content_type)
 
@@ -10875,14 +10860,10 @@ class LimitsMixin:
                 self.transport.close()  # during an answer: nothing else may stand there
                 return
         path = str(self.seen.scope["path"]) if self.waiting_for == "body" else ""
-        body = to_json(refusal_body(error, path))
-        lines = [
-            f"HTTP/1.1 {error.status} {error.kind}",
-            "content-type: application/json",
-            f"content-length: {len(body)}",
-            f"x-error-kind: {error.kind}",
-            "connection: close",
-        ]
+        status, headers, content = failure(error, path)
+        body = to_json(content)
+        headers |= {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+        lines = [f"HTTP/1.1 {status} {error.kind}", *map(": ".join, headers.items())]
         self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
         self.transport.close()
 
