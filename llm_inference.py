@@ -9154,7 +9154,7 @@ class Surface(ABC):
 
     def require(self, body: dict[str, Any]) -> None:
         """Raises InvalidRequest where a field is missing without which a /v1 route does nothing."""
-        for name in V1_SURFACES[self.path][1]:
+        for name in OPERATIONS[self.path].required:
             if body.get(name) is None:
                 hint = "name one of GET /v1/models" if name == "model" else f"see POST {self.path} in /docs"
                 raise bad_field(name, "is required", hint)
@@ -9188,7 +9188,7 @@ class OwnSurface(Surface):
 
     def __init__(self, request_id: str, path: str) -> None:
         super().__init__(request_id, path)
-        self.shape = OWN_ROUTES[path][0]
+        self.shape = OPERATIONS[path].shape
         self.structured = self.shape is StructuredBody  #: is the answer a checked value?
         self.reader = PieceReader()
         self.before = b'data: {"request_id":"%s","code":200,"msg":"success","data":' % request_id.encode()
@@ -9433,27 +9433,59 @@ class PlainSurface(OpenAISurface):
         return request
 
 
-#: our own routes: path → body, summary, and what the answer's example holds beside that of /generate
-OWN_ROUTES: dict[str, tuple[type, str, dict[str, Any]]] = {
-    "/generate": (GenerateBody, "Answer a prompt", {}),
-    "/chat": (ChatBody, "Answer messages", {"message": {"role": "assistant", "content": "Paris."}}),
-    "/structured-generate": (
-        StructuredBody, "Answer with checked JSON",
-        {"text": '{"city": "Paris"}', "enforced_by": "engine", "result": {"city": "Paris"}},
-    ),
+FIRST_PROMPT = "What is the capital of China? Answer in one short sentence."  # the demo model answers it well
+DEMO = "llamacpp/SmolLM2-135M-Instruct.Q4_1"
+_FIRST = [{"role": "user", "content": FIRST_PROMPT}]
+
+
+class Operation(NamedTuple):
+    """A route that an Exchange answers: how, and what OpenAPI says of it."""
+
+    surface: type[Surface]
+    summary: str
+    required: tuple[str, ...]  #: the fields without which a /v1 route does nothing
+    example: dict[str, Any]  #: of a body
+    shape: type = V1Body  #: of a body
+    answer: Mapping[str, Any] = types.MappingProxyType({})  #: what an answer of ours has beside that of /generate
+
+
+OPERATIONS: dict[str, Operation] = {
+    f"{API}/generate": Operation(
+        OwnSurface, "Answer a prompt", (), {"prompt": FIRST_PROMPT, "max_tokens": 64, "temperature": 0}, GenerateBody),
+    f"{API}/chat": Operation(
+        OwnSurface, "Answer messages", (), {"messages": _FIRST, "max_tokens": 64, "temperature": 0}, ChatBody,
+        {"message": {"role": "assistant", "content": "Paris."}}),
+    f"{API}/structured-generate": Operation(
+        OwnSurface, "Answer with checked JSON", (),
+        {"prompt": "Anna is 34 years old.", "schema": {"name": "string", "age": "integer"}, "max_tokens": 128,
+         "temperature": 0}, StructuredBody,
+        {"text": '{"city": "Paris"}', "enforced_by": "engine", "result": {"city": "Paris"}}),
+    CHAT: Operation(
+        OpenAISurface, "OpenAI: chat completions", ("model", "messages"),
+        {"model": DEMO, "messages": _FIRST, "max_tokens": 64}),
+    COMPLETIONS: Operation(
+        OpenAISurface, "OpenAI: completions (no chat template)", ("model", "prompt"),
+        {"model": DEMO, "prompt": "The capital of France is", "max_tokens": 16}),
+    EMBEDDINGS: Operation(
+        OpenAISurface, "OpenAI: embeddings", ("model", "input"),
+        {"model": "ollama/nomic-embed-text", "input": ["hello"]}),
+    RERANK: Operation(
+        PlainSurface, "Cohere, Jina: rank documents for a query", ("query", "documents"),
+        {"model": "vllm/BAAI/bge-reranker-v2-m3", "query": "capital of France", "documents": ["Rome", "Paris"]}),
+    TOKENIZE: Operation(
+        PlainSurface, "vLLM: tokenize a prompt or messages", (), {"model": DEMO, "prompt": "Hello world"}),
+    DETOKENIZE: Operation(
+        PlainSurface, "vLLM: tokens to text", ("tokens",), {"model": DEMO, "tokens": [19556, 905]}),
+    RESPONSES: Operation(
+        ResponsesSurface, "OpenAI: responses (nothing is stored)", ("model", "input"),
+        {"model": DEMO, "input": FIRST_PROMPT, "max_output_tokens": 64}),
+    MESSAGES: Operation(
+        MessagesSurface, "Anthropic: messages", ("model", "messages"),
+        {"model": DEMO, "messages": _FIRST, "max_tokens": 64}),
+    COUNT_TOKENS: Operation(
+        CountTokensSurface, "Anthropic: count a prompt's tokens", ("model", "messages"),
+        {"model": DEMO, "messages": _FIRST}),
 }  # fmt: skip
-#: the /v1 routes: path → surface, the fields without which it does nothing, summary
-V1_SURFACES: dict[str, tuple[type[Surface], tuple[str, ...], str]] = {
-    CHAT: (OpenAISurface, ("model", "messages"), "OpenAI: chat completions"),
-    COMPLETIONS: (OpenAISurface, ("model", "prompt"), "OpenAI: completions (no chat template)"),
-    EMBEDDINGS: (OpenAISurface, ("model", "input"), "OpenAI: embeddings"),
-    RERANK: (PlainSurface, ("query", "documents"), "Cohere, Jina: rank documents for a query"),
-    TOKENIZE: (PlainSurface, (), "vLLM: tokenize a prompt or messages"),
-    DETOKENIZE: (PlainSurface, ("tokens",), "vLLM: tokens to text"),
-    RESPONSES: (ResponsesSurface, ("model", "input"), "OpenAI: responses (nothing is stored)"),
-    MESSAGES: (MessagesSurface, ("model", "messages"), "Anthropic: messages"),
-    COUNT_TOKENS: (CountTokensSurface, ("model", "messages"), "Anthropic: count a prompt's tokens"),
-}
 
 _JSON_VALUE = re.compile(rb'"(?:[^"\\]+|\\.)*+(?:"|\Z)|([\[{,])', re.DOTALL)  # a string, or what begins a value
 
@@ -10124,29 +10156,6 @@ def response_class() -> Any:
     return ExchangeResponse
 
 
-FIRST_PROMPT = "What is the capital of China? Answer in one short sentence."  # the demo model answers it well
-DEMO = "llamacpp/SmolLM2-135M-Instruct.Q4_1"
-EXAMPLES: dict[type, dict[str, Any]] = {
-    GenerateBody: {"prompt": FIRST_PROMPT, "max_tokens": 64, "temperature": 0},
-    ChatBody: {"messages": [{"role": "user", "content": FIRST_PROMPT}], "max_tokens": 64, "temperature": 0},
-    StructuredBody: {
-        "prompt": "Anna is 34 years old.",
-        "schema": {"name": "string", "age": "integer"},
-        "max_tokens": 128,
-        "temperature": 0,
-    },
-}
-V1_EXAMPLES: dict[str, dict[str, Any]] = {
-    CHAT: {"model": DEMO, "messages": EXAMPLES[ChatBody]["messages"], "max_tokens": 64},
-    COMPLETIONS: {"model": DEMO, "prompt": "The capital of France is", "max_tokens": 16},
-    EMBEDDINGS: {"model": "ollama/nomic-embed-text", "input": ["hello"]},
-    RERANK: {"model": "vllm/BAAI/bge-reranker-v2-m3", "query": "capital of France", "documents": ["Rome", "Paris"]},
-    TOKENIZE: {"model": DEMO, "prompt": "Hello world"},
-    DETOKENIZE: {"model": DEMO, "tokens": [19556, 905]},
-    RESPONSES: {"model": DEMO, "input": FIRST_PROMPT, "max_output_tokens": 64},
-    MESSAGES: {"model": DEMO, "messages": EXAMPLES[ChatBody]["messages"], "max_tokens": 64},
-    COUNT_TOKENS: {"model": DEMO, "messages": EXAMPLES[ChatBody]["messages"]},
-}
 _ENVELOPE = {
     "type": "object",
     "required": ["request_id", "code", "msg", "data"],
@@ -10175,9 +10184,10 @@ _EXAMPLE_ID = "5f4e0a52-3f1f-4f0e-9d5e-2b7f5f0c7a11"
 NO_KEY = "the API key is missing or wrong"
 SEND_KEY = "send the header Authorization: Bearer KEY (--api-key, or the key printed at start)"
 _UNAUTHORIZED = Unauthorized(NO_KEY, SEND_KEY)
-_FAILURES = (
-    bad_field("max_tokens", "must be from 1 to 1000000, got 0", "correct the named field"),
+_FAILURES = (  # of those with the same status, a route shows the last
     _UNAUTHORIZED,
+    ModelNotFound("no endpoint serves the model", "see /v1/models", param="model"),
+    bad_field("max_tokens", "must be from 1 to 1000000, got 0", "correct the named field"),
     PayloadTooLarge(f"body: over {MAX_BODY} bytes", "send less"),
     Busy("256 requests in flight and 256 waiting", "ask again later"),
     EngineUnavailable("no ollama answers at 127.0.0.1:11434", "start it: ollama serve"),
@@ -10204,27 +10214,21 @@ def inlined(node: Any, definitions: Mapping[str, Any]) -> Any:
     return {key: inlined(value, definitions) for key, value in node.items() if key != "discriminator"}
 
 
-def documented(description: str, example: Any, **schema: Any) -> dict[str, Any]:
-    """What OpenAPI says of a response."""
-    return {"description": description, "content": {"application/json": {**schema, "example": example}}}
-
-
-def envelope_responses(example: Any, failures: Sequence[InferenceError]) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's responses of one of our own routes."""
-    answer = documented("the answer", envelope(_EXAMPLE_ID, example), schema=_ENVELOPE)
-    found: dict[int | str, dict[str, Any]] = {200: answer}
-    for error in failures:
-        status, _, body = failure(error, API, _EXAMPLE_ID)
-        found[status] = documented(error.kind, body, schema=_ENVELOPE)
-    return found
-
-
-def v1_responses() -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's responses of the /v1 routes."""
+def responses_of(
+    path: str, answer: Any = None, failures: Sequence[InferenceError] = _FAILURES
+) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's responses of a route: an answer's `data`, where it is one of ours, and errors in the route's form."""
     found: dict[int | str, dict[str, Any]] = {}
-    for error in (*_FAILURES, ModelNotFound("no endpoint serves the model", "see /v1/models", param="model")):
-        status, _, body = failure(error, CHAT)
-        found[status] = documented(error.openai_code or error.kind, body)
+    ours = {} if path.startswith(V1_PATHS) else {"schema": _ENVELOPE}
+
+    def add(status: int, description: str, example: dict[str, Any]) -> None:
+        found[status] = {"description": description, "content": {"application/json": {**ours, "example": example}}}
+
+    if ours:
+        add(200, "the answer", envelope(_EXAMPLE_ID, answer))
+    for error in failures:
+        status, _, body = failure(error, path, _EXAMPLE_ID)
+        add(status, error.kind, body)
     return found
 
 
@@ -10246,21 +10250,20 @@ def create_router(
         yield
         await here.close()
 
-    router = APIRouter(prefix=API, tags=["llm"], route_class=envelope_route(), lifespan=lifespan)
+    router = APIRouter(tags=["llm"], route_class=envelope_route(), lifespan=lifespan)
+    for path, route in OPERATIONS.items():
+        if route.surface is OwnSurface:
+            add_exchange(router, here, path, own_body_schema(route.shape, here))
 
-    for path, (shape, summary, answer) in OWN_ROUTES.items():
-        schema, responses = own_body_schema(shape, here), envelope_responses(_ANSWER_EXAMPLE | answer, _FAILURES)
-        add_exchange(router, here, path, OwnSurface, schema, EXAMPLES[shape], summary=summary, responses=responses)
+    listed = responses_of(API, [_ENGINE_EXAMPLE], [_UNAUTHORIZED])
 
-    listed = envelope_responses([_ENGINE_EXAMPLE], [_UNAUTHORIZED])
-
-    @router.get("/engines", summary="List the engines and their features", responses=listed)
+    @router.get(f"{API}/engines", summary="List the engines and their features", responses=listed)
     async def engines() -> Response:
         return JSONResponse(envelope(str(uuid.uuid4()), await here.engines()))
 
-    listed = envelope_responses([_MODEL_EXAMPLE], [_UNAUTHORIZED])
+    listed = responses_of(API, [_MODEL_EXAMPLE], [_UNAUTHORIZED])
 
-    @router.get("/models", summary="List the models of reachable engines", responses=listed)
+    @router.get(f"{API}/models", summary="List the models of reachable engines", responses=listed)
     async def models() -> Response:
         found = [{"engine_type": name, **dataclasses.asdict(model)} for name, model in await here.models()]
         return JSONResponse(envelope(str(uuid.uuid4()), found))
@@ -10268,15 +10271,13 @@ def create_router(
     return router
 
 
-def add_exchange(
-    router: Any, gateway: Gateway, path: str, surface: type[Surface], schema: Any, example: Any, **described: Any
-) -> None:
-    """A POST route that an Exchange answers, with what OpenAPI says of its body."""
+def add_exchange(router: Any, gateway: Gateway, path: str, schema: Any) -> None:
+    """A route of OPERATIONS, with the JSON Schema of its body."""
     from fastapi import Request, Response
 
-    answered_by = response_class()
-    make = functools.partial(Exchange, gateway, functools.partial(surface, path=path))
-    gateway.direct[router.prefix + path] = make
+    route, answered_by = OPERATIONS[path], response_class()
+    make = functools.partial(Exchange, gateway, functools.partial(route.surface, path=path))
+    gateway.direct[path] = make
 
     async def endpoint(request: Request) -> Response:
         exchange = make()
@@ -10284,10 +10285,11 @@ def add_exchange(
         answer: Response = answered_by(exchange)
         return answer
 
-    content = {"application/json": {"schema": schema, "example": example}}
-    extra = {"requestBody": {"required": True, "content": content}}
-    name = path.removeprefix("/v1").strip("/")
-    router.add_api_route(path, endpoint, methods=["POST"], name=name, openapi_extra=extra, **described)
+    content = {"application/json": {"schema": schema, "example": route.example}}
+    router.add_api_route(
+        path, endpoint, methods=["POST"], name=path.removeprefix(API).removeprefix("/v1").strip("/"),
+        summary=route.summary, responses=responses_of(path, {**_ANSWER_EXAMPLE, **route.answer}),
+        openapi_extra={"requestBody": {"required": True, "content": content}})  # fmt: skip
 
 
 def own_body_schema(shape: type, gateway: Gateway) -> dict[str, Any]:
@@ -10352,13 +10354,14 @@ def http_error(exc: Exception) -> InferenceError:
 
 
 def create_v1_router(gateway: Gateway) -> Any:
-    """The OpenAI and Anthropic surface: `/v1/models` and the routes of V1_SURFACES."""
+    """The other routes of OPERATIONS, OpenAI's and Anthropic's, and `/v1/models`."""
     from fastapi import APIRouter, Request
     from fastapi.responses import JSONResponse, Response
 
-    router = APIRouter(tags=["v1"], responses=v1_responses())
-    for path, (surface, _, summary) in V1_SURFACES.items():
-        add_exchange(router, gateway, path, surface, v1_body_schema(path), V1_EXAMPLES[path], summary=summary)
+    router = APIRouter(tags=["v1"])
+    for path, route in OPERATIONS.items():
+        if route.surface is not OwnSurface:
+            add_exchange(router, gateway, path, v1_body_schema(path))
 
     async def listed() -> list[dict[str, Any]]:
         names = [(f"{engine_type}/{model.name}", engine_type) for engine_type, model in await gateway.models()]
@@ -10366,7 +10369,9 @@ def create_v1_router(gateway: Gateway) -> Any:
         known = {"object": "model", "created": gateway.born}
         return [{"id": name, **known, "owned_by": owner} for name, owner in names]
 
-    @router.get("/v1/models", summary="OpenAI, Anthropic: list models")
+    errors = responses_of("/v1/models")
+
+    @router.get("/v1/models", summary="OpenAI, Anthropic: list models", responses=errors)
     async def models(request: Request) -> Response:
         found = await listed()
         if "anthropic-version" in request.headers:
@@ -10376,7 +10381,9 @@ def create_v1_router(gateway: Gateway) -> Any:
     # no parameter of the handler: FastAPI would import pydantic.v1 for it, which takes as long as ten routes
     parameter = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}, "example": DEMO}
 
-    @router.get("/v1/models/{name:path}", summary="OpenAI: one model", openapi_extra={"parameters": [parameter]})
+    extra = {"parameters": [parameter]}
+
+    @router.get("/v1/models/{name:path}", summary="OpenAI: one model", responses=errors, openapi_extra=extra)
     async def model(request: Request) -> Response:
         name, anthropic = request.path_params["name"], "anthropic-version" in request.headers
         for each in await listed():
@@ -10391,7 +10398,7 @@ def create_v1_router(gateway: Gateway) -> Any:
 def v1_body_schema(path: str) -> dict[str, Any]:
     """What OpenAPI says of a /v1 body: the fields that are checked here, and the required ones."""
     schema: dict[str, Any] = {"type": "object", "additionalProperties": True}
-    if required := V1_SURFACES[path][1]:
+    if required := OPERATIONS[path].required:
         schema["required"] = list(required)
     if path in SURFACES:
         checked = body_schema(V1Body)["properties"]
@@ -10597,7 +10604,7 @@ def build_openapi(build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def _restore_nulls(status: str, example: Any) -> None:
     if not isinstance(example, dict):
         return
-    if "error" in example:
+    if example.keys() == {"error"}:  # not Anthropic's
         example["error"].setdefault("param", None)
     elif status != "200" and "code" in example:
         example["data"] = None
@@ -10624,8 +10631,8 @@ def add_error_handlers(app: Any) -> None:
 
 def route_hint(path: str) -> str:
     """The route that does what somebody expected of another one."""
-    known = [API + name for name in ("/generate", "/chat", "/structured-generate", "/engines", "/models")]
-    known += [*V1_SURFACES, "/v1/models", "/health", "/ready", "/metrics", "/docs", "/ui"]
+    known = [*OPERATIONS, f"{API}/engines", f"{API}/models", "/v1/models"]
+    known += ["/health", "/ready", "/metrics", "/docs", "/ui"]
     if path.startswith(f"{RESPONSES}/"):
         return f"responses are not stored here: send the earlier items in the input of {RESPONSES}"
     if path in _ROUTE_HINTS:
@@ -11452,13 +11459,79 @@ class Case(NamedTuple):
     name: str
     request: str  #: method and path
     right: int | str = ""  #: the status of a refusal, or a pattern that the answer matches
-    body: dict[str, Any] | None = None
+    change: Mapping[str, Any] = types.MappingProxyType({})  #: of the route's example
     headers: dict[str, str] | None = None
 
 
 #: the X-Error-Kind of a refusal that is right too: not every engine and installation can do this
 _OPTIONAL = dict.fromkeys((EMBEDDINGS, COUNT_TOKENS, RERANK, TOKENIZE, DETOKENIZE), "unsupported_feature")
 _OPTIONAL |= {"/metrics": "not_found", "/ui": "not_found"}
+# fmt: off
+_PARIS = {  # bounded, because a small model may not stop
+    "prompt": "Describe Paris: city and country.", "max_tokens": 200,
+    "schema": {
+        "type": "object", "required": ["city", "country"], "additionalProperties": False,
+        "properties": {"city": {"type": "string", "maxLength": 40}, "country": {"enum": ["France", "Italy"]}},
+    },
+}
+_STREAM = {"stream": True}
+_NO_KEY, _WRONG_KEY = {"Authorization": ""}, {"Authorization": "Bearer wrong"}
+_TEXT, _DONE = '"text":"[^"]', r"data: \[DONE\]\s*$"
+_ENVELOPES = '"delta":"[^"].*"finish_reason":"[^"].*' + _DONE
+CASES = (
+    Case("health", "GET /health", '"status":"ok"'),
+    Case("health, HEAD", "HEAD /health", "^$"),
+    Case("ready", "GET /ready", '"status":"ready"'),
+    Case("engines", f"GET {API}/engines", '"reachable":true'),
+    Case("models", f"GET {API}/models", r'"data":\[.*"name":"'),
+    Case("generate", f"POST {API}/generate", _TEXT + '.*"finish_reason":"(stop|length)"'),
+    Case("generate, streamed", f"POST {API}/generate", _ENVELOPES, _STREAM),
+    Case("chat", f"POST {API}/chat", _TEXT + '.*"finish_reason":"(stop|length)".*"role":"assistant"'),
+    Case("chat, streamed", f"POST {API}/chat", _ENVELOPES, _STREAM),
+    Case("structured-generate", f"POST {API}/structured-generate", '"country":"(France|Italy)"', _PARIS),
+    Case("structured-generate, streamed", f"POST {API}/structured-generate", _ENVELOPES, _PARIS | _STREAM),
+    Case("OpenAI chat", f"POST {CHAT}", '"content":"[^"]'),
+    Case("OpenAI chat, streamed", f"POST {CHAT}", _DONE, _STREAM),
+    Case("OpenAI completions", f"POST {COMPLETIONS}", _TEXT),
+    Case("OpenAI completions, streamed", f"POST {COMPLETIONS}", _DONE, _STREAM),
+    Case("OpenAI responses", f"POST {RESPONSES}", r'"output":\[.'),
+    Case("OpenAI responses, streamed", f"POST {RESPONSES}", r'"response\.(completed|incomplete)"[^\n]*\s*$', _STREAM),
+    Case("Anthropic messages", f"POST {MESSAGES}", _TEXT),
+    Case("Anthropic messages, streamed", f"POST {MESSAGES}", r'"message_stop"[^\n]*\s*$', _STREAM),
+    Case("OpenAI models", "GET /v1/models", '"id":"'),
+    Case("OpenAI model", "GET /v1/models/MODEL", '"id":"MODEL"'),
+    Case("OpenAI embeddings", f"POST {EMBEDDINGS}", '"embedding":.'),
+    Case("rerank", f"POST {RERANK}", r'"results":\[(.*"index":){2}'),
+    Case("tokenize", f"POST {TOKENIZE}", '"count":[1-9]'),
+    Case("detokenize", f"POST {DETOKENIZE}", '"prompt":"[^"]'),
+    Case("Anthropic count_tokens", f"POST {COUNT_TOKENS}", '"input_tokens":[1-9]'),
+    Case("metrics", "GET /metrics", "."),
+    Case("Swagger UI", "GET /docs", "(?i)swagger"),
+    Case("ReDoc", "GET /redoc", "(?i)redoc"),
+    Case("OpenAPI", "GET /openapi.json", f'"{API}/chat"'),
+    Case("chat page", "GET /ui", "<html"),
+    Case("no prompt", f"POST {API}/generate", 400, {"prompt": None}),
+    Case("max_tokens: true", f"POST {API}/generate", 400, {"max_tokens": True}),
+    Case("temperature: 3", f"POST {API}/chat", 400, {"temperature": 3}),
+    Case("unknown field", f"POST {API}/chat", 400, {"max_token": 4}),
+    Case("unknown engine", f"POST {API}/chat", 400, {"engine_type": "olama"}),
+    Case("unknown type in schema", f"POST {API}/structured-generate", 400, {"schema": {"a": "strin"}}),
+    Case("unknown route", f"GET {API}/nope", 404),
+    Case("wrong method", f"GET {API}/chat", 405),
+    Case("OpenAI chat, temperature 3", f"POST {CHAT}", 400, {"temperature": 3}),
+    Case("OpenAI chat, unknown model", f"POST {CHAT}", 404, {"model": "no-such-model"}),
+    Case("OpenAI model, unknown", "GET /v1/models/no-such-model", 404),
+    Case("OpenAI responses, no input", f"POST {RESPONSES}", 400, {"input": None}),
+    Case("Anthropic messages, no messages", f"POST {MESSAGES}", 400, {"messages": None}),
+)
+KEYLESS = (Case("no key (the server asks for none)", f"GET {API}/models", headers=_NO_KEY),)
+KEYED = (
+    Case("no key, public route", "GET /health", headers=_NO_KEY),
+    Case("no key", f"GET {API}/models", 401, headers=_NO_KEY),
+    Case("wrong key", f"GET {API}/models", 401, headers=_WRONG_KEY),
+    Case("OpenAI models, wrong key", "GET /v1/models", 401, headers=_WRONG_KEY),
+)
+# fmt: on
 
 
 def api_test(settings: Settings) -> int:
@@ -11478,13 +11551,14 @@ def api_test(settings: Settings) -> int:
     except requests.RequestException:
         print(f"no server answers at {base}; start one: {command('--serve')}", file=sys.stderr)
         return 1
-    keyless = session.get(f"{base}{API}/models", headers={"Authorization": ""}, timeout=60)
-    cases = _good_cases(settings, model) + _bad_cases(model, keyless.status_code != 200)
+    own = {"engine_type": settings.engine, "model_name": settings.model}
+    keyless = session.get(f"{base}{API}/models", headers=_NO_KEY, timeout=60)
+    cases = CASES + (KEYLESS if keyless.status_code == 200 else KEYED)
     progress = Progress("api-test")
     good, bad = list[tuple[str, ...]](), list[tuple[str, ...]]()
     for number, case in enumerate(cases):
         progress.show(bar(number, len(cases)))
-        (bad if isinstance(case.right, int) else good).append(_run_case(session, base, case))
+        (bad if isinstance(case.right, int) else good).append(_run_case(session, base, case, own, model))
     progress.done(f"{len(cases)} requests")
     columns = ("request", "status", "seconds", "result")
     table(f"api-test of {base} with {model}", columns, good)
@@ -11520,16 +11594,22 @@ def _find_server(session: "Session", base: str, settings: Settings) -> str:
     return f"{engine}/{settings.model or 'none'}"
 
 
-def _run_case(session: "Session", base: str, case: Case) -> tuple[str, ...]:
+def _run_case(session: "Session", base: str, case: Case, own: dict[str, Any], model: str) -> tuple[str, ...]:
     """A row of the table: the request, its status, seconds and verdict (ok, refused, which was allowed, or failed)."""
-    method, path = case.request.split(" ")
+    method, path = case.request.replace("MODEL", urllib.parse.quote(model)).split(" ")
+    right, body = case.right, None
+    if isinstance(right, str):
+        right = right.replace("MODEL", re.escape(to_json(model)[1:-1].decode()))
+    if method == "POST":
+        named = own if path.startswith(API) else {"model": model}
+        body = {**OPERATIONS[path].example, **named, **case.change}
     began, status = time.monotonic(), "-"
     try:
         reply = session.request(
-            method, base + path, json=case.body, headers=case.headers, timeout=120, allow_redirects=False
+            method, base + path, json=body, headers=case.headers, timeout=120, allow_redirects=False
         )
         status = str(reply.status_code)
-        verdict = _verdict(path, case.right, reply)
+        verdict = _verdict(path, right, reply)
     except Exception as exc:  # whatever goes wrong is a row of the table
         verdict = f"failed: {type(exc).__name__}: {str(exc)[:160]}"
     return case.name, status, f"{time.monotonic() - began:.2f}", verdict
@@ -11560,92 +11640,6 @@ def _opened(answer: Any, status: int) -> str:
     if (answer["code"] == 200) != (status == 200) or (status != 200 and answer["data"] is not None):
         raise ValueError(f"code {answer['code']} with HTTP status {status}, or a refusal with data")
     return str(answer["msg"])
-
-
-# fmt: off
-def _good_cases(settings: Settings, model: str) -> list[Case]:
-    asked: dict[str, Any] = {"max_tokens": 32, "temperature": 0}
-    if settings.engine != "auto":
-        asked["engine_type"] = settings.engine
-    if settings.model:
-        asked["model_name"] = settings.model
-    shape = {  # bounded, because a small model may not stop
-        "type": "object", "required": ["city", "country"], "additionalProperties": False,
-        "properties": {"city": {"type": "string", "maxLength": 40}, "country": {"enum": ["France", "Italy"]}},
-    }
-    messages = [{"role": "user", "content": FIRST_PROMPT}]
-    prompt, chat = asked | {"prompt": FIRST_PROMPT}, asked | {"messages": messages}
-    schema = asked | {"prompt": "Describe Paris: city and country.", "schema": shape, "max_tokens": 200}
-    v1_chat = {"model": model, "messages": messages, "max_tokens": 32}
-    v1_prompt = {"model": model, "prompt": "The capital of France is", "max_tokens": 8}
-    respond, named = {"model": model, "input": FIRST_PROMPT, "max_output_tokens": 32}, {"model": model}
-    count, embed = named | {"messages": messages}, named | {"input": ["hello"]}
-    text, done, model_id = '"text":"[^"]', r"data: \[DONE\]\s*$", re.escape(f'"id":{to_json(model).decode()}')
-    envelopes = '"delta":"[^"].*"finish_reason":"[^"].*' + done
-    both = (  # asked for a complete answer and for a stream
-        ("generate", f"{API}/generate", prompt, f'{text}.*"finish_reason":"(stop|length)"', envelopes),
-        ("chat", f"{API}/chat", chat, f'{text}.*"finish_reason":"(stop|length)".*"role":"assistant"', envelopes),
-        ("structured-generate", f"{API}/structured-generate", schema, '"country":"(France|Italy)"', envelopes),
-        ("OpenAI chat", CHAT, v1_chat, '"content":"[^"]', done),
-        ("OpenAI completions", COMPLETIONS, v1_prompt, text, done),
-        ("OpenAI responses", RESPONSES, respond, r'"output":\[.', r'"response\.(completed|incomplete)"[^\n]*\s*$'),
-        ("Anthropic messages", MESSAGES, v1_chat, text, r'"message_stop"[^\n]*\s*$'),
-    )
-    generated = []
-    for name, path, body, complete, stream in both:
-        generated.append(Case(name, f"POST {path}", complete, body))
-        generated.append(Case(f"{name}, streamed", f"POST {path}", stream, body | {"stream": True}))
-    return [
-        Case("health", "GET /health", '"status":"ok"'),
-        Case("health, HEAD", "HEAD /health", "^$"),
-        Case("ready", "GET /ready", '"status":"ready"'),
-        Case("engines", f"GET {API}/engines", '"reachable":true'),
-        Case("models", f"GET {API}/models", r'"data":\[.*"name":"'),
-        *generated,
-        Case("OpenAI models", "GET /v1/models", '"id":"'),
-        Case("OpenAI model", f"GET /v1/models/{urllib.parse.quote(model)}", model_id),
-        Case("OpenAI embeddings", f"POST {EMBEDDINGS}", '"embedding":.', embed),
-        Case("rerank", f"POST {RERANK}", r'"results":\[(.*"index":){2}', V1_EXAMPLES[RERANK] | named),
-        Case("tokenize", f"POST {TOKENIZE}", '"count":[1-9]', V1_EXAMPLES[TOKENIZE] | named),
-        Case("detokenize", f"POST {DETOKENIZE}", '"prompt":"[^"]', V1_EXAMPLES[DETOKENIZE] | named),
-        Case("Anthropic count_tokens", f"POST {COUNT_TOKENS}", '"input_tokens":[1-9]', count),
-        Case("metrics", "GET /metrics", "."),
-        Case("Swagger UI", "GET /docs", "(?i)swagger"),
-        Case("ReDoc", "GET /redoc", "(?i)redoc"),
-        Case("OpenAPI", "GET /openapi.json", f'"{API}/chat"'),
-        Case("chat page", "GET /ui", "<html"),
-    ]
-
-
-def _bad_cases(model: str, asks_for_key: bool) -> list[Case]:
-    models, none, wrong = f"GET {API}/models", {"Authorization": ""}, {"Authorization": "Bearer wrong"}
-    access = [Case("no key (the server asks for none)", models, headers=none)]
-    if asks_for_key:
-        access = [
-            Case("no key, public route", "GET /health", headers=none),
-            Case("no key", models, 401, headers=none),
-            Case("wrong key", models, 401, headers=wrong),
-            Case("OpenAI models, wrong key", "GET /v1/models", 401, headers=wrong),
-        ]
-    prompt = {"prompt": "hello", "max_tokens": 4}
-    chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
-    return [
-        Case("no prompt", f"POST {API}/generate", 400, {"max_tokens": 4}),
-        Case("max_tokens: true", f"POST {API}/generate", 400, prompt | {"max_tokens": True}),
-        Case("temperature: 3", f"POST {API}/chat", 400, chat | {"temperature": 3}),
-        Case("unknown field", f"POST {API}/chat", 400, chat | {"max_token": 4}),
-        Case("unknown engine", f"POST {API}/chat", 400, chat | {"engine_type": "olama"}),
-        Case("unknown type in schema", f"POST {API}/structured-generate", 400, prompt | {"schema": {"a": "strin"}}),
-        Case("unknown route", f"GET {API}/nope", 404),
-        Case("wrong method", f"GET {API}/chat", 405),
-        Case("OpenAI chat, temperature 3", f"POST {CHAT}", 400, chat | {"model": model, "temperature": 3}),
-        Case("OpenAI chat, unknown model", f"POST {CHAT}", 404, chat | {"model": "no-such-model"}),
-        Case("OpenAI model, unknown", "GET /v1/models/no-such-model", 404),
-        Case("OpenAI responses, no input", f"POST {RESPONSES}", 400, {"model": model}),
-        Case("Anthropic messages, no messages", f"POST {MESSAGES}", 400, {"model": model, "max_tokens": 4}),
-        *access,
-    ]
-# fmt: on
 
 
 # Serving

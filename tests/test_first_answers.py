@@ -37,11 +37,10 @@ def in_readme(half: str) -> Iterator[Use]:
 
 
 def in_docs() -> Iterator[Use]:
-    for example in product.EXAMPLES.values():
-        yield from uses(example)
-    for path, example in product.V1_EXAMPLES.items():
-        if path in (product.CHAT, product.COMPLETIONS, product.RESPONSES, product.MESSAGES):
-            yield from uses(example)
+    asked = (product.CHAT, product.COMPLETIONS, product.RESPONSES, product.MESSAGES)
+    for path, operation in product.OPERATIONS.items():
+        if path in asked or path.startswith(product.API):
+            yield from uses(operation.example)
 
 
 def in_page() -> Iterator[Use]:

@@ -151,8 +151,7 @@ def test_api_test_asks_every_documented_route() -> None:
     with Stand("vllm") as stand:
         paths = httpx.get(stand.url + "/openapi.json", trust_env=False).json()["paths"]
     documented = {f"{method.upper()} {path}" for path, each in paths.items() for method in each}
-    cases = product._good_cases(product.Settings(), "vllm/m")
-    asked = {re.sub(r"^(GET /v1/models/).*", r"\1{name}", case.request) for case in cases}
+    asked = {case.request.replace("MODEL", "{name}") for case in product.CASES if isinstance(case.right, str)}
     assert {re.sub(r"\{\w+(:path)?\}", "{name}", route) for route in documented} - asked == set()
 
 

@@ -44,7 +44,7 @@ def test_an_example_runs_from_the_page(tmp_path: Path) -> None:
             click(page, css)
         page.wait(lambda: '"msg": "success"' in page.text(".live-responses-table"))
         shot(page, tmp_path, "docs-executed")
-        assert stand.engine.body["messages"][-1]["content"] == product.EXAMPLES[product.GenerateBody]["prompt"]
+        assert stand.engine.body["messages"][-1]["content"] == product.FIRST_PROMPT
         assert page.errors() == []
 
 
