@@ -109,6 +109,7 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:
     import argparse
 
+    from fastapi import FastAPI
     from requests import Response, Session
 
 T = TypeVar("T")
@@ -10640,14 +10641,19 @@ def route_hint(path: str) -> str:
     return did_you_mean(path, known, "see /docs", cutoff=0.75)
 
 
-def add_server_routes(app: Any, gateway: Gateway) -> None:
+def add_server_routes(app: "FastAPI", gateway: Gateway) -> None:
     """/health, /ready, /metrics and the chat page."""
     from fastapi import Response
     from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
+    from starlette import routing
 
+    @app.head("/health", include_in_schema=False)
+    @app.get("/health", tags=["server"], summary="Liveness")
     async def health() -> Response:
         return JSONResponse({"status": "ok", "version": __version__}, headers={"x-llm-inference": INSTANCE})
 
+    @app.head("/ready", include_in_schema=False)
+    @app.get("/ready", tags=["server"], summary="Readiness: 200 or 503, with why")
     async def ready() -> Response:
         state = gateway.status()
         found: dict[str, Any] = {"status": state, "engine_type": gateway.default.engine_type}
@@ -10658,33 +10664,23 @@ def add_server_routes(app: Any, gateway: Gateway) -> None:
             found["starting"] = {e.name: e.progress for e in fleet.endpoints if e.progress}
         return JSONResponse(found, 200 if state == "ready" else 503)
 
+    summary = "Prometheus: requests, latency, first token, tokens, errors by kind"
+
+    @app.get("/metrics", tags=["server"], summary=summary)
     async def metrics() -> Response:
         if gateway.metrics is None:
             raise NotFound("/metrics needs prometheus-client", "pip install prometheus-client")
         page, content_type = gateway.metrics.page()
         return Response(page, media_type=content_type)
 
-    chat_page = CHAT_PAGE.replace("python llm_inference.py --serve", command("--serve"))
-
-    async def page() -> Response:
-        policies = {"content-security-policy": PAGE_POLICY, "referrer-policy": "no-referrer"}
-        return HTMLResponse(chat_page, headers={"cache-control": "no-cache", **policies})
-
-    async def root() -> Response:
-        return RedirectResponse("ui")
-
-    async def favicon() -> Response:
-        return Response(FAVICON, media_type="image/svg+xml")
-
-    both = ["GET", "HEAD"]
-    app.add_api_route("/health", health, methods=["GET"], tags=["server"], summary="Liveness")
-    app.add_api_route("/ready", ready, methods=["GET"], tags=["server"], summary="Readiness: 200 or 503, with why")
-    summary = "Prometheus: requests, latency, first token, tokens, errors by kind"
-    app.add_api_route("/metrics", metrics, methods=["GET"], tags=["server"], summary=summary)
-    for path, answer in (("/health", health), ("/ready", ready)):
-        app.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
-    for path, answer in (("/ui", page), ("/", root), ("/favicon.ico", favicon)):
-        app.add_api_route(path, answer, methods=both, include_in_schema=False)
+    policies = {"content-security-policy": PAGE_POLICY, "referrer-policy": "no-referrer"}
+    page = HTMLResponse(
+        CHAT_PAGE.replace("python llm_inference.py --serve", command("--serve")),
+        headers={"cache-control": "no-cache", **policies},
+    )
+    favicon = Response(FAVICON, media_type="image/svg+xml")
+    for path, response in (("/ui", page), ("/", RedirectResponse("ui")), ("/favicon.ico", favicon)):
+        app.router.routes.append(routing.Route(path, response, methods=["GET"]))
 
 
 SPLICE = "llm_inference.splice"  #: our extension of ASGI's scope: `LimitsMixin.splice` for this request
