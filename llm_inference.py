@@ -77,6 +77,7 @@ from collections.abc import (
     Iterator,
     Mapping,
     Sequence,
+    Set,
 )
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -1141,8 +1142,6 @@ def constraints_in(body: dict[str, Any]) -> Iterator[str]:
 
 def _check_schemas(body: dict[str, Any]) -> None:
     schema = answer_schema(body)
-    if schema or body.get("tools"):
-        _refuse_reversed([schema, body.get("tools")])
     if schema is not None:
         try:
             check_limits(schema)
@@ -1150,41 +1149,21 @@ def _check_schemas(body: dict[str, Any]) -> None:
             exc.param = exc.param or "schema"
             raise
     forced = body.get("tool_choice") not in (None, "auto", "none")
-    for function in map(function_of, body.get("tools") or ()):
-        if not isinstance(function.get("parameters"), dict):
-            continue
-        if forced or function.get("strict"):
-            check_limits(function["parameters"])
-        else:  # merely offered: passed on
-            check_tool_schema(function["parameters"])
+    for tool in body.get("tools") or ():
+        check_limits(function_of(tool).get("parameters") or {}, strict=forced or is_strict(tool))
     if isinstance(body.get("grammar"), str):
-        _refuse_reversed_counts(_IN_GRAMMAR.sub("", body["grammar"]), "grammar")
+        _refuse_reversed(_IN_GRAMMAR.sub("", body["grammar"]), "grammar")
     if isinstance(body.get("regex"), str):
         full_matcher(body["regex"])
 
 
-#: pairs of keywords, the lower bound first; llama.cpp repeats what has a larger lower one until memory is full
-_BOUNDS = (("minLength", "maxLength"), ("minItems", "maxItems"), ("minimum", "maximum"))
 _CLASS = r"\[(?:[^]\\]|\\.)*\]"
 _IN_PATTERN: Final = re.compile(rf"\\.|{_CLASS}", re.DOTALL)
 _IN_GRAMMAR: Final = re.compile(rf'#[^\n]*|"(?:[^"\\]|\\.)*"|{_CLASS}', re.DOTALL)
 _COUNTS: Final = re.compile(r"\{\s*(\d{1,20})\s*,\s*(\d{1,20})\s*\}")
 
 
-def _refuse_reversed(value: Any) -> None:
-    """Raises InvalidRequest for bounds that nothing fits, in an answer's schema or a tool's."""
-    for node in itertools.chain.from_iterable(_layers(value)):
-        if not isinstance(node, dict):
-            continue
-        for low, high in _BOUNDS:
-            least, most = node.get(low), node.get(high)
-            if isinstance(least, (int, float)) and isinstance(most, (int, float)) and least > most:
-                raise InvalidRequest(f"schema: its {low} is greater than its {high}", "correct one of them")
-        if isinstance(node.get("pattern"), str):
-            _refuse_reversed_counts(_IN_PATTERN.sub("", node["pattern"]), "schema: pattern")
-
-
-def _refuse_reversed_counts(text: str, field: str) -> None:
+def _refuse_reversed(text: str, field: str) -> None:
     for low, high in _COUNTS.findall(text):
         if int(low) > int(high):
             raise InvalidRequest(f"{field}: the count {{{low},{high}}}", "write the smaller number first")
@@ -1406,35 +1385,19 @@ def _not_a_type(value: Any, where: str) -> InvalidRequest:
 
 
 # Limits ------------------------------------------------------------------------------------------
-def check_limits(schema: dict[str, Any]) -> None:
-    """Refuse a schema that an answer must fit and that cannot be checked, or not at a bounded cost.
+def check_limits(schema: dict[str, Any], *, strict: bool = True) -> None:
+    """Refuse a schema that cannot be checked, or not at a bounded cost.
 
     Raises InvalidRequest (too large, too deep, a reference that leaves it, an invalid value of a keyword, a pattern
-    that is no linear-time one) and UnsupportedFeature (a keyword that would constrain and is not checked).
+    that is no linear-time one) and UnsupportedFeature (a keyword that would constrain and is not checked). Not
+    `strict`: a tool's that is only offered; size, depth and references have their limits, the rest is the engine's.
     """
     _check_size(schema)
-    _ExpandedSize(schema, strict=True)
-    _refuse_circular(schema)
-    SchemaCheck(schema)
-
-
-def _refuse_circular(root: Any) -> None:
-    node, seen = root, set()
-    while isinstance(node, dict) and isinstance(node.get("$ref"), str):
-        if node["$ref"] in seen:
-            raise InvalidRequest("schema: a $ref leads only to itself", "refer to a schema that says something")
-        seen.add(node["$ref"])
-        node = resolve_ref(root, node["$ref"])
-
-
-def check_tool_schema(schema: dict[str, Any]) -> None:
-    """The limits of size, depth and references for a tool that is only offered; what it says is left to the engine."""
-    _check_size(schema)
-    _ExpandedSize(schema, strict=False)
+    (SchemaCheck if strict else _Rewriter)(schema, strict=strict)
 
 
 def _check_size(schema: Any) -> None:
-    """Size, depth (walks through it must not exhaust Python's stack), and where references lead."""
+    """Size, depth (walks through it must not exhaust Python's stack), and what no object in it may say."""
     try:
         size = len(json.dumps(schema, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as exc:
@@ -1445,70 +1408,27 @@ def _check_size(schema: Any) -> None:
         if depth > 3 * MAX_SCHEMA_DEPTH:
             raise InvalidRequest("schema: nested too deep", f"at most {MAX_SCHEMA_DEPTH} levels")
         for node in layer:  # wherever it stands: an engine may look where we do not
-            if not isinstance(node, dict):
-                continue
-            if isinstance(node.get("$ref"), str) and not node["$ref"].startswith("#"):
-                hint = "put its target under $defs and refer to #/$defs/…"
-                raise InvalidRequest("schema: a $ref points outside it", hint)
-            if isinstance(node.get("$id"), str) and node is not schema:
-                raise UnsupportedFeature("schema: an $id inside of it", "leave it out and refer to #/$defs/…")
+            if isinstance(node, dict):
+                _check_object(node, inner=node is not schema)
 
 
-class _ExpandedSize:
-    """Counts a schema's parts with its references expanded. What refers to itself counts once, as a rule does."""
+_SIZES = ("minLength", "maxLength", "minItems", "maxItems")
+#: pairs of keywords, the lower bound first; llama.cpp repeats what has a larger lower one until memory is full
+_BOUNDS = (_SIZES[:2], _SIZES[2:], ("minimum", "maximum"))
 
-    def __init__(self, root: dict[str, Any], *, strict: bool) -> None:
-        self.root, self.strict, self.size = root, strict, 0
-        self.recursive: set[str] = set()
-        self.patterns: set[str] = set()
-        self._count(root, (), 0, 0)
-        if sum(map(pattern_cost, self.patterns)) > MAX_PATTERN_COST // 2:
-            raise InvalidRequest("schema: its patterns are too complex together", "fewer or shorter patterns")
 
-    def _count(self, node: Any, path: tuple[str, ...], level: int, depth: int) -> None:
-        """`path` are the references that led here, `level` counts from the last of them."""
-        if not isinstance(node, (bool, dict)):
-            raise InvalidRequest("schema: a part of it is no schema", "a schema is an object, true or false")
-        self.size += 1
-        if self.size > MAX_SCHEMA_NODES or level > MAX_SCHEMA_DEPTH or depth > MAX_EXPANDED_DEPTH:
-            limits = f"at most {MAX_SCHEMA_NODES} parts and {MAX_SCHEMA_DEPTH} levels"
-            raise InvalidRequest("schema: too large or too deep with its references expanded", limits)
-        if isinstance(node, bool):
-            return
-        self._check_keywords(node)
-        if isinstance(node.get("$ref"), str):
-            self._follow(node["$ref"], path, depth)
-        for child in _subschemas(node):
-            self._count(child, path, level + 1, depth + 1)
-
-    def _follow(self, ref: str, path: tuple[str, ...], depth: int) -> None:
-        if ref in path:
-            self.recursive.update(path[path.index(ref) :])
-        if ref in self.recursive:
-            return
-        try:
-            target = resolve_ref(self.root, ref)
-        except InvalidRequest:
-            if self.strict:
-                raise
-            return
-        self._count(target, (*path, ref), 0, depth + 1)
-
-    def _check_keywords(self, node: dict[str, Any]) -> None:
-        kinds = node.get("type", [])
-        for word in kinds if isinstance(kinds, list) else [kinds]:
-            if not _is_type_word(word):
-                raise _not_a_type(word, "schema: type")
-        if not self.strict:
-            return
-        for key, value in node.items():
-            _check_keyword(str(key), value)
-        patterns = set(_of_kind("patternProperties", node.get("patternProperties", {}), dict))
-        if isinstance(node.get("pattern"), str):
-            patterns.add(node["pattern"])
-        for pattern in patterns - self.patterns:
-            matcher(pattern, "schema: pattern")
-        self.patterns |= patterns
+def _check_object(node: dict[str, Any], inner: bool) -> None:
+    """References that leave the schema, and bounds that nothing fits."""
+    if isinstance(node.get("$ref"), str) and not node["$ref"].startswith("#"):
+        raise InvalidRequest("schema: a $ref points outside it", "put its target under $defs and refer to #/$defs/…")
+    if isinstance(node.get("$id"), str) and inner:
+        raise UnsupportedFeature("schema: an $id inside of it", "leave it out and refer to #/$defs/…")
+    for low, high in _BOUNDS:
+        least, most = node.get(low), node.get(high)
+        if isinstance(least, (int, float)) and isinstance(most, (int, float)) and least > most:
+            raise InvalidRequest(f"schema: its {low} is greater than its {high}", "correct one of them")
+    if isinstance(node.get("pattern"), str):
+        _refuse_reversed(_IN_PATTERN.sub("", node["pattern"]), "schema: pattern")
 
 
 def _check_keyword(key: str, value: Any) -> None:
@@ -1522,25 +1442,22 @@ def _check_keyword(key: str, value: Any) -> None:
         raise UnsupportedFeature(reason, hint or "say it with another keyword")
 
 
-def _subschemas(node: dict[str, Any]) -> Iterator[Any]:
-    """The schemas in a schema; definitions are visited where they are referred to."""
-    for key, value in node.items():
-        if key in _SCHEMAS:
-            yield from value if isinstance(value, list) else [value]
-        elif key in _SCHEMA_MAPS:
-            yield from _of_kind(key, value, dict).values()
-        elif key in _SCHEMA_LISTS:
-            yield from _of_kind(key, value, list)
+def _check_patterns(parts: list[dict[str, Any]]) -> None:
+    patterns: set[str] = set()
+    for part in parts:
+        patterns.update(part.get("patternProperties", ()))
+        if isinstance(part.get("pattern"), str):
+            patterns.add(part["pattern"])
+    limit = MAX_PATTERN_COST // 2  # before any is compiled
+    if sum(map(pattern_cost, patterns)) > limit:
+        reason = f"schema: its patterns' lengths and counts come to more than {limit} together"
+        raise InvalidRequest(reason, "send fewer or shorter patterns")
+    for pattern in patterns:
+        matcher(pattern, "schema: pattern")
 
 
-def _of_kind(key: str, value: Any, kind: type) -> Any:
-    if not isinstance(value, kind):
-        raise InvalidRequest(f"schema: {key} has a value that it cannot have", "see json-schema.org")
-    return value
-
-
-def resolve_ref(schema: dict[str, Any], ref: str) -> Any:
-    """The part of the schema that a local JSON pointer (RFC 6901) names. Raises InvalidRequest."""
+def resolve_ref(schema: dict[str, Any], ref: str, strict: bool = True) -> Any:
+    """The part of a schema that a local JSON pointer (RFC 6901) names; if none, InvalidRequest, or else True."""
     start, *steps = ref.split("/")
     node: Any = schema if start == "#" else None
     for step in steps:
@@ -1551,44 +1468,85 @@ def resolve_ref(schema: dict[str, Any], ref: str) -> Any:
             node = node[int(step)]
         else:
             node = None
-    if not isinstance(node, (dict, bool)):
+    if isinstance(node, (dict, bool)):
+        return node
+    if strict:
         raise InvalidRequest(f"schema: $ref {ref[:100]!r} has no target", "define it under $defs")
-    return node
+    return True
+
+
+class _Rewriter:
+    """A copy of a schema without its annotations: `body`, and all that is referred to in `defs`, as r0, r1, ….
+
+    Its parts are counted with references expanded; what refers to itself counts once, as a rule does.
+    `strict`: see `check_limits`; None: of a schema that has passed, nothing is counted again.
+    """
+
+    def __init__(self, root: dict[str, Any], *, strict: bool | None = None) -> None:
+        self.root, self.strict, self.size = root, strict, 0
+        self.counted = strict is not None
+        self.names: dict[str, str] = {}
+        self.defs: dict[str, Any] = {}
+        self.parts: list[dict[str, Any]] = []  #: every object of the copy
+        self.recursive: set[str | None] = set()
+        self.body = self._node(root, (), 0)
+        if strict:
+            _check_patterns(self.parts)
+
+    def _node(self, node: Any, path: tuple[str | None, ...], level: int) -> Any:
+        """`path` are the steps that led here, None for one that is no reference; `level` counts from the last one."""
+        if not isinstance(node, (bool, dict)):
+            raise InvalidRequest("schema: a part of it is no schema", "a schema is an object, true or false")
+        self.size += 1
+        if self.size > MAX_SCHEMA_NODES or level > MAX_SCHEMA_DEPTH or len(path) > MAX_EXPANDED_DEPTH:
+            limits = f"at most {MAX_SCHEMA_NODES} parts and {MAX_SCHEMA_DEPTH} levels"
+            raise InvalidRequest("schema: too large or too deep with its references expanded", limits)
+        if isinstance(node, bool):
+            return node
+        if self.counted:
+            self._check_keywords(node)
+        copy: dict[str, Any] = {}
+        if isinstance(node.get("$ref"), str):  # before the others, so that a circle of references alone is seen
+            copy["$ref"] = self._ref(node["$ref"], path)
+        for key, value in node.items():
+            if key in _VALUES:
+                copy.setdefault(key, value)
+            elif key in _KEYWORDS:
+                inner = functools.partial(self._node, path=(*path, None), level=level + 1)
+                copy[key] = _with_parts(key, value, inner)
+        self.parts.append(copy)
+        return copy
+
+    def _ref(self, ref: str, path: tuple[str | None, ...]) -> str:
+        name = self.names.setdefault(ref, f"r{len(self.names)}")
+        if ref in path:
+            circle = path[path.index(ref) :]
+            if self.strict and None not in circle:
+                raise InvalidRequest("schema: a $ref leads only to itself", "refer to a schema that says something")
+            self.recursive.update(circle)
+        elif name not in self.defs or (self.counted and ref not in self.recursive):
+            self.defs[name] = self._node(resolve_ref(self.root, ref, bool(self.strict)), (*path, ref), 0)
+        return f"#/$defs/{name}"
+
+    def _check_keywords(self, node: dict[str, Any]) -> None:
+        kinds = node.get("type", [])
+        for word in kinds if isinstance(kinds, list) else [kinds]:
+            if not _is_type_word(word):
+                raise _not_a_type(word, "schema: type")
+        for key, value in node.items() if self.strict else ():
+            _check_keyword(str(key), value)
+
+
+def _with_parts(key: str, value: Any, change: Callable[[Any], Any]) -> Any:
+    """A keyword's value with the schemas in it changed; definitions are visited where they are referred to."""
+    if key in _SCHEMAS and not isinstance(value, list):
+        return change(value)
+    if not isinstance(value, dict if key in _SCHEMA_MAPS else list):
+        raise InvalidRequest(f"schema: {key} has a value that it cannot have", "see json-schema.org")
+    return {name: change(part) for name, part in value.items()} if isinstance(value, dict) else list(map(change, value))
 
 
 # The check ---------------------------------------------------------------------------------------
-class _Rewriter:
-    """A copy of a schema without its annotations: `body`, and all that is referred to in `defs`, as r0, r1, …."""
-
-    def __init__(self, root: dict[str, Any]) -> None:
-        self.root = root
-        self.names: dict[str, str] = {}
-        self.defs: dict[str, Any] = {}
-        self.body = self.node(root)
-
-    def ref(self, ref: str) -> str:
-        if ref not in self.names:
-            name = self.names[ref] = f"r{len(self.names)}"
-            self.defs[name] = self.node(resolve_ref(self.root, ref))
-        return f"#/$defs/{self.names[ref]}"
-
-    def node(self, schema: Any) -> Any:
-        if not isinstance(schema, dict):
-            return schema
-        return {key: self._value(key, value) for key, value in schema.items() if key in _KEYWORDS}
-
-    def _value(self, key: str, value: Any) -> Any:
-        if key == "$ref" and isinstance(value, str):
-            return self.ref(value)
-        if key in _SCHEMAS:
-            return self.node(value)
-        if key in _SCHEMA_LISTS and isinstance(value, list):
-            return list(map(self.node, value))
-        if key in _SCHEMA_MAPS and isinstance(value, dict):
-            return dict(zip(value, map(self.node, value.values()), strict=True))
-        return value
-
-
 class _Steps:
     """The keyword x-steps: spends so many steps, and fails when none are left."""
 
@@ -1609,13 +1567,20 @@ class SchemaCheck:
     Raises InvalidRequest for a schema that is invalid, UnsupportedFeature where jsonschema-rs is needed and missing.
     """
 
-    def __init__(self, schema: dict[str, Any]) -> None:
+    def __init__(self, schema: dict[str, Any], *, strict: bool | None = None) -> None:
         self.steps = 0
-        self._schema = _Rewriter(schema)
+        self._schema = _Rewriter(schema, strict=strict)
         self._defs = {}
         for name, part in self._schema.defs.items():  # behind a keyword that counts: its size in units of 50 bytes
             self._defs[name] = {"allOf": [{"x-steps": 1 + len(json.dumps(part)) // 50}, part]}
         self._checks: dict[int, tuple[Any, Callable[[Any], bool]]] = {}
+        try:
+            import jsonschema_rs
+
+            self._library: Any = jsonschema_rs
+        except ImportError:
+            self._library = None
+            _refuse_beyond_simple(self._schema.parts)
         self._fits(self._schema.body, None)
 
     def __call__(self, value: Any) -> None:
@@ -1640,20 +1605,29 @@ class SchemaCheck:
             return False
 
     def _compile(self, part: Any) -> Callable[[Any], bool]:
-        try:
-            import jsonschema_rs
-        except ImportError:
-            _refuse_beyond_simple([part, *self._schema.defs.values()])
-            return functools.partial(_fits_simple, part, self._schema.defs)
+        library = self._library
+        if library is None:
+            return functools.partial(self._fits_simple, part)
         schema = {**part, "$defs": self._defs} if isinstance(part, dict) else part
-        options: dict[str, Any] = {"pattern_options": jsonschema_rs.RegexOptions(), "validate_formats": True}
+        options: dict[str, Any] = {"pattern_options": library.RegexOptions(), "validate_formats": True}
         options["keywords"] = {"x-steps": functools.partial(_Steps, self)}
         try:
-            check = jsonschema_rs.Draft202012Validator(schema, offline=True, **options)
-        except (jsonschema_rs.ValidationError, ValueError) as exc:
+            check: Callable[[Any], bool] = library.Draft202012Validator(schema, offline=True, **options).is_valid
+        except (library.ValidationError, ValueError) as exc:
             place = ".".join(map(str, getattr(exc, "instance_path", ())))[-100:]
             raise InvalidRequest(f"schema: invalid at {place or 'its top'}", "see json-schema.org") from None
-        return check.is_valid
+        return check
+
+    def _fits_simple(self, schema: Any, value: Any) -> bool:
+        """Without jsonschema-rs."""
+        self.steps += 5
+        if self.steps > MAX_CHECK_STEPS:
+            raise ValueError("too many steps")
+        if not isinstance(schema, dict):
+            return bool(schema)
+        if not all(_SIMPLE[key][1](wanted, value) for key, wanted in schema.items()):
+            return False
+        return all(self._fits_simple(part, item) for part, item, _ in self._children(schema, value))
 
     def _misfit(self, value: Any) -> str:
         part, at = self._schema.body, "$"
@@ -1711,57 +1685,12 @@ def _layers(value: Any) -> Iterator[list[Any]]:
 
 
 # Without jsonschema-rs: the short form and plain schemas.
-_SIZES: dict[str, Any] = {"minLength": str, "maxLength": str, "minItems": list, "maxItems": list}
-_SIMPLE: dict[str, Any] = dict.fromkeys(_SIZES, int) | {
-    "$ref": str, "type": (str, list), "properties": dict, "required": list, "additionalProperties": (bool, dict),
-    "items": (bool, dict), "enum": list, "const": object,
-}  # fmt: skip
-
-
-def _is_of_type(kind: str, value: Any) -> bool:
+def _is_of_type(kinds: str | list[str], value: Any) -> bool:
     if isinstance(value, bool):
-        return kind == "boolean"
-    if kind == "integer" and isinstance(value, float):
-        return value.is_integer()
-    return isinstance(value, _PYTHON_TYPES[kind])
-
-
-def _refuse_beyond_simple(parts: list[Any]) -> None:
-    for part in parts:
-        if not isinstance(part, dict):
-            continue
-        for key, value in part.items():
-            if key not in _SIMPLE:
-                raise UnsupportedFeature(f"schema: checking {key} needs jsonschema-rs", "pip install jsonschema-rs")
-            names = value if key == "required" and isinstance(value, list) else ()
-            if not isinstance(value, _SIMPLE[key]) or not all(isinstance(name, str) for name in names):
-                raise InvalidRequest(f"schema: invalid value of {key}", "see json-schema.org")
-        _refuse_beyond_simple(list(_subschemas(part)))
-
-
-def _fits_simple(schema: Any, defs: dict[str, Any], value: Any) -> bool:
-    if isinstance(schema, bool):
-        return schema
-    if "$ref" in schema and not _fits_simple(defs[schema["$ref"].rpartition("/")[2]], defs, value):
-        return False
-    kinds = schema.get("type", TYPES)
-    if not any(_is_of_type(kind, value) for kind in ([kinds] if isinstance(kinds, str) else kinds)):
-        return False
-    for key, kind in _SIZES.items():
-        if key in schema and isinstance(value, kind):
-            excess = len(value) - schema[key]
-            if excess and (excess > 0) == key.startswith("max"):
-                return False
-    if "enum" in schema and _canonical(value) not in map(_canonical, schema["enum"]):
-        return False
-    if "const" in schema and _canonical(value) != _canonical(schema["const"]):
-        return False
-    if isinstance(value, dict):
-        named, others = schema.get("properties", {}), schema.get("additionalProperties", True)
-        if not value.keys() >= set(schema.get("required", ())):
-            return False
-        return all(_fits_simple(named.get(name, others), defs, item) for name, item in value.items())
-    return not isinstance(value, list) or all(_fits_simple(schema.get("items", True), defs, item) for item in value)
+        return "boolean" in kinds
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return any(isinstance(value, _PYTHON_TYPES[kind]) for kind in ([kinds] if isinstance(kinds, str) else kinds))
 
 
 def _canonical(value: Any) -> str:
@@ -1769,6 +1698,38 @@ def _canonical(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return json.dumps(value, sort_keys=True)
+
+
+def _in_parts(_wanted: Any, _value: Any) -> bool:
+    """What a keyword with schemas in it says, its parts say: see `_children`."""
+    return True
+
+
+#: keyword → the Python type of its value, and whether that lets a JSON value through
+_SIMPLE: dict[str, tuple[Any, Callable[[Any, Any], bool]]] = {
+    "$ref": (str, _in_parts),
+    "allOf": (list, _in_parts),
+    "properties": (dict, _in_parts),
+    "additionalProperties": ((bool, dict), _in_parts),
+    "items": ((bool, dict), _in_parts),
+    "type": ((str, list), _is_of_type),
+    "required": (list, lambda names, value: not isinstance(value, dict) or set(names) <= value.keys()),
+    "enum": (list, lambda options, value: _canonical(value) in map(_canonical, options)),
+    "const": (object, lambda wanted, value: _canonical(value) == _canonical(wanted)),
+    "minLength": (int, lambda least, value: not isinstance(value, str) or len(value) >= least),
+    "maxLength": (int, lambda most, value: not isinstance(value, str) or len(value) <= most),
+    "minItems": (int, lambda least, value: not isinstance(value, list) or len(value) >= least),
+    "maxItems": (int, lambda most, value: not isinstance(value, list) or len(value) <= most),
+}
+
+
+def _refuse_beyond_simple(parts: list[dict[str, Any]]) -> None:
+    for key, value in itertools.chain.from_iterable(map(dict.items, parts)):
+        if key not in _SIMPLE:
+            raise UnsupportedFeature(f"schema: checking {key} needs jsonschema-rs", "pip install jsonschema-rs")
+        names = value if key == "required" and isinstance(value, list) else ()
+        if not isinstance(value, _SIMPLE[key][0]) or not all(isinstance(name, str) for name in names):
+            raise InvalidRequest(f"schema: invalid value of {key}", "see json-schema.org")
 
 
 # Regular expressions -----------------------------------------------------------------------------
@@ -1977,27 +1938,28 @@ _ENFORCED_KEYS = {"type"}.union(*_ENFORCED.values())
 _LEFT_OUT = _KEYWORDS - _ENFORCED_KEYS - {"$ref", "anyOf", "enum", "const"} | {"format"}
 
 
-class _GrammarCheck(_Rewriter):
-    """Does such a grammar say all of a schema? One keyword is read where another stands beside it."""
-
-    exact = True
-
-    def node(self, schema: Any) -> Any:
-        keys = schema.keys() & _KEYWORDS if isinstance(schema, dict) else set()
-        crowded = bool(keys & {"anyOf", "$ref"}) and len(keys) > 1
-        crowded |= "pattern" in keys and len(keys - {"type"}) > 1
-        self.exact &= not crowded and not keys & _LEFT_OUT
-        return super().node(schema)
+def expressible(schema: dict[str, Any], left_out: Set[str] = _LEFT_OUT) -> bool:
+    """Do such grammars express all of a schema? One keyword is read where another stands beside it."""
+    for part in _Rewriter(schema).parts:
+        keys = part.keys()
+        if keys & left_out or (len(keys) > 1 and keys & {"anyOf", "$ref"}):
+            return False
+        if "pattern" in keys and len(keys - {"type"}) > 1:
+            return False
+    return True
 
 
-class _LlamaCppSchema(_Rewriter):
-    exact = True
+class _LlamaCppSchema:
+    def __init__(self, schema: dict[str, Any]) -> None:
+        self.exact = True
+        self.defs: dict[str, Any] = {}
+        self._source = _Rewriter(schema)
+        self.body = self.node(self._source.body)
 
-    def node(self, schema: Any) -> Any:
-        if not isinstance(schema, dict):
-            self.exact &= schema is True
+    def node(self, parts: Any) -> Any:
+        if not isinstance(parts, dict):
+            self.exact &= parts is True
             return {}
-        parts = {key: value for key, value in schema.items() if key in _KEYWORDS}
         for key in ("$ref", "allOf", "anyOf", "oneOf"):
             if key in parts and not parts.keys() & _ENFORCED["object"]:
                 self.exact &= len(parts) == 1
@@ -2011,7 +1973,11 @@ class _LlamaCppSchema(_Rewriter):
     def _combined(self, key: str, value: Any) -> dict[str, Any]:
         """A grammar cannot say "exactly one" or "both"."""
         if key == "$ref":
-            return {"$ref": self.ref(value)}
+            name = value.rpartition("/")[2]
+            if name not in self.defs:
+                self.defs[name] = {}  # which it may refer to
+                self.defs[name] = self.node(self._source.defs[name])
+            return {"$ref": value}
         if key == "allOf":
             self.exact &= len(value) == 1
             return dict(self.node(value[0]))
@@ -5203,7 +5169,7 @@ class OpenAIAdapter(HTTPAdapter):
     def _hold_to(self, schema: dict[str, Any], request: GenerateRequest) -> dict[str, Any]:
         if schema == ANY_OBJECT:
             return {"response_format": {"type": "json_object"}}
-        request.served.enforced = _GrammarCheck(schema).exact
+        request.served.enforced = expressible(schema)
         form = {"name": "answer", "schema": schema, "strict": True}
         return {"response_format": {"type": "json_schema", "json_schema": form}}
 
@@ -5877,7 +5843,7 @@ class OllamaTranslator(HTTPAdapter):
         elif schema is not None:
             wire["format"] = schema
             if "schema" in body:  # its grammars also read patterns loosely
-                request.served.enforced = _GrammarCheck(schema).exact and '"pattern"' not in json.dumps(schema)
+                request.served.enforced = expressible(schema, _LEFT_OUT | {"pattern"})
         elif "choice" in body:
             wire["format"] = {"type": "string", "enum": body["choice"]}
         think = self._thinking(request, body)

@@ -29,7 +29,6 @@ from llm_inference import (
     SchemaCheck,
     UnsupportedFeature,
     check_limits,
-    check_tool_schema,
     full_matcher,
     llamacpp_regex,
     llamacpp_schema,
@@ -37,6 +36,8 @@ from llm_inference import (
     normalize_schema,
 )
 from tests.fake_engine import FakeEngine
+
+check_tool_schema = functools.partial(check_limits, strict=False)
 
 
 def fits(schema: Any, value: Any) -> bool:
@@ -311,13 +312,13 @@ def some_schema(rng: random.Random, depth: int = 0) -> Any:
         "items": child,
         "prefixItems": lambda: [child(), child()],
         "minItems": lambda: rng.randrange(3),
-        "maxItems": lambda: rng.randrange(3),
+        "maxItems": lambda: rng.randrange(2, 4),
         "uniqueItems": lambda: rng.choice([True, False]),
         "minLength": lambda: rng.randrange(3),
-        "maxLength": lambda: rng.randrange(3),
+        "maxLength": lambda: rng.randrange(2, 4),
         "pattern": lambda: rng.choice(["^a", "b$", "[0-9]", "^.{2}$"]),
         "minimum": lambda: rng.choice([0, 1, 1.5]),
-        "maximum": lambda: rng.choice([0, 2, 2.5]),
+        "maximum": lambda: rng.choice([1.5, 2, 2.5]),
         "exclusiveMinimum": lambda: rng.choice([0, 1]),
         "exclusiveMaximum": lambda: rng.choice([2, 3]),
         "multipleOf": lambda: rng.choice([1, 2, 0.5]),
@@ -440,6 +441,7 @@ HOSTILE: dict[str, Callable[[], Any]] = {
     "bad pattern": lambda: {"type": "string", "pattern": "("},
     "huge repeat": lambda: {"type": "string", "pattern": "(((a{1000}){1000}){1000})"},
     "long pattern": lambda: {"type": "string", "pattern": "a" * 5000},
+    "many costly patterns": lambda: {"anyOf": [{"pattern": rf"\p{{L}}{{{n}}}"} for n in range(40, 540)]},
     "hostile property pattern": lambda: {"type": "object", "patternProperties": {"(": True}},
 }
 
@@ -807,12 +809,37 @@ def test_an_invalid_value_of_a_keyword_is_refused_without_jsonschema_rs(
     assert refused.value.code == 400
 
 
-def test_a_reference_to_itself_ends_without_jsonschema_rs(monkeypatch: pytest.MonkeyPatch) -> None:
+CIRCLES: list[Any] = [
+    {"$ref": "#"},
+    {"properties": {"a": {"$ref": "#/properties/a"}}},
+    {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+    {"items": {"$ref": "#/$defs/a"}, "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/%61"}}},
+    {
+        "allOf": [{"$ref": "#/$defs/a"}],
+        "$defs": {"a": {"items": {"$ref": "#/$defs/a"}, "$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}},
+    },
+]
+
+
+@pytest.mark.parametrize("schema", CIRCLES, ids=range(len(CIRCLES)))
+@pytest.mark.parametrize("library", [True, False])
+def test_a_circle_of_references_alone_is_refused(schema: Any, library: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not library:
+        monkeypatch.setitem(sys.modules, "jsonschema_rs", None)
+    with pytest.raises(InvalidRequest, match="leads only to itself"):
+        check_limits(schema)
+    check_tool_schema(schema)
+    check = SchemaCheck(schema)  # of a tool that is merely offered: it ends
+    for value in (1, [1], {"a": 1}):
+        passes(check, value)
+
+
+def test_a_check_without_jsonschema_rs_has_a_budget_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jsonschema_rs", None)
-    schema = {"properties": {"a": {"$ref": "#/properties/a"}}}
+    schema = {"$ref": "#/$defs/a", "items": {"$ref": "#"}, "$defs": {"a": {"items": {"$ref": "#"}}}}
     check_limits(schema)
-    with pytest.raises(ValueError, match="does not fit"):
-        SchemaCheck(schema)({"a": 1})
+    with bounded_cpu(), pytest.raises(ValueError, match="too many steps"):
+        SchemaCheck(schema)(deep(190, lambda v: [v]))
 
 
 # Tools that are only offered ---------------------------------------------------------------------

@@ -42,7 +42,7 @@ GUARDS: dict[str, Guard] = {
         "model name",
     ),
     "references are expanded and counted": Guard(
-        "        self._count(target, (*path, ref), 0, depth + 1)", "        pass", "hostile_bodies", "laddered"
+        "(self.counted and ref not in self.recursive)", "False", "hostile_bodies", "laddered"
     ),
     "a relayed schema is looked at": Guard(
         "    if schema is not None:\n        try:\n            check_limits",
