@@ -6478,6 +6478,8 @@ class Router(Balancer):
                 if endpoint.on_request and not endpoint.running:
                     return [([endpoint], None)]
                 model = await endpoint.adapter.model_for(None)
+                if endpoint.only and model not in endpoint.only:
+                    model = next(iter(await endpoint.models()), model)
             except InferenceError as exc:
                 error = error or exc
                 endpoint.failed(exc)

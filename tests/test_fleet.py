@@ -304,6 +304,18 @@ def test_without_a_name_the_first_endpoints_model_answers(fake: Make) -> None:
     assert not two.asked
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_without_a_name_the_first_of_those_to_serve_answers(more: int, fake: Make) -> None:
+    """The engine's own first model is not among `models`."""
+    engine = fake("ollama", model="a:latest")
+    engine.models.append("b:latest")
+    configs = [attached(engine, models=["b:latest"]), *(attached(fake("vllm", model="c")) for _ in range(more))]
+    with Site(*configs) as site:
+        until(lambda: site.client.get("/ready").status_code == 200)
+        assert good(site.generate())["model_name"] == "b:latest"
+        refused(site.generate(model_name="a:latest"), "model_not_found")
+
+
 def test_a_bare_name_on_several_endpoints_is_a_replica_set(fake: Make) -> None:
     """Even of different engines: it is no ambiguity."""
     engines = [fake("vllm"), fake("sglang"), fake("llamacpp")]
