@@ -6179,7 +6179,7 @@ class Endpoint:
         group: str = "",
     ) -> None:
         self.adapter, self.name, self.slots = adapter, name or adapter.engine_type, slots
-        self.only = frozenset(models)  #: serve these alone; empty: all
+        self.only = dict.fromkeys(models)  #: serve these alone; empty: all
         self.on_request, self.stop_after, self.group = on_request, stop_after, group
         self.in_flight = 0
         self.failures = 0  #: outages in a row
@@ -7029,6 +7029,12 @@ class EngineChoice:
     def engine_type(self) -> str:
         """The engine's name (the first one's of a fleet); "auto" until the first verb has found one."""
         return self.fleet.endpoints[0].adapter.engine_type if self.fleet else "auto"
+
+    def candidates(self) -> list[Endpoint]:
+        """The endpoints, or with "auto", until one is found, those of every engine; none is reached."""
+        if self.fleet is not None:
+            return self.fleet.endpoints
+        return [endpoint for name in self.ENGINE_MAP for endpoint in self._fleet_of(name).endpoints]
 
     async def found(self) -> Fleet:
         """The endpoints; with "auto", whichever engine answers first, in ENGINE_MAP's order."""
@@ -11342,12 +11348,12 @@ def self_test(settings: Settings) -> int:
     vLLM and SGLang are attached to and never started here: that takes minutes.
     """
     results = []
-    for endpoint in _endpoints_of(settings):
-        progress = Progress(f"asking {endpoint.name}")
+    for endpoint in settings.inferencer().candidates():
+        progress, engine_type = Progress(f"asking {endpoint.name}"), endpoint.adapter.engine_type
         progress.show()
-        result = dict[str, Any](name=endpoint.name, engine_type=endpoint.engine, ok=False, question=FIRST_PROMPT)
+        result = dict[str, Any](name=endpoint.name, engine_type=engine_type, ok=False, question=FIRST_PROMPT)
         try:
-            result |= _answer_of(settings, endpoint)
+            result |= _answer_of(endpoint)
         except InferenceError as exc:
             result["error"] = str(exc)
         results.append(result)
@@ -11359,26 +11365,12 @@ def self_test(settings: Settings) -> int:
     return int(not any(result["ok"] for result in results))
 
 
-def _endpoints_of(settings: Settings) -> Sequence[EndpointConfig]:
-    """The configured endpoints, else those that `settings` would find."""
-    if settings.endpoints:
-        return settings.endpoints
-    names = list(LLMInferencer.ENGINE_MAP) if settings.engine == "auto" else [settings.engine]
-    known: dict[str, Any] = {"model": settings.model, "api_key": settings.engine_api_key}
-    found = []
-    for engine, url in itertools.product(names, (settings.base_url or "").split(",")):
-        found.append(EndpointConfig(engine=engine, name=engine, base_url=url.strip() or None, **known))
-    return found
-
-
-def _answer_of(settings: Settings, endpoint: EndpointConfig) -> dict[str, Any]:
+def _answer_of(endpoint: Endpoint) -> dict[str, Any]:
     """The answer to the first prompt, streamed, because only a stream shows when the first token came."""
-    inferencer = LLMInferencer(
-        endpoint.engine, endpoint.model, base_url=endpoint.base_url, api_key=endpoint.key(), python=endpoint.python,
-        launch="auto" if endpoint.engine == "llamacpp" else False, launch_args=endpoint.launch_args,
-        launch_env=endpoint.launch_env, deadlines=settings.deadlines)  # fmt: skip
-    with inferencer as llm:
-        engine = portal.call(llm.engine())
+    engine = endpoint.adapter
+    if engine.engine_type != "llamacpp":
+        engine.launch = False
+    with LLMInferencer.from_fleet(Fleet([endpoint])) as llm:
         request = llm.request(FIRST_PROMPT, max_tokens=48, temperature=0.0, on_unsupported="ignore")
         bursts = portal.iterate(llm.bursts(request))
         done = Completion.from_chunks(list(itertools.chain.from_iterable(bursts)))
@@ -11387,7 +11379,7 @@ def _answer_of(settings: Settings, endpoint: EndpointConfig) -> dict[str, Any]:
             raise InferenceError("the answer is empty", "try another model")
         return {
             "ok": True, "how": engine.how, "version": engine.version, "text": text, "usage": done.usage.as_dict(),
-            "model": portal.call(engine.model_for(llm.model_name)), "ttft": done.timing.ttft,
+            "model": request.served.model, "ttft": done.timing.ttft,
             "tokens_per_second": done.timing.tokens_per_second,
         }  # fmt: skip
 
@@ -11653,18 +11645,18 @@ def _print_engine(settings: Settings) -> None:
 def check_config(settings: Settings) -> int:
     """Prints what would be served: endpoints and aliases. Settings that exist are valid."""
     rows = []
-    for endpoint in _endpoints_of(settings):
-        serves = endpoint.base_url or endpoint.model or "the engine's models"
-        if endpoint.models:
-            serves += f" ({', '.join(endpoint.models)})"
-        start = endpoint.start.replace("_", " ")
+    for endpoint in settings.inferencer().candidates():
+        adapter, start = endpoint.adapter, "on request" if endpoint.on_request else "at start"
+        serves = adapter.base_url or endpoint.default_model or "the engine's models"
+        if endpoint.only:
+            serves += f" ({', '.join(endpoint.only)})"
         if endpoint.stop_after:
-            start = f"on request, stopped after {endpoint.stop_after:g} s"
-        if endpoint.base_url:
+            start += f", stopped after {endpoint.stop_after:g} s"
+        if adapter.base_url:
             start = "attached"
         elif not settings.endpoints:
             start = "found, or started"
-        rows.append((endpoint.name, endpoint.engine, serves, start, endpoint.group or "-", str(endpoint.slots)))
+        rows.append((endpoint.name, adapter.engine_type, serves, start, endpoint.group or "-", str(endpoint.slots)))
     print(f"{settings.config or 'The configuration'} is valid.")
     columns = ("endpoint", "engine", "serves", "start", "group", "slots")
     table(f"Served on {settings.host}:{settings.port}", columns, rows)
