@@ -11148,10 +11148,9 @@ def _ray_settings(settings: Settings) -> Settings:
         raise InvalidRequest("Ray Serve starts no engine", "start it yourself, and give its address (--base-url)")
     try:
         with settings.inferencer(launch=False) as llm:
-            engine = portal.call(attachable(portal.call(llm.found()).endpoints[0]))
+            return portal.call(elsewhere(settings, portal.call(llm.found())))
     except InferenceError as exc:
         raise InvalidRequest(f"Ray Serve needs an engine that runs already: {exc.reason}", exc.hint) from exc
-    return dataclasses.replace(settings, engine=engine.engine, base_url=engine.base_url, engine_api_key=engine.api_key)
 
 
 def _ray_deployment(settings: Settings, replicas: int | tuple[int, int]) -> Any:
@@ -11226,7 +11225,7 @@ def sharing(settings: Settings, workers: int) -> Iterator[Settings]:
     """What each worker gets: its part of the limits, and the engines, which this process finds, starts and keeps."""
     with settings.inferencer() as llm, contextlib.ExitStack() as stack:
         fleet, over = portal.call(llm.found()), threading.Event()
-        shared = [portal.call(attachable(endpoint)) for endpoint in fleet.endpoints]
+        shared = portal.call(elsewhere(settings, fleet))
 
         def keep() -> None:
             while not over.wait(1):
@@ -11242,28 +11241,31 @@ def sharing(settings: Settings, workers: int) -> Iterator[Settings]:
         stack.callback(over.set)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="llm-inference-"))
         os.environ |= {"PROMETHEUS_MULTIPROC_DIR": folder, "LLM_INFERENCE_INSTANCE": INSTANCE}
-        where: dict[str, Any] = {"endpoints": tuple(shared)}
-        if not settings.endpoints:
-            one = shared[0]
-            where = {"engine": one.engine, "model": one.model, "base_url": one.base_url, "engine_api_key": one.api_key}
-        yield dataclasses.replace(
-            settings, python=None, launch_args=(), max_in_flight=-(-settings.max_in_flight // workers),
-            queue=-(-settings.queue // workers), **where)  # fmt: skip
+        places, queue = -(-settings.max_in_flight // workers), -(-settings.queue // workers)
+        yield dataclasses.replace(shared, max_in_flight=places, queue=queue)
 
 
-async def attachable(endpoint: Endpoint) -> EndpointConfig:
-    """A running endpoint as another process attaches to it."""
-    adapter = endpoint.adapter
-    assert isinstance(adapter, HTTPAdapter)
-    config: EndpointConfig | None = endpoint.config
-    if config is not None and config.base_url:  # attached: each worker reaches it, or waits for it, by itself
-        return config
-    target = await adapter.connection.reach()
-    address = f"unix:{target.uds}" if target.uds else target.url
-    key = target.headers.get("authorization", "").removeprefix("Bearer ") or None
-    return EndpointConfig(
-        name=endpoint.name, engine=adapter.engine_type, base_url=address, api_key=key,
-        model=await adapter.model_for(None), models=tuple(endpoint.only), slots=endpoint.slots)  # fmt: skip
+async def elsewhere(settings: Settings, fleet: Fleet) -> Settings:
+    """The settings of another process, attached to the engines that were found or started here."""
+    shared = list[EndpointConfig]()
+    for endpoint in fleet.endpoints:
+        adapter, config = endpoint.adapter, endpoint.config
+        assert isinstance(adapter, HTTPAdapter)
+        if config is None or not config.base_url:  # else each process waits for it by itself
+            target = await adapter.connection.reach()
+            address = f"unix:{target.uds}" if target.uds else target.url
+            key = target.headers.get("authorization", "").removeprefix("Bearer ") or None
+            model = await adapter.model_for(None) if target.child else None
+            config = EndpointConfig(
+                name=endpoint.name, engine=adapter.engine_type, base_url=address, api_key=key, model=model,
+                models=tuple(endpoint.only), slots=endpoint.slots)  # fmt: skip
+        shared.append(config)
+    if settings.endpoints:
+        return dataclasses.replace(settings, endpoints=tuple(shared))
+    one, urls = shared[0], ",".join([str(each.base_url) for each in shared])
+    return dataclasses.replace(
+        settings, engine=one.engine, model=one.model or settings.model, base_url=urls, engine_api_key=one.api_key,
+        python=None, launch_args=())  # fmt: skip
 
 
 # 18 Command line ---------------------------------------------------------------------------------

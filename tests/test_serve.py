@@ -895,3 +895,15 @@ def test_the_keeper_starts_nothing_once_it_is_over(monkeypatch: pytest.MonkeyPat
             with product.sharing(settings, 2):
                 until(lambda: len(reached) > 3, 20)
         assert not any(reached)
+
+
+def test_workers_share_all_addresses_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    with FakeEngine("vllm") as one, FakeEngine("vllm") as two:
+        settings = product.Settings(engine="vllm", base_url=f"{one.base_url}, {two.base_url}", engine_api_key="k")
+        with product.sharing(settings, 2) as shared:
+            found = shared.inferencer().candidates()
+    assert [(each.adapter.base_url, each.adapter.api_key) for each in found] == [
+        (one.base_url, "k"),
+        (two.base_url, "k"),
+    ]
