@@ -6338,7 +6338,7 @@ class Endpoint:
             "slots": self.slots,
             "failures": self.failures,
             "error": self.error,
-            "models": sorted(self._listed or self.known_models),
+            "models": list(self._listed or self.known_models),
         }
 
 
@@ -6810,19 +6810,6 @@ class Fleet(Router):
             if len(errors) == len(wanted) or not isinstance(error, InferenceError):
                 raise error
 
-    async def models(self) -> list[tuple[Endpoint, ModelInfo]]:
-        """What the endpoints serve, of those that answer; each raises only for itself."""
-        outcomes = await asyncio.gather(*(endpoint.models() for endpoint in self.endpoints), return_exceptions=True)
-        found = []
-        for endpoint, outcome in zip(self.endpoints, outcomes, strict=True):
-            if isinstance(outcome, InferenceError):
-                continue
-            if isinstance(outcome, BaseException):
-                raise outcome
-            for model in outcome.values():
-                found.append((endpoint, model))
-        return found
-
     async def stop_idle(self) -> None:
         """Stop the endpoints that have had no request for their `stop_after` seconds."""
         now = time.monotonic()
@@ -6838,6 +6825,20 @@ class Fleet(Router):
         for served in tuple(self._at_work):
             served.closed = True
         await asyncio.gather(*(endpoint.adapter.close() for endpoint in self.endpoints))
+
+
+async def models_of(endpoints: Sequence[Endpoint]) -> list[tuple[Endpoint, ModelInfo]]:
+    """What the endpoints serve, of those that answer; each raises only for itself."""
+    outcomes = await asyncio.gather(*(endpoint.models() for endpoint in endpoints), return_exceptions=True)
+    found = []
+    for endpoint, outcome in zip(endpoints, outcomes, strict=True):
+        if isinstance(outcome, InferenceError):
+            continue
+        if isinstance(outcome, BaseException):
+            raise outcome
+        for model in outcome.values():
+            found.append((endpoint, model))
+    return found
 
 
 def with_model(body: dict[str, Any], model: str | None) -> dict[str, Any]:
@@ -7252,7 +7253,7 @@ class AsyncVerbs(EngineChoice):
         fleet = await self.found()
         if len(fleet.endpoints) == 1:
             return await fleet.endpoints[0].adapter.models()
-        return [model for _, model in await fleet.models()]
+        return [model for _, model in await models_of(fleet.endpoints)]
 
     async def apull(self, model: str | None = None) -> None:
         """Download a model to the engine's machine; shows progress."""
@@ -7361,7 +7362,7 @@ class LLMInferencer(AsyncVerbs):
 
 async def embedding_model(fleet: Fleet) -> str:
     """The first model that its engine says is for embeddings, else the first endpoint's default one."""
-    for _, model in await fleet.models():
+    for _, model in await models_of(fleet.endpoints):
         if "embedding" in model.capabilities:
             return model.name
     return await fleet.endpoints[0].adapter.model_for(None)
@@ -9636,63 +9637,47 @@ class Catalog:
             self.others[engine_type] = LLMInferencer(engine_type, launch=False, deadlines=self.settings.deadlines)
         return self.others[engine_type]
 
+    async def endpoints(self) -> list[Endpoint]:
+        """All that a request can reach: those of the configured fleet, else those of each engine."""
+        llms = await asyncio.gather(*map(self.inferencer, LLMInferencer.ENGINE_MAP))
+        return [endpoint for llm in dict.fromkeys(llms) for endpoint in (await llm.found()).endpoints]
+
     async def models(self) -> list[tuple[str, ModelInfo]]:
-        """(engine, model) of every engine that answers; refreshed after ten seconds, and at once where none did."""
+        """(engine, model) of every endpoint that answers; refreshed after ten seconds, and at once where none did."""
         now = time.monotonic()
         if now - self.listed[0] > 10 or not self.listed[1]:
             found = {}
-            for engine_type, model in await self._list():
+            known = [each for each in await self.endpoints() if each.named_before or not each.progress]
+            for endpoint, model in await models_of(known):
+                engine_type = endpoint.adapter.engine_type
                 found[engine_type, model.name] = (engine_type, model)  # a replica is no second model
             self.listed = (now, list(found.values()))
         return self.listed[1]
 
-    async def _list(self) -> Iterable[tuple[str, ModelInfo]]:
-        if self.configured:
-            fleet = await self.default.found()
-            return [(endpoint.adapter.engine_type, model) for endpoint, model in await fleet.models()]
-        return itertools.chain(*await asyncio.gather(*map(self._models_of, LLMInferencer.ENGINE_MAP)))
-
-    async def _models_of(self, name: str) -> list[tuple[str, ModelInfo]]:
-        llm = await self.inferencer(name)
-        if not starting(llm):
-            with contextlib.suppress(InferenceError):
-                return [(name, model) for model in await llm.amodels()]
-        return []
-
     async def engines(self) -> list[dict[str, Any]]:
-        """What each engine is: reachable, version, models, features, endpoints; or why not."""
-        if self.configured:
-            fleet = await self.default.found()
-            return await asyncio.gather(*map(self._describe_endpoint, fleet.endpoints))
-        return await asyncio.gather(*map(self._describe, LLMInferencer.ENGINE_MAP))
+        """What each endpoint is: reachable, version, models, features, load; or why not."""
+        return await asyncio.gather(*map(self._describe, await self.endpoints()))
 
-    async def _describe_endpoint(self, endpoint: Endpoint) -> dict[str, Any]:
-        adapter = endpoint.adapter
-        with contextlib.suppress(InferenceError):
-            await endpoint.models()
-        found = endpoint.describe()
-        return found | {"reachable": found["state"] == "up", "version": adapter.version, "how": adapter.how}
-
-    async def _describe(self, name: str) -> dict[str, Any]:
-        llm, features = await self.inferencer(name), frozenset[str]()
-        if progress := starting(llm):
-            health: dict[str, Any] = {"healthy": False, "error": f"starting: {progress}"}
-        else:
-            health = await llm.ahealth()
-        if health["healthy"]:
-            adapter, models = await llm.engine(), health["models"]
-            try:
+    async def _describe(self, endpoint: Endpoint) -> dict[str, Any]:
+        adapter, features, reachable, error = endpoint.adapter, frozenset[str](), False, ""
+        try:
+            if endpoint.progress:
+                raise EngineUnavailable(f"starting: {endpoint.progress}")
+            models = list(await endpoint.models())
+            reachable = endpoint.running  # else a request starts it
+            if reachable:
                 features = await adapter.features(models[0]) if models else adapter.capabilities
-            except InferenceError as exc:  # too busy to say: no reason to hide the others
-                health["error"] = exc.message
-        known = {"reachable": health.pop("healthy"), "default": llm is self.default, "features": sorted(features)}
-        return known | health | {"engine_type": name}  # a default that was not found calls itself "auto"
-
-
-def starting(llm: LLMInferencer) -> str:
-    """What the start of its engine waits for, which may be a download; "" where it runs, or nobody has asked for it."""
-    endpoints = llm.fleet.endpoints if llm.fleet else ()
-    return next((each.progress for each in endpoints if each.progress and not each.running), "")
+        except InferenceError as exc:  # of its features: too busy to say
+            error = exc.message
+        found = endpoint.describe()
+        error = error or found.pop("error")
+        if error:
+            found["error"] = error
+            found["state"] = found["state"] if reachable else "down"
+        fleet = self.default.fleet
+        found |= {"reachable": reachable, "default": fleet is not None and endpoint in fleet.endpoints}
+        how = adapter.how if reachable else ""
+        return found | {"version": adapter.version, "how": how, "features": sorted(features)}
 
 
 class Gateway(Catalog):
@@ -9834,16 +9819,18 @@ class Gateway(Catalog):
         for endpoint in fleet.endpoints:
             if fleet.has_listed(endpoint, model) or await endpoint.serves(model):
                 return llm, model
-        if not any(info.name == model for _, info in await self.models()):  # an engine may have been started since
-            self.listed = (0.0, [])
         models = await self.models()
-        owners = [engine for engine, info in models if info.name == model]
+        owners = {engine for engine, info in models if holds((info.name,), model)}
+        if not owners:  # it may have come since
+            others = [each for each in await self.endpoints() if each not in fleet.endpoints]
+            served = await asyncio.gather(*(each.serves(model) for each in others), return_exceptions=True)
+            owners = {each.adapter.engine_type for each, found in zip(others, served, strict=True) if found is True}
         if len(owners) != 1:
             where = "several engines serve" if owners else "no engine serves"
             names = [name for engine, info in models for name in (info.name, f"{engine}/{info.name}")]
             hint = did_you_mean(model, names, "see GET /v1/models, or write engine/model")
             raise ModelNotFound(f"{where} the model {model[:100]!r}", hint, param="model")
-        return await self.inferencer(owners[0]), model
+        return await self.inferencer(owners.pop()), model
 
     def refuse_full(self) -> None:
         """Raises NotReady and Busy for a request that would not get a place: before its body is read, and after it."""
@@ -10150,7 +10137,8 @@ _ANSWER_EXAMPLE: dict[str, Any] = {
     "timing": {"ttft": 0.05, "total": 0.1, "tokens_per_second": 48.0},
 }
 _ENGINE_EXAMPLE = {
-    "engine_type": "llamacpp", "reachable": True, "version": "b0", "models": [DEMO], "features": ["schema"],
+    "name": "llamacpp", "engine_type": "llamacpp", "reachable": True, "state": "up", "in_flight": 0, "slots": 1,
+    "failures": 0, "version": "b0", "models": [DEMO], "features": ["schema"], "how": "started by us", "default": True,
 }  # fmt: skip
 _MODEL_EXAMPLE = {
     "engine_type": "llamacpp", "name": "SmolLM2-135M-Instruct.Q4_1", "context_length": 4096, "size": 96_576_768,

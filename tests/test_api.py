@@ -946,6 +946,7 @@ def test_engines_lists_which_are_reachable(stand: Stand) -> None:
         assert "error" not in each if each["reachable"] else each["error"]
     own = found[stand.engine.dialect]
     assert own["version"] == stand.engine.version and own["models"] and "schema" in own["features"]
+    assert (own["name"], own["state"], own["slots"], own["in_flight"]) == (stand.engine.dialect, "up", 1, 0)
 
 
 def test_models_lists_what_is_served(stand: Stand) -> None:

@@ -1204,6 +1204,7 @@ def test_what_is_seen_of_endpoints(fake: Make, caplog: pytest.LogCaptureFixture)
         listed = {each["name"]: each for each in good(site.client.get(f"{API}/engines"))}
         assert listed["first"]["reachable"] is True and listed["first"]["engine_type"] == "vllm"
         assert listed["second"]["reachable"] is False and listed["second"]["failures"] == 1
+        assert "schema" in listed["first"]["features"] and not listed["second"]["features"]
         page = site.client.get("/metrics").text
         assert re.search(r'llm_requests_total\{[^}]*endpoint="first"[^}]*status="200"\} 1\.0', page)
         assert re.search(r'llm_tokens_total\{[^}]*endpoint="first"[^}]*kind="completion"', page)
