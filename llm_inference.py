@@ -6982,6 +6982,7 @@ class EngineChoice:
         "sglang": SGLangAdapter,
         "llamacpp": LlamaCppAdapter,
     }
+    configured = False  #: is it a fleet of its own? Then requests to a server reach its endpoints and nothing else
     closed = 0  #: how often
 
     def __init__(
@@ -7315,6 +7316,7 @@ class LLMInferencer(AsyncVerbs):
         """An inferencer over a fleet."""
         made = cls.__new__(cls)
         made.options, made.model_name, made._flight, made.fleet = {}, model_name, SingleFlight(), fleet
+        made.configured = True
         return made
 
     complete = _blocking(AsyncVerbs.acomplete)
@@ -9617,17 +9619,12 @@ class Catalog:
         self.others: dict[str, LLMInferencer] = {}  #: engines at their default addresses, which a request may name
         self.listed: tuple[float, list[tuple[str, ModelInfo]]] = (0.0, [])  #: when, and (engine, model)
 
-    @property
-    def configured(self) -> bool:
-        """Is there a configured fleet? Then requests reach its endpoints and nothing else."""
-        return bool(self.settings.endpoints)
-
     async def inferencer(self, engine_type: str | None) -> LLMInferencer:
         """The engine's inferencer. Only the default one may have been started; no request starts another process."""
         if engine_type in (None, "auto"):
             return self.default
         engine_class(engine_type)
-        if self.configured:
+        if self.default.configured:
             return self.default
         with contextlib.suppress(InferenceError):  # it is not this request's error that no engine is found for "auto"
             await self.default.found()
@@ -9783,7 +9780,7 @@ class Gateway(Catalog):
     async def route(self, surface: Surface) -> tuple[LLMInferencer, str | None]:
         """Where a request goes: an alias, `engine/model`, or the engine and model that it names."""
         engine_type, model = surface.engine_type, surface.model
-        if self.configured:
+        if self.default.configured:
             if engine_type not in (None, "auto"):
                 model = f"{engine_type}/{model or ''}"
             return await self.inferencer(engine_type), model or None
@@ -10905,7 +10902,7 @@ def reload_config(gateway: Gateway) -> None:
         kept.append(same[0] if same else endpoint)
     removed = [endpoint for endpoint in fleet.endpoints if endpoint not in kept]
     fleet.replace(kept, fresh.aliases)
-    gateway.settings = settings
+    gateway.settings, gateway.default.configured = settings, True
     gateway.listed = (0.0, [])
     logger.info("the configuration was read again: %d endpoints, %d removed", len(kept), len(removed))
     for endpoint in removed:

@@ -165,6 +165,21 @@ def test_a_router_needs_no_lifespan(engine: FakeEngine) -> None:
     assert good(asyncio.run(ask()))["text"] == TEXT
 
 
+def test_a_mounted_fleet_answers_by_its_own_names(engine: FakeEngine) -> None:
+    with FakeEngine("sglang", model="other") as second:
+        configs = [product.EndpointConfig(engine=each.dialect, base_url=each.base_url) for each in (engine, second)]
+        app = FastAPI()
+        settings = Settings(endpoints=tuple(configs), aliases={"fast": "sglang/other"})
+        app.include_router(create_router(settings.inferencer()))
+        with TestClient(app) as client:
+            for where in ({"engine_type": "sglang"}, {"model_name": "sglang/other"}, {"model_name": "fast"}):
+                reply = client.post(f"{API}/generate", json={"prompt": "hi", **where})
+                assert good(reply)["engine_type"] == "sglang"
+            listed = [(each["engine_type"], each["name"]) for each in good(client.get(f"{API}/models"))]
+            assert listed == [("vllm", "m"), ("sglang", "other")]
+            assert [each["engine_type"] for each in good(client.get(f"{API}/engines"))] == ["vllm", "sglang"]
+
+
 def test_the_openapi_page_of_the_host_has_all_of_our_routes(host: Host) -> None:
     doc = TestClient(host.app).get("/openapi.json").json()
     assert {
