@@ -7699,14 +7699,11 @@ class Settings:
     def inferencer(self, **options: Any) -> LLMInferencer:
         """The inferencer of these settings. It connects to nothing and starts nothing yet."""
         if self.endpoints:
-            return LLMInferencer.from_fleet(self.fleet(), self.model)
+            endpoints = [config.endpoint(self.deadlines) for config in self.endpoints]
+            return LLMInferencer.from_fleet(Fleet(endpoints, self.aliases), self.model)
         return LLMInferencer(
             self.engine, self.model, base_url=self.base_url, api_key=self.engine_api_key, deadlines=self.deadlines,
             python=self.python, launch_args=self.launch_args, **options)  # fmt: skip
-
-    def fleet(self) -> Fleet:
-        """The configured endpoints."""
-        return Fleet([config.endpoint(self.deadlines) for config in self.endpoints], self.aliases)
 
 
 def _with_names(endpoints: Iterable[EndpointConfig]) -> tuple[EndpointConfig, ...]:
@@ -10896,12 +10893,12 @@ def reload_config(gateway: Gateway) -> None:
     fleet = gateway.default.fleet
     if fleet is None:
         return
-    fresh, kept = settings.fleet(), []
-    for endpoint in fresh.endpoints:
+    kept = []
+    for endpoint in settings.inferencer().candidates():
         same = [known for known in fleet.endpoints if known.config == endpoint.config]
         kept.append(same[0] if same else endpoint)
     removed = [endpoint for endpoint in fleet.endpoints if endpoint not in kept]
-    fleet.replace(kept, fresh.aliases)
+    fleet.replace(kept, settings.aliases)
     gateway.settings, gateway.default.configured = settings, True
     gateway.listed = (0.0, [])
     logger.info("the configuration was read again: %d endpoints, %d removed", len(kept), len(removed))

@@ -102,7 +102,7 @@ def among(bystanders: tuple[EndpointConfig, ...], engine: str, **config: Any) ->
     if not bystanders:
         return LLMInferencer(engine, **config)
     first = EndpointConfig(engine=engine, **config)
-    return LLMInferencer.from_fleet(product.Settings(endpoints=(first, *bystanders)).fleet())
+    return product.Settings(endpoints=(first, *bystanders)).inferencer()
 
 
 @pytest.fixture(scope="session")

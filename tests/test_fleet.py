@@ -813,9 +813,7 @@ def test_an_alias_answers_with_the_first_that_can(fake: Make) -> None:
 def test_an_alias_whose_first_target_was_never_there(fake: Make) -> None:
     fallback = fake("ollama", model="small")
     gone = EndpointConfig(engine="vllm", base_url=f"http://127.0.0.1:{free_port()}")
-    llm = LLMInferencer.from_fleet(
-        Settings(endpoints=(gone, attached(fallback)), aliases={"best": ("vllm/big", "ollama/small")}).fleet()
-    )
+    llm = Settings(endpoints=(gone, attached(fallback)), aliases={"best": ("vllm/big", "ollama/small")}).inferencer()
     with contextlib.closing(llm):
         for number in range(3):
             assert llm.complete(f"{number}", model_name="best").engine_type == "ollama"
@@ -1506,7 +1504,7 @@ def test_endpoints_that_join_a_group_take_turns_with_those_that_leave_it(stub: P
 
     def fleet_of(*names: str) -> Any:
         configs = [started(stub, name, group="gpu0", pace=0.1) for name in names]
-        return Settings(endpoints=tuple(configs)).fleet()
+        return Fleet(Settings(endpoints=tuple(configs)).inferencer().candidates())
 
     fleet, later = fleet_of("one"), fleet_of("two", "three")
     two, three = later.endpoints
@@ -1531,9 +1529,7 @@ def test_endpoints_that_join_a_group_take_turns_with_those_that_leave_it(stub: P
 def test_a_request_for_another_endpoint_does_not_wait_for_a_start(stub: Path, fake: Make) -> None:
     """Only what names the starting one waits for it."""
     engine = fake("ollama", model="b")
-    llm = LLMInferencer.from_fleet(
-        Settings(endpoints=(started(stub, "slow", delay=4.0, start="at_start"), attached(engine))).fleet()
-    )
+    llm = Settings(endpoints=(started(stub, "slow", delay=4.0, start="at_start"), attached(engine))).inferencer()
     with contextlib.closing(llm):
         waiting = threading.Thread(target=lambda: llm.generate("hi", model_name="slow"))
         waiting.start()

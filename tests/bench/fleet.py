@@ -165,7 +165,7 @@ def spread(count: int) -> dict[str, float]:
     configs = []
     for number in range(1, count + 1):
         configs.append(product.EndpointConfig(engine="vllm", base_url=f"http://10.0.0.{number}:8000"))
-    endpoints = product.Settings(endpoints=tuple(configs)).fleet().endpoints
+    endpoints = product.Settings(endpoints=tuple(configs)).inferencer().candidates()
     keys = []
     for number in range(CONVERSATIONS):
         messages = [{"role": "system", "content": "You are terse."}, {"role": "user", "content": f"question {number}"}]
