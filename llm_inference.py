@@ -7014,16 +7014,16 @@ class EngineChoice:
 
     def _fleet_of(self, engine_type: str, **more: Any) -> Fleet:
         options = self.options | more
-        addresses = options.pop("base_url", None) or ""
-        if not addresses and options.get("launch") is not True:
+        given = options.pop("base_url", None) or ""
+        if not given and options.get("launch") is not True:
             listed = os.environ.get(getattr(engine_class(engine_type), "url_env", ""), "")
-            addresses = listed if "," in listed else ""
-        if isinstance(addresses, str):
-            addresses = addresses.split(",")
+            given = listed if "," in listed else ""
+        texts = given.split(",") if isinstance(given, str) else given
+        addresses: list[str | None] = [*filter(None, map(str.strip, texts))] or [None]
         endpoints = []
         for number, address in enumerate(addresses, 1):
             name = f"{engine_type}-{number}" if len(addresses) > 1 else engine_type
-            adapter = make_adapter(engine_type, self.model_name, base_url=address.strip() or None, **options)
+            adapter = make_adapter(engine_type, self.model_name, base_url=address, **options)
             endpoints.append(Endpoint(adapter, name=name))
         return Fleet(endpoints)
 

@@ -201,6 +201,17 @@ def test_the_variable_takes_a_list(
     assert all(engine.asked for engine in engines)
 
 
+def test_a_comma_too_many_is_no_further_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It used to be a replica at the engine's default address."""
+    monkeypatch.setenv("OLLAMA_HOST", "a:1, ")
+    for llm in (
+        LLMInferencer("vllm", base_url="a:1,,"),
+        LLMInferencer("ollama"),
+        LLMInferencer("vllm", base_url=["a:1", ""]),
+    ):
+        assert [each.adapter.base_url for each in endpoints_of(llm)] == ["a:1"]
+
+
 def test_the_variable_takes_a_list_for_the_server_too(fake: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     engines = [fake("vllm"), fake("vllm")]
     monkeypatch.setenv("VLLM_BASE_URL", ",".join(engine.base_url for engine in engines))
