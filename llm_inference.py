@@ -9777,36 +9777,32 @@ class Gateway(Catalog):
     async def route(self, surface: Surface) -> tuple[LLMInferencer, str | None]:
         """Where a request goes: an alias, `engine/model`, or the engine and model that it names."""
         engine_type, model = surface.engine_type, surface.model
-        if self.default.configured:
-            if engine_type not in (None, "auto"):
-                model = f"{engine_type}/{model or ''}"
-            return await self.inferencer(engine_type), model or None
-        if engine_type in (None, "auto") and model is not None:
-            if model in self.settings.aliases:
-                engine_type, model = await self._alias_target(model)
-            else:
-                prefix, _, rest = model.partition("/")
-                known = self.default.fleet.endpoints if self.default.fleet else ()
-                if rest and prefix in LLMInferencer.ENGINE_MAP and not any(model in e.known_models for e in known):
-                    engine_type, model = prefix, rest
-        llm = await self.inferencer(engine_type)
-        if isinstance(surface, OwnSurface) or engine_type is not None or model is None:
-            return llm, model or None
-        return await self._owner(llm, model)
+        named = engine_type not in (None, "auto")
+        if named and self.default.configured:
+            model = f"{engine_type}/{model or ''}"
+        if named or self.default.configured or model is None:
+            return await self.inferencer(engine_type), model
+        if model in self.settings.aliases:
+            return await self._first_up(self.settings.aliases[model])
+        prefix, _, rest = model.partition("/")
+        known = self.default.fleet.endpoints if self.default.fleet else ()
+        if rest and prefix in LLMInferencer.ENGINE_MAP and not any(model in e.known_models for e in known):
+            return await self.inferencer(prefix), rest
+        return (self.default, model) if isinstance(surface, OwnSurface) else await self._owner(model)
 
-    async def _alias_target(self, alias: str) -> tuple[str, str]:
-        """Engine and model of the first target whose engine can be reached, else of the last."""
-        *others, last = self.settings.aliases[alias]
-        for target in others:
-            engine_type, _, model = target.partition("/")
+    async def _first_up(self, targets: Iterable[str]) -> tuple[LLMInferencer, str]:
+        """Of an alias's targets the first whose engine can be reached, else the last."""
+        pairs = [target.partition("/") for target in targets]
+        *others, last = [(await self.inferencer(engine_type), model) for engine_type, _, model in pairs]
+        for llm, model in others:
             with contextlib.suppress(InferenceError):
-                await (await (await self.inferencer(engine_type)).engine()).connect()
-                return engine_type, model
-        engine_type, _, model = last.partition("/")
-        return engine_type, model
+                await (await llm.engine()).connect()
+                return llm, model
+        return last
 
-    async def _owner(self, llm: LLMInferencer, model: str) -> tuple[LLMInferencer, str]:
+    async def _owner(self, model: str) -> tuple[LLMInferencer, str]:
         """For a bare name on /v1: the default engine where it serves the model, else the one engine that does."""
+        llm = self.default
         fleet = await llm.found()
         if model == llm.model_name:
             return llm, model
