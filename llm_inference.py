@@ -1149,8 +1149,8 @@ def _check_schemas(body: dict[str, Any]) -> None:
             exc.param = exc.param or "schema"
             raise
     forced = body.get("tool_choice") not in (None, "auto", "none")
-    for tool in body.get("tools") or ():
-        check_limits(function_of(tool).get("parameters") or {}, strict=forced or is_strict(tool))
+    for function in map(function_of, body.get("tools") or ()):
+        check_limits(function.get("parameters") or {}, strict=forced or bool(function.get("strict")))
     if isinstance(body.get("grammar"), str):
         _refuse_reversed(_IN_GRAMMAR.sub("", body["grammar"]), "grammar")
     if isinstance(body.get("regex"), str):
@@ -11627,7 +11627,7 @@ def check_config(settings: Settings) -> int:
     rows = []
     for endpoint in settings.inferencer().candidates():
         adapter, start = endpoint.adapter, "on request" if endpoint.on_request else "at start"
-        serves = adapter.base_url or endpoint.default_model or "the engine's models"
+        serves = adapter.base_url or adapter.model_name or "the engine's models"
         if endpoint.only:
             serves += f" ({', '.join(endpoint.only)})"
         if endpoint.stop_after:
