@@ -900,7 +900,7 @@ class Completion:
         for chunk in chunks:
             choice.add(chunk)
         answer.usage, answer.timing = last.usage, last.timing
-        return answer.completion(Served(ignored=last.ignored, result=last.result))
+        return answer.completion(Served(engine_type="", model="", ignored=last.ignored, result=last.result))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -922,6 +922,12 @@ class Deadlines:
     first_token: float = 300.0
     idle: float = 120.0
     total: float = 600.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, (int, float)) or not value > 0:
+                raise bad_field(f"deadlines.{field.name}", "must be a number above 0", "give seconds, or leave it out")
 
     def brief(self) -> "Deadlines":
         """Those of a small question, which a busy engine answers too."""
@@ -1693,11 +1699,13 @@ def _is_of_type(kinds: str | list[str], value: Any) -> bool:
     return any(isinstance(value, _PYTHON_TYPES[kind]) for kind in ([kinds] if isinstance(kinds, str) else kinds))
 
 
-def _canonical(value: Any) -> str:
-    """Equal for equal JSON values: 1 is 1.0, and true is not 1."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return json.dumps(value, sort_keys=True)
+def _same(one: Any, other: Any) -> bool:
+    """Are these the same JSON value? 1 is 1.0, and true is not 1."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return _among(one, [other])
 
 
 def _in_parts(_wanted: Any, _value: Any) -> bool:
@@ -1714,8 +1722,8 @@ _SIMPLE: dict[str, tuple[Any, Callable[[Any, Any], bool]]] = {
     "items": ((bool, dict), _in_parts),
     "type": ((str, list), _is_of_type),
     "required": (list, lambda names, value: not isinstance(value, dict) or set(names) <= value.keys()),
-    "enum": (list, lambda options, value: _canonical(value) in map(_canonical, options)),
-    "const": (object, lambda wanted, value: _canonical(value) == _canonical(wanted)),
+    "enum": (list, lambda options, value: any(_same(value, option) for option in options)),
+    "const": (object, _same),
     "minLength": (int, lambda least, value: not isinstance(value, str) or len(value) >= least),
     "maxLength": (int, lambda most, value: not isinstance(value, str) or len(value) <= most),
     "minItems": (int, lambda least, value: not isinstance(value, list) or len(value) >= least),
@@ -5615,13 +5623,10 @@ class LlamaCppAdapter(OpenAIAdapter):
 
     async def before_start(self) -> None:
         await super().before_start()
-        self.file = await self._locate(self.launched_model)
+        model = self.launched_model
+        self.file = await asyncio.to_thread(locate_model, model) or await self._pull(model)
 
-    async def _locate(self, model: str | None) -> ModelFile:
-        """The model's file, pulled where it is not here."""
-        known = await asyncio.to_thread(locate_model, model)
-        if known is not None:
-            return known
+    async def _pull(self, model: str | None) -> ModelFile:
         progress, stop = Progress(f"pulling {model or DEFAULT_MODEL}"), threading.Event()
 
         def report(done: int, total: int) -> None:
@@ -5677,7 +5682,7 @@ class LlamaCppAdapter(OpenAIAdapter):
         return params
 
     async def pull(self, model: str) -> AsyncGenerator[tuple[str, int, int], None]:
-        size = (await self._locate(model)).path.stat().st_size
+        size = (await self._pull(model)).path.stat().st_size
         yield "success", size, size
 
 
@@ -9616,6 +9621,12 @@ class Catalog:
         self.others: dict[str, LLMInferencer] = {}  #: engines at their default addresses, which a request may name
         self.listed: tuple[float, list[tuple[str, ModelInfo]]] = (0.0, [])  #: when, and (engine, model)
 
+    @property
+    def aliases(self) -> Mapping[str, Sequence[str]]:
+        """The fleet's own, where it brought its endpoints, else the settings'."""
+        fleet = self.default.fleet
+        return fleet.aliases if self.default.configured and fleet else self.settings.aliases
+
     async def inferencer(self, engine_type: str | None) -> LLMInferencer:
         """The engine's inferencer. Only the default one may have been started; no request starts another process."""
         if engine_type in (None, "auto"):
@@ -9791,13 +9802,15 @@ class Gateway(Catalog):
         return (self.default, model) if isinstance(surface, OwnSurface) else await self._owner(model)
 
     async def _first_up(self, targets: Iterable[str]) -> tuple[LLMInferencer, str]:
-        """Of an alias's targets the first whose engine can be reached, else the last."""
+        """Of an alias's targets the first that an engine serves now, else the last."""
         pairs = [target.partition("/") for target in targets]
         *others, last = [(await self.inferencer(engine_type), model) for engine_type, _, model in pairs]
         for llm, model in others:
-            with contextlib.suppress(InferenceError):
-                await (await llm.engine()).connect()
-                return llm, model
+            for endpoint in (await llm.found()).endpoints:
+                with contextlib.suppress(InferenceError):
+                    await endpoint.adapter.connect()
+                    if await endpoint.serves(model):
+                        return llm, model
         return last
 
     async def _owner(self, model: str) -> tuple[LLMInferencer, str]:
@@ -10318,7 +10331,7 @@ def create_v1_router(gateway: Gateway) -> Any:
 
     async def listed() -> list[dict[str, Any]]:
         names = [(f"{engine_type}/{model.name}", engine_type) for engine_type, model in await gateway.models()]
-        names += [(alias, targets[0].partition("/")[0]) for alias, targets in gateway.settings.aliases.items()]
+        names += [(alias, targets[0].partition("/")[0]) for alias, targets in gateway.aliases.items()]
         known = {"object": "model", "created": gateway.born}
         return [{"id": name, **known, "owned_by": owner} for name, owner in names]
 

@@ -255,6 +255,14 @@ def test_pull_by_name(server: FakeHub, library: str) -> None:
     assert server.requests == []
 
 
+def test_the_verb_pull_asks_for_a_newer_version(server: FakeHub, library: str) -> None:
+    llm = hub.LLMInferencer("llamacpp", "Qwen/Small-GGUF")
+    llm.pull()
+    server.requests.clear()
+    llm.pull()
+    assert server.requests, "the model is on this disk, and the hub may have another one meanwhile"
+
+
 def test_the_progress_moves(server: FakeHub, library: str) -> None:
     server.rate = 20_000_000
     seen = [done for done, _ in pull("big/One")[1]]

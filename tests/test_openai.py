@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 import llm_inference as product
 from tests.fake_engine import DIALECTS, TEXT, Dialect, Reply
-from tests.harness import SOON, Command, Stand, payloads, refused_v1, until
+from tests.harness import SOON, Command, Stand, payloads, refused_v1, serving, until
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -668,6 +668,29 @@ def test_aliases_and_slashes(all_stands: dict[str, Stand], monkeypatch: pytest.M
             client.chat.completions.create(model=name, messages=HI)
         assert len(sglang.bodies) == 3
         assert client.models.retrieve("fast").id == "fast"
+
+
+def test_an_alias_goes_to_the_first_engine_that_serves_its_model(
+    all_stands: dict[str, Stand], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without [[endpoint]] tables, as with them."""
+    sglang = all_stands["sglang"].engine
+    sglang.reset()
+    monkeypatch.setenv("SGLANG_BASE_URL", sglang.base_url)
+    aliases = {"best": ["vllm/none", "sglang/m"], "good": ["vllm/m", "sglang/m"]}
+    with Stand("vllm", aliases=aliases) as stand:
+        assert stand.post(CHAT, model="best", messages=HI).headers["x-endpoint"] == "sglang"
+        assert stand.post(CHAT, model="good", messages=HI).headers["x-endpoint"] == "vllm"
+        refused_v1(stand.post(CHAT, model="vllm/none", messages=HI), "model_not_found")
+
+
+def test_the_aliases_of_a_given_fleet_are_listed(all_stands: dict[str, Stand]) -> None:
+    engines = [all_stands[name].engine for name in ("vllm", "sglang")]
+    configs = [product.EndpointConfig(engine=each.dialect, base_url=each.base_url) for each in engines]
+    llm = product.Settings(endpoints=tuple(configs), aliases={"fast": "sglang/m"}).inferencer()
+    with contextlib.closing(llm), serving(product.create_app(product.Settings(), llm)) as url, client_of(url) as client:
+        listed = {model.id: model.owned_by for model in client.models.list()}
+        assert listed == {"vllm/m": "vllm", "sglang/m": "sglang", "fast": "sglang"}
 
 
 # ----------------------------------------------------------------------------------------------- errors

@@ -766,6 +766,28 @@ def test_simple_schemas_are_checked_without_jsonschema_rs(
     assert fits(schema, value) is good
 
 
+@pytest.mark.parametrize(
+    ("wanted", "value", "good"),
+    [
+        ([1], [1.0], True),
+        ({"a": {"b": [2.0]}}, {"a": {"b": [2]}}, True),
+        ([1], [True], False),
+        ([0, "1"], [0, 1], False),
+        ({"a": 1}, {"a": 1, "b": 1}, False),
+        ("1.0", "1", False),
+    ],
+    ids=str,
+)
+def test_equal_json_values_are_equal_at_every_depth(
+    wanted: Any, value: Any, good: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for schema in ({"const": wanted}, {"enum": ["other", wanted]}):
+        assert fits(schema, value) is good
+    monkeypatch.setitem(sys.modules, "jsonschema_rs", None)
+    for schema in ({"const": wanted}, {"enum": ["other", wanted]}):
+        assert fits(schema, value) is good
+
+
 def test_other_schemas_name_the_package_that_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jsonschema_rs", None)
     schema, _ = normalize_schema({"city": "string", "tags": ["string"], "at": {"lat": "number"}})

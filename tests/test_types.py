@@ -13,6 +13,7 @@ from llm_inference import (
     BadEngineReply,
     Chunk,
     Completion,
+    Deadlines,
     GenerateRequest,
     InferenceError,
     InvalidRequest,
@@ -554,6 +555,13 @@ def test_constructors_do_no_io(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", never)
     for name in ("auto", *LLMInferencer.ENGINE_MAP):
         assert LLMInferencer(name, "m", base_url="http://127.0.0.1:9").engine_type == name
+
+
+@pytest.mark.parametrize("value", [-1, 0, float("nan"), "5", None])
+def test_deadlines_are_numbers_above_zero(value: Any) -> None:
+    for name in ("connect", "first_token", "idle", "total"):
+        with pytest.raises(InvalidRequest, match=rf"deadlines\.{name}: must be a number above 0"):
+            Deadlines(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["olama", "OLLAMA", "", "x" * 5000])
