@@ -4037,6 +4037,8 @@ class BaseLLMAdapter:
     clamps_max_tokens: ClassVar[bool] = True  #: is max_tokens beyond the context reduced (or is it an error)?
     pull_hint: ClassVar[str] = "it downloads its model when it starts"
     features_ttl: ClassVar[float] = float("inf")  #: seconds for which the default model and a model's features are good
+    changes: ClassVar[int] = 0  #: of what any engine serves, and of endpoints' health, so far
+    lost = 0  #: servers that it has had, and lost
 
     def __init__(
         self,
@@ -4991,6 +4993,8 @@ class HTTPAdapter(BaseLLMAdapter):
     def forget(self) -> None:
         """The server is lost: whoever is there next may be another version, with other models."""
         self._features, self._contexts, self._default = {}, {}, (float("-inf"), "")
+        self.lost += 1
+        BaseLLMAdapter.changes += 1
 
     def fields(self, surface: str) -> Mapping[str, str]:
         return honoured(self.engine_type, surface, version_tuple(self.version))
@@ -6170,7 +6174,6 @@ class Endpoint:
     """One server of one engine: its adapter, the models it serves, its load and its health."""
 
     LIST_TTL, FIRST_PAUSE, LONGEST_PAUSE = 10.0, 2.0, 30.0  #: seconds
-    changes = 0  #: of any endpoint's list or health, so far
 
     def __init__(
         self,
@@ -6199,6 +6202,7 @@ class Endpoint:
         self.seed = zlib.crc32(self.name.encode()) * 0x9E3779B97F4A7C15 & MASK_64
         self._listed_at = float("-inf")
         self._listed: dict[str, ModelInfo] = {}
+        self._listed_by = 0  #: which of the adapter's servers that was
         self._flight = SingleFlight()
         self.refreshing: concurrent.futures.Future[None] | None = None  #: a look that nobody waits for
 
@@ -6219,7 +6223,7 @@ class Endpoint:
         if self.named_before and not self.running:
             name = self.configured_name
             return {name: ModelInfo(name=name)}
-        if time.monotonic() - self._listed_at > self.LIST_TTL:
+        if not self.is_fresh(time.monotonic()):
             await self._flight.run("models", self._list)
         return self._listed
 
@@ -6228,8 +6232,8 @@ class Endpoint:
         for model in await self.adapter.models():
             if not self.only or model.name in self.only:
                 found[model.name] = model
-        self._listed, self._listed_at = found, time.monotonic()
-        Endpoint.changes += 1
+        self._listed, self._listed_at, self._listed_by = found, time.monotonic(), self.adapter.lost
+        BaseLLMAdapter.changes += 1
 
     @property
     def configured_name(self) -> str:
@@ -6253,7 +6257,7 @@ class Endpoint:
 
     def is_fresh(self, now: float) -> bool:
         """Whether its last list is young enough to be used without asking again."""
-        return now - self._listed_at <= self.LIST_TTL
+        return self._listed_by == self.adapter.lost and now - self._listed_at <= self.LIST_TTL
 
     @property
     def known_since(self) -> float:
@@ -6315,7 +6319,7 @@ class Endpoint:
         """An outage is counted once, however many requests notice it."""
         self.error, self.overloaded = error.message, isinstance(error, EngineOverloaded)
         self._listed_at = float("-inf")
-        Endpoint.changes += 1
+        BaseLLMAdapter.changes += 1
         now = time.monotonic()
         if now < self.retry_at:
             return
@@ -6328,7 +6332,7 @@ class Endpoint:
         """It has answered: the outage is over."""
         if self.failures:
             self.failures, self.error, self.retry_at, self.trial = 0, "", 0.0, None
-            Endpoint.changes += 1
+            BaseLLMAdapter.changes += 1
 
     def describe(self) -> dict[str, Any]:
         """For /ready, /engines and the chat page."""
@@ -6443,14 +6447,14 @@ class Router(Balancer):
                 short = name if name in known else short
             return iter([(endpoint, short)])
         groups, since, changes = self._known.get(name, ([], -math.inf, 0))
-        if changes != Endpoint.changes or time.monotonic() - since > Endpoint.LIST_TTL:
+        if changes != BaseLLMAdapter.changes or time.monotonic() - since > Endpoint.LIST_TTL:
             groups = await self._find(name)
         key, begins = prefix_hash(request.body), not has_answers(request.body)
         return ((endpoint, model) for group, model in groups for endpoint in self.in_order(group, key, begins))
 
     async def _find(self, name: str | None) -> list[Replicas]:
         """The endpoints that are up, for a name; remembered while all endpoints are."""
-        changes = Endpoint.changes
+        changes = BaseLLMAdapter.changes
         if name is None:
             groups = await self._default_routes(self.endpoints)
         elif name.endswith("/"):  # an engine without a model
@@ -9619,7 +9623,8 @@ class Catalog:
         self.settings = settings
         self.default = llm or settings.inferencer()
         self.others: dict[str, LLMInferencer] = {}  #: engines at their default addresses, which a request may name
-        self.listed: tuple[float, list[tuple[str, ModelInfo]]] = (0.0, [])  #: when, and (engine, model)
+        self.listed: list[tuple[str, ModelInfo]] = []  #: (engine, model)
+        self.listed_at, self.listed_changes = 0.0, 0  #: when that was, and the changes until then
 
     @property
     def aliases(self) -> Mapping[str, Sequence[str]]:
@@ -9648,16 +9653,16 @@ class Catalog:
         return [endpoint for llm in dict.fromkeys(llms) for endpoint in (await llm.found()).endpoints]
 
     async def models(self) -> list[tuple[str, ModelInfo]]:
-        """(engine, model) of every endpoint that answers; refreshed after ten seconds, and at once where none did."""
-        now = time.monotonic()
-        if now - self.listed[0] > 10 or not self.listed[1]:
+        """(engine, model) of every endpoint that answers; refreshed after ten seconds, or a change that was noticed."""
+        now, unchanged = time.monotonic(), self.listed_changes == BaseLLMAdapter.changes
+        if not (self.listed and unchanged and now - self.listed_at <= 10):
             found = {}
             known = [each for each in await self.endpoints() if each.named_before or not each.progress]
             for endpoint, model in await models_of(known):
                 engine_type = endpoint.adapter.engine_type
                 found[engine_type, model.name] = (engine_type, model)  # a replica is no second model
-            self.listed = (now, list(found.values()))
-        return self.listed[1]
+            self.listed, self.listed_at, self.listed_changes = list(found.values()), now, BaseLLMAdapter.changes
+        return self.listed
 
     async def engines(self) -> list[dict[str, Any]]:
         """What each endpoint is: reachable, version, models, features, load; or why not."""
@@ -10909,7 +10914,7 @@ def reload_config(gateway: Gateway) -> None:
     removed = [endpoint for endpoint in fleet.endpoints if endpoint not in kept]
     fleet.replace(kept, settings.aliases)
     gateway.settings, gateway.default.configured = settings, True
-    gateway.listed = (0.0, [])
+    gateway.listed = []
     logger.info("the configuration was read again: %d endpoints, %d removed", len(kept), len(removed))
     for endpoint in removed:
         endpoint.removed = True
