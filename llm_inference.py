@@ -4038,7 +4038,7 @@ class BaseLLMAdapter:
     pull_hint: ClassVar[str] = "it downloads its model when it starts"
     features_ttl: ClassVar[float] = float("inf")  #: seconds for which the default model and a model's features are good
     changes: ClassVar[int] = 0  #: of what any engine serves, and of endpoints' health, so far
-    lost = 0  #: servers that it has had, and lost
+    lost = 0  #: the number of the change by which its last server was lost
 
     def __init__(
         self,
@@ -4993,8 +4993,7 @@ class HTTPAdapter(BaseLLMAdapter):
     def forget(self) -> None:
         """The server is lost: whoever is there next may be another version, with other models."""
         self._features, self._contexts, self._default = {}, {}, (float("-inf"), "")
-        self.lost += 1
-        BaseLLMAdapter.changes += 1
+        self.lost = BaseLLMAdapter.changes = BaseLLMAdapter.changes + 1
 
     def fields(self, surface: str) -> Mapping[str, str]:
         return honoured(self.engine_type, surface, version_tuple(self.version))
@@ -6202,7 +6201,7 @@ class Endpoint:
         self.seed = zlib.crc32(self.name.encode()) * 0x9E3779B97F4A7C15 & MASK_64
         self._listed_at = float("-inf")
         self._listed: dict[str, ModelInfo] = {}
-        self._listed_by = 0  #: which of the adapter's servers that was
+        self._listed_by = 0  #: the adapter's `lost` then: another server's list is out of date
         self._flight = SingleFlight()
         self.refreshing: concurrent.futures.Future[None] | None = None  #: a look that nobody waits for
 
@@ -6555,8 +6554,7 @@ class Router(Balancer):
         """Whether its last list names the model, and it has not failed since: nobody waits for a new list then."""
         if not endpoint.running or endpoint.failures or not endpoint.lists(model):
             return False
-        is_due = not endpoint.is_fresh(time.monotonic())
-        if is_due and (endpoint.refreshing is None or endpoint.refreshing.done()):
+        if not endpoint.is_fresh(time.monotonic()) and (endpoint.refreshing is None or endpoint.refreshing.done()):
             endpoint.refreshing = portal.submit(self.look_at(endpoint))
         return True
 
