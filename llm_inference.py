@@ -6205,6 +6205,10 @@ class Endpoint:
         self._flight = SingleFlight()
         self.refreshing: concurrent.futures.Future[None] | None = None  #: a look that nobody waits for
 
+    def has_room(self, bound: float) -> bool:
+        """Whether one more request keeps its load within the bound; an idle one always takes it."""
+        return not self.in_flight or self.in_flight + 1 <= bound * self.slots
+
     @property
     def running(self) -> bool:
         """False for an endpoint that a request would start."""
@@ -6393,36 +6397,49 @@ class Balancer:
     HOMES = 10_000  #: conversations whose endpoint is remembered; that of others is mostly the first in their order
 
     def __init__(self) -> None:
-        self._homes: dict[int, str] = {}  #: by the hash of a conversation's beginning: where it began
+        self._homes: dict[int, Endpoint] = {}  #: by the hash of a conversation's beginning: where it began
 
     def in_order(self, endpoints: Sequence[Endpoint], key: int, begins: bool = False) -> Iterator[Endpoint]:
-        """By rendezvous order behind where the conversation began, over the bound last; sorted if the first failed."""
+        """Where the conversation began, if there is room; then by rendezvous order, over the bound last."""
         if len(endpoints) < 2:
             yield from endpoints
             return
         in_flight = sum([endpoint.in_flight for endpoint in endpoints])
         slots = sum([endpoint.slots for endpoint in endpoints])
         bound, home = self.BALANCE * (in_flight + 1) / slots, self._homes.get(key)
-        begins = begins and home is None
-        if begins:
+        at_home = home is not None and home in endpoints and home.has_room(bound)
+        if home is not None and at_home:
+            yield home
+        if home is None and begins:
             bound = min(bound, in_flight / slots + 1)
-        mixed = key * 0xBF58476D1CE4E5B9 & MASK_64  # with this and the next factor as in splitmix64
-        ranks: list[float] = []  # the least is best: a negative weight, or a load over the bound
-        for endpoint in endpoints:
-            if endpoint.in_flight and endpoint.in_flight + 1 > bound * endpoint.slots:
-                ranks.append(endpoint.in_flight / endpoint.slots)
-            elif endpoint.name == home:
-                ranks.append(-math.inf)
-            else:
-                ranks.append(-((mixed ^ endpoint.seed) * 0x94D049BB133111EB & MASK_64))
-        best = endpoints[ranks.index(min(ranks))]
-        if begins:
-            self._homes[key] = best.name
-            if len(self._homes) > self.HOMES:
-                del self._homes[next(iter(self._homes))]
-        yield best
-        for _, place in sorted(zip(ranks, range(len(ranks)), strict=True))[1:]:
-            yield endpoints[place]
+        order = rendezvous_order(endpoints, key, bound)
+        if home is None:
+            first = next(order)
+            self._remember(key, first)
+            yield first
+        for endpoint in order:
+            if endpoint is not home or not at_home:
+                yield endpoint
+
+    def _remember(self, key: int, endpoint: Endpoint) -> None:
+        self._homes[key] = endpoint
+        if len(self._homes) > self.HOMES:
+            for oldest in list(self._homes)[: self.HOMES // 2]:
+                self._homes.pop(oldest, None)
+
+
+def rendezvous_order(endpoints: Sequence[Endpoint], key: int, bound: float) -> Iterator[Endpoint]:
+    """Highest random weight first (Thaler and Ravishankar 1998), over the bound last; sorted if the first failed."""
+    mixed = key * 0xBF58476D1CE4E5B9 & MASK_64  # with this and the next factor as in splitmix64
+    ranks: list[float] = []  # the least is best: a negative weight, or a load over the bound
+    for endpoint in endpoints:
+        if endpoint.has_room(bound):
+            ranks.append(-((mixed ^ endpoint.seed) * 0x94D049BB133111EB & MASK_64))
+        else:
+            ranks.append(endpoint.in_flight / endpoint.slots)
+    yield endpoints[ranks.index(min(ranks))]
+    for _, place in sorted(zip(ranks, range(len(ranks)), strict=True))[1:]:
+        yield endpoints[place]
 
 
 class Router(Balancer):
@@ -6448,7 +6465,8 @@ class Router(Balancer):
         groups, since, changes = self._known.get(name, ([], -math.inf, 0))
         if changes != BaseLLMAdapter.changes or time.monotonic() - since > Endpoint.LIST_TTL:
             groups = await self._find(name)
-        key, begins = prefix_hash(request.body), not has_answers(request.body)
+        key = prefix_hash(request.body)
+        begins = key not in self._homes and not has_answers(request.body)
         return ((endpoint, model) for group, model in groups for endpoint in self.in_order(group, key, begins))
 
     async def _find(self, name: str | None) -> list[Replicas]:
@@ -6680,6 +6698,7 @@ class Fleet(Router):
     def replace(self, endpoints: Sequence[Endpoint], aliases: Mapping[str, Sequence[str]]) -> None:
         """From now on, choose among these; one that still runs keeps its turn in its group."""
         self.endpoints, self.aliases, self._known = list(endpoints), dict(aliases), {}
+        self._homes = {key: home for key, home in self._homes.items() if home in endpoints}
         removed = [known for known in self._turns.endpoints if known not in endpoints and known.running]
         self._turns.endpoints = [*endpoints, *removed]
 
