@@ -899,6 +899,7 @@ class Completion:
         choice = answer.choices[0] = Choice()
         for chunk in chunks:
             choice.add(chunk)
+        choice.finish_reason = finish_of(last.finish_reason)
         answer.usage, answer.timing = last.usage, last.timing
         return answer.completion(Served(engine_type="", model="", ignored=last.ignored, result=last.result))
 
@@ -1424,7 +1425,7 @@ _BOUNDS = (_SIZES[:2], _SIZES[2:], ("minimum", "maximum"))
 
 
 def _check_object(node: dict[str, Any], inner: bool) -> None:
-    """References that leave the schema, and bounds that nothing fits."""
+    """Raises InferenceError for references that leave the schema, an inner $id, and bounds that nothing fits."""
     if isinstance(node.get("$ref"), str) and not node["$ref"].startswith("#"):
         raise InvalidRequest("schema: a $ref points outside it", "put its target under $defs and refer to #/$defs/…")
     if isinstance(node.get("$id"), str) and inner:
@@ -1566,7 +1567,7 @@ class _Steps:
 
 
 class SchemaCheck:
-    """Does a JSON value fit a schema that `check_limits` passed? JSON Schema 2020-12, formats included.
+    """Does a JSON value fit a schema? JSON Schema 2020-12, formats included. `strict`: see `check_limits`.
 
     Only `is_valid` is asked: jsonschema-rs' other methods can take exponential time. Every reference spends from a
     budget of steps; the place of a misfit is found by asking again for ever smaller parts.
@@ -4036,8 +4037,11 @@ class BaseLLMAdapter:
     in_auto: ClassVar[bool] = False  #: may engine_type="auto" choose it?
     clamps_max_tokens: ClassVar[bool] = True  #: is max_tokens beyond the context reduced (or is it an error)?
     pull_hint: ClassVar[str] = "it downloads its model when it starts"
-    features_ttl: ClassVar[float] = float("inf")  #: seconds for which the default model and a model's features are good
-    changes: ClassVar[int] = 0  #: of what any engine serves, and of endpoints' health, so far
+    features_ttl: ClassVar[float] = float(
+        "inf"
+    )  #: seconds for which the default model and a model's features are valid
+    #: how often what an engine serves, or an endpoint's health, may have changed in this process
+    changes: ClassVar[int] = 0
     lost = 0  #: the number of the change by which its last server was lost
 
     def __init__(
@@ -4119,13 +4123,14 @@ class BaseLLMAdapter:
         """The name that the engine knows it by; the adapter's own, else the engine's first, where none is requested."""
         if requested is not None or self.model_name is not None:
             return requested or self.model_name or ""
-        asked, found = self._default
+        asked, found = known = self._default
         if time.monotonic() - asked < self.features_ttl:
             return found
         usable = [info for info in await self.models() if info.capabilities != ("embedding",)]
         if not usable:
             raise ModelNotFound(f"{self.engine_type} has no model that can chat", self.pull_hint)
-        self._default = (time.monotonic(), usable[0].name)
+        if self._default is known:  # else another server is there meanwhile
+            self._default = (time.monotonic(), usable[0].name)
         return usable[0].name
 
     async def prepare(self, request: GenerateRequest) -> dict[str, Any]:
@@ -6006,14 +6011,16 @@ class OllamaAdapter(OllamaTranslator):
         return str(answer["version"]) if isinstance(answer, dict) and "version" in answer else None
 
     async def explained(self, error: InferenceError, path: str, body: bytes) -> InferenceError:
-        """Ollama reports numbers only where num_ctx is given: the loaded one, so that nothing is loaded again."""
+        """Ollama's refusal has numbers only where num_ctx is given: the loaded one, so that nothing is loaded again."""
         if not isinstance(error, ContextTooLong):
             return error
         wire = from_json(body)
         options = wire.get("options") or {}
         if "tokens" in error.reason or "num_ctx" in options:
             return error
-        contexts = await self._loaded_contexts()
+        contexts: dict[str, int] = {}
+        with contextlib.suppress(InferenceError):
+            contexts = await self._loaded_contexts()
         loaded = contexts.get(wire["model"]) or contexts.get(f"{wire['model']}:latest")
         if loaded:
             try:
@@ -6227,15 +6234,17 @@ class Endpoint:
             name = self.configured_name
             return {name: ModelInfo(name=name)}
         if not self.is_fresh(time.monotonic()):
-            await self._flight.run("models", self._list)
+            await self._flight.run("models", self.look)
         return self._listed
 
-    async def _list(self) -> None:
-        found = {}
+    async def look(self) -> None:
+        """Ask for its list now."""
+        await self.adapter.connect()
+        found, server = {}, self.adapter.lost
         for model in await self.adapter.models():
             if not self.only or model.name in self.only:
                 found[model.name] = model
-        self._listed, self._listed_at, self._listed_by = found, time.monotonic(), self.adapter.lost
+        self._listed, self._listed_at, self._listed_by = found, time.monotonic(), server
         BaseLLMAdapter.changes += 1
 
     @property
@@ -6264,7 +6273,7 @@ class Endpoint:
 
     @property
     def known_since(self) -> float:
-        """When what a router knows of it was true; long ago where it is to be looked at again."""
+        """When what a router knows of it was true; `inf` for one that nobody has started, which a change ends."""
         if self.failures or self.removed:
             return float("-inf")
         if self.named_before and not self.running:
@@ -6698,7 +6707,7 @@ class Fleet(Router):
     def replace(self, endpoints: Sequence[Endpoint], aliases: Mapping[str, Sequence[str]]) -> None:
         """From now on, choose among these; one that still runs keeps its turn in its group."""
         self.endpoints, self.aliases, self._known = list(endpoints), dict(aliases), {}
-        self._homes = {key: home for key, home in self._homes.items() if home in endpoints}
+        self._homes = {key: home for key, home in list(self._homes.items()) if home in endpoints}
         removed = [known for known in self._turns.endpoints if known not in endpoints and known.running]
         self._turns.endpoints = [*endpoints, *removed]
 
@@ -7008,7 +7017,7 @@ class EngineChoice:
         "sglang": SGLangAdapter,
         "llamacpp": LlamaCppAdapter,
     }
-    configured = False  #: is it a fleet of its own? Then requests to a server reach its endpoints and nothing else
+    configured = False  #: were its endpoints given, not found? Then requests to a server reach these and nothing else
     closed = 0  #: how often
 
     def __init__(
@@ -9694,7 +9703,7 @@ class Catalog:
             reachable = endpoint.running  # else a request starts it
             if reachable:
                 features = await adapter.features(models[0]) if models else adapter.capabilities
-        except InferenceError as exc:  # of its features: too busy to say
+        except InferenceError as exc:  # unreachable, or starting; or too busy to say its features
             error = exc.message
         found = endpoint.describe()
         error = error or found.pop("error")
@@ -9759,7 +9768,7 @@ class Gateway(Catalog):
         try:
             await endpoint.adapter.connect()
             await endpoint.adapter.model_for(None)
-            await endpoint.adapter.models()
+            await endpoint.look()
         except InferenceError as exc:
             endpoint.failed(exc)
             raise
@@ -9831,7 +9840,7 @@ class Gateway(Catalog):
             for endpoint in (await llm.found()).endpoints:
                 with contextlib.suppress(InferenceError):
                     await endpoint.adapter.connect()
-                    if await endpoint.serves(model):
+                    if holds(await endpoint.models(), model):
                         return llm, model
         return last
 
@@ -10332,7 +10341,7 @@ def http_error(exc: Exception) -> InferenceError:
         kinds = {each.http: each for each in InferenceError.__subclasses__()} | {403: Unauthorized}
         kind = kinds.get(status, InvalidRequest if status < 500 else InferenceError)
         error = kind(str(getattr(exc, "detail", "")) or "refused", "see /docs")
-        error.http = status  # type: ignore[misc]
+        error.http, error.v1 = status, (status, kind.v1[1])  # type: ignore[misc]
         return error
     if type(exc).__name__ == "RequestValidationError":  # FastAPI's, of a host's dependency
         errors = exc.errors()[:4]  # type: ignore[attr-defined]
@@ -10661,13 +10670,14 @@ def add_server_routes(app: "FastAPI", gateway: Gateway) -> None:
         return Response(page, media_type=content_type)
 
     policies = {"content-security-policy": PAGE_POLICY, "referrer-policy": "no-referrer"}
-    page = HTMLResponse(
-        CHAT_PAGE.replace("python llm_inference.py --serve", command("--serve")),
-        headers={"cache-control": "no-cache", **policies},
-    )
-    favicon = Response(FAVICON, media_type="image/svg+xml")
-    for path, response in (("/ui", page), ("/", RedirectResponse("ui")), ("/favicon.ico", favicon)):
-        app.router.routes.append(routing.Route(path, response, methods=["GET"]))
+    page = CHAT_PAGE.replace("python llm_inference.py --serve", command("--serve"))
+    pages: dict[str, Callable[[Any], Response]] = {  # each answer anew: a middleware may change its headers
+        "/ui": lambda _: HTMLResponse(page, headers={"cache-control": "no-cache", **policies}),
+        "/": lambda _: RedirectResponse("ui"),
+        "/favicon.ico": lambda _: Response(FAVICON, media_type="image/svg+xml"),
+    }
+    for path, answer in pages.items():
+        app.router.routes.append(routing.Route(path, answer, methods=["GET"]))
 
 
 SPLICE = "llm_inference.splice"  #: our extension of ASGI's scope: `LimitsMixin.splice` for this request
@@ -11264,11 +11274,13 @@ async def elsewhere(settings: Settings, fleet: Fleet) -> Settings:
     for endpoint in fleet.endpoints:
         adapter, config = endpoint.adapter, endpoint.config
         assert isinstance(adapter, HTTPAdapter)
-        if config is None or not config.base_url:  # else each process waits for it by itself
-            target = await adapter.connection.reach()
-            address = f"unix:{target.uds}" if target.uds else target.url
-            key = target.headers.get("authorization", "").removeprefix("Bearer ") or None
-            model = await adapter.model_for(None) if target.child else None
+        if config is None or not config.base_url:
+            address, key, model = adapter.base_url, adapter.api_key or os.environ.get(adapter.key_env), None
+            if not address:  # else each process waits for it by itself
+                target = await adapter.connection.reach()
+                address = f"unix:{target.uds}" if target.uds else target.url
+                key = target.headers.get("authorization", "").removeprefix("Bearer ") or None
+                model = await adapter.model_for(None) if target.child else None
             config = EndpointConfig(
                 name=endpoint.name, engine=adapter.engine_type, base_url=address, api_key=key, model=model,
                 models=tuple(endpoint.only), slots=endpoint.slots)  # fmt: skip

@@ -24,7 +24,7 @@ import jsonschema_rs
 import pytest
 
 import llm_inference as product
-from tests.fake_engine import TEXT, FakeEngine, Reply
+from tests.fake_engine import DIALECTS, TEXT, Dialect, FakeEngine, Reply
 from tests.harness import (
     API,
     BROKEN,
@@ -1764,6 +1764,13 @@ def test_ready_names_the_engine_that_is_missing() -> None:
         reply = httpx.get(server.url + "/ready", trust_env=False)
         assert reply.status_code == 503 and "engine_unavailable" in reply.json()["status"]
         assert httpx.get(server.url + "/health", trust_env=False).status_code == 200
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_ready_names_the_models_of_the_only_engine(dialect: Dialect) -> None:
+    with Stand(dialect) as stand:
+        names = ["m:latest"] if dialect == "ollama" else ["m"]
+        until(lambda: stand.client.get("/ready").json()["endpoints"][0]["models"] == names, SOON)
 
 
 def test_a_server_gets_ready_when_its_engine_comes_late() -> None:

@@ -4,6 +4,7 @@ The laws are those of the design's section on endpoints. Most tests run fake eng
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -584,6 +585,22 @@ def test_a_conversation_that_is_no_longer_remembered_goes_by_its_hash(monkeypatc
     for key in others:
         next(fleet.in_order(endpoints, key, begins=True))
     assert next(fleet.in_order(endpoints, first)) is favourite
+
+
+def test_conversations_that_begin_in_several_threads_are_remembered_within_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Fleet, "HOMES", 100)
+    endpoints = a_fleet(4)
+    fleet, switching = Fleet(endpoints), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        parts = [CONVERSATIONS[start::4] for start in range(4)]
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            chosen = pool.map(lambda part: [next(fleet.in_order(endpoints, key, True)) for key in part], parts)
+            assert sum(map(len, chosen)) == len(CONVERSATIONS)
+    finally:
+        sys.setswitchinterval(switching)
 
 
 @pytest.mark.parametrize(

@@ -891,7 +891,7 @@ def test_other_paths_and_methods_speak_openai_too(stand: Stand) -> None:
 def test_an_engines_failure_before_the_first_byte(
     stand: Stand, client: openai.OpenAI, reply: Reply, error: type[openai.APIStatusError], kind: str, stream: bool
 ) -> None:
-    stand.engine.script(reply)
+    stand.engine.script_chat(reply)
     with pytest.raises(error) as info:
         client.chat.completions.create(model=stand.model, messages=HI, stream=stream)
     assert info.value.code == kind

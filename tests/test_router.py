@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import httpx
 import pytest
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.middleware.gzip import GZipMiddleware
 from fastapi.responses import PlainTextResponse
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
@@ -543,3 +544,30 @@ def test_a_new_engine_is_served_from_the_command_line(script: Path) -> None:
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port)) as client:
             client.request("POST", f"{API}/generate", json.dumps({"prompt": "a b"}))
             assert enveloped(json.loads(client.getresponse().read()))["data"]["text"] == "ab"
+
+
+# A user's own routes and middleware on create_app() ---------------------------------------------
+
+
+@pytest.mark.parametrize("status", [403, 404, 409, 415, 418, 422, 429, 502, 504])
+def test_a_route_of_the_users_own_keeps_its_status(status: int, engine: FakeEngine) -> None:
+    app = product.create_app(Settings(engine="vllm", base_url=engine.base_url))
+
+    async def refuse() -> None:
+        raise HTTPException(status, "for a reason")
+
+    for path in ("/v1/own", f"{API}/own", "/own"):
+        app.add_api_route(path, refuse)
+        with TestClient(app, client=("127.0.0.1", 5), base_url="http://localhost") as client:
+            reply = client.get(path)
+        assert reply.status_code == status and reply.headers["x-error-kind"], path
+
+
+def test_a_middleware_may_change_the_headers_of_the_page(engine: FakeEngine) -> None:
+    app = product.create_app(Settings(engine="vllm", base_url=engine.base_url))
+    app.add_middleware(GZipMiddleware)
+    with TestClient(app, client=("127.0.0.1", 5), base_url="http://localhost") as client:
+        packed = client.get("/ui", headers={"accept-encoding": "gzip"})
+        assert packed.headers["content-encoding"] == "gzip" and "<html" in packed.text
+        plain = client.get("/ui", headers={"accept-encoding": "identity"})
+        assert "content-encoding" not in plain.headers and "<html" in plain.text

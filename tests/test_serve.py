@@ -907,3 +907,11 @@ def test_workers_share_all_addresses_of_an_engine(monkeypatch: pytest.MonkeyPatc
         (one.base_url, "k"),
         (two.base_url, "k"),
     ]
+
+
+def test_a_replica_that_is_down_keeps_no_worker_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    with FakeEngine("vllm") as one:
+        settings = product.Settings(engine="vllm", base_url=f"{one.base_url},http://127.0.0.1:9")
+        with product.sharing(settings, 2) as shared:
+            assert shared.base_url == settings.base_url

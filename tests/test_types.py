@@ -321,6 +321,7 @@ def test_chunks_fold_into_the_complete_answer() -> None:
         and done.timing.total == 1.5
     )
     assert [p["token"] for p in done.logprobs] == ["北", "京"]
+    assert Completion.from_chunks([Chunk(finish_reason="function_call")]).finish_reason == "tool_calls"
 
 
 @pytest.mark.parametrize("chunks", [[], [Chunk(text="a")], [Chunk(text="a", finish_reason="stop"), Chunk(text="b")]])

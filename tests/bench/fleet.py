@@ -31,7 +31,14 @@ from .run import API, HERE, KEY, MESSAGES, PROGRAM, TOKENS, V1, drive, imports, 
 
 ENDPOINTS, CONNECTIONS = 16, 16
 MANY_ENDPOINTS, MANY_ALIASES, CONVERSATIONS = 1000, 10_000, 10_000
-ROUTES = {"v1": (V1, {"model": "m"}), "api": (API, {"model_name": "m"})}
+QUESTIONS = [{**MESSAGES[-1], "content": MESSAGES[-1]["content"] + " #00"}]  # see post.lua
+#: route, model, messages, streamed
+CASES: dict[str, tuple[str, dict[str, str], list[Any], bool]] = {
+    "v1, complete, 64 prompts": (V1, {"model": "m"}, QUESTIONS, False),
+    "v1, complete, one prompt": (V1, {"model": "m"}, MESSAGES, False),
+    "v1, streamed, one prompt": (V1, {"model": "m"}, MESSAGES, True),
+    "api, complete, 64 prompts": (API, {"model_name": "m"}, QUESTIONS, False),
+}
 READ_ALL = "import sys, llm_inference as m; s = m.load_settings(dict(config=sys.argv[1]), 'serve'); m.create_app(s)"
 
 
@@ -68,14 +75,12 @@ def compare(rounds: int, seconds: float, program: Path) -> dict[str, Any]:
         upstream = stack.enter_context(engine())
         servers = {count: stack.enter_context(ours(count, upstream, program)) for count in (1, ENDPOINTS)}
         for number in range(rounds):
-            for name, (path, fields) in ROUTES.items():
-                for stream in (False, True):
-                    case = f"{name}, {'streamed' if stream else 'complete'}"
-                    body = fields | {"messages": MESSAGES, "max_tokens": 256, "stream": stream}
-                    for count in sorted(servers, reverse=number % 2 == 1):
-                        say(f"round {number + 1}/{rounds}: {case}, {count} endpoints")
-                        outcome = drive(servers[count], upstream, path, body, CONNECTIONS, seconds)
-                        found.setdefault(case, {}).setdefault(count, []).append(outcome)
+            for case, (path, fields, messages, stream) in CASES.items():
+                body = fields | {"messages": messages, "max_tokens": 256, "stream": stream}
+                for count in sorted(servers, reverse=number % 2 == 1):
+                    say(f"round {number + 1}/{rounds}: {case}, {count} endpoints")
+                    outcome = drive(servers[count], upstream, path, body, CONNECTIONS, seconds)
+                    found.setdefault(case, {}).setdefault(count, []).append(outcome)
     return {case: summary(by_count) for case, by_count in found.items()}
 
 

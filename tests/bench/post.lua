@@ -1,7 +1,19 @@
 -- wrk script: POST the JSON in $BODY with the key in $KEY; the outcome as one line of JSON on standard output.
+-- "#00" in it becomes #00 to #63 in turn: as many prompts.
 wrk.method, wrk.body = "POST", os.getenv("BODY")
 wrk.headers["Content-Type"] = "application/json"
 wrk.headers["Authorization"] = "Bearer " .. os.getenv("KEY")
+
+if wrk.body:find("#00", 1, true) then
+  local bodies, asked = {}, 0
+  for number = 0, 63 do
+    bodies[number] = wrk.body:gsub("#00", string.format("#%02d", number))
+  end
+  function request()
+    asked = asked + 1
+    return wrk.format(nil, nil, nil, bodies[asked % 64])
+  end
+end
 
 function done(summary, latency, requests)
   local e = summary.errors
