@@ -26,6 +26,7 @@ from typing import Any
 import llm_inference as product
 from tests.processes import free_port
 
+from .inprocess import clients, connect, least
 from .proc import Process, many_sockets
 from .run import API, HERE, KEY, MESSAGES, PROGRAM, TOKENS, V1, drive, imports, machine, rounded, say
 
@@ -110,6 +111,25 @@ def choices() -> list[dict[str, float]]:
 
     with engine() as upstream:
         return [asyncio.run(measure(upstream, count)) for count in (1, 2, 4, ENDPOINTS)]
+
+
+def in_process() -> dict[str, dict[str, float]]:
+    """Microseconds of CPU a request with one endpoint and with 16, without sockets."""
+
+    async def measure(prompts: list[str]) -> dict[str, float]:
+        product.Wire._connect = connect  # type: ignore[method-assign]
+        servers = {}
+        for count in (1, ENDPOINTS):
+            urls = [f"http://127.0.0.{number}:9" for number in range(1, count + 1)]
+            configs = tuple([product.EndpointConfig(engine="vllm", base_url=url) for url in urls])
+            servers[count] = clients(product.Settings(endpoints=configs, api_keys=(KEY,)), prompts)
+        one, many = (await least(servers)).values()
+        return {"one endpoint": one, f"{ENDPOINTS} endpoints": many, "more": many - one}
+
+    product.Endpoint.LIST_TTL = 1e9
+    found = {"as many prompts as connections": [f"question {number}" for number in range(CONNECTIONS)]}
+    found["one prompt"] = ["question"] * CONNECTIONS
+    return {name: asyncio.run(measure(prompts)) for name, prompts in found.items()}
 
 
 def summary(by_count: dict[int, list[dict[str, float]]]) -> dict[str, Any]:
@@ -206,6 +226,7 @@ def main() -> int:
     results["spread"] = [spread(count) for count in (1, 2, 4, 16)]
     results["start"] = many(args.program, 3) | {"import": imports(args.program, 3)}
     results["choice, µs"] = choices()
+    results["a request in one process, µs"] = in_process()
     results["cost"] = compare(args.rounds, args.seconds, args.program)
     args.out.write_text(json.dumps(rounded(results), indent=1, ensure_ascii=False) + "\n")
     say(f"written: {args.out}")
