@@ -493,7 +493,7 @@ def test_e10_models_of_the_only_engine_after_a_gap() -> None:
     engine = FakeEngine("vllm")
     with Stand("vllm", engine=engine) as stand:
         engine.stop()
-        assert stand.client.get("/v1/models").json()["data"] == []
+        until(lambda: stand.client.get("/v1/models").json()["data"] == [], 20)  # once the watch has missed it
         engine.start()
         until(lambda: stand.client.get("/v1/models").json()["data"] != [], 3)
 
