@@ -4037,9 +4037,8 @@ class BaseLLMAdapter:
     in_auto: ClassVar[bool] = False  #: may engine_type="auto" choose it?
     clamps_max_tokens: ClassVar[bool] = True  #: is max_tokens beyond the context reduced (or is it an error)?
     pull_hint: ClassVar[str] = "it downloads its model when it starts"
-    features_ttl: ClassVar[float] = float(
-        "inf"
-    )  #: seconds for which the default model and a model's features are valid
+    #: seconds for which the default model and a model's features are valid
+    features_ttl: ClassVar[float] = float("inf")
     #: how often what an engine serves, or an endpoint's health, may have changed in this process
     changes: ClassVar[int] = 0
     lost = 0  #: the number of the change by which its last server was lost
@@ -6416,8 +6415,9 @@ class Balancer:
         in_flight = sum([endpoint.in_flight for endpoint in endpoints])
         slots = sum([endpoint.slots for endpoint in endpoints])
         bound, home = self.BALANCE * (in_flight + 1) / slots, self._homes.get(key)
-        at_home = home is not None and home in endpoints and home.has_room(bound)
-        if home is not None and at_home:
+        tried: Endpoint | None = None
+        if home is not None and home in endpoints and home.has_room(bound):
+            tried = home
             yield home
         if home is None and begins:
             bound = min(bound, in_flight / slots + 1)
@@ -6427,7 +6427,7 @@ class Balancer:
             self._remember(key, first)
             yield first
         for endpoint in order:
-            if endpoint is not home or not at_home:
+            if endpoint is not tried:
                 yield endpoint
 
     def _remember(self, key: int, endpoint: Endpoint) -> None:
