@@ -59,12 +59,15 @@ if command -v python3.12 >/dev/null; then python3.12 -m compileall -q site >/dev
 
 cp "$model"/* smollm2/
 # A tokenizer converted from a GGUF has no model_max_length but transformers' 10^30, and SGLang 0.5.17's /tokenize answers 500 to that.
+# SGLang's Rust server reads the chat template here only, and answers 400 where it is in a file of its own.
 python3 - <<'EOF'
 import json, pathlib
 folder = pathlib.Path("smollm2")
 path = folder / "tokenizer_config.json"
 length = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
-path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}, indent=2))
+template = (folder / "chat_template.jinja").read_text()
+more = {"model_max_length": length, "chat_template": template}
+path.write_text(json.dumps(json.loads(path.read_text()) | more, indent=2))
 EOF
 
 archives=()

@@ -223,20 +223,25 @@ def vllm_router(run: Run, urls: list[str]) -> Iterator[tuple[str, int] | None]:
 
 
 @contextlib.contextmanager
-def ours(run: Run, urls: list[str], module: Path = ROOT / "llm_inference.py") -> Iterator[tuple[str, int] | None]:
+def ours(run: Run, urls: list[str], module: Path, words: str) -> Iterator[tuple[str, int] | None]:
     config, port = run.args.work / "llm.toml", free_port()
     config.write_text(CONFIG.format(*urls, engine=run.args.engine))
     command = [sys.executable, str(module), "--serve", "--config", str(config)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--no-auth"]
-    with started(run, "ours", command, port, "/ready") as side:
+    command += ["--host", "127.0.0.1", "--port", str(port), "--no-auth", *words.split()]
+    with started(run, f"ours-{port}", command, port, "/ready") as side:
         yield side
 
 
 def fronts(run: Run) -> dict[str, Callable[[Run, list[str]], Front]]:
-    """What may stand in between; with --module, other versions of ours too."""
-    found = {"round robin (nginx)": nginx, "vllm-router, cache_aware": vllm_router, OURS: ours}
-    for name, path in run.args.module or ():
-        found[f"{OURS}, {name}"] = functools.partial(ours, module=path)
+    """What may stand in between; with --module and --serve-args, other versions of ours and other arguments too."""
+    found: dict[str, Callable[[Run, list[str]], Front]] = {
+        "round robin (nginx)": nginx,
+        "vllm-router, cache_aware": vllm_router,
+    }
+    for name, module in [("", ROOT / "llm_inference.py"), *(run.args.module or ())]:
+        for words in run.args.serve_args or [""]:
+            title = " ".join(filter(None, (OURS, name, words)))
+            found[title] = functools.partial(ours, module=module, words=words)
     return found
 
 

@@ -25,6 +25,8 @@ import subprocess
 import sys
 import time
 import traceback
+import urllib.error
+import urllib.request
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,7 +35,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from llm_inference import EngineChild, InferenceError, LLMInferencer
+from llm_inference import EngineChild, InferenceError, LLMInferencer, portal
 from tests.gpu.machine import (
     cpu_seconds,
     ended,
@@ -366,9 +368,19 @@ def batch(run: Run) -> Json:
     for count in args.api_servers:
         more = [FRONTS[args.engine], str(count)] if count > 1 else []
         began = time.monotonic()
-        with run.server(model, run.arguments(args.load_memory, *dummy, *more, eager=args.eager_load)) as url:
-            started_after = round(time.monotonic() - began, 1)
-            found["api servers"][str(count)] = {"start_s": started_after} | http_batch(run, url)
+        words = run.arguments(args.load_memory, *dummy, *more, eager=args.eager_load)
+        one: Json = {}
+        if args.by_us:
+            with LLMInferencer(**run.options(model, words)) as llm:
+                one["start_s"] = started_after(llm, began)
+                one["without_key"] = status_without_key(llm)
+                one |= our_batch(run, llm)
+        else:
+            with run.server(model, words) as url, LLMInferencer(args.engine, base_url=url) as llm:
+                one["start_s"] = started_after(llm, began)
+                one |= our_batch(run, llm)
+                one |= bare_batches(run, url) if args.bare else {}
+        found["api servers"][str(count)] = one
         save(args, part_name(args, "batch"), found)
     return found
 
@@ -534,39 +546,61 @@ def compared(rounds: list[Json], name: str) -> Json:
     }
 
 
-def http_batch(run: Run, url: str) -> Json:
-    """LLMInferencer.batch, and a bare client of aiohttp with nothing of ours in it, on the same prompts."""
+def started_after(llm: LLMInferencer, began: float) -> float:
+    """Seconds until the engine answered that it is there."""
+    health = llm.health()
+    if not health["healthy"]:
+        raise RuntimeError(health["error"])
+    return round(time.monotonic() - began, 1)
+
+
+def status_without_key(llm: LLMInferencer) -> int:
+    """How an engine that we started answers a caller who does not know its key."""
+    target = portal.call(llm.engine()).connection.target
+    try:
+        with urllib.request.urlopen(target.url + "/v1/models", timeout=30) as reply:
+            return int(reply.status)
+    except urllib.error.HTTPError as exc:
+        return exc.code
+
+
+def our_batch(run: Run, llm: LLMInferencer) -> Json:
+    """LLMInferencer.batch with each --concurrency, after a warm-up."""
     args, prompts = run.args, questions(run.args.prompts)
     found: Json = {}
-    with LLMInferencer(args.engine, base_url=url) as llm:
-        fields: Json = {"max_tokens": args.batch_tokens, "temperature": 0.0, "engine_options": {"ignore_eos": True}}
-        llm.batch(prompts[:512], concurrency=256, **fields)
-        for concurrency in args.concurrency:
+    fields: Json = {"max_tokens": args.batch_tokens, "temperature": 0.0, "engine_options": {"ignore_eos": True}}
+    llm.batch(prompts[:512], concurrency=256, **fields)
+    for number, concurrency in enumerate(args.concurrency, 1):
+        began, cpu = time.monotonic(), time.process_time()
+        answers = llm.batch(prompts, concurrency=concurrency, **fields)
+        bad = [str(answer) for answer in answers if isinstance(answer, InferenceError)]
+        tokens = sum(answer.usage.completion_tokens for answer in answers if not isinstance(answer, InferenceError))
+        found[f"LLMInferencer.batch, {concurrency}, pass {number}"] = {
+            "seconds": round(time.monotonic() - began, 2),
+            "cpu_s": round(time.process_time() - cpu, 2),
+            "tokens": tokens,
+            "errors": len(bad),
+            "first_error": bad[:1],
+        }
+    return found
+
+
+def bare_batches(run: Run, url: str) -> Json:
+    """The same prompts by a bare client of aiohttp with nothing of ours in it."""
+    args, model = run.args, served(url)
+    prompts, found = questions(args.prompts), dict[str, Any]()
+    texts, ids = rendered(args.model, prompts)
+    for concurrency in args.concurrency:
+        ways = {f"bare aiohttp, {concurrency}": bare_batch(url, model, prompts, args.batch_tokens, concurrency)}
+        for size in args.group:
+            for name, asked in (("texts", texts), ("token ids", ids)):
+                way = grouped_batch(url, model, asked, args.batch_tokens, concurrency, size)
+                ways[f"bare aiohttp, {concurrency}, {size} {name} a request"] = way
+        for name, way in ways.items():
             began, cpu = time.monotonic(), time.process_time()
-            answers = llm.batch(prompts, concurrency=concurrency, **fields)
-            bad = [str(answer) for answer in answers if isinstance(answer, InferenceError)]
-            tokens = sum(answer.usage.completion_tokens for answer in answers if not isinstance(answer, InferenceError))
-            found[f"LLMInferencer.batch, {concurrency}"] = {
-                "seconds": round(time.monotonic() - began, 2),
-                "cpu_s": round(time.process_time() - cpu, 2),
-                "tokens": tokens,
-                "errors": len(bad),
-                "first_error": bad[:1],
-            }
-            if not args.bare:
-                continue
-            model = served(url)
-            texts, ids = rendered(run.args.model, prompts)
-            ways = {f"bare aiohttp, {concurrency}": bare_batch(url, model, prompts, args.batch_tokens, concurrency)}
-            for size in args.group:
-                for name, asked in (("texts", texts), ("token ids", ids)):
-                    way = grouped_batch(url, model, asked, args.batch_tokens, concurrency, size)
-                    ways[f"bare aiohttp, {concurrency}, {size} {name} a request"] = way
-            for name, way in ways.items():
-                began, cpu = time.monotonic(), time.process_time()
-                tokens = asyncio.run(way)
-                spent = {"seconds": round(time.monotonic() - began, 2), "cpu_s": round(time.process_time() - cpu, 2)}
-                found[name] = spent | {"tokens": tokens}
+            tokens = asyncio.run(way)
+            spent = {"seconds": round(time.monotonic() - began, 2), "cpu_s": round(time.process_time() - cpu, 2)}
+            found[name] = spent | {"tokens": tokens}
     return found
 
 
@@ -814,6 +848,7 @@ def main() -> int:
     )
     parser.add_argument("--bench-seed", type=int, default=0, help="of its first round")
     parser.add_argument("--bare", action="store_true", help="the batch by a bare client too")
+    parser.add_argument("--by-us", action="store_true", help="the batch on an engine that LLMInferencer starts")
     parser.add_argument("--group", type=int, nargs="+", default=[8, 50], help="prompts a request, of that client")
     parser.add_argument("--api-servers", type=int, nargs="+", default=[1], help="of the engine, in turn, for the batch")
     parser.add_argument("--attach", nargs="+", metavar="URL", help="servers that run: load, batch, replicas start none")
