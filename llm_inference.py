@@ -8989,9 +8989,7 @@ def anthropic_error(
     With the error's `param`, Anthropic's tool runner learns that threads are not supported: it then sends all of the
     conversation instead.
     """
-    name = _ANTHROPIC_ERRORS.get(status, "api_error")
-    if name == "api_error" and status < 500:
-        name = "invalid_request_error"
+    name = _ANTHROPIC_ERRORS.get(status, "invalid_request_error" if status < 500 else "api_error")
     if kind in ("engine_overloaded", "engine_unavailable"):
         name = "overloaded_error"
     error: dict[str, Any] = {"type": name, "message": message}
@@ -10423,8 +10421,9 @@ def path_below(scope: Scope) -> str:
 
 
 def form_of(path: str, headers: Mapping[bytes, bytes]) -> str:
-    """The path whose form an error has: on /v1, Anthropic's clients are answered in theirs."""
-    return MESSAGES if b"anthropic-version" in headers and path.startswith(V1_PATHS) else path
+    """The path whose form an error has: Anthropic's for its clients, but on another API's route that API's."""
+    shared = path.startswith(V1_PATHS) and path not in OPERATIONS
+    return MESSAGES if shared and b"anthropic-version" in headers else path
 
 
 class Guard:

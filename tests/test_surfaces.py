@@ -709,6 +709,16 @@ def test_a_missing_key_is_refused_in_each_apis_form() -> None:
         refused_messages(reply, "unauthorized", "authentication_error")
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", RESPONSES, "/tokenize"])
+def test_anthropics_header_changes_no_error_of_another_api(path: str) -> None:
+    """Whoever finds the fault: the guard, the router or the exchange."""
+    header = {"anthropic-version": "2023-06-01"}
+    with Stand("vllm", api_keys=("secret",)) as stand:
+        for method, more in (("POST", {}), ("GET", {"x-api-key": "secret"}), ("POST", {"x-api-key": "secret"})):
+            reply = stand.client.request(method, path, json={"model": "none"}, headers=header | more)
+            assert set(reply.json()) == {"error"}, reply.text
+
+
 def test_models_in_the_callers_form(vllm: Stand) -> None:
     listed = vllm.client.get("/v1/models").json()
     assert listed["object"] == "list" and listed["data"][0]["object"] == "model"
