@@ -1099,6 +1099,8 @@ def _without_empty(message: Any) -> Any:
         if name == "parsed" or (name in _DUMPED and value in (None, [], "")):
             continue
         kept["reasoning" if name == "reasoning_content" else name] = value
+    if "refusal" in kept and not kept.get("content"):
+        kept["content"] = kept.pop("refusal")  # no template shows it
     if isinstance(kept.get("tool_calls"), list):
         kept["tool_calls"] = list(map(_dumped_call, kept["tool_calls"]))
     return kept
@@ -2175,15 +2177,16 @@ def timing_of(payload: Mapping[str, Any]) -> Timing | None:
 class Piece:
     """A choice of a chunk, or of a complete object, taken apart."""
 
-    __slots__ = ("choice", "finish_reason", "logprobs", "message", "reasoning", "text", "tool_calls")
+    __slots__ = ("choice", "finish_reason", "logprobs", "reasoning", "refused", "text", "tool_calls")
 
     def __init__(self, choice: Mapping[str, Any]) -> None:
         if "delta" in choice:
             message = choice["delta"] or {}
         else:  # of a complete object, or a text completion
             message = choice["message"] if "message" in choice else {"content": choice.get("text")}
-        self.choice, self.message = choice, message
-        self.text = text_of(message.get("content"))
+        self.choice = choice
+        self.refused = bool(message.get("refusal"))  #: is the text OpenAI's refusal?
+        self.text = text_of(message.get("content") or message.get("refusal"))
         self.reasoning = text_of(message.get("reasoning") or message.get("reasoning_content"))  # SGLang's, llama.cpp's
         self.tool_calls: tuple[dict[str, Any], ...] = tuple(message.get("tool_calls") or ())
         self.logprobs: tuple[dict[str, Any], ...] = ()
@@ -2249,7 +2252,7 @@ def join_tool_calls(deltas: Iterable[Mapping[str, Any]]) -> tuple[ToolCall, ...]
 class Choice:
     """One of the answers to a request (n = 1: the only one), as far as it has come."""
 
-    __slots__ = ("call_deltas", "finish_reason", "logprobs", "matched", "reasoning_parts", "text_parts")
+    __slots__ = ("call_deltas", "finish_reason", "logprobs", "matched", "reasoning_parts", "refused", "text_parts")
 
     def __init__(self) -> None:
         self.text_parts: list[str] = []
@@ -2258,6 +2261,7 @@ class Choice:
         self.logprobs: list[Any] = []
         self.finish_reason: str | None = None
         self.matched: dict[str, Any] = {}  #: see `Piece`
+        self.refused = False  #: see `Piece`
 
     @property
     def text(self) -> str:
@@ -2295,11 +2299,12 @@ class Choice:
             return found | {"text": self.text, "logprobs": legacy_logprobs(self.logprobs)}
         if self.logprobs:
             found["logprobs"] = {"content": self.logprobs, "refusal": None}
-        message: dict[str, Any] = {"role": "assistant", "content": self.text, "refusal": None}
+        field = "refusal" if self.refused else "content"
+        message: dict[str, Any] = {"role": "assistant", "content": None, "refusal": None, field: self.text}
         if self.reasoning:
             message["reasoning"] = self.reasoning
         if self.call_deltas:
-            message |= {"content": self.text or None, "tool_calls": self.tool_calls}
+            message |= {field: self.text or None, "tool_calls": self.tool_calls}
         return found | {"message": message}
 
 
@@ -2334,6 +2339,7 @@ class Answer:
                 raise TypeError("the index of a choice is not one")
             choice, piece = self.choices.setdefault(index, Choice()), Piece(each)
             self.size += choice.add(piece)
+            choice.refused |= piece.refused
             if piece.finish_reason:
                 choice.matched = piece.matched
         if self.size > self.LIMIT:
@@ -2486,8 +2492,8 @@ def check_text(request: GenerateRequest, choice: Choice) -> Any:
     body, text, cut = request.body, choice.text, choice.finish_reason == "length"
     if choice.call_deltas and body.get("tools"):
         return check_calls(request, None, choice)
-    if cut and request.surface != OWN:
-        return None  # OpenAI's clients expect a cut text with finish_reason "length"
+    if (cut or choice.refused) and request.surface != OWN:
+        return None  # as OpenAI's clients expect: finish_reason is "length", or the text a refusal
     if cut and request.constraint == "grammar":
         raise ValueError("max_tokens was reached before the grammar's end")
     try:
@@ -8148,7 +8154,7 @@ class _Writer:
         self.used: Usage | None = None
 
     def start(self) -> list[dict[str, Any]]:
-        """The events that are there already, before the first chunk; where nobody asks, `feed` or `end` has them."""
+        """The events that nobody has got yet."""
         events, self._events = self._events, []
         return events
 
@@ -8165,18 +8171,15 @@ class _Writer:
 
     def _read_piece(self, piece: Piece) -> None:
         self._write("reasoning", piece.reasoning)
-        self._write("text", piece.text, piece.logprobs)
-        if "refusal" in piece.message:
-            self._write("refusal", text_of(piece.message["refusal"]))
+        self._write("refusal" if piece.refused else "text", piece.text, piece.logprobs)
         for position, call in enumerate(piece.tool_calls):
             self._write_call(call, position)
         if piece.finish_reason:
             self._finish, self._matched = piece.finish_reason, piece.matched
 
     def _write(self, kind: str, text: str, logprobs: Sequence[dict[str, Any]] = ()) -> None:
-        if kind not in self._forms:
-            return
-        if text or (logprobs and self._block == (kind, 0)):  # a token may be part of a character
+        partial = logprobs and self._block == (kind, 0)  # a token may be part of a character
+        if kind in self._forms and (text or partial):
             if self._block != (kind, 0):
                 self._open(kind, 0, {})
             self._pieces.append(text)
@@ -8880,6 +8883,7 @@ def _tools_from_messages(reader: _Reader) -> dict[str, Any]:
 _CONTENT: dict[str, tuple[dict[str, Any], str, str]] = {
     "reasoning": ({"type": "thinking", "thinking": "", "signature": ""}, "thinking_delta", "thinking"),
     "text": ({"type": "text", "text": ""}, "text_delta", "text"),
+    "refusal": ({"type": "text", "text": ""}, "text_delta", "text"),
     "call": ({"type": "tool_use", "input": {}}, "input_json_delta", "partial_json"),
 }
 
@@ -8887,8 +8891,7 @@ _CONTENT: dict[str, tuple[dict[str, Any], str, str]] = {
 class MessageWriter(_Writer):
     """Writes an answer in the form of the Messages API. `body` is one that `chat_from_messages` has accepted.
 
-    An event's type is also the name of its server-sent event. With thinking.display "omitted", thinking is left out;
-    signatures are empty.
+    With thinking.display "omitted", thinking is left out; signatures are empty.
     """
 
     def __init__(self, body: dict[str, Any], message_id: str) -> None:
@@ -8911,7 +8914,7 @@ class MessageWriter(_Writer):
         return self._message
 
     def end(self) -> list[dict[str, Any]]:
-        """content_block_stop of the open block, message_delta and message_stop. Raises BadEngineReply."""
+        """The last events, up to `message_stop`. Raises BadEngineReply."""
         if self._finish is None:
             raise BadEngineReply("the engine's answer has no finish_reason", "send the request again")
         self._close()
@@ -8926,10 +8929,6 @@ class MessageWriter(_Writer):
         usage = self._message["usage"]  # the engine's, which comes last
         self._events += [{"type": "message_delta", "delta": delta, "usage": usage}, {"type": "message_stop"}]
         return self.start()
-
-    def fail(self, type: str, message: str) -> list[dict[str, Any]]:
-        """The last event of a stream that fails; `type` is an error type of Anthropic's API."""
-        return [{"type": "error", "error": {"type": type, "message": message}}]
 
     def _read_usage(self, used: Usage, usage: Mapping[str, Any]) -> None:
         """OpenAI's prompt_tokens are all of them; Anthropic's input_tokens are without those that a cache had."""
@@ -9396,6 +9395,7 @@ class TranslatedSurface(Surface):
 class ResponsesSurface(TranslatedSurface):
     """POST /v1/responses: OpenAI's Responses API, without a store."""
 
+    writer: ResponseWriter
     to_chat, writer_type, prefix = staticmethod(chat_from_responses), ResponseWriter, "resp"
     names: ClassVar[Mapping[str, str]] = {
         "max_completion_tokens": "max_output_tokens", "reasoning_effort": "reasoning.effort",

@@ -670,8 +670,6 @@ def test_official_types():
     for model in anthropic_models([{"id": "a", "created": 1_700_000_000}, {"id": "b"}])["data"]:
         strict(ModelInfo, model)
     strict(ErrorResponse, anthropic_error("busy", 429, "no", "req_1"))
-    (failure,) = MessageWriter(body(), "msg_1").fail("overloaded_error", "no")
-    strict(ErrorResponse, failure)
 
 
 def annotations(*kinds):
@@ -758,7 +756,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for chunk in CHUNKS:
             self.send(writer.feed(chunk))
             if sent["model"] == "breaks":
-                return self.send(writer.fail("overloaded_error", "the engine ended"))
+                return self.send([anthropic_error("engine_unavailable", 529, "the engine ended", "req_1")])
         return self.send(writer.end())
 
     def send(self, events):

@@ -15,11 +15,11 @@ from openai.types.responses import Response as OpenAIResponse
 from openai.types.responses import ResponseStreamEvent
 
 from tests.fake_engine import DIALECTS, TEXT, Dialect, Json, Reply
-from tests.harness import KINDS, SOON, Stand, refused_v1
+from tests.harness import KINDS, SOON, Stand, good, refused_v1
 
 pytestmark = pytest.mark.usefixtures("alone")
 
-RESPONSES, MESSAGES, COUNT = "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"
+CHAT, RESPONSES, MESSAGES, COUNT = "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"
 BOTH = (RESPONSES, MESSAGES)
 HI: list[Json] = [{"role": "user", "content": "hi"}]
 PARAMETERS: Json = {
@@ -650,6 +650,51 @@ def test_an_engine_that_ends_in_mid_stream(stand: Stand, end: Any) -> None:
             assert "message_stop" not in kinds_of(events)
 
 
+def refusing(stand: Stand) -> None:
+    """The next chat is answered with OpenAI's refusal, in two parts."""
+    base: Json = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": stand.engine.model}
+    deltas: list[Json] = [{"role": "assistant", "content": ""}, {"refusal": "I can"}, {"refusal": "not."}, {}]
+    pieces = []
+    for delta in deltas:
+        choice = {"index": 0, "delta": delta, "finish_reason": None if delta else "stop"}
+        pieces.append(b"data: " + json.dumps({**base, "choices": [choice]}).encode() + b"\n\n")
+    headers = {"content-type": "text/event-stream"}
+    stand.engine.script_chat(Reply(headers=headers, pieces=[*pieces, b"data: [DONE]\n\n"]))
+
+
+@pytest.mark.parametrize("dialect", ["sglang", "llamacpp"])
+def test_a_refusal_is_passed_on(dialect: Dialect, all_stands: dict[str, Stand]) -> None:
+    """Both engines are asked for a stream, which is folded where the caller wants a complete answer."""
+    stand = all_stands[dialect]
+    stand.engine.reset()
+    for more in ({}, {"response_format": {"type": "json_object"}}):
+        refusing(stand)
+        (choice,) = answered(stand.post(CHAT, model=stand.model, messages=HI, **more))["choices"]
+        assert choice["message"] == {"role": "assistant", "content": None, "refusal": "I cannot."}
+    refusing(stand)
+    (item,) = answered(ask(stand, RESPONSES))["output"]
+    assert item["content"] == [{"type": "refusal", "refusal": "I cannot."}]
+    refusing(stand)
+    assert answered(ask(stand, MESSAGES))["content"] == [{"type": "text", "text": "I cannot."}]
+    refusing(stand)
+    deltas = [event.get("delta", {}) for event in named_events(ask(stand, MESSAGES, stream=True))]
+    assert "".join(delta.get("text", "") for delta in deltas) == "I cannot."
+    refusing(stand)
+    assert good(stand.post("/generate", prompt="hi"))["text"] == "I cannot."
+    refusing(stand)
+    events = stand.events("/generate", prompt="hi")[:-1]
+    assert "".join(event["data"].get("delta", "") for event in events) == "I cannot."
+
+
+def test_a_refusal_goes_back_as_the_text_that_it_is(stand: Stand) -> None:
+    refused_before = {"role": "assistant", "content": None, "refusal": "I cannot."}
+    messages = [*HI, refused_before, *HI]
+    answered(stand.post(CHAT, model=stand.model, messages=messages))
+    good(stand.post("/chat", messages=messages))
+    for body in stand.engine.bodies:
+        assert body["messages"][1] == {"role": "assistant", "content": "I cannot."}
+
+
 def test_an_engine_that_is_full(vllm: Stand) -> None:
     full = Reply(
         status=503, headers={"content-type": "application/json", "retry-after": "7"}, pieces=[b'{"error":"x"}']
@@ -709,7 +754,7 @@ def test_a_missing_key_is_refused_in_each_apis_form() -> None:
         refused_messages(reply, "unauthorized", "authentication_error")
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", RESPONSES, "/tokenize"])
+@pytest.mark.parametrize("path", [CHAT, RESPONSES, "/tokenize"])
 def test_anthropics_header_changes_no_error_of_another_api(path: str) -> None:
     """Whoever finds the fault: the guard, the router or the exchange."""
     header = {"anthropic-version": "2023-06-01"}
