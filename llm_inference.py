@@ -2348,10 +2348,9 @@ class Answer:
         self.timing = timing_of(payload) or self.timing
         self.payload.update(payload)
 
-    def require_end(self, choices: int = 0) -> None:
-        """Raises BadEngineReply unless every choice (at least `choices` of them) has its finish_reason."""
-        finished = [choice.finish_reason for choice in self.choices.values()]
-        if None in finished or len(finished) < choices:
+    def require_end(self) -> None:
+        """Raises BadEngineReply unless every choice has its finish_reason."""
+        if any(choice.finish_reason is None for choice in self.choices.values()):
             raise BadEngineReply("the engine ended the answer without a finish_reason", "ask again", retryable=True)
 
     def completion(self, served: Served) -> Completion:
@@ -8130,6 +8129,14 @@ def _tools(functions: list[dict[str, Any]], choice: Any, parallel: bool | None) 
     return {name: value for name, value in chat.items() if functions and value is not None}
 
 
+def _token_details(usage: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Of a usage's tokens: those that a cache had, those that it has now (vLLM), and the reasoning's."""
+    asked = usage.get("prompt_tokens_details") or {}
+    written = usage.get("completion_tokens_details") or usage  # SGLang has them beside the others
+    cached, created = count_of(asked.get("cached_tokens")), count_of(asked.get("created_cache_tokens"))
+    return cached, created, count_of(written.get("reasoning_tokens"))
+
+
 class _Writer:
     """Folds chunks, or a complete object, into blocks that follow each other: reasoning, texts and tool calls.
 
@@ -8268,7 +8275,7 @@ _CHAT_ONLY = {  # field of chat completions → what /v1/responses has instead
     "response_format": "text.format", "verbosity": "text.verbosity",
 }
 # fmt: on
-#: Left out; reported where they ask for something. Codex sends the first, others `store: true` by habit.
+#: Left out, and reported where they ask for something; clients send them by habit.
 _RESPONSES_HINTS = ("client_metadata", "prompt_cache_options", "store")
 
 
@@ -8473,10 +8480,7 @@ def _allowed(names: Collection[str], tools: list[Any]) -> list[str]:
 
 
 def _output_from_responses(reader: _Reader) -> dict[str, Any]:
-    """The form of the answer, its effort, log probabilities, length and stream.
-
-    A summary is asked of the writer, which sends all reasoning.
-    """
+    """The form of the answer, its effort, log probabilities, length and stream; a summary is the writer's matter."""
     chat: dict[str, Any] = reader.body.pop("text", {})
     form = chat.pop("format", {})
     if form.get("type") == "json_schema":
@@ -8628,13 +8632,12 @@ class ResponseWriter(_Writer):
         self._event(f"response.{kind}", response={**self._response, "output": self._output.copy()})
 
     def _read_usage(self, used: Usage, usage: Mapping[str, Any]) -> None:
-        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-        reasoning = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
+        cached, created, reasoning = _token_details(usage)
         self._response["usage"] = {
             "input_tokens": used.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": count_of(cached), "cache_write_tokens": 0},
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": created},
             "output_tokens": used.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": count_of(reasoning)},
+            "output_tokens_details": {"reasoning_tokens": reasoning},
             "total_tokens": used.total_tokens,
         }
 
@@ -8739,17 +8742,16 @@ _MESSAGES_REFUSED = {
 }
 
 
-def chat_from_messages(body: dict[str, Any], *, count_tokens: bool = False) -> tuple[dict[str, Any], list[str]]:
+def chat_from_messages(body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The body of a Messages request as a chat-completions body, and the names of what was left out of it.
 
-    With `count_tokens` it is one of `/v1/messages/count_tokens`, which has no max_tokens. Fields that the API does not
-    have pass unchanged. A tool result with is_error becomes a text that begins with "Error: "; an image in a tool
-    result becomes "[image 1]", and stands under that label in the user message that follows.
+    Fields that the API does not have pass unchanged. A tool result with is_error becomes a text that begins with
+    "Error: "; an image in one becomes "[image 1]", and stands under that label in the user message that follows.
 
     Raises InvalidRequest and UnsupportedFeature, with the field as `param`: `messages[1].content[0].type`.
     """
     reader = _MessagesReader(body)
-    chat = reader.conversation() | _output_from_messages(reader, count_tokens) | _tools_from_messages(reader)
+    chat = reader.conversation() | _output_from_messages(reader) | _tools_from_messages(reader)
     for name, value in reader.body.items():
         if name in _BODY_HINTS:
             reader.ignore(name)
@@ -8820,9 +8822,8 @@ class _MessagesReader(_Reader):
         return {"type": "image_url", "image_url": {"url": f"data:{source['media_type']};base64,{source['data']}"}}
 
 
-def _output_from_messages(reader: _Reader, count_tokens: bool) -> dict[str, Any]:
-    if not count_tokens:
-        reader.check(reader.body.get("max_tokens"), int, "max_tokens")
+def _output_from_messages(reader: _Reader) -> dict[str, Any]:
+    reader.check(reader.body.get("max_tokens"), int, "max_tokens")
     if reader.body.get("max_tokens", 1) < 1:
         raise bad_field("max_tokens", "must be at least 1", "send how many tokens may be generated")
     if not 0 <= reader.body.get("temperature", 0) <= 1:
@@ -8931,12 +8932,14 @@ class MessageWriter(_Writer):
         return self.start()
 
     def _read_usage(self, used: Usage, usage: Mapping[str, Any]) -> None:
-        """OpenAI's prompt_tokens are all of them; Anthropic's input_tokens are without those that a cache had."""
-        details = usage.get("prompt_tokens_details") or {}
-        cached = count_of(details.get("cached_tokens"))
-        found = {"input_tokens": max(0, used.prompt_tokens - cached), "output_tokens": used.completion_tokens}
-        if "cached_tokens" in details:
-            found |= {"cache_read_input_tokens": cached, "cache_creation_input_tokens": 0}
+        """OpenAI's prompt_tokens are all of them, Anthropic's input_tokens those outside of caches."""
+        cached, created, reasoning = _token_details(usage)
+        found: dict[str, Any] = {"output_tokens": used.completion_tokens}
+        found["input_tokens"] = max(0, used.prompt_tokens - cached - created)
+        if usage.get("prompt_tokens_details"):
+            found |= {"cache_read_input_tokens": cached, "cache_creation_input_tokens": created}
+        if reasoning:
+            found["output_tokens_details"] = {"thinking_tokens": reasoning}
         self._message["usage"] = found
 
     def _event(self, kind: str, **fields: Any) -> None:
@@ -9144,7 +9147,6 @@ class Surface(ABC):
     """How one kind of caller asks and is answered; one object for each request."""
 
     names: ClassVar[Mapping[str, str]] = {}  #: field of the common request → its name in this API
-
     streamed = False
     cap: int | None = None  #: the server's limit of max_tokens
     size = 0  #: bytes of the body
@@ -9160,7 +9162,7 @@ class Surface(ABC):
         """The common request, out of the caller's body. Raises InvalidRequest, UnsupportedFeature."""
 
     def require(self, body: dict[str, Any]) -> None:
-        """Raises InvalidRequest where a field is missing without which a /v1 route does nothing."""
+        """Raises InvalidRequest where a required field is missing."""
         for name in OPERATIONS[self.path].required:
             if body.get(name) is None:
                 hint = "name one of GET /v1/models" if name == "model" else f"see POST {self.path} in /docs"
@@ -9186,7 +9188,7 @@ class Surface(ABC):
             error.param = name
 
     def error_event(self, body: dict[str, Any]) -> bytes:
-        """The event of a failure after the answer has begun; `body` is what it would have been before."""
+        """The event of a failure in mid-answer; `body` is what it would have been before."""
         return b"data: " + to_json(body) + b"\n\n"
 
 
@@ -9329,7 +9331,7 @@ def chat_request(surface: Surface, body: dict[str, Any], path: str, **more: Any)
 
 
 def refuse_addresses(messages: Iterable[Any]) -> None:
-    """Images and the like come as data, not as addresses that an engine would fetch for the caller."""
+    """Media come as data, not as addresses that an engine would fetch for the caller."""
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else ():
@@ -9865,7 +9867,7 @@ class Gateway(Catalog):
         return await self.inferencer(owners.pop()), model
 
     def refuse_full(self) -> None:
-        """Raises NotReady and Busy for a request that would not get a place: before its body is read, and after it."""
+        """Raises NotReady and Busy for a request that would not get a place."""
         if self.draining:
             raise NotReady("the server is stopping", "ask another one")
         if self.waiting >= self.settings.queue and self.places.locked():
@@ -9898,7 +9900,7 @@ class Gateway(Catalog):
             (self.metrics.waiting if waiting else self.metrics.in_flight).inc(waiting or in_flight)
 
     async def read(self, surface: Surface, raw: bytes) -> GenerateRequest:
-        """The common request; a large body, a schema or a pattern is looked at in a thread, for it may take a while."""
+        """The common request; large bodies, schemas and patterns are read in a thread."""
         surface.cap, surface.size = self.settings.max_tokens_cap, len(raw)
         if len(raw) < 65_536 and not _COSTLY.search(raw):
             return surface.read(parse_object(raw))
@@ -10375,7 +10377,6 @@ def create_v1_router(gateway: Gateway) -> Any:
 
     # no parameter of the handler: FastAPI would import pydantic.v1 for it, which takes as long as ten routes
     parameter = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}, "example": DEMO}
-
     extra = {"parameters": [parameter]}
 
     @router.get("/v1/models/{name:path}", summary="OpenAI: one model", responses=errors, openapi_extra=extra)

@@ -262,9 +262,9 @@ def test_wrong_values(name, value):
     refused(InvalidRequest, name, **{name: value})
 
 
-def test_max_tokens_is_required_except_for_counting():
+def test_max_tokens_is_required():
     question = {"model": "m", "messages": [HI]}
-    assert chat_from_messages(question, count_tokens=True)[0] == question
+    assert chat_from_messages({**question, "max_tokens": 1})[0] == {**question, "max_tokens": 1}
     with pytest.raises(InvalidRequest, match="max_tokens"):
         chat_from_messages(question)
 
@@ -738,7 +738,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.seen.append((self.path, sent))
         counting = self.path.partition("?")[0].endswith("count_tokens")
         try:
-            chat_from_messages(sent, count_tokens=counting)
+            chat_from_messages({"max_tokens": 1, **sent})
         except (InvalidRequest, UnsupportedFeature) as error:
             self.server.refused.append((error.param, anthropic_error(error.kind, 400, error.reason, "req_1")["error"]))
             return self.answer(400, anthropic_error(error.kind, 400, error.reason, "req_1", param=error.param))

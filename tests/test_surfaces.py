@@ -650,6 +650,33 @@ def test_an_engine_that_ends_in_mid_stream(stand: Stand, end: Any) -> None:
             assert "message_stop" not in kinds_of(events)
 
 
+def test_tokens_that_a_cache_had_or_keeps_now(vllm: Stand) -> None:
+    """As vLLM reports them with --enable-prompt-tokens-details: 331 tokens of a prompt, asked for the second time."""
+    for name, cached, created in (("prefix_cache_1", 0, 256), ("prefix_cache_2", 256, 0)):
+        vllm.engine.replay_chat(name)
+        usage = answered(ask(vllm, RESPONSES))["usage"]
+        assert usage["input_tokens"] == 331
+        assert usage["input_tokens_details"] == {"cached_tokens": cached, "cache_write_tokens": created}
+        vllm.engine.replay_chat(name)
+        usage = answered(ask(vllm, MESSAGES))["usage"]
+        assert (usage["cache_read_input_tokens"], usage["cache_creation_input_tokens"]) == (cached, created)
+        assert usage["input_tokens"] == 331 - 256
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_of_the_reasoning(stream: bool) -> None:
+    """SGLang counts them beside the others, vLLM among their details."""
+    with Stand("sglang", reasoning="Let me see.") as sglang:
+        for path in BOTH:
+            reply = ask(sglang, path, stream=stream)
+            if path == RESPONSES:
+                found = named_events(reply)[-1]["response"] if stream else answered(reply)
+                assert found["usage"]["output_tokens_details"] == {"reasoning_tokens": 3}
+            else:
+                found = named_events(reply)[-2] if stream else answered(reply)
+                assert found["usage"]["output_tokens_details"] == {"thinking_tokens": 3}
+
+
 def refusing(stand: Stand) -> None:
     """The next chat is answered with OpenAI's refusal, in two parts."""
     base: Json = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": stand.engine.model}

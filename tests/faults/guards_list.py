@@ -80,7 +80,7 @@ GUARDS: dict[str, Guard] = {
         "engine:early end vllm v1",
     ),
     "an answer has its finish": Guard(
-        "        if None in finished or len(finished) < choices:",
+        "        if any(choice.finish_reason is None for choice in self.choices.values()):",
         "        if False:",
         "network",
         "engine:no finish vllm api",
