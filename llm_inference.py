@@ -6734,8 +6734,7 @@ class Fleet(Router):
             return await self._answer(request)
 
     async def _answer(self, request: GenerateRequest) -> Answer:
-        spent, seconds, problem = Usage(), 0.0, ""
-        answer = Answer()
+        answer, spent, seconds, problem = Answer(), Usage(), 0.0, ""
         for final in (False, True):
             answer = await self._answer_once(relaxed(request, final))
             spent += answer.usage or Usage()
@@ -6752,6 +6751,8 @@ class Fleet(Router):
                 continue
             request.served.enforced_by = enforced_by(request)
             answer.usage = spent  # what it cost, the first try included
+            if final:
+                answer.data, answer.payload["usage"] = b"", (answer.payload.get("usage") or {}) | spent.as_dict()
             answer.timing = dataclasses.replace(answer.timing or Timing(total=0.0), total=seconds)
             return answer
         raise unsatisfied(request, answer, problem)
@@ -8480,7 +8481,7 @@ def _allowed(names: Collection[str], tools: list[Any]) -> list[str]:
 
 
 def _output_from_responses(reader: _Reader) -> dict[str, Any]:
-    """The form of the answer, its effort, log probabilities, length and stream; a summary is the writer's matter."""
+    """The form of the answer, its effort, log probabilities, length and stream."""
     chat: dict[str, Any] = reader.body.pop("text", {})
     form = chat.pop("format", {})
     if form.get("type") == "json_schema":
@@ -8968,7 +8969,7 @@ class MessageWriter(_Writer):
 
 
 def _input_of(arguments: str, cut: bool) -> dict[str, Any]:
-    """Parsed arguments; of cut ones, what is complete: Anthropic's client does the same. Raises BadEngineReply."""
+    """Parsed arguments; of cut ones, as in Anthropic's client, what is complete. Raises BadEngineReply."""
     with contextlib.suppress(ValueError):
         found = pydantic_core.from_json(arguments, allow_inf_nan=False, allow_partial=cut)
         if isinstance(found, dict):
@@ -9001,7 +9002,7 @@ def anthropic_error(
 
 
 def anthropic_models(models: list[dict[str, Any]]) -> dict[str, Any]:
-    """The body of `GET /v1/models` for Anthropic's clients, from the entries of OpenAI's list. There is one page.
+    """OpenAI's list of models in the form of Anthropic's API; there is one page.
 
     A model whose time of creation is unknown has the epoch, as in Anthropic's API.
     """
@@ -9732,7 +9733,7 @@ class Gateway(Catalog):
         self._watching: asyncio.Task[None] | None = None
 
     def watch(self) -> None:
-        """From now on: reach the default engine (attach, else start the embedded one), and ask it now and then."""
+        """From now on: reach the default engine, and ask it now and then."""
         if self._watching is None:
             self._watching = asyncio.ensure_future(self._watch())
 
@@ -10300,7 +10301,7 @@ def own_body_schema(shape: type, gateway: Gateway) -> dict[str, Any]:
 
 
 def envelope_route() -> Any:
-    """Brings the envelope along for whatever is raised on these routes, the host's dependencies included."""
+    """The envelope for whatever is raised on these routes, the host's dependencies included."""
     from fastapi import Request, Response
     from fastapi.routing import APIRoute
 

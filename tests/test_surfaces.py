@@ -3,6 +3,7 @@ against the real command with the embedded engine."""
 
 import asyncio
 import base64
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -675,6 +676,23 @@ def test_tokens_of_the_reasoning(stream: bool) -> None:
             else:
                 found = named_events(reply)[-2] if stream else answered(reply)
                 assert found["usage"]["output_tokens_details"] == {"thinking_tokens": 3}
+
+
+def test_the_tokens_of_both_tries_are_counted(stand: Stand) -> None:
+    """An answer that does not fit its schema is asked for once more: that costs as much on every surface."""
+    words = itertools.cycle(["no JSON", '{"city": "Paris", "large": true}'])
+    stand.engine.answer = lambda asked: next(words)
+    own = good(stand.post("/chat", messages=HI, schema=CAPITAL))["usage"]
+    assert own["completion_tokens"] == 2 + 4
+    named = {"type": "json_schema", "name": "capital", "schema": CAPITAL}
+    response = answered(ask(stand, RESPONSES, text={"format": named}))["usage"]
+    bare = {"type": "json_schema", "schema": CAPITAL}
+    message = answered(ask(stand, MESSAGES, output_config={"format": bare}))["usage"]
+    form = {"type": "json_schema", "json_schema": {"name": "capital", "schema": CAPITAL}}
+    chat = answered(stand.post(CHAT, model=stand.model, messages=HI, response_format=form))["usage"]
+    assert {name: chat[name] for name in own} == own
+    for usage in (response, message):
+        assert (usage["input_tokens"], usage["output_tokens"]) == (own["prompt_tokens"], own["completion_tokens"])
 
 
 def refusing(stand: Stand) -> None:
