@@ -8557,9 +8557,7 @@ def _response_logprob(entry: Mapping[str, Any]) -> dict[str, Any]:
 def _echo(body: dict[str, Any]) -> dict[str, Any]:
     """What a Response repeats of its request. Of the tools, those that the model can call."""
     echo = {"background": False, "previous_response_id": None, "store": False, "tools": [], **_ECHOED}
-    for name in _ECHOED:
-        if body.get(name) is not None:
-            echo[name] = body[name]
+    echo |= {name: body[name] for name in _ECHOED if body.get(name) is not None}
     if echo["text"].get("format") is None:
         echo["text"] = {**echo["text"], "format": {"type": "text"}}
     for tool in body.get("tools") or ():
@@ -8580,9 +8578,8 @@ class ResponseWriter(_Writer):
         self._suffix = response_id.removeprefix("resp_")
         super().__init__(body, f"call_{self._suffix}")
         now = int(time.time()) if created is None else created
-        self._response = {"id": response_id, "object": "response", "created_at": now, **_echo(body)}
-        self._response |= {"model": self._model, "usage": None, "error": None, "incomplete_details": None}
-        self._response["status"] = "in_progress"
+        self._response = {"id": response_id, "object": "response", "created_at": now, "error": None, **_echo(body)}
+        self._response |= {"model": self._model, "usage": None, "incomplete_details": None, "status": "in_progress"}
         self._output: list[dict[str, Any]] = []
         self._forms: dict[str, _Form] = _FORMS
         reasoning = body.get("reasoning") or {}
@@ -10033,7 +10030,7 @@ class Exchange:
             self.task.cancel()
 
     async def fail(self, error: InferenceError) -> int:
-        """Send the error: as an answer, or as a last event where the answer has begun. Returns its HTTP status."""
+        """Send the error, as an answer or as a stream's last event. Returns its HTTP status."""
         self.error_kind = error.kind
         self.surface.rename(error)
         self.served.usage = getattr(error, "usage", None) or self.served.usage
@@ -10056,6 +10053,8 @@ class Exchange:
         self.started = True
         surface = self.surface
         headers = [(b"content-type", content_type), (b"x-request-id", surface.request_id.encode()), *more]
+        if surface.path.startswith(MESSAGES):
+            headers.append((b"request-id", surface.request_id.encode()))  # as Anthropic's API names it
         ignored = [*surface.ignored, *(surface.names.get(name, name) for name in self.served.ignored)]
         if ignored and not isinstance(surface, OwnSurface):
             headers.append((b"x-ignored-fields", ", ".join(ignored).encode("ascii", "replace")[:4000]))
@@ -10138,7 +10137,7 @@ class EventWriter:
 
 @functools.cache
 def response_class() -> Any:
-    """A FastAPI endpoint returns it so that an Exchange answers: FastAPI calls it as it calls any Response."""
+    """What a FastAPI endpoint returns so that an Exchange answers."""
     from starlette.responses import Response
 
     class ExchangeResponse(Response):
@@ -10415,7 +10414,7 @@ FORWARDED = re.compile(rb"forwarded|via|x-forwarded.*|x-real-ip|x-client-ip|cf-c
 
 
 def path_below(scope: Scope) -> str:
-    """The request's path below the place where the app is mounted, without a trailing slash."""
+    """The request's path below the app's mount, without a trailing slash."""
     path, root = str(scope["path"]), str(scope.get("root_path") or "")
     if root and path.startswith(root):
         path = path[len(root) :]
@@ -10580,7 +10579,7 @@ def create_app(settings: Settings | None = None, llm: LLMInferencer | None = Non
             allow_origins=list(gateway.settings.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],  # OpenAI's JavaScript client sends a dozen x-stainless-… headers
-            expose_headers=["x-error-kind", "x-ignored-fields", "x-request-id", "x-endpoint", "retry-after"],
+            expose_headers="x-error-kind x-ignored-fields x-request-id request-id x-endpoint retry-after".split(),
         )
     return app
 

@@ -1054,6 +1054,21 @@ def test_anthropic_beta(stand: Stand) -> None:
         assert found.content[0].text == TEXT
 
 
+def test_anthropic_finds_the_id_of_a_request(vllm: Stand) -> None:
+    """In the header that Anthropic's API calls request-id, also of an error."""
+    anthropic = pytest.importorskip("anthropic")
+    asked: Json = {"model": "vllm/m", "max_tokens": 8, "messages": HI}
+    with anthropic.Anthropic(base_url=vllm.url, api_key="none", max_retries=0) as made:
+        found = made.messages.create(**asked)
+        assert found.id == f"msg_{found._request_id.replace('-', '')}"
+        assert made.messages.count_tokens(model="vllm/m", messages=HI)._request_id
+        with made.messages.stream(**asked) as stream:
+            assert stream.request_id and stream.request_id != found._request_id
+        with pytest.raises(anthropic.NotFoundError) as caught:
+            made.messages.create(**asked | {"model": "none"})
+        assert caught.value.request_id == caught.value.body["request_id"]
+
+
 def test_anthropic_structured(anthropic_client: Any) -> None:
     if not hasattr(anthropic_client.messages, "parse"):
         pytest.skip("this anthropic has no messages.parse")
