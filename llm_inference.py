@@ -9180,10 +9180,10 @@ class Surface(ABC):
 
     def rename(self, error: InferenceError) -> None:
         """Give the field at fault the name that this API has for it."""
-        name = self.names.get(error.param or "")
-        if name is not None and name not in error.hint:  # a reader's: it is about `param`
-            error.reason = re.sub(rf"\b{error.param}\b", name, error.reason)
-            error.param = name
+        field, bracket, index = (error.param or "").partition("[")
+        name = self.names.get(field)
+        if name is not None and name not in error.hint:  # a reader's
+            error.reason, error.param = re.sub(rf"\b{field}\b", name, error.reason), name + bracket + index
 
     def error_event(self, body: dict[str, Any]) -> bytes:
         """The event of a failure in mid-answer; `body` is what it would have been before."""
@@ -9677,7 +9677,7 @@ class Catalog:
         return [endpoint for llm in dict.fromkeys(llms) for endpoint in (await llm.found()).endpoints]
 
     async def models(self) -> list[tuple[str, ModelInfo]]:
-        """(engine, model) of every endpoint that answers; refreshed after ten seconds, or a change that was noticed."""
+        """(engine, model) of every endpoint that answers; asked for after ten seconds, or a noticed change."""
         now, unchanged = time.monotonic(), self.listed_changes == BaseLLMAdapter.changes
         if not (self.listed and unchanged and now - self.listed_at <= 10):
             found = {}

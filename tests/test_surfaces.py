@@ -545,6 +545,7 @@ def test_names_are_those_of_the_callers_api(vllm: Stand) -> None:
         assert str(reply.json()["error"]["param"]).startswith(name)
     for fields, name in (
         ({"stop_sequences": ["x"] * 40}, "stop_sequences"),
+        ({"stop_sequences": ["x", ""]}, "stop_sequences[1]"),
         ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "strng"}}}}, "output_config.format"),
     ):
         assert name in refused(ask(vllm, MESSAGES, **fields), MESSAGES, "invalid_request")
