@@ -2528,16 +2528,19 @@ def check_calls(request: GenerateRequest, forced: Any, choice: Choice) -> None:
     calls = choice.tool_calls
     names = [name_of(call) for call in calls]
     wanted = name_of(forced)
+    cut = " before max_tokens was reached" if choice.finish_reason == "length" else ""
     if forced and (not names or (wanted and wanted not in names)):
-        cut = " before max_tokens was reached" if choice.finish_reason == "length" else ""
         raise ValueError(f"there is no call of {wanted or 'a tool'}{cut}")
     for name, call in zip(names, calls, strict=True):
         if name not in tools:
             raise ValueError("it calls a tool that was not offered")
         function = tools[name]
-        if request.surface != OWN and not forced and not function.get("strict"):
-            continue
-        value = from_json(call["function"]["arguments"] or "{}")
+        if request.surface != OWN and (cut or not (forced or function.get("strict"))):
+            continue  # as with a cut text: see `check_text`
+        try:
+            value = from_json(call["function"]["arguments"] or "{}")
+        except ValueError as exc:
+            raise ValueError(f"a tool call's arguments are not complete JSON{cut} ({exc})") from None
         if not isinstance(value, dict):
             raise ValueError("the arguments of a tool call are not an object")
         if not function.get("parameters"):
@@ -9216,8 +9219,7 @@ class OwnSurface(Surface):
         if schema is not None:
             schema, _ = normalize_schema(schema)
         body["messages"] = messages_from(prompt if messages is None else messages, body.pop("system", None))
-        if self.model is not None:
-            body["model"] = self.model
+        body = with_model(body, self.model)
         if self.streamed:
             body |= STREAMED
         return dataclasses.replace(assembled(body, schema), cap=self.cap, size=self.size)
@@ -9657,13 +9659,13 @@ class Catalog:
         return fleet.aliases if self.default.configured and fleet else self.settings.aliases
 
     async def inferencer(self, engine_type: str | None) -> LLMInferencer:
-        """The engine's inferencer. Only the default one may have been started; no request starts another process."""
+        """The engine's inferencer. Only the default one may have been started."""
         if engine_type in (None, "auto"):
             return self.default
         engine_class(engine_type)
         if self.default.configured:
             return self.default
-        with contextlib.suppress(InferenceError):  # it is not this request's error that no engine is found for "auto"
+        with contextlib.suppress(InferenceError):  # not this request's error
             await self.default.found()
         if engine_type == self.default.engine_type:
             return self.default
@@ -9740,7 +9742,7 @@ class Gateway(Catalog):
             try:
                 await self._look()
                 self.state, pause = "ready", 5.0
-            except Exception as exc:  # a third party's adapter may raise anything; the watch goes on
+            except Exception as exc:  # a third party's adapter may raise anything
                 error = as_inference_error(exc)
                 state = f"{error.kind}: {error.message}"
                 if self.state != state:
@@ -9983,7 +9985,7 @@ class Exchange:
         refuse_loop(headers)
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise InvalidRequest("content-encoding: must be identity", "send the body uncompressed")
-        if int(headers.get(b"content-length", b"0")) > MAX_BODY:  # the HTTP parser has checked that it is a number
+        if int(headers.get(b"content-length", b"0")) > MAX_BODY:  # a number, as the HTTP parser has checked
             raise PayloadTooLarge(f"body: over {MAX_BODY} bytes", "send less")
         self.gateway.refuse_full()
         return await read_body(receive) if self.body is None else self.body
@@ -10063,10 +10065,7 @@ class Exchange:
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def events(self, bursts: AsyncGenerator[Burst, None]) -> None:
-        """Send server-sent events: the first is awaited before the 200, and silence is filled with comments.
-
-        A client that reads nothing for `idle` seconds counts as gone.
-        """
+        """Send server-sent events: the first is awaited before the 200, and silence is filled with comments."""
         surface, served = self.surface, self.served
         async with contextlib.aclosing(bursts):
             burst = await anext(bursts, None)
@@ -10375,7 +10374,7 @@ def create_v1_router(gateway: Gateway) -> Any:
             return JSONResponse(anthropic_models(found))
         return JSONResponse({"object": "list", "data": found})
 
-    # no parameter of the handler: FastAPI would import pydantic.v1 for it, which takes as long as ten routes
+    # no parameter of the handler: for it FastAPI would import pydantic.v1, which is slow
     parameter = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}, "example": DEMO}
     extra = {"parameters": [parameter]}
 
@@ -10454,7 +10453,7 @@ class Guard:
             await reply(scope, receive, send)
             return
         exchange = self.gateway.direct.get(path) if scope["method"] == "POST" else None
-        if exchange is not None:  # past FastAPI's machinery, which has nothing to add to these routes
+        if exchange is not None:  # FastAPI's machinery has nothing to add here
             await exchange()(scope, receive, send)
             return
         if path != "/" and scope["path"].endswith("/"):

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 import llm_inference as product
 from tests.fake_engine import DIALECTS, TEXT, Dialect, Reply
-from tests.harness import SOON, Command, Stand, payloads, refused_v1, serving, until
+from tests.harness import SOON, Command, Stand, payloads, refused, refused_v1, serving, until
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -374,6 +374,34 @@ def test_a_cut_answer_says_so_itself(stand: Stand) -> None:
         and len(stand.engine.bodies) == 1
     )
     assert stand.events(CHAT, model=stand.model, messages=HI, response_format=CITY, max_tokens=1)[-1] == "[DONE]"
+
+
+@pytest.mark.parametrize("dialect", ["sglang", "llamacpp"])
+def test_a_forced_call_that_is_cut_says_so_itself(dialect: Dialect, all_stands: dict[str, Stand]) -> None:
+    """As a cut text does; our own routes refuse both, and say what helps."""
+    stand = all_stands[dialect]
+    stand.engine.reset()
+    call = {"index": 0, "id": "a", "type": "function", "function": {"name": "get_weather", "arguments": '{"city":"Par'}}
+    pieces = []
+    for delta, finish in (({"role": "assistant", "content": ""}, None), ({"tool_calls": [call]}, None), ({}, "length")):
+        chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": stand.engine.model}
+        choice = {"index": 0, "delta": delta, "finish_reason": finish}
+        pieces.append(b"data: " + json.dumps({**chunk, "choices": [choice]}).encode() + b"\n\n")
+    cut = Reply(headers={"content-type": "text/event-stream"}, pieces=[*pieces, b"data: [DONE]\n\n"])
+    asked: Any = {"messages": HI, "tools": [WEATHER], "tool_choice": "required"}
+    stand.engine.script_chat(cut)
+    (choice,) = stand.post(CHAT, model=stand.model, **asked).json()["choices"]
+    assert (choice["finish_reason"], choice["message"]["tool_calls"][0]["function"]["arguments"]) == (
+        "length",
+        '{"city":"Par',
+    )
+    stand.engine.script_chat(cut)
+    assert stand.events(CHAT, model=stand.model, **asked)[-1] == "[DONE]"
+    assert len(stand.engine.bodies) == 2
+    stand.engine.script_chat(cut)
+    stand.engine.script_chat(cut)
+    said = refused(stand.post("/chat", **asked), "structured_output_invalid")
+    assert "max_tokens was reached" in said and "raise max_tokens" in said
 
 
 @pytest.mark.parametrize(
