@@ -1121,13 +1121,14 @@ def _dumped_call(call: Any) -> Any:
 def check_together(body: dict[str, Any]) -> None:
     """Raises InvalidRequest, UnsupportedFeature for fields that contradict each other, hostile schemas and patterns."""
     tools, choice = body.get("tools") or (), body.get("tool_choice")
+    names = list(map(name_of, tools))
+    if not all(names):
+        raise bad_field("tools", "one of them is not a function with a name", "send functions")
     if choice not in (None, "none", "auto") and not tools:
         raise bad_field("tool_choice", "there are no tools", "send tools, or leave it out")
-    if isinstance(choice, dict):
-        names = list(map(name_of, tools))
-        if name_of(choice) not in names:
-            listed = ", ".join(map(str, names))[:200]
-            raise bad_field("tool_choice", "not a function of tools", f"one of: {listed}")
+    if isinstance(choice, dict) and name_of(choice) not in names:
+        listed = ", ".join(map(str, names))[:200]
+        raise bad_field("tool_choice", "not a function of tools", f"one of: {listed}")
     if body.get("top_logprobs") and not body.get("logprobs"):
         raise bad_field("top_logprobs", "needs logprobs", "set logprobs to true")
     constraints = list(constraints_in(body))
@@ -2536,7 +2537,7 @@ def check_calls(request: GenerateRequest, forced: Any, choice: Choice) -> None:
             raise ValueError("it calls a tool that was not offered")
         function = tools[name]
         if request.surface != OWN and (cut or not (forced or function.get("strict"))):
-            continue  # as with a cut text: see `check_text`
+            continue  # a cut one: see `check_text`
         try:
             value = from_json(call["function"]["arguments"] or "{}")
         except ValueError as exc:
@@ -8572,10 +8573,7 @@ def _echo(body: dict[str, Any]) -> dict[str, Any]:
 
 
 class ResponseWriter(_Writer):
-    """Writes an answer in the form of the Responses API. `body` is one that `chat_from_responses` has accepted.
-
-    An event is sent as `event: TYPE` and `data: JSON`; no `[DONE]` follows.
-    """
+    """Writes an answer in the form of the Responses API, without [DONE]; `chat_from_responses` has accepted `body`."""
 
     def __init__(self, body: dict[str, Any], response_id: str, created: int | None = None) -> None:
         self._suffix = response_id.removeprefix("resp_")
@@ -9576,7 +9574,7 @@ def refuse_loop(headers: Mapping[bytes, bytes]) -> None:
 
 
 def refuse_long_header(scope: Scope) -> None:
-    """Raises HeaderTooLarge past 32 KiB or 100 fields. A header without an end is `limited_protocol`'s."""
+    """Raises HeaderTooLarge past 32 KiB or 100 fields; one without an end is `limited_protocol`'s."""
     size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
     size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
     if size > MAX_HEADER or len(scope["headers"]) > 100:

@@ -440,6 +440,13 @@ def test_tools_and_a_response_format_are_refused_together(stand: Stand) -> None:
         assert "tools" in refused_v1(reply, "invalid_request") and not stand.engine.bodies
 
 
+def test_a_tool_that_is_no_function_is_refused(stand: Stand) -> None:
+    """Ollama reads no other type: it would offer the model a function without a name, and say nothing."""
+    for tool in ({"type": "custom", "custom": {"name": "grep"}}, {"type": "function", "function": {"name": ""}}):
+        reply = stand.post(CHAT, model=stand.model, messages=HI, tools=[WEATHER, tool])
+        assert "tools: " in refused_v1(reply, "invalid_request") and not stand.engine.bodies
+
+
 def test_tools_offered_beside_a_format_give_a_call_or_an_answer_in_that_format(stand: Stand) -> None:
     stand.engine.capabilities = [*{*stand.engine.capabilities, "tools"}]
     asked = {"model": stand.model, "messages": HI, "tools": [WEATHER], "response_format": CITY}
