@@ -519,7 +519,7 @@ NO_OPS = _by_field(
 )
 
 #: Values that switch something off. Where the engine or the model has no such thing they ask for nothing; where it has,
-#: they are sent, as its default may be another (top_k: 40 in llama.cpp and Ollama, the model's own in vLLM and SGLang).
+#: they are sent, as its default may be another.
 OFF = _by_field(
     (-1, "top_k top_n_sigma adaptive_target reasoning_budget_tokens thinking_token_budget"),
     (0, "top_k min_p presence_penalty frequency_penalty mirostat dry_multiplier xtc_probability dynatemp_range"),
@@ -1151,16 +1151,18 @@ def constraints_in(body: dict[str, Any]) -> Iterator[str]:
 
 
 def _check_schemas(body: dict[str, Any]) -> None:
-    schema = answer_schema(body)
-    if schema is not None:
-        try:
-            check_limits(schema)
-        except InferenceError as exc:
-            exc.param = exc.param or "schema"
-            raise
     forced = body.get("tool_choice") not in (None, "auto", "none")
+    schemas = [("schema", answer_schema(body), True)]
     for function in map(function_of, body.get("tools") or ()):
-        check_limits(function.get("parameters") or {}, strict=forced or bool(function.get("strict")))
+        where, strict = f"tools: {str(function['name'])[:64]!r}: schema", bool(forced or function.get("strict"))
+        schemas.append((where, function.get("parameters"), strict))
+    for where, schema, strict in schemas:
+        try:
+            if schema:
+                check_limits(schema, strict=strict)
+        except InferenceError as exc:
+            exc.reason, exc.param = exc.reason.replace("schema", where, 1), exc.param or where.partition(":")[0]
+            raise
     if isinstance(body.get("grammar"), str):
         _refuse_reversed(_IN_GRAMMAR.sub("", body["grammar"]), "grammar")
     if isinstance(body.get("regex"), str):
@@ -8293,7 +8295,7 @@ def chat_from_responses(body: dict[str, Any]) -> tuple[dict[str, Any], list[str]
     reader = _ResponsesReader(body)
     chat = {"messages": reader.conversation()} | _tools_from_responses(reader) | _output_from_responses(reader)
     if chat.get("tool_choice") not in (None, "auto", "none") and "response_format" in chat:
-        del chat["response_format"]  # it is for a message, and the answer will be a call: instructor sends both
+        del chat["response_format"]  # for a message, and the answer will be a call: instructor sends both
         reader.ignore("text.format")
     for name in _RESPONSES_HINTS:
         if reader.body.pop(name, None):
@@ -8496,7 +8498,7 @@ def _output_from_responses(reader: _Reader) -> dict[str, Any]:
     for name, value in reader.body.pop("reasoning", {}).items():
         if name == "effort":
             chat["reasoning_effort"] = value
-        elif value == "concise" or name == "context":  # which earlier reasoning counts is for the template to say
+        elif value == "concise" or name == "context":
             reader.ignore(f"reasoning.{name}")
     include = reader.body.pop("include", ())
     for index, name in enumerate(include):
@@ -8806,7 +8808,7 @@ class _MessagesReader(_Reader):
                 case "redacted_thinking":
                     self.ignore(kind)
                 case "text" if place == "system" and given["text"].startswith("x-anthropic-billing-header:"):
-                    # Claude Code's first line changes with each request: no prefix cache would ever hit
+                    # it changes with each request: no prefix cache would ever hit
                     self.ignore("x-anthropic-billing-header")
                     given["text"] = given["text"].partition("\n")[2]
             if place != "system" or given["text"]:
@@ -8975,7 +8977,7 @@ def _input_of(arguments: str, cut: bool) -> dict[str, Any]:
     raise BadEngineReply("a tool call's arguments are not a JSON object", "send the request again")
 
 
-#: platform.claude.com/docs/en/api/errors. Other 4xx are invalid_request_error, other 5xx api_error.
+#: platform.claude.com/docs/en/api/errors
 _ANTHROPIC_ERRORS = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
     429: "rate_limit_error", 504: "timeout_error", 529: "overloaded_error",
@@ -9441,7 +9443,7 @@ class PlainSurface(OpenAISurface):
         return request
 
 
-FIRST_PROMPT = "What is the capital of China? Answer in one short sentence."  # the demo model answers it well
+FIRST_PROMPT = "What is the capital of China? Answer in one short sentence."
 DEMO = "llamacpp/SmolLM2-135M-Instruct.Q4_1"
 _FIRST = [{"role": "user", "content": FIRST_PROMPT}]
 

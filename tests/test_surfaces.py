@@ -551,6 +551,21 @@ def test_names_are_those_of_the_callers_api(vllm: Stand) -> None:
         assert name in refused(ask(vllm, MESSAGES, **fields), MESSAGES, "invalid_request")
 
 
+def test_the_tool_whose_schema_is_bad_is_named(vllm: Stand) -> None:
+    bad = {"type": "strng"}
+    response = [WEATHER, {**WEATHER, "name": "other", "parameters": bad, "strict": True}]
+    message = [TOOL, {"name": "other", "input_schema": bad}]
+    functions = [{name: tool[name] for name in ("name", "parameters")} for tool in response]
+    chat = [{"type": "function", "function": function} for function in functions]
+    for reply in (
+        ask(vllm, RESPONSES, tools=response),
+        ask(vllm, MESSAGES, tools=message, tool_choice={"type": "any"}),
+        vllm.post(CHAT, model=vllm.model, messages=HI, tools=chat, tool_choice="required"),
+        vllm.post("/chat", messages=HI, tools=chat, tool_choice="required"),
+    ):
+        assert reply.status_code == 400 and "tools: 'other': schema: type: 'strng'" in reply.text, reply.text
+
+
 @pytest.mark.parametrize(
     ("path", "fields", "name"),
     [

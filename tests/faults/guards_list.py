@@ -45,8 +45,8 @@ GUARDS: dict[str, Guard] = {
         "(self.counted and ref not in self.recursive)", "False", "hostile_bodies", "laddered"
     ),
     "a relayed schema is looked at": Guard(
-        "    if schema is not None:\n        try:\n            check_limits",
-        "    if False:\n        try:\n            check_limits",
+        "            if schema:\n                check_limits",
+        "            if False:\n                check_limits",
         "places",
         "schema",
     ),
