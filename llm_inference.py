@@ -841,8 +841,7 @@ class Usage:
     def as_dict(self) -> dict[str, int]:
         """OpenAI's usage object."""
         counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
-        counts["total_tokens"] = self.total_tokens
-        return counts
+        return counts | {"total_tokens": self.total_tokens}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -927,7 +926,7 @@ class Deadlines:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, (int, float)) or not value > 0:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise bad_field(f"deadlines.{field.name}", "must be a number above 0", "give seconds, or leave it out")
 
     def brief(self) -> "Deadlines":

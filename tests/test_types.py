@@ -558,7 +558,7 @@ def test_constructors_do_no_io(monkeypatch: pytest.MonkeyPatch) -> None:
         assert LLMInferencer(name, "m", base_url="http://127.0.0.1:9").engine_type == name
 
 
-@pytest.mark.parametrize("value", [-1, 0, float("nan"), "5", None])
+@pytest.mark.parametrize("value", [-1, 0, float("nan"), "5", None, True])
 def test_deadlines_are_numbers_above_zero(value: Any) -> None:
     for name in ("connect", "first_token", "idle", "total"):
         with pytest.raises(InvalidRequest, match=rf"deadlines\.{name}: must be a number above 0"):
