@@ -19,10 +19,7 @@ engine answers with one stream of OpenAI-shaped chunks. The file reads top to bo
 
 # 1 Imports and logging ---------------------------------------------------------------------------
 # The standard library's slow ones (zipfile, tomllib, ssl, importlib.metadata) are imported where they are used.
-# Required: pydantic (here); fastapi and uvicorn (to serve), h11 (to reach engines; it comes with uvicorn and httpx),
-# requests (--api-test).
-# Used when installed: httptools, uvloop (speed), xllamacpp (the embedded engine), jsonschema-rs (schemas),
-# rich (tables), prometheus-client (/metrics), fastapi-offline (/docs without a CDN), huggingface_hub or modelscope.
+# requirements.txt says which packages are required, and what the others are for.
 # Engines are servers that we attach to or start as child processes; their packages are never imported here.
 # No `from __future__ import annotations`: FastAPI needs the handlers' real annotations.
 import asyncio
@@ -1932,8 +1929,8 @@ def llamacpp_regex(regex: str) -> str:
 def llamacpp_schema(schema: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     """The schema as llama.cpp can enforce it, and whether what its grammar lets through fits all of `schema`.
 
-    If not, the grammar is looser in places. It never allows less than it must: what it leaves out (properties that are
-    not named, tuples of another length) the schema leaves open.
+    If not, the grammar is looser in places. It never allows less than it must: what it leaves out (unnamed properties,
+    tuples of another length) the schema leaves open.
     """
     found = _LlamaCppSchema(schema)
     return {**found.body, "$defs": found.defs} if found.defs else found.body, found.exact
@@ -2170,8 +2167,8 @@ def usage_of(payload: Mapping[str, Any]) -> Usage | None:
 def timing_of(payload: Mapping[str, Any]) -> Timing | None:
     """The engine's own measurement: llama.cpp's `timings`, which the Ollama adapter provides as well."""
     spent = payload.get("timings")
-    if not spent:
-        return None
+    if not spent or isinstance(spent, Timing):  # a user's own engine
+        return spent and dataclasses.replace(spent, source="engine")
     queue, decode, speed = spent.get("queue_ms", 0) / 1e3, spent["predicted_ms"] / 1e3, spent["predicted_per_second"]
     return Timing(total=0.0, queue=queue or None, decode=decode, tokens_per_second=speed, source="engine")
 
@@ -2208,8 +2205,8 @@ class Piece:
         return {name: self.choice[name] for name in names if self.choice.get(name) is not None}
 
 
-def payload_of(chunk: Chunk, base: Mapping[str, Any]) -> dict[str, Any]:
-    """A `Chunk` as OpenAI's chunk; `base` is `openai_base`'s."""
+def payload_of(chunk: Chunk, base: Mapping[str, Any], offset: int = 0) -> dict[str, Any]:
+    """A `Chunk` as OpenAI's chunk; `base` is `openai_base`'s, `offset` the length of the text before it."""
     choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": chunk.finish_reason}
     if base["object"].startswith("chat"):
         delta = {"content": chunk.text, "reasoning": chunk.reasoning, "tool_calls": list(chunk.tool_calls)}
@@ -2217,7 +2214,7 @@ def payload_of(chunk: Chunk, base: Mapping[str, Any]) -> dict[str, Any]:
         if chunk.logprobs:
             choice["logprobs"] = {"content": list(chunk.logprobs), "refusal": None}
     else:
-        choice["text"] = chunk.text
+        choice |= {"text": chunk.text, "logprobs": legacy_logprobs(chunk.logprobs, offset)}
     return {**base, "choices": [choice]}
 
 
@@ -2557,8 +2554,8 @@ def check_calls(request: GenerateRequest, forced: Any, choice: Choice) -> None:
 def relaxed(request: GenerateRequest, final: bool = False) -> GenerateRequest:
     """The request as it is sent where tools are offered beside a response format.
 
-    The format would constrain the decoding and leave no room for a call. So it is left out, and the text, if it is one,
-    is checked; a text that does not fit is asked for again (`final`) with the format and without the tools.
+    The format would leave no room for a call, so it is left out and a text is checked; one that does not fit is asked
+    for again (`final`) with the format and without the tools.
     """
     body = request.body
     format_alone = next(constraints_in(body), None) == "response_format"
@@ -3099,8 +3096,7 @@ class Reply:
 class Portal:
     """One background event loop for the synchronous verbs and for engine management, started at first use.
 
-    The synchronous verbs are the asynchronous ones run here: usable in a script, in many threads, and inside a running
-    loop (a notebook), with one code path for both.
+    The synchronous verbs run the asynchronous ones here, so they work in scripts, threads and notebooks alike.
     """
 
     THREAD = "llm_inference"
@@ -3399,8 +3395,7 @@ def start_watched(
     argv: list[str], env: dict[str, str], output: int | typing.IO[bytes], grace: float, folder: str = ""
 ) -> subprocess.Popen[bytes]:
     """Start a program behind a watcher, which ends it and removes `folder` when its own stdin is closed."""
-    spec = json.dumps({"argv": argv, "grace": grace, "folder": folder})
-    command = [sys.executable, "-I", "-S", "-c", WATCHER, spec]
+    command = [sys.executable, "-I", "-S", "-c", WATCHER, json.dumps({"argv": argv, "grace": grace, "folder": folder})]
     env = {**os.environ, "PYTHONSAFEPATH": "1", **env}  # a folder ./vllm here is not the package
     pipe = subprocess.PIPE
     try:
@@ -3892,8 +3887,7 @@ try:
         folder = f"{cache}/models/{folder}"
 
         def list_files():
-            files = HubApi().get_model_files(repo, recursive=True)
-            return {file["Path"]: file.get("Size") or 0 for file in files}
+            return {file["Path"]: file.get("Size") or 0 for file in HubApi().get_model_files(repo, recursive=True)}
     else:
         from huggingface_hub import HfApi, constants, hf_hub_download as get, snapshot_download
 
@@ -4046,7 +4040,7 @@ class BaseLLMAdapter:
     capabilities: ClassVar[frozenset[str]] = frozenset()  #: request fields that are honoured; and images, embed, pull
     in_auto: ClassVar[bool] = False  #: may engine_type="auto" choose it?
     clamps_max_tokens: ClassVar[bool] = True  #: is max_tokens beyond the context reduced (or is it an error)?
-    pull_hint: ClassVar[str] = "it downloads its model when it starts"
+    pull_hint: ClassVar[str] = "use another engine"
     #: seconds for which the default model and a model's features are valid
     features_ttl: ClassVar[float] = float("inf")
     #: how often what an engine serves, or an endpoint's health, may have changed in this process
@@ -4083,7 +4077,7 @@ class BaseLLMAdapter:
     # What a subclass may write
     def _stream(self, request: GenerateRequest) -> AsyncGenerator[list[Chunk], None]:
         """The answer to a request (`request.messages`, `request.max_tokens` …), raising the engine's failures."""
-        raise NotImplementedError
+        raise UnsupportedFeature(f"{self.engine_type} generates no text", "use another engine")
 
     async def connect(self) -> None:
         """Reach the engine: attach or start. Raises EngineUnavailable, EngineNotInstalled."""
@@ -4220,13 +4214,16 @@ class BaseLLMAdapter:
 
     async def events(self, request: GenerateRequest, body: dict[str, Any]) -> AsyncGenerator[Burst, None]:
         """The streamed answer as OpenAI's chunks. Raises BadEngineReply where it ends without a finish_reason."""
-        base = openai_base(request.path, body, stream=True)
-        ended, usage = False, None
+        base, ended, usage, offset = openai_base(request.path, body, stream=True), False, None, 0
         async with contextlib.aclosing(self._stream(dataclasses.replace(request, body=body))) as bursts:
             async for burst in bursts:
-                payloads = [payload_of(chunk, base) for chunk in burst]
-                usage = burst[-1].usage or usage
-                ended = ended or burst[-1].finish_reason is not None
+                payloads = list[dict[str, Any]]()
+                for chunk in burst:
+                    payloads.append(payload_of(chunk, base, offset))
+                    if chunk.timing and request.surface == OWN:
+                        payloads[-1]["timings"] = chunk.timing
+                    ended, usage = ended or chunk.finish_reason is not None, chunk.usage or usage
+                    offset += len(chunk.text)
                 if ended and usage and wants_usage(body):
                     payloads.append({**base, "choices": [], "usage": usage.as_dict()})
                 yield Burst(payloads=payloads, end=ended)
@@ -4285,8 +4282,7 @@ def texts_of(value: Any) -> list[str]:
     if texts == []:
         raise bad_field("input", "must not be empty", "send one text or more")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        hint = "this engine does not take token ids"
-        raise bad_field("input", "must be a text or a list of texts", hint)
+        raise bad_field("input", "must be a text or a list of texts", "this engine does not take token ids")
     return texts
 
 
@@ -4298,8 +4294,7 @@ def embeddings_answer(vectors: Sequence[Any], tokens: int, body: Mapping[str, An
             vector = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
         data.append({"object": "embedding", "index": index, "embedding": vector})
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    payload = {"object": "list", "data": data, "model": body["model"], "usage": usage}
-    return Answer.from_object(payload)
+    return Answer.from_object({"object": "list", "data": data, "model": body["model"], "usage": usage})
 
 
 def plain_answer(path: str, payload: Mapping[str, Any], body: Mapping[str, Any], context: int | None) -> Answer:
@@ -4912,13 +4907,13 @@ Get = Callable[[str], Coroutine[Any, Any, Any]]
 class HTTPAdapter(BaseLLMAdapter):
     """An engine behind HTTP, attached or started here: complete and streamed calls over one `Connection`.
 
-    A subclass writes a pair of pure functions (`encode`; `decode_object` with `decoder`), `identify` and `command`.
+    A subclass writes `encode`, `decode_object`, `decoder`, `identify` and `command`.
     """
 
     default_url, url_env, key_env = "", "", ""  #: its usual address; the variables that name another one, and its key
     package, program = "", ""  #: the importable name of the engine's package; its name on the PATH
     start_hint, install_hint, embed_hint = "", "", ""  #: the commands; what to do for embeddings
-    context_hint = ""  #: what to do where a prompt is too long
+    context_hint, pull_hint = "", "it downloads its model when it starts"  #: where a prompt is too long; for `pull`
     in_auto = True
     extras: ClassVar[frozenset[str]] = frozenset({"tool_messages", "images", "embed"})  #: features that are no fields
     keep_alive: ClassVar[bool] = True  #: may a connection be used again after a POST?
@@ -6069,8 +6064,7 @@ class OllamaAdapter(OllamaTranslator):
     async def missing_features(self, model: str) -> set[str]:
         shown = await self.fetch_json("/api/show", {"model": model})
         if not shown:
-            names = [info.name for info in await self.models()]
-            hint = f"ollama pull {model}; it has {', '.join(names) or 'none'}"
+            hint = f"ollama pull {model}; it has {', '.join([info.name for info in await self.models()]) or 'none'}"
             raise ModelNotFound(f"ollama has no model {model!r}", hint, param="model")
         can = shown.get("capabilities") or ()
         family = (shown.get("details") or {}).get("family")
@@ -6143,8 +6137,7 @@ def _ollama_history_call(call: ToolCall) -> dict[str, Any]:
     try:
         arguments = from_json(call["function"]["arguments"])
     except ValueError:
-        problem = "a tool call's arguments are not JSON"
-        raise bad_field("messages", problem, "send them as JSON text") from None
+        raise bad_field("messages", "a tool call's arguments are not JSON", "send them as JSON text") from None
     return {"function": {"name": call["function"]["name"], "arguments": arguments}}
 
 
@@ -6705,8 +6698,7 @@ class Turns:
 class Fleet(Router):
     """The endpoints of one process, and the answers to requests.
 
-    An endpoint that fails before the first byte of an answer is passed over for the next one; nothing is sent twice
-    after that.
+    An endpoint that fails before an answer's first byte is passed over for the next one; after it, nothing is repeated.
     """
 
     def __init__(self, endpoints: Sequence[Endpoint], aliases: Mapping[str, Sequence[str]] | None = None) -> None:
@@ -8114,8 +8106,7 @@ class _Reader:
                 case "thinking":
                     thoughts.append(block["thinking"])
                 case "tool_use":
-                    call = _function({"name": block["name"], "arguments": block["input"]})
-                    calls.append({"id": block["id"], **call})
+                    calls.append({"id": block["id"], **_function({"name": block["name"], "arguments": block["input"]})})
         message: dict[str, Any] = {"role": "assistant", "content": self.text_joint.join(texts)}
         if thoughts:
             message["reasoning"] = "\n".join(thoughts)
@@ -9316,8 +9307,7 @@ def chat_request(surface: Surface, body: dict[str, Any], path: str, **more: Any)
     if "model" in body:
         check_model_name(body["model"], "model")
     if expected_choices(body) > 128:
-        reason = "prompt, n: more than 128 answers in one request"
-        raise InvalidRequest(reason, "send several requests", param="prompt")
+        raise InvalidRequest("prompt, n: more than 128 answers in one request", "send several requests", param="prompt")
     refuse_addresses(body.get("messages") or ())
     refuse_address(body.get("input"))
     template = body.get("chat_template_kwargs")
@@ -10590,8 +10580,7 @@ def build_openapi(build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             for status, response in operation["responses"].items():
                 for content in response.get("content", {}).values():
                     _restore_nulls(status, content.get("example", {}))
-    schemes = {"bearer": {"type": "http", "scheme": "bearer"}}
-    schema.setdefault("components", {})["securitySchemes"] = schemes
+    schema.setdefault("components", {})["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
     schema["security"] = [{"bearer": []}, {}]
     return schema
 
@@ -10700,8 +10689,8 @@ def limited_protocol(settings: Settings) -> type:
 class LimitsMixin:
     """A cap on a header that has no end, and deadlines for header, body and a client that does not read.
 
-    Also: a request that follows another in the same packet does not keep a disconnect from being noticed. The hooks
-    `on_…` are httptools' alone; h11 has limits of its own.
+    Also: a pipelined request does not keep a disconnect from being noticed. The hooks `on_…` are httptools' alone; h11
+    has limits of its own.
     """
 
     settings: Settings
@@ -11136,8 +11125,7 @@ def deploy(
     """Put the API on Ray Serve, in front of a running engine; returns once it answers. A second call: a rolling update.
 
     `replicas`: a number, or (least, most), between which Ray scales. Each has the limits of `settings`. In the cluster
-    that RAY_ADDRESS names or that runs here, else in one that lives as long as this process. Ray drains a replica
-    before it stops it.
+    that RAY_ADDRESS names or that runs here, else in one that lives as long as this process.
     """
     try:
         import ray
@@ -11271,7 +11259,8 @@ async def elsewhere(settings: Settings, fleet: Fleet) -> Settings:
     shared = list[EndpointConfig]()
     for endpoint in fleet.endpoints:
         adapter, config = endpoint.adapter, endpoint.config
-        assert isinstance(adapter, HTTPAdapter)
+        if not isinstance(adapter, HTTPAdapter):
+            raise InvalidRequest(f"{adapter.engine_type} runs in this process alone", "serve it with --workers 1")
         if config is None or not config.base_url:
             address, key, model = adapter.base_url, adapter.api_key or os.environ.get(adapter.key_env), None
             if not address:  # else each process waits for it by itself

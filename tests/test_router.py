@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import http.client
 import json
 import logging
@@ -30,18 +31,22 @@ from llm_inference import (
     Chunk,
     GenerateRequest,
     LLMInferencer,
+    ModelInfo,
+    ModelNotFound,
     Settings,
+    Timing,
     UnsupportedFeature,
     Usage,
     create_router,
 )
 from tests.fake_engine import TEXT, FakeEngine, Reply
 from tests.harness import API, SOON, Command, enveloped, good, hang_up, payloads, refused, run_command, serving, until
-from tests.processes import ROOT
+from tests.processes import ROOT, free_port
 
 pytestmark = pytest.mark.usefixtures("alone")
 
 HI = [{"role": "user", "content": "hi"}]
+END = Chunk(finish_reason="stop")
 
 
 @pytest.fixture
@@ -531,6 +536,68 @@ def test_a_new_engines_failure_is_typed(echoing: httpx.Client, monkeypatch: pyte
         assert "[DONE]" not in text and "bad_engine_reply" in text
 
 
+def streaming(monkeypatch: pytest.MonkeyPatch, *bursts: list[Chunk]) -> None:
+    """The new engine answers with these."""
+
+    async def answer(self: Any, request: GenerateRequest) -> AsyncGenerator[list[Chunk], None]:
+        for burst in bursts:
+            yield burst
+
+    monkeypatch.setattr(Echo, "_stream", answer)
+
+
+def test_what_a_new_engine_measures_and_counts_is_passed_on(
+    echoing: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timing = Timing(total=9.0, queue=0.25, decode=0.5, tokens_per_second=4.0)
+    figures = Chunk(text="b", usage=Usage(prompt_tokens=3, completion_tokens=2), timing=timing)
+    streaming(monkeypatch, [], [Chunk(text="a")], [figures, END])
+    with LLMInferencer("echo") as llm:
+        done = llm.complete("x")
+    assert (done.text, done.usage) == ("ab", Usage(prompt_tokens=3, completion_tokens=2))
+    assert done.timing == dataclasses.replace(timing, total=done.timing.total, ttft=done.timing.ttft, source="engine")
+    body = {"prompt": "x", "stream": True}
+    for found in (
+        good(echoing.post(f"{API}/generate", json=body | {"stream": False})),
+        payloads(echoing.post(f"{API}/generate", json=body))[-2]["data"],
+    ):
+        assert found["usage"]["total_tokens"] == 5 and found["timing"]["tokens_per_second"] == 4.0
+    chunks = payloads(echoing.post("/v1/completions", json=body | {"model": "echo"}))[:-1]
+    assert not any("timings" in chunk for chunk in chunks)
+
+
+def test_the_logprobs_of_a_new_engine_are_on_every_route(
+    echoing: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Echo, "capabilities", frozenset({"logprobs"}))
+    tokens = [{"token": token, "logprob": -0.5, "top_logprobs": []} for token in ("ab", "c")]
+    streaming(monkeypatch, *([Chunk(text=each["token"], logprobs=(each,))] for each in tokens), [END])
+    body = {"model": "echo", "prompt": "x", "logprobs": 1}
+    found = echoing.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
+    assert (found["tokens"], found["text_offset"]) == (["ab", "c"], [0, 2])
+    events = payloads(echoing.post("/v1/completions", json=body | {"stream": True}))[:2]
+    found = [event["choices"][0]["logprobs"] for event in events]
+    assert [(each["tokens"], each["text_offset"]) for each in found] == [(["ab"], [0]), (["c"], [2])]
+    body = {"model": "echo", "messages": HI, "logprobs": True}
+    found = echoing.post("/v1/chat/completions", json=body).json()["choices"][0]["logprobs"]
+    assert found["content"] == tokens
+
+
+def test_an_engine_that_only_embeds_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Embeds(BaseLLMAdapter):
+        engine_type = "embeds"
+
+        async def models(self) -> list[ModelInfo]:
+            return [ModelInfo(name="e", capabilities=("embedding",))]
+
+    monkeypatch.setitem(LLMInferencer.ENGINE_MAP, "embeds", Embeds)
+    with LLMInferencer("embeds") as llm:
+        with pytest.raises(ModelNotFound, match="no model that can chat; use another engine"):
+            llm.generate("x")
+        with pytest.raises(UnsupportedFeature, match="embeds generates no text; use another engine"):
+            llm.generate("x", model_name="e")
+
+
 def test_a_new_engine_on_the_command_line(script: Path) -> None:
     done = run_command("--engine", "echo", "--json", script=script)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -544,6 +611,13 @@ def test_a_new_engine_is_served_from_the_command_line(script: Path) -> None:
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port)) as client:
             client.request("POST", f"{API}/generate", json.dumps({"prompt": "a b"}))
             assert enveloped(json.loads(client.getresponse().read()))["data"]["text"] == "ab"
+
+
+def test_a_new_engine_is_not_shared_by_workers(script: Path) -> None:
+    port = str(free_port())
+    done = run_command("--serve", "--engine", "echo", "--workers", "2", "--port", port, script=script)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == "invalid_request: echo runs in this process alone; serve it with --workers 1\n"
 
 
 # A user's own routes and middleware on create_app() ---------------------------------------------
