@@ -584,8 +584,7 @@ def _among(value: Any, known: Iterable[Any]) -> bool:
 @functools.cache
 def honoured(engine: str, surface: str, version: tuple[int, ...] = (999,)) -> Mapping[str, str]:
     """The fields that an engine honours on a surface (a key of SURFACES), and its cells of FIELDS."""
-    cells = column(engine, SURFACES[surface], version)
-    return {name: cell for name, cell in cells.items() if cell not in ("-", ".")}
+    return {name: cell for name, cell in column(engine, SURFACES[surface], version).items() if cell not in ("-", ".")}
 
 
 @functools.cache
@@ -759,7 +758,7 @@ _PROBLEMS = {
     "string_too_short": "must have at least {min_length} characters",
     "string_too_long": "must have at most {max_length} characters",
     "too_short": "must have at least {min_length} items", "too_long": "must have at most {max_length} items",
-    "literal_error": "must be one of {expected}",
+    "literal_error": "must be one of {expected}", "string_pattern_mismatch": "must match {pattern}",
     "union_tag_invalid": "type must be one of {expected_tags}",
     "union_tag_not_found": "must be an object with a type",
 }  # fmt: skip
@@ -1328,8 +1327,7 @@ def normalize_schema(schema: Any) -> tuple[dict[str, Any], TypeAdapter[Any] | No
         adapter: TypeAdapter[Any] = TypeAdapter(schema)
         found = adapter.json_schema(schema_generator=_SchemaGenerator)
     except Exception as exc:  # pydantic raises several unrelated classes here
-        reason = f"schema: no JSON Schema can be made of this type ({type(exc).__name__})"
-        raise InvalidRequest(reason, hint) from exc
+        raise InvalidRequest(f"schema: no JSON Schema can be made of this type ({type(exc).__name__})", hint) from exc
     check_limits(found)
     return found, adapter
 
@@ -1367,7 +1365,7 @@ def _is_short(value: Any) -> bool:
 
 
 def _from_short_form(value: Any, where: str) -> dict[str, Any]:
-    """`{"city": "string", "tags": ["string"], "at": {"lat": "number"}}` as a JSON Schema with all fields required."""
+    """`{"tags": ["string"], "at": {"lat": "number"}}` as a JSON Schema with all fields required."""
     if _is_type_word(value):
         return {"type": value}
     if isinstance(value, list) and len(value) == 1:
@@ -1409,7 +1407,7 @@ def _check_size(schema: Any) -> None:
     try:
         size = len(json.dumps(schema, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as exc:
-        raise InvalidRequest("schema: not plain JSON, or nested too deep", "give JSON values only") from exc
+        raise InvalidRequest("schema: not plain JSON, or nested too deep", 'write types as text: "string"') from exc
     if size > MAX_SCHEMA_BYTES:
         raise InvalidRequest(f"schema: {size} bytes", f"at most {MAX_SCHEMA_BYTES}")
     for depth, layer in enumerate(_layers(schema)):
@@ -1520,8 +1518,7 @@ class _Rewriter:
             if key in _VALUES:
                 copy.setdefault(key, value)
             elif key in _KEYWORDS:
-                inner = functools.partial(self._node, path=(*path, None), level=level + 1)
-                copy[key] = _with_parts(key, value, inner)
+                copy[key] = _with_parts(key, value, functools.partial(self._node, path=(*path, None), level=level + 1))
         self.parts.append(copy)
         return copy
 
@@ -1997,8 +1994,7 @@ class _LlamaCppSchema:
     def _literal(self, parts: dict[str, Any]) -> dict[str, Any]:
         plain = {key: value for key, value in parts.items() if key in _VALUES and key != "$ref"}
         self.exact &= plain == parts
-        check = SchemaCheck(plain)
-        allowed = list(filter(check.fits, [parts["const"]] if "const" in parts else parts["enum"]))
+        allowed = list(filter(SchemaCheck(plain).fits, [parts["const"]] if "const" in parts else parts["enum"]))
         self.exact &= bool(allowed)
         return {"enum": allowed} if allowed else {}
 
@@ -2562,8 +2558,7 @@ def relaxed(request: GenerateRequest, final: bool = False) -> GenerateRequest:
     if not body.get("tools") or body.get("tool_choice") == "none" or not format_alone:
         return request
     left_out = ("tools", "tool_choice", "parallel_tool_calls") if final else ("response_format",)
-    kept = {name: value for name, value in body.items() if name not in left_out}
-    return dataclasses.replace(request, body=kept)
+    return dataclasses.replace(request, body={name: value for name, value in body.items() if name not in left_out})
 
 
 async def checked_answer(request: GenerateRequest, answer: Answer, checker: Checker) -> None:
@@ -2801,7 +2796,7 @@ class H11Parser:
 class Wire:
     """Asynchronous HTTP to one engine from one event loop: no redirects, proxies, cookies or decompression.
 
-    A parser on the loop's own transports. The pool is unbounded, for admission is ours.
+    On the loop's own transports. The pool is unbounded: admission is ours.
     """
 
     KEEP_ALIVE = 4.0  #: seconds; below the 5 s after which uvicorn and llama.cpp close an idle connection
@@ -3735,8 +3730,8 @@ def _record_file(name: str) -> Path:
 def pull_model(model: str | Path | None, report: Report, stop: threading.Event) -> ModelFile:
     """Download a model where needed; blocks until it is there, or for two seconds after `stop` is set.
 
-    A name on a hub is looked up there even if the model is on this disk: there may be a newer version. Pulls of the
-    same model wait for each other, in other processes too.
+    A name on a hub is looked up there even if the model is on this disk: there may be a newer version. Pulls of one
+    model wait for each other, across processes too.
     Raises EngineUnavailable, EngineNotInstalled (no hub library), ModelNotFound (with what there is instead).
     """
     if model in _DEFAULT_NAMES:
@@ -4732,8 +4727,7 @@ class Connection(EngineFinder):
         """Raises EngineUnavailable where the server that a body was written for was replaced meanwhile."""
         if known is None:
             return
-        found = await self.recognise()
-        if known.stamp is not None and known.stamp != found.stamp:
+        if known.stamp is not None and known.stamp != (await self.recognise()).stamp:
             raise EngineUnavailable(f"{self.name} was replaced by another server", "ask again")
 
     async def recognise(self) -> Target:
@@ -5008,8 +5002,7 @@ class HTTPAdapter(BaseLLMAdapter):
         return honoured(self.engine_type, surface, version_tuple(self.version))
 
     async def model_for(self, requested: str | None) -> str:
-        target = await self.connection.reach()
-        if target.child is not None and requested in (None, self.model_name):
+        if (await self.connection.reach()).child is not None and requested in (None, self.model_name):
             requested = self.served_name() or requested
         return await super().model_for(requested)
 
@@ -5694,7 +5687,7 @@ class LlamaCppAdapter(OpenAIAdapter):
         return params
 
     async def pull(self, model: str) -> AsyncGenerator[tuple[str, int, int], None]:
-        size = (await self._pull(model)).path.stat().st_size
+        size = (await self._pull(model or None)).path.stat().st_size
         yield "success", size, size
 
 
@@ -6526,7 +6519,7 @@ class Router(Balancer):
         raise error or self.unavailable(endpoints)
 
     async def _resolve(self, name: str, seen: tuple[str, ...] = ()) -> list[Replicas]:
-        """The endpoints for a name, in groups: an alias's targets in order, the replicas of a model together."""
+        """The endpoints for a name: an alias's targets in order, the replicas of a model together."""
         if name in self.aliases and name not in seen:
             groups: list[Replicas] = []
             error: InferenceError | None = None
@@ -6986,29 +6979,42 @@ def tool_from(function: Callable[..., Any]) -> Tool:
     """
     name = getattr(function.func if isinstance(function, functools.partial) else function, "__name__", None)
     if not callable(function) or name is None:
-        raise bad_field("tools", "must be a list of functions", "wrap it in a function")
+        raise bad_field("tools", "must be a list of functions", "put it into a list, or wrap it in a function")
     try:
         parameters = TypeAdapter(function).json_schema()  # type: ignore[arg-type]
     except Exception as exc:  # pydantic raises several unrelated classes here
         problem = f"no JSON Schema can be made of the parameters of {name}"
         raise bad_field("tools", problem, "annotate them with types that have one") from exc
+    if parameters.get("type") != "object":
+        raise bad_field("tools", f"{name} has positional-only parameters, or *args", "a call gives arguments by name")
     described: Function = {"name": name, "parameters": parameters}
     if function.__doc__:
         described["description"] = inspect.cleandoc(function.__doc__)
     return {"type": "function", "function": described}
 
 
-async def call_function(function: Callable[..., Any], arguments: str) -> str:
+async def call_function(name: str, function: Callable[..., Any], arguments: str) -> str:
     """Call a function with a tool call's arguments; what it returns as JSON (a text as it is), or its error as text."""
+
+    def call() -> Any:
+        return plain(TypeAdapter(function).validate_json(arguments or "{}"))  # type: ignore[arg-type]
+
     try:
-        adapter: TypeAdapter[Any] = TypeAdapter(function)  # type: ignore[arg-type]
-        if inspect.iscoroutinefunction(function):
-            result = await adapter.validate_json(arguments or "{}")
-        else:
-            result = await asyncio.to_thread(adapter.validate_json, arguments or "{}")
+        result = call() if inspect.iscoroutinefunction(function) else await asyncio.to_thread(call)
+        if inspect.isawaitable(result):
+            result = plain(await result)
     except (Exception, SystemExit, KeyboardInterrupt) as exc:  # on the loop, an exit of argparse or click would end it
         return f"error: {type(exc).__name__}: {exc}"[:1000]
-    return result if isinstance(result, str) else to_json(plain(result)).decode()
+    try:
+        return result if isinstance(result, str) else to_json(result).decode()
+    except InvalidRequest as exc:
+        problem = f"{name} returned what JSON cannot express ({type(result).__name__})"
+        raise bad_field("tools", problem, "return text, numbers, lists or dicts") from exc
+
+
+def _check_count(name: str, value: Any) -> None:
+    if type(plain(value)) is not int or value < 1:
+        raise bad_field(name, f"must be an integer from 1 on, got {value!r}", "leave it out")
 
 
 class EngineChoice:
@@ -7148,8 +7154,8 @@ class AsyncVerbs(EngineChoice):
     async def acomplete(self, prompt: Prompt, *, schema: Any = None, **options: Unpack[Options]) -> Completion:
         """The complete `Completion`. `schema`: as in `structured_generate`.
 
-        A constrained answer (schema, choice, regex, tools) is checked, asked for once more where it does not satisfy
-        its constraint, and then refused: StructuredOutputInvalid, with the raw answer in its `text`.
+        A constrained answer (schema, choice, regex, tools) is checked, and asked for once more where it does not fit;
+        then StructuredOutputInvalid is raised, with the raw answer in its `text`.
         """
         request = self.request(prompt, schema, **options)
         answer = await (await self.found()).answer(request)
@@ -7206,14 +7212,10 @@ class AsyncVerbs(EngineChoice):
     async def abatch(
         self, prompts: Iterable[Prompt], *, concurrency: int = 8, schema: Any = None, **options: Unpack[Options]
     ) -> list[Completion | InferenceError]:
-        """The answers in the order of `prompts`, at most `concurrency` at once; a failed item is its exception.
-
-        A vLLM that is started here answers twice as many a second with `launch_args=["--api-server-count", "4"]`.
-        """
+        """The answers in the order of `prompts`, at most `concurrency` at once; a failed item is its exception."""
         if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
             raise bad_field("prompts", "must be a list", "send [prompt], or use generate()")
-        if type(concurrency) is not int or concurrency < 1:
-            raise bad_field("concurrency", f"must be an integer from 1 on, got {concurrency}", "leave it out")
+        _check_count("concurrency", concurrency)
         waiting, closed = list(prompts), self.closed
         answers: list[Any] = [None] * len(waiting)
         places, progress, finished = iter(enumerate(waiting)), Progress("batch"), 0
@@ -7251,6 +7253,7 @@ class AsyncVerbs(EngineChoice):
         A function's name, docstring and annotated parameters become the tool; its result, or its error as text, goes
         back to the model. Raises InferenceError where the model still calls after `max_turns`.
         """
+        _check_count("max_turns", max_turns)
         functions: dict[str, Callable[..., Any]] = {}
         offered: dict[str, Tool] = {}
         for function in tools if isinstance(tools, Iterable) else [None]:
@@ -7269,7 +7272,8 @@ class AsyncVerbs(EngineChoice):
             calls = list(done.tool_calls)
             messages.append({"role": "assistant", "content": done.text or None, "tool_calls": calls})
             for call in calls:
-                text = await call_function(functions[call["function"]["name"]], call["function"]["arguments"])
+                name = name_of(call)
+                text = await call_function(name, functions[name], call["function"]["arguments"])
                 messages.append({"role": "tool", "tool_call_id": call["id"], "content": text})
         raise InferenceError(f"the model still calls functions after {max_turns} turns", "raise max_turns")
 
@@ -7280,7 +7284,7 @@ class AsyncVerbs(EngineChoice):
         body = {"input": texts_of(given), "encoding_format": "float"}
         check_json(body)
         closed = self.closed
-        body["model"] = model_name or self.model_name or await embedding_model(fleet)
+        body["model"] = check_model_name(model_name or self.model_name or await embedding_model(fleet))
         self._require_open(closed)
         answer = await fleet.answer(GenerateRequest(body=body, surface=EMBEDDINGS))
         with well_formed(fleet.endpoints[0].adapter.engine_type):
@@ -7412,7 +7416,7 @@ STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 async def _usable(fleet: Fleet) -> None:
-    """Raises where no engine answers, or where it is not known to be that engine, or has no model that can chat."""
+    """Raises where no engine answers, or one that is not known to be it, or that has no model that can chat."""
     adapter = fleet.endpoints[0].adapter
     await adapter.connect()
     if not adapter.identified:
@@ -7769,7 +7773,7 @@ for _setting in dataclasses.fields(Settings):
 def _check_mode(place: str, key: str, mode: str) -> None:
     modes = OPTIONS[key].metadata["option"].modes
     if mode not in modes:
-        uses = " and ".join(MODES[other] for other in modes)
+        uses = " or ".join(MODES[other] for other in modes)
         raise InvalidRequest(f"{place} has no effect on {MODES[mode]}", f"use it with {uses}")
 
 
@@ -7954,9 +7958,8 @@ _DESCRIPTION = """\
 Ollama, vLLM, SGLang and an embedded llama.cpp behind one API.
 Without --serve or --api-test: self-test, a real answer from every engine that is found."""
 _EPILOG = """\
-A flag with a value is also a key of the config file (max_in_flight = 512) and, apart from --base-url and \
---engine-api-key, an environment variable (LLM_INFERENCE_MAX_IN_FLIGHT). Flags override the environment, which \
-overrides the file.
+Flags are also keys of the config file (max_in_flight = 512) and, apart from --base-url and --engine-api-key, \
+environment variables (LLM_INFERENCE_MAX_IN_FLIGHT). Flags override the environment, which overrides the file.
 Further variables: OLLAMA_HOST, VLLM_BASE_URL, SGLANG_BASE_URL, LLAMACPP_BASE_URL; LLAMACPP_MODEL (a .gguf file); \
 the engines' keys: OLLAMA_API_KEY, VLLM_API_KEY, SGLANG_API_KEY, LLAMACPP_API_KEY."""
 
@@ -9893,8 +9896,7 @@ class Gateway(Catalog):
         surface.cap, surface.size = self.settings.max_tokens_cap, len(raw)
         if len(raw) < 65_536 and not _COSTLY.search(raw):
             return surface.read(parse_object(raw))
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.parsing, lambda: surface.read(parse_object(raw)))
+        return await asyncio.get_running_loop().run_in_executor(self.parsing, lambda: surface.read(parse_object(raw)))
 
 
 _COSTLY = re.compile(rb'"(schema|json_schema|regex|grammar|ebnf|parameters|structured_outputs|input_schema|format)"')
@@ -10182,7 +10184,7 @@ _FAILURES = (  # of those with the same status, a route shows the last
 
 @functools.cache
 def body_schema(shape: type) -> dict[str, Any]:
-    """A body's JSON Schema with its definitions in their places, so that it can stand anywhere in an OpenAPI page."""
+    """A body's JSON Schema with its definitions in place, for an OpenAPI page."""
     schema = validator_of(shape).json_schema()
     found: dict[str, Any] = inlined(schema, schema.pop("$defs", {}))
     return found
@@ -10511,8 +10513,7 @@ def is_loopback(address: str) -> bool:
         found = ipaddress.ip_address(address)
     except ValueError:
         return False
-    mapped = getattr(found, "ipv4_mapped", None)
-    return (mapped or found).is_loopback
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
 PAGE_POLICY = (
@@ -11380,14 +11381,13 @@ def self_test(settings: Settings) -> int:
 
 
 def _answer_of(endpoint: Endpoint) -> dict[str, Any]:
-    """The answer to the first prompt, streamed, because only a stream shows when the first token came."""
+    """The answer to the first prompt, streamed: only a stream shows when the first token came."""
     engine = endpoint.adapter
     if engine.engine_type != "llamacpp":
         engine.launch = False
     with LLMInferencer.from_fleet(Fleet([endpoint])) as llm:
         request = llm.request(FIRST_PROMPT, max_tokens=48, temperature=0.0, on_unsupported="ignore")
-        bursts = portal.iterate(llm.bursts(request))
-        done = Completion.from_chunks(list(itertools.chain.from_iterable(bursts)))
+        done = Completion.from_chunks(list(itertools.chain.from_iterable(portal.iterate(llm.bursts(request)))))
         text = done.text or done.reasoning
         if not text:
             raise InferenceError("the answer is empty", "try another model")

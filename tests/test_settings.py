@@ -187,7 +187,7 @@ def test_the_defaults_are_todays() -> None:
     ("argv", "mode", "says"),
     [
         (["--workers", "3"], "self-test", "--workers has no effect on the self-test; use it with --serve"),
-        (["--port", "8000"], "self-test", "use it with --serve and --serve --ray and --api-test"),
+        (["--port", "8000"], "self-test", "use it with --serve or --serve --ray or --api-test"),
         (["--timeout", "5"], "api-test", "--timeout has no effect on --api-test"),
         (["--json"], "serve", "use it with the self-test"),
         (["--workers", "2"], "ray", "--workers has no effect on --serve --ray"),
