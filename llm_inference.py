@@ -11508,7 +11508,7 @@ def api_test(settings: Settings) -> int:
     """Asks every route of a running server, with good and bad input; 0 when all answers were right."""
     import requests
 
-    base = (settings.base_url or local_url(settings)).rstrip("/")
+    base = clean_url(settings.base_url) if settings.base_url else local_url(settings)
     session = requests.Session()
     session.trust_env = False
     if settings.api_keys:

@@ -1865,6 +1865,12 @@ def test_api_test_uses_the_key_and_fails_without_it(call: Call, keyed: Stand) ->
     assert call(*where, LLM_INFERENCE_API_KEY="first")[0] == 0
 
 
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "http://127.0.0.1:{}/", "http://127.0.0.1:{}/v1"])
+def test_api_test_takes_an_address_as_people_write_it(call: Call, keyed: Stand, form: str) -> None:
+    status, said = call("--api-test", "--base-url", form.format(keyed.url.rpartition(":")[2]))
+    assert status == 1 and "asks for a key" in said, said
+
+
 def test_api_test_against_nothing_says_how_to_start(call: Call) -> None:
     status, said = call("--api-test", "--port", str(free_port()))
     assert status == 1 and "--serve" in said
