@@ -3240,9 +3240,9 @@ class SingleFlight:
 
 
 # 7 Child processes -------------------------------------------------------------------------------
-# A child is a process group behind a small watcher that holds a pipe to us: when the pipe ends, because we closed it
-# or died, the watcher ends the group and every grandchild (it is their subreaper). What children run is kept as text:
-# this file may be edited, moved or compiled away meanwhile.
+# A child is a process group behind a small watcher that holds a pipe to us: when the pipe ends, the watcher ends the
+# group and every grandchild (it is their subreaper). What children run is kept as text: this file may be edited, moved
+# or compiled away meanwhile.
 WATCHER = """
 import contextlib, ctypes, json, os, shutil, signal, subprocess, sys, threading, time
 
@@ -7320,7 +7320,7 @@ class AsyncVerbs(EngineChoice):
         return found | {"version": adapter.version, "models": models}
 
 
-def texts_in(bursts: Generator[list[Chunk], None, None]) -> Iterator[str]:
+def texts_in(bursts: Generator[list[Chunk], None, None]) -> Generator[str, None, None]:
     """The texts of chunks that were handed over together."""
     with contextlib.closing(bursts):
         for burst in bursts:
@@ -7372,7 +7372,7 @@ class LLMInferencer(AsyncVerbs):
     pull = _blocking(AsyncVerbs.apull)
     health = _blocking(AsyncVerbs.ahealth)
 
-    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[str]:
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Generator[str, None, None]:
         """See `astream`. A refusal is raised by this call, an engine's failure by the first item or a later one."""
         portal.check_alive()
         return texts_in(portal.iterate(self.bursts(self.request(prompt, **options))))
@@ -7505,7 +7505,7 @@ def _check_of(field: "dataclasses.Field[Any]") -> tuple[TypeAdapter[Any], str]:
 
 
 def _check_fields(settings: Any) -> None:
-    """Checks the fields of a dataclass of settings in place. Raises InvalidRequest, `param` being the field's name."""
+    """Checks a dataclass of settings in place. Raises InvalidRequest, `param` being the field's name."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if "option" not in field.metadata or value is None and field.default is None:
@@ -7739,7 +7739,7 @@ class Settings:
                 clean_url(address.strip())
 
     def inferencer(self, **options: Any) -> LLMInferencer:
-        """The inferencer of these settings. It connects to nothing and starts nothing yet."""
+        """The inferencer of these settings. Nothing is connected or started yet."""
         if self.endpoints:
             endpoints = [config.endpoint(self.deadlines) for config in self.endpoints]
             return LLMInferencer.from_fleet(Fleet(endpoints, self.aliases), self.model)
@@ -7959,7 +7959,7 @@ Ollama, vLLM, SGLang and an embedded llama.cpp behind one API.
 Without --serve or --api-test: self-test, a real answer from every engine that is found."""
 _EPILOG = """\
 Flags are also keys of the config file (max_in_flight = 512) and, apart from --base-url and --engine-api-key, \
-environment variables (LLM_INFERENCE_MAX_IN_FLIGHT). Flags override the environment, which overrides the file.
+environment variables (LLM_INFERENCE_MAX_IN_FLIGHT). Precedence: flags, environment, file.
 Further variables: OLLAMA_HOST, VLLM_BASE_URL, SGLANG_BASE_URL, LLAMACPP_BASE_URL; LLAMACPP_MODEL (a .gguf file); \
 the engines' keys: OLLAMA_API_KEY, VLLM_API_KEY, SGLANG_API_KEY, LLAMACPP_API_KEY."""
 
@@ -11657,7 +11657,7 @@ def _print_engine(settings: Settings) -> None:
 
 
 def check_config(settings: Settings) -> int:
-    """Prints what would be served: endpoints and aliases. Settings that exist are valid."""
+    """Prints what would be served: endpoints and aliases."""
     rows = []
     for endpoint in settings.inferencer().candidates():
         adapter, start = endpoint.adapter, "on request" if endpoint.on_request else "at start"

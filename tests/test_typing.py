@@ -99,6 +99,7 @@ def test_a_right_script_passes(tmp_path: Path, cache: Path) -> None:
         'llm.structured_generate("x", schema={"city": "string"}, max_tokens=5)',
         'llm.batch(["x", "y"], max_tokens=5)',
         'llm.embed(["x", "y"])',
+        'llm.stream("x").close()',
         'await llm.agenerate("x", max_tokens=5)',
         'await llm.astructured_generate("x", schema=City, temperature=0.0)',
         'LLMInferencer("ollama", "llama3.2", base_url="http://127.0.0.1:11434")',
