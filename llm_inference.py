@@ -4647,7 +4647,8 @@ class Connection(EngineFinder):
 
     def forget(self) -> None:
         """What is known of a server ends with it."""
-        if self.target is not None and self.target.child is not None:
+        child = self.target and self.target.child
+        if child and child.key:  # in a fork it has none
             logger.warning("%s ended", self.name)
         self.target = None
         self._adapter.forget()

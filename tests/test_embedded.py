@@ -654,6 +654,7 @@ llm.close()
         check=False,
     )
     assert done.stdout.splitlines() == ["ready", "fork True", "parent True"], done.stderr
+    assert "ended" not in done.stderr  # the parent's engine runs on
 
 
 def test_ctrl_c_while_the_engine_starts_is_quiet() -> None:
