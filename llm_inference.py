@@ -1308,28 +1308,27 @@ class _SchemaGenerator(GenerateJsonSchema):
 
 
 def normalize_schema(schema: Any) -> tuple[dict[str, Any], TypeAdapter[Any] | None]:
-    """A JSON Schema, and how to build the value where a Python type was given.
+    """A JSON Schema, not yet checked (see `check_limits`), and how to build the value where a Python type was given.
 
     `schema`: None or {} (any JSON object), the short form (`{"city": "string", "tags": ["string"]}`, nested), a JSON
-    Schema, a Pydantic model, or any type that `TypeAdapter` takes. Raises InvalidRequest, UnsupportedFeature.
+    Schema, a Pydantic model, or any type that `TypeAdapter` takes. Raises InvalidRequest.
     """
     if schema is None or schema == {}:
         return ANY_OBJECT, None
     if isinstance(schema, dict):
-        _check_size(schema)
-        found = schema if _is_json_schema(schema) else _from_short_form(schema, "schema")
-        check_limits(found)
-        return found, None
+        if _is_json_schema(schema):
+            return schema, None
+        _check_size(schema)  # the walk through it is a recursion
+        return _from_short_form(schema, "schema"), None
     hint = "give a dict, a Pydantic model or a type"
     if isinstance(schema, (bytes, int, float, list, tuple, set)) or _holds_text(schema):
         raise InvalidRequest("schema: neither a dict nor a type", hint)
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(schema)
-        found = adapter.json_schema(schema_generator=_SchemaGenerator)
+        return adapter.json_schema(schema_generator=_SchemaGenerator), adapter
     except Exception as exc:  # pydantic raises several unrelated classes here
-        raise InvalidRequest(f"schema: no JSON Schema can be made of this type ({type(exc).__name__})", hint) from exc
-    check_limits(found)
-    return found, adapter
+        reason = f"schema: no JSON Schema can be made of this type ({type(exc).__name__})"
+        raise InvalidRequest(reason, hint) from exc
 
 
 def _holds_text(kind: Any) -> bool:

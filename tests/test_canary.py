@@ -9,7 +9,7 @@ import sys
 import threading
 from typing import Any
 
-from llm_inference import InferenceError, SchemaCheck, normalize_schema
+from llm_inference import InferenceError, SchemaCheck, check_limits, normalize_schema
 
 WHERE = ("$ref", "$dynamicRef", "$recursiveRef", "$id", "$schema", "$anchor", "id", "$vocabulary", "contentSchema")
 opened: list[str] = []
@@ -75,7 +75,9 @@ def test_no_reference_leaves_a_schema() -> None:
         try:
             for schema in schemas:
                 try:
-                    check = SchemaCheck(normalize_schema(schema)[0])
+                    found, _ = normalize_schema(schema)
+                    check_limits(found)
+                    check = SchemaCheck(found)
                 except InferenceError:
                     continue
                 for value in ({"a": 1}, ["x"], "x", None):

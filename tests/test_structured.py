@@ -134,6 +134,39 @@ def test_a_tools_schema_is_as_hostile_as_any(parameters: Any) -> None:
         llm.request("x", tools=[{"type": "function", "function": {"name": "f", "parameters": parameters}}])
 
 
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
+FORM = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
+TEXT_FORM = {"type": "json_schema", "name": "city", "schema": CITY}
+FUNCTION = {"name": "f", "parameters": CITY}
+HI = [{"role": "user", "content": "hi"}]
+WAYS: list[tuple[str, dict[str, Any]]] = [
+    ("", {"schema": CITY}),
+    ("", {"schema": {"city": "string"}}),
+    ("", {"schema": Person}),
+    ("", {"tools": [{"type": "function", "function": FUNCTION}]}),
+    ("/api/v1/llm/structured-generate", {"prompt": "hi", "schema": CITY}),
+    ("/api/v1/llm/structured-generate", {"prompt": "hi", "schema": {"city": "string"}}),
+    ("/api/v1/llm/chat", {"messages": HI, "tools": [{"type": "function", "function": FUNCTION}]}),
+    ("/v1/chat/completions", {"model": "m", "messages": HI, "response_format": FORM}),
+    ("/v1/chat/completions", {"model": "m", "messages": HI, "tools": [{"type": "function", "function": FUNCTION}]}),
+    ("/v1/completions", {"model": "m", "prompt": "hi", "response_format": FORM}),
+    ("/v1/responses", {"model": "m", "input": "hi", "text": {"format": TEXT_FORM}}),
+    ("/v1/responses", {"model": "m", "input": "hi", "tools": [{"type": "function", **FUNCTION}]}),
+    ("/v1/messages", {"model": "m", "max_tokens": 9, "messages": HI, "tools": [{"name": "f", "input_schema": CITY}]}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), WAYS, ids=range(len(WAYS)))
+def test_a_schema_is_checked_once(path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(llm_inference, "check_limits", lambda schema, *_, **__: calls.append(schema))
+    if path:
+        llm_inference.OPERATIONS[path].surface("id", path).read(body)
+    else:
+        LLMInferencer("vllm", base_url="http://127.0.0.1:9").request("hi", **body)
+    assert len(calls) == 1 and "properties" in str(calls[0])
+
+
 @pytest.mark.parametrize(
     "tools",
     [5, "x", [5], [[]], [{"function": 5}], [{"function": {"parameters": 5}}], [{"function": None}], {"a": 1}],

@@ -40,6 +40,13 @@ from tests.fake_engine import FakeEngine
 check_tool_schema = functools.partial(check_limits, strict=False)
 
 
+def checked_schema(given: Any) -> dict[str, Any]:
+    """The schema of a request, as `normalize_schema` takes it."""
+    schema, _ = normalize_schema(given)
+    check_limits(schema)
+    return schema
+
+
 def fits(schema: Any, value: Any) -> bool:
     try:
         SchemaCheck(schema)(value)
@@ -51,7 +58,7 @@ def fits(schema: Any, value: Any) -> bool:
 def taken(schema: Any) -> bool:
     """Whether the schema is taken; a refusal is one of ours and says something."""
     try:
-        normalize_schema(schema)
+        checked_schema(schema)
     except (InvalidRequest, UnsupportedFeature) as exc:
         assert exc.reason and exc.hint and len(str(exc)) < 1000
         return False
@@ -464,7 +471,7 @@ def test_a_keyword_with_a_senseless_value_is_refused_or_harmless(keyword: str) -
     for junk in JUNK:
         schema = {"type": ["object", "string", "number", "array"], keyword: junk}
         try:
-            check = SchemaCheck(normalize_schema(schema)[0])
+            check = SchemaCheck(checked_schema(schema))
         except (InvalidRequest, UnsupportedFeature):
             continue
         except Exception as exc:
@@ -556,7 +563,7 @@ def test_a_keyword_that_would_not_be_checked_is_refused_by_name(keyword: str, va
     inner = {"type": "object", "properties": {"a": {"type": "array", keyword: value}}}
     for schema in (inner, {"type": "object", keyword: value}):
         with pytest.raises((UnsupportedFeature, InvalidRequest)) as caught:
-            normalize_schema(schema)
+            checked_schema(schema)
         assert keyword in str(caught.value)
 
 
@@ -684,7 +691,7 @@ def test_a_text_is_never_evaluated(tmp_path: Any) -> None:
     types += [list[text], Optional[text], dict[str, list[text]]]  # type: ignore[valid-type]  # noqa: UP045
     for schema in json_values + types:
         with pytest.raises((InvalidRequest, UnsupportedFeature)):
-            normalize_schema(schema)
+            checked_schema(schema)
     assert not flag.exists()
 
 
@@ -695,7 +702,7 @@ WORDS = [("strng", "string"), ("int", "integer"), ("Boolean", "boolean"), ("floa
 def test_a_wrong_type_word_gets_a_suggestion(word: str, near: str) -> None:
     for schema in ({"a": word}, {"a": [word]}, {"type": "object", "properties": {"a": {"type": word}}}):
         with pytest.raises(InvalidRequest) as caught:
-            normalize_schema(schema)
+            checked_schema(schema)
         assert word in str(caught.value) and f'"{near}"' in str(caught.value)
 
 
@@ -1425,7 +1432,7 @@ def test_a_decimal_is_no_other_text(kind: Any, good: list[Any], bad: list[Any]) 
 )
 def test_an_older_keyword_is_told_its_newer_one(part: Any, hint: str) -> None:
     with pytest.raises(UnsupportedFeature) as caught:
-        normalize_schema({"type": "object", "properties": {"a": part}})
+        checked_schema({"type": "object", "properties": {"a": part}})
     assert hint in caught.value.hint
 
 

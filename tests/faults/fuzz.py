@@ -34,6 +34,7 @@ def body(data: bytes, which: int) -> None:
 def schema(data: bytes, which: int) -> None:
     found = product.parse_object(data)
     built, _ = product.normalize_schema(found.get("schema", found))
+    product.check_limits(built)
     with contextlib.suppress(ValueError):
         product.SchemaCheck(built)(found.get("value"))
 
