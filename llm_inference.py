@@ -1149,7 +1149,7 @@ def _check_schemas(body: dict[str, Any]) -> None:
     forced = body.get("tool_choice") not in (None, "auto", "none")
     schemas = [("schema", answer_schema(body), True)]
     for function in map(function_of, body.get("tools") or ()):
-        where, strict = f"tools: {str(function['name'])[:64]!r}: schema", bool(forced or function.get("strict"))
+        where, strict = f"tools: {str(function['name'])[:64]!r}: parameters", forced or bool(function.get("strict"))
         schemas.append((where, function.get("parameters"), strict))
     for where, schema, strict in schemas:
         try:
@@ -1244,8 +1244,7 @@ def requested_features(body: dict[str, Any]) -> set[str]:
 # A caller's schema is hostile input: no reference leaves it, sizes count with references expanded, patterns run in
 # linear time, and the check of an answer has a budget of steps.
 MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH, MAX_SCHEMA_NODES = 65_536, 32, 5_000
-MAX_EXPANDED_DEPTH = 150  # levels with references followed; each is a Python frame or two
-MAX_VALUE_DEPTH = 200  # jsonschema-rs 0.61 crashes on values nested deeper than about 20,000 levels
+MAX_EXPANDED_DEPTH = 150  # levels with references followed; each is three Python frames
 MAX_CHECK_STEPS = 1_000_000  # about 0.2 s
 MAX_PATTERN_COST = 5_000  # automaton states, roughly: matching takes states x text, compiling up to 0.4 ms a state
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
@@ -1266,7 +1265,6 @@ _VALUES = frozenset(
     "maximum exclusiveMinimum exclusiveMaximum minProperties maxProperties dependentRequired minContains "
     "maxContains".split()
 )
-_STANDALONE = _VALUES | {"anyOf", "oneOf", "not"}  # those that mean the same by themselves
 _KEYWORDS = _SCHEMA_MAPS | _SCHEMA_LISTS | _SCHEMAS | _VALUES
 # What holds an object and yet constrains nothing; an unknown keyword with any other value passes too.
 _ANNOTATIONS = frozenset(
@@ -1275,11 +1273,12 @@ _ANNOTATIONS = frozenset(
     "errorMessage".split()
 )
 _KNOWN = _KEYWORDS | _ANNOTATIONS
-# Keywords that would constrain and that the checker does not know (items: as a list).
-_UNCHECKED = frozenset("$dynamicRef $recursiveRef disallow extends formatMinimum formatMaximum".split())
-_BETTER = {
+# Keywords that would constrain and are not checked (items: as a list), and what to do.
+_UNCHECKED = {
     "items": "use prefixItems", "nullable": 'add "null" to its type', "divisibleBy": "use multipleOf",
     "dependencies": "use dependentRequired or dependentSchemas", "additionalItems": "use items beside prefixItems",
+    "$dynamicRef": "use $ref", "$recursiveRef": "use $ref", "disallow": "use not", "extends": "use allOf",
+    "formatMinimum": "leave it out", "formatMaximum": "leave it out",
 }  # fmt: skip
 _TYPE_ALIASES = {"text": "string", "float": "number", "list": "array", "dict": "object", "none": "null"}
 # A dict with one of these, holding such a value, may be a JSON Schema; otherwise it is the short form.
@@ -1368,14 +1367,14 @@ def _from_short_form(value: Any, where: str) -> dict[str, Any]:
     if _is_type_word(value):
         return {"type": value}
     if isinstance(value, list) and len(value) == 1:
-        return {"type": "array", "items": _from_short_form(value[0], where + "[0]")}
+        return {"type": "array", "items": _from_short_form(value[0], _below(where, 0))}
     if not isinstance(value, dict) or not value:
         raise _not_a_type(value, where)
     if where != "schema" and _is_json_schema(value):
         return value
     fields: dict[str, Any] = {}
     for name, part in value.items():
-        fields[str(name)] = _from_short_form(part, f"{where}.{name}"[:100])
+        fields[str(name)] = _from_short_form(part, _below(where, str(name)))
     return {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
 
 
@@ -1394,27 +1393,28 @@ def check_limits(schema: dict[str, Any], *, strict: bool = True) -> None:
     """Refuse a schema that cannot be checked, or not at a bounded cost.
 
     Raises InvalidRequest (too large, too deep, a reference that leaves it, an invalid value of a keyword, a pattern
-    that is no linear-time one) and UnsupportedFeature (a keyword that would constrain and is not checked). Not
-    `strict`: a tool's that is only offered; size, depth and references have their limits, the rest is the engine's.
+    that is no linear-time one) and UnsupportedFeature (a keyword that is not checked). Not `strict`: a tool's
+    that is only offered; size, depth and references have their limits, the rest is the engine's.
     """
     _check_size(schema)
     (SchemaCheck if strict else _Rewriter)(schema, strict=strict)
 
 
 def _check_size(schema: Any) -> None:
-    """Size, depth (walks through it must not exhaust Python's stack), and what no object in it may say."""
+    """Size, depth (walks through it must not exhaust Python's stack), and what no object may say."""
     try:
         size = len(json.dumps(schema, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as exc:
         raise InvalidRequest("schema: not plain JSON, or nested too deep", 'write types as text: "string"') from exc
     if size > MAX_SCHEMA_BYTES:
         raise InvalidRequest(f"schema: {size} bytes", f"at most {MAX_SCHEMA_BYTES}")
-    for depth, layer in enumerate(_layers(schema)):
-        if depth > 3 * MAX_SCHEMA_DEPTH:
-            raise InvalidRequest("schema: nested too deep", f"at most {MAX_SCHEMA_DEPTH} levels")
-        for node in layer:  # wherever it stands: an engine may look where we do not
-            if isinstance(node, dict):
-                _check_object(node, inner=node is not schema)
+    if isinstance(schema, dict):
+        _check_objects(schema, "schema", 0)
+
+
+def _below(where: str, step: object) -> str:
+    """The place of a part: `schema.properties.a`, `schema.anyOf[0]`."""
+    return (f"{where}[{step}]" if isinstance(step, int) else f"{where}.{str(step)[:80]}")[:300]
 
 
 _SIZES = ("minLength", "maxLength", "minItems", "maxItems")
@@ -1422,62 +1422,40 @@ _SIZES = ("minLength", "maxLength", "minItems", "maxItems")
 _BOUNDS = (_SIZES[:2], _SIZES[2:], ("minimum", "maximum"))
 
 
-def _check_object(node: dict[str, Any], inner: bool) -> None:
-    """Raises InferenceError for references that leave the schema, an inner $id, and bounds that nothing fits."""
+def _check_objects(value: Any, where: str, depth: int) -> None:
+    """What no object may say, wherever it stands: an engine may look where we do not."""
+    if depth > 3 * MAX_SCHEMA_DEPTH:
+        raise InvalidRequest("schema: nested too deep", f"at most {MAX_SCHEMA_DEPTH} levels")
+    if isinstance(value, dict):
+        _check_object(value, where)
+    for step, part in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(part, (dict, list)):
+            _check_objects(part, _below(where, step), depth + 1)
+
+
+def _check_object(node: dict[str, Any], where: str) -> None:
     if isinstance(node.get("$ref"), str) and not node["$ref"].startswith("#"):
-        raise InvalidRequest("schema: a $ref points outside it", "put its target under $defs and refer to #/$defs/…")
-    if isinstance(node.get("$id"), str) and inner:
-        raise UnsupportedFeature("schema: an $id inside of it", "leave it out and refer to #/$defs/…")
+        raise InvalidRequest(f"{where}: its $ref leads out of the schema", "put the target under $defs: #/$defs/…")
+    if isinstance(node.get("$id"), str) and where != "schema":
+        raise UnsupportedFeature(f"{where}: an $id inside a schema", "refer to #/$defs/…")
     for low, high in _BOUNDS:
         least, most = node.get(low), node.get(high)
         if isinstance(least, (int, float)) and isinstance(most, (int, float)) and least > most:
-            raise InvalidRequest(f"schema: its {low} is greater than its {high}", "correct one of them")
+            raise InvalidRequest(f"{where}: its {low} is greater than its {high}", "correct one of them")
     if isinstance(node.get("pattern"), str):
-        _refuse_reversed(_IN_PATTERN.sub("", node["pattern"]), "schema: pattern")
+        _refuse_reversed(_IN_PATTERN.sub("", node["pattern"]), f"{where}.pattern")
 
 
-def _check_keyword(key: str, value: Any) -> None:
-    """Raises UnsupportedFeature for a keyword that would constrain and is not checked."""
-    is_tuple = key == "items" and isinstance(value, list)
-    if key.startswith("x-") or (key in _KNOWN and not is_tuple) or (key == "nullable" and value is not True):
-        return
-    hint = _BETTER.get(key) or did_you_mean(key[:40], _KEYWORDS, cutoff=0.85)
-    if hint or key in _UNCHECKED or isinstance(value, dict) or _is_type_word(value):
-        reason = f"schema: the keyword {key[:40]!r} is not checked"
-        raise UnsupportedFeature(reason, hint or "say it with another keyword")
-
-
-def _check_patterns(parts: list[dict[str, Any]]) -> None:
-    patterns: set[str] = set()
-    for part in parts:
-        patterns.update(part.get("patternProperties", ()))
-        if isinstance(part.get("pattern"), str):
-            patterns.add(part["pattern"])
-    limit = MAX_PATTERN_COST // 2  # before any is compiled
-    if sum(map(pattern_cost, patterns)) > limit:
-        reason = f"schema: its patterns' lengths and counts come to more than {limit} together"
-        raise InvalidRequest(reason, "send fewer or shorter patterns")
-    for pattern in patterns:
-        matcher(pattern, "schema: pattern")
-
-
-def resolve_ref(schema: dict[str, Any], ref: str, strict: bool = True) -> Any:
-    """The part of a schema that a local JSON pointer (RFC 6901) names; if none, InvalidRequest, or else True."""
+def resolve_ref(schema: dict[str, Any], ref: str) -> Any:
+    """The part of a schema that a local JSON pointer (RFC 6901) names; None where it names none."""
     start, *steps = ref.split("/")
     node: Any = schema if start == "#" else None
     for step in steps:
         step = urllib.parse.unquote(step).replace("~1", "/").replace("~0", "~")
-        if isinstance(node, dict) and step in node:
-            node = node[step]
-        elif isinstance(node, list) and re.fullmatch("0|[1-9][0-9]{0,4}", step) and int(step) < len(node):
-            node = node[int(step)]
-        else:
-            node = None
-    if isinstance(node, (dict, bool)):
-        return node
-    if strict:
-        raise InvalidRequest(f"schema: $ref {ref[:100]!r} has no target", "define it under $defs")
-    return True
+        if isinstance(node, list):
+            node = {str(index): part for index, part in enumerate(node)}
+        node = node.get(step) if isinstance(node, dict) else None
+    return node if isinstance(node, (dict, bool)) else None
 
 
 class _Rewriter:
@@ -1492,16 +1470,16 @@ class _Rewriter:
         self.counted = strict is not None
         self.names: dict[str, str] = {}
         self.defs: dict[str, Any] = {}
-        self.parts: list[dict[str, Any]] = []  #: every object of the copy
+        self.parts: list[tuple[str, dict[str, Any]]] = []  #: every object of the copy, and its place
         self.recursive: set[str | None] = set()
-        self.body = self._node(root, (), 0)
+        self.body = self._node(root, "schema", (), 0)
         if strict:
-            _check_patterns(self.parts)
+            self._check_patterns()
 
-    def _node(self, node: Any, path: tuple[str | None, ...], level: int) -> Any:
+    def _node(self, node: Any, where: str, path: tuple[str | None, ...], level: int) -> Any:
         """`path` are the steps that led here, None for one that is no reference; `level` counts from the last one."""
         if not isinstance(node, (bool, dict)):
-            raise InvalidRequest("schema: a part of it is no schema", "a schema is an object, true or false")
+            raise InvalidRequest(f"{where}: not a schema", "a schema is an object, true or false")
         self.size += 1
         if self.size > MAX_SCHEMA_NODES or level > MAX_SCHEMA_DEPTH or len(path) > MAX_EXPANDED_DEPTH:
             limits = f"at most {MAX_SCHEMA_NODES} parts and {MAX_SCHEMA_DEPTH} levels"
@@ -1509,73 +1487,86 @@ class _Rewriter:
         if isinstance(node, bool):
             return node
         if self.counted:
-            self._check_keywords(node)
+            self._check_keywords(node, where)
         copy: dict[str, Any] = {}
         if isinstance(node.get("$ref"), str):  # before the others, so that a circle of references alone is seen
-            copy["$ref"] = self._ref(node["$ref"], path)
+            copy["$ref"] = self._ref(node["$ref"], where, path)
         for key, value in node.items():
             if key in _VALUES:
                 copy.setdefault(key, value)
             elif key in _KEYWORDS:
-                copy[key] = _with_parts(key, value, functools.partial(self._node, path=(*path, None), level=level + 1))
-        self.parts.append(copy)
+                copy[key] = self._parts(key, value, _below(where, key), (*path, None), level + 1)
+        self.parts.append((where, copy))
         return copy
 
-    def _ref(self, ref: str, path: tuple[str | None, ...]) -> str:
+    def _parts(self, key: str, value: Any, where: str, path: tuple[str | None, ...], level: int) -> Any:
+        """A keyword's value, its schemas copied; definitions are visited where they are referred to."""
+        if key in _SCHEMAS and not isinstance(value, list):
+            return self._node(value, where, path, level)
+        if not isinstance(value, dict if key in _SCHEMA_MAPS else list):
+            raise InvalidRequest(f"{where}: not a valid value", "see json-schema.org")
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        copies = {step: self._node(part, _below(where, step), path, level) for step, part in parts}
+        return copies if isinstance(value, dict) else list(copies.values())
+
+    def _ref(self, ref: str, where: str, path: tuple[str | None, ...]) -> str:
         name = self.names.setdefault(ref, f"r{len(self.names)}")
         if ref in path:
             circle = path[path.index(ref) :]
             if self.strict and None not in circle:
-                raise InvalidRequest("schema: a $ref leads only to itself", "refer to a schema that says something")
+                raise InvalidRequest(f"{where}: a $ref leads only to itself", "refer to a schema that says something")
             self.recursive.update(circle)
         elif name not in self.defs or (self.counted and ref not in self.recursive):
-            self.defs[name] = self._node(resolve_ref(self.root, ref, bool(self.strict)), (*path, ref), 0)
+            target = resolve_ref(self.root, ref)
+            if target is None and self.strict:
+                raise InvalidRequest(f"{where}: $ref {ref[:100]!r} has no target", "define it under $defs")
+            place = f"schema{ref[1:100].replace('/', '.')}"
+            self.defs[name] = self._node(target is None or target, place, (*path, ref), 0)
         return f"#/$defs/{name}"
 
-    def _check_keywords(self, node: dict[str, Any]) -> None:
+    def _check_keywords(self, node: dict[str, Any], where: str) -> None:
         kinds = node.get("type", [])
         for word in kinds if isinstance(kinds, list) else [kinds]:
             if not _is_type_word(word):
-                raise _not_a_type(word, "schema: type")
+                raise _not_a_type(word, f"{where}.type")
         for key, value in node.items() if self.strict else ():
-            _check_keyword(str(key), value)
+            known = key in _KNOWN and not (key == "items" and isinstance(value, list))
+            if known or str(key).startswith("x-") or (key == "nullable" and value is not True):
+                continue
+            name = str(key)[:40]
+            hint = _UNCHECKED.get(name) or did_you_mean(name, _KEYWORDS, cutoff=0.85)
+            if hint or isinstance(value, dict) or _is_type_word(value):
+                raise UnsupportedFeature(f"{where}: the keyword {name!r} is not checked", hint or "use another one")
 
-
-def _with_parts(key: str, value: Any, change: Callable[[Any], Any]) -> Any:
-    """A keyword's value with the schemas in it changed; definitions are visited where they are referred to."""
-    if key in _SCHEMAS and not isinstance(value, list):
-        return change(value)
-    if not isinstance(value, dict if key in _SCHEMA_MAPS else list):
-        raise InvalidRequest(f"schema: {key} has a value that it cannot have", "see json-schema.org")
-    return {name: change(part) for name, part in value.items()} if isinstance(value, dict) else list(map(change, value))
+    def _check_patterns(self) -> None:
+        patterns: dict[str, str] = {}
+        for where, part in self.parts:
+            patterns |= dict.fromkeys(part.get("patternProperties", ()), f"{where}.patternProperties")
+            if isinstance(part.get("pattern"), str):
+                patterns[part["pattern"]] = f"{where}.pattern"
+        limit = MAX_PATTERN_COST // 2  # before any is compiled
+        if sum(map(pattern_cost, patterns)) > limit:
+            reason = f"schema: its patterns' lengths and counts come to more than {limit} together"
+            raise InvalidRequest(reason, "send fewer or shorter patterns")
+        for pattern, where in patterns.items():
+            matcher(pattern, where)
 
 
 # The check ---------------------------------------------------------------------------------------
-class _Steps:
-    """The keyword x-steps: spends so many steps, and fails when none are left."""
-
-    def __init__(self, check: "SchemaCheck", parent: Any, value: int, path: Any) -> None:
-        self.check, self.steps = check, value
-
-    def validate(self, value: Any) -> None:
-        self.check.steps += self.steps
-        if self.check.steps > MAX_CHECK_STEPS:
-            raise ValueError("too many steps")
-
-
 class SchemaCheck:
     """Does a JSON value fit a schema? JSON Schema 2020-12, formats included. `strict`: see `check_limits`.
 
-    Only `is_valid` is asked: jsonschema-rs' other methods can take exponential time. Every reference spends from a
-    budget of steps; the place of a misfit is found by asking again for ever smaller parts.
-    Raises InvalidRequest for a schema that is invalid, UnsupportedFeature where jsonschema-rs is needed and missing.
+    Values come from `from_json`, which limits their depth: jsonschema-rs crashes at 20,000 levels. Only its `is_valid`
+    is asked: other methods can take exponential time. Every reference spends from a budget of steps; the place of a
+    misfit is found by asking again for ever smaller parts.
+    Raises InvalidRequest for an invalid schema, UnsupportedFeature where jsonschema-rs is needed and missing.
     """
 
     def __init__(self, schema: dict[str, Any], *, strict: bool | None = None) -> None:
         self.steps = 0
         self._schema = _Rewriter(schema, strict=strict)
         self._defs = {}
-        for name, part in self._schema.defs.items():  # behind a keyword that counts: its size in units of 50 bytes
+        for name, part in self._schema.defs.items():  # behind a keyword that spends: its size in units of 50 bytes
             self._defs[name] = {"allOf": [{"x-steps": 1 + len(json.dumps(part)) // 50}, part]}
         self._checks: dict[int, tuple[Any, Callable[[Any], bool]]] = {}
         try:
@@ -1585,13 +1576,10 @@ class SchemaCheck:
         except ImportError:
             self._library = None
             _refuse_beyond_simple(self._schema.parts)
-        self._fits(self._schema.body, None)
+        self._fits(self._schema.body, None)  # compiles it
 
     def __call__(self, value: Any) -> None:
         """Raises ValueError with the place and the keyword, such as `$.a[0]: does not fit {"type": "integer"}`."""
-        for depth, _ in enumerate(_layers(value)):
-            if depth > MAX_VALUE_DEPTH:
-                raise ValueError(f"$: nested deeper than {MAX_VALUE_DEPTH} levels")
         if not self.fits(value):
             raise ValueError(self._misfit(value)[:500])
 
@@ -1613,29 +1601,38 @@ class SchemaCheck:
         if library is None:
             return functools.partial(self._fits_simple, part)
         schema = {**part, "$defs": self._defs} if isinstance(part, dict) else part
-        options: dict[str, Any] = {"pattern_options": library.RegexOptions(), "validate_formats": True}
-        options["keywords"] = {"x-steps": functools.partial(_Steps, self)}
+        options = {"offline": True, "validate_formats": True, "pattern_options": library.RegexOptions()}
+        options["keywords"] = {"x-steps": self._spending}
         try:
-            check: Callable[[Any], bool] = library.Draft202012Validator(schema, offline=True, **options).is_valid
+            check: Callable[[Any], bool] = library.Draft202012Validator(schema, **options).is_valid
         except (library.ValidationError, ValueError) as exc:
-            place = ".".join(map(str, getattr(exc, "instance_path", ())))[-100:]
-            raise InvalidRequest(f"schema: invalid at {place or 'its top'}", "see json-schema.org") from None
+            place = self._with_callers_names(functools.reduce(_below, getattr(exc, "instance_path", ()), "schema"))
+            problem = getattr(exc, "message", "not a valid schema")[:200]
+            raise InvalidRequest(f"{place}: {problem}", "see json-schema.org") from None
         return check
+
+    def _spending(self, _parent: Any, steps: int, _path: Any) -> Any:
+        return types.SimpleNamespace(validate=lambda _: self._spend(steps))  # jsonschema-rs' form of a keyword
+
+    def _spend(self, steps: int) -> None:
+        self.steps += steps
+        if self.steps > MAX_CHECK_STEPS:
+            raise ValueError("too many steps")
 
     def _fits_simple(self, schema: Any, value: Any) -> bool:
         """Without jsonschema-rs."""
-        self.steps += 5
-        if self.steps > MAX_CHECK_STEPS:
-            raise ValueError("too many steps")
+        self._spend(5)
         if not isinstance(schema, dict):
             return bool(schema)
-        if not all(_SIMPLE[key][1](wanted, value) for key, wanted in schema.items()):
-            return False
+        for key, wanted in schema.items():
+            passes = _SIMPLE[key][1]
+            if passes is not None and not passes(wanted, value):
+                return False
         return all(self._fits_simple(part, item) for part, item, _ in self._children(schema, value))
 
     def _misfit(self, value: Any) -> str:
         part, at = self._schema.body, "$"
-        for _ in range(3 * MAX_VALUE_DEPTH):  # a reference to itself leads no deeper
+        for _ in range(1_000):  # a reference to itself leads no deeper
             if self.steps > MAX_CHECK_STEPS:
                 break
             for child, item, place in self._children(part, value):
@@ -1654,10 +1651,17 @@ class SchemaCheck:
         for name in schema.get("required", ()):
             if isinstance(value, dict) and name not in value:
                 return f"{name[:80]!r} is missing"
-        for key, wanted in schema.items():
-            if key in _STANDALONE and not self._fits({key: wanted}, value):
-                return f"does not fit {json.dumps({key: wanted}, ensure_ascii=False)[:200]}"
+        for key, wanted in schema.items():  # those that mean the same by themselves
+            if key in _VALUES | {"anyOf", "oneOf", "not"} and not self._fits({key: wanted}, value):
+                part = json.dumps({key: wanted}, ensure_ascii=False)[:1000]
+                return f"does not fit {self._with_callers_names(part)[:200]}"
         return "does not fit the schema"
+
+    def _with_callers_names(self, text: str) -> str:
+        for ref, name in self._schema.names.items():
+            text = text.replace(f'"#/$defs/{name}"', f'"{ref[:100]}"')
+            text = text.replace(f".$defs.{name}.allOf[1]", ref[1:100].replace("/", "."))
+        return text
 
     def _children(self, schema: Any, value: Any) -> Iterator[tuple[Any, Any, str]]:
         """Parts of a schema that a value must fit, each with the part of the value that it is for, and its place."""
@@ -1674,18 +1678,6 @@ class SchemaCheck:
         elif isinstance(value, list) and "prefixItems" not in schema:
             for index, item in enumerate(value):
                 yield schema.get("items", True), item, f"[{index}]"
-
-
-def _layers(value: Any) -> Iterator[list[Any]]:
-    """A JSON value level by level, without recursion: it may be nested deeper than Python's stack."""
-    layer = [value]
-    while layer:
-        yield layer
-        below: list[Any] = []
-        for item in layer:
-            if isinstance(item, (dict, list)):
-                below.extend(item.values() if isinstance(item, dict) else item)
-        layer = below
 
 
 # Without jsonschema-rs: the short form and plain schemas.
@@ -1706,18 +1698,13 @@ def _same(one: Any, other: Any) -> bool:
     return _among(one, [other])
 
 
-def _in_parts(_wanted: Any, _value: Any) -> bool:
-    """What a keyword with schemas in it says, its parts say: see `_children`."""
-    return True
-
-
-#: keyword → the Python type of its value, and whether that lets a JSON value through
-_SIMPLE: dict[str, tuple[Any, Callable[[Any, Any], bool]]] = {
-    "$ref": (str, _in_parts),
-    "allOf": (list, _in_parts),
-    "properties": (dict, _in_parts),
-    "additionalProperties": ((bool, dict), _in_parts),
-    "items": ((bool, dict), _in_parts),
+#: keyword → the Python type of its value, and whether that lets a JSON value through; None: see `_children`
+_SIMPLE: dict[str, tuple[Any, Callable[[Any, Any], bool] | None]] = {
+    "$ref": (str, None),
+    "allOf": (list, None),
+    "properties": (dict, None),
+    "additionalProperties": ((bool, dict), None),
+    "items": ((bool, dict), None),
     "type": ((str, list), _is_of_type),
     "required": (list, lambda names, value: not isinstance(value, dict) or set(names) <= value.keys()),
     "enum": (list, lambda options, value: any(_same(value, option) for option in options)),
@@ -1729,13 +1716,14 @@ _SIMPLE: dict[str, tuple[Any, Callable[[Any, Any], bool]]] = {
 }
 
 
-def _refuse_beyond_simple(parts: list[dict[str, Any]]) -> None:
-    for key, value in itertools.chain.from_iterable(map(dict.items, parts)):
-        if key not in _SIMPLE:
-            raise UnsupportedFeature(f"schema: checking {key} needs jsonschema-rs", "pip install jsonschema-rs")
-        names = value if key == "required" and isinstance(value, list) else ()
-        if not isinstance(value, _SIMPLE[key][0]) or not all(isinstance(name, str) for name in names):
-            raise InvalidRequest(f"schema: invalid value of {key}", "see json-schema.org")
+def _refuse_beyond_simple(parts: list[tuple[str, dict[str, Any]]]) -> None:
+    for where, part in parts:
+        for key, value in part.items():
+            if key not in _SIMPLE:
+                raise UnsupportedFeature(f"{where}: checking {key} needs jsonschema-rs", "pip install jsonschema-rs")
+            names = value if key == "required" and isinstance(value, list) else ()
+            if not isinstance(value, _SIMPLE[key][0]) or not all(isinstance(name, str) for name in names):
+                raise InvalidRequest(f"{where}.{key}: not a valid value", "see json-schema.org")
 
 
 # Regular expressions -----------------------------------------------------------------------------
@@ -1762,8 +1750,7 @@ def matcher(pattern: str, field: str = "pattern") -> Callable[[str], bool]:
     `\\d` and `\\w` mean ASCII, as in ECMAScript and in the engines' grammars. Raises InvalidRequest.
     """
     if _FLAG_X.search(pattern):
-        reason = f"{field}: the flag x (free spacing) is not supported"
-        raise InvalidRequest(reason, "write it without spaces and comments")
+        raise InvalidRequest(f"{field}: the flag x is not supported", "write it without spaces and comments")
     if pattern_cost(pattern) > MAX_PATTERN_COST:
         raise InvalidRequest(f"{field}: its length and counts come to more than {MAX_PATTERN_COST}", "shorten it")
     try:
@@ -1946,7 +1933,7 @@ _LEFT_OUT = _KEYWORDS - _ENFORCED_KEYS - {"$ref", "anyOf", "enum", "const"} | {"
 
 def expressible(schema: dict[str, Any], left_out: Set[str] = _LEFT_OUT) -> bool:
     """Do such grammars express all of a schema? One keyword is read where another stands beside it."""
-    for part in _Rewriter(schema).parts:
+    for _, part in _Rewriter(schema).parts:
         keys = part.keys()
         if keys & left_out or (len(keys) > 1 and keys & {"anyOf", "$ref"}):
             return False
@@ -1998,10 +1985,8 @@ class _LlamaCppSchema:
         return {"enum": allowed} if allowed else {}
 
     def _typed(self, parts: dict[str, Any]) -> dict[str, Any]:
-        kind = parts.get("type", "")
-        for implied in ("object", "array", "string"):
-            if not kind and parts.keys() & _ENFORCED[implied]:
-                kind = implied
+        implied = (kind for kind in ("object", "array", "string") if parts.keys() & _ENFORCED[kind])
+        kind = parts.get("type") or next(implied, "")
         self.exact &= parts.keys() <= _ENFORCED_KEYS  # a type's keywords say nothing about another type
         self.exact &= kind not in ("", "number") or not parts.keys() & _ENFORCED["integer"]
         build = {"object": self._object, "array": self._array, "string": self._string, "integer": self._integer}
@@ -2031,17 +2016,13 @@ class _LlamaCppSchema:
         return found
 
     def _array(self, parts: dict[str, Any]) -> dict[str, Any]:
-        low, high = parts.get("minItems", 0), parts.get("maxItems")
         first = parts.get("prefixItems", [])
         if first:  # it makes a tuple of just these
-            self.exact &= low <= len(first)
-            return {"prefixItems": list(map(self.node, first[:high]))}
-        self.exact &= low <= _MAX_COUNT
-        found = {"items": self.node(parts.get("items", True)), "minItems": min(low, _MAX_COUNT)}
-        return found if high is None else {**found, "maxItems": high}
+            self.exact &= parts.get("minItems", 0) <= len(first)
+            return {"prefixItems": list(map(self.node, first[: parts.get("maxItems")]))}
+        return {"items": self.node(parts.get("items", True)), **self._sizes(parts, "minItems", "maxItems")}
 
     def _string(self, parts: dict[str, Any]) -> dict[str, Any]:
-        low = parts.get("minLength", 0)
         if "pattern" in parts:
             try:
                 text = _Grammar(parts["pattern"], quoted=True).text
@@ -2053,9 +2034,13 @@ class _LlamaCppSchema:
             self.exact &= parts["format"] in ("time", "uuid") and parts.keys() <= {"type", "format"}
             if parts["format"] in ("date", "time", "date-time", "uuid"):  # its dates have a 31st of February
                 return {"format": parts["format"]}
+        return self._sizes(parts, "minLength", "maxLength")
+
+    def _sizes(self, parts: dict[str, Any], least: str, most: str) -> dict[str, Any]:
+        low = parts.get(least, 0)
         self.exact &= low <= _MAX_COUNT
-        found = {"minLength": min(low, _MAX_COUNT)}
-        return {**found, "maxLength": parts["maxLength"]} if "maxLength" in parts else found
+        found = {least: min(low, _MAX_COUNT)}
+        return {**found, most: parts[most]} if most in parts else found
 
     def _integer(self, parts: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -2498,8 +2483,8 @@ def check_text(request: GenerateRequest, choice: Choice) -> Any:
         return value if request.build is None else request.build.validate_json(text)
     except ValidationError as exc:  # in the Python type's own words: `$.a: no even numbers`
         error = exc.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in error["loc"])
-        problem = f"${place}: {re.sub('^(Value error|Assertion failed), ', '', error['msg'])}"[:300]
+        place = functools.reduce(_below, error["loc"], "$")
+        problem = f"{place}: {re.sub('^(Value error|Assertion failed), ', '', error['msg'])}"[:300]
     except ValueError as exc:
         problem = str(exc)
     raise ValueError(f"max_tokens was reached ({problem})" if cut else problem)
@@ -9178,8 +9163,9 @@ class Surface(ABC):
         """Give the field at fault the name that this API has for it."""
         field, bracket, index = (error.param or "").partition("[")
         name = self.names.get(field)
-        if name is not None and name not in error.hint:  # a reader's
-            error.reason, error.param = re.sub(rf"\b{field}\b", name, error.reason), name + bracket + index
+        if name is not None and name not in error.hint:  # a reader's: it is about `param`
+            error.reason = re.sub(rf"(?<![.\w]){field}\b", name, error.reason)
+            error.param = name + bracket + index
 
     def error_event(self, body: dict[str, Any]) -> bytes:
         """The event of a failure in mid-answer; `body` is what it would have been before."""

@@ -190,3 +190,21 @@ def test_an_engine_error_that_echoes_a_long_text_is_cheap() -> None:
         llm_inference.redact("see 10.0.0.1:80, host.lan:8000 and /etc/pass/wd " + "x" * 2000)
         == "see <address>, <address> and <path>"
     )
+
+
+@pytest.mark.parametrize("path", ["/api/v1/llm/chat", "/v1/chat/completions"])
+def test_a_refused_schema_of_a_tool_is_named(path: str) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "int"}}}}}]
+    body = {"messages": HI, "tools": tools, **({"model": "m"} if path.startswith("/v1") else {})}
+    with pytest.raises(InvalidRequest, match=r"^tools: 'f': parameters\.properties\.a\.type: 'int'") as caught:
+        llm_inference.OPERATIONS[path].surface("id", path).read(body)
+    assert caught.value.param == "tools"
+
+
+def test_a_place_keeps_the_callers_names_where_a_field_is_renamed() -> None:
+    surface = llm_inference.OPERATIONS["/v1/responses"].surface("id", "/v1/responses")
+    form = {"type": "json_schema", "name": "x", "schema": {"properties": {"schema": {"type": "int"}}}}
+    with pytest.raises(InvalidRequest) as caught:
+        surface.read({"model": "m", "input": "hi", "text": {"format": form}})
+    surface.rename(caught.value)
+    assert caught.value.reason.startswith("text.format.schema.properties.schema.type: 'int'")

@@ -563,7 +563,7 @@ def test_the_tool_whose_schema_is_bad_is_named(vllm: Stand) -> None:
         vllm.post(CHAT, model=vllm.model, messages=HI, tools=chat, tool_choice="required"),
         vllm.post("/chat", messages=HI, tools=chat, tool_choice="required"),
     ):
-        assert reply.status_code == 400 and "tools: 'other': schema: type: 'strng'" in reply.text, reply.text
+        assert reply.status_code == 400 and "tools: 'other': parameters.type: 'strng'" in reply.text, reply.text
 
 
 @pytest.mark.parametrize(
