@@ -955,6 +955,7 @@ class Served:
     closed: bool = False  #: was `close` called meanwhile?
     push: "Callable[[Burst], bool] | None" = None  #: sends a burst of a stream at once; False: it cannot now
     collected: bool = False  #: is every burst of the stream looked at?
+    checks: "dict[str | None, SchemaCheck]" = dataclasses.field(default_factory=dict)  #: by tool; None: of the text
 
 
 SERVED: contextvars.ContextVar[Served | None] = contextvars.ContextVar("served", default=None)  #: until it has begun
@@ -1247,7 +1248,8 @@ MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH, MAX_SCHEMA_NODES = 65_536, 32, 5_000
 MAX_EXPANDED_DEPTH = 150  # levels with references followed; each is three Python frames
 MAX_CHECK_STEPS = 1_000_000  # about 0.2 s
 MAX_PATTERN_COST = 5_000  # automaton states, roughly: matching takes states x text, compiling up to 0.4 ms a state
-ANY_OBJECT: dict[str, Any] = {"type": "object"}
+Schema = dict[str, Any]
+ANY_OBJECT: Schema = {"type": "object"}
 _PYTHON_TYPES: dict[str, Any] = {
     "string": str, "number": (int, float), "integer": int, "boolean": bool, "null": types.NoneType, "object": dict,
     "array": list,
@@ -1256,7 +1258,6 @@ TYPES = tuple(_PYTHON_TYPES)
 
 # The keywords that constrain (JSON Schema 2020-12), by what they hold.
 _SCHEMA_MAPS = frozenset({"properties", "patternProperties", "dependentSchemas"})
-_SCHEMA_LISTS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
 _SCHEMAS = frozenset(
     "additionalProperties propertyNames items contains not if then else unevaluatedProperties unevaluatedItems".split()
 )
@@ -1265,7 +1266,7 @@ _VALUES = frozenset(
     "maximum exclusiveMinimum exclusiveMaximum minProperties maxProperties dependentRequired minContains "
     "maxContains".split()
 )
-_KEYWORDS = _SCHEMA_MAPS | _SCHEMA_LISTS | _SCHEMAS | _VALUES
+_KEYWORDS = _SCHEMA_MAPS | _SCHEMAS | _VALUES | {"anyOf", "oneOf", "allOf", "prefixItems"}
 # What holds an object and yet constrains nothing; an unknown keyword with any other value passes too.
 _ANNOTATIONS = frozenset(
     "$schema $id $anchor $comment $defs definitions $vocabulary title description default example examples deprecated "
@@ -1291,8 +1292,8 @@ _MARKS: dict[str, Any] = {
 class _SchemaGenerator(GenerateJsonSchema):
     """Pydantic's, but a decimal is no other text than the type takes: its own pattern has look-ahead, or is missing."""
 
-    def decimal_schema(self, schema: core_schema.DecimalSchema) -> dict[str, Any]:
-        number: dict[str, Any] = super().decimal_schema(schema).get("anyOf", [{"type": "number"}])[0]
+    def decimal_schema(self, schema: core_schema.DecimalSchema) -> Schema:
+        number: Schema = super().decimal_schema(schema).get("anyOf", [{"type": "number"}])[0]
         digits, places = schema.get("max_digits"), schema.get("decimal_places")
         before = max(digits - (places or 0), 1) if digits else 0
         if places is not None:
@@ -1306,7 +1307,7 @@ class _SchemaGenerator(GenerateJsonSchema):
         return {"anyOf": [number, {"type": "string", "pattern": f"^-?[0-9]{{1,{before or ''}}}{fraction}$"}]}
 
 
-def normalize_schema(schema: Any) -> tuple[dict[str, Any], TypeAdapter[Any] | None]:
+def normalize_schema(schema: Any) -> tuple[Schema, TypeAdapter[Any] | None]:
     """A JSON Schema, not yet checked (see `check_limits`), and how to build the value where a Python type was given.
 
     `schema`: None or {} (any JSON object), the short form (`{"city": "string", "tags": ["string"]}`, nested), a JSON
@@ -1338,7 +1339,7 @@ def _holds_text(kind: Any) -> bool:
     return isinstance(kind, (str, ForwardRef)) or (origin is not typing.Literal and any(map(_holds_text, parts)))
 
 
-def _is_json_schema(schema: dict[str, Any]) -> bool:
+def _is_json_schema(schema: Schema) -> bool:
     """Else it is the short form. Raises InvalidRequest for what could be both."""
     fields = schema.get("properties")
     marked = isinstance(fields, dict) and all(isinstance(part, (bool, dict)) for part in fields.values())
@@ -1362,8 +1363,8 @@ def _is_short(value: Any) -> bool:
     return _is_type_word(value) or isinstance(value, dict)
 
 
-def _from_short_form(value: Any, where: str) -> dict[str, Any]:
-    """`{"tags": ["string"], "at": {"lat": "number"}}` as a JSON Schema with all fields required."""
+def _from_short_form(value: Any, where: str) -> Schema:
+    """`{"city": "string", "tags": ["string"], "at": {"lat": "number"}}` as a JSON Schema with all fields required."""
     if _is_type_word(value):
         return {"type": value}
     if isinstance(value, list) and len(value) == 1:
@@ -1374,7 +1375,7 @@ def _from_short_form(value: Any, where: str) -> dict[str, Any]:
         return value
     fields: dict[str, Any] = {}
     for name, part in value.items():
-        fields[str(name)] = _from_short_form(part, _below(where, str(name)))
+        fields[str(name)] = _from_short_form(part, _below(where, name))
     return {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
 
 
@@ -1389,19 +1390,17 @@ def _not_a_type(value: Any, where: str) -> InvalidRequest:
 
 
 # Limits ------------------------------------------------------------------------------------------
-def check_limits(schema: dict[str, Any], *, strict: bool = True) -> None:
-    """Refuse a schema that cannot be checked, or not at a bounded cost.
+def check_limits(schema: Schema, *, strict: bool = True) -> None:
+    """Refuse a schema that cannot be checked, or not at a bounded cost: InvalidRequest, UnsupportedFeature.
 
-    Raises InvalidRequest (too large, too deep, a reference that leaves it, an invalid value of a keyword, a pattern
-    that is no linear-time one) and UnsupportedFeature (a keyword that is not checked). Not `strict`: a tool's
-    that is only offered; size, depth and references have their limits, the rest is the engine's.
+    Not `strict`: a tool's that is only offered; size, depth and references have their limits, the rest is the engine's.
     """
     _check_size(schema)
     (SchemaCheck if strict else _Rewriter)(schema, strict=strict)
 
 
 def _check_size(schema: Any) -> None:
-    """Size, depth (walks through it must not exhaust Python's stack), and what no object may say."""
+    """Size, depth (walks through it are recursions), and what no object may say."""
     try:
         size = len(json.dumps(schema, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as exc:
@@ -1433,7 +1432,7 @@ def _check_objects(value: Any, where: str, depth: int) -> None:
             _check_objects(part, _below(where, step), depth + 1)
 
 
-def _check_object(node: dict[str, Any], where: str) -> None:
+def _check_object(node: Schema, where: str) -> None:
     if isinstance(node.get("$ref"), str) and not node["$ref"].startswith("#"):
         raise InvalidRequest(f"{where}: its $ref leads out of the schema", "put the target under $defs: #/$defs/…")
     if isinstance(node.get("$id"), str) and where != "schema":
@@ -1446,7 +1445,7 @@ def _check_object(node: dict[str, Any], where: str) -> None:
         _refuse_reversed(_IN_PATTERN.sub("", node["pattern"]), f"{where}.pattern")
 
 
-def resolve_ref(schema: dict[str, Any], ref: str) -> Any:
+def resolve_ref(schema: Schema, ref: str) -> Any:
     """The part of a schema that a local JSON pointer (RFC 6901) names; None where it names none."""
     start, *steps = ref.split("/")
     node: Any = schema if start == "#" else None
@@ -1465,12 +1464,12 @@ class _Rewriter:
     `strict`: see `check_limits`; None: of a schema that has passed, nothing is counted again.
     """
 
-    def __init__(self, root: dict[str, Any], *, strict: bool | None = None) -> None:
+    def __init__(self, root: Schema, *, strict: bool | None = None) -> None:
         self.root, self.strict, self.size = root, strict, 0
         self.counted = strict is not None
         self.names: dict[str, str] = {}
-        self.defs: dict[str, Any] = {}
-        self.parts: list[tuple[str, dict[str, Any]]] = []  #: every object of the copy, and its place
+        self.defs: Schema = {}
+        self.parts: list[tuple[str, Schema]] = []  #: every object of the copy, and its place
         self.recursive: set[str | None] = set()
         self.body = self._node(root, "schema", (), 0)
         if strict:
@@ -1488,7 +1487,7 @@ class _Rewriter:
             return node
         if self.counted:
             self._check_keywords(node, where)
-        copy: dict[str, Any] = {}
+        copy: Schema = {}
         if isinstance(node.get("$ref"), str):  # before the others, so that a circle of references alone is seen
             copy["$ref"] = self._ref(node["$ref"], where, path)
         for key, value in node.items():
@@ -1524,7 +1523,7 @@ class _Rewriter:
             self.defs[name] = self._node(target is None or target, place, (*path, ref), 0)
         return f"#/$defs/{name}"
 
-    def _check_keywords(self, node: dict[str, Any], where: str) -> None:
+    def _check_keywords(self, node: Schema, where: str) -> None:
         kinds = node.get("type", [])
         for word in kinds if isinstance(kinds, list) else [kinds]:
             if not _is_type_word(word):
@@ -1558,15 +1557,14 @@ class SchemaCheck:
 
     Values come from `from_json`, which limits their depth: jsonschema-rs crashes at 20,000 levels. Only its `is_valid`
     is asked: other methods can take exponential time. Every reference spends from a budget of steps; the place of a
-    misfit is found by asking again for ever smaller parts.
-    Raises InvalidRequest for an invalid schema, UnsupportedFeature where jsonschema-rs is needed and missing.
+    misfit is found by asking again for ever smaller parts. Raises InvalidRequest, UnsupportedFeature.
     """
 
-    def __init__(self, schema: dict[str, Any], *, strict: bool | None = None) -> None:
+    def __init__(self, schema: Schema, *, strict: bool | None = None) -> None:
         self.steps = 0
         self._schema = _Rewriter(schema, strict=strict)
         self._defs = {}
-        for name, part in self._schema.defs.items():  # behind a keyword that spends: its size in units of 50 bytes
+        for name, part in self._schema.defs.items():  # behind a keyword that counts: its size in units of 50 bytes
             self._defs[name] = {"allOf": [{"x-steps": 1 + len(json.dumps(part)) // 50}, part]}
         self._checks: dict[int, tuple[Any, Callable[[Any], bool]]] = {}
         try:
@@ -1602,7 +1600,7 @@ class SchemaCheck:
             return functools.partial(self._fits_simple, part)
         schema = {**part, "$defs": self._defs} if isinstance(part, dict) else part
         options = {"offline": True, "validate_formats": True, "pattern_options": library.RegexOptions()}
-        options["keywords"] = {"x-steps": self._spending}
+        options["keywords"] = {"x-steps": self._counting}
         try:
             check: Callable[[Any], bool] = library.Draft202012Validator(schema, **options).is_valid
         except (library.ValidationError, ValueError) as exc:
@@ -1611,7 +1609,7 @@ class SchemaCheck:
             raise InvalidRequest(f"{place}: {problem}", "see json-schema.org") from None
         return check
 
-    def _spending(self, _parent: Any, steps: int, _path: Any) -> Any:
+    def _counting(self, _parent: Any, steps: int, _path: Any) -> Any:
         return types.SimpleNamespace(validate=lambda _: self._spend(steps))  # jsonschema-rs' form of a keyword
 
     def _spend(self, steps: int) -> None:
@@ -1631,11 +1629,12 @@ class SchemaCheck:
         return all(self._fits_simple(part, item) for part, item, _ in self._children(schema, value))
 
     def _misfit(self, value: Any) -> str:
-        part, at = self._schema.body, "$"
+        part, at, until = self._schema.body, "$", time.thread_time() + 0.2  # a part can take 0.1 s to compile
         for _ in range(1_000):  # a reference to itself leads no deeper
             if self.steps > MAX_CHECK_STEPS:
                 break
-            for child, item, place in self._children(part, value):
+            children = itertools.takewhile(lambda _: time.thread_time() < until, self._children(part, value))
+            for child, item, place in children:
                 if not self._fits(child, item):
                     part, value, at = child, item, at + place
                     break
@@ -1716,13 +1715,13 @@ _SIMPLE: dict[str, tuple[Any, Callable[[Any, Any], bool] | None]] = {
 }
 
 
-def _refuse_beyond_simple(parts: list[tuple[str, dict[str, Any]]]) -> None:
+def _refuse_beyond_simple(parts: list[tuple[str, Schema]]) -> None:
     for where, part in parts:
         for key, value in part.items():
             if key not in _SIMPLE:
                 raise UnsupportedFeature(f"{where}: checking {key} needs jsonschema-rs", "pip install jsonschema-rs")
             names = value if key == "required" and isinstance(value, list) else ()
-            if not isinstance(value, _SIMPLE[key][0]) or not all(isinstance(name, str) for name in names):
+            if not isinstance(value, _SIMPLE[key][0]) or not set(map(type, names)) <= {str}:
                 raise InvalidRequest(f"{where}.{key}: not a valid value", "see json-schema.org")
 
 
@@ -1909,7 +1908,7 @@ def llamacpp_regex(regex: str) -> str:
     return f"root ::= ({_Grammar(regex, full=True).text})"
 
 
-def llamacpp_schema(schema: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+def llamacpp_schema(schema: Schema) -> tuple[Schema, bool]:
     """The schema as llama.cpp can enforce it, and whether what its grammar lets through fits all of `schema`.
 
     If not, the grammar is looser in places. It never allows less than it must: what it leaves out (unnamed properties,
@@ -1931,7 +1930,7 @@ _ENFORCED_KEYS = {"type"}.union(*_ENFORCED.values())
 _LEFT_OUT = _KEYWORDS - _ENFORCED_KEYS - {"$ref", "anyOf", "enum", "const"} | {"format"}
 
 
-def expressible(schema: dict[str, Any], left_out: Set[str] = _LEFT_OUT) -> bool:
+def expressible(schema: Schema, left_out: Set[str] = _LEFT_OUT) -> bool:
     """Do such grammars express all of a schema? One keyword is read where another stands beside it."""
     for _, part in _Rewriter(schema).parts:
         keys = part.keys()
@@ -1943,9 +1942,9 @@ def expressible(schema: dict[str, Any], left_out: Set[str] = _LEFT_OUT) -> bool:
 
 
 class _LlamaCppSchema:
-    def __init__(self, schema: dict[str, Any]) -> None:
+    def __init__(self, schema: Schema) -> None:
         self.exact = True
-        self.defs: dict[str, Any] = {}
+        self.defs: Schema = {}
         self._source = _Rewriter(schema)
         self.body = self.node(self._source.body)
 
@@ -1963,7 +1962,7 @@ class _LlamaCppSchema:
             return {"anyOf": [self.node({**parts, "type": kind}) for kind in parts["type"]]}
         return self._typed(parts)
 
-    def _combined(self, key: str, value: Any) -> dict[str, Any]:
+    def _combined(self, key: str, value: Any) -> Schema:
         """A grammar cannot say "exactly one" or "both"."""
         if key == "$ref":
             name = value.rpartition("/")[2]
@@ -1977,14 +1976,14 @@ class _LlamaCppSchema:
         self.exact &= key == "anyOf"
         return {"anyOf": list(map(self.node, value))}
 
-    def _literal(self, parts: dict[str, Any]) -> dict[str, Any]:
-        plain = {key: value for key, value in parts.items() if key in _VALUES and key != "$ref"}
+    def _literal(self, parts: Schema) -> Schema:
+        plain = {key: parts[key] for key in parts.keys() & _VALUES - {"$ref", "pattern"}}  # it compiles slowly
         self.exact &= plain == parts
         allowed = list(filter(SchemaCheck(plain).fits, [parts["const"]] if "const" in parts else parts["enum"]))
         self.exact &= bool(allowed)
         return {"enum": allowed} if allowed else {}
 
-    def _typed(self, parts: dict[str, Any]) -> dict[str, Any]:
+    def _typed(self, parts: Schema) -> Schema:
         implied = (kind for kind in ("object", "array", "string") if parts.keys() & _ENFORCED[kind])
         kind = parts.get("type") or next(implied, "")
         self.exact &= parts.keys() <= _ENFORCED_KEYS  # a type's keywords say nothing about another type
@@ -1994,7 +1993,7 @@ class _LlamaCppSchema:
             return {"type": kind, **build[kind](parts)}
         return {"type": kind} if kind else {}
 
-    def _object(self, parts: dict[str, Any]) -> dict[str, Any]:
+    def _object(self, parts: Schema) -> Schema:
         fields, required = dict(parts.get("properties", {})), list(parts.get("required", ()))
         others = parts.get("additionalProperties", not fields)  # it adds none to those that are named
         if others == {"not": {}}:  # zod's way to say false
@@ -2003,7 +2002,7 @@ class _LlamaCppSchema:
             others = True
         for name in required:
             fields.setdefault(name, parts.get("additionalProperties", True))
-        found: dict[str, Any] = {"required": required}
+        found: Schema = {"required": required}
         if fields:
             found["properties"] = {}
         for name, part in fields.items():
@@ -2015,14 +2014,14 @@ class _LlamaCppSchema:
             found["additionalProperties"] = others if isinstance(others, bool) else self.node(others)
         return found
 
-    def _array(self, parts: dict[str, Any]) -> dict[str, Any]:
+    def _array(self, parts: Schema) -> Schema:
         first = parts.get("prefixItems", [])
         if first:  # it makes a tuple of just these
             self.exact &= parts.get("minItems", 0) <= len(first)
             return {"prefixItems": list(map(self.node, first[: parts.get("maxItems")]))}
         return {"items": self.node(parts.get("items", True)), **self._sizes(parts, "minItems", "maxItems")}
 
-    def _string(self, parts: dict[str, Any]) -> dict[str, Any]:
+    def _string(self, parts: Schema) -> Schema:
         if "pattern" in parts:
             try:
                 text = _Grammar(parts["pattern"], quoted=True).text
@@ -2036,14 +2035,14 @@ class _LlamaCppSchema:
                 return {"format": parts["format"]}
         return self._sizes(parts, "minLength", "maxLength")
 
-    def _sizes(self, parts: dict[str, Any], least: str, most: str) -> dict[str, Any]:
+    def _sizes(self, parts: Schema, least: str, most: str) -> Schema:
         low = parts.get(least, 0)
         self.exact &= low <= _MAX_COUNT
         found = {least: min(low, _MAX_COUNT)}
         return {**found, most: parts[most]} if most in parts else found
 
-    def _integer(self, parts: dict[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def _integer(self, parts: Schema) -> Schema:
+        found: Schema = {}
         for key, step in (("minimum", 0), ("exclusiveMinimum", 1), ("maximum", 0), ("exclusiveMaximum", -1)):
             if isinstance(parts.get(key), int) and abs(parts[key]) < _LARGEST_INTEGER:
                 found[key.removeprefix("exclusive").lower()] = parts[key] + step
@@ -2479,7 +2478,7 @@ def check_text(request: GenerateRequest, choice: Choice) -> Any:
         if schema is None:
             return _check_words(body, text)
         value = from_json(text)
-        SchemaCheck(schema)(value)
+        check_value(request, None, schema, value)
         return value if request.build is None else request.build.validate_json(text)
     except ValidationError as exc:  # in the Python type's own words: `$.a: no even numbers`
         error = exc.errors(include_url=False, include_input=False, include_context=False)[0]
@@ -2522,13 +2521,16 @@ def check_calls(request: GenerateRequest, forced: Any, choice: Choice) -> None:
             raise ValueError(f"a tool call's arguments are not complete JSON{cut} ({exc})") from None
         if not isinstance(value, dict):
             raise ValueError("the arguments of a tool call are not an object")
-        if not function.get("parameters"):
-            continue
-        try:
-            check = SchemaCheck(function["parameters"])
-        except InferenceError:
-            continue  # merely offered, with keywords that nobody here can check: passed on as it is
-        check(value)
+        with contextlib.suppress(InferenceError):  # merely offered, with keywords that nobody here can check
+            check_value(request, name, function.get("parameters") or {}, value)
+
+
+def check_value(request: GenerateRequest, name: str | None, schema: dict[str, Any], value: Any) -> None:
+    """Raises ValueError for a misfit; a schema is compiled once for all choices and calls."""
+    checks = request.served.checks
+    if name not in checks:
+        checks[name] = SchemaCheck(schema, strict=True)
+    checks[name](value)
 
 
 def relaxed(request: GenerateRequest, final: bool = False) -> GenerateRequest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from llm_inference import (
     make_request,
     normalize_schema,
 )
+from tests.fake_engine import FakeEngine
 from tests.test_structured_schemas import ladder, nested
 
 
@@ -208,3 +210,48 @@ def test_a_place_keeps_the_callers_names_where_a_field_is_renamed() -> None:
         surface.read({"model": "m", "input": "hi", "text": {"format": form}})
     surface.rename(caught.value)
     assert caught.value.reason.startswith("text.format.schema.properties.schema.type: 'int'")
+
+
+# Costs -------------------------------------------------------------------------------------------
+SLOW = {"type": "string", "pattern": r"^\p{L}{0,160}$"}  # 0.06 s to compile
+
+
+def test_a_schema_is_compiled_once_for_all_choices() -> None:
+    request = make_request(messages=HI, schema=SLOW)
+    with bounded_cpu():
+        for _ in range(100):
+            assert checked(request, '"x"') == "x"
+
+
+@pytest.mark.parametrize("referred", [False, True])
+def test_the_place_of_a_misfit_costs_little(referred: bool) -> None:
+    part = {"$ref": "#/$defs/slow"} if referred else SLOW
+    fields = {f"p{n}": dict(part) for n in range(100)} | {"z": {"type": "null"}}
+    request = make_request(messages=HI, schema={"type": "object", "properties": fields, "$defs": {"slow": SLOW}})
+    with bounded_cpu(), pytest.raises(ValueError, match="does not fit"):
+        checked(request, json.dumps(dict.fromkeys(fields, "a")))
+
+
+def called(parameters: Any, arguments: Any) -> Any:
+    """What comes of a call of a tool that is merely offered."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    with FakeEngine("vllm") as engine, LLMInferencer("vllm", base_url=engine.base_url) as llm:
+        engine.tool_call = ("f", arguments)
+        return llm.complete("x", tools=[tool]).tool_calls
+
+
+def test_an_offered_tools_patterns_cost_little() -> None:
+    slow = {f"p{n}": {"type": "string", "pattern": rf"^\p{{L}}{{0,{100 + n}}}$"} for n in range(100)}
+    with bounded_cpu():
+        assert called({"type": "object", "properties": slow}, {"p1": "a"})
+
+
+@pytest.mark.parametrize("part", [{"type": "string", "nullable": True}, {"items": [{"type": "null"}], "type": "array"}])
+def test_a_call_is_not_held_to_keywords_that_are_not_checked(part: Any) -> None:
+    value = None if "nullable" in part else [1]
+    assert called({"type": "object", "properties": {"a": part}}, {"a": value})
+
+
+def test_a_call_of_an_offered_tool_is_checked() -> None:
+    with pytest.raises(InferenceError, match="does not fit"):
+        called({"type": "object", "properties": {"a": {"type": "string"}}}, {"a": 1})

@@ -1129,6 +1129,13 @@ def test_what_is_called_enforced_is() -> None:
     assert enforced > 200 and not wrong, f"{len(wrong)} of {enforced}: {wrong[:3]}"
 
 
+def test_constants_beside_patterns_cost_little() -> None:
+    schema = {"anyOf": [{"const": n, "pattern": r"^\p{L}{160}$"} for n in range(100)]}
+    check_limits(schema)
+    with bounded_cpu():
+        llamacpp_schema(schema)
+
+
 # Real-world schemas ------------------------------------------------------------------------------
 class Money(BaseModel):
     amount: Decimal = Field(max_digits=8, decimal_places=2)
