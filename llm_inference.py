@@ -1760,7 +1760,7 @@ def matcher(pattern: str, field: str = "pattern") -> Callable[[str], bool]:
         raise InvalidRequest(reason, "correct it; the syntax is described at docs.rs/regex") from None
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=16)  # each can take 10 MB
 def _compile_pattern(pattern: str) -> Callable[[str], bool]:
     ascii_only = re.sub(r"\\.", lambda found: _ASCII_CLASSES.get(found[0], found[0]), pattern, flags=re.DOTALL)
     schema = core_schema.str_schema(pattern=ascii_only, regex_engine="rust-regex")

@@ -508,9 +508,10 @@ def test_a_catastrophic_pattern_costs_little(pattern: str) -> None:
 
 
 def test_patterns_of_many_callers_do_not_pile_up() -> None:
-    for n in range(2000):
+    """A compiled one can take 10 MB: 200 of those in the cache were 1.6 GB."""
+    for n in range(100):
         matcher(f"^x{n}$")
-    assert llm_inference._compile_pattern.cache_info().currsize <= 300
+    assert llm_inference._compile_pattern.cache_info().currsize <= 16
 
 
 @pytest.mark.parametrize(
