@@ -8804,8 +8804,7 @@ class _MessagesReader(_Reader):
 
 
 def _output_from_messages(reader: _Reader) -> dict[str, Any]:
-    reader.check(reader.body.get("max_tokens"), int, "max_tokens")
-    if reader.body.get("max_tokens", 1) < 1:
+    if reader.check(reader.body.get("max_tokens"), int, "max_tokens") < 1:
         raise bad_field("max_tokens", "must be at least 1", "send how many tokens may be generated")
     if not 0 <= reader.body.get("temperature", 0) <= 1:
         raise bad_field("temperature", "must be a number between 0 and 1", "send a value in that range")

@@ -266,7 +266,7 @@ def test_max_tokens_is_required():
     question = {"model": "m", "messages": [HI]}
     assert chat_from_messages({**question, "max_tokens": 1})[0] == {**question, "max_tokens": 1}
     with pytest.raises(InvalidRequest, match="max_tokens"):
-        chat_from_messages(question)
+        chat_from_messages({"model": "m", "messages": [HI]})
 
 
 @pytest.mark.parametrize("name", ["mcp_servers", "container", "thread", "compaction", "n", "logprobs"])
