@@ -8280,10 +8280,7 @@ def chat_from_responses(body: dict[str, Any]) -> tuple[dict[str, Any], list[str]
     for name in _RESPONSES_HINTS:
         if reader.body.pop(name, None):
             reader.ignore(name)
-    names = list(reader.ignored)
-    if len(names) > 32:  # they are sent in a header
-        names[32:] = [f"and {len(names) - 32} more"]
-    return reader.body | chat, names
+    return reader.body | chat, list(reader.ignored)
 
 
 class _ResponsesReader(_Reader):
@@ -8742,8 +8739,6 @@ def chat_from_messages(body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]
             chat[name] = value
         elif value:
             raise _unsupported(name, "is not supported on /v1/messages", _MESSAGES_REFUSED[name])
-    if len(reader.ignored) > 64:  # they are sent in a header
-        raise bad_field("tools", "too many types that are not supported", "send custom tools")
     return chat, list(reader.ignored)
 
 
@@ -10036,8 +10031,10 @@ class Exchange:
         if surface.path.startswith(MESSAGES):
             headers.append((b"request-id", surface.request_id.encode()))  # as Anthropic's API names it
         ignored = [*surface.ignored, *(surface.names.get(name, name) for name in self.served.ignored)]
+        if len(ignored) > 32:
+            ignored[32:] = [f"and {len(ignored) - 32} more"]
         if ignored and not isinstance(surface, OwnSurface):
-            headers.append((b"x-ignored-fields", ", ".join(ignored).encode("ascii", "replace")[:4000]))
+            headers.append((b"x-ignored-fields", ", ".join(ignored).encode("ascii", "replace")))
         if self.served.endpoint:
             headers.append((b"x-endpoint", self.served.endpoint.encode("ascii", "replace")))
         await self.send({"type": "http.response.start", "status": status, "headers": headers})

@@ -363,7 +363,8 @@ def test_tool_choice_without_tools():
 
 def test_names_of_what_was_ignored_are_safe_in_a_header():
     refused(InvalidRequest, "tools[0].type", tools=[{"type": "a\r\nX-Evil: 1"}])
-    refused(InvalidRequest, "tools", tools=[{"type": f"kind_{number}"} for number in range(1000)])
+    _, ignored = chat_from_messages(body(tools=[{"type": f"kind_{number}"} for number in range(1000)]))
+    assert len(ignored) == 1000  # as many as a header holds are named there
 
 
 def test_unknown_fields_of_known_objects_are_refused():

@@ -579,7 +579,7 @@ def test_ignored_names_are_safe_in_a_header():
     tools = [{"type": f"x{n}\r\nSet-Cookie: é"} for n in range(1000)]
     items = [{"role": "user", "content": "a", "bad\r\nkey": 1, "phase": "x"}]
     _, ignored = chat_from_responses({"input": items, "tools": tools, "store": True, "reasoning": {"context": "auto"}})
-    assert len(ignored) == 33 and all(name.isascii() and name.isprintable() and len(name) < 100 for name in ignored)
+    assert len(ignored) == 1004 and all(name.isascii() and name.isprintable() and len(name) < 100 for name in ignored)
 
 
 def test_logprobs():

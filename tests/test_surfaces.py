@@ -633,6 +633,12 @@ def test_hints_are_named(stand: Stand) -> None:
     assert ignored(reply) == "metadata, service_tier, betas"
 
 
+@pytest.mark.parametrize("path", BOTH)
+def test_of_many_hints_the_first_are_named_and_the_others_counted(vllm: Stand, path: str) -> None:
+    names = ignored(ask(vllm, path, tools=[{"type": f"hosted_{number}"} for number in range(100)])).split(", ")
+    assert len(names) == 33 and "hosted_31" in names[31] and names[32] == "and 68 more"
+
+
 # ------------------------------------------------------------------------------------------------------ errors
 
 
