@@ -9062,8 +9062,8 @@ class Document(Strict):
     text: NonEmpty
 
 
-class PlainBody(Open, total=False):
-    """The fields of /v1/rerank, /tokenize and /detokenize whose values are checked here."""
+class PlainBody(V1Body, total=False):
+    """The same of /v1/rerank, /tokenize and /detokenize."""
 
     query: NonEmpty
     documents: Annotated[list[NonEmpty | Document], Field(min_length=1, max_length=10_000)]
@@ -9288,7 +9288,7 @@ class OpenAISurface(Surface):
 
 def chat_request(surface: Surface, body: dict[str, Any], path: str, **more: Any) -> GenerateRequest:
     """A checked request out of one of OpenAI's bodies. Raises InvalidRequest, UnsupportedFeature."""
-    check_body(V1Body, body)
+    check_body(OPERATIONS[path].shape, body)
     if "model" in body:
         check_model_name(body["model"], "model")
     if expected_choices(body) > 128:
@@ -9412,9 +9412,7 @@ class PlainSurface(OpenAISurface):
     def read(self, body: dict[str, Any]) -> GenerateRequest:
         if self.path == TOKENIZE and (body.get("prompt") is None) == (body.get("messages") is None):
             raise InvalidRequest("prompt, messages: exactly one is required", "send one of them", param="prompt")
-        request = super().read(body)
-        check_body(PlainBody, request.body)
-        return request
+        return super().read(body)
 
 
 FIRST_PROMPT = "What is the capital of China? Answer in one short sentence."
@@ -9455,11 +9453,12 @@ OPERATIONS: dict[str, Operation] = {
         {"model": "ollama/nomic-embed-text", "input": ["hello"]}),
     RERANK: Operation(
         PlainSurface, "Cohere, Jina: rank documents for a query", ("query", "documents"),
-        {"model": "vllm/BAAI/bge-reranker-v2-m3", "query": "capital of France", "documents": ["Rome", "Paris"]}),
+        {"model": "vllm/BAAI/bge-reranker-v2-m3", "query": "capital of France", "documents": ["Rome", "Paris"]},
+        PlainBody),
     TOKENIZE: Operation(
-        PlainSurface, "vLLM: tokenize a prompt or messages", (), {"model": DEMO, "prompt": "Hello world"}),
+        PlainSurface, "vLLM: tokenize a prompt or messages", (), {"model": DEMO, "prompt": "Hello world"}, PlainBody),
     DETOKENIZE: Operation(
-        PlainSurface, "vLLM: tokens to text", ("tokens",), {"model": DEMO, "tokens": [19556, 905]}),
+        PlainSurface, "vLLM: tokens to text", ("tokens",), {"model": DEMO, "tokens": [19556, 905]}, PlainBody),
     RESPONSES: Operation(
         ResponsesSurface, "OpenAI: responses (nothing is stored)", ("model", "input"),
         {"model": DEMO, "input": FIRST_PROMPT, "max_output_tokens": 64}),
@@ -10371,10 +10370,7 @@ def v1_body_schema(path: str) -> dict[str, Any]:
     if required := OPERATIONS[path].required:
         schema["required"] = list(required)
     if path in SURFACES:
-        checked = body_schema(V1Body)["properties"]
-        if path not in GENERATED:
-            checked = checked | body_schema(PlainBody)["properties"]
-        known = column(ENGINES[0], SURFACES[path])
+        checked, known = body_schema(OPERATIONS[path].shape)["properties"], column(ENGINES[0], SURFACES[path])
         schema["properties"] = {name: form for name, form in checked.items() if name in known}
     return schema
 
