@@ -9494,13 +9494,8 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 def too_many_values(body: bytes) -> bool:
     """Whether JSON text holds more values than a request may have. One by one, for the memory."""
-    count = 0
-    for found in _JSON_VALUE.finditer(body):
-        if found[1]:
-            count += 1
-            if count > MAX_JSON_VALUES:
-                return True
-    return False
+    values = filter(lambda found: found[1], _JSON_VALUE.finditer(body))
+    return next(itertools.islice(values, MAX_JSON_VALUES, None), None) is not None
 
 
 def refuse_deep(value: Any, levels: int) -> None:
