@@ -9896,7 +9896,6 @@ class Exchange:
     error_kind, first_event = "", 0.0
     started = False  #: has the answer begun?
     gone = False  #: has the client disconnected, or stopped reading?
-    sent = b""  #: the last part of a stream
 
     def __init__(self, gateway: Gateway, surface: Callable[[str], Surface]) -> None:
         self.gateway, self.make_surface = gateway, surface
@@ -10005,8 +10004,8 @@ class Exchange:
         self.served.usage = getattr(error, "usage", None) or self.served.usage
         status, headers, body = failure(error, self.surface.path, self.surface.request_id)
         if self.started:
-            gap = b"" if self.sent.endswith(b"\n\n") else b"\n\n"  # a relayed event may lack its blank line
-            await self.send({"type": "http.response.body", "body": gap + self.surface.error_event(body)})
+            event = b"\n\n" + self.surface.error_event(body)  # a relayed event may lack its blank line
+            await self.send({"type": "http.response.body", "body": event})
         else:
             encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
             await self.answer(to_json(body), status, *encoded)
@@ -10069,7 +10068,6 @@ class EventWriter:
         """Send a part of the stream."""
         if not part and not end:
             return
-        self.exchange.sent = part
         self.changed, self.sending = self.loop.time(), True
         await self.exchange.send({"type": "http.response.body", "body": part, "more_body": not end})
         self.changed, self.sending = self.loop.time(), False
@@ -10085,7 +10083,7 @@ class EventWriter:
             return False
         if part:
             exchange.splice(part)
-            exchange.sent, self.changed = part, self.loop.time()
+            self.changed = self.loop.time()
         return True
 
     async def keep_alive(self) -> None:
