@@ -9111,9 +9111,22 @@ def failure(error: InferenceError, path: str, request_id: str = "") -> tuple[int
 
 
 def as_inference_error(exc: Exception) -> InferenceError:
-    """Any exception as one of ours; an unexpected one is logged."""
+    """Any exception as one of ours, Starlette's with its HTTP status; an unexpected one is logged."""
     if isinstance(exc, InferenceError):
         return exc
+    from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
+
+    if isinstance(exc, HTTPException):
+        kinds = {each.http: each for each in InferenceError.__subclasses__()} | {403: Unauthorized}
+        kind = kinds.get(exc.status_code, InvalidRequest if exc.status_code < 500 else InferenceError)
+        error = kind(str(exc.detail) or "refused", "see /docs")
+        error.http, error.v1 = exc.status_code, (exc.status_code, kind.v1[1])  # type: ignore[misc]
+        return error
+    if isinstance(exc, RequestValidationError):  # of a host's dependency
+        errors = exc.errors()[:4]
+        reason = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in errors)
+        return InvalidRequest(reason, "correct the named field")
     logger.exception("unexpected error")
     return InferenceError("an unexpected error occurred in the server", "see the server's log")
 
@@ -10284,7 +10297,7 @@ def envelope_route() -> Any:
                 except ClientGone:
                     return Response(status_code=499)
                 except Exception as exc:
-                    reply: Response = refusal(http_error(exc), API, getattr(exc, "headers", None))
+                    reply: Response = refusal(as_inference_error(exc), API, getattr(exc, "headers", None))
                     return reply
 
             return enveloped
@@ -10298,22 +10311,6 @@ def refusal(error: InferenceError, path: str, more: Mapping[str, str] | None = N
 
     status, headers, body = failure(error, path)
     return JSONResponse(body, status, {**(more or {}), **headers})
-
-
-def http_error(exc: Exception) -> InferenceError:
-    """Any exception as one of our errors, with its HTTP status."""
-    status = getattr(exc, "status_code", None)
-    if status is not None:  # Starlette's and FastAPI's HTTPException
-        kinds = {each.http: each for each in InferenceError.__subclasses__()} | {403: Unauthorized}
-        kind = kinds.get(status, InvalidRequest if status < 500 else InferenceError)
-        error = kind(str(getattr(exc, "detail", "")) or "refused", "see /docs")
-        error.http, error.v1 = status, (status, kind.v1[1])  # type: ignore[misc]
-        return error
-    if type(exc).__name__ == "RequestValidationError":  # FastAPI's, of a host's dependency
-        errors = exc.errors()[:4]  # type: ignore[attr-defined]
-        reason = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in errors)
-        return InvalidRequest(reason, "correct the named field")
-    return as_inference_error(exc)
 
 
 def create_v1_router(gateway: Gateway) -> Any:
@@ -10575,7 +10572,7 @@ def add_error_handlers(app: Any) -> None:
 
     async def failed(request: Request, exc: Exception) -> Response:
         path, headers = path_below(dict(request.scope)), getattr(exc, "headers", None) or {}
-        error = http_error(exc)
+        error = as_inference_error(exc)
         if isinstance(exc, HTTPException) and exc.status_code == 404:
             error = NotFound(f"there is no route {path[:100]!r}", route_hint(path))
         elif isinstance(error, MethodNotAllowed):
