@@ -9961,7 +9961,6 @@ class Exchange:
         TRACE.set(trace)
 
     async def _read(self, headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
-        refuse_loop(headers)
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise InvalidRequest("content-encoding: must be identity", "send the body uncompressed")
         if int(headers.get(b"content-length", b"0")) > MAX_BODY:  # a number, as the HTTP parser has checked
@@ -10436,26 +10435,20 @@ class Guard:
         if sum(name == b"host" for name, _ in scope["headers"]) > 1:
             raise InvalidRequest("header: more than one Host", "send one")
         if path not in PUBLIC:  # a preflight is CORSMiddleware's, which stands before
-            reason = self._refusal(scope, headers)
-            if reason:
-                raise Unauthorized(reason, SEND_KEY)
+            self._require_key(scope, headers)
 
-    def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> str:
-        """Why the call is not let in; "" where it is."""
+    def _require_key(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         key = given.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-        if self.gateway.settings.no_auth or (key and self._knows(key)):
-            return ""
+        digest = hashlib.sha256(key).digest()
+        known = sum(hmac.compare_digest(digest, each) for each in self.digests)
+        if self.gateway.settings.no_auth or (key and known):
+            return
         if self.gateway.settings.api_keys:
-            return NO_KEY
+            raise Unauthorized(NO_KEY, SEND_KEY)
         foreign = foreign_reason(scope, headers, self.gateway.settings.cors_origins)
-        if not foreign:
-            return ""
-        return f"{NO_KEY} (calls from this machine to localhost need none, but {foreign})"
-
-    def _knows(self, key: bytes) -> bool:
-        given = hashlib.sha256(key).digest()
-        return sum(hmac.compare_digest(given, digest) for digest in self.digests) > 0
+        if foreign:
+            raise Unauthorized(f"{NO_KEY} (calls from this machine to localhost need none, but {foreign})", SEND_KEY)
 
 
 def foreign_reason(scope: Scope, headers: Mapping[bytes, bytes], trusted: Sequence[str] = ()) -> str:
