@@ -10660,8 +10660,7 @@ class LimitsMixin:
     settings: Settings
     timer: asyncio.TimerHandle | None = None
     waiting_for = ""
-    seen: Any = None  #: the request whose header was complete last
-    partial = 0  #: bytes of the header after it
+    partial = 0  #: bytes of a header that is not complete
     bodiless = 0  #: bytes since the last of a body: chunks' sizes and trailers
     trailing = False  #: is the header complete?
     in_message = False  #: has the first byte of a request come, and not its last?
@@ -10741,7 +10740,8 @@ class LimitsMixin:
 
     def data_received(self, data: bytes) -> None:
         """Pass bytes on to the parser, and count them."""
-        in_body = self.seen is not None and self.seen.more_body
+        before = self.cycle
+        in_body = before is not None and before.more_body
         if not in_body and not self.partial and not self.in_message:
             data = data.lstrip(b"\r\n")  # an empty line before a request is ignored (RFC 9112, 2.2)
             if not data:
@@ -10750,21 +10750,19 @@ class LimitsMixin:
         if self._answering():
             self.behind += len(data)
         super().data_received(data)  # type: ignore[misc]
-        self._count(data, in_body)
+        self._count(data, before, in_body)
         self._keep_reading()
-        in_request = self.seen is not None and self.seen.more_body
+        in_request = self.cycle is not None and self.cycle.more_body
         self.wait_for("body" if in_request else "header" if self.partial else "")
 
-    def _count(self, data: bytes, in_body: bool) -> None:
-        if self.cycle is not self.seen:
-            self.seen, self.partial = self.cycle, 0
-        elif in_body:
-            if self.bodiless > MAX_HEADER and self.trailing and not self.transport.is_closing():
-                self.refuse(HeaderTooLarge(f"trailers: over {MAX_HEADER} bytes", "send less"))
-        else:
+    def _count(self, data: bytes, before: Any, in_body: bool) -> None:
+        if self.cycle is not before:
+            self.partial = 0
+        elif not in_body:
             self.partial += len(data)
-            if self.partial > MAX_HEADER and not self.transport.is_closing():
-                self.refuse(HeaderTooLarge(f"header: over {MAX_HEADER} bytes", "send less"))
+        part, size = ("trailers", self.bodiless) if in_body and self.trailing else ("header", self.partial)
+        if size > MAX_HEADER and not self.transport.is_closing():
+            self.refuse(HeaderTooLarge(f"{part}: over {MAX_HEADER} bytes", "send less"))
 
     def _answering(self) -> bool:
         """Has a request come to its end whose answer has not?"""
@@ -10798,7 +10796,7 @@ class LimitsMixin:
     def late(self) -> None:
         """A deadline has passed."""
         nothing_sent = self.waiting_for == "header" and not self.partial
-        answered = self.waiting_for == "body" and self.seen.response_started
+        answered = self.waiting_for == "body" and self.cycle.response_started
         if nothing_sent or answered:
             self.transport.close()
         else:
@@ -10810,7 +10808,7 @@ class LimitsMixin:
             if cycle is not None and cycle.response_started and not cycle.response_complete:
                 self.transport.close()  # during an answer: nothing else may stand there
                 return
-        path = str(self.seen.scope["path"]) if self.waiting_for == "body" else ""
+        path = str(self.cycle.scope["path"]) if self.waiting_for == "body" else ""
         status, headers, content = failure(error, path)
         body = to_json(content)
         headers |= {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
