@@ -8130,6 +8130,8 @@ class _Writer:
     A subclass writes the events in its API's form.
     """
 
+    _answer: dict[str, Any]  #: the complete one, as far as it has come
+    end: Callable[[], list[dict[str, Any]]]  #: the last events
     _forms: Mapping[str, Any]  #: of reasoning, text, refusal and call, what the API has a block for
     _read_usage: Callable[[Usage, Mapping[str, Any]], None]  #: and OpenAI's object, for its details
     _begin: Callable[[str, dict[str, str]], None]  #: kind, and a call's id and name
@@ -8162,6 +8164,12 @@ class _Writer:
             for choice in payload.get("choices") or ():
                 self._read_piece(Piece(choice))
         return self.start()
+
+    def complete(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """The complete answer for a `chat.completion` object. Raises BadEngineReply."""
+        self.feed(payload)
+        self.end()
+        return self._answer
 
     def _read_piece(self, piece: Piece) -> None:
         self._write("reasoning", piece.reasoning)
@@ -8558,9 +8566,10 @@ class ResponseWriter(_Writer):
         self._suffix = response_id.removeprefix("resp_")
         super().__init__(body, f"call_{self._suffix}")
         now = int(time.time()) if created is None else created
-        self._response = {"id": response_id, "object": "response", "created_at": now, "error": None, **_echo(body)}
-        self._response |= {"model": self._model, "usage": None, "incomplete_details": None, "status": "in_progress"}
         self._output: list[dict[str, Any]] = []
+        self._answer = {"id": response_id, "object": "response", "created_at": now, **_echo(body)}
+        self._answer |= {"model": self._model, "usage": None, "error": None, "incomplete_details": None}
+        self._answer |= {"status": "in_progress", "output": self._output}
         self._forms: dict[str, _Form] = _FORMS
         reasoning = body.get("reasoning") or {}
         if reasoning.get("summary") or reasoning.get("generate_summary"):
@@ -8574,17 +8583,12 @@ class ResponseWriter(_Writer):
         self._about("created")
         self._about("in_progress")
 
-    def complete(self, payload: dict[str, Any]) -> dict[str, Any]:
-        """The Response for a `chat.completion` object."""
-        self.feed(payload)
-        return dict(self.end()[-1]["response"])
-
     def end(self) -> list[dict[str, Any]]:
         """The last events, up to `response.completed` or `response.incomplete`."""
-        self._response["incomplete_details"] = _INCOMPLETE.get(self._finish or "")
-        self._response["status"] = "incomplete" if self._response["incomplete_details"] else "completed"
+        self._answer["incomplete_details"] = _INCOMPLETE.get(self._finish or "")
+        self._answer["status"] = "incomplete" if self._answer["incomplete_details"] else "completed"
         self._close()
-        self._about(self._response["status"])
+        self._about(self._answer["status"])
         return self.start()
 
     def fail(self, code: str, message: str) -> list[dict[str, Any]]:
@@ -8597,7 +8601,7 @@ class ResponseWriter(_Writer):
         self._event("error", **error, param=None, error={"type": error["code"], **error, "param": None})
         if self._block:
             self._output.pop()
-        self._response |= {"error": error, "status": "failed"}
+        self._answer |= {"error": error, "status": "failed"}
         self._about("failed")
         return self.start()
 
@@ -8607,11 +8611,11 @@ class ResponseWriter(_Writer):
 
     def _about(self, kind: str) -> None:
         """An event with the Response as it is now."""
-        self._event(f"response.{kind}", response={**self._response, "output": self._output.copy()})
+        self._event(f"response.{kind}", response={**self._answer, "output": self._output.copy()})
 
     def _read_usage(self, used: Usage, usage: Mapping[str, Any]) -> None:
         cached, created, reasoning = _token_details(usage)
-        self._response["usage"] = {
+        self._answer["usage"] = {
             "input_tokens": used.prompt_tokens,
             "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": created},
             "output_tokens": used.completion_tokens,
@@ -8659,7 +8663,7 @@ class ResponseWriter(_Writer):
             self._event(f"response.{form.part_events}.done", **self._place, part=part)
             item[form.place] = [part]
         if "status" in item:
-            item["status"] = "incomplete" if self._response["status"] == "incomplete" else "completed"
+            item["status"] = "incomplete" if self._answer["status"] == "incomplete" else "completed"
         self._event("response.output_item.done", output_index=len(self._output) - 1, item=item)
 
 
@@ -8877,17 +8881,11 @@ class MessageWriter(_Writer):
             del self._forms["reasoning"]
         self._stop_sequences = body.get("stop_sequences") or []
         self._content: list[dict[str, Any]] = []
-        self._message = {
+        self._answer = {
             "id": message_id, "type": "message", "role": "assistant", "model": self._model, "content": self._content,
             "stop_reason": None, "stop_sequence": None, "usage": {"input_tokens": 0, "output_tokens": 0},
         }  # fmt: skip
-        self._events += [{"type": "message_start", "message": {**self._message, "content": []}}, {"type": "ping"}]
-
-    def complete(self, payload: dict[str, Any]) -> dict[str, Any]:
-        """A Message from a chat.completion object. Raises BadEngineReply."""
-        self.feed(payload)
-        self.end()
-        return self._message
+        self._events += [{"type": "message_start", "message": {**self._answer, "content": []}}, {"type": "ping"}]
 
     def end(self) -> list[dict[str, Any]]:
         """The last events, up to `message_stop`. Raises BadEngineReply."""
@@ -8901,8 +8899,8 @@ class MessageWriter(_Writer):
                 delta["stop_reason"] = "tool_use"
             elif matched:
                 delta = {"stop_reason": "stop_sequence", "stop_sequence": matched[0]}
-        self._message |= delta
-        usage = self._message["usage"]  # the engine's, which comes last
+        self._answer |= delta
+        usage = self._answer["usage"]  # the engine's, which comes last
         self._events += [{"type": "message_delta", "delta": delta, "usage": usage}, {"type": "message_stop"}]
         return self.start()
 
@@ -8915,7 +8913,7 @@ class MessageWriter(_Writer):
             found |= {"cache_read_input_tokens": cached, "cache_creation_input_tokens": created}
         if reasoning:
             found["output_tokens_details"] = {"thinking_tokens": reasoning}
-        self._message["usage"] = found
+        self._answer["usage"] = found
 
     def _event(self, kind: str, **fields: Any) -> None:
         self._events.append({"type": f"content_block_{kind}", "index": len(self._content) - 1, **fields})
