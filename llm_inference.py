@@ -7907,8 +7907,9 @@ def build_parser(prog: str = "llm_inference.py") -> "argparse.ArgumentParser":
     parser.error = _usage_error  # type: ignore[method-assign]
     modes = parser.add_argument_group("modes")
     one_of = modes.add_mutually_exclusive_group()
-    one_of.add_argument("--serve", action="store_true", help="serve the HTTP API")
-    one_of.add_argument("--api-test", action="store_true", help="exercise a running server")
+    chosen = functools.partial(one_of.add_argument, action="store_const", dest="mode")
+    chosen("--serve", const="serve", help="serve the HTTP API")
+    chosen("--api-test", const="api-test", help="exercise a running server")
     modes.add_argument("--ray", action="store_true", help="with --serve: on Ray Serve")
     modes.add_argument("--check-config", action="store_true", help="print what would be served, and exit")
     modes.add_argument("--version", action="version", version=__version__, help="print the version, and exit")
@@ -11686,34 +11687,31 @@ def serve_on_ray(settings: Settings) -> int:
 
 
 # Entry point
-def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
-    """The flags that were given, by their key. Ends the process for --help and --version. Raises InvalidRequest."""
+def parse_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """A key of `MODES`, and the other flags that were given, by their key. Ends the process for --help and --version.
+
+    Raises InvalidRequest.
+    """
     parser = build_parser(program())
     end = [*arguments, "--"].index("--")
     launch_args = list(arguments[end + 1 :])
     values = vars(parser.parse_args(arguments[:end]))
     if "launch_args" in values:
         parser.error(f"{values['launch_args'][0]!r}: unexpected; the engine's own arguments go after --")
-    if "ray" in values and "serve" not in values:
+    ray, mode = values.pop("ray", False), values.pop("mode", "")
+    if ray and mode != "serve":
         parser.error("--ray means nothing without --serve")
     if launch_args:
         values["launch_args"] = launch_args
-    return values
-
-
-def take_mode(values: dict[str, Any]) -> str:
-    """Takes the flags that choose the mode out of `values`; returns a key of `MODES`."""
-    chosen = [flag for flag in ("ray", "api_test", "serve") if values.pop(flag, False)]
-    if chosen:
-        return chosen[0].replace("_", "-")
-    return "serve" if "check_config" in values else "self-test"
+    if not mode:
+        mode = "serve" if "check_config" in values else "self-test"
+    return "ray" if ray else mode, values
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 1 where something failed, 2 for a mistake in the settings."""
     try:
-        values = parse_arguments(sys.argv[1:] if argv is None else argv)
-        mode = take_mode(values)
+        mode, values = parse_arguments(sys.argv[1:] if argv is None else argv)
         checking = values.pop("check_config", False)
         settings = dataclasses.replace(load_settings(values, mode), flags=values)
         if checking:

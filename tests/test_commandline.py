@@ -78,11 +78,11 @@ def test_the_banner_names_the_demo_model(
     ],
 )
 def test_the_mode(argv: list[str], mode: str) -> None:
-    assert product.take_mode(product.parse_arguments(argv)) == mode
+    assert product.parse_arguments(argv)[0] == mode
 
 
 def test_the_engines_own_arguments_stand_behind_two_dashes() -> None:
-    values = product.parse_arguments(["--serve", "--engine", "vllm", "--", "--tensor-parallel-size", "2", "--"])
+    _, values = product.parse_arguments(["--serve", "--engine", "vllm", "--", "--tensor-parallel-size", "2", "--"])
     assert values["launch_args"] == ["--tensor-parallel-size", "2", "--"] and values["engine"] == "vllm"
     for argv in (["stray", "--", "x"], ["--ray"], ["--work", "2"]):
         with pytest.raises(product.InvalidRequest):

@@ -143,8 +143,7 @@ def test_the_command_line_takes_every_command(half: str) -> None:
     assert len(started) >= 5
     for command in started:
         arguments = shlex.split(command)[2:]
-        values = product.parse_arguments(arguments)
-        mode = product.take_mode(values)
+        mode, values = product.parse_arguments(arguments)
         product.load_settings(values, mode, {})
 
 
@@ -249,8 +248,8 @@ def test_the_container_has_what_it_copies_and_its_commands_work(port: str) -> No
     subprocess.run([sys.executable, *shlex.split(with_port(healthy[1], port))], check=True, timeout=30)
     program, option, module, *flags = json.loads(started[1])
     assert (program, option, module) == ("python", "-m", "llm_inference")
-    values = product.parse_arguments(flags)
-    assert product.take_mode(values) == "serve" and not values
+    mode, values = product.parse_arguments(flags)
+    assert mode == "serve" and not values
 
 
 def test_the_compose_file_sets_variables_that_are_read() -> None:
@@ -264,8 +263,8 @@ def test_the_service_is_valid(tmp_path: Path) -> None:
     (text,) = blocks("zh", "ini")
     started = re.search(r"^ExecStart=\S+ \S+ (.*)$", text, re.MULTILINE)
     assert started
-    values = product.parse_arguments(shlex.split(started[1]))
-    assert product.take_mode(values) == "serve" and not values
+    mode, values = product.parse_arguments(shlex.split(started[1]))
+    assert mode == "serve" and not values
     if shutil.which("systemd-analyze"):
         unit = tmp_path / "llm_inference.service"
         unit.write_text(re.sub(r"ExecStart=.*", "ExecStart=/bin/true", text))
