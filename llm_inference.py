@@ -10507,8 +10507,7 @@ def create_app(settings: Settings | None = None, llm: LLMInferencer | None = Non
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         gateway.watch()
-        yield
-        await gateway.close()
+        yield  # the router closes it
 
     app: FastAPI = make(
         title="llm_inference",
