@@ -9031,12 +9031,8 @@ class StructuredBody(Body, total=False):
 
 
 @with_config(ConfigDict(extra="allow", strict=True, allow_inf_nan=False, defer_build=True))
-class Open(TypedDict):
-    """A TypedDict that takes other fields too, which are checked by name (see FIELDS)."""
-
-
-class V1Body(Open, Common, total=False):
-    """The fields of OpenAI's bodies whose values are checked here."""
+class V1Body(Common, total=False):
+    """The fields of OpenAI's bodies whose values are checked here; others are checked by name (see FIELDS)."""
 
     model: Annotated[str, Field(min_length=1, max_length=1024)]
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
