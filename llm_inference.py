@@ -7973,13 +7973,6 @@ def _text_part(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
 
 
-def _content_of(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """Text alone becomes one string, which every chat template accepts."""
-    if any(part["type"] != "text" for part in parts):
-        return parts
-    return "\n".join([part["text"] for part in parts])
-
-
 class _Reader:
     """Reads a request of another API. `body` keeps the fields that nobody has taken yet, without nulls."""
 
@@ -8069,8 +8062,11 @@ class _Reader:
                 messages.append(self._tool_result(block, parts))
             else:
                 parts.append(block)
+        content: Any = parts
+        if all(part["type"] == "text" for part in parts):  # one string, which every chat template accepts
+            content = "\n".join([part["text"] for part in parts])
         if parts or not messages:
-            messages.append({"role": "user", "content": _content_of(parts)})
+            messages.append({"role": "user", "content": content})
         return messages
 
     def _tool_result(self, block: dict[str, Any], attached: list[dict[str, Any]]) -> dict[str, Any]:
