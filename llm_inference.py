@@ -161,6 +161,10 @@ def did_you_mean(given: str, known: Iterable[str], otherwise: str = "", cutoff: 
 
 
 # 2 Errors ----------------------------------------------------------------------------------------
+#: OpenAI's error types, where the status says more than whose error it is
+_V1_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
 class InferenceError(Exception):
     """Base class of this module's errors: what is wrong (`reason`) and what to do about it (`hint`).
 
@@ -193,6 +197,14 @@ class InferenceError(Exception):
         if retryable is not None:
             self.retryable = retryable  # type: ignore[misc]
 
+    def __init_subclass__(cls, *, status: int = 0, early: bool = False, retryable: bool = False) -> None:
+        """`status`: on the OpenAI surface; `early`: on our own routes too, as no engine was asked."""
+        if status:  # else a class of the user's, which is as its base
+            cls.kind = re.sub(r"\B(?=[A-Z])", "_", cls.__name__).lower()
+            cls.code, cls.http, cls.retryable = 400 if status < 500 else 500, status if early else None, retryable
+            of_type = "invalid_request_error" if status < 500 else "server_error"
+            cls.v1 = (status, _V1_TYPES.get(status, of_type))
+
     @property
     def message(self) -> str:
         """The reason and the hint in one line."""
@@ -207,10 +219,8 @@ class InferenceError(Exception):
         return self.http or self.code
 
 
-class InvalidRequest(InferenceError, ValueError):
+class InvalidRequest(InferenceError, ValueError, status=400):
     """A field is missing, of the wrong type or out of range."""
-
-    kind, code, v1 = "invalid_request", 400, (400, "invalid_request_error")
 
 
 def bad_field(name: str, problem: str, hint: str) -> InvalidRequest:
@@ -218,123 +228,90 @@ def bad_field(name: str, problem: str, hint: str) -> InvalidRequest:
     return InvalidRequest(f"{name}: {problem}", hint, param=name)
 
 
-class UnsupportedFeature(InferenceError):
+class UnsupportedFeature(InferenceError, status=400):
     """This engine, its version or this model cannot do what was asked."""
 
-    kind, code, v1 = "unsupported_feature", 400, (400, "invalid_request_error")
 
-
-class ContextTooLong(InferenceError):
+class ContextTooLong(InferenceError, status=400):
     """The prompt does not fit the model's context."""
 
-    kind, code, v1 = "context_too_long", 400, (400, "invalid_request_error")
     openai_code = "context_length_exceeded"
     v1_prefix = "prompt is too long: "  # LangChain, LiteLLM and Claude Code look for it
 
 
-class UnknownEngine(InferenceError):
+class UnknownEngine(InferenceError, status=400):
     """ENGINE_MAP has no engine of that name."""
 
-    kind, code, v1 = "unknown_engine", 400, (400, "invalid_request_error")
 
-
-class ModelNotFound(InferenceError):
+class ModelNotFound(InferenceError, status=404):
     """No engine serves that model."""
 
-    kind, code, v1 = "model_not_found", 400, (404, "not_found_error")
 
-
-class NotFound(InferenceError):
+class NotFound(InferenceError, status=404, early=True):
     """No such route."""
 
-    kind, code, http, v1 = "not_found", 400, 404, (404, "not_found_error")
 
-
-class MethodNotAllowed(InferenceError):
+class MethodNotAllowed(InferenceError, status=405, early=True):
     """The route exists, for another method."""
 
-    kind, code, http, v1 = "method_not_allowed", 400, 405, (405, "invalid_request_error")
 
-
-class Unauthorized(InferenceError):
+class Unauthorized(InferenceError, status=401, early=True):
     """The API key is missing or wrong."""
 
-    kind, code, http, v1 = "unauthorized", 400, 401, (401, "authentication_error")
     openai_code = "invalid_api_key"
 
 
-class PayloadTooLarge(InferenceError):
+class PayloadTooLarge(InferenceError, status=413, early=True):
     """The body is over the limit."""
 
-    kind, code, http, v1 = "payload_too_large", 400, 413, (413, "invalid_request_error")
 
-
-class HeaderTooLarge(InferenceError):
+class HeaderTooLarge(InferenceError, status=431, early=True):
     """The request's header is over the limit."""
 
-    kind, code, http, v1 = "header_too_large", 400, 431, (431, "invalid_request_error")
 
-
-class RequestTimeout(InferenceError):
+class RequestTimeout(InferenceError, status=408, early=True):
     """The request did not arrive completely in time."""
 
-    kind, code, http, v1 = "request_timeout", 400, 408, (408, "invalid_request_error")
 
-
-class Busy(InferenceError):
+class Busy(InferenceError, status=429, early=True, retryable=True):
     """Our own queue is full."""
 
-    kind, code, http, v1, retryable = "busy", 400, 429, (429, "rate_limit_error"), True
     openai_code = "rate_limit_exceeded"
 
 
-class NotReady(InferenceError):
+class NotReady(InferenceError, status=503, early=True, retryable=True):
     """The server is starting or stopping."""
 
-    kind, code, http, v1, retryable = "not_ready", 500, 503, (503, "server_error"), True
 
-
-class EngineUnavailable(InferenceError):
+class EngineUnavailable(InferenceError, status=503, retryable=True):
     """The engine is not running, refuses connections, or went away during an answer."""
 
-    kind, v1, retryable = "engine_unavailable", (503, "server_error"), True
     stale = False  #: was a kept connection closed before a byte of the reply came?
 
 
-class EngineNotInstalled(InferenceError):
+class EngineNotInstalled(InferenceError, status=503):
     """The engine's package or program is not on this machine."""
 
-    kind, v1 = "engine_not_installed", (503, "server_error")
 
-
-class EngineOverloaded(InferenceError):
+class EngineOverloaded(InferenceError, status=503, retryable=True):
     """The engine's own queue is full."""
 
-    kind, v1, retryable = "engine_overloaded", (503, "server_error"), True
 
-
-class EngineTimeout(InferenceError):
+class EngineTimeout(InferenceError, status=504, retryable=True):
     """The engine took longer than a deadline: connect, first token, idle or total."""
 
-    kind, v1, retryable = "engine_timeout", (504, "server_error"), True
 
-
-class OutOfMemory(InferenceError):
+class OutOfMemory(InferenceError, status=502):
     """The engine has too little (GPU) memory."""
 
-    kind, v1 = "out_of_memory", (502, "server_error")
 
-
-class BadEngineReply(InferenceError):
+class BadEngineReply(InferenceError, status=502):
     """The engine's reply is broken: an early end, garbage, a redirect, an unexpected failure."""
 
-    kind, v1 = "bad_engine_reply", (502, "server_error")
 
-
-class StructuredOutputInvalid(InferenceError):
+class StructuredOutputInvalid(InferenceError, status=502):
     """The answer does not satisfy the constraint, after one more try; the raw answer is in `text`."""
 
-    kind, v1 = "structured_output_invalid", (502, "server_error")
     usage: "Usage | None" = None  #: the tokens of both tries
 
 
