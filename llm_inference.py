@@ -6726,18 +6726,17 @@ class Fleet(Router):
     async def events(self, request: GenerateRequest) -> AsyncGenerator[Burst, None]:
         """The streamed answer, checked before its end is passed on. Leaving early stops the engine's work."""
         with self._working(request.served):
-            endpoint, stream = await self._first_that_answers(request, open_stream)
+            endpoint, (first, bursts) = await self._first_that_answers(request, open_stream)
             try:
-                burst: Burst | None = stream.first
-                while burst is not None:
+                yield first
+                async for burst in bursts:
                     yield burst
-                    burst = await anext(stream.bursts, None)
             except InferenceError as exc:
                 self._passed_over(endpoint, exc, request)
                 raise
             finally:
                 endpoint.finish(request.served)
-                await stream.close()
+                await bursts.aclose()
 
     async def _first_that_answers(self, request: GenerateRequest, work: Work[T]) -> tuple[Endpoint, T]:
         """The result of `work` on the first endpoint that begins an answer; it counts as at work until `finish`."""
@@ -6870,36 +6869,17 @@ def unsatisfied(request: GenerateRequest, answer: Answer, problem: str) -> Struc
     return error
 
 
-@dataclass(slots=True)
-class OpenStream:
-    """A stream whose first burst has come."""
-
-    first: Burst
-    bursts: AsyncGenerator[Burst, None]
-    source: AsyncGenerator[Burst, None]  #: the adapter's
-
-    async def close(self) -> None:
-        """Leave it, which stops the engine's work unless it has ended."""
-        if self.bursts is not self.source:
-            await self.bursts.aclose()
-        await self.source.aclose()
-
-
-async def open_stream(endpoint: Endpoint, request: GenerateRequest) -> OpenStream:
-    """Ask the endpoint, and wait for the first burst. Raises what keeps it from coming."""
+async def open_stream(endpoint: Endpoint, request: GenerateRequest) -> tuple[Burst, AsyncGenerator[Burst, None]]:
+    """Ask the endpoint: the first burst, and the stream behind it. Raises what keeps it from coming."""
     sent = relaxed(request)
-    body = await endpoint.prepare(sent)
+    bursts = endpoint.adapter.events(sent, await endpoint.prepare(sent))
     checker = checker_for(request)
-    source = endpoint.adapter.events(sent, body)
-    bursts = source if checker is None else checked(request, source, checker)
+    if checker is not None:
+        bursts = checked(request, bursts, checker)
     try:
-        return OpenStream(await anext(bursts), bursts, source)
+        return await anext(bursts), bursts
     except StopAsyncIteration:
         raise BadEngineReply("the stream ended before it began", "ask again", retryable=True) from None
-    except BaseException:
-        await bursts.aclose()
-        await source.aclose()
-        raise
 
 
 async def checked(
@@ -6907,17 +6887,18 @@ async def checked(
 ) -> AsyncGenerator[Burst, None]:
     """A stream whose end is passed on only once the answer is checked. Raises StructuredOutputInvalid."""
     request.served.collected, answer = True, Answer()
-    async for burst in bursts:
-        with well_formed(request.served.engine_type):
-            for payload in burst.payloads:
-                answer.add(payload)
-        if burst.end:
-            try:
-                await checked_answer(request, answer, checker)
-            except ValueError as exc:
-                request.served.usage = answer.usage
-                raise unsatisfied(request, answer, str(exc)[:300]) from exc
-        yield burst
+    async with contextlib.aclosing(bursts):
+        async for burst in bursts:
+            with well_formed(request.served.engine_type):
+                for payload in burst.payloads:
+                    answer.add(payload)
+            if burst.end:
+                try:
+                    await checked_answer(request, answer, checker)
+                except ValueError as exc:
+                    request.served.usage = answer.usage
+                    raise unsatisfied(request, answer, str(exc)[:300]) from exc
+            yield burst
 
 
 # 11 LLMInferencer --------------------------------------------------------------------------------
