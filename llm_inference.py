@@ -427,8 +427,7 @@ ENGINES_NAMES = {
 #: The engine's first version that has the field, where servers in use are older than that.
 SINCE: dict[str, dict[str, tuple[int, ...]]] = {
     "vllm": {
-        "structured_outputs": (0, 11), "stream_interval": (0, 27), "routed_experts_prompt_start": (0, 28),
-        "padding": (0, 29), "watermarking": (0, 30),
+        "stream_interval": (0, 27), "routed_experts_prompt_start": (0, 28), "padding": (0, 29), "watermarking": (0, 30),
     },
     "sglang": {
         "return_sampling_mask": (0, 5, 18), "return_spec_tokens_details": (0, 5, 19),
@@ -5370,8 +5369,6 @@ class VLLMAdapter(OpenAIAdapter):
             raise UnsupportedFeature(reason, "write both cases out: [Oo][Kk]", param="regex")
         if name == "choice" and any("\n" in option for option in value):  # 0.26 answers 500
             name, value = "regex", one_of_regex(value)
-        if version_tuple(self.version) < (0, 11):
-            return {f"guided_{name}": value}
         return {"structured_outputs": {name: value}}
 
     async def missing_features(self, model: str) -> set[str]:
@@ -6027,10 +6024,7 @@ class OllamaAdapter(OllamaTranslator):
         family = (shown.get("details") or {}).get("family")
         self._has_levels[model] = family == "gptoss" or "ThinkLevel" in str(shown.get("template"))
         words = {"tool_messages": "tools", "think": "thinking", "images": "vision", "embed": "embedding"}
-        missing = {name for name in ("tools", *words) if words.get(name, name) not in can}
-        if version_tuple(self.version) < (0, 12, 11):
-            missing |= {"logprobs", "top_logprobs"}
-        return missing
+        return {name for name in ("tools", *words) if words.get(name, name) not in can}
 
     def suggestion(self, missing: Sequence[str]) -> str:
         if {"regex", "grammar"} & set(missing):

@@ -133,13 +133,6 @@ def test_logprobs(dialect: Dialect, fake: Make, attach: Attach) -> None:
     }
 
 
-def test_an_old_ollama_has_no_logprobs(fake: Make, attach: Attach) -> None:
-    engine = fake("ollama", version="0.12.10")
-    with pytest.raises(UnsupportedFeature, match="logprobs"):
-        attach(engine).complete("hi", logprobs=True)
-    assert engine.asked == []
-
-
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_engine_options_are_sent_verbatim_over_everything_else(dialect: Dialect, fake: Make, attach: Attach) -> None:
     engine = fake(dialect)
@@ -180,13 +173,9 @@ NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}  # or the ans
 CONSTRAINED: list[tuple[Dialect, str, dict[str, Any], dict[str, Any], str]] = [
     *((d, "", {"schema": SCHEMA}, schema_form(SCHEMA) | NO_THINKING, '{"a": "x"}') for d in OPENAI),
     *((d, "", {"schema": {}}, {"response_format": {"type": "json_object"}} | NO_THINKING, "{}") for d in OPENAI),
-    ("vllm", "0.10.2", {"schema": SCHEMA}, schema_form(SCHEMA) | NO_THINKING, '{"a": "x"}'),
-    ("vllm", "0.10.2", {"choice": ["a", "b"]}, {"guided_choice": ["a", "b"]} | NO_THINKING, "a"),
-    ("vllm", "0.10.2", {"regex": "[ab]"}, {"guided_regex": "[ab]"} | NO_THINKING, "a"),
-    ("vllm", "0.10.2", {"grammar": 'root ::= "a"'}, {"guided_grammar": 'root ::= "a"'} | NO_THINKING, "a"),
     *(
         ("vllm", v, {"choice": ["a", "b"]}, {"structured_outputs": {"choice": ["a", "b"]}} | NO_THINKING, "a")
-        for v in ("0.11.0", "0.32.0", "0.32.0+cpu")
+        for v in ("0.26.0", "0.32.0", "0.32.0+cpu")
     ),
     ("vllm", "0.32.0", {"regex": "[ab]"}, {"structured_outputs": {"regex": "[ab]"}} | NO_THINKING, "a"),
     (
@@ -717,20 +706,20 @@ def test_an_engine_that_restarts_is_found_again(dialect: Dialect, fake: Make, at
 
 
 def test_a_relaunched_engine_of_another_version_is_asked_anew(fake: Make, attach: Attach) -> None:
-    """An upgrade of vLLM behind the same address: the constraint must not go out under the name that the new one
-    ignores."""
-    engine = fake("vllm", version="0.10.2")
-    engine.answer = lambda ask: "a"
+    """An upgrade of vLLM behind the same address: which fields it has is looked at again."""
+    engine = fake("vllm", version="0.26.0")
     llm = attach(engine)
-    llm.complete("hi", choice=["a"])
-    assert "guided_choice" in engine.body
+    llm.complete("hi")
+    assert llm.fleet is not None
+    adapter = llm.fleet.endpoints[0].adapter
+    assert "stream_interval" not in adapter.fields(CHAT["vllm"])
     engine.stop()
     with pytest.raises(EngineUnavailable):
-        llm.complete("hi", choice=["a"])
+        llm.complete("hi")
     engine.version = "0.32.0"
     engine.start()
-    llm.complete("hi", choice=["a"])
-    assert "structured_outputs" in engine.body
+    llm.complete("hi")
+    assert "stream_interval" in adapter.fields(CHAT["vllm"])
 
 
 # A new engine ------------------------------------------------------------------------------------
