@@ -7404,7 +7404,6 @@ def make_adapter(engine_type: str, model_name: str | None, **options: Any) -> Ba
 # its range and its help come from that field. `EndpointConfig` declares the keys of an [[endpoint]] table likewise.
 MODES = {"serve": "--serve", "ray": "--serve --ray", "api-test": "--api-test", "self-test": "the self-test"}
 _OUR_ADDRESS, _ENGINES, _ALL = "serve ray api-test", "serve ray self-test", "serve ray api-test self-test"
-_MAX_CHAIN = 32  #: aliases of aliases
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -7505,28 +7504,23 @@ def resolve_aliases(aliases: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[s
 
     Raises InvalidRequest, `param` being `aliases.<name>`, for one that leads nowhere or in a circle.
     """
+    import graphlib
+
+    try:
+        order = list(graphlib.TopologicalSorter(aliases).static_order())
+    except graphlib.CycleError as exc:
+        circle = exc.args[1][::-1]
+        problem = f"is circular ({' -> '.join(circle)})"
+        raise bad_field(f"aliases.{circle[0]}", problem, "end it with engine/model") from None
     resolved: dict[str, tuple[str, ...]] = {}
-
-    def resolve(name: str, path: tuple[str, ...]) -> tuple[str, ...]:
-        if name in resolved:
-            return resolved[name]
-        if name not in aliases:
-            _check_target(path[-1], name, aliases)
-            return (name,)
-        if name in path:
-            circle = " -> ".join((*path[path.index(name) :], name))
-            raise bad_field(f"aliases.{name}", f"is circular ({circle})", "end it with engine/model")
-        if len(path) >= _MAX_CHAIN:
-            raise bad_field(f"aliases.{name}", f"is reached through {_MAX_CHAIN} other aliases", "shorten the chain")
+    for name in order:  # its targets before it
         found: list[str] = []
-        for target in aliases[name]:
-            found += resolve(target, (*path, name))
-        resolved[name] = tuple(dict.fromkeys(found))
-        return resolved[name]
-
-    for name in aliases:
-        resolve(name, ())
-    return resolved
+        for target in aliases.get(name, ()):
+            if target not in aliases:
+                _check_target(name, target, aliases)
+            found += resolved[target]
+        resolved[name] = tuple(dict.fromkeys(found)) or (name,)
+    return {name: resolved[name] for name in aliases}
 
 
 def _check_target(name: str, target: str, aliases: Mapping[str, Any]) -> None:

@@ -281,8 +281,7 @@ def test_aliases_are_resolved_in_order_and_fast() -> None:
     ladder = {f"a{n}": (f"a{n + 1}", f"a{n + 1}") for n in range(30)} | {"a30": ("vllm/m",)}
     assert resolve_aliases(ladder)["a0"] == ("vllm/m",)
     chain = {f"a{n}": (f"a{n + 1}",) for n in range(5000)} | {"a5000": ("vllm/m",)}
-    with pytest.raises(product.InvalidRequest, match="32 other aliases"):
-        resolve_aliases(chain)
+    assert resolve_aliases(chain)["a0"] == ("vllm/m",)
 
 
 def test_a_thousand_endpoints_and_ten_thousand_aliases_cost_less_than_a_second(written: Any) -> None:
