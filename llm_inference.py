@@ -928,7 +928,7 @@ class Served:
     result: Any = None  #: the checked value
     enforced_by: Literal["engine", "checked", "none"] = "none"
     target: "Target | None" = None  #: the server that the body was written for
-    closed: bool = False  #: was `close` called meanwhile?
+    over: threading.Event = threading.Event()  #: of the fleet that answers: was `close` called meanwhile?
     push: "Callable[[Burst], bool] | None" = None  #: sends a burst of a stream at once; False: it cannot now
     collected: bool = False  #: is every burst of the stream looked at?
     checks: "dict[str | None, SchemaCheck]" = dataclasses.field(default_factory=dict)  #: by tool; None: of the text
@@ -4592,7 +4592,7 @@ class Connection(EngineFinder):
         if self.target is not None and self.target.exists:
             return self.target
         served = SERVED.get()
-        if served is not None and served.closed:  # what was closed is not opened again by a request from before
+        if served is not None and served.over.is_set():  # what was closed is not opened again by a request from before
             raise EngineUnavailable(f"{self.name} was closed before it answered", "ask again")
         return await self.flight.run("target", self._reach)
 
@@ -6655,7 +6655,7 @@ class Fleet(Router):
     def __init__(self, endpoints: Sequence[Endpoint], aliases: Mapping[str, Sequence[str]] | None = None) -> None:
         super().__init__(endpoints, aliases)
         self._turns = Turns(self.endpoints)
-        self._at_work: set[Served] = set()
+        self._over = threading.Event()  #: set by `close`, for the requests that are at work then
 
     def replace(self, endpoints: Sequence[Endpoint], aliases: Mapping[str, Sequence[str]]) -> None:
         """From now on, choose among these; one that still runs keeps its turn in its group."""
@@ -6664,24 +6664,12 @@ class Fleet(Router):
         removed = [known for known in self._turns.endpoints if known not in endpoints and known.running]
         self._turns.endpoints = [*endpoints, *removed]
 
-    @contextlib.contextmanager
-    def _working(self, served: Served) -> Iterator[None]:
-        """`close` ends the request meanwhile."""
-        self._at_work.add(served)
-        try:
-            yield
-        finally:
-            self._at_work.discard(served)
-
     async def answer(self, request: GenerateRequest) -> Answer:
         """The complete, checked answer; one that does not satisfy its constraint is asked for once more.
 
         Raises InferenceError's subclasses; StructuredOutputInvalid the second time, with the tokens of both tries.
         """
-        with self._working(request.served):
-            return await self._answer(request)
-
-    async def _answer(self, request: GenerateRequest) -> Answer:
+        request.served.over = self._over
         answer, spent, seconds, problem = Answer(), Usage(), 0.0, ""
         for final in (False, True):
             answer = await self._answer_once(relaxed(request, final))
@@ -6719,18 +6707,18 @@ class Fleet(Router):
 
     async def events(self, request: GenerateRequest) -> AsyncGenerator[Burst, None]:
         """The streamed answer, checked before its end is passed on. Leaving early stops the engine's work."""
-        with self._working(request.served):
-            endpoint, (first, bursts) = await self._first_that_answers(request, open_stream)
-            try:
-                yield first
-                async for burst in bursts:
-                    yield burst
-            except InferenceError as exc:
-                self._passed_over(endpoint, exc, request)
-                raise
-            finally:
-                endpoint.finish(request.served)
-                await bursts.aclose()
+        request.served.over = self._over
+        endpoint, (first, bursts) = await self._first_that_answers(request, open_stream)
+        try:
+            yield first
+            async for burst in bursts:
+                yield burst
+        except InferenceError as exc:
+            self._passed_over(endpoint, exc, request)
+            raise
+        finally:
+            endpoint.finish(request.served)
+            await bursts.aclose()
 
     async def _first_that_answers(self, request: GenerateRequest, work: Work[T]) -> tuple[Endpoint, T]:
         """The result of `work` on the first endpoint that begins an answer; it counts as at work until `finish`."""
@@ -6776,7 +6764,7 @@ class Fleet(Router):
 
     def _passed_over(self, endpoint: Endpoint, error: InferenceError, request: GenerateRequest) -> bool:
         """Whether the error is an outage of the endpoint, which is noted where another one can answer."""
-        if request.served.closed or not passed_over(error):
+        if request.served.over.is_set() or not passed_over(error):
             return False
         if len(self.endpoints) > 1:
             endpoint.failed(error)
@@ -6810,8 +6798,8 @@ class Fleet(Router):
 
     async def close(self) -> None:
         """End what was started and close what was opened."""
-        for served in tuple(self._at_work):
-            served.closed = True
+        self._over.set()
+        self._over = threading.Event()
         await asyncio.gather(*(endpoint.adapter.close() for endpoint in self.endpoints))
 
 
