@@ -2778,7 +2778,7 @@ class Wire:
     async def send(self, url: str, headers: dict[str, str], body: bytes | None, connect: float, known: bool) -> "Reply":
         """Send a request, a GET where it has no body; its reply's head. `connect`: seconds for a connection.
 
-        Raises OSError's TimeoutError and the like, or EngineUnavailable: also where it was for the server that was
+        Raises OSError where there is no connection, else EngineUnavailable: also where it was for the server that was
         recognised (`known`), and another one may be there.
         """
         place = place_of(url)
@@ -2812,16 +2812,11 @@ class Wire:
 
     async def _connect(self, place: Place, connect: float) -> "_Link":
         make = functools.partial(_Link, self, place.origin)
-        try:
-            async with asyncio.timeout(connect):
-                if self.uds:
-                    return (await self.loop.create_unix_connection(make, self.uds))[1]
-                tls = _tls_context() if place.tls else None
-                return (await self.loop.create_connection(make, place.host, place.port, ssl=tls))[1]
-        except (TimeoutError, socket.gaierror):
-            raise
-        except OSError as exc:
-            raise ConnectionRefusedError(str(exc)) from exc
+        async with asyncio.timeout(connect):
+            if self.uds:
+                return (await self.loop.create_unix_connection(make, self.uds))[1]
+            tls = _tls_context() if place.tls else None
+            return (await self.loop.create_connection(make, place.host, place.port, ssl=tls))[1]
 
     def keep(self, link: "_Link") -> None:
         """A connection whose reply was read to its end waits for the next request."""
@@ -4473,7 +4468,7 @@ class EngineFinder:
         except socket.gaierror as exc:
             where = f"at {target.url}"
             raise EngineUnavailable(f"{self.name}: unknown host name", "correct the address", detail=where) from exc
-        except ConnectionRefusedError as exc:
+        except OSError as exc:
             hint = "ask again" if target.child else f"start it: {self._adapter.start_hint}"
             raise EngineUnavailable(f"{self.name} refuses connections", hint, detail=f"at {target.url}") from exc
 
@@ -4671,7 +4666,7 @@ class Connection(EngineFinder):
         except EngineUnavailable as exc:
             if not exc.stale:
                 runs = target.child is not None and target.child.alive
-                if runs or not isinstance(exc.__cause__, ConnectionRefusedError):
+                if runs or not isinstance(exc.__cause__, OSError):
                     raise
                 if self.target is target:
                     self.forget()
