@@ -4683,9 +4683,8 @@ class Connection(EngineFinder):
 
     async def confirm(self, known: Target | None) -> None:
         """Raises EngineUnavailable where the server that a body was written for was replaced meanwhile."""
-        if known is None:
-            return
-        if known.stamp is not None and known.stamp != (await self.recognise()).stamp:
+        found = await self.recognise()
+        if known is not None and known.stamp not in (None, found.stamp):
             raise EngineUnavailable(f"{self.name} was replaced by another server", "ask again")
 
     async def recognise(self) -> Target:
@@ -6506,11 +6505,8 @@ class Router(Balancer):
             if endpoint.removed:
                 continue
             available = endpoint.available(now)
-            if available and not endpoint.is_fresh(now):
-                if self.has_listed(endpoint, model):
-                    group.append(endpoint)
-                else:
-                    stale.append(endpoint)
+            if available and not endpoint.is_fresh(now) and not self.has_listed(endpoint, model):
+                stale.append(endpoint)
             elif endpoint.lists(model) or not available and model in endpoint.known_models:
                 group.append(endpoint)
             elif available:
@@ -6583,11 +6579,9 @@ class Router(Balancer):
 
     def unavailable(self, endpoints: Sequence[Endpoint]) -> EngineUnavailable:
         """Every endpoint that could answer is down: the last error, and when the next one is tried."""
-        for endpoint in endpoints:
-            if endpoint.error:
-                reason = f"{endpoint.name} is down: {endpoint.error}"
-                return EngineUnavailable(reason, "ask again later", retry_after=self.pause(endpoints))
-        return EngineUnavailable("no endpoint is up", "ask again later", retry_after=self.pause(endpoints))
+        down = (f"{endpoint.name} is down: {endpoint.error}" for endpoint in endpoints if endpoint.error)
+        reason = next(down, "no endpoint is up")
+        return EngineUnavailable(reason, "ask again later", retry_after=self.pause(endpoints))
 
     @staticmethod
     def pause(endpoints: Iterable[Endpoint]) -> int:
