@@ -3981,6 +3981,18 @@ def _available(files: list[str], wanted: str) -> str:
 
 
 # 8 BaseLLMAdapter --------------------------------------------------------------------------------
+class EngineOptions(TypedDict, total=False):
+    """The keyword arguments of `LLMInferencer`, and of adapters, beside the engine and the model."""
+
+    base_url: str | Sequence[str] | None  #: attach to that server; several: replicas
+    api_key: str | None  #: the key that the engine asks for
+    launch: Literal[True, False, "auto"]  #: True = start the engine, False = never, "auto" = when none answers
+    python: str | None  #: the interpreter of a started engine
+    launch_args: Sequence[str]  #: further arguments of a started engine
+    launch_env: Mapping[str, str] | None
+    deadlines: Deadlines | None
+
+
 class BaseLLMAdapter:
     """One engine. A subclass sets `engine_type` and `capabilities`, writes `_stream`, and goes into ENGINE_MAP.
 
@@ -3999,27 +4011,26 @@ class BaseLLMAdapter:
     changes: ClassVar[int] = 0
     lost = 0  #: the number of the change by which its last server was lost
 
-    def __init__(
-        self,
-        model_name: str | None = None,
-        *,
-        base_url: str | None = None,
-        api_key: str | None = None,
-        launch: bool | Literal["auto"] = "auto",
-        python: str | None = None,
-        launch_args: Sequence[str] = (),
-        launch_env: Mapping[str, str] | None = None,
-        deadlines: Deadlines | None = None,
-    ) -> None:
-        """No I/O: the engine is attached to or started at the first verb, or in `connect`."""
-        self.model_name, self.base_url, self.api_key, self.launch = model_name, base_url, api_key, launch
+    def __init__(self, model_name: str | None = None, **options: Any) -> None:
+        """No I/O: the engine is attached to or started at the first verb, or in `connect`.
+
+        Raises InvalidRequest for what is not one of EngineOptions.
+        """
+        known = EngineOptions.__annotations__
+        for name in options:
+            if name not in known:
+                names = ("engine_type", "model_name", *known)
+                hint = did_you_mean(name, names, "see help(LLMInferencer)", cutoff=0.5)
+                raise bad_field(name, "no such option", hint)
+        self.model_name, self.base_url, self.api_key = model_name, options.get("base_url"), options.get("api_key")
+        self.launch, python = options.get("launch", "auto"), options.get("python")
         self.python = os.path.expanduser(python) if python else None
-        self.launch_args, self.launch_env = tuple(launch_args), dict(launch_env or {})
+        self.launch_args, self.launch_env = tuple(options.get("launch_args", ())), dict(options.get("launch_env") or {})
         for name, value in self.launch_env.items():
             if not re.fullmatch(r"[^=\0]+", name) or "\0" in value:
                 problem = f"no environment can hold {name[:40]!r}"
                 raise bad_field("launch_env", problem, "write NAME and a text without U+0000")
-        self.deadlines = deadlines or Deadlines()
+        self.deadlines: Deadlines = options.get("deadlines") or Deadlines()
         self.how = "built in"  #: how the engine was found, once it is
         self.version = ""  #: the server's version, once it is known
         self.identified = True  #: did the server say which engine it is?
@@ -6876,18 +6887,6 @@ async def checked(
 Prompt = str | Sequence[Mapping[str, Any]]  #: a user's prompt, or messages in OpenAI's shape
 
 
-class EngineOptions(TypedDict, total=False):
-    """The keyword arguments of `LLMInferencer` beside the engine and the model."""
-
-    base_url: str | Sequence[str] | None  #: attach to that server; several: replicas
-    api_key: str | None  #: the key that the engine asks for
-    launch: Literal[True, False, "auto"]  #: True = start the engine, False = never, "auto" = when none answers
-    python: str | None  #: the interpreter of a started engine
-    launch_args: Sequence[str]  #: further arguments of a started engine
-    launch_env: Mapping[str, str] | None
-    deadlines: Deadlines | None
-
-
 def tool_from(function: Callable[..., Any]) -> Tool:
     """A Python function as a tool, a partial by the name of its function.
 
@@ -6983,7 +6982,7 @@ class EngineChoice:
         endpoints = []
         for number, address in enumerate(addresses, 1):
             name = f"{engine_type}-{number}" if len(addresses) > 1 else engine_type
-            adapter = make_adapter(engine_type, self.model_name, base_url=address, **options)
+            adapter = engine_class(engine_type)(self.model_name, base_url=address, **options)
             endpoints.append(Endpoint(adapter, name=name))
         return Fleet(endpoints)
 
@@ -7362,20 +7361,6 @@ def engine_class(name: str) -> type[BaseLLMAdapter]:
     return known[name]
 
 
-def make_adapter(engine_type: str, model_name: str | None, **options: Any) -> BaseLLMAdapter:
-    """An adapter; nothing is reached or started yet. Raises UnknownEngine, InvalidRequest for an unknown option."""
-    made = engine_class(engine_type)
-    try:
-        return made(model_name, **options)
-    except TypeError as exc:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(exc))
-        if unknown is None:
-            raise
-        known = ("engine_type", "model_name", *EngineOptions.__annotations__)
-        hint = did_you_mean(unknown[1], known, "see help(LLMInferencer)", cutoff=0.5)
-        raise bad_field(unknown[1], "no such option", hint) from None
-
-
 # 12 Settings -------------------------------------------------------------------------------------
 # A setting is declared once, as a field of `Settings`: its flag, its environment variable, its key in the config file,
 # its range and its help come from that field. `EndpointConfig` declares the keys of an [[endpoint]] table likewise.
@@ -7562,8 +7547,8 @@ class EndpointConfig:
 
     def endpoint(self, deadlines: Deadlines) -> Endpoint:
         """The endpoint; nothing is reached or started yet."""
-        adapter = make_adapter(
-            self.engine, self.model, base_url=self.base_url, api_key=self.key(), python=self.python,
+        adapter = engine_class(self.engine)(
+            self.model, base_url=self.base_url, api_key=self.key(), python=self.python,
             launch_args=self.launch_args, launch_env=self.launch_env, deadlines=deadlines,
             launch=not self.base_url or "auto")  # fmt: skip
         made = Endpoint(

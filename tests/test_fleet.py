@@ -39,7 +39,7 @@ from llm_inference import (
     LLMInferencer,
     ModelNotFound,
     Settings,
-    make_adapter,
+    VLLMAdapter,
 )
 from tests.conftest import Attach
 from tests.fake_engine import DIALECTS, Dialect, FakeEngine, Reply, recorded
@@ -173,7 +173,7 @@ def a_fleet(count: int, slots: int = 1) -> list[Endpoint]:
     """Endpoints that nobody reaches."""
     made = []
     for number in range(count):
-        adapter = make_adapter("vllm", None, base_url=f"http://127.0.0.1:{number + 1}")
+        adapter = VLLMAdapter(base_url=f"http://127.0.0.1:{number + 1}")
         made.append(Endpoint(adapter, name=f"vllm-{number + 1}", slots=slots))
     return made
 
