@@ -2772,7 +2772,7 @@ class Wire:
         self.parser = response_parser()
         self.links: set[_Link] = set()  #: all connections
         self.uds = uds
-        self._idle: dict[str, list[_Link]] = {}  #: those that may be used again, by origin
+        self._idle: list[_Link] = []  #: those that may be used again, the last used one last
         self._sweep: asyncio.TimerHandle | None = None
 
     async def send(self, url: str, headers: dict[str, str], body: bytes | None, connect: float, known: bool) -> "Reply":
@@ -2803,11 +2803,11 @@ class Wire:
         return f"{'GET' if body is None else 'POST'}{place.target}{fields}\r\n".encode() + (body or b"")
 
     def _reusable(self, origin: str) -> "_Link | None":
-        idle = self._idle.get(origin)
-        while idle:
-            link = idle.pop()
-            if not link.transport.is_closing():
+        while self._idle:
+            link = self._idle.pop()
+            if link.origin == origin and not link.transport.is_closing():
                 return link
+            link.end()  # it has ended, or the engine has moved
         return None
 
     async def _connect(self, place: Place, connect: float) -> "_Link":
@@ -2821,20 +2821,17 @@ class Wire:
     def keep(self, link: "_Link") -> None:
         """A connection whose reply was read to its end waits for the next request."""
         link.idle_since = self.loop.time()
-        self._idle.setdefault(link.origin, []).append(link)
+        self._idle.append(link)
         if self._sweep is None:
             self._sweep = self.loop.call_later(self.KEEP_ALIVE, self._close_idle)
 
     def _close_idle(self) -> None:
         self._sweep = None
-        until, oldest = self.loop.time() - self.KEEP_ALIVE, None
-        for idle in self._idle.values():
-            while idle and idle[0].idle_since <= until:
-                idle.pop(0).end()
-            if idle:
-                oldest = min(oldest or idle[0].idle_since, idle[0].idle_since)
-        if oldest is not None:
-            self._sweep = self.loop.call_at(oldest + self.KEEP_ALIVE, self._close_idle)
+        until = self.loop.time() - self.KEEP_ALIVE
+        while self._idle and self._idle[0].idle_since <= until:
+            self._idle.pop(0).end()
+        if self._idle:
+            self._sweep = self.loop.call_at(self._idle[0].idle_since + self.KEEP_ALIVE, self._close_idle)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -2862,7 +2859,7 @@ class _Link(asyncio.Protocol):
 
     def __init__(self, wire: Wire, origin: str) -> None:
         self.wire, self.origin, self.idle_since = wire, origin, 0.0
-        self.reply: Reply | None = None
+        self.reply: Any = None  #: the Reply; there is one while the parser calls
         self.parser = wire.parser(self)
 
     async def ask(self, request: bytes, kept: bool) -> "Reply":
@@ -2928,25 +2925,22 @@ class _Link(asyncio.Protocol):
 
     # The parser's calls
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self.reply is not None and not self.reply.status:  # a trailer is dropped
+        if not self.reply.status:  # a trailer is dropped
             self.reply.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
-        status, reply = self.parser.get_status_code(), self.reply
-        if reply is None:
-            return
+        status = self.parser.get_status_code()
         if status < 200:  # informational: the reply is still to come
-            reply.headers.clear()
+            self.reply.headers.clear()
         else:
-            reply.status = status
+            self.reply.status = status
 
     def on_body(self, data: bytes) -> None:
-        if self.reply is not None:
-            self.reply.parts.append(data)
-            self.reply.waiting += len(data)
+        self.reply.parts.append(data)
+        self.reply.waiting += len(data)
 
     def on_message_complete(self) -> None:
-        if self.reply is not None and self.reply.status:
+        if self.reply.status:
             self.reply.ended, self.reply.reusable = True, self.parser.should_keep_alive()
 
 
