@@ -3996,7 +3996,6 @@ class BaseLLMAdapter:
 
     engine_type: ClassVar[str] = ""
     capabilities: ClassVar[frozenset[str]] = frozenset()  #: request fields that are honoured; and images, embed, pull
-    in_auto: ClassVar[bool] = False  #: may engine_type="auto" choose it?
     clamps_max_tokens: ClassVar[bool] = True  #: is max_tokens beyond the context reduced (or is it an error)?
     pull_hint: ClassVar[str] = "use another engine"
     #: seconds for which the default model and a model's features are valid
@@ -4869,8 +4868,8 @@ class HTTPAdapter(BaseLLMAdapter):
     default_url, url_env, key_env = "", "", ""  #: its usual address; the variables that name another one, and its key
     package, program = "", ""  #: the importable name of the engine's package; its name on the PATH
     start_hint, install_hint, embed_hint = "", "", ""  #: the commands; what to do for embeddings
-    context_hint, pull_hint = "", "it downloads its model when it starts"  #: where a prompt is too long; for `pull`
-    in_auto = True
+    context_hint = ""  #: what to do where a prompt is too long
+    pull_hint = "it downloads its model when it starts"
     extras: ClassVar[frozenset[str]] = frozenset({"tool_messages", "images", "embed"})  #: features that are no fields
     keep_alive: ClassVar[bool] = True  #: may a connection be used again after a POST?
     stamp_paths: ClassVar[tuple[str, ...]] = ()  #: GET routes whose replies tell one server from another
@@ -7000,7 +6999,7 @@ class EngineChoice:
     async def _find(self) -> Fleet:
         if self.fleet is not None:  # found meanwhile
             return self.fleet
-        names = [name for name, adapter in self.ENGINE_MAP.items() if adapter.in_auto]
+        names = [name for name, adapter in self.ENGINE_MAP.items() if issubclass(adapter, HTTPAdapter)]
         fleets = [self._fleet_of(name, launch=False) for name in names]
         outcomes = await asyncio.gather(*map(_usable, fleets), return_exceptions=True)
         chosen: Fleet | None = None
