@@ -2557,27 +2557,22 @@ def redact(text: str, limit: int = 400) -> str:
 class LineReader:
     """Bytes in, lines out; lines end at LF only (JSON may hold U+2028 raw) and have a bounded length."""
 
-    __slots__ = ("_parts", "_size")
+    __slots__ = ("_size", "parts")
     LIMIT = 8 << 20
 
     def __init__(self) -> None:
-        self._parts: list[bytes] = []
+        self.parts: list[bytes] = []  #: the beginning of a line whose end is not here
         self._size = 0
-
-    @property
-    def in_line(self) -> bool:
-        """Is the beginning of a line here, and not its end?"""
-        return bool(self._parts)
 
     def complete(self, data: bytes) -> bytes:
         """The lines that are complete now, as they came."""
         end = data.rfind(b"\n") + 1
         lines = data[:end]
-        if end and self._parts:
-            lines = b"".join([*self._parts, lines])
-            self._parts, self._size = [], 0
+        if end and self.parts:
+            lines = b"".join([*self.parts, lines])
+            self.parts, self._size = [], 0
         if end < len(data):
-            self._parts.append(data[end:])
+            self.parts.append(data[end:])
             self._size += len(data) - end
             if self._size > self.LIMIT:
                 raise BadEngineReply(f"a line of more than {self.LIMIT} bytes", "check the engine")
@@ -4638,7 +4633,7 @@ class Connection(EngineFinder):
             reply, lines = await self.open(path, body, deadline), LineReader()
 
             def take(data: bytes) -> bool:
-                if push is None or lines.in_line or not push(data):
+                if push is None or lines.parts or not push(data):
                     return False
                 deadline.push_back()
                 return True
@@ -4652,7 +4647,7 @@ class Connection(EngineFinder):
                     deadline.received()
                     if data := lines.complete(data):
                         yield data
-                if lines.in_line:
+                if lines.parts:
                     yield lines.complete(b"\n")
             finally:
                 reply.take = None
@@ -6182,7 +6177,7 @@ class Endpoint:
     async def models(self) -> Mapping[str, ModelInfo]:
         """What it serves, refreshed after ten seconds. Raises where it does not answer; absence is not cached."""
         if self.named_before and not self.running:
-            name = self.configured_name
+            name = model_alias(self.adapter.model_name)
             return {name: ModelInfo(name=name)}
         if not self.is_fresh(time.monotonic()):
             await self._flight.run("models", self.look)
@@ -6199,14 +6194,10 @@ class Endpoint:
         BaseLLMAdapter.changes += 1
 
     @property
-    def configured_name(self) -> str:
-        """What a started endpoint's model is called before it runs."""
-        return model_alias(self.adapter.model_name)
-
-    @property
     def known_models(self) -> frozenset[str]:
         """The names that it listed last, and the one that the operator gave; no path of a file."""
-        return frozenset(self._listed) | ({self.configured_name} if self.adapter.model_name else set())
+        model = self.adapter.model_name
+        return frozenset(self._listed) | ({model_alias(model)} if model else set())
 
     @property
     def named_before(self) -> bool:
@@ -6418,11 +6409,11 @@ class Router(Balancer):
         endpoint = self.endpoints[0] if self.endpoints else None
         name, alone = request.body.get("model"), len(self.endpoints) == 1 and not self.aliases
         if endpoint and alone and not endpoint.only:  # one engine: it says itself what it does not serve
-            short = without_engine(name, endpoint)
-            if short != name:
+            prefix, _, rest = (name or "").partition("/")
+            if rest and prefix in (endpoint.adapter.engine_type, endpoint.name):
                 known = endpoint.known_models or (await endpoint.models() if endpoint.running else ())
-                short = name if name in known else short
-            return iter([(endpoint, short)])
+                name = name if name in known else rest
+            return iter([(endpoint, name)])
         groups, since, changes = self._known.get(name, ([], -math.inf, 0))
         if changes != BaseLLMAdapter.changes or time.monotonic() - since > Endpoint.LIST_TTL:
             groups = await self._find(name)
@@ -6442,17 +6433,12 @@ class Router(Balancer):
             groups = await self._default_routes(named)
         else:
             groups = await self._resolve(name)
-        up = [(self._up(group), model) for group, model in groups]
+        now, alone = time.monotonic(), len(self.endpoints) == 1
+        up = [([each for each in group if alone or each.available(now)], model) for group, model in groups]
         if not any(group for group, _ in up):
             raise self.unavailable([endpoint for endpoints, _ in groups for endpoint in endpoints])
         self._known[name] = up, min([endpoint.known_since for endpoint in self.endpoints]), changes
         return up
-
-    def _up(self, endpoints: list[Endpoint]) -> list[Endpoint]:
-        if len(self.endpoints) == 1:
-            return endpoints
-        now = time.monotonic()
-        return [endpoint for endpoint in endpoints if endpoint.available(now)]
 
     async def _default_routes(self, endpoints: Sequence[Endpoint]) -> list[Replicas]:
         """No model was asked for: the default one of the first endpoint that is up, wherever it is served."""
@@ -6750,8 +6736,12 @@ class Fleet(Router):
                 if request.served.begun:
                     raise
                 last = exc
+        if last is None:
+            raise self.unavailable(tried)
+        if len(self.endpoints) > 1:
+            last.retry_after = last.retry_after or self.pause(tried)
         try:
-            raise self._last_error(last, tried)
+            raise last
         finally:
             del last  # or it keeps this frame, and with it the request
 
@@ -6762,13 +6752,6 @@ class Fleet(Router):
         if len(self.endpoints) > 1:
             endpoint.failed(error)
         return True
-
-    def _last_error(self, last: InferenceError | None, tried: Sequence[Endpoint]) -> InferenceError:
-        if last is None:
-            return self.unavailable(tried)
-        if len(self.endpoints) > 1:
-            last.retry_after = last.retry_after or self.pause(tried)
-        return last
 
     async def connect(self) -> None:
         """Reach every endpoint that is not started on request. Raises where none can be reached."""
@@ -6815,12 +6798,6 @@ def with_model(body: dict[str, Any], model: str | None) -> dict[str, Any]:
     if model == body.get("model"):
         return body
     return {name: value for name, value in {**body, "model": model}.items() if value is not None}
-
-
-def without_engine(name: str | None, endpoint: Endpoint) -> str | None:
-    """`engine/model` as the engine itself knows the model."""
-    prefix, _, rest = (name or "").partition("/")
-    return rest if rest and prefix in (endpoint.adapter.engine_type, endpoint.name) else name
 
 
 def enforced_by(request: GenerateRequest) -> Literal["engine", "checked", "none"]:
