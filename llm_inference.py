@@ -4843,8 +4843,6 @@ def engine_error(
         reason = f"{name} answered {status}: {message}"
     elif error is EngineOverloaded:
         retry_after = retry_after or 2
-    elif error is ContextTooLong:
-        hint = adapter.context_hint or hint
     return error(reason, adapter.embed_hint if hint.startswith("@") else hint, retry_after=retry_after)
 
 
@@ -4863,7 +4861,6 @@ class HTTPAdapter(BaseLLMAdapter):
     default_url, url_env, key_env = "", "", ""  #: its usual address; the variables that name another one, and its key
     package, program = "", ""  #: the importable name of the engine's package; its name on the PATH
     start_hint, install_hint, embed_hint = "", "", ""  #: the commands; what to do for embeddings
-    context_hint = ""  #: what to do where a prompt is too long
     pull_hint = "it downloads its model when it starts"
     extras: ClassVar[frozenset[str]] = frozenset({"tool_messages", "images", "embed"})  #: features that are no fields
     keep_alive: ClassVar[bool] = True  #: may a connection be used again after a POST?
@@ -5952,7 +5949,6 @@ class OllamaAdapter(OllamaTranslator):
     launched_model = None  # one server has all models
     start_hint, install_hint = "ollama serve", "see ollama.com/download"
     embed_hint = "use an embedding model: ollama pull nomic-embed-text"
-    context_hint = "shorten the prompt, or raise the context: OLLAMA_CONTEXT_LENGTH, or num_ctx in options"
     stamp_paths = ("/api/version",)
     pull_hint = "ollama pull MODEL (for example qwen3:0.6b)"
     features_ttl = 10.0  # a model may be created again under the same name
@@ -5965,6 +5961,7 @@ class OllamaAdapter(OllamaTranslator):
         """Ollama's refusal has numbers only where num_ctx is given: the loaded one, so that nothing is loaded again."""
         if not isinstance(error, ContextTooLong):
             return error
+        error.hint = "shorten the prompt, or raise the context: OLLAMA_CONTEXT_LENGTH, or num_ctx in options"
         wire = from_json(body)
         options = wire.get("options") or {}
         if "tokens" in error.reason or "num_ctx" in options:
