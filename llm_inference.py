@@ -6489,8 +6489,6 @@ class Router(Balancer):
         stale: list[Endpoint] = []
         others: list[Endpoint] = []
         for endpoint in endpoints:
-            if endpoint.removed:
-                continue
             available = endpoint.available(now)
             if available and not endpoint.is_fresh(now) and not self.has_listed(endpoint, model):
                 stale.append(endpoint)
