@@ -2792,10 +2792,7 @@ class Wire:
         lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
         if body is not None:
             lines.append(f"content-length: {len(body)}\r\n")
-        fields = "".join(lines)
-        if fields.count("\n") != len(lines) or fields.count("\r") != len(lines):
-            raise InvalidRequest("a header or the api_key holds a line break", "remove it", param="api_key")
-        return f"{'GET' if body is None else 'POST'}{place.target}{fields}\r\n".encode() + (body or b"")
+        return f"{'GET' if body is None else 'POST'}{place.target}{''.join(lines)}\r\n".encode() + (body or b"")
 
     def _reusable(self, origin: str) -> "_Link | None":
         while self._idle:
@@ -6823,10 +6820,7 @@ async def open_stream(endpoint: Endpoint, request: GenerateRequest) -> tuple[Bur
     checker = checker_for(request)
     if checker is not None:
         bursts = checked(request, bursts, checker)
-    try:
-        return await anext(bursts), bursts
-    except StopAsyncIteration:
-        raise BadEngineReply("the stream ended before it began", "ask again", retryable=True) from None
+    return await anext(bursts), bursts
 
 
 async def checked(
