@@ -32,6 +32,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+import graphlib
 import hashlib
 import hmac
 import importlib.util
@@ -7425,8 +7426,6 @@ def resolve_aliases(aliases: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[s
 
     Raises InvalidRequest, `param` being `aliases.<name>`, for one that leads nowhere or in a circle.
     """
-    import graphlib
-
     try:
         order = list(graphlib.TopologicalSorter(aliases).static_order())
     except graphlib.CycleError as exc:
