@@ -493,7 +493,7 @@ NO_OPS = _by_field(
 )
 
 #: Values that switch something off. Where the engine or the model has no such thing they ask for nothing; where it has,
-#: they are sent, as its default may be another.
+#: they are sent, as its default may be another (top_k: 40 in llama.cpp and Ollama, the model's own in vLLM and SGLang).
 OFF = _by_field(
     (-1, "top_k top_n_sigma adaptive_target reasoning_budget_tokens thinking_token_budget"),
     (0, "top_k min_p presence_penalty frequency_penalty mirostat dry_multiplier xtc_probability dynatemp_range"),
@@ -561,7 +561,8 @@ def _among(value: Any, known: Iterable[Any]) -> bool:
 @functools.cache
 def honoured(engine: str, surface: str, version: tuple[int, ...] = (999,)) -> Mapping[str, str]:
     """The fields that an engine honours on a surface (a key of SURFACES), and its cells of FIELDS."""
-    return {name: cell for name, cell in column(engine, SURFACES[surface], version).items() if cell not in ("-", ".")}
+    cells = column(engine, SURFACES[surface], version)
+    return {name: cell for name, cell in cells.items() if cell not in ("-", ".")}
 
 
 @functools.cache
@@ -1956,7 +1957,8 @@ class _LlamaCppSchema:
     def _literal(self, parts: Schema) -> Schema:
         plain = {key: parts[key] for key in parts.keys() & _VALUES - {"$ref", "pattern"}}  # it compiles slowly
         self.exact &= plain == parts
-        allowed = list(filter(SchemaCheck(plain).fits, [parts["const"]] if "const" in parts else parts["enum"]))
+        check = SchemaCheck(plain)
+        allowed = list(filter(check.fits, [parts["const"]] if "const" in parts else parts["enum"]))
         self.exact &= bool(allowed)
         return {"enum": allowed} if allowed else {}
 
@@ -2521,7 +2523,8 @@ def relaxed(request: GenerateRequest, final: bool = False) -> GenerateRequest:
     if not body.get("tools") or body.get("tool_choice") == "none" or not format_alone:
         return request
     left_out = ("tools", "tool_choice", "parallel_tool_calls") if final else ("response_format",)
-    return dataclasses.replace(request, body={name: value for name, value in body.items() if name not in left_out})
+    kept = {name: value for name, value in body.items() if name not in left_out}
+    return dataclasses.replace(request, body=kept)
 
 
 async def checked_answer(request: GenerateRequest, answer: Answer, checker: Checker) -> None:
@@ -3334,7 +3337,8 @@ def start_watched(
     argv: list[str], env: dict[str, str], output: int | typing.IO[bytes], grace: float, folder: str = ""
 ) -> subprocess.Popen[bytes]:
     """Start a program behind a watcher, which ends it and removes `folder` when its own stdin is closed."""
-    command = [sys.executable, "-I", "-S", "-c", WATCHER, json.dumps({"argv": argv, "grace": grace, "folder": folder})]
+    spec = json.dumps({"argv": argv, "grace": grace, "folder": folder})
+    command = [sys.executable, "-I", "-S", "-c", WATCHER, spec]
     env = {**os.environ, "PYTHONSAFEPATH": "1", **env}  # a folder ./vllm here is not the package
     pipe = subprocess.PIPE
     try:
@@ -3997,7 +4001,7 @@ class BaseLLMAdapter:
     changes: ClassVar[int] = 0
     lost = 0  #: the number of the change by which its last server was lost
 
-    def __init__(self, model_name: str | None = None, **options: Any) -> None:
+    def __init__(self, model_name: str | None = None, **options: Unpack[EngineOptions]) -> None:
         """No I/O: the engine is attached to or started at the first verb, or in `connect`.
 
         Raises InvalidRequest for what is not one of EngineOptions.
@@ -4008,7 +4012,8 @@ class BaseLLMAdapter:
                 names = ("engine_type", "model_name", *known)
                 hint = did_you_mean(name, names, "see help(LLMInferencer)", cutoff=0.5)
                 raise bad_field(name, "no such option", hint)
-        self.model_name, self.base_url, self.api_key = model_name, options.get("base_url"), options.get("api_key")
+        self.model_name, self.api_key = model_name, options.get("api_key")
+        self.base_url: str | None = options.get("base_url")  # type: ignore[assignment]  # LLMInferencer takes several
         self.launch, python = options.get("launch", "auto"), options.get("python")
         self.python = os.path.expanduser(python) if python else None
         self.launch_args, self.launch_env = tuple(options.get("launch_args", ())), dict(options.get("launch_env") or {})
@@ -4953,7 +4958,8 @@ class HTTPAdapter(BaseLLMAdapter):
         return honoured(self.engine_type, surface, version_tuple(self.version))
 
     async def model_for(self, requested: str | None) -> str:
-        if (await self.connection.reach()).child is not None and requested in (None, self.model_name):
+        target = await self.connection.reach()
+        if target.child is not None and requested in (None, self.model_name):
             requested = self.served_name() or requested
         return await super().model_for(requested)
 
@@ -6006,7 +6012,8 @@ class OllamaAdapter(OllamaTranslator):
     async def missing_features(self, model: str) -> set[str]:
         shown = await self.fetch_json("/api/show", {"model": model})
         if not shown:
-            hint = f"ollama pull {model}; it has {', '.join([info.name for info in await self.models()]) or 'none'}"
+            names = [info.name for info in await self.models()]
+            hint = f"ollama pull {model}; it has {', '.join(names) or 'none'}"
             raise ModelNotFound(f"ollama has no model {model!r}", hint, param="model")
         can = shown.get("capabilities") or ()
         family = (shown.get("details") or {}).get("family")
@@ -7964,7 +7971,8 @@ class _Reader:
                 case "thinking":
                     thoughts.append(block["thinking"])
                 case "tool_use":
-                    calls.append({"id": block["id"], **_function({"name": block["name"], "arguments": block["input"]})})
+                    call = _function({"name": block["name"], "arguments": block["input"]})
+                    calls.append({"id": block["id"], **call})
         message: dict[str, Any] = {"role": "assistant", "content": self.text_joint.join(texts)}
         if thoughts:
             message["reasoning"] = "\n".join(thoughts)
@@ -8138,7 +8146,7 @@ _CHAT_ONLY = {  # field of chat completions → what /v1/responses has instead
     "response_format": "text.format", "verbosity": "text.verbosity",
 }
 # fmt: on
-#: Left out, and reported where they ask for something; clients send them by habit.
+#: Left out, and reported where they ask for something: Codex sends the first, others `store: true` by habit.
 _RESPONSES_HINTS = ("client_metadata", "prompt_cache_options", "store")
 
 
@@ -8351,7 +8359,7 @@ def _output_from_responses(reader: _Reader) -> dict[str, Any]:
     for name, value in reader.body.pop("reasoning", {}).items():
         if name == "effort":
             chat["reasoning_effort"] = value
-        elif value == "concise" or name == "context":
+        elif value == "concise" or name == "context":  # which earlier reasoning counts is for the template to say
             reader.ignore(f"reasoning.{name}")
     include = reader.body.pop("include", ())
     for index, name in enumerate(include):
@@ -8428,7 +8436,7 @@ def _echo(body: dict[str, Any]) -> dict[str, Any]:
 
 
 class ResponseWriter(_Writer):
-    """Writes an answer in the form of the Responses API, without [DONE]; `chat_from_responses` has accepted `body`."""
+    """Writes an answer in the form of the Responses API. `body` is one that `chat_from_responses` has accepted."""
 
     def __init__(self, body: dict[str, Any], response_id: str, created: int | None = None) -> None:
         self._suffix = response_id.removeprefix("resp_")
@@ -8655,7 +8663,7 @@ class _MessagesReader(_Reader):
                 case "redacted_thinking":
                     self.ignore(kind)
                 case "text" if place == "system" and given["text"].startswith("x-anthropic-billing-header:"):
-                    # it changes with each request: no prefix cache would ever hit
+                    # Claude Code's first line changes with each request: no prefix cache would ever hit
                     self.ignore("x-anthropic-billing-header")
                     given["text"] = given["text"].partition("\n")[2]
             if place != "system" or given["text"]:
@@ -9290,7 +9298,7 @@ class PlainSurface(OpenAISurface):
         return super().read(body)
 
 
-FIRST_PROMPT = "What is the capital of China? Answer in one short sentence."
+FIRST_PROMPT = "What is the capital of China? Answer in one short sentence."  # the demo model answers it well
 DEMO = "llamacpp/SmolLM2-135M-Instruct.Q4_1"
 _FIRST = [{"role": "user", "content": FIRST_PROMPT}]
 
@@ -9502,13 +9510,13 @@ class Catalog:
         return fleet.aliases if self.default.configured and fleet else self.settings.aliases
 
     async def inferencer(self, engine_type: str | None) -> LLMInferencer:
-        """The engine's inferencer. Only the default one may have been started."""
+        """The engine's inferencer. Only the default one may have been started; no request starts another process."""
         if engine_type in (None, "auto"):
             return self.default
         engine_class(engine_type)
         if self.default.configured:
             return self.default
-        with contextlib.suppress(InferenceError):  # not this request's error
+        with contextlib.suppress(InferenceError):  # it is not this request's error that no engine is found for "auto"
             await self.default.found()
         if engine_type == self.default.engine_type:
             return self.default
@@ -9575,7 +9583,7 @@ class Gateway(Catalog):
         self._watching: asyncio.Task[None] | None = None
 
     def watch(self) -> None:
-        """From now on: reach the default engine, and ask it now and then."""
+        """From now on: reach the default engine (attach, else start the embedded one), and ask it now and then."""
         if self._watching is None:
             self._watching = asyncio.ensure_future(self._watch())
 
@@ -9747,7 +9755,8 @@ class Gateway(Catalog):
         surface.cap, surface.size = self.settings.max_tokens_cap, len(raw)
         if len(raw) < 65_536 and not _COSTLY.search(raw):
             return surface.read(parse_object(raw))
-        return await asyncio.get_running_loop().run_in_executor(self.parsing, lambda: surface.read(parse_object(raw)))
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.parsing, lambda: surface.read(parse_object(raw)))
 
 
 _COSTLY = re.compile(rb'"(schema|json_schema|regex|grammar|ebnf|parameters|structured_outputs|input_schema|format)"')
@@ -10338,7 +10347,8 @@ def is_loopback(address: str) -> bool:
         found = ipaddress.ip_address(address)
     except ValueError:
         return False
-    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
+    mapped = getattr(found, "ipv4_mapped", None)
+    return (mapped or found).is_loopback
 
 
 PAGE_POLICY = (
@@ -11209,7 +11219,8 @@ def _answer_of(endpoint: Endpoint) -> dict[str, Any]:
         engine.launch = False
     with LLMInferencer.from_fleet(Fleet([endpoint])) as llm:
         request = llm.request(FIRST_PROMPT, max_tokens=48, temperature=0.0, on_unsupported="ignore")
-        done = Completion.from_chunks(list(itertools.chain.from_iterable(portal.iterate(llm.bursts(request)))))
+        bursts = portal.iterate(llm.bursts(request))
+        done = Completion.from_chunks(list(itertools.chain.from_iterable(bursts)))
         text = done.text or done.reasoning
         if not text:
             raise InferenceError("the answer is empty", "try another model")
