@@ -10380,7 +10380,8 @@ def create_app(settings: Settings | None = None, llm: LLMInferencer | None = Non
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         gateway.watch()
-        yield  # the router closes it
+        yield
+        await gateway.close()
 
     app: FastAPI = make(
         title="llm_inference",
