@@ -9910,7 +9910,7 @@ class Exchange:
         if len(ignored) > 32:
             ignored[32:] = [f"and {len(ignored) - 32} more"]
         if ignored and not isinstance(surface, OwnSurface):
-            headers.append((b"x-ignored-fields", ", ".join(ignored).encode("ascii", "replace")))
+            headers.append((b"x-ignored-fields", ", ".join(ignored).encode("ascii", "replace")[:4000]))
         if self.served.endpoint:
             headers.append((b"x-endpoint", self.served.endpoint.encode("ascii", "replace")))
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
