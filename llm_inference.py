@@ -1607,7 +1607,8 @@ class SchemaCheck:
         return all(self._fits_simple(part, item) for part, item, _ in self._children(schema, value))
 
     def _misfit(self, value: Any) -> str:
-        part, at, until = self._schema.body, "$", time.thread_time() + 0.2  # a part can take 0.1 s to compile
+        part, at = self._schema.body, "$"
+        until = time.thread_time() + (0.2 if self._library else math.inf)  # to compile
         for _ in range(1_000):  # a reference to itself leads no deeper
             if self.steps > MAX_CHECK_STEPS:
                 break
@@ -1738,7 +1739,7 @@ def matcher(pattern: str, field: str = "pattern") -> Callable[[str], bool]:
         raise InvalidRequest(reason, "correct it; the syntax is described at docs.rs/regex") from None
 
 
-@functools.lru_cache(maxsize=16)  # each can take 10 MB
+@functools.lru_cache(maxsize=16)  # up to 10 MB each
 def _compile_pattern(pattern: str) -> Callable[[str], bool]:
     ascii_only = re.sub(r"\\.", lambda found: _ASCII_CLASSES.get(found[0], found[0]), pattern, flags=re.DOTALL)
     schema = core_schema.str_schema(pattern=ascii_only, regex_engine="rust-regex")
