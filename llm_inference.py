@@ -6213,12 +6213,12 @@ class Endpoint:
         return holds(self._listed, model)
 
     def is_fresh(self, now: float) -> bool:
-        """Whether its last list is young enough to be used without asking again."""
+        """Whether its last list may be used without asking again."""
         return self._listed_by == self.adapter.lost and now - self._listed_at <= self.LIST_TTL
 
     @property
     def known_since(self) -> float:
-        """When what a router knows of it was true; `inf` for one that nobody has started, which a change ends."""
+        """When what a router knows of it was true; `inf` for one that is not started."""
         if self.failures or self.removed:
             return float("-inf")
         if self.named_before and not self.running:
@@ -6348,7 +6348,7 @@ class Balancer:
     """
 
     BALANCE = 1.25
-    HOMES = 10_000  #: conversations whose endpoint is remembered; that of others is mostly the first in their order
+    HOMES = 10_000  #: conversations whose endpoint is remembered
 
     def __init__(self) -> None:
         self._homes: dict[int, Endpoint] = {}  #: by the hash of a conversation's beginning: where it began
@@ -6425,7 +6425,7 @@ class Router(Balancer):
         return ((endpoint, model) for group, model in groups for endpoint in self.in_order(group, key, begins))
 
     async def _find(self, name: str | None) -> list[Replicas]:
-        """The endpoints that are up, for a name; remembered while all endpoints are."""
+        """The endpoints that are up, for a name; remembered while all are."""
         changes = BaseLLMAdapter.changes
         if name is None:
             groups = await self._default_routes(self.endpoints)
@@ -6582,7 +6582,7 @@ class Router(Balancer):
 
 
 class Turns:
-    """Begins requests at endpoints that are started on request, of a group one at a time."""
+    """Begins requests at endpoints, of a group one at a time."""
 
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
         self.endpoints = endpoints
@@ -6595,35 +6595,46 @@ class Turns:
             return
         try:
             async with asyncio.timeout(endpoint.adapter.deadlines.within(request.timeout).total):
-                await self._start(endpoint, request.served)
+                await (self._wait_for_turn if endpoint.group else self._start)(endpoint, request.served)
         except TimeoutError:
             reason = f"{endpoint.name} is not ready yet ({endpoint.progress or 'waiting for its turn'})"
             raise EngineTimeout(reason, "ask again later", retry_after=5) from None
 
     async def _start(self, endpoint: Endpoint, served: Served) -> None:
-        if not endpoint.group:
-            endpoint.begin(served)
-            try:
-                await endpoint.adapter.connect()
-            except BaseException:
-                endpoint.finish(served)
-                raise
-            return
-        async with self._locks.setdefault(endpoint.group, asyncio.Lock()):
-            if not endpoint.running:
-                await self._take_turn(endpoint)
-                await endpoint.adapter.connect()
-            endpoint.begin(served)
+        endpoint.begin(served)
+        try:
+            await endpoint.adapter.connect()
+        except BaseException:
+            endpoint.finish(served)
+            raise
 
-    async def _take_turn(self, endpoint: Endpoint) -> None:
-        """Stop the others of the group once they have answered what they have."""
-        for other in self.endpoints:
-            if other is endpoint or other.group != endpoint.group or not other.running:
-                continue
-            while other.in_flight:
-                await asyncio.sleep(0.05)
-            logger.info("%s is stopped: %s takes its turn", other.name, endpoint.name)
-            await other.adapter.close()
+    async def _wait_for_turn(self, endpoint: Endpoint, served: Served) -> None:
+        """Begin it in the group's turn, which a start keeps to its end even if its caller leaves."""
+        left = threading.Lock()  # taken once the request has begun, or its caller has left
+        try:
+            await asyncio.shield(asyncio.wrap_future(portal.submit(self._take_turn(endpoint, served, left))))
+        except BaseException:
+            if not left.acquire(False):
+                endpoint.finish(served)
+            raise
+
+    async def _take_turn(self, endpoint: Endpoint, served: Served, left: threading.Lock) -> None:
+        """On the portal's loop: stop the group's others once they have answered what they have."""
+        async with self._locks.setdefault(endpoint.group, asyncio.Lock()):
+            for other in self.endpoints:
+                if endpoint.running or other is endpoint or other.group != endpoint.group or not other.running:
+                    continue
+                while other.in_flight and not left.locked():
+                    await asyncio.sleep(0.05)
+                if not left.locked():
+                    logger.info("%s is stopped: %s takes its turn", other.name, endpoint.name)
+                    await other.adapter.close()
+            if left.locked():
+                return
+            await endpoint.adapter.connect()
+            endpoint.begin(served)
+            if not left.acquire(False):
+                endpoint.finish(served)
 
 
 class Fleet(Router):

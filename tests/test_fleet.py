@@ -33,6 +33,7 @@ from llm_inference import (
     Endpoint,
     EndpointConfig,
     EngineChild,
+    EngineTimeout,
     Fleet,
     InferenceError,
     InvalidRequest,
@@ -1525,6 +1526,46 @@ def test_endpoints_of_a_group_take_turns(stub: Path) -> None:
             assert reply.status_code == 200, reply.text
             assert payloads(reply)[-1] == "[DONE]", "no stream was cut"
         assert max(map(len, seen)) == 1, seen
+
+
+def test_a_start_that_its_caller_has_left_keeps_its_groups_turn(stub: Path) -> None:
+    configs = [started(stub, name, delay=delay, group="gpu0") for name, delay in (("one", 2.0), ("two", 0.0))]
+    with contextlib.closing(Settings(endpoints=tuple(configs)).inferencer()) as llm:
+        with pytest.raises(EngineTimeout):
+            llm.generate("hi", model_name="one", timeout=0.5)
+        assert running() == {"one"}
+        waiting = threading.Thread(target=lambda: llm.generate("hi", model_name="two"))
+        waiting.start()
+        seen: set[frozenset[str]] = set()
+        while waiting.is_alive():
+            seen.add(frozenset(running()))
+            time.sleep(0.02)
+        assert running() == {"two"}
+        assert max(map(len, seen)) == 1, seen
+        assert all(endpoint.in_flight == 0 for endpoint in endpoints_of(llm))
+
+
+def test_a_caller_that_leaves_while_it_waits_for_its_turn_stops_nothing(stub: Path) -> None:
+    configs = [started(stub, name, pace=0.3, group="gpu0") for name in ("one", "two")]
+    with contextlib.closing(Settings(endpoints=tuple(configs)).inferencer()) as llm:
+        stream = llm.stream("hi", model_name="one")
+        assert next(stream)
+        with pytest.raises(EngineTimeout, match="waiting for its turn"):
+            llm.generate("hi", model_name="two", timeout=0.5)
+        assert "".join(stream)
+        assert llm.generate("hi", model_name="one")
+        assert children()["one"].generation == 1
+
+
+def test_event_loops_take_turns_in_a_group(stub: Path) -> None:
+    configs = [started(stub, name, delay=0.3, group="gpu0") for name in ("one", "two")]
+    with contextlib.closing(Settings(endpoints=tuple(configs)).inferencer()) as llm:
+
+        def ask(number: int) -> str:
+            return asyncio.run(llm.agenerate("hi", model_name=("one", "two")[number % 2], timeout=20))
+
+        assert all(at_once(6, ask))
+        assert len(running()) == 1
 
 
 def test_endpoints_that_join_a_group_take_turns_with_those_that_leave_it(stub: Path) -> None:
