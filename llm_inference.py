@@ -4078,7 +4078,7 @@ class BaseLLMAdapter:
         return self._contexts.setdefault(model, self._contexts.get(f"{model}:latest"))
 
     async def model_for(self, requested: str | None) -> str:
-        """The name that the engine knows it by; the adapter's own, else the engine's first, where none is requested."""
+        """The name that the engine knows; without one, the adapter's own, else the engine's first."""
         if requested is not None or self.model_name is not None:
             return requested or self.model_name or ""
         asked, found = known = self._default
@@ -4129,7 +4129,7 @@ class BaseLLMAdapter:
         return UnsupportedFeature(reason, self.suggestion(missing) or hint, param=missing[0])
 
     async def _cap_tokens(self, request: GenerateRequest, body: dict[str, Any]) -> list[str]:
-        """Apply the server's limit of max_tokens. Returns the names of the fields whose value was reduced."""
+        """Apply the server's limit of max_tokens. Returns the fields that were reduced."""
         cap = request.cap
         if cap is None or request.path not in GENERATED:
             return []
@@ -4707,7 +4707,7 @@ class Connection(EngineFinder):
         return await self.reach()
 
     async def _look_again(self) -> None:
-        """Forget a server that was replaced. Raises what keeps the one that is there now from being known."""
+        """Forget a server that was replaced. Raises what keeps the present one from being known."""
         for final in (False, True):
             target = await self.reach()
             try:
@@ -4751,7 +4751,7 @@ class Connection(EngineFinder):
             self.release()
 
     def abandon(self) -> None:
-        """When the adapter is collected, or at exit: an engine's end takes a while, and the collector runs anywhere."""
+        """When the adapter is collected, in any thread, or at exit: an engine's end takes a while."""
         self.sessions.abandon()
         try:
             threading.Thread(target=self.release, name="llm_inference release", daemon=True).start()
@@ -6160,6 +6160,7 @@ class Endpoint:
         self._listed_by = 0  #: the adapter's `lost` then: another server's list is out of date
         self._flight = SingleFlight()
         self.refreshing: concurrent.futures.Future[None] | None = None  #: a look that nobody waits for
+        self.watching: concurrent.futures.Future[None] | None = None  #: stops it when idle
 
     def has_room(self, bound: float) -> bool:
         """Whether one more request keeps its load within the bound; an idle one always takes it."""
@@ -6178,7 +6179,7 @@ class Endpoint:
         return connection.state if connection is not None else ""
 
     async def models(self) -> Mapping[str, ModelInfo]:
-        """What it serves, refreshed after ten seconds. Raises where it does not answer; absence is not cached."""
+        """What it serves, refreshed after ten seconds. Raises where it does not answer."""
         if self.named_before and not self.running:
             name = model_alias(self.adapter.model_name)
             return {name: ModelInfo(name=name)}
@@ -6204,7 +6205,7 @@ class Endpoint:
 
     @property
     def named_before(self) -> bool:
-        """Is its model's name known before it runs? Then nobody waits for its start who asks for another."""
+        """Is its model known before it runs? Then who asks for another does not wait for it."""
         started = self.config is not None and self.config.base_url is None
         return self.on_request or (started and self.adapter.model_name is not None)
 
@@ -6219,14 +6220,14 @@ class Endpoint:
     @property
     def known_since(self) -> float:
         """When what a router knows of it was true; `inf` for one that is not started."""
-        if self.failures or self.removed:
+        if self.failures:
             return float("-inf")
         if self.named_before and not self.running:
             return float("inf")
         return self._listed_at
 
     async def serves(self, model: str) -> bool:
-        """Whether it serves the model. A list that does not name it is asked for again, unless it has just come."""
+        """Whether it serves the model. A list without it is asked for again, unless it has just come."""
         was_fresh = self.is_fresh(time.monotonic())
         listed = await self.models()
         if was_fresh and not holds(listed, model):
@@ -6268,7 +6269,7 @@ class Endpoint:
             self.trial, self.tried_at = who, time.monotonic()
 
     def tried_by(self, who: object) -> None:
-        """That is done; requests from before the outage, which end now, do not end another's trial."""
+        """That is done; the end of a request from before the outage ends no trial."""
         if self.trial is who:
             self.trial = None
 
@@ -6293,7 +6294,7 @@ class Endpoint:
 
     def describe(self) -> dict[str, Any]:
         """For /ready, /engines and the chat page."""
-        state = "down" if self.failures or self.removed else "up"
+        state = "down" if self.failures else "up"
         if self.on_request and not self.running:
             state = "stopped"
         return {
@@ -6309,7 +6310,7 @@ class Endpoint:
 
 
 def model_alias(model: str | None) -> str:
-    """The name that a model is served by, from what the operator wrote: a file or folder goes by its last part."""
+    """The name that a model is served by: a file or folder goes by its last part."""
     if model is None:
         return DEFAULT_MODEL
     if model.endswith(".gguf") or os.path.isdir(model):
@@ -6325,7 +6326,7 @@ def passed_over(error: InferenceError) -> bool:
 
 
 def prefix_hash(body: Mapping[str, Any]) -> int:
-    """A hash of a request's beginning, which prefix caches hold: system prompt, tools and first message."""
+    """A hash of what prefix caches hold: system prompt, tools and first message."""
     beginning: list[Any] = [body.get("tools"), body.get("prompt"), body.get("input")]
     for message in body.get("messages") or ():
         beginning.append(message)
@@ -6444,7 +6445,7 @@ class Router(Balancer):
         return up
 
     async def _default_routes(self, endpoints: Sequence[Endpoint]) -> list[Replicas]:
-        """No model was asked for: the default one of the first endpoint that is up, wherever it is served."""
+        """The default model of the first endpoint that is up, wherever it is served."""
         now = time.monotonic()
         error: InferenceError | None = None
         for endpoint in endpoints:
@@ -6514,7 +6515,7 @@ class Router(Balancer):
         return group
 
     def has_listed(self, endpoint: Endpoint, model: str) -> bool:
-        """Whether its last list names the model, and it has not failed since: nobody waits for a new list then."""
+        """Whether its last list names the model, and it has not failed since: then no new one is awaited."""
         if not endpoint.running or endpoint.failures or not endpoint.lists(model):
             return False
         if not endpoint.is_fresh(time.monotonic()) and (endpoint.refreshing is None or endpoint.refreshing.done()):
@@ -6561,9 +6562,7 @@ class Router(Balancer):
         return failures
 
     async def _not_found(self, name: str) -> ModelNotFound:
-        known = {*self.aliases}
-        for endpoint in self.endpoints:
-            known |= endpoint.known_models
+        known = set(self.aliases).union(*[endpoint.known_models for endpoint in self.endpoints])
         served = ", ".join(sorted(known)[:8])
         hint = did_you_mean(name, known, f"served: {served}; see models() or GET /v1/models")
         return ModelNotFound(f"no endpoint serves the model {name[:100]!r}", hint, param="model")
@@ -6577,8 +6576,8 @@ class Router(Balancer):
     @staticmethod
     def pause(endpoints: Iterable[Endpoint]) -> int:
         """Seconds until the next one is tried."""
-        now = time.monotonic()
-        return min((max(1, math.ceil(endpoint.retry_at - now)) for endpoint in endpoints), default=1)
+        first = min([endpoint.retry_at for endpoint in endpoints], default=0.0)
+        return max(1, math.ceil(first - time.monotonic()))
 
 
 class Turns:
@@ -6589,7 +6588,7 @@ class Turns:
         self._locks: dict[str, asyncio.Lock] = {}  #: by group
 
     async def begin(self, endpoint: Endpoint, request: GenerateRequest) -> None:
-        """The endpoint begins a request; where it is started on request, after its group's others have stopped."""
+        """The endpoint begins a request, once it runs."""
         if endpoint.running and not endpoint.group:
             endpoint.begin(request.served)
             return
@@ -6607,6 +6606,20 @@ class Turns:
         except BaseException:
             endpoint.finish(served)
             raise
+        self._watch(endpoint)
+
+    def _watch(self, endpoint: Endpoint) -> None:
+        """Stop it once it has had no request for `stop_after` seconds."""
+        if endpoint.stop_after and (endpoint.watching is None or endpoint.watching.done()):
+            endpoint.watching = portal.submit(self._stop_idle(endpoint, endpoint.stop_after))
+
+    async def _stop_idle(self, endpoint: Endpoint, limit: float) -> None:
+        while endpoint.running:
+            await asyncio.sleep(1)
+            async with self._locks.setdefault(endpoint.group or endpoint.name, asyncio.Lock()):
+                if endpoint.running and not endpoint.in_flight and time.monotonic() - endpoint.used_at >= limit:
+                    logger.info("%s is stopped: no request for %g s", endpoint.name, limit)
+                    await endpoint.adapter.close()
 
     async def _wait_for_turn(self, endpoint: Endpoint, served: Served) -> None:
         """Begin it in the group's turn, which a start keeps to its end even if its caller leaves."""
@@ -6632,6 +6645,7 @@ class Turns:
             if left.locked():
                 return
             await endpoint.adapter.connect()
+            self._watch(endpoint)
             endpoint.begin(served)
             if not left.acquire(False):
                 endpoint.finish(served)
@@ -6712,7 +6726,7 @@ class Fleet(Router):
             await bursts.aclose()
 
     async def _first_that_answers(self, request: GenerateRequest, work: Work[T]) -> tuple[Endpoint, T]:
-        """The result of `work` on the first endpoint that begins an answer; it counts as at work until `finish`."""
+        """The result of `work` on the first endpoint that begins an answer; `finish` follows."""
         token = SERVED.set(request.served)
         try:
             return await self._try_each(await self.routes(request), request, work)
@@ -6766,23 +6780,13 @@ class Fleet(Router):
         return True
 
     async def connect(self) -> None:
-        """Reach every endpoint that is not started on request. Raises where none can be reached."""
+        """Reach all that are not started on request. Raises where none can be reached."""
         wanted = [endpoint for endpoint in self.endpoints if not endpoint.on_request]
         outcomes = await asyncio.gather(*(endpoint.adapter.connect() for endpoint in wanted), return_exceptions=True)
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         for error in errors:
             if len(errors) == len(wanted) or not isinstance(error, InferenceError):
                 raise error
-
-    async def stop_idle(self) -> None:
-        """Stop the endpoints that have had no request for their `stop_after` seconds."""
-        now = time.monotonic()
-        for endpoint in self.endpoints:
-            limit = endpoint.stop_after
-            if limit is None or not endpoint.running or endpoint.in_flight or now - endpoint.used_at < limit:
-                continue
-            logger.info("%s is stopped: no request for %g s", endpoint.name, limit)
-            await endpoint.adapter.close()
 
     async def close(self) -> None:
         """End what was started and close what was opened."""
@@ -6792,7 +6796,7 @@ class Fleet(Router):
 
 
 async def models_of(endpoints: Sequence[Endpoint]) -> list[tuple[Endpoint, ModelInfo]]:
-    """What the endpoints serve, of those that answer; each raises only for itself."""
+    """What the endpoints that answer serve."""
     outcomes = await asyncio.gather(*(endpoint.models() for endpoint in endpoints), return_exceptions=True)
     found = []
     for endpoint, outcome in zip(endpoints, outcomes, strict=True):
@@ -6846,7 +6850,7 @@ async def open_stream(endpoint: Endpoint, request: GenerateRequest) -> tuple[Bur
 async def checked(
     request: GenerateRequest, bursts: AsyncGenerator[Burst, None], checker: Checker
 ) -> AsyncGenerator[Burst, None]:
-    """A stream whose end is passed on only once the answer is checked. Raises StructuredOutputInvalid."""
+    """A stream whose end waits for the check of the answer. Raises StructuredOutputInvalid."""
     request.served.collected, answer = True, Answer()
     async with contextlib.aclosing(bursts):
         async for burst in bursts:
@@ -6912,7 +6916,7 @@ def _check_count(name: str, value: Any) -> None:
 
 
 class EngineChoice:
-    """Which endpoints an inferencer asks: those of an engine that is named, the first that answers, or a fleet's."""
+    """Which endpoints an inferencer asks: of a named engine, of the first that answers, or a fleet's."""
 
     ENGINE_MAP: ClassVar[dict[str, type[BaseLLMAdapter]]] = {
         "ollama": OllamaAdapter,
@@ -7030,7 +7034,7 @@ class EngineChoice:
         return (await self.found()).endpoints[0].adapter
 
     async def aclose(self) -> None:
-        """End what was started and close what was opened. A verb called after that connects, or starts, anew."""
+        """End what was started and close what was opened. A later verb connects, or starts, anew."""
         self.closed += 1
         self._flight.cancel()
         if self.fleet is not None:
@@ -7324,7 +7328,7 @@ async def _usable(fleet: Fleet) -> None:
 
 
 def messages_from(prompt: Any, system: Any = None) -> list[Any]:
-    """The messages that a prompt, or messages, with a system prompt before them, stand for. Raises InvalidRequest."""
+    """The messages of a prompt (or messages) after a system prompt. Raises InvalidRequest."""
     if isinstance(prompt, str):
         messages: list[Any] = [{"role": "user", "content": prompt}]
     elif isinstance(prompt, (Mapping, bytes)) or not isinstance(prompt, Iterable):
@@ -7346,8 +7350,8 @@ def engine_class(name: str) -> type[BaseLLMAdapter]:
 
 
 # 12 Settings -------------------------------------------------------------------------------------
-# A setting is declared once, as a field of `Settings`: its flag, its environment variable, its key in the config file,
-# its range and its help come from that field. `EndpointConfig` declares the keys of an [[endpoint]] table likewise.
+# A setting is declared once, as a field of `Settings`: its flag, variable, key in the config file, range and help.
+# `EndpointConfig` declares the keys of an [[endpoint]] table likewise.
 MODES = {"serve": "--serve", "ray": "--serve --ray", "api-test": "--api-test", "self-test": "the self-test"}
 _OUR_ADDRESS, _ENGINES, _ALL = "serve ray api-test", "serve ray self-test", "serve ray api-test self-test"
 
@@ -7376,7 +7380,7 @@ def setting(default: Any, help: str = "", group: str = "", modes: str = "serve r
 
 @functools.cache
 def _check_of(field: "dataclasses.Field[Any]") -> tuple[TypeAdapter[Any], str]:
-    """What checks a field's value (texts become numbers and booleans, lists tuples), and what it expects in words."""
+    """What checks a field's value (and converts texts and lists), and what it expects in words."""
     kind: Any = field.type
     option: Option = field.metadata["option"]
     if kind is bool:
@@ -7423,7 +7427,7 @@ def _split(value: Any) -> tuple[str, ...]:
 
 
 def _alias_table(value: Any) -> dict[str, list[str]]:
-    """Aliases as a mapping to lists; of `NAME=TARGET` texts, a name that comes again has a further target."""
+    """Aliases as a mapping to lists; in `NAME=TARGET` texts, a name that comes again adds a target."""
     pairs = value.items() if isinstance(value, Mapping) else [text.partition("=")[::2] for text in _split(value)]
     found: dict[str, list[str]] = {}
     for name, targets in pairs:
@@ -7490,7 +7494,7 @@ class EndpointConfig:
     engine: str = setting("")
     name: _EndpointName = setting("", expected="letters, digits, dots and dashes, at most 64")
     base_url: NonEmpty | None = setting(None)
-    model: NonEmpty | None = setting(None)  #: the model to start it with, or the only one to use of an attached server
+    model: NonEmpty | None = setting(None)  #: the one to start it with, or the default of an attached server
     models: tuple[NonEmpty, ...] = setting((), expected="a list of model names")  #: serve only these
     slots: int = setting(1, low=1, high=10_000)  #: its share of the load
     api_key: NonEmpty | None = setting(None, secret=True)
@@ -7716,7 +7720,7 @@ class ConfigFile:
 
 
 def _lines_of(text: str) -> dict[str, int]:
-    """The lines where the keys and tables of a TOML file stand: of `alias`, `alias.fast`, `endpoint[2].slots`, …"""
+    """The lines of a TOML file's keys and tables: `alias`, `alias.fast`, `endpoint[2].slots`, …"""
     lines: dict[str, int] = {}
     prefix, endpoints = "", 0
     for number, line in enumerate(text.split("\n"), 1):
@@ -7786,7 +7790,7 @@ def _given(argv_values: Mapping[str, Any], mode: str, env: Mapping[str, str]) ->
 
 
 def build_parser(prog: str = "llm_inference.py") -> "argparse.ArgumentParser":
-    """The parser of the command line. Its values are texts, by their key in the config file, and only those given."""
+    """The parser of the command line. Its values are the texts that were given, by their key in the file."""
     import argparse
 
     fold = functools.partial(textwrap.fill, width=shutil.get_terminal_size().columns - 2, break_on_hyphens=False)
@@ -9616,7 +9620,6 @@ class Gateway(Catalog):
 
     async def _look(self) -> None:
         fleet = await self.default.found()
-        await fleet.stop_idle()
         if len(fleet.endpoints) == 1:
             await self._look_at_only(fleet.endpoints[0])
             return
@@ -9669,8 +9672,7 @@ class Gateway(Catalog):
         self.metrics.up.set(self.state == "ready")
         if self.default.fleet:
             for endpoint in self.default.fleet.endpoints:
-                up = not endpoint.failures and not endpoint.removed
-                self.metrics.endpoint_up.labels(endpoint.name).set(up)
+                self.metrics.endpoint_up.labels(endpoint.name).set(not endpoint.failures)
 
     async def close(self) -> None:
         """End the watch, and close the inferencers."""

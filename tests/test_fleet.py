@@ -1486,6 +1486,17 @@ def test_an_endpoint_stops_when_nobody_asks(stub: Path) -> None:
         assert good(site.generate(model_name="idle"))["text"], "and starts again"
 
 
+@pytest.mark.parametrize("group", ["", "gpu0"])
+def test_an_endpoint_stops_when_nobody_asks_in_python_too(group: str, stub: Path) -> None:
+    config = started(stub, "idle", stop_after=1, pace=0.3, group=group or None)
+    with contextlib.closing(Settings(endpoints=(config, started(stub, "other"))).inferencer()) as llm:
+        for _ in range(2):
+            assert llm.generate("hi", model_name="idle"), "which takes longer than a second"
+            time.sleep(0.5)
+            assert running() == {"idle"}
+            until(lambda: running() == set(), 10)
+
+
 def test_progress_of_a_start_is_seen(stub: Path, caplog: pytest.LogCaptureFixture) -> None:
     with Site(started(stub, "slow", delay=1.5)) as site:
         client = threading.Thread(target=lambda: site.generate(model_name="slow"))
