@@ -6585,7 +6585,11 @@ class Turns:
 
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
         self.endpoints = endpoints
-        self._locks: dict[str, asyncio.Lock] = {}  #: by group
+        self._locks: dict[str, asyncio.Lock] = {}  #: by group, or by the name of an endpoint in none
+
+    def of(self, endpoint: Endpoint) -> asyncio.Lock:
+        """Its group's turn; for the portal's loop."""
+        return self._locks.setdefault(endpoint.group or endpoint.name, asyncio.Lock())
 
     async def begin(self, endpoint: Endpoint, request: GenerateRequest) -> None:
         """The endpoint begins a request, once it runs."""
@@ -6616,7 +6620,7 @@ class Turns:
     async def _stop_idle(self, endpoint: Endpoint, limit: float) -> None:
         while endpoint.running:
             await asyncio.sleep(1)
-            async with self._locks.setdefault(endpoint.group or endpoint.name, asyncio.Lock()):
+            async with self.of(endpoint):
                 if endpoint.running and not endpoint.in_flight and time.monotonic() - endpoint.used_at >= limit:
                     logger.info("%s is stopped: no request for %g s", endpoint.name, limit)
                     await endpoint.adapter.close()
@@ -6633,7 +6637,7 @@ class Turns:
 
     async def _take_turn(self, endpoint: Endpoint, served: Served, left: threading.Lock) -> None:
         """On the portal's loop: stop the group's others once they have answered what they have."""
-        async with self._locks.setdefault(endpoint.group, asyncio.Lock()):
+        async with self.of(endpoint):
             for other in self.endpoints:
                 if endpoint.running or other is endpoint or other.group != endpoint.group or not other.running:
                     continue
@@ -6663,11 +6667,19 @@ class Fleet(Router):
         self._over = threading.Event()  #: set by `close`, for the requests that are at work then
 
     def replace(self, endpoints: Sequence[Endpoint], aliases: Mapping[str, Sequence[str]]) -> None:
-        """From now on, choose among these; one that still runs keeps its turn in its group."""
+        """From now on, choose among these; the others keep their turns until `remove`."""
         self.endpoints, self.aliases, self._known = list(endpoints), dict(aliases), {}
         self._homes = {key: home for key, home in list(self._homes.items()) if home in endpoints}
-        removed = [known for known in self._turns.endpoints if known not in endpoints and known.running]
-        self._turns.endpoints = [*endpoints, *removed]
+        self._turns.endpoints = list(dict.fromkeys([*endpoints, *self._turns.endpoints]))
+
+    async def remove(self, endpoint: Endpoint) -> None:
+        """On the portal's loop: close an endpoint once it has answered what it has, and what waits for its turn."""
+        async with self._turns.of(endpoint):
+            while endpoint.in_flight:
+                await asyncio.sleep(0.1)
+            await endpoint.adapter.close()
+            self._turns.endpoints = [known for known in self._turns.endpoints if known is not endpoint]
+        logger.info("%s is removed", endpoint.name)
 
     async def answer(self, request: GenerateRequest) -> Answer:
         """The complete, checked answer; one that does not satisfy its constraint is asked for once more.
@@ -6792,7 +6804,7 @@ class Fleet(Router):
         """End what was started and close what was opened."""
         self._over.set()
         self._over = threading.Event()
-        await asyncio.gather(*(endpoint.adapter.close() for endpoint in self.endpoints))
+        await asyncio.gather(*(endpoint.adapter.close() for endpoint in self._turns.endpoints))
 
 
 async def models_of(endpoints: Sequence[Endpoint]) -> list[tuple[Endpoint, ModelInfo]]:
@@ -10783,15 +10795,7 @@ def reload_config(gateway: Gateway) -> None:
         if gateway.metrics:
             with contextlib.suppress(KeyError):  # nobody has looked at it yet
                 gateway.metrics.endpoint_up.remove(endpoint.name)
-        asyncio.run_coroutine_threadsafe(drain(endpoint), portal.loop)
-
-
-async def drain(endpoint: Endpoint) -> None:
-    """Close an endpoint once it has answered what it has."""
-    while endpoint.in_flight:
-        await asyncio.sleep(0.1)
-    await endpoint.adapter.close()
-    logger.info("%s is removed", endpoint.name)
+        portal.submit(fleet.remove(endpoint))
 
 
 # 16 Chat page -----------------------------------------------------------------------------------

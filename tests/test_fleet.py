@@ -1606,6 +1606,28 @@ def test_endpoints_that_join_a_group_take_turns_with_those_that_leave_it(stub: P
         assert running() == {"three"}
 
 
+def test_a_removed_endpoint_answers_what_waits_for_its_turn(stub: Path, fake: Make, tmp_path: Path) -> None:
+    """One request waits for the start of `one`, another for `two`'s turn; SIGHUP removes both, `three` joins."""
+    other = table(fake("ollama", model="b"))
+
+    def starting(name: str) -> str:
+        keys = {"engine": "vllm", "name": name, "model": name, "python": str(stub), "group": "gpu0"}
+        return table(start="on_request", **keys) + f'\nlaunch_env = {{ STUB_DELAY = "1.5", STUB_NAME = "{name}" }}'
+
+    file = write(tmp_path, other, starting("one"), starting("two"))
+    with configured(file) as server, ThreadPoolExecutor(3) as pool:
+        replies = [pool.submit(asks, server, "one")]
+        time.sleep(0.3)
+        replies.append(pool.submit(asks, server, "two"))
+        time.sleep(0.3)
+        write(tmp_path, other, starting("three"))
+        reload(server, "read again")
+        replies.append(pool.submit(asks, server, "three"))
+        for reply, name in zip(replies, ("one", "two", "three"), strict=True):
+            assert good(reply.result())["model_name"] == name
+        until(lambda: "one is removed" in server.said and "two is removed" in server.said, 5)
+
+
 def test_a_request_for_another_endpoint_does_not_wait_for_a_start(stub: Path, fake: Make) -> None:
     """Only what names the starting one waits for it."""
     engine = fake("ollama", model="b")
