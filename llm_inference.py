@@ -6473,7 +6473,7 @@ class Router(Balancer):
                 try:
                     groups += await self._resolve(target, (*seen, name))
                 except InferenceError as exc:
-                    error = exc
+                    error = exc if error is None or isinstance(error, ModelNotFound) else error
             if groups:
                 return groups
             if error is not None:

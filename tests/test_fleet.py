@@ -848,6 +848,15 @@ def test_an_alias_whose_first_target_was_never_there(fake: Make) -> None:
             assert llm.complete(f"{number}", model_name="best").engine_type == "ollama"
 
 
+@pytest.mark.parametrize("targets", [("vllm/big", "ollama/none"), ("ollama/none", "vllm/big")])
+def test_an_alias_with_a_target_that_is_down_is_unavailable_and_not_unknown(targets: Any, fake: Make) -> None:
+    gone = EndpointConfig(engine="vllm", base_url=f"http://127.0.0.1:{free_port()}")
+    with Site(gone, attached(fake("ollama")), aliases={"best": targets}) as site:
+        reply = site.generate(model_name="best")
+        refused(reply, "engine_unavailable")
+        assert int(reply.headers["retry-after"]) >= 1
+
+
 def test_a_model_on_an_endpoint_that_was_never_there_is_unavailable_and_not_unknown(fake: Make) -> None:
     """Nobody knows what that endpoint serves: "there is no such model" would be untrue."""
     gone = EndpointConfig(engine="vllm", base_url=f"http://127.0.0.1:{free_port()}")
