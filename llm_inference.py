@@ -4895,7 +4895,7 @@ class HTTPAdapter(BaseLLMAdapter):
 
     @abstractmethod
     async def identify(self, get: Get) -> str | None:
-        """The version of the engine that answers `get(path)`; "": it reports none, None: it is another engine."""
+        """The version of the engine that answers `get(path)`, "" if unknown; None: another engine."""
 
     @abstractmethod
     def command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
@@ -4936,7 +4936,7 @@ class HTTPAdapter(BaseLLMAdapter):
         return Target(f"http://127.0.0.1:{child.port}", headers, child=child, generation=child.generation)
 
     def served_name(self) -> str | None:
-        """What a started engine calls its model: a local folder goes by its last part, for no path reaches a caller."""
+        """What a started engine calls its model: a local folder goes by its last part."""
         model = self.launched_model
         return Path(model).resolve().name if model and os.path.isdir(model) else model
 
@@ -5027,7 +5027,7 @@ class HTTPAdapter(BaseLLMAdapter):
         return self.payload(await self.connection.post(path, to_json(body), self.deadlines))
 
     async def fetch_json(self, path: str, body: Any = None) -> dict[str, Any]:
-        """A small question to the engine; {} for what it does not know. Raises where it fails or is overloaded."""
+        """A small question to the engine; {} for what it does not know. Raises where it fails."""
         target = await self.connection.reach()
         found = await portal.run(self.connection.fetch(target, path, body, strict=True))
         return found if isinstance(found, dict) else {}
@@ -5279,7 +5279,7 @@ def with_reasoning(data: bytes) -> bytes:
 
 
 def push_plain(served: Served, data: bytes) -> bool:
-    """Send events past every task; False where a decoder has to look at them, or they cannot be sent now."""
+    """Send events past every task; False where a decoder must see them, or they cannot be sent now."""
     if served.push is None or not is_plain(data):
         return False
     return served.push(Burst(with_reasoning(data)))
@@ -5298,7 +5298,7 @@ def is_plain(data: bytes) -> bool:
 
 
 def strict_tools(body: dict[str, Any], named_alone: bool) -> dict[str, Any]:
-    """A forced call: vLLM and SGLang enforce its schema with `strict` only, others may call another function."""
+    """A forced call: vLLM and SGLang enforce its schema with `strict` only."""
     tools, choice = body["tools"], body["tool_choice"]
     if isinstance(choice, dict) and named_alone:
         tools, choice = [tool for tool in tools if name_of(tool) == name_of(choice)], "required"
@@ -5693,7 +5693,7 @@ def _with_sizes(value: Any) -> Any:
 
 
 def top_logprobs(path: str, body: Mapping[str, Any]) -> int | None:
-    """How many alternatives a token's logprobs are to have; None: no logprobs. Completions ask with their number."""
+    """How many alternatives a token's logprobs are to have; None: no logprobs."""
     asked = body.get("logprobs")
     if asked is None:
         return None
@@ -5746,7 +5746,7 @@ def _check_grammar(grammar: str) -> None:
 
 
 def _may_be_empty(tokens: Iterator[str], empty: Container[str]) -> bool:
-    """Whether one of the alternatives up to the closing bracket may be empty; `empty`: the rules that may."""
+    """Whether an alternative up to the closing bracket may be empty; `empty`: the rules that may."""
     found, items = False, [True]  # of an alternative, by item
     for token in tokens:
         if token == ")":
@@ -5774,7 +5774,7 @@ def gbnf_literal(text: str) -> str:
 
 
 def free_cores() -> int:
-    """The cores that are idle now, at least one, and one fewer than there are: llama.cpp collapses on busy cores."""
+    """The idle cores, at least one, at most all but one: llama.cpp collapses on busy cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores - 1, cores - round(os.getloadavg()[0])))
 
@@ -5963,7 +5963,7 @@ class OllamaAdapter(OllamaTranslator):
         return str(answer["version"]) if isinstance(answer, dict) and "version" in answer else None
 
     async def explained(self, error: InferenceError, path: str, body: bytes) -> InferenceError:
-        """Ollama's refusal has numbers only where num_ctx is given: the loaded one, so that nothing is loaded again."""
+        """Ollama's refusal has numbers where num_ctx is given: the loaded one, so nothing is loaded again."""
         if not isinstance(error, ContextTooLong):
             return error
         error.hint = "shorten the prompt, or raise the context: OLLAMA_CONTEXT_LENGTH, or num_ctx in options"
@@ -6401,6 +6401,8 @@ def rendezvous_order(endpoints: Sequence[Endpoint], key: int, bound: float) -> I
 class Router(Balancer):
     """Which endpoints may answer a request, best first."""
 
+    default: str | None = None  #: the model of requests that name none
+
     def __init__(self, endpoints: Sequence[Endpoint], aliases: Mapping[str, Sequence[str]] | None = None) -> None:
         super().__init__()
         self.endpoints = list(endpoints)
@@ -6411,7 +6413,7 @@ class Router(Balancer):
     async def routes(self, request: GenerateRequest) -> Iterator[Route]:
         """Where the request may go, best first. Raises ModelNotFound, EngineUnavailable."""
         endpoint = self.endpoints[0] if self.endpoints else None
-        name, alone = request.body.get("model"), len(self.endpoints) == 1 and not self.aliases
+        name, alone = request.body.get("model") or self.default, len(self.endpoints) == 1 and not self.aliases
         if endpoint and alone and not endpoint.only:  # one engine: it says itself what it does not serve
             prefix, _, rest = (name or "").partition("/")
             if rest and prefix in (endpoint.adapter.engine_type, endpoint.name):
@@ -6979,7 +6981,9 @@ class EngineChoice:
             name = f"{engine_type}-{number}" if len(addresses) > 1 else engine_type
             adapter = engine_class(engine_type)(self.model_name, base_url=address, **options)
             endpoints.append(Endpoint(adapter, name=name))
-        return Fleet(endpoints)
+        fleet = Fleet(endpoints)
+        fleet.default = self.model_name if len(endpoints) > 1 else None  # one knows it itself
+        return fleet
 
     @property
     def engine_type(self) -> str:
@@ -7037,9 +7041,8 @@ class EngineChoice:
         for name, hint in (("model", "did you mean 'model_name'?"), ("stream", "call stream(…) or astream(…)")):
             if name in fields:
                 raise bad_field(name, "no such argument", hint)
-        several = self.fleet is not None and len(self.fleet.endpoints) != 1
-        model = fields.pop("model_name", None) or (self.model_name if several else None)
-        return make_request(messages=messages, schema=schema, build=build, model=model, **fields)
+        return make_request(
+            messages=messages, schema=schema, build=build, model=fields.pop("model_name", None), **fields)  # fmt: skip
 
     async def engine(self) -> BaseLLMAdapter:
         """The (first) endpoint's adapter."""
@@ -7273,7 +7276,7 @@ class LLMInferencer(AsyncVerbs):
         """An inferencer over a fleet."""
         made = cls.__new__(cls)
         made.options, made.model_name, made._flight, made.fleet = {}, model_name, SingleFlight(), fleet
-        made.configured = True
+        made.configured, fleet.default = True, model_name
         return made
 
     complete = _blocking(AsyncVerbs.acomplete)
@@ -8240,7 +8243,7 @@ class _ResponsesReader(_Reader):
         return self.messages_of(self._joined(turns))
 
     def _joined(self, turns: list[_Turn]) -> list[_Turn]:
-        """System messages that follow each other are one, as many templates take no second; so are results of tools."""
+        """System messages in a row are one, as many templates take no second; so are results of tools."""
         joined: list[_Turn] = []
         kinds: set[str] = set()  #: of the last turn's blocks
         for role, blocks in turns:
@@ -9232,7 +9235,7 @@ def refuse_addresses(messages: Iterable[Any]) -> None:
 
 
 def refuse_address(part: Any, key: str = "") -> None:
-    """Raises InvalidRequest for a text outside of a part's `text` that is neither a data: URL nor bare base64."""
+    """Raises InvalidRequest for what is neither a part's `text`, a data: URL nor bare base64."""
     if isinstance(part, dict):
         for name, value in part.items():
             if name not in ("type", "text", "detail", "format", "uuid", "id", "name", "refusal", "filename", "role"):
@@ -10089,7 +10092,7 @@ def inlined(node: Any, definitions: Mapping[str, Any]) -> Any:
 def responses_of(
     path: str, answer: Any = None, failures: Sequence[InferenceError] = _FAILURES
 ) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's responses of a route: an answer's `data`, where it is one of ours, and errors in the route's form."""
+    """OpenAPI's responses of a route: an answer's `data`, where it is ours, and errors in its form."""
     found: dict[int | str, dict[str, Any]] = {}
     ours = {} if path.startswith(V1_PATHS) else {"schema": _ENVELOPE}
 
@@ -10787,6 +10790,7 @@ def reload_config(gateway: Gateway) -> None:
         kept.append(same[0] if same else endpoint)
     removed = [endpoint for endpoint in fleet.endpoints if endpoint not in kept]
     fleet.replace(kept, settings.aliases)
+    fleet.default = gateway.default.model_name = settings.model
     gateway.settings, gateway.default.configured = settings, True
     gateway.listed = []
     logger.info("the configuration was read again: %d endpoints, %d removed", len(kept), len(removed))

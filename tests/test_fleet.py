@@ -318,6 +318,20 @@ def test_without_a_name_the_first_endpoints_model_answers(fake: Make) -> None:
 
 
 @pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("name", ["b", "ollama/b", "fast"])
+def test_the_model_of_the_settings_answers_requests_that_name_none(
+    name: str, more: int, fake: Make, tmp_path: Path
+) -> None:
+    engine, others = fake("ollama", model="a:latest"), [fake("vllm", model="c") for _ in range(more)]
+    engine.models.append("b:latest")
+    tables, alias = [table(each) for each in (*others, engine)], {"fast": "ollama/b"} if name == "fast" else {}
+    with LLMInferencer.from_config(write(tmp_path, *tables, head=f'model = "{name}"', alias=alias)) as llm:
+        assert llm.generate("hi") and engine.body["model"] == "b"
+    with Site(*map(attached, (*others, engine)), model=name, aliases=alias) as site:
+        assert good(site.generate())["model_name"] == "b"
+
+
+@pytest.mark.parametrize("more", [0, 1])
 def test_without_a_name_the_first_of_those_to_serve_answers(more: int, fake: Make) -> None:
     """The engine's own first model is not among `models`."""
     engine = fake("ollama", model="a:latest")
@@ -1325,10 +1339,12 @@ def test_sighup_reads_the_file_again(fake: Make, tmp_path: Path) -> None:
     file = write(tmp_path, table(one), alias={"fast": "vllm/a"})
     with configured(file) as server:
         good(asks(server, "fast"))
-        write(tmp_path, table(one), table(two), alias={"fast": "ollama/b"})
+        write(tmp_path, table(one), table(two), alias={"fast": "ollama/b"}, head='model = "b"')
         reload(server, "read again")
         assert good(asks(server, "fast"))["engine_type"] == "ollama"
         assert good(asks(server, "a"))["engine_type"] == "vllm"
+        reply = httpx.post(f"{server.url}{API}/generate", json={"prompt": "hi"}, trust_env=False)
+        assert good(reply)["engine_type"] == "ollama", "the new default"
         file.write_text('[[endpoint]]\nengine = "vlm"\n')
         reload(server, "unchanged")
         assert "endpoint[1].engine" in server.said
