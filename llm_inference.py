@@ -6013,8 +6013,7 @@ class OllamaAdapter(OllamaTranslator):
     async def missing_features(self, model: str) -> set[str]:
         shown = await self.fetch_json("/api/show", {"model": model})
         if not shown:
-            names = [info.name for info in await self.models()]
-            hint = f"ollama pull {model}; it has {', '.join(names) or 'none'}"
+            hint = f"ollama pull {model}; it has {', '.join([info.name for info in await self.models()]) or 'none'}"
             raise ModelNotFound(f"ollama has no model {model!r}", hint, param="model")
         can = shown.get("capabilities") or ()
         family = (shown.get("details") or {}).get("family")
@@ -6273,11 +6272,15 @@ class Endpoint:
         if self.trial is who:
             self.trial = None
 
+    def expire(self) -> None:
+        """Its list of models is out of date."""
+        self._listed_at = float("-inf")
+        BaseLLMAdapter.changes += 1
+
     def failed(self, error: InferenceError) -> None:
         """An outage is counted once, however many requests notice it."""
         self.error, self.overloaded = error.message, isinstance(error, EngineOverloaded)
-        self._listed_at = float("-inf")
-        BaseLLMAdapter.changes += 1
+        self.expire()
         now = time.monotonic()
         if now < self.retry_at:
             return
@@ -6448,10 +6451,9 @@ class Router(Balancer):
 
     async def _default_routes(self, endpoints: Sequence[Endpoint]) -> list[Replicas]:
         """The default model of the first endpoint that is up, wherever it is served."""
-        now = time.monotonic()
         error: InferenceError | None = None
         for endpoint in endpoints:
-            if not endpoint.available(now) and len(self.endpoints) > 1:
+            if not endpoint.available(time.monotonic()) and len(self.endpoints) > 1:
                 continue
             try:
                 if endpoint.on_request and not endpoint.running:
@@ -6532,7 +6534,7 @@ class Router(Balancer):
             self.missed(endpoint, exc)
 
     def missed(self, endpoint: Endpoint, error: InferenceError) -> None:
-        """Its list did not come. Where it is silent, what waits for it goes to another endpoint that has its models."""
+        """Its list did not come. If it is silent, what waits for it goes to another that has its models."""
         endpoint.failed(error)
         models = endpoint.known_models
         if isinstance(error, EngineTimeout) and any(
@@ -6775,10 +6777,10 @@ class Fleet(Router):
                     raise
                 if request.served.begun:
                     raise
-                last = exc
+                last = last if isinstance(exc, ModelNotFound) and last else exc
         if last is None:
             raise self.unavailable(tried)
-        if len(self.endpoints) > 1:
+        if len(self.endpoints) > 1 and not isinstance(last, ModelNotFound):
             last.retry_after = last.retry_after or self.pause(tried)
         try:
             raise last
@@ -6786,7 +6788,11 @@ class Fleet(Router):
             del last  # or it keeps this frame, and with it the request
 
     def _passed_over(self, endpoint: Endpoint, error: InferenceError, request: GenerateRequest) -> bool:
-        """Whether the error is an outage of the endpoint, which is noted where another one can answer."""
+        """Whether the error is an outage, which is noted where another endpoint can answer."""
+        if isinstance(error, ModelNotFound) and len(self.endpoints) > 1:
+            endpoint.recovered()
+            endpoint.expire()
+            return True
         if request.served.over.is_set() or not passed_over(error):
             return False
         if len(self.endpoints) > 1:
@@ -7273,7 +7279,7 @@ class LLMInferencer(AsyncVerbs):
 
     @classmethod
     def from_fleet(cls, fleet: Fleet, model_name: str | None = None) -> "LLMInferencer":
-        """An inferencer over a fleet."""
+        """Over a fleet."""
         made = cls.__new__(cls)
         made.options, made.model_name, made._flight, made.fleet = {}, model_name, SingleFlight(), fleet
         made.configured, fleet.default = True, model_name
@@ -7373,7 +7379,7 @@ _OUR_ADDRESS, _ENGINES, _ALL = "serve ray api-test", "serve ray self-test", "ser
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """Which values a setting takes and how it is given. Without `help` it has no flag and no key in the file."""
+    """Which values a setting takes and how it is given; without `help`, not by flag or file."""
 
     help: str = ""
     group: str = ""  #: the heading in --help
@@ -7698,7 +7704,7 @@ class ConfigFile:
         self.lines = _lines_of(text)
 
     def place(self, param: str) -> str:
-        """`llm.toml: endpoint[2].slots (line 14)` for `endpoints.2.slots`; its table's line where it has none."""
+        """`llm.toml: endpoint[2].slots (line 14)` for `endpoints.2.slots`; else its table's line."""
         field, dot, name = param.partition(".")
         if field not in self.tables:
             field = next((key for key, option in OPTIONS.items() if option.name == field), field)
@@ -9541,7 +9547,7 @@ class Catalog:
         return fleet.aliases if self.default.configured and fleet else self.settings.aliases
 
     async def inferencer(self, engine_type: str | None) -> LLMInferencer:
-        """The engine's inferencer. Only the default one may have been started; no request starts another process."""
+        """The engine's inferencer. No request starts another process than the default one's."""
         if engine_type in (None, "auto"):
             return self.default
         engine_class(engine_type)
@@ -9614,7 +9620,7 @@ class Gateway(Catalog):
         self._watching: asyncio.Task[None] | None = None
 
     def watch(self) -> None:
-        """From now on: reach the default engine (attach, else start the embedded one), and ask it now and then."""
+        """From now on: reach the default engine (attach, or start it), and ask it now and then."""
         if self._watching is None:
             self._watching = asyncio.ensure_future(self._watch())
 
@@ -9725,7 +9731,7 @@ class Gateway(Catalog):
         return last
 
     async def _owner(self, model: str) -> tuple[LLMInferencer, str]:
-        """For a bare name on /v1: the default engine where it serves the model, else the one engine that does."""
+        """For a bare name on /v1: the default engine where it serves the model, else the one that does."""
         llm = self.default
         fleet = await llm.found()
         if model == llm.model_name:
@@ -9756,7 +9762,7 @@ class Gateway(Catalog):
 
     @contextlib.asynccontextmanager
     async def admitted(self) -> AsyncIterator[None]:
-        """A place among those in flight, after a bounded wait. Raises Busy at once when the queue is full."""
+        """A place among those in flight, after a wait. Raises Busy at once when the queue is full."""
         self.refuse_full()
         if self.places.locked():
             self._count(waiting=1)
@@ -10376,8 +10382,7 @@ def is_loopback(address: str) -> bool:
         found = ipaddress.ip_address(address)
     except ValueError:
         return False
-    mapped = getattr(found, "ipv4_mapped", None)
-    return (mapped or found).is_loopback
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
 PAGE_POLICY = (
@@ -11056,7 +11061,7 @@ def _ray_deployment(settings: Settings, replicas: int | tuple[int, int]) -> Any:
 
 # Server processes (--workers)
 def supervise(run: Callable[[], None], workers: int) -> None:
-    """That many processes of `run`, replaced when they end, until SIGTERM or Ctrl-C; a second one does not wait."""
+    """That many processes of `run`, replaced when they end, until SIGTERM or Ctrl-C; a second does not wait."""
     import multiprocessing.connection
 
     context, stopping = multiprocessing.get_context("spawn"), False
@@ -11087,7 +11092,7 @@ def supervise(run: Callable[[], None], workers: int) -> None:
 
 @contextlib.contextmanager
 def sharing(settings: Settings, workers: int) -> Iterator[Settings]:
-    """What each worker gets: its part of the limits, and the engines, which this process finds, starts and keeps."""
+    """What each worker gets: its part of the limits, and the engines, which this process keeps."""
     with settings.inferencer() as llm, contextlib.ExitStack() as stack:
         fleet, over = portal.call(llm.found()), threading.Event()
         shared = portal.call(elsewhere(settings, fleet))

@@ -843,6 +843,28 @@ def test_other_errors_are_the_answer(case: str, stream: bool, attach: Attach, fa
     assert who(engines, lambda: ask(llm, stream)) is first
 
 
+@pytest.mark.parametrize("dialect", ["ollama", "vllm"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_an_endpoint_has_lost_is_asked_for_elsewhere(
+    stream: bool, dialect: Dialect, attach: Attach, fake: Make
+) -> None:
+    """As after `ollama rm`, or a new server at the address; the endpoint is not down."""
+    llm, engines = replicas(attach, fake, dialect=dialect)
+
+    def asking() -> None:
+        assert "".join(llm.stream("hi", model_name="m")) if stream else llm.generate("hi", model_name="m")
+
+    first = who(engines, asking)
+    first.models = ["other"]
+    for _ in range(2):
+        assert who([other_than(engines, first)], asking)
+    assert endpoint_at(llm, first).failures == 0
+    other_than(engines, first).models = ["other"]
+    with pytest.raises(ModelNotFound) as caught:
+        asking()
+    assert caught.value.retry_after is None
+
+
 def test_an_alias_answers_with_the_first_that_can(fake: Make) -> None:
     best, fallback = fake("vllm", model="big"), fake("ollama", model="small")
     with Site(attached(best), attached(fallback), aliases={"best": ["vllm/big", "ollama/small"]}) as site:
