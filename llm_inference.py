@@ -6141,6 +6141,7 @@ class Endpoint:
         group: str = "",
     ) -> None:
         self.adapter, self.name, self.slots = adapter, name or adapter.engine_type, slots
+        self.connection: Connection | None = getattr(adapter, "connection", None)
         self.only = dict.fromkeys(models)  #: serve these alone; empty: all
         self.on_request, self.stop_after, self.group = on_request, stop_after, group
         self.in_flight = 0
@@ -6168,20 +6169,19 @@ class Endpoint:
     @property
     def running(self) -> bool:
         """False for an endpoint that a request would start."""
-        connection = getattr(self.adapter, "connection", None)
-        return connection is None or (connection.target is not None and connection.target.exists)
+        target = self.connection.target if self.connection else None
+        return self.connection is None or (target is not None and target.exists)
 
     @property
     def progress(self) -> str:
         """What is being waited for while it starts; "" otherwise."""
-        connection = getattr(self.adapter, "connection", None)
-        return connection.state if connection is not None else ""
+        return self.connection.state if self.connection else ""
 
     async def models(self) -> Mapping[str, ModelInfo]:
         """What it serves, refreshed after ten seconds. Raises where it does not answer."""
         if self.named_before and not self.running:
-            name = model_alias(self.adapter.model_name)
-            return {name: ModelInfo(name=name)}
+            names = self.only or (model_alias(self.adapter.model_name),)
+            return {name: ModelInfo(name=name) for name in names}
         if not self.is_fresh(time.monotonic()):
             await self._flight.run("models", self.look)
         return self._listed
@@ -6191,7 +6191,7 @@ class Endpoint:
         await self.adapter.connect()
         found, server = {}, self.adapter.lost
         for model in await self.adapter.models():
-            if not self.only or model.name in self.only:
+            if not self.only or {model.name, model.name.removesuffix(":latest")} & self.only.keys():
                 found[model.name] = model
         self._listed, self._listed_at, self._listed_by = found, time.monotonic(), server
         BaseLLMAdapter.changes += 1
@@ -6236,7 +6236,7 @@ class Endpoint:
 
     def drop_waiting(self) -> None:
         """End the calls to which no answer has begun: they are passed on."""
-        for call in tuple(self.adapter.connection.calls):  # type: ignore[attr-defined]
+        for call in tuple(self.connection.calls if self.connection else ()):
             if not call.begun:
                 call.abort()
 
@@ -6459,8 +6459,8 @@ class Router(Balancer):
                 if endpoint.on_request and not endpoint.running:
                     return [([endpoint], None)]
                 model = await endpoint.adapter.model_for(None)
-                if endpoint.only and model not in endpoint.only:
-                    model = next(iter(await endpoint.models()), model)
+                if endpoint.only and not holds(listed := await endpoint.models(), model):
+                    model = next(iter(listed), model)
             except InferenceError as exc:
                 error = error or exc
                 endpoint.failed(exc)

@@ -410,6 +410,26 @@ def test_one_endpoint_serves_only_its_models(fake: Make) -> None:
         refused(site.generate(model_name="b"), "model_not_found")
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_the_models_to_serve_are_named_as_requests_name_them(more: int, fake: Make) -> None:
+    """Ollama lists `b` as `b:latest`."""
+    engine = fake("ollama", model="a:latest")
+    engine.models.append("b:latest")
+    configs = [attached(engine, models=["b"]), *(attached(fake("vllm", model="c")) for _ in range(more))]
+    with Site(*configs) as site:
+        assert good(site.generate(model_name="b"))["model_name"] == "b"
+        assert good(site.generate(model_name="b:latest"))["model_name"] == "b:latest"
+        assert good(site.generate(f"{more}"))["model_name"] == "b:latest"
+        refused(site.generate(model_name="a"), "model_not_found")
+
+
+def test_a_stopped_endpoint_lists_the_models_to_serve(fake: Make) -> None:
+    late = EndpointConfig(engine="ollama", start="on_request", models=("llama3.2", "qwen3"))
+    with Site(late, attached(fake("vllm", model="b"))) as site:
+        listed = [model["id"] for model in site.client.get("/v1/models").json()["data"]]
+        assert listed == ["ollama/llama3.2", "ollama/qwen3", "vllm/b"]
+
+
 def test_a_request_asks_no_endpoint_for_its_models_that_was_just_asked(fake: Make) -> None:
     """A name that only one endpoint lists costs no question to the others."""
     engines = [fake("vllm", model=f"m{number}") for number in range(4)]
