@@ -4316,7 +4316,11 @@ LOOP_HEADER = "x-llm-inference-hop"
 
 
 def clean_url(url: str, port: str = "", name: str = "base_url") -> str:
-    """A base URL out of one with or without scheme, host, port and /v1; 0.0.0.0 is loopback. Raises InvalidRequest."""
+    """A base URL out of one with or without scheme, host, port and /v1, or `unix:/path`. Raises InvalidRequest."""
+    if url.startswith("unix:/"):
+        if len(os.fsencode(url)) > 112:  # 107 of the path, see unix(7)
+            raise bad_field(name, "the socket's path is over 107 bytes long", "choose a shorter one")
+        return url
     if "://" not in url:
         host, slash, path = url.partition("/")
         host = f"127.0.0.1{host}" if host.startswith(":") else host
@@ -4326,7 +4330,7 @@ def clean_url(url: str, port: str = "", name: str = "base_url") -> str:
     url = url.rstrip("/").removesuffix("/v1")
     found = re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(?::(\d{1,5}))?(/[\w./~-]*)?", url)
     if not found:
-        hint = "for example http://127.0.0.1:8000"
+        hint = "for example http://127.0.0.1:8000, or unix:/path/of/socket"
         if re.search("[@?#]", url):
             hint += ", without a user, a password or a query; a key goes into api_key"
         raise bad_field(name, "not an http(s) URL", hint)
@@ -4499,13 +4503,10 @@ class EngineFinder:
 
     async def _attach_to(self, address: str, source: str, headers: dict[str, str]) -> Target:
         adapter = self._adapter
-        if address.startswith("unix:/"):
-            path = address.removeprefix("unix:")
-            if len(os.fsencode(path)) > 107:  # unix(7)
-                raise InvalidRequest(f"{source}: the socket's path is over 107 bytes long", "choose a shorter one")
-            target = Target("http://localhost", headers, uds=path)
-        else:
-            target = Target(clean_url(address, adapter.default_url.rpartition(":")[2], source), headers)
+        url = clean_url(address, adapter.default_url.rpartition(":")[2], source)
+        target = Target(url, headers)
+        if url.startswith("unix:"):
+            target = Target("http://localhost", headers, uds=url.removeprefix("unix:"))
         try:
             version = await self.probe(target)
         except InferenceError as exc:
@@ -7534,7 +7535,7 @@ class EndpointConfig:
         _check_engine(self.engine)
         if self.api_key and self.api_key_env:
             raise bad_field("api_key_env", "was given beside api_key", "give one of them")
-        if self.base_url and not self.base_url.startswith("unix:"):
+        if self.base_url:
             clean_url(self.base_url)
         for key in ("start", "stop_after", "group", "python", "launch_args", "launch_env"):
             if getattr(self, key) in ("at_start", None, (), {}):
@@ -7636,9 +7637,8 @@ class Settings:
                 raise bad_field(field, problem, "put it into the endpoint's table")
             if self.engine == "auto" and field in ("launch_args", "python"):
                 raise bad_field(field, "given without an engine", "name the engine that it is for")
-        for address in (self.base_url or "").split(","):
-            if address and not address.strip().startswith("unix:"):
-                clean_url(address.strip())
+        for address in filter(str.strip, (self.base_url or "").split(",")):
+            clean_url(address.strip())
 
     def inferencer(self, **options: Any) -> LLMInferencer:
         """The inferencer of these settings. Nothing is connected or started yet."""

@@ -107,6 +107,8 @@ MISTAKES = [
     (TWO + "name = 'a b'", "llm.toml: endpoint[2].name (line 7): must be letters, digits, dots and dashes"),
     (TWO + "launch_env = { A = 1 }", "llm.toml: endpoint[2].launch_env (line 7): must be a table of strings"),
     (TWO + "base_url = 'ftp://x'", "llm.toml: endpoint[2].base_url (line 7): not an http(s) URL"),
+    (TWO + "base_url = 'unix:run/a.sock'", "endpoint[2].base_url (line 7): not an http(s) URL; for example"),
+    (TWO + f"base_url = 'unix:/{'a' * 107}'", "endpoint[2].base_url (line 7): the socket's path is over 107 bytes"),
     (TWO + "base_url = 'x:1'\nstart = 'on_request'", "endpoint[2].start (line 8): this endpoint has a base_url"),
     (TWO + "base_url = 'x:1'\nlaunch_args = ['a']", "endpoint[2].launch_args (line 8): this endpoint has a base_url"),
     (TWO + "[[endpoint]]\nmodel = 'm'", "llm.toml: endpoint[3].engine (line 7): is required; one of ollama, vllm"),
