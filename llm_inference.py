@@ -2516,8 +2516,8 @@ def check_value(request: GenerateRequest, name: str | None, schema: dict[str, An
 def relaxed(request: GenerateRequest, final: bool = False) -> GenerateRequest:
     """The request as it is sent where tools are offered beside a response format.
 
-    The format would leave no room for a call, so it is left out and a text is checked; one that does not fit is asked
-    for again (`final`) with the format and without the tools.
+    The format would constrain the decoding and leave no room for a call. So it is left out, and the text, if it is one,
+    is checked; a text that does not fit is asked for again (`final`) with the format and without the tools.
     """
     body = request.body
     format_alone = next(constraints_in(body), None) == "response_format"
@@ -3679,8 +3679,8 @@ def _record_file(name: str) -> Path:
 def pull_model(model: str | Path | None, report: Report, stop: threading.Event) -> ModelFile:
     """Download a model where needed; blocks until it is there, or for two seconds after `stop` is set.
 
-    A name on a hub is looked up there even if the model is on this disk: there may be a newer version. Pulls of one
-    model wait for each other, across processes too.
+    A name on a hub is looked up there even if the model is on this disk: there may be a newer version. Pulls of the
+    same model wait for each other, in other processes too.
     Raises EngineUnavailable, EngineNotInstalled (no hub library), ModelNotFound (with what there is instead).
     """
     if model in _DEFAULT_NAMES:
@@ -4078,7 +4078,7 @@ class BaseLLMAdapter:
         return self._contexts.setdefault(model, self._contexts.get(f"{model}:latest"))
 
     async def model_for(self, requested: str | None) -> str:
-        """The name that the engine knows; without one, the adapter's own, else the engine's first."""
+        """The name that the engine knows it by; the adapter's own, else the engine's first, where none is requested."""
         if requested is not None or self.model_name is not None:
             return requested or self.model_name or ""
         asked, found = known = self._default
@@ -4129,7 +4129,7 @@ class BaseLLMAdapter:
         return UnsupportedFeature(reason, self.suggestion(missing) or hint, param=missing[0])
 
     async def _cap_tokens(self, request: GenerateRequest, body: dict[str, Any]) -> list[str]:
-        """Apply the server's limit of max_tokens. Returns the fields that were reduced."""
+        """Apply the server's limit of max_tokens. Returns the names of the fields whose value was reduced."""
         cap = request.cap
         if cap is None or request.path not in GENERATED:
             return []
@@ -4708,7 +4708,7 @@ class Connection(EngineFinder):
         return await self.reach()
 
     async def _look_again(self) -> None:
-        """Forget a server that was replaced. Raises what keeps the present one from being known."""
+        """Forget a server that was replaced. Raises what keeps the one that is there now from being known."""
         for final in (False, True):
             target = await self.reach()
             try:
@@ -4752,7 +4752,7 @@ class Connection(EngineFinder):
             self.release()
 
     def abandon(self) -> None:
-        """When the adapter is collected, in any thread, or at exit: an engine's end takes a while."""
+        """When the adapter is collected, or at exit: an engine's end takes a while, and the collector runs anywhere."""
         self.sessions.abandon()
         try:
             threading.Thread(target=self.release, name="llm_inference release", daemon=True).start()
@@ -4896,7 +4896,7 @@ class HTTPAdapter(BaseLLMAdapter):
 
     @abstractmethod
     async def identify(self, get: Get) -> str | None:
-        """The version of the engine that answers `get(path)`, "" if unknown; None: another engine."""
+        """The version of the engine that answers `get(path)`; "": it reports none, None: it is another engine."""
 
     @abstractmethod
     def command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
@@ -4937,7 +4937,7 @@ class HTTPAdapter(BaseLLMAdapter):
         return Target(f"http://127.0.0.1:{child.port}", headers, child=child, generation=child.generation)
 
     def served_name(self) -> str | None:
-        """What a started engine calls its model: a local folder goes by its last part."""
+        """What a started engine calls its model: a local folder goes by its last part, for no path reaches a caller."""
         model = self.launched_model
         return Path(model).resolve().name if model and os.path.isdir(model) else model
 
@@ -5028,7 +5028,7 @@ class HTTPAdapter(BaseLLMAdapter):
         return self.payload(await self.connection.post(path, to_json(body), self.deadlines))
 
     async def fetch_json(self, path: str, body: Any = None) -> dict[str, Any]:
-        """A small question to the engine; {} for what it does not know. Raises where it fails."""
+        """A small question to the engine; {} for what it does not know. Raises where it fails or is overloaded."""
         target = await self.connection.reach()
         found = await portal.run(self.connection.fetch(target, path, body, strict=True))
         return found if isinstance(found, dict) else {}
@@ -5280,7 +5280,7 @@ def with_reasoning(data: bytes) -> bytes:
 
 
 def push_plain(served: Served, data: bytes) -> bool:
-    """Send events past every task; False where a decoder must see them, or they cannot be sent now."""
+    """Send events past every task; False where a decoder has to look at them, or they cannot be sent now."""
     if served.push is None or not is_plain(data):
         return False
     return served.push(Burst(with_reasoning(data)))
@@ -5299,7 +5299,7 @@ def is_plain(data: bytes) -> bool:
 
 
 def strict_tools(body: dict[str, Any], named_alone: bool) -> dict[str, Any]:
-    """A forced call: vLLM and SGLang enforce its schema with `strict` only."""
+    """A forced call: vLLM and SGLang enforce its schema with `strict` only, others may call another function."""
     tools, choice = body["tools"], body["tool_choice"]
     if isinstance(choice, dict) and named_alone:
         tools, choice = [tool for tool in tools if name_of(tool) == name_of(choice)], "required"
@@ -5694,7 +5694,7 @@ def _with_sizes(value: Any) -> Any:
 
 
 def top_logprobs(path: str, body: Mapping[str, Any]) -> int | None:
-    """How many alternatives a token's logprobs are to have; None: no logprobs."""
+    """How many alternatives a token's logprobs are to have; None: no logprobs. Completions ask with their number."""
     asked = body.get("logprobs")
     if asked is None:
         return None
@@ -5747,7 +5747,7 @@ def _check_grammar(grammar: str) -> None:
 
 
 def _may_be_empty(tokens: Iterator[str], empty: Container[str]) -> bool:
-    """Whether an alternative up to the closing bracket may be empty; `empty`: the rules that may."""
+    """Whether one of the alternatives up to the closing bracket may be empty; `empty`: the rules that may."""
     found, items = False, [True]  # of an alternative, by item
     for token in tokens:
         if token == ")":
@@ -5775,7 +5775,7 @@ def gbnf_literal(text: str) -> str:
 
 
 def free_cores() -> int:
-    """The idle cores, at least one, at most all but one: llama.cpp collapses on busy cores."""
+    """The cores that are idle now, at least one, and one fewer than there are: llama.cpp collapses on busy cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores - 1, cores - round(os.getloadavg()[0])))
 
@@ -5964,7 +5964,7 @@ class OllamaAdapter(OllamaTranslator):
         return str(answer["version"]) if isinstance(answer, dict) and "version" in answer else None
 
     async def explained(self, error: InferenceError, path: str, body: bytes) -> InferenceError:
-        """Ollama's refusal has numbers where num_ctx is given: the loaded one, so nothing is loaded again."""
+        """Ollama's refusal has numbers only where num_ctx is given: the loaded one, so that nothing is loaded again."""
         if not isinstance(error, ContextTooLong):
             return error
         error.hint = "shorten the prompt, or raise the context: OLLAMA_CONTEXT_LENGTH, or num_ctx in options"
@@ -6179,7 +6179,7 @@ class Endpoint:
         return self.connection.state if self.connection else ""
 
     async def models(self) -> Mapping[str, ModelInfo]:
-        """What it serves, refreshed after ten seconds. Raises where it does not answer."""
+        """What it serves, refreshed after ten seconds. Raises where it does not answer; absence is not cached."""
         if self.named_before and not self.running:
             names = self.only or (model_alias(self.adapter.model_name),)
             return {name: ModelInfo(name=name) for name in names}
@@ -6205,7 +6205,7 @@ class Endpoint:
 
     @property
     def named_before(self) -> bool:
-        """Is its model known before it runs? Then who asks for another does not wait for it."""
+        """Is its model's name known before it runs? Then nobody waits for its start who asks for another."""
         started = self.config is not None and self.config.base_url is None
         return self.on_request or (started and self.adapter.model_name is not None)
 
@@ -6214,12 +6214,12 @@ class Endpoint:
         return holds(self._listed, model)
 
     def is_fresh(self, now: float) -> bool:
-        """Whether its last list may be used without asking again."""
+        """Whether its last list is young enough to be used without asking again."""
         return self._listed_by == self.adapter.lost and now - self._listed_at <= self.LIST_TTL
 
     @property
     def known_since(self) -> float:
-        """When what a router knows of it was true; `inf` for one that is not started."""
+        """When what a router knows of it was true; `inf` for one that nobody has started, which a change ends."""
         if self.failures:
             return float("-inf")
         if self.named_before and not self.running:
@@ -6227,7 +6227,7 @@ class Endpoint:
         return self._listed_at
 
     async def serves(self, model: str) -> bool:
-        """Whether it serves the model. A list without it is asked for again, unless it has just come."""
+        """Whether it serves the model. A list that does not name it is asked for again, unless it has just come."""
         was_fresh = self.is_fresh(time.monotonic())
         listed = await self.models()
         if was_fresh and not holds(listed, model):
@@ -6269,7 +6269,7 @@ class Endpoint:
             self.trial, self.tried_at = who, time.monotonic()
 
     def tried_by(self, who: object) -> None:
-        """That is done; the end of a request from before the outage ends no trial."""
+        """That is done; requests from before the outage, which end now, do not end another's trial."""
         if self.trial is who:
             self.trial = None
 
@@ -6314,7 +6314,7 @@ class Endpoint:
 
 
 def model_alias(model: str | None) -> str:
-    """The name that a model is served by: a file or folder goes by its last part."""
+    """The name that a model is served by, from what the operator wrote: a file or folder goes by its last part."""
     if model is None:
         return DEFAULT_MODEL
     if model.endswith(".gguf") or os.path.isdir(model):
@@ -6330,7 +6330,7 @@ def passed_over(error: InferenceError) -> bool:
 
 
 def prefix_hash(body: Mapping[str, Any]) -> int:
-    """A hash of what prefix caches hold: system prompt, tools and first message."""
+    """A hash of a request's beginning, which prefix caches hold: system prompt, tools and first message."""
     beginning: list[Any] = [body.get("tools"), body.get("prompt"), body.get("input")]
     for message in body.get("messages") or ():
         beginning.append(message)
@@ -6451,7 +6451,7 @@ class Router(Balancer):
         return up
 
     async def _default_routes(self, endpoints: Sequence[Endpoint]) -> list[Replicas]:
-        """The default model of the first endpoint that is up, wherever it is served."""
+        """No model was asked for: the default one of the first endpoint that is up, wherever it is served."""
         error: InferenceError | None = None
         for endpoint in endpoints:
             if not endpoint.available(time.monotonic()) and len(self.endpoints) > 1:
@@ -6520,7 +6520,7 @@ class Router(Balancer):
         return group
 
     def has_listed(self, endpoint: Endpoint, model: str) -> bool:
-        """Whether its last list names the model, and it has not failed since: then no new one is awaited."""
+        """Whether its last list names the model, and it has not failed since: nobody waits for a new list then."""
         if not endpoint.running or endpoint.failures or not endpoint.lists(model):
             return False
         if not endpoint.is_fresh(time.monotonic()) and (endpoint.refreshing is None or endpoint.refreshing.done()):
@@ -6535,7 +6535,7 @@ class Router(Balancer):
             self.missed(endpoint, exc)
 
     def missed(self, endpoint: Endpoint, error: InferenceError) -> None:
-        """Its list did not come. If it is silent, what waits for it goes to another that has its models."""
+        """Its list did not come. Where it is silent, what waits for it goes to another endpoint that has its models."""
         endpoint.failed(error)
         models = endpoint.known_models
         if isinstance(error, EngineTimeout) and any(
@@ -6743,7 +6743,7 @@ class Fleet(Router):
             await bursts.aclose()
 
     async def _first_that_answers(self, request: GenerateRequest, work: Work[T]) -> tuple[Endpoint, T]:
-        """The result of `work` on the first endpoint that begins an answer; `finish` follows."""
+        """The result of `work` on the first endpoint that begins an answer; it counts as at work until `finish`."""
         token = SERVED.set(request.served)
         try:
             return await self._try_each(await self.routes(request), request, work)
@@ -6801,7 +6801,7 @@ class Fleet(Router):
         return True
 
     async def connect(self) -> None:
-        """Reach all that are not started on request. Raises where none can be reached."""
+        """Reach every endpoint that is not started on request. Raises where none can be reached."""
         wanted = [endpoint for endpoint in self.endpoints if not endpoint.on_request]
         outcomes = await asyncio.gather(*(endpoint.adapter.connect() for endpoint in wanted), return_exceptions=True)
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
@@ -6817,7 +6817,7 @@ class Fleet(Router):
 
 
 async def models_of(endpoints: Sequence[Endpoint]) -> list[tuple[Endpoint, ModelInfo]]:
-    """What the endpoints that answer serve."""
+    """What the endpoints serve, of those that answer; each raises only for itself."""
     outcomes = await asyncio.gather(*(endpoint.models() for endpoint in endpoints), return_exceptions=True)
     found = []
     for endpoint, outcome in zip(endpoints, outcomes, strict=True):
@@ -7056,7 +7056,7 @@ class EngineChoice:
         return (await self.found()).endpoints[0].adapter
 
     async def aclose(self) -> None:
-        """End what was started and close what was opened. A later verb connects, or starts, anew."""
+        """End what was started and close what was opened. A verb called after that connects, or starts, anew."""
         self.closed += 1
         self._flight.cancel()
         if self.fleet is not None:
@@ -7074,8 +7074,8 @@ class AsyncVerbs(EngineChoice):
     async def acomplete(self, prompt: Prompt, *, schema: Any = None, **options: Unpack[Options]) -> Completion:
         """The complete `Completion`. `schema`: as in `structured_generate`.
 
-        A constrained answer (schema, choice, regex, tools) is checked, and asked for once more where it does not fit;
-        then StructuredOutputInvalid is raised, with the raw answer in its `text`.
+        A constrained answer (schema, choice, regex, tools) is checked, asked for once more where it does not satisfy
+        its constraint, and then refused: StructuredOutputInvalid, with the raw answer in its `text`.
         """
         request = self.request(prompt, schema, **options)
         answer = await (await self.found()).answer(request)
@@ -7280,7 +7280,7 @@ class LLMInferencer(AsyncVerbs):
 
     @classmethod
     def from_fleet(cls, fleet: Fleet, model_name: str | None = None) -> "LLMInferencer":
-        """Over a fleet."""
+        """An inferencer over a fleet."""
         made = cls.__new__(cls)
         made.options, made.model_name, made._flight, made.fleet = {}, model_name, SingleFlight(), fleet
         made.configured, fleet.default = True, model_name
@@ -7341,7 +7341,7 @@ STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 async def _usable(fleet: Fleet) -> None:
-    """Raises where no engine answers, or one that is not known to be it, or that has no model that can chat."""
+    """Raises where no engine answers, or where it is not known to be that engine, or has no model that can chat."""
     adapter = fleet.endpoints[0].adapter
     await adapter.connect()
     if not adapter.identified:
@@ -7350,7 +7350,7 @@ async def _usable(fleet: Fleet) -> None:
 
 
 def messages_from(prompt: Any, system: Any = None) -> list[Any]:
-    """The messages of a prompt (or messages) after a system prompt. Raises InvalidRequest."""
+    """The messages that a prompt, or messages, with a system prompt before them, stand for. Raises InvalidRequest."""
     if isinstance(prompt, str):
         messages: list[Any] = [{"role": "user", "content": prompt}]
     elif isinstance(prompt, (Mapping, bytes)) or not isinstance(prompt, Iterable):
@@ -7380,7 +7380,7 @@ _OUR_ADDRESS, _ENGINES, _ALL = "serve ray api-test", "serve ray self-test", "ser
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """Which values a setting takes and how it is given; without `help`, not by flag or file."""
+    """Which values a setting takes and how it is given. Without `help` it has no flag and no key in the file."""
 
     help: str = ""
     group: str = ""  #: the heading in --help
@@ -7402,7 +7402,7 @@ def setting(default: Any, help: str = "", group: str = "", modes: str = "serve r
 
 @functools.cache
 def _check_of(field: "dataclasses.Field[Any]") -> tuple[TypeAdapter[Any], str]:
-    """What checks a field's value (and converts texts and lists), and what it expects in words."""
+    """What checks a field's value (texts become numbers and booleans, lists tuples), and what it expects in words."""
     kind: Any = field.type
     option: Option = field.metadata["option"]
     if kind is bool:
@@ -7415,7 +7415,7 @@ def _check_of(field: "dataclasses.Field[Any]") -> tuple[TypeAdapter[Any], str]:
 
 
 def _check_fields(settings: Any) -> None:
-    """Checks a dataclass of settings in place. Raises InvalidRequest, `param` being the field's name."""
+    """Checks the fields of a dataclass of settings in place. Raises InvalidRequest, `param` being the field's name."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if "option" not in field.metadata or value is None and field.default is None:
@@ -7449,7 +7449,7 @@ def _split(value: Any) -> tuple[str, ...]:
 
 
 def _alias_table(value: Any) -> dict[str, list[str]]:
-    """Aliases as a mapping to lists; in `NAME=TARGET` texts, a name that comes again adds a target."""
+    """Aliases as a mapping to lists; of `NAME=TARGET` texts, a name that comes again has a further target."""
     pairs = value.items() if isinstance(value, Mapping) else [text.partition("=")[::2] for text in _split(value)]
     found: dict[str, list[str]] = {}
     for name, targets in pairs:
@@ -7641,7 +7641,7 @@ class Settings:
             clean_url(address.strip())
 
     def inferencer(self, **options: Any) -> LLMInferencer:
-        """The inferencer of these settings. Nothing is connected or started yet."""
+        """The inferencer of these settings. It connects to nothing and starts nothing yet."""
         if self.endpoints:
             endpoints = [config.endpoint(self.deadlines) for config in self.endpoints]
             return LLMInferencer.from_fleet(Fleet(endpoints, self.aliases), self.model)
@@ -7704,7 +7704,7 @@ class ConfigFile:
         self.lines = _lines_of(text)
 
     def place(self, param: str) -> str:
-        """`llm.toml: endpoint[2].slots (line 14)` for `endpoints.2.slots`; else its table's line."""
+        """`llm.toml: endpoint[2].slots (line 14)` for `endpoints.2.slots`; its table's line where it has none."""
         field, dot, name = param.partition(".")
         if field not in self.tables:
             field = next((key for key, option in OPTIONS.items() if option.name == field), field)
@@ -7741,7 +7741,7 @@ class ConfigFile:
 
 
 def _lines_of(text: str) -> dict[str, int]:
-    """The lines of a TOML file's keys and tables: `alias`, `alias.fast`, `endpoint[2].slots`, …"""
+    """The lines where the keys and tables of a TOML file stand: of `alias`, `alias.fast`, `endpoint[2].slots`, …"""
     lines: dict[str, int] = {}
     prefix, endpoints = "", 0
     for number, line in enumerate(text.split("\n"), 1):
@@ -8063,7 +8063,7 @@ class _Writer:
         self.used: Usage | None = None
 
     def start(self) -> list[dict[str, Any]]:
-        """The events that nobody has got yet."""
+        """The events that are there already, before the first chunk; where nobody asks, `feed` or `end` has them."""
         events, self._events = self._events, []
         return events
 
@@ -8249,7 +8249,7 @@ class _ResponsesReader(_Reader):
         return self.messages_of(self._joined(turns))
 
     def _joined(self, turns: list[_Turn]) -> list[_Turn]:
-        """System messages in a row are one, as many templates take no second; so are results of tools."""
+        """System messages that follow each other are one, as many templates take no second; so are results of tools."""
         joined: list[_Turn] = []
         kinds: set[str] = set()  #: of the last turn's blocks
         for role, blocks in turns:
@@ -8385,7 +8385,10 @@ def _allowed(names: Collection[str], tools: list[Any]) -> list[str]:
 
 
 def _output_from_responses(reader: _Reader) -> dict[str, Any]:
-    """The form of the answer, its effort, log probabilities, length and stream."""
+    """The form of the answer, its effort, log probabilities, length and stream.
+
+    A summary is asked of the writer, which sends all reasoning.
+    """
     chat: dict[str, Any] = reader.body.pop("text", {})
     form = chat.pop("format", {})
     if form.get("type") == "json_schema":
@@ -8854,7 +8857,7 @@ class MessageWriter(_Writer):
 
 
 def _input_of(arguments: str, cut: bool) -> dict[str, Any]:
-    """Parsed arguments; of cut ones, as in Anthropic's client, what is complete. Raises BadEngineReply."""
+    """Parsed arguments; of cut ones, what is complete: Anthropic's client does the same. Raises BadEngineReply."""
     with contextlib.suppress(ValueError):
         found = pydantic_core.from_json(arguments, allow_inf_nan=False, allow_partial=cut)
         if isinstance(found, dict):
@@ -8887,7 +8890,7 @@ def anthropic_error(
 
 
 def anthropic_models(models: list[dict[str, Any]]) -> dict[str, Any]:
-    """OpenAI's list of models in the form of Anthropic's API; there is one page.
+    """The body of `GET /v1/models` for Anthropic's clients, from the entries of OpenAI's list. There is one page.
 
     A model whose time of creation is unknown has the epoch, as in Anthropic's API.
     """
@@ -9057,7 +9060,7 @@ class Surface(ABC):
         """The common request, out of the caller's body. Raises InvalidRequest, UnsupportedFeature."""
 
     def require(self, body: dict[str, Any]) -> None:
-        """Raises InvalidRequest where a required field is missing."""
+        """Raises InvalidRequest where a field is missing without which a /v1 route does nothing."""
         for name in OPERATIONS[self.path].required:
             if body.get(name) is None:
                 hint = "name one of GET /v1/models" if name == "model" else f"see POST {self.path} in /docs"
@@ -9084,7 +9087,7 @@ class Surface(ABC):
             error.param = name + bracket + index
 
     def error_event(self, body: dict[str, Any]) -> bytes:
-        """The event of a failure in mid-answer; `body` is what it would have been before."""
+        """The event of a failure after the answer has begun; `body` is what it would have been before."""
         return b"data: " + to_json(body) + b"\n\n"
 
 
@@ -9225,7 +9228,7 @@ def chat_request(surface: Surface, body: dict[str, Any], path: str, **more: Any)
 
 
 def refuse_addresses(messages: Iterable[Any]) -> None:
-    """Media come as data, not as addresses that an engine would fetch for the caller."""
+    """Images and the like come as data, not as addresses that an engine would fetch for the caller."""
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else ():
@@ -9241,7 +9244,7 @@ def refuse_addresses(messages: Iterable[Any]) -> None:
 
 
 def refuse_address(part: Any, key: str = "") -> None:
-    """Raises InvalidRequest for what is neither a part's `text`, a data: URL nor bare base64."""
+    """Raises InvalidRequest for a text outside of a part's `text` that is neither a data: URL nor bare base64."""
     if isinstance(part, dict):
         for name, value in part.items():
             if name not in ("type", "text", "detail", "format", "uuid", "id", "name", "refusal", "filename", "role"):
@@ -9464,7 +9467,7 @@ def refuse_loop(headers: Mapping[bytes, bytes]) -> None:
 
 
 def refuse_long_header(scope: Scope) -> None:
-    """Raises HeaderTooLarge past 32 KiB or 100 fields; one without an end is `limited_protocol`'s."""
+    """Raises HeaderTooLarge past 32 KiB or 100 fields. A header without an end is `limited_protocol`'s."""
     size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
     size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
     if size > MAX_HEADER or len(scope["headers"]) > 100:
@@ -9547,7 +9550,7 @@ class Catalog:
         return fleet.aliases if self.default.configured and fleet else self.settings.aliases
 
     async def inferencer(self, engine_type: str | None) -> LLMInferencer:
-        """The engine's inferencer. No request starts another process than the default one's."""
+        """The engine's inferencer. Only the default one may have been started; no request starts another process."""
         if engine_type in (None, "auto"):
             return self.default
         engine_class(engine_type)
@@ -9567,7 +9570,7 @@ class Catalog:
         return [endpoint for llm in dict.fromkeys(llms) for endpoint in (await llm.found()).endpoints]
 
     async def models(self) -> list[tuple[str, ModelInfo]]:
-        """(engine, model) of every endpoint that answers; asked for after ten seconds, or a noticed change."""
+        """(engine, model) of every endpoint that answers; refreshed after ten seconds, or a change that was noticed."""
         now, unchanged = time.monotonic(), self.listed_changes == BaseLLMAdapter.changes
         if not (self.listed and unchanged and now - self.listed_at <= 10):
             found = {}
@@ -9620,7 +9623,7 @@ class Gateway(Catalog):
         self._watching: asyncio.Task[None] | None = None
 
     def watch(self) -> None:
-        """From now on: reach the default engine (attach, or start it), and ask it now and then."""
+        """From now on: reach the default engine (attach, else start the embedded one), and ask it now and then."""
         if self._watching is None:
             self._watching = asyncio.ensure_future(self._watch())
 
@@ -9731,7 +9734,7 @@ class Gateway(Catalog):
         return last
 
     async def _owner(self, model: str) -> tuple[LLMInferencer, str]:
-        """For a bare name on /v1: the default engine where it serves the model, else the one that does."""
+        """For a bare name on /v1: the default engine where it serves the model, else the one engine that does."""
         llm = self.default
         fleet = await llm.found()
         if model == llm.model_name:
@@ -9753,7 +9756,7 @@ class Gateway(Catalog):
         return await self.inferencer(owners.pop()), model
 
     def refuse_full(self) -> None:
-        """Raises NotReady and Busy for a request that would not get a place."""
+        """Raises NotReady and Busy for a request that would not get a place: before its body is read, and after it."""
         if self.draining:
             raise NotReady("the server is stopping", "ask another one")
         if self.waiting >= self.settings.queue and self.places.locked():
@@ -9762,7 +9765,7 @@ class Gateway(Catalog):
 
     @contextlib.asynccontextmanager
     async def admitted(self) -> AsyncIterator[None]:
-        """A place among those in flight, after a wait. Raises Busy at once when the queue is full."""
+        """A place among those in flight, after a bounded wait. Raises Busy at once when the queue is full."""
         self.refuse_full()
         if self.places.locked():
             self._count(waiting=1)
@@ -9786,7 +9789,7 @@ class Gateway(Catalog):
             (self.metrics.waiting if waiting else self.metrics.in_flight).inc(waiting or in_flight)
 
     async def read(self, surface: Surface, raw: bytes) -> GenerateRequest:
-        """The common request; large bodies, schemas and patterns are read in a thread."""
+        """The common request; a large body, a schema or a pattern is looked at in a thread, for it may take a while."""
         surface.cap, surface.size = self.settings.max_tokens_cap, len(raw)
         if len(raw) < 65_536 and not _COSTLY.search(raw):
             return surface.read(parse_object(raw))
@@ -9951,7 +9954,10 @@ class Exchange:
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def events(self, bursts: AsyncGenerator[Burst, None]) -> None:
-        """Send server-sent events: the first is awaited before the 200, and silence is filled with comments."""
+        """Send server-sent events: the first is awaited before the 200, and silence is filled with comments.
+
+        A client that reads nothing for `idle` seconds counts as gone.
+        """
         surface, served = self.surface, self.served
         async with contextlib.aclosing(bursts):
             burst = await anext(bursts, None)
@@ -10021,7 +10027,7 @@ class EventWriter:
 
 @functools.cache
 def response_class() -> Any:
-    """What a FastAPI endpoint returns so that an Exchange answers."""
+    """A FastAPI endpoint returns it so that an Exchange answers: FastAPI calls it as it calls any Response."""
     from starlette.responses import Response
 
     class ExchangeResponse(Response):
@@ -10078,7 +10084,7 @@ _FAILURES = (  # of those with the same status, a route shows the last
 
 @functools.cache
 def body_schema(shape: type) -> dict[str, Any]:
-    """A body's JSON Schema with its definitions in place, for an OpenAPI page."""
+    """A body's JSON Schema with its definitions in their places, so that it can stand anywhere in an OpenAPI page."""
     schema = validator_of(shape).json_schema()
     found: dict[str, Any] = inlined(schema, schema.pop("$defs", {}))
     return found
@@ -10098,7 +10104,7 @@ def inlined(node: Any, definitions: Mapping[str, Any]) -> Any:
 def responses_of(
     path: str, answer: Any = None, failures: Sequence[InferenceError] = _FAILURES
 ) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's responses of a route: an answer's `data`, where it is ours, and errors in its form."""
+    """OpenAPI's responses of a route: an answer's `data`, where it is one of ours, and errors in the route's form."""
     found: dict[int | str, dict[str, Any]] = {}
     ours = {} if path.startswith(V1_PATHS) else {"schema": _ENVELOPE}
 
@@ -10279,7 +10285,7 @@ FORWARDED = re.compile(rb"forwarded|via|x-forwarded.*|x-real-ip|x-client-ip|cf-c
 
 
 def path_below(scope: Scope) -> str:
-    """The request's path below the app's mount, without a trailing slash."""
+    """The request's path below the place where the app is mounted, without a trailing slash."""
     path, root = str(scope["path"]), str(scope.get("root_path") or "")
     if root and path.startswith(root):
         path = path[len(root) :]
@@ -10986,7 +10992,8 @@ def deploy(
     """Put the API on Ray Serve, in front of a running engine; returns once it answers. A second call: a rolling update.
 
     `replicas`: a number, or (least, most), between which Ray scales. Each has the limits of `settings`. In the cluster
-    that RAY_ADDRESS names or that runs here, else in one that lives as long as this process.
+    that RAY_ADDRESS names or that runs here, else in one that lives as long as this process. Ray drains a replica
+    before it stops it.
     """
     try:
         import ray
@@ -11061,7 +11068,7 @@ def _ray_deployment(settings: Settings, replicas: int | tuple[int, int]) -> Any:
 
 # Server processes (--workers)
 def supervise(run: Callable[[], None], workers: int) -> None:
-    """That many processes of `run`, replaced when they end, until SIGTERM or Ctrl-C; a second does not wait."""
+    """That many processes of `run`, replaced when they end, until SIGTERM or Ctrl-C; a second one does not wait."""
     import multiprocessing.connection
 
     context, stopping = multiprocessing.get_context("spawn"), False
@@ -11092,7 +11099,7 @@ def supervise(run: Callable[[], None], workers: int) -> None:
 
 @contextlib.contextmanager
 def sharing(settings: Settings, workers: int) -> Iterator[Settings]:
-    """What each worker gets: its part of the limits, and the engines, which this process keeps."""
+    """What each worker gets: its part of the limits, and the engines, which this process finds, starts and keeps."""
     with settings.inferencer() as llm, contextlib.ExitStack() as stack:
         fleet, over = portal.call(llm.found()), threading.Event()
         shared = portal.call(elsewhere(settings, fleet))
@@ -11241,7 +11248,7 @@ def self_test(settings: Settings) -> int:
 
 
 def _answer_of(endpoint: Endpoint) -> dict[str, Any]:
-    """The answer to the first prompt, streamed: only a stream shows when the first token came."""
+    """The answer to the first prompt, streamed, because only a stream shows when the first token came."""
     engine = endpoint.adapter
     if engine.engine_type != "llamacpp":
         engine.launch = False
@@ -11518,7 +11525,7 @@ def _print_engine(settings: Settings) -> None:
 
 
 def check_config(settings: Settings) -> int:
-    """Prints what would be served: endpoints and aliases."""
+    """Prints what would be served: endpoints and aliases. Settings that exist are valid."""
     rows = []
     for endpoint in settings.inferencer().candidates():
         adapter, start = endpoint.adapter, "on request" if endpoint.on_request else "at start"
