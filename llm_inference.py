@@ -7623,6 +7623,8 @@ class Settings:
     def __post_init__(self) -> None:
         _check_fields(self)
         _check_engine(self.engine, "auto")
+        if self.no_auth and self.api_keys:
+            raise bad_field("no_auth", "cannot be combined with api_key", "leave one of them out")
         object.__setattr__(self, "aliases", resolve_aliases(self.aliases))
         object.__setattr__(self, "endpoints", _with_names(self.endpoints))
         for number, endpoint in enumerate(self.endpoints, 1):
@@ -11618,6 +11620,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 1 where something failed, 2 for a mistake in the settings."""
+    with contextlib.suppress(AttributeError):  # what has replaced it
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without Unicode
     try:
         mode, values = parse_arguments(sys.argv[1:] if argv is None else argv)
         checking = values.pop("check_config", False)
@@ -11633,6 +11637,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
 
 
 if __name__ == "__main__":

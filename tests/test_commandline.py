@@ -1,8 +1,14 @@
 """The command line: tables that fit the terminal, bars, first steps, and mistakes that are refused by name."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 import llm_inference as product
+from tests.processes import ROOT
 
 ROWS = [
     ("llamacpp", "started by us", "SmolLM2-135M-Instruct.Q4_1", "0.35 s", "58", "ok"),
@@ -101,6 +107,28 @@ def test_check_config(tmp_path: object, capsys: pytest.CaptureFixture[str], monk
         file.write(text.replace("2", "0"))
     assert product.main(["--check-config", "--config", "llm.toml"]) == 2
     assert "llm.toml: endpoint[1].slots (line 4)" in capsys.readouterr().err
+
+
+def check_config(folder: Path, **options: object) -> "subprocess.Popen[str]":
+    (folder / "llm.toml").write_text('[alias]\n"快" = "vllm/m"\n' + '"alias-%d" = "vllm/m"\n' * 2 % (1, 2))
+    command = [sys.executable, str(ROOT / "llm_inference.py"), "--check-config", "--config", "llm.toml"]
+    return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def test_a_terminal_without_unicode_shows_question_marks(tmp_path: Path) -> None:
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    with check_config(tmp_path, stdout=subprocess.PIPE, env=env) as process:
+        said, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "alias ? = vllm/m" in said, errors
+
+
+def test_a_reader_that_leaves_is_no_error_of_ours(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with check_config(tmp_path, stdout=writing) as process:
+        os.close(writing)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and not errors
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,10 @@ MISTAKES = [
     ("api_key = 12345", "llm.toml: api_key (line 1): must be one or more keys; "),
     ("engine = 'olama'", "llm.toml: engine (line 1): no such engine: 'olama'; did you mean 'ollama'?"),
     ("launch_args = ['--x']", "llm.toml: launch_args (line 1): given without an engine"),
+    (
+        "api_key = 'a'\nno_auth = true",
+        "llm.toml: no_auth (line 2): cannot be combined with api_key; leave one of them out",
+    ),
     ("no_auth = 'maybe'", "llm.toml: no_auth (line 1): must be true or false, got 'maybe'"),
     ("a = 1\nb == 2", "llm.toml: not valid TOML: Invalid value (at line 2, column 4)"),
     ("[endpoint]\nengine = 'vllm'", "llm.toml: endpoint (line 1): must be an array of tables; write [[endpoint]]"),
@@ -157,7 +161,6 @@ def test_flags_over_environment_over_file(written: Any) -> None:
 
 def test_every_flag_is_a_variable_and_a_key() -> None:
     env = {
-        "LLM_INFERENCE_NO_AUTH": "yes",
         "LLM_INFERENCE_API_KEY": "a, b",
         "LLM_INFERENCE_TIMEOUT": "7.5",
         "LLM_INFERENCE_CORS_ORIGIN": "https://a,https://b",
@@ -165,7 +168,8 @@ def test_every_flag_is_a_variable_and_a_key() -> None:
         "LLM_INFERENCE_HOST": "::1",
     }
     settings = load_settings({}, "serve", env)
-    assert settings.no_auth and settings.api_keys == ("a", "b") and settings.cors_origins == ("https://a", "https://b")
+    assert settings.api_keys == ("a", "b") and settings.cors_origins == ("https://a", "https://b")
+    assert load_settings({}, "serve", {"LLM_INFERENCE_NO_AUTH": "yes"}).no_auth
     assert settings.deadlines == product.Deadlines(total=7.5, first_token=7.5, idle=7.5)
     assert settings.aliases == {"x": ("vllm/m",), "y": ("vllm/m",)} and settings.host == "::1"
     with pytest.raises(product.InvalidRequest, match="LLM_INFERENCE_PORT: must be an integer from 1 to 65535, got 'x'"):
