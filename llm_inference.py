@@ -4153,7 +4153,7 @@ class BaseLLMAdapter:
         return await self.fold(request, body)
 
     async def fold(self, request: GenerateRequest, body: dict[str, Any]) -> Answer:
-        """The complete answer out of a stream: every engine stops a stream when its reader disconnects."""
+        """The complete answer out of a stream, which every engine stops when its reader disconnects."""
         streamed = body | {"stream": True, "stream_options": {"include_usage": True}}
         answer = Answer()
         async with contextlib.aclosing(self.events(request, streamed)) as bursts:
@@ -4401,7 +4401,7 @@ class Sessions:
             await keeper.aclose()
 
     def abandon(self) -> None:
-        """Close those of loops that run, where nobody closed them: when the adapter is collected, or at exit."""
+        """Close those of loops that run: when the adapter is collected, or at exit."""
         for loop in list(self._by_loop):
             if loop.is_running() and threading.current_thread().name != Portal.THREAD:
                 with contextlib.suppress(Exception):
@@ -4524,7 +4524,7 @@ class EngineFinder:
         return version
 
     async def _other_engine(self, target: Target) -> str | None:
-        """Which other engine lists models there; None too for a router that hides who it is: its address is trusted."""
+        """Which other engine lists models there; None too for a router that hides who it is."""
         engines = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llamacpp", "library": "ollama"}
         for model in models_in(await self.fetch(target, "/v1/models")):
             owner = engines.get(str(model.get("owned_by")), self.name)
@@ -4761,7 +4761,7 @@ class Connection(EngineFinder):
 
 
 def lasting(reply: Any) -> Any:
-    """What of a reply is the same while one server runs: the models of a list have new times in each."""
+    """What of a reply lasts while one server runs: models are listed with new times."""
     names = ("id", "owned_by", "root", "max_model_len", "meta")
     return [[model.get(name) for name in names] for model in models_in(reply)] or reply
 
@@ -4858,7 +4858,7 @@ Get = Callable[[str], Coroutine[Any, Any, Any]]
 
 
 class HTTPAdapter(BaseLLMAdapter):
-    """An engine behind HTTP, attached or started here: complete and streamed calls over one `Connection`.
+    """An engine behind HTTP, attached or started here, over one `Connection`.
 
     A subclass writes `encode`, `decode_object`, `decoder`, `identify` and `command`.
     """
@@ -5244,7 +5244,7 @@ class OpenAIAdapter(HTTPAdapter):
         return dropped
 
     async def _rendered(self, model: str, probe: dict[str, Any]) -> Any:
-        """A prompt's tokens; their number where nothing reports them (behind a router, or where /tokenize fails)."""
+        """A prompt's tokens; their number where nothing reports them (as behind a router)."""
         body = {"model": model, "messages": [_PROBE_MESSAGE], **probe}
         try:
             return (await self.ask("/tokenize", body))["tokens"]
@@ -6359,7 +6359,7 @@ class Balancer:
         self._homes: dict[int, Endpoint] = {}  #: by the hash of a conversation's beginning: where it began
 
     def in_order(self, endpoints: Sequence[Endpoint], key: int, begins: bool = False) -> Iterator[Endpoint]:
-        """Where the conversation began, if there is room; then by rendezvous order, over the bound last."""
+        """Where it began, if there is room; then by rendezvous order, over the bound last."""
         if len(endpoints) < 2:
             yield from endpoints
             return
@@ -6389,7 +6389,7 @@ class Balancer:
 
 
 def rendezvous_order(endpoints: Sequence[Endpoint], key: int, bound: float) -> Iterator[Endpoint]:
-    """Highest random weight first (Thaler and Ravishankar 1998), over the bound last; sorted if the first failed."""
+    """Highest random weight first (Thaler and Ravishankar 1998), over the bound last."""
     mixed = key * 0xBF58476D1CE4E5B9 & MASK_64  # with this and the next factor as in splitmix64
     ranks: list[float] = []  # the least is best: a negative weight, or a load over the bound
     for endpoint in endpoints:
@@ -6497,9 +6497,7 @@ class Router(Balancer):
         """The endpoints that serve a model. Lists older than ten seconds are asked for again, all at once, and waited
         for where they did not name the model or the endpoint had failed; the others only where none names the model."""
         now = time.monotonic()
-        group: list[Endpoint] = []
-        stale: list[Endpoint] = []
-        others: list[Endpoint] = []
+        group, stale, others = list[Endpoint](), list[Endpoint](), list[Endpoint]()
         for endpoint in endpoints:
             available = endpoint.available(now)
             if available and not endpoint.is_fresh(now) and not self.has_listed(endpoint, model):
@@ -6789,7 +6787,7 @@ class Fleet(Router):
             del last  # or it keeps this frame, and with it the request
 
     def _passed_over(self, endpoint: Endpoint, error: InferenceError, request: GenerateRequest) -> bool:
-        """Whether the error is an outage, which is noted where another endpoint can answer."""
+        """Whether it is an outage, which is noted where another endpoint can answer."""
         if isinstance(error, ModelNotFound) and len(self.endpoints) > 1:
             endpoint.recovered()
             endpoint.expire()
@@ -6825,8 +6823,7 @@ async def models_of(endpoints: Sequence[Endpoint]) -> list[tuple[Endpoint, Model
             continue
         if isinstance(outcome, BaseException):
             raise outcome
-        for model in outcome.values():
-            found.append((endpoint, model))
+        found += [(endpoint, model) for model in outcome.values()]
     return found
 
 
@@ -6945,7 +6942,7 @@ class EngineChoice:
         "sglang": SGLangAdapter,
         "llamacpp": LlamaCppAdapter,
     }
-    configured = False  #: were its endpoints given, not found? Then requests to a server reach these and nothing else
+    configured = False  #: were its endpoints given, not found? Then requests reach these alone
     closed = 0  #: how often
 
     def __init__(
@@ -6960,8 +6957,8 @@ class EngineChoice:
         if not isinstance(model_name, (str, os.PathLike, types.NoneType)):
             raise bad_field("model_name", "must be a string or a path", "see models()")
         try:
-            given = options | {"launch_env": plain(options.get("launch_env"))}
-            validator_of(EngineOptions).validate_python(given, strict=True)
+            plain_env = {"launch_env": plain(options.get("launch_env"))}
+            validator_of(EngineOptions).validate_python(options | plain_env, strict=True)
         except ValidationError as exc:
             raise InvalidRequest(explain(exc)[0], "see help(LLMInferencer)") from None
         if options.get("base_url") in ([], ()):
@@ -6981,8 +6978,8 @@ class EngineChoice:
         if not given and options.get("launch") is not True:
             listed = os.environ.get(getattr(engine_class(engine_type), "url_env", ""), "")
             given = listed if "," in listed else ""
-        texts = given.split(",") if isinstance(given, str) else given
-        addresses: list[str | None] = [*filter(None, map(str.strip, texts))] or [None]
+        texts = map(str.strip, given.split(",") if isinstance(given, str) else given)
+        addresses: list[str | None] = [*filter(None, texts)] or [None]
         endpoints = []
         for number, address in enumerate(addresses, 1):
             name = f"{engine_type}-{number}" if len(addresses) > 1 else engine_type
@@ -7052,8 +7049,9 @@ class EngineChoice:
             messages=messages, schema=schema, build=build, model=fields.pop("model_name", None), **fields)  # fmt: skip
 
     async def engine(self) -> BaseLLMAdapter:
-        """The (first) endpoint's adapter."""
-        return (await self.found()).endpoints[0].adapter
+        """The adapter of the first endpoint, or of the first that was reached."""
+        endpoints = (await self.found()).endpoints
+        return next((each for each in endpoints if each.running), endpoints[0]).adapter
 
     async def aclose(self) -> None:
         """End what was started and close what was opened. A verb called after that connects, or starts, anew."""
@@ -7063,7 +7061,7 @@ class EngineChoice:
             await self.fleet.close()
 
     def _require_open(self, closed: int) -> None:
-        """A verb of several requests makes no further one once `aclose` was called: that would connect anew."""
+        """A verb makes no further request once `aclose` was called: that would connect anew."""
         if self.closed != closed:
             raise EngineUnavailable("it was closed meanwhile", "ask again")
 
@@ -7083,7 +7081,7 @@ class AsyncVerbs(EngineChoice):
             return answer.completion(request.served)
 
     async def bursts(self, request: GenerateRequest) -> AsyncGenerator[list[Chunk], None]:
-        """The streamed answer: chunks that arrived together; the last one has finish_reason and the checked value."""
+        """The streamed answer: chunks that arrived together; the last has finish_reason and the value."""
         fleet, reader = await self.found(), PieceReader()
         streamed = dataclasses.replace(request, body=request.body | STREAMED)
         async with contextlib.aclosing(fleet.events(streamed)) as bursts:
@@ -7206,10 +7204,11 @@ class AsyncVerbs(EngineChoice):
         """One vector per text."""
         given = [texts] if isinstance(texts, str) else plain(texts)
         fleet = await self.found()
-        body = {"input": texts_of(given), "encoding_format": "float"}
+        body: dict[str, Any] = {"input": texts_of(given), "encoding_format": "float"}
         check_json(body)
         closed = self.closed
-        body["model"] = check_model_name(model_name or self.model_name or await embedding_model(fleet))
+        name = model_name or self.model_name or await embedding_model(fleet.endpoints)
+        body["model"] = None if name is None else check_model_name(name)
         self._require_open(closed)
         answer = await fleet.answer(GenerateRequest(body=body, surface=EMBEDDINGS))
         with well_formed(fleet.endpoints[0].adapter.engine_type):
@@ -7220,15 +7219,17 @@ class AsyncVerbs(EngineChoice):
         """The models that the engine (all endpoints of a fleet) serves."""
         fleet = await self.found()
         if len(fleet.endpoints) == 1:
-            return await fleet.endpoints[0].adapter.models()
-        return [model for _, model in await models_of(fleet.endpoints)]
+            await fleet.endpoints[0].look()
+        found = {model.name: model for _, model in await models_of(fleet.endpoints)}
+        if not found:
+            await fleet.connect()  # raises where none answers
+        return list(found.values())
 
     async def apull(self, model: str | None = None) -> None:
         """Download a model to the engine's machine; shows progress."""
-        adapter = await self.engine()
         name = model or self.model_name or ""
         progress = Progress(f"pulling {name or DEFAULT_MODEL}")
-        async with contextlib.aclosing(adapter.pull(name)) as steps:
+        async with contextlib.aclosing((await self.engine()).pull(name)) as steps:
             async for stage, done, total in steps:
                 progress.show(f"{stage} {bar(done, total)}" if total else stage)
         progress.done()
@@ -7236,8 +7237,8 @@ class AsyncVerbs(EngineChoice):
     async def ahealth(self) -> dict[str, Any]:
         """Whether the engine answers now: engine_type, healthy, how it was found, version, models or the error."""
         try:
+            await (await self.found()).connect()
             adapter = await self.engine()
-            await adapter.connect()
             models = [model.name for model in await self.amodels()]
         except InferenceError as exc:
             return {"engine_type": self.engine_type, "healthy": False, "error": exc.message}
@@ -7329,12 +7330,10 @@ class LLMInferencer(AsyncVerbs):
         await self.aclose()
 
 
-async def embedding_model(fleet: Fleet) -> str:
-    """The first model that its engine says is for embeddings, else the first endpoint's default one."""
-    for _, model in await models_of(fleet.endpoints):
-        if "embedding" in model.capabilities:
-            return model.name
-    return await fleet.endpoints[0].adapter.model_for(None)
+async def embedding_model(endpoints: Sequence[Endpoint]) -> str | None:
+    """The first model that its engine says is for embeddings; None: the default one."""
+    found = [model.name for _, model in await models_of(endpoints) if "embedding" in model.capabilities]
+    return found[0] if found else None
 
 
 STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
@@ -7645,8 +7644,8 @@ class Settings:
     def inferencer(self, **options: Any) -> LLMInferencer:
         """The inferencer of these settings. It connects to nothing and starts nothing yet."""
         if self.endpoints:
-            endpoints = [config.endpoint(self.deadlines) for config in self.endpoints]
-            return LLMInferencer.from_fleet(Fleet(endpoints, self.aliases), self.model)
+            fleet = Fleet([config.endpoint(self.deadlines) for config in self.endpoints], self.aliases)
+            return LLMInferencer.from_fleet(fleet, self.model)
         return LLMInferencer(
             self.engine, self.model, base_url=self.base_url, api_key=self.engine_api_key, deadlines=self.deadlines,
             python=self.python, launch_args=self.launch_args, **options)  # fmt: skip

@@ -34,6 +34,7 @@ from llm_inference import (
     EndpointConfig,
     EngineChild,
     EngineTimeout,
+    EngineUnavailable,
     Fleet,
     InferenceError,
     InvalidRequest,
@@ -188,6 +189,27 @@ def test_a_list_of_addresses_is_a_set_of_replicas(attach: Attach, fake: Make) ->
         assert llm.generate(f"question {number}")
     assert all(engine.asked for engine in engines)
     assert sum(len(engine.asked) for engine in engines) == 40
+
+
+def test_verbs_that_name_no_model_do_not_need_the_first_replica(attach: Attach, fake: Make) -> None:
+    llm, (first, second) = replicas(attach, fake)
+    assert [model.name for model in llm.models()] == ["m"], "which both serve"
+    first.stop()
+    llm = attach("vllm", base_url=[first.base_url, second.base_url])
+    assert len(llm.embed("x")) == 1
+    health = llm.health()
+    assert (health["healthy"], health["how"], health["models"]) == (True, "attached by base_url", ["m"])
+    second.stop()
+    assert not attach("vllm", base_url=[first.base_url, second.base_url]).health()["healthy"]
+    with pytest.raises(EngineUnavailable):
+        attach("vllm", base_url=[first.base_url, second.base_url]).models()
+
+
+def test_the_models_of_one_endpoint_are_those_to_serve(fake: Make, tmp_path: Path) -> None:
+    engine = fake("ollama", model="a:latest")
+    engine.models.append("b:latest")
+    with LLMInferencer.from_config(write(tmp_path, table(engine, models=["b:latest"]))) as llm:
+        assert [model.name for model in llm.models()] == llm.health()["models"] == ["b:latest"]
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
