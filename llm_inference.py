@@ -6974,14 +6974,17 @@ class EngineChoice:
 
     def _fleet_of(self, engine_type: str, **more: Any) -> Fleet:
         options = self.options | more
-        given = options.pop("base_url", None) or ""
+        given, source = options.pop("base_url", None) or "", "base_url"
+        variable = getattr(engine_class(engine_type), "url_env", "")  # of one behind HTTP
         if not given and options.get("launch") is not True:
-            listed = os.environ.get(getattr(engine_class(engine_type), "url_env", ""), "")
+            listed, source = os.environ.get(variable, ""), variable
             given = listed if "," in listed else ""
         texts = map(str.strip, given.split(",") if isinstance(given, str) else given)
         addresses: list[str | None] = [*filter(None, texts)] or [None]
         endpoints = []
         for number, address in enumerate(addresses, 1):
+            if address and variable:
+                clean_url(address, name=source)
             name = f"{engine_type}-{number}" if len(addresses) > 1 else engine_type
             adapter = engine_class(engine_type)(self.model_name, base_url=address, **options)
             endpoints.append(Endpoint(adapter, name=name))

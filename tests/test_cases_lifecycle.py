@@ -1004,10 +1004,9 @@ def test_e18_no_path_in_a_message(text: str, stand: Stand) -> None:
 
 
 def test_e18_a_socket_path_that_is_too_long(tmp_path: Path) -> None:
-    """E18: the cause is told where an engine's socket cannot be reached."""
-    with lazy("llamacpp", base_url=f"unix:{tmp_path}/{'x' * 110}.sock") as llm:
-        with pytest.raises(InferenceError) as caught:
-            llm.generate("x")
+    """E18: refused with the cause, before the socket is reached for."""
+    with pytest.raises(InferenceError) as caught:
+        LLMInferencer("llamacpp", base_url=f"unix:{tmp_path}/{'x' * 110}.sock")
     assert "long" in caught.value.message, caught.value
 
 

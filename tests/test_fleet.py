@@ -236,6 +236,16 @@ def test_a_comma_too_many_is_no_further_address(monkeypatch: pytest.MonkeyPatch)
         assert [each.adapter.base_url for each in endpoints_of(llm)] == ["a:1"]
 
 
+def test_a_wrong_address_in_a_list_is_refused_by_name(fake: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not passed over for the others."""
+    addresses = [fake("vllm").base_url, "ftp://gpu2:8000"]
+    with pytest.raises(InvalidRequest, match=r"base_url: not an http\(s\) URL"):
+        LLMInferencer("vllm", base_url=addresses)
+    monkeypatch.setenv("VLLM_BASE_URL", ",".join(addresses))
+    with pytest.raises(InvalidRequest, match=r"VLLM_BASE_URL: not an http\(s\) URL"):
+        LLMInferencer("vllm")
+
+
 def test_the_variable_takes_a_list_for_the_server_too(fake: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     engines = [fake("vllm"), fake("vllm")]
     monkeypatch.setenv("VLLM_BASE_URL", ",".join(engine.base_url for engine in engines))
