@@ -4092,7 +4092,7 @@ class BaseLLMAdapter:
         return usable[0].name
 
     async def prepare(self, request: GenerateRequest) -> dict[str, Any]:
-        """The body to send; `request.served` learns who answers, and what was left out.
+        """The body to send; `request.served` learns who answers, what was left out.
 
         Refuses what this engine would ignore. Harmless fields are left out; others only where the caller is lenient; a
         message or an image never.
@@ -6274,7 +6274,7 @@ class Endpoint:
             self.trial = None
 
     def expire(self) -> None:
-        """Its list of models is out of date."""
+        """Its list is out of date."""
         self._listed_at = float("-inf")
         BaseLLMAdapter.changes += 1
 
@@ -6353,7 +6353,7 @@ class Balancer:
     """
 
     BALANCE = 1.25
-    HOMES = 10_000  #: conversations whose endpoint is remembered
+    HOMES = 10_000  #: conversations that are remembered
 
     def __init__(self) -> None:
         self._homes: dict[int, Endpoint] = {}  #: by the hash of a conversation's beginning: where it began
@@ -6403,7 +6403,7 @@ def rendezvous_order(endpoints: Sequence[Endpoint], key: int, bound: float) -> I
 
 
 class Router(Balancer):
-    """Which endpoints may answer a request, best first."""
+    """Which endpoints may answer a request."""
 
     default: str | None = None  #: the model of requests that name none
 
@@ -6418,6 +6418,7 @@ class Router(Balancer):
         """Where the request may go, best first. Raises ModelNotFound, EngineUnavailable."""
         endpoint = self.endpoints[0] if self.endpoints else None
         name, alone = request.body.get("model") or self.default, len(self.endpoints) == 1 and not self.aliases
+        alone = alone and not (name or "").endswith("/")  # that is an engine without a model
         if endpoint and alone and not endpoint.only:  # one engine: it says itself what it does not serve
             prefix, _, rest = (name or "").partition("/")
             if rest and prefix in (endpoint.adapter.engine_type, endpoint.name):
@@ -6436,7 +6437,7 @@ class Router(Balancer):
         changes = BaseLLMAdapter.changes
         if name is None:
             groups = await self._default_routes(self.endpoints)
-        elif name.endswith("/"):  # an engine without a model
+        elif name.endswith("/"):  # not "engine/"
             named = [each for each in self.endpoints if name[:-1] in (each.adapter.engine_type, each.name)]
             if not named:
                 raise ModelNotFound(f"no endpoint runs {name[:-1]}", "see GET /v1/models", param="engine_type")
@@ -6629,7 +6630,7 @@ class Turns:
                     await endpoint.adapter.close()
 
     async def _wait_for_turn(self, endpoint: Endpoint, served: Served) -> None:
-        """Begin it in the group's turn, which a start keeps to its end even if its caller leaves."""
+        """Begin it in the group's turn, which a start keeps even if its caller leaves."""
         left = threading.Lock()  # taken once the request has begun, or its caller has left
         try:
             await asyncio.shield(asyncio.wrap_future(portal.submit(self._take_turn(endpoint, served, left))))
@@ -7052,7 +7053,7 @@ class EngineChoice:
             messages=messages, schema=schema, build=build, model=fields.pop("model_name", None), **fields)  # fmt: skip
 
     async def engine(self) -> BaseLLMAdapter:
-        """The adapter of the first endpoint, or of the first that was reached."""
+        """The adapter of the first endpoint that was reached, or of the first."""
         endpoints = (await self.found()).endpoints
         return next((each for each in endpoints if each.running), endpoints[0]).adapter
 

@@ -334,6 +334,12 @@ def test_names_lead_to_endpoints(fake: Make) -> None:
             assert {event["model"] for event in payloads(site.v1(name, stream=True))[:-1]} == {name}
 
 
+def test_one_endpoint_with_its_engine_named_and_no_model(fake: Make) -> None:
+    with Site(attached(fake("vllm", model="a"))) as site:
+        assert good(site.generate(engine_type="vllm"))["model_name"] == "a"
+        assert "no endpoint runs ollama" in refused(site.generate(engine_type="ollama"), "model_not_found")
+
+
 def test_a_fleet_with_an_engine_named_and_no_model(fake: Make) -> None:
     one, small = fake("vllm", model="a"), fake("ollama", model="b")
     with Site(attached(one), attached(small)) as site:
