@@ -4092,7 +4092,7 @@ class BaseLLMAdapter:
         return usable[0].name
 
     async def prepare(self, request: GenerateRequest) -> dict[str, Any]:
-        """The body to send; `request.served` learns who answers, what was left out.
+        """The body to send; `request.served` learns who answers, and what was left out.
 
         Refuses what this engine would ignore. Harmless fields are left out; others only where the caller is lenient; a
         message or an image never.
@@ -4153,7 +4153,7 @@ class BaseLLMAdapter:
         return await self.fold(request, body)
 
     async def fold(self, request: GenerateRequest, body: dict[str, Any]) -> Answer:
-        """The complete answer out of a stream, which every engine stops when its reader disconnects."""
+        """The complete answer out of a stream: every engine stops a stream when its reader disconnects."""
         streamed = body | {"stream": True, "stream_options": {"include_usage": True}}
         answer = Answer()
         async with contextlib.aclosing(self.events(request, streamed)) as bursts:
@@ -4401,7 +4401,7 @@ class Sessions:
             await keeper.aclose()
 
     def abandon(self) -> None:
-        """Close those of loops that run: when the adapter is collected, or at exit."""
+        """Close those of loops that run, where nobody closed them: when the adapter is collected, or at exit."""
         for loop in list(self._by_loop):
             if loop.is_running() and threading.current_thread().name != Portal.THREAD:
                 with contextlib.suppress(Exception):
@@ -4524,7 +4524,7 @@ class EngineFinder:
         return version
 
     async def _other_engine(self, target: Target) -> str | None:
-        """Which other engine lists models there; None too for a router that hides who it is."""
+        """Which other engine lists models there; None too for a router that hides who it is: its address is trusted."""
         engines = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llamacpp", "library": "ollama"}
         for model in models_in(await self.fetch(target, "/v1/models")):
             owner = engines.get(str(model.get("owned_by")), self.name)
@@ -4761,7 +4761,7 @@ class Connection(EngineFinder):
 
 
 def lasting(reply: Any) -> Any:
-    """What of a reply lasts while one server runs: models are listed with new times."""
+    """What of a reply is the same while one server runs: the models of a list have new times in each."""
     names = ("id", "owned_by", "root", "max_model_len", "meta")
     return [[model.get(name) for name in names] for model in models_in(reply)] or reply
 
@@ -5244,7 +5244,7 @@ class OpenAIAdapter(HTTPAdapter):
         return dropped
 
     async def _rendered(self, model: str, probe: dict[str, Any]) -> Any:
-        """A prompt's tokens; their number where nothing reports them (as behind a router)."""
+        """A prompt's tokens; their number where nothing reports them (behind a router, or where /tokenize fails)."""
         body = {"model": model, "messages": [_PROBE_MESSAGE], **probe}
         try:
             return (await self.ask("/tokenize", body))["tokens"]
@@ -6353,13 +6353,13 @@ class Balancer:
     """
 
     BALANCE = 1.25
-    HOMES = 10_000  #: conversations that are remembered
+    HOMES = 10_000  #: conversations whose endpoint is remembered; that of others is mostly the first in their order
 
     def __init__(self) -> None:
         self._homes: dict[int, Endpoint] = {}  #: by the hash of a conversation's beginning: where it began
 
     def in_order(self, endpoints: Sequence[Endpoint], key: int, begins: bool = False) -> Iterator[Endpoint]:
-        """Where it began, if there is room; then by rendezvous order, over the bound last."""
+        """Where the conversation began, if there is room; then by rendezvous order, over the bound last."""
         if len(endpoints) < 2:
             yield from endpoints
             return
@@ -6389,7 +6389,7 @@ class Balancer:
 
 
 def rendezvous_order(endpoints: Sequence[Endpoint], key: int, bound: float) -> Iterator[Endpoint]:
-    """Highest random weight first (Thaler and Ravishankar 1998), over the bound last."""
+    """Highest random weight first (Thaler and Ravishankar 1998), over the bound last; sorted if the first failed."""
     mixed = key * 0xBF58476D1CE4E5B9 & MASK_64  # with this and the next factor as in splitmix64
     ranks: list[float] = []  # the least is best: a negative weight, or a load over the bound
     for endpoint in endpoints:
@@ -6403,7 +6403,7 @@ def rendezvous_order(endpoints: Sequence[Endpoint], key: int, bound: float) -> I
 
 
 class Router(Balancer):
-    """Which endpoints may answer a request."""
+    """Which endpoints may answer a request, best first."""
 
     default: str | None = None  #: the model of requests that name none
 
@@ -6437,7 +6437,7 @@ class Router(Balancer):
         changes = BaseLLMAdapter.changes
         if name is None:
             groups = await self._default_routes(self.endpoints)
-        elif name.endswith("/"):  # not "engine/"
+        elif name.endswith("/"):  # an engine without a model
             named = [each for each in self.endpoints if name[:-1] in (each.adapter.engine_type, each.name)]
             if not named:
                 raise ModelNotFound(f"no endpoint runs {name[:-1]}", "see GET /v1/models", param="engine_type")
@@ -6788,7 +6788,7 @@ class Fleet(Router):
             del last  # or it keeps this frame, and with it the request
 
     def _passed_over(self, endpoint: Endpoint, error: InferenceError, request: GenerateRequest) -> bool:
-        """Whether it is an outage, which is noted where another endpoint can answer."""
+        """Whether the error is an outage of the endpoint, which is noted where another one can answer."""
         if isinstance(error, ModelNotFound) and len(self.endpoints) > 1:
             endpoint.recovered()
             endpoint.expire()
@@ -6935,7 +6935,7 @@ def _check_count(name: str, value: Any) -> None:
 
 
 class EngineChoice:
-    """Which endpoints an inferencer asks: of a named engine, of the first that answers, or a fleet's."""
+    """Which endpoints an inferencer asks: those of an engine that is named, the first that answers, or a fleet's."""
 
     ENGINE_MAP: ClassVar[dict[str, type[BaseLLMAdapter]]] = {
         "ollama": OllamaAdapter,
@@ -7065,7 +7065,7 @@ class EngineChoice:
             await self.fleet.close()
 
     def _require_open(self, closed: int) -> None:
-        """A verb makes no further request once `aclose` was called: that would connect anew."""
+        """A verb of several requests makes no further one once `aclose` was called: that would connect anew."""
         if self.closed != closed:
             raise EngineUnavailable("it was closed meanwhile", "ask again")
 
@@ -7085,7 +7085,7 @@ class AsyncVerbs(EngineChoice):
             return answer.completion(request.served)
 
     async def bursts(self, request: GenerateRequest) -> AsyncGenerator[list[Chunk], None]:
-        """The streamed answer: chunks that arrived together; the last has finish_reason and the value."""
+        """The streamed answer: chunks that arrived together; the last one has finish_reason and the checked value."""
         fleet, reader = await self.found(), PieceReader()
         streamed = dataclasses.replace(request, body=request.body | STREAMED)
         async with contextlib.aclosing(fleet.events(streamed)) as bursts:
@@ -11621,20 +11621,24 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     return "ray" if ray else mode, values
 
 
+def run_mode(mode: str, values: dict[str, Any]) -> int:
+    """What the flags ask for; returns the exit status. Raises InferenceError."""
+    checking = values.pop("check_config", False)
+    settings = dataclasses.replace(load_settings(values, mode), flags=values)
+    if checking:
+        return check_config(settings)
+    logs_steps = settings.verbose or mode in ("serve", "ray")
+    logging.basicConfig(level=("WARNING", "INFO")[logs_steps], format=LOG_FORMAT, stream=sys.stderr)
+    run = {"serve": serve, "ray": serve_on_ray, "api-test": api_test, "self-test": self_test}[mode]
+    return run(settings)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 1 where something failed, 2 for a mistake in the settings."""
     with contextlib.suppress(AttributeError):  # what has replaced it
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without Unicode
     try:
-        mode, values = parse_arguments(sys.argv[1:] if argv is None else argv)
-        checking = values.pop("check_config", False)
-        settings = dataclasses.replace(load_settings(values, mode), flags=values)
-        if checking:
-            return check_config(settings)
-        logs_steps = settings.verbose or mode in ("serve", "ray")
-        logging.basicConfig(level=("WARNING", "INFO")[logs_steps], format=LOG_FORMAT, stream=sys.stderr)
-        run = {"serve": serve, "ray": serve_on_ray, "api-test": api_test, "self-test": self_test}[mode]
-        return run(settings)
+        return run_mode(*parse_arguments(sys.argv[1:] if argv is None else argv))
     except InferenceError as exc:
         print(f"{exc.kind}: {exc}", file=sys.stderr)
         return 2
