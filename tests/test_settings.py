@@ -102,6 +102,11 @@ MISTAKES = [
     (TWO + "api_key = 7", "llm.toml: endpoint[2].api_key (line 7): must be a string that is not empty; "),
     (TWO + "api_key_env = 'NONE'", "llm.toml: endpoint[2].api_key_env (line 7): the environment variable NONE is not"),
     (TWO + "start = 'onrequest'", "llm.toml: endpoint[2].start (line 7): must be at_start or on_request"),
+    ("[[endpoint]]\nengine = 'vllm'", "llm.toml: endpoint[1].model (line 1): is required to start it; name it, or the base_"),
+    (
+        "[[endpoint]]\nengine = 'ollama'\nstart = 'on_request'",
+        "llm.toml: endpoint[1].models (line 1): nobody knows what it has before it runs; list the models",
+    ),
     (
         TWO + "stop_after = 60",
         "endpoint[2].stop_after (line 7): what is stopped must be started again by a request; add",
@@ -267,9 +272,8 @@ def test_what_python_callers_give() -> None:
     )
     assert settings.api_keys == ("a",) and settings.aliases == {"x": ("vllm/m",)} and settings.deadlines.idle == 0.2
     assert settings.launch_args == ("--x, y",) and settings.endpoints == ()
-    assert (
-        Settings(endpoints=(EndpointConfig(engine="vllm"), EndpointConfig(engine="vllm"))).endpoints[1].name == "vllm-2"
-    )
+    two = (EndpointConfig(engine="ollama"), EndpointConfig(engine="ollama"))
+    assert Settings(endpoints=two).endpoints[1].name == "ollama-2"
     for wrong in (
         {"engine": "vllm", "slots": 0},
         {},
