@@ -102,7 +102,7 @@ MISTAKES = [
     (TWO + "api_key = 7", "llm.toml: endpoint[2].api_key (line 7): must be a string that is not empty; "),
     (TWO + "api_key_env = 'NONE'", "llm.toml: endpoint[2].api_key_env (line 7): the environment variable NONE is not"),
     (TWO + "start = 'onrequest'", "llm.toml: endpoint[2].start (line 7): must be at_start or on_request"),
-    ("[[endpoint]]\nengine = 'vllm'", "llm.toml: endpoint[1].model (line 1): is required to start it; name it, or the base_"),
+    ("[[endpoint]]\nengine = 'vllm'", "llm.toml: endpoint[1].model (line 1): is required to start it; name it"),
     (
         "[[endpoint]]\nengine = 'ollama'\nstart = 'on_request'",
         "llm.toml: endpoint[1].models (line 1): nobody knows what it has before it runs; list the models",
