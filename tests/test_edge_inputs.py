@@ -304,10 +304,10 @@ WRONG: dict[str, tuple[str, str]] = {
     "a password": ('engine = "vllm"\nbase_url = "http://user:secret@h:1"', "a password"),
     "a query": ('engine = "vllm"\nbase_url = "http://h:1/?key=a"', "a query"),
     "an engine beside endpoints": (
-        'engine = "ollama"\n[[endpoint]]\nengine = "vllm"',
+        'engine = "ollama"\n[[endpoint]]\nengine = "llamacpp"',
         "engine (line 1): cannot be combined",
     ),
-    "a variable": ('[[endpoint]]\nengine = "vllm"\nlaunch_env = {"A=B" = "1"}', "launch_env"),
+    "a variable": ('[[endpoint]]\nengine = "llamacpp"\nlaunch_env = {"A=B" = "1"}', "launch_env"),
 }
 
 
