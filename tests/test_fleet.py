@@ -1377,6 +1377,10 @@ def asks(server: Command, model: str, **more: Any) -> httpx.Response:
     return httpx.post(f"{server.url}{API}/generate", json=body, trust_env=False, timeout=30)
 
 
+def at_work(server: Command) -> int:
+    return int(httpx.get(f"{server.url}/ready", trust_env=False).json()["in_flight"])
+
+
 def reload(server: Command, said: str) -> None:
     before = server.said.count(said)
     server.process.send_signal(signal.SIGHUP)
@@ -1597,7 +1601,6 @@ def test_an_endpoint_stops_when_nobody_asks_in_python_too(group: str, stub: Path
     with contextlib.closing(Settings(endpoints=(config, started(stub, "other"))).inferencer()) as llm:
         for _ in range(2):
             assert llm.generate("hi", model_name="idle"), "which takes longer than a second"
-            time.sleep(0.5)
             assert running() == {"idle"}
             until(lambda: running() == set(), 10)
 
@@ -1722,15 +1725,15 @@ def test_a_removed_endpoint_answers_what_waits_for_its_turn(stub: Path, fake: Ma
     file = write(tmp_path, other, starting("one"), starting("two"))
     with configured(file) as server, ThreadPoolExecutor(3) as pool:
         replies = [pool.submit(asks, server, "one")]
-        time.sleep(0.3)
+        until(lambda: at_work(server) == 1)
         replies.append(pool.submit(asks, server, "two"))
-        time.sleep(0.3)
+        until(lambda: at_work(server) == 2)
         write(tmp_path, other, starting("three"))
         reload(server, "read again")
         replies.append(pool.submit(asks, server, "three"))
         for reply, name in zip(replies, ("one", "two", "three"), strict=True):
             assert good(reply.result())["model_name"] == name
-        until(lambda: "one is removed" in server.said and "two is removed" in server.said, 5)
+        until(lambda: "one is removed" in server.said and "two is removed" in server.said, 20)
 
 
 def test_a_request_for_another_endpoint_does_not_wait_for_a_start(stub: Path, fake: Make) -> None:
