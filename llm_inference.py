@@ -5717,6 +5717,7 @@ def trim_logprobs(choice: dict[str, Any], top: int, offsets: dict[int, int] | No
 
 _GBNF: Final = re.compile(_IN_GRAMMAR.pattern + r"|\{[^}]*\}|::=|[\w-]+|\S", re.DOTALL)
 _GBNF_ROUNDS = 20  # in which the rules that may be empty must be known
+_GBNF_DEPTH = 200  # of groups in each other
 
 
 def _check_grammar(grammar: str) -> None:
@@ -5746,8 +5747,10 @@ def _check_grammar(grammar: str) -> None:
     raise bad_field("grammar", "nested too deeply", "use fewer levels of rules and groups")
 
 
-def _may_be_empty(tokens: Iterator[str], empty: Container[str]) -> bool:
+def _may_be_empty(tokens: Iterator[str], empty: Container[str], depth: int = 0) -> bool:
     """Whether one of the alternatives up to the closing bracket may be empty; `empty`: the rules that may."""
+    if depth > _GBNF_DEPTH:
+        raise RecursionError
     found, items = False, [True]  # of an alternative, by item
     for token in tokens:
         if token == ")":
@@ -5760,7 +5763,7 @@ def _may_be_empty(tokens: Iterator[str], empty: Container[str]) -> bool:
                 raise UnsupportedFeature(reason, "leave out the ? or * within what is repeated", param="grammar")
             items[-1] = items[-1] or token[0] != "{" or int(re.sub(r"\D.*", "", token[1:].strip()) or 0) == 0
         elif token == "(":
-            items.append(_may_be_empty(tokens, empty))
+            items.append(_may_be_empty(tokens, empty, depth + 1))
         elif token != "+":
             items.append(token == '""' or token in empty)
     return found or all(items)
@@ -11646,7 +11649,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.suppress(AttributeError):  # what has replaced it
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without Unicode
     try:
-        return run_mode(*parse_arguments(sys.argv[1:] if argv is None else argv))
+        status = run_mode(*parse_arguments(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
     except InferenceError as exc:
         print(f"{exc.kind}: {exc}", file=sys.stderr)
         return 2
