@@ -5733,24 +5733,21 @@ def _check_grammar(grammar: str) -> None:
     starts = [place for place, token in enumerate(tokens[1:]) if token == "::="]
     rules = [(tokens[one], tokens[one + 2 : other]) for one, other in itertools.pairwise([*starts, len(tokens)])]
     empty: set[str] = set()  # the rules that may be empty
-    try:
-        for _ in range(_GBNF_ROUNDS):
-            known = len(empty)
-            rules.reverse()
-            for name, body in rules:
-                if _may_be_empty(iter(body), empty):
-                    empty.add(name)
-            if known == len(empty):
-                return
-    except RecursionError:
-        pass
+    steps = [(token == "(") - (token == ")") for token in tokens]
+    depth = max(itertools.accumulate(steps, lambda level, step: max(0, level + step)), default=0)
+    for _ in range(_GBNF_ROUNDS if depth <= _GBNF_DEPTH else 0):
+        known = len(empty)
+        rules.reverse()
+        for name, body in rules:
+            if _may_be_empty(iter(body), empty):
+                empty.add(name)
+        if known == len(empty):
+            return
     raise bad_field("grammar", "nested too deeply", "use fewer levels of rules and groups")
 
 
-def _may_be_empty(tokens: Iterator[str], empty: Container[str], depth: int = 0) -> bool:
+def _may_be_empty(tokens: Iterator[str], empty: Container[str]) -> bool:
     """Whether one of the alternatives up to the closing bracket may be empty; `empty`: the rules that may."""
-    if depth > _GBNF_DEPTH:
-        raise RecursionError
     found, items = False, [True]  # of an alternative, by item
     for token in tokens:
         if token == ")":
@@ -5763,7 +5760,7 @@ def _may_be_empty(tokens: Iterator[str], empty: Container[str], depth: int = 0) 
                 raise UnsupportedFeature(reason, "leave out the ? or * within what is repeated", param="grammar")
             items[-1] = items[-1] or token[0] != "{" or int(re.sub(r"\D.*", "", token[1:].strip()) or 0) == 0
         elif token == "(":
-            items.append(_may_be_empty(tokens, empty, depth + 1))
+            items.append(_may_be_empty(tokens, empty))
         elif token != "+":
             items.append(token == '""' or token in empty)
     return found or all(items)
