@@ -46,7 +46,7 @@ class Pace:
     @property
     def notices_silence(self) -> float:
         """When a frozen endpoint is left alone at the latest: its list is old, is asked for, does not come."""
-        return self.list_ttl + self.list_deadline + 1.0
+        return self.list_ttl + self.list_deadline + 2.0  # on a busy machine
 
 
 #: the short form; the long one has the module's own pauses
