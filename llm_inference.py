@@ -6336,7 +6336,7 @@ def prefix_hash(body: Mapping[str, Any]) -> int:
         beginning.append(message)
         if not isinstance(message, dict) or message.get("role") not in ("system", "developer"):
             break
-    return zlib.crc32(repr(beginning).encode(errors="replace"))
+    return zlib.crc32(to_json(beginning))
 
 
 Work = Callable[[Endpoint, GenerateRequest], Coroutine[Any, Any, T]]  #: asks an endpoint

@@ -698,7 +698,6 @@ def test_a_conversation_begins_with_the_request_that_holds_no_answer(body: Any, 
         ({"messages": HI}, {"messages": [{"role": "system", "content": "x"}, *HI]}, False),
         ({"messages": HI}, {"messages": HI, "tools": [{"type": "function"}]}, False),
         ({"prompt": "a"}, {"prompt": "b"}, False),
-        ({"messages": [{"role": "user", "content": "\udcff"}]}, {"messages": HI}, False),
     ],
 )
 def test_what_counts_as_the_beginning(one: Any, two: Any, same: bool) -> None:
