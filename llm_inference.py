@@ -6358,38 +6358,38 @@ class Balancer:
     def __init__(self) -> None:
         self._homes: dict[int, Endpoint] = {}  #: by the hash of a conversation's beginning: where it began
 
-    def in_order(self, endpoints: Sequence[Endpoint], key: int, begins: bool = False) -> Iterator[Endpoint]:
-        """Where the conversation began, if there is room; then by rendezvous order, over the bound last."""
-        if len(endpoints) < 2:
-            yield from endpoints
-            return
+    def choose(
+        self, endpoints: Sequence[Endpoint], key: int, begins: bool = False, tried: Container[Endpoint] = ()
+    ) -> Endpoint | None:
+        """The best one that was not tried: where the conversation began, or the first in its order; if there is room.
+
+        Where all are over the bound: the one with the least load.
+        """
+        left = [endpoint for endpoint in endpoints if endpoint not in tried] if tried else endpoints
+        if len(endpoints) < 2 or not left:
+            return left[0] if left else None
         in_flight = sum([endpoint.in_flight for endpoint in endpoints])
         slots = sum([endpoint.slots for endpoint in endpoints])
         bound, home = self.BALANCE * (in_flight + 1) / slots, self._homes.get(key)
-        tried: Endpoint | None = None
-        if home is not None and home in endpoints and home.has_room(bound):
-            tried = home
-            yield home
-        if home is None and begins:
-            bound = min(bound, in_flight / slots + 1)
-        order = rendezvous_order(endpoints, key, bound)
         if home is None:
-            first = next(order)
-            self._remember(key, first)
-            yield first
-        for endpoint in order:
-            if endpoint is not tried:
-                yield endpoint
+            begun = min(bound, in_flight / slots + 1) if begins else bound
+            home = self._homes[key] = first_by_rendezvous(left, key, begun)
+            self._forget_oldest()
+        elif home not in left or not home.has_room(bound):
+            return first_by_rendezvous(left, key, bound)
+        return home
 
-    def _remember(self, key: int, endpoint: Endpoint) -> None:
-        self._homes[key] = endpoint
+    def _forget_oldest(self) -> None:
         if len(self._homes) > self.HOMES:
             for oldest in list(self._homes)[: self.HOMES // 2]:
                 self._homes.pop(oldest, None)
 
 
-def rendezvous_order(endpoints: Sequence[Endpoint], key: int, bound: float) -> Iterator[Endpoint]:
-    """Highest random weight first (Thaler and Ravishankar 1998), over the bound last; sorted if the first failed."""
+def first_by_rendezvous(endpoints: Sequence[Endpoint], key: int, bound: float) -> Endpoint:
+    """Of those within the bound the one with the highest random weight (Thaler and Ravishankar 1998).
+
+    Where all are over the bound: the one with the least load.
+    """
     mixed = key * 0xBF58476D1CE4E5B9 & MASK_64  # with this and the next factor as in splitmix64
     ranks: list[float] = []  # the least is best: a negative weight, or a load over the bound
     for endpoint in endpoints:
@@ -6397,9 +6397,7 @@ def rendezvous_order(endpoints: Sequence[Endpoint], key: int, bound: float) -> I
             ranks.append(-((mixed ^ endpoint.seed) * 0x94D049BB133111EB & MASK_64))
         else:
             ranks.append(endpoint.in_flight / endpoint.slots)
-    yield endpoints[ranks.index(min(ranks))]
-    for _, place in sorted(zip(ranks, range(len(ranks)), strict=True))[1:]:
-        yield endpoints[place]
+    return endpoints[ranks.index(min(ranks))]
 
 
 class Router(Balancer):
@@ -6416,6 +6414,15 @@ class Router(Balancer):
 
     async def routes(self, request: GenerateRequest) -> Iterator[Route]:
         """Where the request may go, best first. Raises ModelNotFound, EngineUnavailable."""
+        while True:
+            endpoints = self.endpoints
+            try:
+                return await self._routes(request)
+            except InferenceError:
+                if endpoints is self.endpoints:  # else they were replaced meanwhile
+                    raise
+
+    async def _routes(self, request: GenerateRequest) -> Iterator[Route]:
         endpoint = self.endpoints[0] if self.endpoints else None
         name, alone = request.body.get("model") or self.default, len(self.endpoints) == 1 and not self.aliases
         alone = alone and not (name or "").endswith("/")  # that is an engine without a model
@@ -6430,7 +6437,14 @@ class Router(Balancer):
             groups = await self._find(name)
         key = prefix_hash(request.body)
         begins = key not in self._homes and not has_answers(request.body)
-        return ((endpoint, model) for group, model in groups for endpoint in self.in_order(group, key, begins))
+        return self._in_order(groups, key, begins)
+
+    def _in_order(self, groups: Iterable[Replicas], key: int, begins: bool) -> Iterator[Route]:
+        for group, model in groups:
+            tried: list[Endpoint] = []
+            while endpoint := self.choose(group, key, begins, tried):
+                yield endpoint, model
+                tried.append(endpoint)
 
     async def _find(self, name: str | None) -> list[Replicas]:
         """The endpoints that are up, for a name; remembered while all are."""
@@ -9776,9 +9790,8 @@ class Gateway(Catalog):
             reason = f"{self.settings.max_in_flight} requests in flight and {self.settings.queue} waiting"
             raise Busy(reason, "ask again later", retry_after=1)
 
-    @contextlib.asynccontextmanager
-    async def admitted(self) -> AsyncIterator[None]:
-        """A place among those in flight, after a bounded wait. Raises Busy at once when the queue is full."""
+    async def admit(self) -> None:
+        """Take a place among those in flight, after a bounded wait. Raises Busy at once when the queue is full."""
         self.refuse_full()
         if self.places.locked():
             self._count(waiting=1)
@@ -9789,11 +9802,11 @@ class Gateway(Catalog):
         else:
             await self.places.acquire()  # without waiting
         self._count(in_flight=1)
-        try:
-            yield
-        finally:
-            self._count(in_flight=-1)
-            self.places.release()
+
+    def release(self) -> None:
+        """Give the place to the next one."""
+        self._count(in_flight=-1)
+        self.places.release()
 
     def _count(self, waiting: int = 0, in_flight: int = 0) -> None:
         self.waiting += waiting
@@ -9847,8 +9860,11 @@ class Exchange:
         try:
             body = await self._read(headers, receive)
             watch = asyncio.ensure_future(self._watch_client(receive))
-            async with self.gateway.admitted():
+            await self.gateway.admit()
+            try:
                 await self.work(body)
+            finally:
+                self.gateway.release()
             status = 200
         except ClientGone:
             pass

@@ -552,9 +552,17 @@ def keys(count: int) -> list[int]:
 CONVERSATIONS = keys(10_000)
 
 
+def in_order(fleet: Fleet, endpoints: list[Endpoint], key: int) -> list[Endpoint]:
+    """The order in which the endpoints are asked, where each of them fails."""
+    tried: list[Endpoint] = []
+    while chosen := fleet.choose(endpoints, key, tried=tried):
+        tried.append(chosen)
+    return tried
+
+
 def rendezvous_order(endpoints: list[Endpoint], key: int) -> list[Endpoint]:
     """The order in which idle endpoints are asked."""
-    return list(Fleet(endpoints).in_order(endpoints, key))
+    return in_order(Fleet(endpoints), endpoints, key)
 
 
 @pytest.mark.parametrize("count", [1, 4, 16])
@@ -610,7 +618,7 @@ def test_load_is_bounded(slots: list[int]) -> None:
         endpoint.slots = number
     fleet = Fleet(endpoints)
     for number in range(1, 101):
-        chosen = next(fleet.in_order(endpoints, CONVERSATIONS[0]))
+        chosen = fleet.choose(endpoints, CONVERSATIONS[0])
         chosen.in_flight += 1
         average = number / sum(slots)
         assert chosen.in_flight <= math.ceil(1.25 * average * chosen.slots), (number, chosen.name)
@@ -621,7 +629,7 @@ def test_an_endpoint_with_too_much_comes_last_but_is_not_left_out() -> None:
     endpoints = a_fleet(3)
     fleet, favourite = Fleet(endpoints), rendezvous_order(endpoints, 5)[0]
     favourite.in_flight = 3
-    order = list(fleet.in_order(endpoints, 5))
+    order = in_order(fleet, endpoints, 5)
     assert len(order) == 3 and order[-1] is favourite
 
 
@@ -633,7 +641,7 @@ def test_conversations_begin_where_there_is_room_and_stay_there(slots: list[int]
         endpoint.slots = number
     fleet, began = Fleet(endpoints), {}
     for key in CONVERSATIONS[:200]:
-        began[key] = next(fleet.in_order(endpoints, key, begins=True))
+        began[key] = fleet.choose(endpoints, key, begins=True)
         began[key].in_flight += 1
         loads = [endpoint.in_flight / endpoint.slots for endpoint in endpoints]
         assert max(loads) <= sum(endpoint.in_flight for endpoint in endpoints) / sum(slots) + 1
@@ -641,8 +649,8 @@ def test_conversations_begin_where_there_is_room_and_stay_there(slots: list[int]
     for _ in range(3):
         for key, chosen in began.items():
             chosen.in_flight -= 1
-            assert next(fleet.in_order(endpoints, key)) is chosen, "its next question"
-            assert next(fleet.in_order(endpoints, key, begins=True)) is chosen, "the first one again"
+            assert fleet.choose(endpoints, key) is chosen, "its next question"
+            assert fleet.choose(endpoints, key, begins=True) is chosen, "the first one again"
             chosen.in_flight += 1
 
 
@@ -652,12 +660,12 @@ def test_a_conversation_that_is_no_longer_remembered_goes_by_its_hash(monkeypatc
     fleet, (first, *others) = Fleet(endpoints), CONVERSATIONS[:4]
     favourite, other = rendezvous_order(endpoints, first)
     favourite.in_flight = 2
-    assert next(fleet.in_order(endpoints, first, begins=True)) is other
+    assert fleet.choose(endpoints, first, begins=True) is other
     favourite.in_flight = 0
-    assert next(fleet.in_order(endpoints, first)) is other
+    assert fleet.choose(endpoints, first) is other
     for key in others:
-        next(fleet.in_order(endpoints, key, begins=True))
-    assert next(fleet.in_order(endpoints, first)) is favourite
+        fleet.choose(endpoints, key, begins=True)
+    assert fleet.choose(endpoints, first) is favourite
 
 
 def test_conversations_that_begin_in_several_threads_are_remembered_within_the_limit(
@@ -670,7 +678,7 @@ def test_conversations_that_begin_in_several_threads_are_remembered_within_the_l
     try:
         parts = [CONVERSATIONS[start::4] for start in range(4)]
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            chosen = pool.map(lambda part: [next(fleet.in_order(endpoints, key, True)) for key in part], parts)
+            chosen = pool.map(lambda part: [fleet.choose(endpoints, key, True) for key in part], parts)
             assert sum(map(len, chosen)) == len(CONVERSATIONS)
     finally:
         sys.setswitchinterval(switching)
@@ -1733,6 +1741,28 @@ def test_a_removed_endpoint_answers_what_waits_for_its_turn(stub: Path, fake: Ma
         for reply, name in zip(replies, ("one", "two", "three"), strict=True):
             assert good(reply.result())["model_name"] == name
         until(lambda: "one is removed" in server.said and "two is removed" in server.said, 20)
+
+
+def test_a_request_that_looks_for_its_endpoint_while_the_file_is_read_again_gets_a_new_one() -> None:
+    """The endpoints that it has found are removed by then."""
+    before, after = a_fleet(2), a_fleet(2)
+    fleet = Fleet(before)
+
+    async def serves_until_the_change(model: str) -> bool:
+        fleet.replace(after, {})
+        for endpoint in before:
+            endpoint.removed = True
+        return True
+
+    async def serves(model: str) -> bool:
+        return True
+
+    for endpoint in before:
+        endpoint.serves = serves_until_the_change  # type: ignore[method-assign]
+    for endpoint in after:
+        endpoint.serves = serves  # type: ignore[method-assign]
+    routes = asyncio.run(fleet.routes(product.GenerateRequest(body={"model": "m", "messages": HI})))
+    assert {endpoint for endpoint, _ in routes} == set(after)
 
 
 def test_a_request_for_another_endpoint_does_not_wait_for_a_start(stub: Path, fake: Make) -> None:

@@ -176,9 +176,9 @@ def cpu(program: Path, file: Path) -> float:
     return after.children_user - before.children_user + after.children_system - before.children_system
 
 
-def first(endpoints: list[product.Endpoint], key: int) -> product.Endpoint:
+def first(endpoints: list[product.Endpoint], key: int) -> product.Endpoint | None:
     """Where a conversation goes while no endpoint has anything to do."""
-    return next(product.Fleet(endpoints).in_order(endpoints, key))
+    return product.Fleet(endpoints).choose(endpoints, key)
 
 
 def spread(count: int) -> dict[str, float]:
