@@ -5972,9 +5972,7 @@ class OllamaAdapter(OllamaTranslator):
         options = wire.get("options") or {}
         if "tokens" in error.reason or "num_ctx" in options:
             return error
-        contexts: dict[str, int] = {}
-        with contextlib.suppress(InferenceError):
-            contexts = await self._loaded_contexts()
+        contexts = await self._loaded_contexts()
         loaded = contexts.get(wire["model"]) or contexts.get(f"{wire['model']}:latest")
         if loaded:
             try:
@@ -5984,19 +5982,17 @@ class OllamaAdapter(OllamaTranslator):
         return error
 
     async def _loaded_contexts(self) -> dict[str, int]:
+        """By model; empty where it does not say."""
         found = {}
-        listed = await self.fetch_json("/api/ps")
-        with well_formed(self.engine_type):
-            for model in listed.get("models") or ():
+        with contextlib.suppress(InferenceError), well_formed(self.engine_type):
+            for model in (await self.fetch_json("/api/ps")).get("models") or ():
                 if model.get("context_length"):
                     found[model["name"]] = model["context_length"]
         return found
 
     async def models(self) -> list[ModelInfo]:
         listed = await self.fetch_models("/api/tags")
-        loaded: dict[str, int] = {}
-        with contextlib.suppress(InferenceError):
-            loaded = await self._loaded_contexts()
+        loaded = await self._loaded_contexts()
         found = []
         with well_formed(self.engine_type):
             for model in listed["models"] or ():
