@@ -11117,21 +11117,19 @@ def supervise(run: Callable[[], None], workers: int) -> None:
 def sharing(settings: Settings, workers: int) -> Iterator[Settings]:
     """What each worker gets: its part of the limits, and the engines, which this process finds, starts and keeps."""
     with settings.inferencer() as llm, contextlib.ExitStack() as stack:
-        fleet, over = portal.call(llm.found()), threading.Event()
+        fleet = portal.call(llm.found())
         shared = portal.call(elsewhere(settings, fleet))
 
-        def keep() -> None:
-            while not over.wait(1):
+        async def keep() -> None:
+            while True:
+                await asyncio.sleep(1)
                 for endpoint in fleet.endpoints:
                     if endpoint.config is not None and endpoint.config.base_url:
                         continue
                     with contextlib.suppress(InferenceError):
-                        portal.call(endpoint.adapter.connect())  # starts a child again that has ended
+                        await endpoint.adapter.connect()  # starts a child again that has ended
 
-        keeper = threading.Thread(target=keep, daemon=True)
-        keeper.start()
-        stack.callback(keeper.join, 10)  # before the engine is stopped, which it would start again
-        stack.callback(over.set)
+        stack.callback(portal.submit(keep()).cancel)  # before the engine is stopped, which it would start again
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="llm-inference-"))
         os.environ |= {"PROMETHEUS_MULTIPROC_DIR": folder, "LLM_INFERENCE_INSTANCE": INSTANCE}
         places, queue = -(-settings.max_in_flight // workers), -(-settings.queue // workers)
