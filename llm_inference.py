@@ -10610,10 +10610,9 @@ class LimitsMixin:
         self.wait_for("")
         self.resume_writing()
         super().connection_lost(exc)  # type: ignore[misc]
-        for cycle in self.unanswered:  # uvicorn tells only the request that came last
-            if not cycle.response_complete:
-                cycle.disconnected = True
-                cycle.message_event.set()
+        for cycle in self.open_cycles():  # uvicorn tells only the request that came last
+            cycle.disconnected = True
+            cycle.message_event.set()
 
     def pause_writing(self) -> None:
         """The client reads nothing: give it `idle` seconds."""
@@ -10644,14 +10643,17 @@ class LimitsMixin:
     def on_headers_complete(self) -> None:
         """The header is complete."""
         self.trailing = True
-        before = self.cycle
+        before, self.unanswered = self.cycle, self.open_cycles()
         super().on_headers_complete()  # type: ignore[misc]
-        self.unanswered = [cycle for cycle in (*self.unanswered, before) if cycle and not cycle.response_complete]
         if self.cycle is None or self.cycle is before:
             return
         self.cycle.scope["extensions"] = {SPLICE: functools.partial(self.splice, self.cycle)}
         if self.cycle.scope["http_version"] == "1.0":
             self.cycle.send = functools.partial(send_unchunked, self.cycle, self.cycle.send)
+
+    def open_cycles(self) -> list[Any]:
+        """The requests whose answers are not complete."""
+        return [cycle for cycle in (*self.unanswered, self.cycle) if cycle and not cycle.response_complete]
 
     def splice(self, cycle: Any, part: bytes) -> bool:
         """Write a part of an answer that has begun; False: the client takes nothing now."""
@@ -10694,10 +10696,7 @@ class LimitsMixin:
 
     def _answering(self) -> bool:
         """Has a request come to its end whose answer has not?"""
-        for cycle in (*self.unanswered, self.cycle):
-            if cycle is not None and not cycle.more_body and not cycle.response_complete:
-                return True
-        return False
+        return not all(cycle.more_body for cycle in self.open_cycles())
 
     def _keep_reading(self) -> None:
         """uvicorn stops reading behind a pipelined request, and would not notice that the client leaves."""
@@ -10732,10 +10731,9 @@ class LimitsMixin:
 
     def refuse(self, error: InferenceError) -> None:
         """Answer with an error, and close the connection."""
-        for cycle in (*self.unanswered, self.cycle):
-            if cycle is not None and cycle.response_started and not cycle.response_complete:
-                self.transport.close()  # during an answer: nothing else may stand there
-                return
+        if any(cycle.response_started for cycle in self.open_cycles()):
+            self.transport.close()  # during an answer: nothing else may stand there
+            return
         path = str(self.cycle.scope["path"]) if self.waiting_for == "body" else ""
         status, headers, content = failure(error, path)
         body = to_json(content)
