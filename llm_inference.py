@@ -10159,6 +10159,8 @@ def create_router(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
+        if gateway is not None:  # our own server reaches its engine before the first request
+            gateway.watch()
         yield
         await here.close()
 
@@ -10442,16 +10444,9 @@ def create_app(settings: Settings | None = None, llm: LLMInferencer | None = Non
     gateway = Gateway(settings or Settings(), llm)
     gateway.metrics = Metrics() if installed("prometheus_client") else None
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        gateway.watch()
-        yield
-        await gateway.close()
-
     app: FastAPI = make(
         title="llm_inference",
         version=__version__,
-        lifespan=lifespan,
         redirect_slashes=False,
         description="Ollama, vLLM, SGLang and llama.cpp behind one API.",
     )
