@@ -7127,8 +7127,6 @@ class AsyncVerbs(EngineChoice):
         type, the text for `choice`, `regex` or `grammar`. Raises StructuredOutputInvalid, never returns a wrong value.
         """
         constrained = any(options.get(name) is not None for name in CONSTRAINTS)
-        if constrained and schema is not None:
-            raise InvalidRequest("schema: cannot be combined with another constraint", "send one constraint at most")
         if not constrained and schema is None:
             schema = {}
         return (await self.acomplete(prompt, schema=schema, **options)).result
