@@ -11237,7 +11237,6 @@ def self_test(settings: Settings) -> int:
     results = []
     for endpoint in settings.inferencer().candidates():
         progress, engine_type = Progress(f"asking {endpoint.name}"), endpoint.adapter.engine_type
-        progress.show()
         result = dict[str, Any](name=endpoint.name, engine_type=engine_type, ok=False, question=FIRST_PROMPT)
         try:
             result |= _answer_of(endpoint)
