@@ -6286,9 +6286,9 @@ class Endpoint:
         self.retry_at = now + max(pause, error.retry_after or 0)
         logger.warning("%s: %s: %s", self.name, error.kind, error.message)
 
-    def recovered(self) -> None:
-        """It has answered: the outage is over."""
-        if self.failures:
+    def recovered(self, who: object) -> None:
+        """It has answered the trial: the outage is over. What was sent before it does not show that."""
+        if self.failures and self.trial is who:
             self.failures, self.error, self.retry_at, self.trial = 0, "", 0.0, None
             BaseLLMAdapter.changes += 1
 
@@ -6552,6 +6552,13 @@ class Router(Balancer):
         ):
             endpoint.drop_waiting()
 
+    async def is_up(self, endpoint: Endpoint, model: str | None) -> bool:
+        """Whether it may be asked now. After an outage its list comes first: a silent one sends none."""
+        now = time.monotonic()
+        if endpoint.failures and endpoint.available(now) and not endpoint.is_fresh(now):
+            await self._ask([endpoint], model or "", [])
+        return endpoint.available(time.monotonic())
+
     @staticmethod
     async def _ask(endpoints: Sequence[Endpoint], model: str, group: list[Endpoint]) -> list[InferenceError]:
         """Adds those that serve the model to `group`; returns the failures."""
@@ -6764,7 +6771,7 @@ class Fleet(Router):
         tried: list[Endpoint] = []
         for endpoint, model in routes:
             tried.append(endpoint)
-            if len(self.endpoints) > 1 and not endpoint.available(time.monotonic()):
+            if len(self.endpoints) > 1 and not await self.is_up(endpoint, model):
                 continue  # it has failed since, or another request finds out whether it is back
             body = with_model(request.body, model)
             mine = request if body is request.body else dataclasses.replace(request, body=body)
@@ -6773,19 +6780,18 @@ class Fleet(Router):
             try:
                 request.served.begun = False
                 await self._turns.begin(endpoint, request)
+                who = request.served if len(self.endpoints) > 1 else endpoint.trial  # one alone is always asked
                 try:
                     found = await work(endpoint, mine)
-                except BaseException:
+                except BaseException as exc:
+                    if isinstance(exc, InferenceError) and exc.code in (400, 404):  # that too is an answer
+                        endpoint.recovered(who)
                     endpoint.finish(request.served)
                     raise
-                endpoint.recovered()
+                endpoint.recovered(who)
                 return endpoint, found
             except InferenceError as exc:
-                if not self._passed_over(endpoint, exc, request):
-                    if exc.code == 400:  # that too is an answer
-                        endpoint.recovered()
-                    raise
-                if request.served.begun:
+                if not self._passed_over(endpoint, exc, request) or request.served.begun:
                     raise
                 last = last if isinstance(exc, ModelNotFound) and last else exc
         if last is None:
@@ -6800,7 +6806,6 @@ class Fleet(Router):
     def _passed_over(self, endpoint: Endpoint, error: InferenceError, request: GenerateRequest) -> bool:
         """Whether the error is an outage of the endpoint, which is noted where another one can answer."""
         if isinstance(error, ModelNotFound) and len(self.endpoints) > 1:
-            endpoint.recovered()
             endpoint.expire()
             return True
         if request.served.over.is_set() or not passed_over(error):
@@ -9683,7 +9688,7 @@ class Gateway(Catalog):
         except InferenceError as exc:
             endpoint.failed(exc)
             raise
-        endpoint.recovered()
+        endpoint.recovered(endpoint.trial)
 
     def status(self) -> str:
         """For /ready: an endpoint that has answered since the last look makes the server ready."""
@@ -9696,8 +9701,8 @@ class Gateway(Catalog):
 
     @staticmethod
     async def _look_at(fleet: Fleet, endpoint: Endpoint) -> None:
-        now = time.monotonic()
-        waits = endpoint.trial is not None and now - endpoint.tried_at > endpoint.LIST_TTL  # in a silent engine
+        now, trial = time.monotonic(), endpoint.trial
+        waits = trial is not None and now - endpoint.tried_at > endpoint.LIST_TTL  # in a silent engine
         if not (endpoint.available(now) or waits) or (endpoint.on_request and not endpoint.running):
             return
         endpoint.try_by(look := object())
@@ -9705,7 +9710,7 @@ class Gateway(Catalog):
             await endpoint.adapter.connect()
             await endpoint.models()
             if not endpoint.overloaded:  # a list does not show that it has room
-                endpoint.recovered()
+                endpoint.recovered(trial or look)
         except InferenceError as exc:
             fleet.missed(endpoint, exc)
         finally:

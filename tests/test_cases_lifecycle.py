@@ -824,7 +824,7 @@ def test_e13_retry_after_is_passed_on(stream: bool, stand: Stand) -> None:
             assert reply.headers["retry-after"] in ("76", "77"), (path, reply.text)
             stand.engine.reset()
             for endpoint in stand.gateway.default.fleet.endpoints:  # type: ignore[union-attr]
-                endpoint.recovered()
+                endpoint.recovered(endpoint.trial)
 
 
 @pytest.mark.parametrize("status", [408, 409, 502, 504])

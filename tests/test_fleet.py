@@ -1110,6 +1110,70 @@ def test_an_older_request_does_not_end_a_trial(monkeypatch: pytest.MonkeyPatch) 
     assert endpoint.available(time.monotonic())
 
 
+@pytest.mark.parametrize("what", ["answer", "list"])
+def test_what_was_asked_before_an_outage_does_not_end_it(
+    what: str, attach: Attach, fake: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine without room goes on answering what it has: that is no reason to ask it before the pause is over."""
+    llm, engines = replicas(attach, fake)
+    endpoint = endpoint_at(llm, who(engines, lambda: llm.generate("hi")))
+    fleet = llm.fleet
+
+    async def scene() -> None:
+        held: Any = endpoint.adapter if what == "answer" else endpoint
+        method = "answer" if what == "answer" else "models"
+        real, asked, go = getattr(held, method), asyncio.Event(), asyncio.Event()
+
+        async def later(*args: Any) -> Any:
+            asked.set()
+            await go.wait()
+            return await real(*args)
+
+        monkeypatch.setattr(held, method, later)
+        asks = llm.agenerate("hi") if what == "answer" else product.Gateway._look_at(fleet, endpoint)
+        older = asyncio.ensure_future(asks)
+        await asked.wait()
+        endpoint.failed(EngineUnavailable("another request finds it dead"))
+        go.set()
+        await older
+
+    asyncio.run(scene())
+    assert endpoint.failures == 1 and endpoint.retry_at > 0
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_request_that_is_passed_on_to_a_failed_endpoint_waits_for_its_list_first(
+    silent: bool, attach: Attach, fake: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pause has ended while the request waited elsewhere; a silent engine would keep the request for long."""
+    monkeypatch.setattr(product.Deadlines, "brief", lambda self: dataclasses.replace(self, first_token=1.0, total=2.0))
+    llm, engines = replicas(attach, fake)
+    first = who(engines, lambda: llm.generate("hi"))
+    second = other_than(engines, first)
+    endpoint = endpoint_at(llm, second)
+    break_with(first, FAULTS["503"])
+    assert llm.generate("hi")  # so that a connection to the second one is kept
+    endpoint_at(llm, first).recovered(None)
+    asked = len(second.asked)
+    if silent:
+        second.script(Reply(status=0, end="stall"), "/v1/models")
+
+    async def fails(*_: Any) -> Any:
+        endpoint.failed(EngineTimeout("its list did not come"))
+        endpoint.retry_at = 0.0  # the pause is over
+        raise EngineUnavailable("it ended")
+
+    monkeypatch.setattr(endpoint_at(llm, first).adapter, "answer", fails)
+    lists = sum(seen.path == "/v1/models" for seen in second.requests)
+    if silent:
+        with pytest.raises(EngineUnavailable):
+            llm.generate("hi")
+    else:
+        assert llm.generate("hi")
+    assert sum(seen.path == "/v1/models" for seen in second.requests) > lists
+    assert (len(second.asked) - asked, endpoint.failures) == ((0, 2) if silent else (1, 0))
+
+
 def test_a_trial_that_waits_in_a_silent_engine_is_passed_on(
     attach: Attach, fake: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
