@@ -106,6 +106,9 @@ GUARDS: dict[str, Guard] = {
         "fleet",
         "429",
     ),
+    "what was asked before an outage does not end it": Guard(
+        "if self.failures and self.trial is who:", "if self.failures:", "fleet", "503"
+    ),
     "what waits for a silent endpoint is passed on": Guard(
         "            endpoint.drop_waiting()", "            pass", "fleet", "frozen"
     ),
