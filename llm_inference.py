@@ -7112,12 +7112,12 @@ class AsyncVerbs(EngineChoice):
         yield [reader.last(request.served)]
 
     async def agenerate(self, prompt: str, **options: Unpack[Options]) -> str:
-        """Answer a prompt; returns the text."""
-        return (await self.acomplete(prompt, **options)).text
+        """Answer a prompt; returns the text. Raises InvalidRequest where the model calls a tool: use `complete`."""
+        return text_alone(await self.acomplete(prompt, **options))
 
     async def achat(self, messages: Prompt, **options: Unpack[Options]) -> str:
-        """Answer messages in OpenAI's format; returns the text."""
-        return (await self.acomplete(messages, **options)).text
+        """Answer messages in OpenAI's format; returns the text. See `generate` for a model that calls a tool."""
+        return text_alone(await self.acomplete(messages, **options))
 
     @overload
     async def astructured_generate(self, prompt: Prompt, schema: type[T], **options: Unpack[Options]) -> T: ...
@@ -7137,12 +7137,12 @@ class AsyncVerbs(EngineChoice):
         return (await self.acomplete(prompt, schema=schema, **options)).result
 
     async def astream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncGenerator[str, None]:
-        """The answer's text in pieces as they come. Leaving early stops the engine's work."""
+        """The answer's text in pieces as they come; see `generate`. Leaving early stops the engine's work."""
         async with contextlib.aclosing(self.bursts(self.request(prompt, **options))) as bursts:
             async for burst in bursts:
                 for chunk in burst:
-                    if chunk.text:
-                        yield chunk.text
+                    if text := text_alone(chunk):
+                        yield text
 
     async def abatch(
         self, prompts: Iterable[Prompt], *, concurrency: int = 8, schema: Any = None, **options: Unpack[Options]
@@ -7267,7 +7267,15 @@ def texts_in(bursts: Generator[list[Chunk], None, None]) -> Generator[str, None,
     """The texts of chunks that were handed over together."""
     with contextlib.closing(bursts):
         for burst in bursts:
-            yield from (chunk.text for chunk in burst if chunk.text)
+            yield from filter(None, map(text_alone, burst))
+
+
+def text_alone(answer: Completion | Chunk) -> str:
+    """The text, for a method that returns nothing else. Raises InvalidRequest where a call would be lost with it."""
+    if answer.tool_calls:
+        problem = f"the model called {name_of(answer.tool_calls[0]) or 'one'}, and this method returns only text"
+        raise bad_field("tools", problem, "use complete(), which returns the calls, or run(), which answers them")
+    return answer.text
 
 
 def _blocking(verb: Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]) -> Callable[Concatenate[Any, P], T]:

@@ -77,6 +77,28 @@ def test_a_model_that_calls_for_ever_is_an_error(fake: Any, attach: Any) -> None
         llm.run("?", tools=[get_weather], max_turns=3)
 
 
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_call_is_not_lost_where_only_text_is_returned(dialect: Dialect, fake: Any, attach: Any) -> None:
+    """The answer is a call without any text: `generate` used to return "", and `stream` nothing."""
+    llm: LLMInferencer = attach(calling(fake, dialect, "get_weather", {"city": "Paris"}))
+    tools = [tool_from(get_weather)]
+    verbs: list[Callable[[], Any]] = [
+        lambda: llm.generate("?", tools=tools),
+        lambda: llm.chat([{"role": "user", "content": "?"}], tools=tools),
+        lambda: list(llm.stream("?", tools=tools)),
+        lambda: asyncio.run(streamed(llm, tools)),
+    ]
+    for verb in verbs:
+        with pytest.raises(InvalidRequest, match=r"tools: the model called get_weather, .*; use complete\(\)"):
+            verb()
+    assert llm.complete("?", tools=tools).tool_calls
+    assert llm.generate("?", tools=tools, tool_choice="none", on_unsupported="ignore") is not None
+
+
+async def streamed(llm: LLMInferencer, tools: list[Any]) -> list[str]:
+    return [text async for text in llm.astream("?", tools=tools)]
+
+
 def test_a_functions_signature_becomes_its_schema() -> None:
     tool = tool_from(get_weather)["function"]
     assert tool["name"] == "get_weather" and tool["description"] == "The weather in a city."
