@@ -5173,11 +5173,12 @@ class OpenAIAdapter(HTTPAdapter):
         finished, expected = 0, expected_choices(body)
         first = self.names_models
         one_call = body.get("parallel_tool_calls") is False and not self.honours_one_call
-        if one_call:
+        several, heads = expected > 1 and request.path == CHAT, expected
+        if one_call or several:
             request.served.collected = True
 
         def decode(data: bytes) -> Decoded:
-            nonlocal finished, first
+            nonlocal finished, first, heads
             error = None
             done = DONE.search(data) if b"[DONE]" in data else None
             if done is not None:
@@ -5195,9 +5196,12 @@ class OpenAIAdapter(HTTPAdapter):
                 return None, BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again", retryable=True)
             if not data:
                 return None, error
+            burst = Burst(with_reasoning(data), end=end)
             if one_call and b'"tool_calls"' in data:
-                return Burst(payloads=first_call_only(Burst(data)), end=end), error
-            return Burst(with_reasoning(data), end=end), error
+                burst = Burst(payloads=first_call_only(burst), end=end)
+            if several and b'"role"' in data:
+                burst, heads = Burst(payloads=with_heads(burst.payloads, heads), end=end), 0
+            return burst, error
 
         return decode
 
@@ -5319,6 +5323,21 @@ def first_call_only(burst: Burst) -> list[dict[str, Any]]:
             if isinstance(delta.get("tool_calls"), list):
                 delta["tool_calls"] = [call for call in delta["tool_calls"] if call.get("index", 0) == 0]
     return burst.payloads
+
+
+def with_heads(payloads: Iterable[dict[str, Any]], choices: int) -> list[dict[str, Any]]:
+    """The chunks, with the heads of so many choices in place of each one's own: the second may begin first, which
+    OpenAI's own client ends with an IndexError."""
+    found = []
+    for payload in payloads:
+        choice = (payload.get("choices") or [{}])[0]
+        delta = choice.get("delta") or {}
+        if role := delta.pop("role", None):
+            head = {**choice, "delta": {"role": role, "content": ""}, "finish_reason": None}
+            found += [{**payload, "choices": [{**head, "index": index}]} for index in range(choices)]
+            choices = 0
+        found.append(payload)
+    return found
 
 
 def expected_choices(body: Mapping[str, Any]) -> int:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import httpx
@@ -21,7 +21,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel, ValidationError
 
 import llm_inference as product
-from tests.fake_engine import DIALECTS, TEXT, Dialect, Reply
+from tests.fake_engine import DIALECTS, TEXT, Dialect, FakeEngine, Reply
 from tests.harness import SOON, Command, Stand, payloads, refused, refused_v1, serving, until
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -1328,6 +1328,37 @@ def test_renaming_the_reasoning_field_leaves_the_text_unchanged(relayed: Stand) 
         == relayed.engine.text
     )
     assert text_of(strict_chunks(relayed.events(CHAT, model=relayed.model, messages=HI))) == relayed.engine.text
+
+
+def streamed(engine: FakeEngine, kind: str, *parts: Mapping[str, Any]) -> Reply:
+    """A stream of the engine's: its events, each with what they have in common."""
+    known = {"id": "c", "object": kind, "created": 1, "model": engine.model}
+    events = [b"data: " + json.dumps({**known, **part}).encode() + b"\n\n" for part in parts]
+    pieces = [*events, b"data: [DONE]\n\n"]
+    return Reply(headers={"content-type": "text/event-stream"}, pieces=pieces, chunked=True)
+
+
+def test_a_second_choice_may_come_first(relayed: Stand) -> None:
+    """llama.cpp and SGLang begin a choice when its first token is there: the official client took the second for the
+    first, and failed with an IndexError."""
+    said: list[tuple[int, Any, str | None]] = [
+        (1, {"role": "assistant", "content": None}, None),
+        (1, {"content": "one"}, None),
+        (0, {"role": "assistant", "content": None}, None),
+        (0, {"content": "nought"}, None),
+        (1, {}, "stop"),
+        (0, {}, "stop"),
+    ]
+    parts = [{"choices": [{"index": index, "delta": delta, "finish_reason": end}]} for index, delta, end in said]
+    relayed.engine.script_chat(streamed(relayed.engine, "chat.completion.chunk", *parts))
+    ask: Any = {"model": relayed.model, "messages": HI, "n": 2}
+    with client_of(relayed.url) as client, client.chat.completions.stream(**ask) as events:
+        chunks = [event.chunk for event in events if event.type == "chunk"]
+        done = events.get_final_completion()
+    roles = [(each.index, each.delta.role) for chunk in chunks for each in chunk.choices if each.delta.role]
+    assert roles == [(0, "assistant"), (1, "assistant")]
+    found = [(each.index, each.message.role, each.message.content) for each in done.choices]
+    assert found == [(0, "assistant", "nought"), (1, "assistant", "one")]
 
 
 # ----------------------------------------------------------------------------------------------- the relay
