@@ -5545,21 +5545,28 @@ class LlamaCppAdapter(OpenAIAdapter):
     def decoder(self, request: GenerateRequest, body: dict[str, Any]) -> Decoder:
         decode = super().decoder(request, body)
         top = top_logprobs(request.path, body)
-        if top is None:
+        several, ended, reported = expected_choices(body), 0, Usage()
+        if top is None and several == 1:
             return decode
         request.served.collected = True
         offsets: dict[int, int] | None = {} if request.path == COMPLETIONS else None  #: characters so far, by choice
 
-        def with_openai_logprobs(data: bytes) -> Decoded:
+        def as_openai(data: bytes) -> Decoded:
+            nonlocal ended, reported
             burst, error = decode(data)
             if burst is None:
                 return burst, error
             for payload in burst.payloads:
                 for choice in payload.get("choices") or ():
-                    trim_logprobs(choice, top, offsets)
+                    ended += bool(choice.get("finish_reason"))
+                    if top is not None:
+                        trim_logprobs(choice, top, offsets)
+                if several > 1 and payload.get("usage"):  # of one choice
+                    reported += usage_of(payload) or Usage()
+                    payload["usage"] = usage_of_all(reported, body) if ended == several else None
             return Burst(payloads=burst.payloads, end=burst.end), error
 
-        return with_openai_logprobs
+        return as_openai
 
     async def identify(self, get: Get) -> str | None:
         build = await super().identify(get)
@@ -5718,6 +5725,11 @@ def top_logprobs(path: str, body: Mapping[str, Any]) -> int | None:
     if asked is None:
         return None
     return int(asked) if path == COMPLETIONS else body.get("top_logprobs") or 0
+
+
+def usage_of_all(reported: Usage, body: Mapping[str, Any]) -> dict[str, int]:
+    """The choices' usages together: a prompt counts once for its n answers."""
+    return dataclasses.replace(reported, prompt_tokens=reported.prompt_tokens // (body.get("n") or 1)).as_dict()
 
 
 def trim_logprobs(choice: dict[str, Any], top: int, offsets: dict[int, int] | None) -> None:

@@ -1361,6 +1361,45 @@ def test_a_second_choice_may_come_first(relayed: Stand) -> None:
     assert found == [(0, "assistant", "nought"), (1, "assistant", "one")]
 
 
+@pytest.mark.parametrize("slice_", [0, 7])
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_usage_is_that_of_all_choices(all_stands: dict[str, Stand], stream: bool, slice_: int) -> None:
+    """llama.cpp reports each choice's own: the answer had that of the choice which ended last."""
+    stand = all_stands["llamacpp"]
+    engine = stand.engine.reset()
+    engine.slice = slice_
+
+    def usage(prompt: int, completion: int) -> Any:
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+    def asked(path: str, parts: list[Any], **fields: Any) -> Any:
+        engine.script(streamed(engine, "x", *parts), path)
+        fields |= {"model": stand.model}
+        if not stream:
+            return stand.post(path, **fields).json()["usage"]
+        events = stand.events(path, **fields, stream_options={"include_usage": True})
+        (found,) = (event["usage"] for event in events[:-1] if event.get("usage"))
+        assert events[-1] == "[DONE]" and events[-2]["usage"] == found
+        return found
+
+    parts: list[Any] = []
+    for index in (1, 0):  # two answers to one prompt; the usage has a chunk of its own
+        said = [{"delta": {"role": "assistant", "content": ""}}, {"delta": {"content": "x"}}, {"delta": {}}]
+        ends = [None, None, "stop"]
+        parts += [
+            {"choices": [{"index": index, "finish_reason": end, **words}]}
+            for words, end in zip(said, ends, strict=True)
+        ]
+        parts.append({"choices": [], "usage": usage(9, 3 + index)})
+    assert asked(CHAT, parts, messages=HI, n=2) == usage(9, 7)
+
+    parts = []
+    for index, prompt in ((2, 5), (0, 2), (1, 2), (3, 5)):  # two to each of two prompts; here it comes with the end
+        parts.append({"choices": [{"index": index, "text": "x", "finish_reason": None}]})
+        parts.append({"choices": [{"index": index, "text": "", "finish_reason": "length"}], "usage": usage(prompt, 4)})
+    assert asked("/v1/completions", parts, prompt=["a", "b"], n=2) == usage(7, 16)
+
+
 # ----------------------------------------------------------------------------------------------- the relay
 
 
