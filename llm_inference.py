@@ -1305,8 +1305,13 @@ def normalize_schema(schema: Any) -> tuple[Schema, TypeAdapter[Any] | None]:
         adapter: TypeAdapter[Any] = TypeAdapter(schema)
         return adapter.json_schema(schema_generator=_SchemaGenerator), adapter
     except Exception as exc:  # pydantic raises several unrelated classes here
-        reason = f"schema: no JSON Schema can be made of this type ({type(exc).__name__})"
+        reason = f"schema: no JSON Schema can be made of this type ({first_line(exc)})"
         raise InvalidRequest(reason, hint) from exc
+
+
+def first_line(exc: Exception) -> str:
+    """What pydantic says, without the address of its manual."""
+    return next(iter(str(exc).splitlines()), type(exc).__name__)
 
 
 def _holds_text(kind: Any) -> bool:
@@ -6946,7 +6951,7 @@ def tool_from(function: Callable[..., Any]) -> Tool:
     try:
         parameters = TypeAdapter(function).json_schema()  # type: ignore[arg-type]
     except Exception as exc:  # pydantic raises several unrelated classes here
-        problem = f"no JSON Schema can be made of the parameters of {name}"
+        problem = f"no JSON Schema can be made of the parameters of {name} ({first_line(exc)})"
         raise bad_field("tools", problem, "annotate them with types that have one") from exc
     if parameters.get("type") != "object":
         raise bad_field("tools", f"{name} has positional-only parameters, or *args", "a call gives arguments by name")

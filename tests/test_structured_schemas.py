@@ -1224,6 +1224,27 @@ class Point(NamedTuple):
     y: float
 
 
+class Plain:
+    """Pydantic knows no schema of it; and of `typing.TypedDict` only from Python 3.12 on."""
+
+
+class Silent:
+    @classmethod
+    def __get_pydantic_core_schema__(cls, *_: Any) -> Any:
+        raise RuntimeError
+
+
+@pytest.mark.parametrize(("kind", "why"), [(Plain, "Unable to generate .*Plain"), (Silent, "RuntimeError")])
+def test_a_type_without_a_schema_is_refused_in_pydantics_words(kind: Any, why: str) -> None:
+    def tool(what: Any) -> None: ...
+
+    tool.__annotations__["what"] = kind
+    with pytest.raises(llm_inference.InvalidRequest, match=rf"this type \({why}.*\); give a dict"):
+        llm_inference.normalize_schema(kind)
+    with pytest.raises(llm_inference.InvalidRequest, match=rf"parameters of tool \({why}.*\); annotate"):
+        llm_inference.tool_from(tool)
+
+
 class Movie(TypedDict, total=False):
     title: Required[str]
     year: int
