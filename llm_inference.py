@@ -11559,8 +11559,7 @@ llm_inference {__version__}
     else:
         _print_engine(settings)
     if not settings.api_keys and not settings.no_auth:
-        if not is_loopback(settings.host):
-            print(f"  API key     {settings.made_key}   (from this machine: not needed)")
+        print(f"  API key     {settings.made_key}   (from this machine: not needed)")
         print("  Behind a reverse proxy, set --api-key: its requests look like local ones.")
     sys.stdout.flush()
 

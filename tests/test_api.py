@@ -1627,8 +1627,10 @@ def test_one_line_is_logged_for_a_request(life: dict[str, Any]) -> None:
         assert all(word in line for word in words)
 
 
-def test_the_generated_key_is_printed_where_needed_and_never_logged(fake: FakeEngine) -> None:
-    with attached(fake, "--host", "0.0.0.0") as server:
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
+def test_the_generated_key_is_printed_where_needed_and_never_logged(fake: FakeEngine, host: str) -> None:
+    """On loopback too: a call through a proxy of this machine, or by another name, is told to send the printed key."""
+    with attached(fake, "--host", host) as server:
         (line,) = [line for line in server.said.splitlines() if "API key" in line]
         key = line.split()[2]
         elsewhere = {"host": "elsewhere.example"}
