@@ -10333,6 +10333,8 @@ def create_v1_router(gateway: Gateway) -> Any:
         for each in await listed():
             if name and name in (each["id"], each["id"].partition("/")[2]):
                 return JSONResponse(anthropic_models([each])["data"][0] if anthropic else each)
+        if gateway.state == "starting":
+            raise NotReady("the engine is starting", "ask again")
         raise ModelNotFound(f"no endpoint serves the model {name[:100]!r}", "see GET /v1/models", param="model")
 
     return router

@@ -1400,6 +1400,17 @@ def test_the_usage_is_that_of_all_choices(all_stands: dict[str, Stand], stream: 
     assert asked("/v1/completions", parts, prompt=["a", "b"], n=2) == usage(7, 16)
 
 
+def test_a_model_is_not_missing_while_its_engine_starts(relayed: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is being started is not listed yet: its name was refused with 404, which no client tries again."""
+    known, nobodys = relayed.model, "nobodys"
+    assert relayed.client.get(f"/v1/models/{known}").status_code == 200
+    monkeypatch.setattr(relayed.gateway, "state", "starting")
+    assert relayed.client.get(f"/v1/models/{known}").status_code == 200
+    refused_v1(relayed.client.get(f"/v1/models/{nobodys}"), "not_ready")
+    monkeypatch.undo()
+    refused_v1(relayed.client.get(f"/v1/models/{nobodys}"), "model_not_found")
+
+
 # ----------------------------------------------------------------------------------------------- the relay
 
 
