@@ -2280,9 +2280,9 @@ class Answer:
         self.choices: dict[int, Choice] = {}
         self.usage: Usage | None = None
         self.timing: Timing | None = None
-        self.first_at = 0.0  #: when the first chunk came, where it was streamed
+        self.first_at = 0.0  #: when the first chunk arrived, if streamed
         self.size = 0
-        self.data = b""  #: the engine's own bytes, of a complete object that it sent in OpenAI's form
+        self.data = b""  #: the engine's own bytes, if it sent a complete object in OpenAI's form
         self.payload: dict[str, Any] = {}  #: the complete object, or what the chunks had besides choices
 
     @classmethod
@@ -2600,7 +2600,7 @@ def sse_payloads(lines: Iterable[bytes]) -> Iterator[bytes]:
         elif line.startswith(b"error:"):
             yield b'{"error":' + line[6:].strip() + b"}"
         elif line and not line.startswith((b":", b"event:", b"id:", b"retry:")):
-            raise BadEngineReply("the stream holds something that is no event", "check what serves that address")
+            raise BadEngineReply("the stream contains a line that is not an event", "check what serves that address")
 
 
 class Deadline:
@@ -4025,7 +4025,7 @@ class BaseLLMAdapter:
         self.launch_args, self.launch_env = tuple(options.get("launch_args", ())), dict(options.get("launch_env") or {})
         for name, value in self.launch_env.items():
             if not re.fullmatch(r"[^=\0]+", name) or "\0" in value:
-                problem = f"no environment can hold {name[:40]!r}"
+                problem = f"not a valid variable: {name[:40]!r}"
                 raise bad_field("launch_env", problem, "write NAME and a text without U+0000")
         self.deadlines: Deadlines = options.get("deadlines") or Deadlines()
         self.how = "built in"  #: how the engine was found, once it is
@@ -4488,8 +4488,8 @@ class EngineFinder:
         adapter = self._adapter
         key = (adapter.api_key or os.environ.get(adapter.key_env) or "").strip()  # a key from a file has a line break
         if not re.fullmatch(r"[!-~]*", key):
-            reason = f"api_key, {adapter.key_env}: holds what no HTTP header may hold"
-            raise InvalidRequest(reason, "printable ASCII without spaces", param="api_key")
+            reason = f"api_key, {adapter.key_env}: has characters that no HTTP header may contain"
+            raise InvalidRequest(reason, "use printable ASCII without spaces", param="api_key")
         headers = {"authorization": f"Bearer {key}"} if key else {}
         address, source = adapter.base_url, "base_url"
         if not address and adapter.launch is not True:
@@ -4868,7 +4868,7 @@ class HTTPAdapter(BaseLLMAdapter):
     A subclass writes `encode`, `decode_object`, `decoder`, `identify` and `command`.
     """
 
-    default_url, url_env, key_env = "", "", ""  #: its usual address; the variables that name another one, and its key
+    default_url, url_env, key_env = "", "", ""  #: the default address; the variables for another one and for the key
     package, program = "", ""  #: the importable name of the engine's package; its name on the PATH
     start_hint, install_hint, embed_hint = "", "", ""  #: the commands; what to do for embeddings
     pull_hint = "it downloads its model when it starts"
@@ -5161,7 +5161,7 @@ class OpenAIAdapter(HTTPAdapter):
             return plain_answer(request.path, payload, body, self._contexts.get(body["model"]))
         found = payload["data" if request.path == EMBEDDINGS else "choices"]
         if not isinstance(found, list) or not found or not isinstance(found[0], dict):
-            reason = f"{self.engine_type} answered with something else than a completion"
+            reason = f"{self.engine_type} answered with something other than a completion"
             raise BadEngineReply(reason, "check the engine")
         if payload.pop("metadata", None) is not None:  # SGLang's does not fit OpenAI's type
             data = to_json(payload)
@@ -7611,7 +7611,7 @@ class EndpointConfig:
         if self.engine in ("vllm", "sglang"):
             raise bad_field("model", "is required to start it", "name it, or the base_url of a server that runs")
         if self.engine == "ollama" and self.start == "on_request" and not self.models:
-            raise bad_field("models", "nobody knows what it has before it runs", "list the models that it is to serve")
+            raise bad_field("models", "its models are unknown until it runs", "list the models that it shall serve")
 
     def key(self, env: Mapping[str, str] = os.environ) -> str | None:
         """The key that the engine asks for. Raises InvalidRequest for an `api_key_env` that is not set."""
@@ -8410,7 +8410,7 @@ def _tools_from_responses(reader: _Reader) -> dict[str, Any]:
         function = reader.fields(tool, where, _FUNCTION_FIELDS, f"{where}.")
         function["name"] = _flat_name(space.get("name"), function["name"])
         if function["name"] in functions:
-            raise bad_field(f"{where}.name", "is there twice", "send other names")
+            raise bad_field(f"{where}.name", "is a duplicate", "give each function a name of its own")
         del function["type"]
         functions[function["name"]] = function
     names, choice = _chosen(functions, reader.body.pop("tool_choice", None))

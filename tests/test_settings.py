@@ -105,7 +105,7 @@ MISTAKES = [
     ("[[endpoint]]\nengine = 'vllm'", "llm.toml: endpoint[1].model (line 1): is required to start it; name it"),
     (
         "[[endpoint]]\nengine = 'ollama'\nstart = 'on_request'",
-        "llm.toml: endpoint[1].models (line 1): nobody knows what it has before it runs; list the models",
+        "llm.toml: endpoint[1].models (line 1): its models are unknown until it runs; list the models",
     ),
     (
         TWO + "stop_after = 60",
