@@ -6390,6 +6390,14 @@ class Balancer:
     def __init__(self) -> None:
         self._homes: dict[int, Endpoint] = {}  #: by the hash of a conversation's beginning: where it began
 
+    def in_order(self, groups: Iterable[Replicas], key: int, begins: bool) -> Iterator[Route]:
+        """Where a request may go, of groups of replicas; each is chosen when the one before has failed."""
+        for group, model in groups:
+            tried: list[Endpoint] = []
+            while endpoint := self.choose(group, key, begins, tried):
+                yield endpoint, model
+                tried.append(endpoint)
+
     def choose(
         self, endpoints: Sequence[Endpoint], key: int, begins: bool = False, tried: Container[Endpoint] = ()
     ) -> Endpoint | None:
@@ -6469,14 +6477,7 @@ class Router(Balancer):
             groups = await self._find(name)
         key = prefix_hash(request.body)
         begins = key not in self._homes and not has_answers(request.body)
-        return self._in_order(groups, key, begins)
-
-    def _in_order(self, groups: Iterable[Replicas], key: int, begins: bool) -> Iterator[Route]:
-        for group, model in groups:
-            tried: list[Endpoint] = []
-            while endpoint := self.choose(group, key, begins, tried):
-                yield endpoint, model
-                tried.append(endpoint)
+        return self.in_order(groups, key, begins)
 
     async def _find(self, name: str | None) -> list[Replicas]:
         """The endpoints that are up, for a name; remembered while all are."""
