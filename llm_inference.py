@@ -10063,11 +10063,11 @@ class EventWriter:
 
     async def write(self, part: bytes, end: bool = False) -> None:
         """Send a part of the stream."""
-        if not part and not end:
-            return
-        self.changed, self.sending = self.loop.time(), True
-        await self.exchange.send({"type": "http.response.body", "body": part, "more_body": not end})
-        self.changed, self.sending = self.loop.time(), False
+        if part or end:
+            self.changed, self.sending = self.loop.time(), True
+            await self.exchange.send({"type": "http.response.body", "body": part, "more_body": not end})
+            self.changed = self.loop.time()
+        self.sending = False
 
     def push(self, burst: Burst) -> bool:
         """Send a burst from outside of the task that waits for it; False where only that task can."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gzip
 import http.client
 import json
@@ -276,6 +277,16 @@ def test_silence_is_filled_with_comments(stand: Stand, monkeypatch: pytest.Monke
     assert reply.text.count(": keep-alive\n\n") >= 2
     reply = stand.post("/v1/chat/completions", model=stand.model, messages=HI, stream=True)
     assert reply.text.count(": keep-alive\n\n") >= 2 and reply.text.endswith("data: [DONE]\n\n")
+
+
+def test_an_answer_that_begins_with_nothing_to_show_is_no_client_that_does_not_read(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first event of an engine often has the role alone, of which our own stream shows nothing."""
+    limits = product.Deadlines(idle=0.2)  # of the client; the engine keeps its own
+    monkeypatch.setattr(stand.gateway, "settings", dataclasses.replace(stand.gateway.settings, deadlines=limits))
+    stand.engine.pace, stand.engine.text = 0.6, "a b"
+    check_stream(payloads(stand.post("/chat", messages=HI, stream=True)))
 
 
 # ----------------------------------------------------------------------------------------------- envelope and status
