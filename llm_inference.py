@@ -2647,10 +2647,10 @@ class Deadline:
         """Wait for the engine. Raises EngineTimeout when a deadline passes."""
         if not self.first:
             self.push_back()
-        self._task = asyncio.current_task()
         if self._expired == "closed":
             awaitable.close()
             raise self._error()
+        self._task = asyncio.current_task()
         try:
             return await awaitable
         except asyncio.CancelledError:
@@ -2662,11 +2662,10 @@ class Deadline:
 
     def abort(self) -> None:
         """End the call from any thread: its connection is being closed."""
-        self._expired = "closed"
-        task = self._task
-        if task is not None:
+        if not self._expired:
+            self._expired = "closed"
             with contextlib.suppress(RuntimeError):  # its loop has ended
-                self.loop.call_soon_threadsafe(task.cancel)
+                self.loop.call_soon_threadsafe(lambda: self._task and self._task.cancel())
 
     def _error(self) -> InferenceError:
         if self._expired == "closed":
@@ -6590,7 +6589,7 @@ class Router(Balancer):
             endpoint.drop_waiting()
 
     async def is_up(self, endpoint: Endpoint, model: str | None) -> bool:
-        """Whether it may be asked now. After an outage its list comes first: a silent one sends none."""
+        """Whether it may be asked. After an outage its list comes first, if at all."""
         now = time.monotonic()
         if endpoint.failures and endpoint.available(now) and not endpoint.is_fresh(now):
             await self._ask([endpoint], model or "", [])
@@ -6817,7 +6816,7 @@ class Fleet(Router):
             try:
                 request.served.begun = False
                 await self._turns.begin(endpoint, request)
-                who = request.served if len(self.endpoints) > 1 else endpoint.trial  # one alone is always asked
+                who = request.served if len(self.endpoints) > 1 else endpoint.trial  # alone: always asked
                 try:
                     found = await work(endpoint, mine)
                 except BaseException as exc:

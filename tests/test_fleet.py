@@ -1141,6 +1141,45 @@ def test_what_was_asked_before_an_outage_does_not_end_it(
     assert endpoint.failures == 1 and endpoint.retry_at > 0
 
 
+def test_a_call_that_is_ended_twice_is_cancelled_once() -> None:
+    """Two looks may find its endpoint silent at once: the second cancel would end the request and not the call."""
+
+    async def scene() -> None:
+        deadline = product.Deadline(product.Deadlines(), "vllm", set())
+        waiting = asyncio.ensure_future(deadline.wait(asyncio.sleep(60)))
+        await asyncio.sleep(0)
+        deadline.abort()
+        deadline.abort()
+        with pytest.raises(EngineUnavailable, match="closed meanwhile"):
+            await waiting
+        deadline.close()
+
+    asyncio.run(scene())
+
+
+def test_a_call_that_ends_as_it_is_aborted_leaves_its_request_alone() -> None:
+    """The cancel comes when the call has its reply, and the request is at something else."""
+
+    async def scene() -> None:
+        deadline, reply = product.Deadline(product.Deadlines(), "vllm", set()), asyncio.Event()
+
+        async def request() -> str:
+            await deadline.wait(reply.wait())
+            with pytest.raises(EngineUnavailable, match="closed meanwhile"):
+                await deadline.wait(asyncio.sleep(60))
+            await asyncio.sleep(0.01)
+            return "it goes on"
+
+        asked = asyncio.ensure_future(request())
+        await asyncio.sleep(0)
+        reply.set()
+        deadline.abort()
+        assert await asked == "it goes on"
+        deadline.close()
+
+    asyncio.run(scene())
+
+
 @pytest.mark.parametrize("silent", [True, False])
 def test_a_request_that_is_passed_on_to_a_failed_endpoint_waits_for_its_list_first(
     silent: bool, attach: Attach, fake: Make, monkeypatch: pytest.MonkeyPatch
