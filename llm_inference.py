@@ -6589,7 +6589,7 @@ class Router(Balancer):
             endpoint.drop_waiting()
 
     async def is_up(self, endpoint: Endpoint, model: str | None) -> bool:
-        """Whether it may be asked. After an outage its list comes first, if at all."""
+        """Whether it may be asked now. After an outage it is asked for its list first, which a silent one does not send."""
         now = time.monotonic()
         if endpoint.failures and endpoint.available(now) and not endpoint.is_fresh(now):
             await self._ask([endpoint], model or "", [])
@@ -6816,7 +6816,7 @@ class Fleet(Router):
             try:
                 request.served.begun = False
                 await self._turns.begin(endpoint, request)
-                who = request.served if len(self.endpoints) > 1 else endpoint.trial  # alone: always asked
+                who = request.served if len(self.endpoints) > 1 else endpoint.trial  # one alone is always asked
                 try:
                     found = await work(endpoint, mine)
                 except BaseException as exc:

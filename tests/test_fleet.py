@@ -1150,7 +1150,7 @@ def test_a_call_that_is_ended_twice_is_cancelled_once() -> None:
         await asyncio.sleep(0)
         deadline.abort()
         deadline.abort()
-        with pytest.raises(EngineUnavailable, match="closed meanwhile"):
+        with pytest.raises(EngineUnavailable, match="closed during the call"):
             await waiting
         deadline.close()
 
@@ -1165,7 +1165,7 @@ def test_a_call_that_ends_as_it_is_aborted_leaves_its_request_alone() -> None:
 
         async def request() -> str:
             await deadline.wait(reply.wait())
-            with pytest.raises(EngineUnavailable, match="closed meanwhile"):
+            with pytest.raises(EngineUnavailable, match="closed during the call"):
                 await deadline.wait(asyncio.sleep(60))
             await asyncio.sleep(0.01)
             return "it goes on"
