@@ -6589,7 +6589,7 @@ class Router(Balancer):
             endpoint.drop_waiting()
 
     async def is_up(self, endpoint: Endpoint, model: str | None) -> bool:
-        """Whether it may be asked now. After an outage its list is asked for first, which a silent one does not send."""
+        """Whether it may be asked now. After an outage its list is asked for first; a silent endpoint sends none."""
         now = time.monotonic()
         if endpoint.failures and endpoint.available(now) and not endpoint.is_fresh(now):
             await self._ask([endpoint], model or "", [])
