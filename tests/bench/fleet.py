@@ -1,10 +1,11 @@
 """What a fleet costs: 16 endpoints beside one, in the same run; a config file with very many of them; how evenly
 conversations are spread.
 
-    python -m tests.bench.fleet [--rounds 8] [--seconds 3] [--out tests/bench/fleet.json]
+    python -m tests.bench.fleet [--rounds 8] [--seconds 1] [--out tests/bench/fleet.json]
 
-Needs wrk and Linux. Both servers run all the time, and the load goes to one and then to the other: what others on the
-machine do falls on both. The figures are medians of the rounds, and of the differences within a round.
+Needs wrk and Linux. All servers run all the time, and the load goes to one after the other: what others on the machine
+do falls on each. They have the last core to themselves, and there are several of each kind, as two processes of the
+same kind differ by some microseconds. The figures are medians of the rounds, and of the differences within a round.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from .proc import Process, many_sockets
 from .run import API, HERE, KEY, MESSAGES, PROGRAM, TOKENS, V1, drive, imports, machine, rounded, say
 
 ENDPOINTS, CONNECTIONS = 16, 16
+PROCESSES = 3  #: servers of each kind
 MANY_ENDPOINTS, MANY_ALIASES, CONVERSATIONS = 1000, 10_000, 10_000
 QUESTIONS = [{**MESSAGES[-1], "content": MESSAGES[-1]["content"] + " #00"}]  # see post.lua
 #: route, model, messages, streamed
@@ -53,7 +55,7 @@ def engine() -> Iterator[Process]:
 
 
 @contextmanager
-def ours(count: int, upstream: Process, program: Path) -> Iterator[Process]:
+def ours(count: int, upstream: Process, program: Path, core: int | None = None) -> Iterator[Process]:
     """Our server with `count` endpoints."""
     port = free_port()
     tables = []
@@ -65,24 +67,35 @@ def ours(count: int, upstream: Process, program: Path) -> Iterator[Process]:
         file.write_text("\n".join(tables))
         command = [sys.executable, str(program), "--serve", "--host", "127.0.0.1", "--port", str(port)]
         command += ["--config", str(file), "--api-key", KEY]
-        with Process(f"ours-{count}", command, port=port, ready="/ready") as process:
+        with Process(f"ours-{count}-{port}", command, port=port, ready="/ready", core=core) as process:
             yield process
 
 
 def compare(rounds: int, seconds: float, program: Path) -> dict[str, Any]:
     """CPU a request and a token with one endpoint and with 16."""
     found: dict[str, dict[int, list[dict[str, float]]]] = {}
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[:1])  # also the stand-in and the load generator
     with ExitStack() as stack:
         upstream = stack.enter_context(engine())
-        servers = {count: stack.enter_context(ours(count, upstream, program)) for count in (1, ENDPOINTS)}
+        servers: dict[int, list[Process]] = {1: [], ENDPOINTS: []}
+        for _ in range(PROCESSES):
+            for count, several in servers.items():
+                several.append(stack.enter_context(ours(count, upstream, program, cores[-1])))
         for number in range(rounds):
             for case, (path, fields, messages, stream) in CASES.items():
                 body = fields | {"messages": messages, "max_tokens": 256, "stream": stream}
                 for count in sorted(servers, reverse=number % 2 == 1):
                     say(f"round {number + 1}/{rounds}: {case}, {count} endpoints")
-                    outcome = drive(servers[count], upstream, path, body, CONNECTIONS, seconds)
-                    found.setdefault(case, {}).setdefault(count, []).append(outcome)
+                    outcomes = [drive(each, upstream, path, body, CONNECTIONS, seconds) for each in servers[count]]
+                    found.setdefault(case, {}).setdefault(count, []).append(mean(outcomes))
+    os.sched_setaffinity(0, cores)
     return {case: summary(by_count) for case, by_count in found.items()}
+
+
+def mean(outcomes: list[dict[str, float]]) -> dict[str, float]:
+    """Of several servers in one round."""
+    return {name: statistics.fmean([each[name] for each in outcomes]) for name in outcomes[0]}
 
 
 def choices() -> list[dict[str, float]]:
@@ -217,7 +230,7 @@ def spread(count: int) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a measured run")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a measured run")
     parser.add_argument("--program", type=Path, default=PROGRAM, help="another llm_inference.py to measure")
     parser.add_argument("--out", type=Path, default=HERE / "fleet.json")
     args = parser.parse_args()
