@@ -6723,6 +6723,11 @@ class Fleet(Router):
         self._turns = Turns(self.endpoints)
         self._over = threading.Event()  #: set by `close`, for the requests that are at work then
 
+    @property
+    def reached(self) -> BaseLLMAdapter:
+        """The adapter of the first endpoint that was reached, or of the first."""
+        return next((each for each in self.endpoints if each.running), self.endpoints[0]).adapter
+
     def replace(self, endpoints: Sequence[Endpoint], aliases: Mapping[str, Sequence[str]]) -> None:
         """From now on, choose among these; the others keep their turns until `remove`."""
         self.endpoints, self.aliases, self._known = list(endpoints), dict(aliases), {}
@@ -7077,8 +7082,7 @@ class EngineChoice:
             if fleet is not chosen:
                 await fleet.close()
         if chosen is not None:
-            adapter = chosen.endpoints[0].adapter
-            logger.info("auto: using %s (%s)", adapter.engine_type, adapter.how)
+            logger.info("auto: using %s (%s)", chosen.reached.engine_type, chosen.reached.how)
         elif self.options.get("base_url"):
             reason = "no engine that can be identified answers at base_url"
             raise EngineUnavailable(reason, "start it, correct the address, or name the engine")
@@ -7105,8 +7109,7 @@ class EngineChoice:
 
     async def engine(self) -> BaseLLMAdapter:
         """The adapter of the first endpoint that was reached, or of the first."""
-        endpoints = (await self.found()).endpoints
-        return next((each for each in endpoints if each.running), endpoints[0]).adapter
+        return (await self.found()).reached
 
     async def aclose(self) -> None:
         """End what was started and close what was opened. A verb called after that connects, or starts, anew."""
@@ -7401,12 +7404,17 @@ STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 async def _usable(fleet: Fleet) -> None:
-    """Raises where no engine answers, or where it is not known to be that engine, or has no model that can chat."""
-    adapter = fleet.endpoints[0].adapter
-    await adapter.connect()
-    if not adapter.identified:
+    """Raises the first endpoint's error if none is of that engine, answers, and has a model that can chat."""
+    outcomes = await asyncio.gather(*map(_check_usable, fleet.endpoints), return_exceptions=True)
+    if outcomes[0] is not None and None not in outcomes:
+        raise outcomes[0]
+
+
+async def _check_usable(endpoint: Endpoint) -> None:
+    await endpoint.adapter.connect()
+    if not endpoint.adapter.identified:
         raise EngineUnavailable("it did not say which engine it is")
-    await adapter.model_for(None)
+    await endpoint.adapter.model_for(None)
 
 
 def messages_from(prompt: Any, system: Any = None) -> list[Any]:

@@ -36,6 +36,7 @@ from llm_inference import (
 from tests.conftest import Attach
 from tests.fake_engine import CHAT, DIALECTS, Dialect, FakeEngine, Reply
 from tests.harness import BROKEN, chunks, collect, no_error_stays, until
+from tests.processes import free_port
 
 Make = Callable[..., FakeEngine]
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -983,6 +984,14 @@ def test_auto_takes_nothing_that_does_not_say_what_it_is(fake: Make, attach: Att
             attach("auto", base_url=url, launch=False).generate("hi")  # type: ignore[arg-type]
     with http_server(lambda handler: b'{"data": ["x"]}') as url:
         assert attach("vllm", base_url=url).health()["healthy"] is False
+
+
+def test_auto_finds_the_engine_at_any_of_its_addresses(fake: Make) -> None:
+    urls = [f"http://127.0.0.1:{free_port()}", fake("vllm").base_url]
+    for addresses in (urls, urls[::-1]):
+        with LLMInferencer("auto", base_url=addresses) as llm:
+            assert llm.generate("hi")
+            assert llm.engine_type == "vllm"
 
 
 def test_a_wrong_setting_is_named(fake: Make, attach: Attach, monkeypatch: pytest.MonkeyPatch) -> None:
