@@ -5818,17 +5818,17 @@ def free_cores() -> int:
 class OllamaTranslator(HTTPAdapter):
     """OpenAI's vocabulary to Ollama's native API, and back. Source: github.com/ollama/ollama docs/api.md, 0.33."""
 
-    #: options that a caller may not set: they belong to the machine, or go around max_tokens
+    #: options that a caller may not set: they are the operator's, or would bypass max_tokens
     NOT_OPTIONS = frozenset("num_gpu main_gpu num_thread num_batch use_mmap draft_num_predict num_predict".split())
 
     def __init__(self, model_name: str | None = None, **options: Any) -> None:
         super().__init__(model_name, **options)
-        self._has_levels: dict[str, bool] = {}  #: does a model take levels of thinking, or only on and off?
+        self._has_levels: dict[str, bool] = {}  #: model → whether it has thinking levels, not only on and off
 
     def encode(self, request: GenerateRequest, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         fields = self.fields(request.surface)
         wire = {name: body[name] for name, word in fields.items() if word == "=" and name in body}
-        wire["truncate"] = False  # as shift: by default Ollama silently cuts a prompt that does not fit
+        wire["truncate"] = False  # like shift: by default Ollama silently truncates prompts that are too long
         if request.path == EMBEDDINGS:
             return "/api/embed", wire | {"input": texts_of(body["input"])}
         wire |= {"stream": bool(body.get("stream")), "shift": False}
@@ -5844,13 +5844,13 @@ class OllamaTranslator(HTTPAdapter):
             wire["format"] = "json"
         elif schema is not None:
             wire["format"] = schema
-            if "schema" in body:  # its grammars also read patterns loosely
+            if "schema" in body:  # its grammars do not enforce patterns exactly either
                 request.served.enforced = expressible(schema, _LEFT_OUT | {"pattern"})
         elif "choice" in body:
             wire["format"] = {"type": "string", "enum": body["choice"]}
         think = self._thinking(request, body)
         if think is None and "format" in wire and "think" in self._features.get(body["model"], (0, ()))[1]:
-            think = False  # or the answer could be lost in the reasoning
+            think = False  # otherwise the answer could end up in the reasoning
         if think is not None:
             wire["think"] = think
         extra = dict(request.options)
@@ -5872,7 +5872,7 @@ class OllamaTranslator(HTTPAdapter):
         return options
 
     def _thinking(self, request: GenerateRequest, body: dict[str, Any]) -> bool | str | None:
-        """Our `think`, or OpenAI's reasoning_effort and the templates' enable_thinking in its words."""
+        """Ollama's `think`, from ours, OpenAI's reasoning_effort or the templates' enable_thinking."""
         kwargs = body.get("chat_template_kwargs")
         if kwargs:
             return bool(kwargs["enable_thinking"])
@@ -5885,12 +5885,12 @@ class OllamaTranslator(HTTPAdapter):
         level = {"minimal": "low", "xhigh": "high"}.get(found, found)
         has_levels = self._has_levels.get(body["model"])
         if level != found or not has_levels:
-            request.served.ignored += (name,)  # it thinks, at another level than the one that was asked for
+            request.served.ignored += (name,)  # the model thinks, but at another level than requested
         return level if has_levels else True
 
     @staticmethod
     def _messages(request: GenerateRequest, messages: Sequence[Any]) -> list[dict[str, Any]]:
-        """OpenAI's messages as Ollama's: bare base64 images, object arguments, `tool_name` for the call's id."""
+        """OpenAI's messages in Ollama's form: bare base64 images, arguments as objects, `tool_name` for a call id."""
         checked = checked_messages(messages)
         names = {}
         for message in checked:
@@ -5899,7 +5899,7 @@ class OllamaTranslator(HTTPAdapter):
         found = []
         for message in checked:
             if message.get("name") and message["role"] != "tool" and "messages.name" not in request.served.ignored:
-                request.served.ignored += ("messages.name",)  # no template of Ollama's shows it to the model
+                request.served.ignored += ("messages.name",)  # Ollama's templates do not show it to the model
             found.append(ollama_message(message, names))
         return found
 
@@ -5938,7 +5938,7 @@ class OllamaTranslator(HTTPAdapter):
 
     @staticmethod
     def _reader(request: GenerateRequest, body: dict[str, Any]) -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
-        """Makes OpenAI's chunks of one answer's lines, or of a complete one."""
+        """Return a function that turns the lines of one answer, or a complete one, into OpenAI's chunks."""
         base = openai_base(request.path, body, stream=True)
         one_call = body.get("parallel_tool_calls") is False
         calls, opened, held = 0, request.path != CHAT, ""
@@ -5947,13 +5947,13 @@ class OllamaTranslator(HTTPAdapter):
             nonlocal calls, opened, held
             message, done = payload.get("message") or {}, payload.get("done") is True
             text = text_of(message.get("content")) or text_of(payload.get("response"))
-            if "choice" in body:  # a JSON string, which is unpacked when it is complete
+            if "choice" in body:  # a JSON string, which is decoded once it is complete
                 held += text
                 text = held if done else ""
                 with contextlib.suppress(ValueError):
                     text = str(from_json(text))
             deltas = []
-            for call in message.get("tool_calls") or ():  # each may claim index 0
+            for call in message.get("tool_calls") or ():  # all may have index 0
                 if not one_call or calls == 0:
                     deltas.append(ollama_call(calls, call))
                 calls += 1
@@ -5987,7 +5987,7 @@ class OllamaAdapter(OllamaTranslator):
     extras = HTTPAdapter.extras | {"pull"}
     default_url, url_env, key_env = "http://127.0.0.1:11434", "OLLAMA_HOST", "OLLAMA_API_KEY"
     program = "ollama"
-    launched_model = None  # one server has all models
+    launched_model = None  # one server serves all models
     start_hint, install_hint = "ollama serve", "see ollama.com/download"
     embed_hint = "use an embedding model: ollama pull nomic-embed-text"
     stamp_paths = ("/api/version",)
@@ -5999,7 +5999,7 @@ class OllamaAdapter(OllamaTranslator):
         return str(answer["version"]) if isinstance(answer, dict) and "version" in answer else None
 
     async def explained(self, error: InferenceError, path: str, body: bytes) -> InferenceError:
-        """Ollama's refusal has numbers only where num_ctx is given: the loaded one, so that nothing is loaded again."""
+        """Ollama's error has numbers only if num_ctx is given: ask again with the loaded one, which reloads nothing."""
         if not isinstance(error, ContextTooLong):
             return error
         error.hint = "shorten the prompt, or raise the context: OLLAMA_CONTEXT_LENGTH, or num_ctx in options"
@@ -6017,7 +6017,7 @@ class OllamaAdapter(OllamaTranslator):
         return error
 
     async def _loaded_contexts(self) -> dict[str, int]:
-        """By model; empty where it does not say."""
+        """Loaded model → context length in tokens; empty if Ollama does not report it."""
         found = {}
         with contextlib.suppress(InferenceError), well_formed(self.engine_type):
             for model in (await self.fetch_json("/api/ps")).get("models") or ():
@@ -6039,7 +6039,7 @@ class OllamaAdapter(OllamaTranslator):
                     digest=str(model.get("digest") or ""),
                 )
                 found.append(info)
-        found.sort(key=lambda info: info.capabilities == ("embedding",))  # by default one that can chat
+        found.sort(key=lambda info: info.capabilities == ("embedding",))  # the default is the first: one that can chat
         return found
 
     async def missing_features(self, model: str) -> set[str]:
@@ -6091,7 +6091,7 @@ class OllamaAdapter(OllamaTranslator):
 
 
 def ollama_message(message: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """One of OpenAI's messages as Ollama's; `names`: the functions' names by their calls' ids."""
+    """Convert a message from OpenAI's format to Ollama's; `names`: call id → function name."""
     content = message.get("content")
     parts: list[Any] = list(content) if isinstance(content, list) else [{"type": "text", "text": content or ""}]
     role = "system" if message["role"] == "developer" else message["role"]
@@ -6120,7 +6120,7 @@ def _ollama_history_call(call: ToolCall) -> dict[str, Any]:
 
 
 def ollama_figures(payload: dict[str, Any]) -> dict[str, Any]:
-    """The usage of an answer, and its nanoseconds in llama.cpp's fields."""
+    """An answer's usage, and its durations (nanoseconds) in llama.cpp's fields (milliseconds)."""
     usage = Usage(
         prompt_tokens=count_of(payload.get("prompt_eval_count")), completion_tokens=count_of(payload.get("eval_count"))
     )
@@ -6131,7 +6131,7 @@ def ollama_figures(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def ollama_call(index: int, call: dict[str, Any]) -> dict[str, Any]:
-    """A call of Ollama's as OpenAI's."""
+    """Convert a tool call from Ollama's format to OpenAI's."""
     function = call["function"]
     arguments = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
     return {
@@ -6174,43 +6174,43 @@ class Endpoint:
     ) -> None:
         self.adapter, self.name, self.slots = adapter, name or adapter.engine_type, slots
         self.connection: Connection | None = getattr(adapter, "connection", None)
-        self.only = dict.fromkeys(models)  #: serve these alone; empty: all
+        self.only = dict.fromkeys(models)  #: serve only these; empty: all
         self.on_request, self.stop_after, self.group = on_request, stop_after, group
         self.in_flight = 0
-        self.failures = 0  #: outages in a row
-        self.overloaded = False  #: was the last one an answer that it has no room?
+        self.failures = 0  #: consecutive outages
+        self.overloaded = False  #: was the last failure an EngineOverloaded?
         self.error = ""  #: the last failure
-        self.retry_at = 0.0  #: not asked before, after a failure
-        self.trial: object = None  #: the one request, or look, that finds out whether it is back
-        self.tried_at = 0.0  #: when that began
+        self.retry_at = 0.0  #: after a failure: no requests before this time
+        self.trial: object = None  #: the one request, or check, that tests whether it is back
+        self.tried_at = 0.0  #: when the trial began
         self.used_at = time.monotonic()
-        self.removed = False  #: finishes what it has, and gets nothing new
+        self.removed = False  #: finishes its requests, and gets no new ones
         self.config: Any = None  #: the EndpointConfig it was made from
         self.seed = zlib.crc32(self.name.encode()) * 0x9E3779B97F4A7C15 & MASK_64
         self._listed_at = float("-inf")
         self._listed: dict[str, ModelInfo] = {}
-        self._listed_by = 0  #: the adapter's `lost` then: another server's list is out of date
+        self._listed_by = 0  #: the adapter's `lost` at that time; an earlier server's list is stale
         self._flight = SingleFlight()
-        self.refreshing: concurrent.futures.Future[None] | None = None  #: a look that nobody waits for
-        self.watching: concurrent.futures.Future[None] | None = None  #: stops it when idle
+        self.refreshing: concurrent.futures.Future[None] | None = None  #: a refresh in the background
+        self.watching: concurrent.futures.Future[None] | None = None  #: stops the engine when idle
 
     def has_room(self, bound: float) -> bool:
-        """Whether one more request keeps its load within the bound; an idle one always takes it."""
+        """Whether one more request keeps the load per slot within the bound; always true if idle."""
         return not self.in_flight or self.in_flight + 1 <= bound * self.slots
 
     @property
     def running(self) -> bool:
-        """False for an endpoint that a request would start."""
+        """False if a request would have to start the engine."""
         target = self.connection.target if self.connection else None
         return self.connection is None or (target is not None and target.exists)
 
     @property
     def progress(self) -> str:
-        """What is being waited for while it starts; "" otherwise."""
+        """The step that is in progress while it starts; "" otherwise."""
         return self.connection.state if self.connection else ""
 
     async def models(self) -> Mapping[str, ModelInfo]:
-        """What it serves, refreshed after ten seconds. Raises where it does not answer; absence is not cached."""
+        """Its models by name, refreshed after ten seconds. Raises if it does not answer, which is not cached."""
         if self.named_before and not self.running:
             names = self.only or (model_alias(self.adapter.model_name),)
             return {name: ModelInfo(name=name) for name in names}
@@ -6219,7 +6219,7 @@ class Endpoint:
         return self._listed
 
     async def look(self) -> None:
-        """Ask for its list now."""
+        """Refresh its list of models now."""
         await self.adapter.connect()
         found, server = {}, self.adapter.lost
         for model in await self.adapter.models():
@@ -6230,13 +6230,13 @@ class Endpoint:
 
     @property
     def known_models(self) -> frozenset[str]:
-        """The names that it listed last, and the one that the operator gave; no path of a file."""
+        """The names that it listed last, and the one that the operator gave; never a file path."""
         model = self.adapter.model_name
         return frozenset(self._listed) | ({model_alias(model)} if model else set())
 
     @property
     def named_before(self) -> bool:
-        """Is its model's name known before it runs? Then nobody waits for its start who asks for another."""
+        """Whether its model's name is known before it runs; requests for others then do not wait for it."""
         started = self.config is not None and self.config.base_url is None
         return self.on_request or (started and self.adapter.model_name is not None)
 
@@ -6245,12 +6245,12 @@ class Endpoint:
         return holds(self._listed, model)
 
     def is_fresh(self, now: float) -> bool:
-        """Whether its last list is young enough to be used without asking again."""
+        """Whether its last list is recent enough to be used without asking again."""
         return self._listed_by == self.adapter.lost and now - self._listed_at <= self.LIST_TTL
 
     @property
     def known_since(self) -> float:
-        """When what a router knows of it was true; `inf` for one that nobody has started, which a change ends."""
+        """The time of its last list, for a router; `-inf` after a failure, `inf` before a start, which is a change."""
         if self.failures:
             return float("-inf")
         if self.named_before and not self.running:
@@ -6258,7 +6258,7 @@ class Endpoint:
         return self._listed_at
 
     async def serves(self, model: str) -> bool:
-        """Whether it serves the model. A list that does not name it is asked for again, unless it has just come."""
+        """Whether it serves the model. If a cached list does not name it, the list is requested again."""
         was_fresh = self.is_fresh(time.monotonic())
         listed = await self.models()
         if was_fresh and not holds(listed, model):
@@ -6267,16 +6267,16 @@ class Endpoint:
         return holds(listed, model)
 
     def drop_waiting(self) -> None:
-        """End the calls to which no answer has begun: they are passed on."""
+        """Abort the calls whose answer has not begun: other endpoints take them over."""
         for call in tuple(self.connection.calls if self.connection else ()):
             if not call.begun:
                 call.abort()
 
     async def prepare(self, request: GenerateRequest) -> dict[str, Any]:
-        """The body to send."""
+        """The body to send to the engine."""
         try:
             return await self.adapter.prepare(request)
-        except EngineTimeout as exc:  # of a question before the request, as the connect deadline: see passed_over
+        except EngineTimeout as exc:  # of a query before the request; treated like the connect timeout: see passed_over
             raise EngineTimeout(exc.reason, exc.hint) from TimeoutError()
 
     def available(self, now: float) -> bool:
@@ -6284,33 +6284,33 @@ class Endpoint:
         return not self.removed and self.retry_at <= now and self.trial is None
 
     def begin(self, request: object) -> None:
-        """A request has been sent here; after an outage, the first one is the trial."""
+        """Count a request that is sent to it; after an outage, the first one is the trial."""
         self.in_flight += 1
         self.try_by(request)
 
     def finish(self, request: object) -> None:
-        """A request that was sent here has ended."""
+        """Count a request to it as ended."""
         self.in_flight -= 1
         self.used_at = time.monotonic()
         self.tried_by(request)
 
     def try_by(self, who: object) -> None:
-        """After an outage, `who` finds out whether it is over, unless another one is at it."""
+        """After an outage, make `who` the trial that tests whether it is over, unless there is one."""
         if self.failures and self.trial is None:
             self.trial, self.tried_at = who, time.monotonic()
 
     def tried_by(self, who: object) -> None:
-        """That is done; requests from before the outage, which end now, do not end another's trial."""
+        """End the trial if `who` is it; requests sent before the outage do not end another's trial."""
         if self.trial is who:
             self.trial = None
 
     def expire(self) -> None:
-        """Its list is out of date."""
+        """Mark its list as out of date."""
         self._listed_at = float("-inf")
         BaseLLMAdapter.changes += 1
 
     def failed(self, error: InferenceError) -> None:
-        """An outage is counted once, however many requests notice it."""
+        """Count an outage, but only once, however many requests notice it."""
         self.error, self.overloaded = error.message, isinstance(error, EngineOverloaded)
         self.expire()
         now = time.monotonic()
@@ -6322,13 +6322,13 @@ class Endpoint:
         logger.warning("%s: %s: %s", self.name, error.kind, error.message)
 
     def recovered(self, who: object) -> None:
-        """It has answered the trial: the outage is over. What was sent before it does not show that."""
+        """End the outage if `who` is the trial; answers to earlier requests do not show that it is over."""
         if self.failures and self.trial is who:
             self.failures, self.error, self.retry_at, self.trial = 0, "", 0.0, None
             BaseLLMAdapter.changes += 1
 
     def describe(self) -> dict[str, Any]:
-        """For /ready, /engines and the chat page."""
+        """Its state for /ready, /engines and the chat page."""
         state = "down" if self.failures else "up"
         if self.on_request and not self.running:
             state = "stopped"
@@ -6345,7 +6345,7 @@ class Endpoint:
 
 
 def model_alias(model: str | None) -> str:
-    """The name that a model is served by, from what the operator wrote: a file or folder goes by its last part."""
+    """The name under which a model is served: as the operator wrote it; for a file or folder, its base name."""
     if model is None:
         return DEFAULT_MODEL
     if model.endswith(".gguf") or os.path.isdir(model):
@@ -6354,9 +6354,9 @@ def model_alias(model: str | None) -> str:
 
 
 def passed_over(error: InferenceError) -> bool:
-    """May another endpoint be asked, where nothing of the answer has come yet?"""
+    """Whether another endpoint may be asked after the error, if no answer has begun."""
     if isinstance(error, EngineTimeout):
-        return isinstance(error.__cause__, TimeoutError)  # before the request: nothing of it was sent
+        return isinstance(error.__cause__, TimeoutError)  # before any of the request was sent
     return isinstance(error, (EngineUnavailable, EngineOverloaded))
 
 
@@ -6370,13 +6370,13 @@ def prefix_hash(body: Mapping[str, Any]) -> int:
     return zlib.crc32(to_json(beginning))
 
 
-Work = Callable[[Endpoint, GenerateRequest], Coroutine[Any, Any, T]]  #: asks an endpoint
+Work = Callable[[Endpoint, GenerateRequest], Coroutine[Any, Any, T]]  #: sends a request to an endpoint
 Route = tuple[Endpoint, str | None]  #: where a request goes, and the model's name there
 Replicas = tuple[list[Endpoint], str | None]  #: endpoints with the same model, and its name there
 
 
 class Balancer:
-    """Which replica of a model gets a request.
+    """Chooses which replica of a model gets a request.
 
     Requests with the same beginning go to the same endpoint while its load is at most 1.25 times the average
     (rendezvous hashing with bounded loads, Mirrokni et al. 2016). A conversation begins at the first endpoint in its
@@ -6384,13 +6384,13 @@ class Balancer:
     """
 
     BALANCE = 1.25
-    HOMES = 10_000  #: conversations whose endpoint is remembered; that of others is mostly the first in their order
+    HOMES = 10_000  #: conversations whose endpoint is remembered; others mostly go to the first in their order
 
     def __init__(self) -> None:
-        self._homes: dict[int, Endpoint] = {}  #: by the hash of a conversation's beginning: where it began
+        self._homes: dict[int, Endpoint] = {}  #: hash of a conversation's beginning → where it began
 
     def in_order(self, groups: Iterable[Replicas], key: int, begins: bool) -> Iterator[Route]:
-        """Where a request may go, of groups of replicas; each is chosen when the one before has failed."""
+        """Where a request may go, from groups of replicas; each is chosen only once the previous one has failed."""
         for group, model in groups:
             tried: list[Endpoint] = []
             while endpoint := self.choose(group, key, begins, tried):
@@ -6400,9 +6400,9 @@ class Balancer:
     def choose(
         self, endpoints: Sequence[Endpoint], key: int, begins: bool = False, tried: Container[Endpoint] = ()
     ) -> Endpoint | None:
-        """The best one that was not tried: where the conversation began, or the first in its order; if there is room.
+        """The best one that was not tried: where the conversation began, or the first in its order, if it has room.
 
-        Where all are over the bound: the one with the least load.
+        If all are over the bound: the one with the least load. None: all were tried.
         """
         left = [endpoint for endpoint in endpoints if endpoint not in tried] if tried else endpoints
         if len(endpoints) < 2 or not left:
@@ -6425,12 +6425,12 @@ class Balancer:
 
 
 def first_by_rendezvous(endpoints: Sequence[Endpoint], key: int, bound: float) -> Endpoint:
-    """Of those within the bound the one with the highest random weight (Thaler and Ravishankar 1998).
+    """The one with the highest random weight (Thaler and Ravishankar 1998) among those within the bound.
 
-    Where all are over the bound: the one with the least load.
+    If all are over the bound: the one with the least load.
     """
-    mixed = key * 0xBF58476D1CE4E5B9 & MASK_64  # with this and the next factor as in splitmix64
-    ranks: list[float] = []  # the least is best: a negative weight, or a load over the bound
+    mixed = key * 0xBF58476D1CE4E5B9 & MASK_64  # this factor and the next are splitmix64's
+    ranks: list[float] = []  # the lowest is best: a negative weight, or the load if over the bound
     for endpoint in endpoints:
         if endpoint.has_room(bound):
             ranks.append(-((mixed ^ endpoint.seed) * 0x94D049BB133111EB & MASK_64))
@@ -6440,7 +6440,7 @@ def first_by_rendezvous(endpoints: Sequence[Endpoint], key: int, bound: float) -
 
 
 class Router(Balancer):
-    """Which endpoints may answer a request, best first."""
+    """Finds the endpoints that may answer a request, best first."""
 
     default: str | None = None  #: the model of requests that name none
 
@@ -6448,11 +6448,11 @@ class Router(Balancer):
         super().__init__()
         self.endpoints = list(endpoints)
         self.aliases = dict(aliases or {})
-        #: by name: the replicas that were found, since when that holds, and the changes before it
+        #: model name → the replicas found, the time of that knowledge, and `changes` before it
         self._known: dict[str | None, tuple[list[Replicas], float, int]] = {}
 
     async def routes(self, request: GenerateRequest) -> Iterator[Route]:
-        """Where the request may go, best first. Raises ModelNotFound, EngineUnavailable."""
+        """The endpoints for a request, best first. Raises ModelNotFound, EngineUnavailable."""
         while True:
             endpoints = self.endpoints
             try:
@@ -6464,8 +6464,8 @@ class Router(Balancer):
     async def _routes(self, request: GenerateRequest) -> Iterator[Route]:
         endpoint = self.endpoints[0] if self.endpoints else None
         name, alone = request.body.get("model") or self.default, len(self.endpoints) == 1 and not self.aliases
-        alone = alone and not (name or "").endswith("/")  # that is an engine without a model
-        if endpoint and alone and not endpoint.only:  # one engine: it says itself what it does not serve
+        alone = alone and not (name or "").endswith("/")  # `engine/` names no model
+        if endpoint and alone and not endpoint.only:  # a single engine reports unknown models itself
             prefix, _, rest = (name or "").partition("/")
             if rest and prefix in (endpoint.adapter.engine_type, endpoint.name):
                 known = endpoint.known_models or (await endpoint.models() if endpoint.running else ())
@@ -6479,7 +6479,7 @@ class Router(Balancer):
         return self.in_order(groups, key, begins)
 
     async def _find(self, name: str | None) -> list[Replicas]:
-        """The endpoints that are up, for a name; remembered while all are."""
+        """The endpoints for a name that are up; cached while none has failed."""
         changes = BaseLLMAdapter.changes
         if name is None:
             groups = await self._default_routes(self.endpoints)
@@ -6498,7 +6498,7 @@ class Router(Balancer):
         return up
 
     async def _default_routes(self, endpoints: Sequence[Endpoint]) -> list[Replicas]:
-        """No model was asked for: the default one of the first endpoint that is up, wherever it is served."""
+        """For a request without a model: all that serve the default model of the first endpoint that is up."""
         error: InferenceError | None = None
         for endpoint in endpoints:
             if not endpoint.available(time.monotonic()) and len(self.endpoints) > 1:
@@ -6541,8 +6541,8 @@ class Router(Balancer):
         raise await self._not_found(name)
 
     async def _serving(self, endpoints: Sequence[Endpoint], model: str) -> list[Endpoint]:
-        """The endpoints that serve a model. Lists older than ten seconds are asked for again, all at once, and waited
-        for where they did not name the model or the endpoint had failed; the others only where none names the model."""
+        """The endpoints that serve a model. Lists older than ten seconds are refreshed, all at once, and waited for if
+        they did not name the model or the endpoint had failed; the others only if no list names the model."""
         now = time.monotonic()
         group, stale, others = list[Endpoint](), list[Endpoint](), list[Endpoint]()
         for endpoint in endpoints:
@@ -6560,12 +6560,12 @@ class Router(Balancer):
             raise failures[0]
         if not group:
             unknown = [endpoint for endpoint in endpoints if endpoint.failures and not endpoint.known_models]
-            if unknown:  # nobody knows what these serve
+            if unknown:  # it is unknown what these serve
                 raise self.unavailable(unknown)
         return group
 
     def has_listed(self, endpoint: Endpoint, model: str) -> bool:
-        """Whether its last list names the model, and it has not failed since: nobody waits for a new list then."""
+        """Whether its last list names the model, and it has not failed since; a stale list is refreshed meanwhile."""
         if not endpoint.running or endpoint.failures or not endpoint.lists(model):
             return False
         if not endpoint.is_fresh(time.monotonic()) and (endpoint.refreshing is None or endpoint.refreshing.done()):
@@ -6573,14 +6573,14 @@ class Router(Balancer):
         return True
 
     async def look_at(self, endpoint: Endpoint) -> None:
-        """Ask for its list; a failure is noted."""
+        """Refresh its list; a failure is noted."""
         try:
             await endpoint.models()
         except InferenceError as exc:
             self.missed(endpoint, exc)
 
     def missed(self, endpoint: Endpoint, error: InferenceError) -> None:
-        """Its list did not come. Where it is silent, what waits for it goes to another endpoint that has its models."""
+        """Note that its list did not come. After a timeout, requests waiting for it go to others with its models."""
         endpoint.failed(error)
         models = endpoint.known_models
         if isinstance(error, EngineTimeout) and any(
@@ -6589,7 +6589,7 @@ class Router(Balancer):
             endpoint.drop_waiting()
 
     async def is_up(self, endpoint: Endpoint, model: str | None) -> bool:
-        """Whether it may be asked now. After an outage its list is asked for first; a silent endpoint sends none."""
+        """Whether it may be asked now. After an outage it must send its list first, which a hung one does not."""
         now = time.monotonic()
         if endpoint.failures and endpoint.available(now) and not endpoint.is_fresh(now):
             await self._ask([endpoint], model or "", [])
@@ -6597,7 +6597,7 @@ class Router(Balancer):
 
     @staticmethod
     async def _ask(endpoints: Sequence[Endpoint], model: str, group: list[Endpoint]) -> list[InferenceError]:
-        """Adds those that serve the model to `group`; returns the failures."""
+        """Adds the endpoints that serve the model to `group`; returns the failures."""
         failures, look = list[InferenceError](), object()
         for endpoint in endpoints:
             endpoint.try_by(look)
@@ -6610,7 +6610,7 @@ class Router(Balancer):
             if isinstance(outcome, InferenceError):
                 endpoint.failed(outcome)
                 failures.append(outcome)
-                if endpoint.lists(model) or model in endpoint.known_models:  # it is down, and not without the model
+                if endpoint.lists(model) or model in endpoint.known_models:  # it is down, but has the model
                     group.append(endpoint)
             elif isinstance(outcome, BaseException):
                 raise outcome
@@ -6625,31 +6625,31 @@ class Router(Balancer):
         return ModelNotFound(f"no endpoint serves the model {name[:100]!r}", hint, param="model")
 
     def unavailable(self, endpoints: Sequence[Endpoint]) -> EngineUnavailable:
-        """Every endpoint that could answer is down: the last error, and when the next one is tried."""
+        """The error if every endpoint that could answer is down: why, and when the next one is tried."""
         down = (f"{endpoint.name} is down: {endpoint.error}" for endpoint in endpoints if endpoint.error)
         reason = next(down, "no endpoint is up")
         return EngineUnavailable(reason, "ask again later", retry_after=self.pause(endpoints))
 
     @staticmethod
     def pause(endpoints: Iterable[Endpoint]) -> int:
-        """Seconds until the next one is tried."""
+        """Seconds, at least 1, until the next one is tried."""
         first = min([endpoint.retry_at for endpoint in endpoints], default=0.0)
         return max(1, math.ceil(first - time.monotonic()))
 
 
 class Turns:
-    """Begins requests at endpoints, of a group one at a time."""
+    """Starts requests at endpoints; only one endpoint of a group runs at a time."""
 
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
         self.endpoints = endpoints
-        self._locks: dict[str, asyncio.Lock] = {}  #: by group, or by the name of an endpoint in none
+        self._locks: dict[str, asyncio.Lock] = {}  #: by group, or by the endpoint's name if it has none
 
     def of(self, endpoint: Endpoint) -> asyncio.Lock:
-        """Its group's turn; for the portal's loop."""
+        """The lock of its group; only for the portal's loop."""
         return self._locks.setdefault(endpoint.group or endpoint.name, asyncio.Lock())
 
     async def begin(self, endpoint: Endpoint, request: GenerateRequest) -> None:
-        """The endpoint begins a request, once it runs."""
+        """Begin a request once the endpoint runs. Raises EngineTimeout."""
         if endpoint.running and not endpoint.group:
             endpoint.begin(request.served)
             return
@@ -6683,7 +6683,7 @@ class Turns:
                     await endpoint.adapter.close()
 
     async def _wait_for_turn(self, endpoint: Endpoint, served: Served) -> None:
-        """Begin it in the group's turn, which a start keeps even if its caller leaves."""
+        """Begin the request at the group's turn, which a start keeps even if its caller leaves."""
         left = threading.Lock()  # taken once the request has begun, or its caller has left
         try:
             await asyncio.shield(asyncio.wrap_future(portal.submit(self._take_turn(endpoint, served, left))))
@@ -6693,7 +6693,7 @@ class Turns:
             raise
 
     async def _take_turn(self, endpoint: Endpoint, served: Served, left: threading.Lock) -> None:
-        """On the portal's loop: stop the group's others once they have answered what they have."""
+        """On the portal's loop: stop the group's others once their requests are answered, then begin."""
         async with self.of(endpoint):
             for other in self.endpoints:
                 if endpoint.running or other is endpoint or other.group != endpoint.group or not other.running:
@@ -6715,27 +6715,27 @@ class Turns:
 class Fleet(Router):
     """The endpoints of one process, and the answers to requests.
 
-    An endpoint that fails before an answer's first byte is passed over for the next one; after it, nothing is repeated.
+    If an endpoint fails before an answer's first byte, the next one is tried; after it, nothing is repeated.
     """
 
     def __init__(self, endpoints: Sequence[Endpoint], aliases: Mapping[str, Sequence[str]] | None = None) -> None:
         super().__init__(endpoints, aliases)
         self._turns = Turns(self.endpoints)
-        self._over = threading.Event()  #: set by `close`, for the requests that are at work then
+        self._over = threading.Event()  #: set by `close`, for the requests that run then
 
     @property
     def reached(self) -> BaseLLMAdapter:
-        """The adapter of the first endpoint that was reached, or of the first."""
+        """The adapter of the first endpoint that runs, or else of the first endpoint."""
         return next((each for each in self.endpoints if each.running), self.endpoints[0]).adapter
 
     def replace(self, endpoints: Sequence[Endpoint], aliases: Mapping[str, Sequence[str]]) -> None:
-        """From now on, choose among these; the others keep their turns until `remove`."""
+        """Choose only among these from now on; the others keep their turns until `remove`."""
         self.endpoints, self.aliases, self._known = list(endpoints), dict(aliases), {}
         self._homes = {key: home for key, home in list(self._homes.items()) if home in endpoints}
         self._turns.endpoints = list(dict.fromkeys([*endpoints, *self._turns.endpoints]))
 
     async def remove(self, endpoint: Endpoint) -> None:
-        """On the portal's loop: close an endpoint once it has answered what it has, and what waits for its turn."""
+        """On the portal's loop: close an endpoint once its requests, and those waiting for its turn, are answered."""
         async with self._turns.of(endpoint):
             while endpoint.in_flight:
                 await asyncio.sleep(0.1)
@@ -6744,9 +6744,9 @@ class Fleet(Router):
         logger.info("%s is removed", endpoint.name)
 
     async def answer(self, request: GenerateRequest) -> Answer:
-        """The complete, checked answer; one that does not satisfy its constraint is asked for once more.
+        """The complete, checked answer; if it does not satisfy its constraint, the request is repeated once.
 
-        Raises InferenceError's subclasses; StructuredOutputInvalid the second time, with the tokens of both tries.
+        Raises InferenceError's subclasses; StructuredOutputInvalid the second time, with both attempts' tokens.
         """
         request.served.over = self._over
         answer, spent, seconds, problem = Answer(), Usage(), 0.0, ""
@@ -6765,7 +6765,7 @@ class Fleet(Router):
                 logger.info("an answer does not satisfy its constraint: %s", problem)
                 continue
             request.served.enforced_by = enforced_by(request)
-            answer.usage = spent  # what it cost, the first try included
+            answer.usage = spent  # including the first attempt's
             if final:
                 answer.data, answer.payload["usage"] = b"", (answer.payload.get("usage") or {}) | spent.as_dict()
             answer.timing = dataclasses.replace(answer.timing or Timing(total=0.0), total=seconds)
@@ -6785,7 +6785,7 @@ class Fleet(Router):
         return answer
 
     async def events(self, request: GenerateRequest) -> AsyncGenerator[Burst, None]:
-        """The streamed answer, checked before its end is passed on. Leaving early stops the engine's work."""
+        """The streamed answer, checked before its end is passed on. Closing it early stops the engine's work."""
         request.served.over = self._over
         endpoint, (first, bursts) = await self._first_that_answers(request, open_stream)
         try:
@@ -6800,7 +6800,7 @@ class Fleet(Router):
             await bursts.aclose()
 
     async def _first_that_answers(self, request: GenerateRequest, work: Work[T]) -> tuple[Endpoint, T]:
-        """The result of `work` on the first endpoint that begins an answer; it counts as at work until `finish`."""
+        """The result of `work` on the first endpoint that begins an answer; it counts as busy until `finish`."""
         token = SERVED.set(request.served)
         try:
             return await self._try_each(await self.routes(request), request, work)
@@ -6813,7 +6813,7 @@ class Fleet(Router):
         for endpoint, model in routes:
             tried.append(endpoint)
             if len(self.endpoints) > 1 and not await self.is_up(endpoint, model):
-                continue  # it has failed since, or another request finds out whether it is back
+                continue  # it has failed since, or another request is testing whether it is back
             body = with_model(request.body, model)
             mine = request if body is request.body else dataclasses.replace(request, body=body)
             request.served.endpoint = endpoint.name
@@ -6821,11 +6821,11 @@ class Fleet(Router):
             try:
                 request.served.begun = False
                 await self._turns.begin(endpoint, request)
-                who = request.served if len(self.endpoints) > 1 else endpoint.trial  # one alone is always asked
+                who = request.served if len(self.endpoints) > 1 else endpoint.trial  # a single one is always asked
                 try:
                     found = await work(endpoint, mine)
                 except BaseException as exc:
-                    if isinstance(exc, InferenceError) and exc.code in (400, 404):  # that too is an answer
+                    if isinstance(exc, InferenceError) and exc.code in (400, 404):  # a refusal is an answer too
                         endpoint.recovered(who)
                     endpoint.finish(request.served)
                     raise
@@ -6842,10 +6842,10 @@ class Fleet(Router):
         try:
             raise last
         finally:
-            del last  # or it keeps this frame, and with it the request
+            del last  # otherwise it keeps this frame, and with it the request
 
     def _passed_over(self, endpoint: Endpoint, error: InferenceError, request: GenerateRequest) -> bool:
-        """Whether the error is an outage of the endpoint, which is noted where another one can answer."""
+        """Whether another endpoint may be asked after the error; if there are others, an outage is noted."""
         if isinstance(error, ModelNotFound) and len(self.endpoints) > 1:
             endpoint.expire()
             return True
@@ -6856,7 +6856,7 @@ class Fleet(Router):
         return True
 
     async def connect(self) -> None:
-        """Reach every endpoint that is not started on request. Raises where none can be reached."""
+        """Connect to every endpoint that is not started on request. Raises if none can be reached."""
         wanted = [endpoint for endpoint in self.endpoints if not endpoint.on_request]
         outcomes = await asyncio.gather(*(endpoint.adapter.connect() for endpoint in wanted), return_exceptions=True)
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
@@ -6865,14 +6865,14 @@ class Fleet(Router):
                 raise error
 
     async def close(self) -> None:
-        """End what was started and close what was opened."""
+        """Stop what was started and close all connections."""
         self._over.set()
         self._over = threading.Event()
         await asyncio.gather(*(endpoint.adapter.close() for endpoint in self._turns.endpoints))
 
 
 async def models_of(endpoints: Sequence[Endpoint]) -> list[tuple[Endpoint, ModelInfo]]:
-    """What the endpoints serve, of those that answer; each raises only for itself."""
+    """(endpoint, model) for all models of the endpoints that answer; the others are left out."""
     outcomes = await asyncio.gather(*(endpoint.models() for endpoint in endpoints), return_exceptions=True)
     found = []
     for endpoint, outcome in zip(endpoints, outcomes, strict=True):
@@ -6885,14 +6885,14 @@ async def models_of(endpoints: Sequence[Endpoint]) -> list[tuple[Endpoint, Model
 
 
 def with_model(body: dict[str, Any], model: str | None) -> dict[str, Any]:
-    """A body with that model in it; the same body where it is there already."""
+    """A copy of the body with that model; the same object if the model is there already."""
     if model == body.get("model"):
         return body
     return {name: value for name, value in {**body, "model": model}.items() if value is not None}
 
 
 def enforced_by(request: GenerateRequest) -> Literal["engine", "checked", "none"]:
-    """Who made the answer satisfy its constraint."""
+    """How the answer was made to satisfy its constraint."""
     if request.constraint is None:
         return "none"
     if request.constraint not in request.served.ignored and request.served.enforced:
@@ -6913,7 +6913,7 @@ def unsatisfied(request: GenerateRequest, answer: Answer, problem: str) -> Struc
 
 
 async def open_stream(endpoint: Endpoint, request: GenerateRequest) -> tuple[Burst, AsyncGenerator[Burst, None]]:
-    """Ask the endpoint: the first burst, and the stream behind it. Raises what keeps it from coming."""
+    """Ask the endpoint; returns the first burst and the rest of the stream. Raises if the first one fails."""
     sent = relaxed(request)
     bursts = endpoint.adapter.events(sent, await endpoint.prepare(sent))
     checker = checker_for(request)
@@ -6925,7 +6925,7 @@ async def open_stream(endpoint: Endpoint, request: GenerateRequest) -> tuple[Bur
 async def checked(
     request: GenerateRequest, bursts: AsyncGenerator[Burst, None], checker: Checker
 ) -> AsyncGenerator[Burst, None]:
-    """A stream whose end waits for the check of the answer. Raises StructuredOutputInvalid."""
+    """Pass a stream on, its end only after the answer is checked. Raises StructuredOutputInvalid."""
     request.served.collected, answer = True, Answer()
     async with contextlib.aclosing(bursts):
         async for burst in bursts:
@@ -6942,13 +6942,13 @@ async def checked(
 
 
 # 11 LLMInferencer --------------------------------------------------------------------------------
-Prompt = str | Sequence[Mapping[str, Any]]  #: a user's prompt, or messages in OpenAI's shape
+Prompt = str | Sequence[Mapping[str, Any]]  #: a user's prompt, or messages in OpenAI's format
 
 
 def tool_from(function: Callable[..., Any]) -> Tool:
-    """A Python function as a tool, a partial by the name of its function.
+    """Describe a Python function as a tool; a partial has its function's name.
 
-    Raises InvalidRequest for what is no function, and where its parameters have no JSON Schema.
+    Raises InvalidRequest if it is not a function, or its parameters have no JSON Schema.
     """
     name = getattr(function.func if isinstance(function, functools.partial) else function, "__name__", None)
     if not callable(function) or name is None:
@@ -6967,7 +6967,7 @@ def tool_from(function: Callable[..., Any]) -> Tool:
 
 
 async def call_function(name: str, function: Callable[..., Any], arguments: str) -> str:
-    """Call a function with a tool call's arguments; what it returns as JSON (a text as it is), or its error as text."""
+    """Call a function with a tool call's arguments; returns its result as JSON (str as it is), or its error as text."""
 
     def call() -> Any:
         return plain(TypeAdapter(function).validate_json(arguments or "{}"))  # type: ignore[arg-type]
@@ -6976,7 +6976,7 @@ async def call_function(name: str, function: Callable[..., Any], arguments: str)
         result = call() if inspect.iscoroutinefunction(function) else await asyncio.to_thread(call)
         if inspect.isawaitable(result):
             result = plain(await result)
-    except (Exception, SystemExit, KeyboardInterrupt) as exc:  # on the loop, an exit of argparse or click would end it
+    except (Exception, SystemExit, KeyboardInterrupt) as exc:  # an exit by argparse or click would end the event loop
         return f"error: {type(exc).__name__}: {exc}"[:1000]
     try:
         return result if isinstance(result, str) else to_json(result).decode()
@@ -6991,7 +6991,7 @@ def _check_count(name: str, value: Any) -> None:
 
 
 class EngineChoice:
-    """Which endpoints an inferencer asks: those of an engine that is named, the first that answers, or a fleet's."""
+    """Chooses an inferencer's endpoints: a named engine's, those of the first engine that answers, or a fleet's."""
 
     ENGINE_MAP: ClassVar[dict[str, type[BaseLLMAdapter]]] = {
         "ollama": OllamaAdapter,
@@ -6999,8 +6999,8 @@ class EngineChoice:
         "sglang": SGLangAdapter,
         "llamacpp": LlamaCppAdapter,
     }
-    configured = False  #: were its endpoints given, not found? Then requests reach these alone
-    closed = 0  #: how often
+    configured = False  #: were its endpoints given, not found? Then requests reach only these
+    closed = 0  #: how often `aclose` was called
 
     def __init__(
         self,
@@ -7032,7 +7032,7 @@ class EngineChoice:
     def _fleet_of(self, engine_type: str, **more: Any) -> Fleet:
         options = self.options | more
         given, source = options.pop("base_url", None) or "", "base_url"
-        variable = getattr(engine_class(engine_type), "url_env", "")  # of one behind HTTP
+        variable = getattr(engine_class(engine_type), "url_env", "")  # only engines behind HTTP have one
         if not given and options.get("launch") is not True:
             listed, source = os.environ.get(variable, ""), variable
             given = listed if "," in listed else ""
@@ -7046,22 +7046,22 @@ class EngineChoice:
             adapter = engine_class(engine_type)(self.model_name, base_url=address, **options)
             endpoints.append(Endpoint(adapter, name=name))
         fleet = Fleet(endpoints)
-        fleet.default = self.model_name if len(endpoints) > 1 else None  # one knows it itself
+        fleet.default = self.model_name if len(endpoints) > 1 else None  # a single one's adapter knows it
         return fleet
 
     @property
     def engine_type(self) -> str:
-        """The engine's name (the first one's of a fleet); "auto" until the first verb has found one."""
+        """The engine's name (of a fleet, the first one's); "auto" until the first call has found one."""
         return self.fleet.endpoints[0].adapter.engine_type if self.fleet else "auto"
 
     def candidates(self) -> list[Endpoint]:
-        """The endpoints, or with "auto", until one is found, those of every engine; none is reached."""
+        """The endpoints; with "auto", until an engine is found, those of every engine. Connects to none."""
         if self.fleet is not None:
             return self.fleet.endpoints
         return [endpoint for name in self.ENGINE_MAP for endpoint in self._fleet_of(name).endpoints]
 
     async def found(self) -> Fleet:
-        """The endpoints; with "auto", whichever engine answers first, in ENGINE_MAP's order."""
+        """The fleet; with "auto", that of the first engine in ENGINE_MAP's order that answers."""
         if self.fleet is not None:
             return self.fleet
         return await self._flight.run("fleet", self._find)
@@ -7074,7 +7074,7 @@ class EngineChoice:
         outcomes = await asyncio.gather(*map(_usable, fleets), return_exceptions=True)
         chosen: Fleet | None = None
         for fleet, outcome in zip(fleets, outcomes, strict=True):
-            if isinstance(outcome, InvalidRequest):  # a setting is wrong: not to be passed over
+            if isinstance(outcome, InvalidRequest):  # a setting is wrong, which must not be skipped
                 raise outcome
             if outcome is None:
                 chosen = chosen or fleet
@@ -7108,30 +7108,30 @@ class EngineChoice:
             messages=messages, schema=schema, build=build, model=fields.pop("model_name", None), **fields)  # fmt: skip
 
     async def engine(self) -> BaseLLMAdapter:
-        """The adapter of the first endpoint that was reached, or of the first."""
+        """The adapter of the first endpoint that runs, or else of the first endpoint."""
         return (await self.found()).reached
 
     async def aclose(self) -> None:
-        """End what was started and close what was opened. A verb called after that connects, or starts, anew."""
+        """Stop what was started and close all connections. A method called after that connects, or starts, anew."""
         self.closed += 1
         self._flight.cancel()
         if self.fleet is not None:
             await self.fleet.close()
 
     def _require_open(self, closed: int) -> None:
-        """A verb of several requests makes no further one once `aclose` was called: that would connect anew."""
+        """Raises EngineUnavailable once `aclose` was called: a method's further requests would connect anew."""
         if self.closed != closed:
-            raise EngineUnavailable("it was closed meanwhile", "ask again")
+            raise EngineUnavailable("the engine connection was closed during the call", "ask again")
 
 
 class AsyncVerbs(EngineChoice):
-    """The asynchronous verbs of `LLMInferencer`."""
+    """The asynchronous methods of `LLMInferencer`."""
 
     async def acomplete(self, prompt: Prompt, *, schema: Any = None, **options: Unpack[Options]) -> Completion:
         """The complete `Completion`. `schema`: as in `structured_generate`.
 
-        A constrained answer (schema, choice, regex, tools) is checked, asked for once more where it does not satisfy
-        its constraint, and then refused: StructuredOutputInvalid, with the raw answer in its `text`.
+        A constrained answer (schema, choice, regex, tools) is checked. If it does not satisfy its constraint, the
+        request is repeated once; then StructuredOutputInvalid is raised, with the raw answer in its `text`.
         """
         request = self.request(prompt, schema, **options)
         answer = await (await self.found()).answer(request)
@@ -7151,7 +7151,7 @@ class AsyncVerbs(EngineChoice):
         yield [reader.last(request.served)]
 
     async def agenerate(self, prompt: str, **options: Unpack[Options]) -> str:
-        """Answer a prompt; returns the text. Raises InvalidRequest where the model calls a tool: use `complete`."""
+        """Answer a prompt; returns the text. Raises InvalidRequest if the model calls a tool: use `complete`."""
         return text_alone(await self.acomplete(prompt, **options))
 
     async def achat(self, messages: Prompt, **options: Unpack[Options]) -> str:
@@ -7176,7 +7176,7 @@ class AsyncVerbs(EngineChoice):
         return (await self.acomplete(prompt, schema=schema, **options)).result
 
     async def astream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncGenerator[str, None]:
-        """The answer's text in pieces as they come; see `generate`. Leaving early stops the engine's work."""
+        """The answer's text in pieces as they arrive; see `generate`. Closing it early stops the engine's work."""
         async with contextlib.aclosing(self.bursts(self.request(prompt, **options))) as bursts:
             async for burst in bursts:
                 for chunk in burst:
@@ -7186,11 +7186,11 @@ class AsyncVerbs(EngineChoice):
     async def abatch(
         self, prompts: Iterable[Prompt], *, concurrency: int = 8, schema: Any = None, **options: Unpack[Options]
     ) -> list[Completion | InferenceError]:
-        """The answers in the order of `prompts`, at most `concurrency` at once; a failed item is its exception.
+        """The answers in the order of `prompts`, at most `concurrency` at once; a failed request's is its exception.
 
-        Engines that are started here answer twice as many a second with another HTTP server: a vLLM with
-        `launch_args=["--api-server-count", "4"]`; an SGLang with `launch_env={"SGLANG_RUST_SERVER": "1"}`, which lets
-        callers in without a key.
+        Engines started here answer twice as many requests per second with another HTTP server: vLLM with
+        `launch_args=["--api-server-count", "4"]`; SGLang with `launch_env={"SGLANG_RUST_SERVER": "1"}`, which then
+        accepts callers without a key.
         """
         if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
             raise bad_field("prompts", "must be a list", "send [prompt], or use generate()")
@@ -7203,7 +7203,7 @@ class AsyncVerbs(EngineChoice):
             try:
                 self._require_open(closed)
                 return await self.acomplete(prompt, schema=schema, **options)
-            except InferenceError as exc:  # caught where no name leads to `answers`: its traceback would keep them all
+            except InferenceError as exc:  # not caught in `work`: the traceback would keep all answers alive
                 return exc
 
         async def work() -> None:
@@ -7216,7 +7216,7 @@ class AsyncVerbs(EngineChoice):
         workers = [asyncio.ensure_future(work()) for _ in range(min(concurrency, len(waiting)))]
         try:
             await asyncio.gather(*workers)
-        finally:  # an error that is none of ours ends the others too, and is raised once they have ended
+        finally:  # any other exception ends the other workers too, and is raised once they have ended
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
@@ -7230,7 +7230,7 @@ class AsyncVerbs(EngineChoice):
         """The answer of a model that may call Python functions, after at most `max_turns` requests.
 
         A function's name, docstring and annotated parameters become the tool; its result, or its error as text, goes
-        back to the model. Raises InferenceError where the model still calls after `max_turns`.
+        back to the model. Raises InferenceError if the model still calls after `max_turns`.
         """
         _check_count("max_turns", max_turns)
         functions: dict[str, Callable[..., Any]] = {}
@@ -7278,7 +7278,7 @@ class AsyncVerbs(EngineChoice):
             await fleet.endpoints[0].look()
         found = {model.name: model for _, model in await models_of(fleet.endpoints)}
         if not found:
-            await fleet.connect()  # raises where none answers
+            await fleet.connect()  # raises if none answers
         return list(found.values())
 
     async def apull(self, model: str | None = None) -> None:
@@ -7303,14 +7303,14 @@ class AsyncVerbs(EngineChoice):
 
 
 def texts_in(bursts: Generator[list[Chunk], None, None]) -> Generator[str, None, None]:
-    """The texts of chunks that were handed over together."""
+    """The texts in lists of chunks that arrived together."""
     with contextlib.closing(bursts):
         for burst in bursts:
             yield from filter(None, map(text_alone, burst))
 
 
 def text_alone(answer: Completion | Chunk) -> str:
-    """The text, for a method that returns nothing else. Raises InvalidRequest where a call would be lost with it."""
+    """The text, for a method that returns only text. Raises InvalidRequest if a tool call would be lost."""
     if answer.tool_calls:
         problem = f"the model called {name_of(answer.tool_calls[0]) or 'one'}, and this method returns only text"
         raise bad_field("tools", problem, "use complete(), which returns the calls, or run(), which answers them")
@@ -7318,7 +7318,7 @@ def text_alone(answer: Completion | Chunk) -> str:
 
 
 def _blocking(verb: Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]) -> Callable[Concatenate[Any, P], T]:
-    """A verb's synchronous twin: it runs the `a…` one on a background loop."""
+    """The synchronous version of an `a…` method, which it runs on a background event loop."""
 
     def twin(self: Any, /, *args: P.args, **options: P.kwargs) -> T:
         return portal.call(getattr(self, verb.__name__)(*args, **options))  # type: ignore[no-any-return]
@@ -7329,7 +7329,7 @@ def _blocking(verb: Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]) -> Ca
 
 
 class LLMInferencer(AsyncVerbs):
-    """One engine and model, or several endpoints. Every method has an async `a…` twin; both are thread-safe.
+    """One engine and model, or several endpoints. Every method has an asynchronous version `a…`; both are thread-safe.
 
     engine_type: a key of ENGINE_MAP, or "auto": the first engine that answers, the embedded llama.cpp last.
     model_name: as the engine knows it; None = the engine's first. For llamacpp also the path of a .gguf file, or a
@@ -7363,7 +7363,7 @@ class LLMInferencer(AsyncVerbs):
     health = _blocking(AsyncVerbs.ahealth)
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Generator[str, None, None]:
-        """See `astream`. A refusal is raised by this call, an engine's failure by the first item or a later one."""
+        """See `astream`. An invalid request raises in this call, an engine's failure at the first item or later."""
         portal.check_alive()
         return texts_in(portal.iterate(self.bursts(self.request(prompt, **options))))
 
@@ -7395,7 +7395,7 @@ class LLMInferencer(AsyncVerbs):
 
 
 async def embedding_model(endpoints: Sequence[Endpoint]) -> str | None:
-    """The first model that its engine says is for embeddings; None: the default one."""
+    """The first model that an engine reports as one for embeddings; None: use the default one."""
     found = [model.name for _, model in await models_of(endpoints) if "embedding" in model.capabilities]
     return found[0] if found else None
 
@@ -7418,7 +7418,7 @@ async def _check_usable(endpoint: Endpoint) -> None:
 
 
 def messages_from(prompt: Any, system: Any = None) -> list[Any]:
-    """The messages that a prompt, or messages, with a system prompt before them, stand for. Raises InvalidRequest."""
+    """A prompt, or messages, as a list of messages that begins with the system prompt. Raises InvalidRequest."""
     if isinstance(prompt, str):
         messages: list[Any] = [{"role": "user", "content": prompt}]
     elif isinstance(prompt, (Mapping, bytes)) or not isinstance(prompt, Iterable):
@@ -9422,14 +9422,14 @@ _FIRST = [{"role": "user", "content": FIRST_PROMPT}]
 
 
 class Operation(NamedTuple):
-    """A route that an Exchange answers: how, and what OpenAPI says of it."""
+    """A route that an Exchange answers: how, and its description for OpenAPI."""
 
     surface: type[Surface]
     summary: str
-    required: tuple[str, ...]  #: the fields without which a /v1 route does nothing
-    example: dict[str, Any]  #: of a body
-    shape: type = V1Body  #: of a body
-    answer: Mapping[str, Any] = types.MappingProxyType({})  #: what an answer of ours has beside that of /generate
+    required: tuple[str, ...]  #: the required fields of a /v1 route
+    example: dict[str, Any]  #: an example body
+    shape: type = V1Body  #: type of the body
+    answer: Mapping[str, Any] = types.MappingProxyType({})  #: fields of an answer of ours besides those of /generate
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -9471,11 +9471,11 @@ OPERATIONS: dict[str, Operation] = {
         {"model": DEMO, "messages": _FIRST}),
 }  # fmt: skip
 
-_JSON_VALUE = re.compile(rb'"(?:[^"\\]+|\\.)*+(?:"|\Z)|([\[{,])', re.DOTALL)  # a string, or what begins a value
+_JSON_VALUE = re.compile(rb'"(?:[^"\\]+|\\.)*+(?:"|\Z)|([\[{,])', re.DOTALL)  # a string, or a character before a value
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """Strict JSON: an object, not too deep, not of too many parts, no key twice. Raises InvalidRequest."""
+    """Parse strict JSON: an object, not too deep, without too many values or duplicate keys. Raises InvalidRequest."""
     body = body.removeprefix(b"\xef\xbb\xbf")
     if len(body) >= 65_536 and too_many_values(body):
         raise InvalidRequest("body: too many values", f"at most {MAX_JSON_VALUES}")
@@ -9494,13 +9494,13 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def too_many_values(body: bytes) -> bool:
-    """Whether JSON text holds more values than a request may have. One by one, for the memory."""
+    """Whether JSON text holds more values than a request may have. Counts one by one to save memory."""
     values = filter(lambda found: found[1], _JSON_VALUE.finditer(body))
     return next(itertools.islice(values, MAX_JSON_VALUES, None), None) is not None
 
 
 def refuse_deep(value: Any, levels: int) -> None:
-    """Raises InvalidRequest for an object or array of more levels."""
+    """Raises InvalidRequest for an object or array nested deeper than `levels`."""
     if not levels:
         raise InvalidRequest("body: nested too deeply", f"at most {MAX_JSON_DEPTH} levels")
     for child in value.values() if isinstance(value, dict) else value:
@@ -9514,12 +9514,12 @@ def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> None:
 
 
 def _refuse_infinity(number: str) -> None:
-    """Such as 1e400, which would be sent on as null."""
+    """Refuse numbers like 1e400, which would be sent on as null."""
     if abs(float(number)) == float("inf"):
         raise InvalidRequest(f"body: {number[:20]} is too large for a number", "send one below 1e308")
 
 
-#: refuses what `from_json` lets pass
+#: refuses what `from_json` accepts
 _JSON_CHECK = json.JSONDecoder(object_pairs_hook=_refuse_duplicate_keys, parse_float=_refuse_infinity)
 
 
@@ -9539,13 +9539,13 @@ async def read_body(receive: Receive) -> bytes:
 
 
 def refuse_loop(headers: Mapping[bytes, bytes]) -> None:
-    """Raises InvalidRequest for a request that this very server sent: an engine's address is our own."""
+    """Raises InvalidRequest if this very server sent the request, as an engine's address is our own."""
     if headers.get(LOOP_HEADER.encode()) == INSTANCE.encode():
         raise InvalidRequest("this request came from this very server", "point the engine's base_url at the engine")
 
 
 def refuse_long_header(scope: Scope) -> None:
-    """Raises HeaderTooLarge past 32 KiB or 100 fields. A header without an end is `limited_protocol`'s."""
+    """Raises HeaderTooLarge past 32 KiB or 100 fields. `limited_protocol` limits a header that does not end."""
     size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
     size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
     if size > MAX_HEADER or len(scope["headers"]) > 100:
@@ -9553,7 +9553,7 @@ def refuse_long_header(scope: Scope) -> None:
 
 
 class Metrics:
-    """What /metrics reports, through prometheus_client; the numbers of all workers added up."""
+    """What /metrics reports, through prometheus_client, summed over all workers."""
 
     BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
@@ -9583,7 +9583,7 @@ class Metrics:
         self.endpoint_up = least("endpoint_up", "1 when the endpoint is up", "endpoint")
 
     def record(self, exchange: "Exchange", route: str, status: int) -> None:
-        """One request that has ended."""
+        """Count a request that has ended."""
         served = exchange.served
         engine, endpoint = served.engine_type, served.endpoint or "-"
         self.requests(route, engine, endpoint, status).inc()
@@ -9619,11 +9619,11 @@ class Catalog:
         self.default = llm or settings.inferencer()
         self.others: dict[str, LLMInferencer] = {}  #: engines at their default addresses, which a request may name
         self.listed: list[tuple[str, ModelInfo]] = []  #: (engine, model)
-        self.listed_at, self.listed_changes = 0.0, 0  #: when that was, and the changes until then
+        self.listed_at, self.listed_changes = 0.0, 0  #: when that was, and `changes` at that time
 
     @property
     def aliases(self) -> Mapping[str, Sequence[str]]:
-        """The fleet's own, where it brought its endpoints, else the settings'."""
+        """The fleet's aliases if its endpoints were given, else the settings'."""
         fleet = self.default.fleet
         return fleet.aliases if self.default.configured and fleet else self.settings.aliases
 
@@ -9643,24 +9643,24 @@ class Catalog:
         return self.others[engine_type]
 
     async def endpoints(self) -> list[Endpoint]:
-        """All that a request can reach: those of the configured fleet, else those of each engine."""
+        """All endpoints that a request can reach: those of the configured fleet, else of every engine."""
         llms = await asyncio.gather(*map(self.inferencer, LLMInferencer.ENGINE_MAP))
         return [endpoint for llm in dict.fromkeys(llms) for endpoint in (await llm.found()).endpoints]
 
     async def models(self) -> list[tuple[str, ModelInfo]]:
-        """(engine, model) of every endpoint that answers; refreshed after ten seconds, or a change that was noticed."""
+        """(engine, model) of every endpoint that answers; refreshed after ten seconds, or once a change is noticed."""
         now, unchanged = time.monotonic(), self.listed_changes == BaseLLMAdapter.changes
         if not (self.listed and unchanged and now - self.listed_at <= 10):
             found = {}
             known = [each for each in await self.endpoints() if each.named_before or not each.progress]
             for endpoint, model in await models_of(known):
                 engine_type = endpoint.adapter.engine_type
-                found[engine_type, model.name] = (engine_type, model)  # a replica is no second model
+                found[engine_type, model.name] = (engine_type, model)  # replicas are one model
             self.listed, self.listed_at, self.listed_changes = list(found.values()), now, BaseLLMAdapter.changes
         return self.listed
 
     async def engines(self) -> list[dict[str, Any]]:
-        """What each endpoint is: reachable, version, models, features, load; or why not."""
+        """A description of each endpoint: reachable, version, models, features, load; or its error."""
         return await asyncio.gather(*map(self._describe, await self.endpoints()))
 
     async def _describe(self, endpoint: Endpoint) -> dict[str, Any]:
@@ -9686,7 +9686,7 @@ class Catalog:
 
 
 class Gateway(Catalog):
-    """One server: inferencers, limits, what answers a POST."""
+    """One server: its inferencers, limits and POST handlers."""
 
     def __init__(self, settings: Settings, llm: LLMInferencer | None = None) -> None:
         super().__init__(settings, llm)
@@ -9694,14 +9694,14 @@ class Gateway(Catalog):
         self.in_flight = self.waiting = 0
         self.places = asyncio.Semaphore(settings.max_in_flight)
         self.state = "starting"
-        self.parsing = concurrent.futures.ThreadPoolExecutor(1)  #: large bodies, one at a time: one thread's heap
+        self.parsing = concurrent.futures.ThreadPoolExecutor(1)  #: for large bodies, one at a time: one thread's heap
         self.born = int(time.time())
         self.metrics: Metrics | None = None
-        self.direct: dict[str, Callable[[], Exchange]] = {}  #: what answers a POST, for our own server's short way
+        self.direct: dict[str, Callable[[], Exchange]] = {}  #: path → handler of a POST, for our own server's shortcut
         self._watching: asyncio.Task[None] | None = None
 
     def watch(self) -> None:
-        """From now on: reach the default engine (attach, else start the embedded one), and ask it now and then."""
+        """Begin to connect to the default engine (attach, else start the embedded one), and to check it regularly."""
         if self._watching is None:
             self._watching = asyncio.ensure_future(self._watch())
 
@@ -9743,7 +9743,7 @@ class Gateway(Catalog):
         endpoint.recovered(endpoint.trial)
 
     def status(self) -> str:
-        """For /ready: an endpoint that has answered since the last look makes the server ready."""
+        """The state for /ready: "ready" also if an endpoint has answered since the last check."""
         if self.draining:
             return "stopping"
         fleet = self.default.fleet
@@ -9754,7 +9754,7 @@ class Gateway(Catalog):
     @staticmethod
     async def _look_at(fleet: Fleet, endpoint: Endpoint) -> None:
         now, trial = time.monotonic(), endpoint.trial
-        waits = trial is not None and now - endpoint.tried_at > endpoint.LIST_TTL  # in a silent engine
+        waits = trial is not None and now - endpoint.tried_at > endpoint.LIST_TTL  # for an engine that is hung
         if not (endpoint.available(now) or waits) or (endpoint.on_request and not endpoint.running):
             return
         endpoint.try_by(look := object())
@@ -9777,14 +9777,14 @@ class Gateway(Catalog):
                 self.metrics.endpoint_up.labels(endpoint.name).set(not endpoint.failures)
 
     async def close(self) -> None:
-        """End the watch, and close the inferencers."""
+        """Stop the checks, and close the inferencers."""
         if self._watching is not None:
             self._watching.cancel()
         for llm in (self.default, *self.others.values()):
             await llm.aclose()
 
     async def route(self, surface: Surface) -> tuple[LLMInferencer, str | None]:
-        """Where a request goes: an alias, `engine/model`, or the engine and model that it names."""
+        """The inferencer and model for a request that names an alias, `engine/model`, or an engine and a model."""
         engine_type, model = surface.engine_type, surface.model
         named = engine_type not in (None, "auto")
         if named and self.default.configured:
@@ -9800,7 +9800,7 @@ class Gateway(Catalog):
         return (self.default, model) if isinstance(surface, OwnSurface) else await self._owner(model)
 
     async def _first_up(self, targets: Iterable[str]) -> tuple[LLMInferencer, str]:
-        """Of an alias's targets the first that an engine serves now, else the last."""
+        """The first of an alias's targets that an engine serves now, else the last."""
         pairs = [target.partition("/") for target in targets]
         *others, last = [(await self.inferencer(engine_type), model) for engine_type, _, model in pairs]
         for llm, model in others:
@@ -9812,7 +9812,7 @@ class Gateway(Catalog):
         return last
 
     async def _owner(self, model: str) -> tuple[LLMInferencer, str]:
-        """For a bare name on /v1: the default engine where it serves the model, else the one engine that does."""
+        """For a bare name on /v1: the default engine if it serves the model, else the only engine that does."""
         llm = self.default
         fleet = await llm.found()
         if model == llm.model_name:
@@ -9822,7 +9822,7 @@ class Gateway(Catalog):
                 return llm, model
         models = await self.models()
         owners = {engine for engine, info in models if holds((info.name,), model)}
-        if not owners:  # it may have come since
+        if not owners:  # it may have been added since
             others = [each for each in await self.endpoints() if each not in fleet.endpoints]
             served = await asyncio.gather(*(each.serves(model) for each in others), return_exceptions=True)
             owners = {each.adapter.engine_type for each, found in zip(others, served, strict=True) if found is True}
@@ -9834,7 +9834,7 @@ class Gateway(Catalog):
         return await self.inferencer(owners.pop()), model
 
     def refuse_full(self) -> None:
-        """Raises NotReady and Busy for a request that would not get a place: before its body is read, and after it."""
+        """Raises NotReady or Busy if a request would not get a place. Called before its body is read, and after it."""
         if self.draining:
             raise NotReady("the server is stopping", "ask another one")
         if self.waiting >= self.settings.queue and self.places.locked():
@@ -9842,7 +9842,7 @@ class Gateway(Catalog):
             raise Busy(reason, "ask again later", retry_after=1)
 
     async def admit(self) -> None:
-        """Take a place among those in flight, after a bounded wait. Raises Busy at once when the queue is full."""
+        """Take a place among those in flight, waiting in a bounded queue. Raises Busy at once if it is full."""
         self.refuse_full()
         if self.places.locked():
             self._count(waiting=1)
@@ -9855,7 +9855,7 @@ class Gateway(Catalog):
         self._count(in_flight=1)
 
     def release(self) -> None:
-        """Give the place to the next one."""
+        """Free the place for the next one."""
         self._count(in_flight=-1)
         self.places.release()
 
@@ -9866,7 +9866,7 @@ class Gateway(Catalog):
             (self.metrics.waiting if waiting else self.metrics.in_flight).inc(waiting or in_flight)
 
     async def read(self, surface: Surface, raw: bytes) -> GenerateRequest:
-        """The common request; a large body, a schema or a pattern is looked at in a thread, for it may take a while."""
+        """The common request; large bodies, schemas and patterns are read in a thread, as they may take a while."""
         surface.cap, surface.size = self.settings.max_tokens_cap, len(raw)
         if len(raw) < 65_536 and not _COSTLY.search(raw):
             return surface.read(parse_object(raw))
@@ -9875,12 +9875,12 @@ class Gateway(Catalog):
 
 
 _COSTLY = re.compile(rb'"(schema|json_schema|regex|grammar|ebnf|parameters|structured_outputs|input_schema|format)"')
-#: W3C Trace Context's headers, which are passed on to the engine, the second not alone (w3.org/TR/trace-context)
+#: W3C Trace Context's headers, passed on to the engine, the second only with the first (w3.org/TR/trace-context)
 TRACE_HEADERS = {
     "traceparent": re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}"),
     "tracestate": re.compile(rb"[a-z0-9_\-*/@]{1,241}=[ -~]{1,256}(,[a-z0-9_\-*/@]{1,241}=[ -~]{1,256}){0,3}"),
 }
-NOT_CACHED = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))  #: no proxy keeps a stream back
+NOT_CACHED = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))  #: proxies must not buffer a stream
 UUID = re.compile(rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -9891,7 +9891,7 @@ class Exchange:
     task: asyncio.Task[Any]
     send: Send
     splice: Callable[[bytes], bool] | None  #: our own server's, see `LimitsMixin.splice`
-    body: bytes | None = None  #: where somebody has read it before
+    body: bytes | None = None  #: set if it was read before
     error_kind, first_event = "", 0.0
     started = False  #: has the answer begun?
     gone = False  #: has the client disconnected, or stopped reading?
@@ -9925,10 +9925,10 @@ class Exchange:
             self.task.uncancel()
             if not self.gone:
                 status = 503
-                with contextlib.suppress(TimeoutError, asyncio.CancelledError):  # nobody waits for a client to read
+                with contextlib.suppress(TimeoutError, asyncio.CancelledError):  # do not wait for a client to read
                     await asyncio.wait_for(self.fail(NotReady("the server is stopping", "ask again")), 1)
         except Exception as exc:
-            status = await self.fail(as_inference_error(exc))  # no name keeps the error: its traceback keeps the body
+            status = await self.fail(as_inference_error(exc))  # not kept in a variable: its traceback holds the body
         finally:
             if watch is not None:
                 watch.cancel()
@@ -9937,7 +9937,7 @@ class Exchange:
             await self.answer(b"", status)
 
     def _identify(self, headers: Mapping[bytes, bytes]) -> None:
-        """The caller's X-Request-Id where it is a UUID, else a new one; and what is traced."""
+        """Set the request id (X-Request-Id if it is a UUID, else a new one) and the trace."""
         given = headers.get(b"x-request-id", b"")
         request_id = given.decode() if UUID.fullmatch(given) else str(uuid.uuid4())
         self.surface, trace = self.make_surface(request_id), {}
@@ -9963,7 +9963,7 @@ class Exchange:
         self.leave()
 
     async def work(self, raw: bytes) -> None:
-        """Read the body, find who answers, and send the answer."""
+        """Parse the body, find an engine, and send its answer."""
         surface = self.surface
         request = await self.gateway.read(surface, raw)
         self.served = request.served
@@ -9993,7 +9993,7 @@ class Exchange:
             self.gateway.metrics.record(self, path, status)
 
     def leave(self) -> None:
-        """Nobody is left to answer: end the work, once."""
+        """Cancel the work, once, as the client is gone."""
         if not self.gone:
             self.gone = True
             self.task.cancel()
@@ -10034,7 +10034,7 @@ class Exchange:
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def events(self, bursts: AsyncGenerator[Burst, None]) -> None:
-        """Send server-sent events: the first is awaited before the 200, and silence is filled with comments.
+        """Send server-sent events: the 200 waits for the first one, and comments are sent during pauses.
 
         A client that reads nothing for `idle` seconds counts as gone.
         """
@@ -10059,7 +10059,7 @@ class Exchange:
 
 
 class EventWriter:
-    """Sends a stream's parts, comments in its silences, and notices a client that does not read."""
+    """Sends a stream's parts, and comments in its pauses; notices a client that does not read."""
 
     __slots__ = ("changed", "exchange", "idle", "loop", "sending")
 
@@ -10077,13 +10077,13 @@ class EventWriter:
         self.sending = False
 
     def push(self, burst: Burst) -> bool:
-        """Send a burst from outside of the task that waits for it; False where only that task can."""
+        """Send a burst from outside the task that waits for it; False if only that task can."""
         exchange = self.exchange
         if exchange.splice is None or self.sending or not exchange.splice(b""):
             return False
         try:
             part = exchange.surface.event(burst, exchange.served)
-        except Exception:  # the task will come to it too
+        except Exception:  # the task will raise it too
             return False
         if part:
             exchange.splice(part)
@@ -10091,7 +10091,7 @@ class EventWriter:
         return True
 
     async def keep_alive(self) -> None:
-        """Until cancelled: comment on silence, and give up a client that does not read."""
+        """Until cancelled: send comments in pauses, and drop a client that does not read."""
         while True:
             await asyncio.sleep(min(KEEP_ALIVE_COMMENT, self.idle))
             quiet = self.loop.time() - self.changed
@@ -10107,7 +10107,7 @@ class EventWriter:
 
 @functools.cache
 def response_class() -> Any:
-    """A FastAPI endpoint returns it so that an Exchange answers: FastAPI calls it as it calls any Response."""
+    """What a FastAPI endpoint returns so that an Exchange answers: FastAPI calls it like any Response."""
     from starlette.responses import Response
 
     class ExchangeResponse(Response):
@@ -10164,14 +10164,14 @@ _FAILURES = (  # of those with the same status, a route shows the last
 
 @functools.cache
 def body_schema(shape: type) -> dict[str, Any]:
-    """A body's JSON Schema with its definitions in their places, so that it can stand anywhere in an OpenAPI page."""
+    """A body's JSON Schema with its definitions inlined, so that it can be anywhere in an OpenAPI document."""
     schema = validator_of(shape).json_schema()
     found: dict[str, Any] = inlined(schema, schema.pop("$defs", {}))
     return found
 
 
 def inlined(node: Any, definitions: Mapping[str, Any]) -> Any:
-    """A part of a JSON Schema, with what it refers to in its place."""
+    """A part of a JSON Schema, with references replaced by what they name."""
     if isinstance(node, list):
         return [inlined(item, definitions) for item in node]
     if not isinstance(node, dict):
@@ -10184,7 +10184,7 @@ def inlined(node: Any, definitions: Mapping[str, Any]) -> Any:
 def responses_of(
     path: str, answer: Any = None, failures: Sequence[InferenceError] = _FAILURES
 ) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's responses of a route: an answer's `data`, where it is one of ours, and errors in the route's form."""
+    """A route's OpenAPI responses: an answer's `data`, if the route is ours, and errors in the route's form."""
     found: dict[int | str, dict[str, Any]] = {}
     ours = {} if path.startswith(V1_PATHS) else {"schema": _ENVELOPE}
 
@@ -10204,7 +10204,7 @@ def create_router(
 ) -> Any:
     """A FastAPI router with `/api/v1/llm/…` for any app. The host authenticates (`dependencies=` of include_router).
 
-    `llm` answers where a request names no engine; it is closed with the host's lifespan. The host's own routes, error
+    `llm` answers requests that name no engine; it is closed with the host's lifespan. The host's own routes, error
     handlers, logging, signals and event loop are left alone.
     """
     from fastapi import APIRouter, Response
@@ -10241,7 +10241,7 @@ def create_router(
 
 
 def add_exchange(router: Any, gateway: Gateway, path: str, schema: Any) -> None:
-    """A route of OPERATIONS, with the JSON Schema of its body."""
+    """Add a route of OPERATIONS; `schema`: its body's JSON Schema."""
     from fastapi import Request, Response
 
     route, answered_by = OPERATIONS[path], response_class()
@@ -10272,7 +10272,7 @@ def own_body_schema(shape: type, gateway: Gateway) -> dict[str, Any]:
 
 
 def envelope_route() -> Any:
-    """The envelope for whatever is raised on these routes, the host's dependencies included."""
+    """A route class that puts any error, also of the host's dependencies, into an envelope."""
     from fastapi import Request, Response
     from fastapi.routing import APIRoute
 
@@ -10299,7 +10299,7 @@ def envelope_route() -> Any:
 
 
 def refusal(error: InferenceError, path: str, more: Mapping[str, str] | None = None) -> Any:
-    """An error as a response of Starlette's, in the form of the path's API; `more` headers."""
+    """An error as a Starlette response, in the form of the path's API; `more`: headers."""
     from starlette.responses import JSONResponse
 
     status, headers, body = failure(error, path)
@@ -10331,7 +10331,7 @@ def create_v1_router(gateway: Gateway) -> Any:
             return JSONResponse(anthropic_models(found))
         return JSONResponse({"object": "list", "data": found})
 
-    # no parameter of the handler: for it FastAPI would import pydantic.v1, which is slow
+    # not a parameter of the handler: FastAPI would import pydantic.v1 for it, which is slow
     parameter = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}, "example": DEMO}
     extra = {"parameters": [parameter]}
 
@@ -10350,7 +10350,7 @@ def create_v1_router(gateway: Gateway) -> Any:
 
 @functools.cache
 def v1_body_schema(path: str) -> dict[str, Any]:
-    """What OpenAPI says of a /v1 body: the fields that are checked here, and the required ones."""
+    """The OpenAPI schema of a /v1 body: the fields that are checked here, and the required ones."""
     schema: dict[str, Any] = {"type": "object", "additionalProperties": True}
     if required := OPERATIONS[path].required:
         schema["required"] = list(required)
@@ -10369,7 +10369,7 @@ FORWARDED = re.compile(rb"forwarded|via|x-forwarded.*|x-real-ip|x-client-ip|cf-c
 
 
 def path_below(scope: Scope) -> str:
-    """The request's path below the place where the app is mounted, without a trailing slash."""
+    """The request's path relative to the app's mount point, without a trailing slash."""
     path, root = str(scope["path"]), str(scope.get("root_path") or "")
     if root and path.startswith(root):
         path = path[len(root) :]
@@ -10377,16 +10377,16 @@ def path_below(scope: Scope) -> str:
 
 
 def form_of(path: str, headers: Mapping[bytes, bytes]) -> str:
-    """The path whose form an error has: Anthropic's for its clients, but on another API's route that API's."""
+    """The path whose error form is used: Anthropic's for its clients, but on another API's route that API's."""
     shared = path.startswith(V1_PATHS) and path not in OPERATIONS
     return MESSAGES if shared and b"anthropic-version" in headers else path
 
 
 class Guard:
-    """Pure ASGI: who gets in.
+    """Access control as pure ASGI.
 
-    A configured key is asked of everyone. Without one, callers on this machine need none, and everyone else needs the
-    key that was made at start. Digests are compared in constant time.
+    A configured key is required of everyone. Without one, callers on this machine need none, and everyone else needs
+    the key that was generated at start. Digests are compared in constant time.
     """
 
     def __init__(self, app: Any, gateway: Gateway) -> None:
@@ -10421,7 +10421,7 @@ class Guard:
             if not self.gateway.draining or task is None:
                 raise
             task.uncancel()
-            with contextlib.suppress(RuntimeError):  # where its answer has begun
+            with contextlib.suppress(RuntimeError):  # if its answer has begun
                 reply = refusal(NotReady("the server is stopping", "ask again"), form_of(path, headers))
                 await reply(scope, receive, send)
 
@@ -10430,7 +10430,7 @@ class Guard:
         refuse_loop(headers)
         if sum(name == b"host" for name, _ in scope["headers"]) > 1:
             raise InvalidRequest("header: more than one Host", "send one")
-        if path not in PUBLIC:  # a preflight is CORSMiddleware's, which stands before
+        if path not in PUBLIC:  # a preflight was answered by CORSMiddleware before
             self._require_key(scope, headers)
 
     def _require_key(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
@@ -10448,7 +10448,7 @@ class Guard:
 
 
 def foreign_reason(scope: Scope, headers: Mapping[bytes, bytes], trusted: Sequence[str] = ()) -> str:
-    """Why a call is not this machine's own; "" for one from here, by a loopback name, without a proxy."""
+    """Why a call does not count as local; "" if it is from this machine, by a loopback name, without a proxy."""
     named = headers.get(b"host", b"").decode("latin-1")
     host = re.sub(r":\d+$", "", named).lower()
     peer = (scope.get("client") or ("",))[0]
@@ -10461,7 +10461,7 @@ def foreign_reason(scope: Scope, headers: Mapping[bytes, bytes], trusted: Sequen
     if not is_loopback(peer):
         return "this one is from elsewhere"
     if host != "localhost" and not is_loopback(host.strip("[]")):
-        return "this one's Host is neither localhost nor 127.0.0.1"  # a page elsewhere could rebind its own name to us
+        return "this one's Host is neither localhost nor 127.0.0.1"  # DNS rebinding: a page's own name may point to us
     return ""
 
 
@@ -10539,7 +10539,7 @@ def build_openapi(build: Callable[[], dict[str, Any]], routers: Iterable[Any]) -
 
 
 def add_error_handlers(app: Any) -> None:
-    """Errors of routes that do not exist, or that fail, in the form of their surface."""
+    """Answer with an error, in the form of its surface, if a route does not exist or fails."""
     from fastapi import Request, Response
     from starlette.exceptions import HTTPException
 
@@ -10558,7 +10558,7 @@ def add_error_handlers(app: Any) -> None:
 
 
 def route_hint(path: str) -> str:
-    """The route that does what somebody expected of another one."""
+    """A hint at the route that does what was expected of an unknown one."""
     known = [*OPERATIONS, f"{API}/engines", f"{API}/models", "/v1/models"]
     known += ["/health", "/ready", "/metrics", "/docs", "/ui"]
     if path.startswith(f"{RESPONSES}/"):
@@ -10602,7 +10602,7 @@ def add_server_routes(app: "FastAPI", gateway: Gateway) -> None:
 
     policies = {"content-security-policy": PAGE_POLICY, "referrer-policy": "no-referrer"}
     page = CHAT_PAGE.replace("python llm_inference.py --serve", command("--serve"))
-    pages: dict[str, Callable[[Any], Response]] = {  # each answer anew: a middleware may change its headers
+    pages: dict[str, Callable[[Any], Response]] = {  # a new response each: a middleware may change its headers
         "/ui": lambda _: HTMLResponse(page, headers={"cache-control": "no-cache", **policies}),
         "/": lambda _: RedirectResponse("ui"),
         "/favicon.ico": lambda _: Response(FAVICON, media_type="image/svg+xml"),
@@ -10615,14 +10615,14 @@ SPLICE = "llm_inference.splice"  #: our extension of ASGI's scope: `LimitsMixin.
 
 
 async def send_unchunked(cycle: Any, send: Send, message: dict[str, Any]) -> None:
-    """To a client of HTTP/1.0, which knows no chunks: the connection's end is the body's (RFC 9112, 6.3)."""
+    """Send to an HTTP/1.0 client, which knows no chunks: closing ends the body (RFC 9112, 6.3)."""
     cycle.chunked_encoding = False
     cycle.expected_content_length = len(message.get("body", b""))
     await send(message)
 
 
 def limited_protocol(settings: Settings) -> type:
-    """uvicorn's HTTP protocol with what it lacks: see `LimitsMixin`."""
+    """uvicorn's HTTP protocol with the limits that it lacks: see `LimitsMixin`."""
     try:
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as Protocol
     except ImportError:
@@ -10631,26 +10631,26 @@ def limited_protocol(settings: Settings) -> type:
 
 
 class LimitsMixin:
-    """A cap on a header that has no end, and deadlines for header, body and a client that does not read.
+    """Limits a header that does not end, and sets deadlines for header, body and a client that does not read.
 
-    Also: a pipelined request does not keep a disconnect from being noticed. The hooks `on_…` are httptools' alone; h11
-    has limits of its own.
+    Also notices a disconnect behind a pipelined request. The hooks `on_…` are only called by httptools; h11 has limits
+    of its own.
     """
 
     settings: Settings
     timer: asyncio.TimerHandle | None = None
     waiting_for = ""
     partial = 0  #: bytes of a header that is not complete
-    bodiless = 0  #: bytes since the last of a body: chunks' sizes and trailers
+    bodiless = 0  #: bytes since the last one of a body: chunk sizes and trailers
     trailing = False  #: is the header complete?
-    in_message = False  #: has the first byte of a request come, and not its last?
+    in_message = False  #: has a request's first byte arrived, but not its last?
     unread: asyncio.TimerHandle | None = None  #: runs while the client reads nothing
     cycle: Any
     transport: Any
     loop: Any
     flow: Any
     unanswered: Sequence[Any] = ()  #: requests before the last one whose answers are not complete
-    behind = 0  #: bytes that came behind a request that is being answered
+    behind = 0  #: bytes received after a request that is being answered
 
     def connection_made(self, transport: Any) -> None:
         """Start the header's deadline."""
@@ -10667,33 +10667,33 @@ class LimitsMixin:
             cycle.message_event.set()
 
     def pause_writing(self) -> None:
-        """The client reads nothing: give it `idle` seconds."""
+        """Abort unless the client reads again within `idle` seconds."""
         super().pause_writing()  # type: ignore[misc]
         self.unread = self.loop.call_later(self.settings.deadlines.idle, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """It reads again."""
+        """Stop that timer: it reads again."""
         if self.unread is not None:
             self.unread.cancel()
         super().resume_writing()  # type: ignore[misc]
 
     def on_message_begin(self) -> None:
-        """A request's first byte."""
+        """Note a request's first byte."""
         self.trailing, self.bodiless, self.in_message = False, 0, True
         super().on_message_begin()  # type: ignore[misc]
 
     def on_message_complete(self) -> None:
-        """A request's last byte."""
+        """Note a request's last byte."""
         self.in_message = False
         super().on_message_complete()  # type: ignore[misc]
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header field; trailers are dropped (RFC 9110, 6.5.1)."""
+        """Take a header field; trailers are dropped (RFC 9110, 6.5.1)."""
         if not self.trailing:
             super().on_header(name, value)  # type: ignore[misc]
 
     def on_headers_complete(self) -> None:
-        """The header is complete."""
+        """Prepare the request: its header is complete."""
         self.trailing = True
         before, self.unanswered = self.cycle, self.open_cycles()
         super().on_headers_complete()  # type: ignore[misc]
@@ -10716,7 +10716,7 @@ class LimitsMixin:
         return True
 
     def on_body(self, body: bytes) -> None:
-        """A part of the body."""
+        """Take a part of the body."""
         self.bodiless = 0
         super().on_body(body)  # type: ignore[misc]
 
@@ -10747,11 +10747,11 @@ class LimitsMixin:
             self.refuse(HeaderTooLarge(f"{part}: over {MAX_HEADER} bytes", "send less"))
 
     def _answering(self) -> bool:
-        """Has a request come to its end whose answer has not?"""
+        """Whether a complete request's answer is incomplete."""
         return not all(cycle.more_body for cycle in self.open_cycles())
 
     def _keep_reading(self) -> None:
-        """uvicorn stops reading behind a pipelined request, and would not notice that the client leaves."""
+        """Read on: uvicorn stops reading after a pipelined request, and would not notice a disconnect."""
         if not self._answering():
             self.behind = 0
         elif self.behind > MAX_HEADER:
@@ -10773,7 +10773,7 @@ class LimitsMixin:
             self.timer = self.loop.call_later(seconds, self.late)
 
     def late(self) -> None:
-        """A deadline has passed."""
+        """Handle a missed deadline."""
         nothing_sent = self.waiting_for == "header" and not self.partial
         answered = self.waiting_for == "body" and self.cycle.response_started
         if nothing_sent or answered:
@@ -10784,7 +10784,7 @@ class LimitsMixin:
     def refuse(self, error: InferenceError) -> None:
         """Answer with an error, and close the connection."""
         if any(cycle.response_started for cycle in self.open_cycles()):
-            self.transport.close()  # during an answer: nothing else may stand there
+            self.transport.close()  # within an answer nothing else may be sent
             return
         path = str(self.cycle.scope["path"]) if self.waiting_for == "body" else ""
         status, headers, content = failure(error, path)
@@ -10795,12 +10795,12 @@ class LimitsMixin:
         self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        """What uvicorn calls for bytes that are not HTTP."""
+        """Called by uvicorn for bytes that are not HTTP."""
         self.refuse(InvalidRequest("not HTTP/1.1", "send an HTTP/1.1 request"))
 
 
 def run_server(settings: Settings, sockets: list[socket.socket]) -> None:
-    """One server process, until it is stopped: the only one, or one of --workers."""
+    """Run a server process until it is stopped: the only one, or one of --workers."""
     import gc
     import multiprocessing
 
@@ -10813,9 +10813,9 @@ def run_server(settings: Settings, sockets: list[socket.socket]) -> None:
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: Any) -> None:
             if parent and sig == signal.SIGINT:
-                return  # Ctrl-C reaches all of the group; our parent passes it on
-            gateway.draining = True  # readiness goes first, then the listening socket; a second signal does not wait
-            # what a second signal cuts short was asked for
+                return  # Ctrl-C reaches all processes; our parent passes it on
+            gateway.draining = True  # /ready fails first, then the socket is closed; a second signal does not wait
+            # errors of what a second signal cuts short are expected
             logging.getLogger("uvicorn.error").disabled = self.should_exit
             self.force_exit, self.should_exit = self.should_exit, True
 
@@ -10825,7 +10825,7 @@ def run_server(settings: Settings, sockets: list[socket.socket]) -> None:
     elif hasattr(signal, "SIGHUP") and settings.config:
         signal.signal(signal.SIGHUP, lambda *_: reload_config(gateway))
     gc.collect()
-    gc.freeze()  # what was imported is never collected: with 1,000 streams looking at it cost pauses of 0.1 s
+    gc.freeze()  # imported objects are never collected: with 1,000 streams, scanning them paused us for 0.1 s
     gc.set_threshold(10_000, 50, 100)
     config = uvicorn.Config(
         app,
@@ -10849,7 +10849,7 @@ def _end_with(parent: Any) -> None:
 
 
 def reload_config(gateway: Gateway) -> None:
-    """SIGHUP: new endpoints join, removed ones finish what they have; an invalid file changes nothing."""
+    """On SIGHUP: new endpoints join, removed ones finish their requests; an invalid file changes nothing."""
     try:
         flags = gateway.settings.flags
         settings = dataclasses.replace(load_settings(flags, "serve"), flags=flags)
@@ -10874,7 +10874,7 @@ def reload_config(gateway: Gateway) -> None:
     for endpoint in removed:
         endpoint.removed = True
         if gateway.metrics:
-            with contextlib.suppress(KeyError):  # nobody has looked at it yet
+            with contextlib.suppress(KeyError):  # it was not reported yet
                 gateway.metrics.endpoint_up.remove(endpoint.name)
         portal.submit(fleet.remove(endpoint))
 
@@ -11055,11 +11055,11 @@ def deploy(
     replicas: int | tuple[int, int] = 1,
     name: str = "llm_inference",
 ) -> None:
-    """Put the API on Ray Serve, in front of a running engine; returns once it answers. A second call: a rolling update.
+    """Put the API on Ray Serve, in front of a running engine; returns once it answers. Call again for a rolling update.
 
-    `replicas`: a number, or (least, most), between which Ray scales. Each has the limits of `settings`. In the cluster
-    that RAY_ADDRESS names or that runs here, else in one that lives as long as this process. Ray drains a replica
-    before it stops it.
+    `replicas`: a number, or (least, most), between which Ray scales. Each has the limits of `settings`. They run in the
+    cluster that RAY_ADDRESS names or that runs here, else in one that ends with this process. Ray drains a replica
+    before stopping it.
     """
     try:
         import ray
@@ -11083,7 +11083,7 @@ def deploy(
 
 
 def _ray_settings(settings: Settings) -> Settings:
-    """The settings of a replica, with the engine where it is now."""
+    """The settings of a replica, with the engine's present address."""
     if not (settings.api_keys or settings.no_auth):
         hint = "set one (--api-key), or --no-auth: behind a proxy nobody can tell who calls from this machine"
         raise InvalidRequest("Ray Serve needs an API key", hint)
@@ -11101,7 +11101,7 @@ def _ray_deployment(settings: Settings, replicas: int | tuple[int, int]) -> Any:
 
     fields = dataclasses.asdict(settings)
 
-    def build() -> Any:  # in the replica; nothing of this process comes along but `fields`
+    def build() -> Any:  # runs in the replica, which gets only `fields` from this process
         import logging
 
         import llm_inference as there
@@ -11115,7 +11115,7 @@ def _ray_deployment(settings: Settings, replicas: int | tuple[int, int]) -> Any:
         proven = False
 
         async def check_health(self) -> None:
-            """At first: does the engine answer? Or an update would replace good replicas. Later: this loop runs."""
+            """Asks the engine at first, or an update could replace good replicas; later shows that the loop runs."""
             if not self.proven:
                 await (await self.app.state.gateway.default.engine()).models()
             self.proven = True
@@ -11134,7 +11134,7 @@ def _ray_deployment(settings: Settings, replicas: int | tuple[int, int]) -> Any:
 
 # Server processes (--workers)
 def supervise(run: Callable[[], None], workers: int) -> None:
-    """That many processes of `run`, replaced when they end, until SIGTERM or Ctrl-C; a second one does not wait."""
+    """Keep `workers` processes of `run` going until SIGTERM or Ctrl-C; a second signal does not wait for them."""
     import multiprocessing.connection
 
     context, stopping = multiprocessing.get_context("spawn"), False
@@ -11160,12 +11160,12 @@ def supervise(run: Callable[[], None], workers: int) -> None:
             if stopping:
                 running[-1].terminate()
         multiprocessing.connection.wait([process.sentinel for process in running], 1)
-        time.sleep(0 if stopping else 0.5)  # a worker that ends at once is not started in a frenzy
+        time.sleep(0 if stopping else 0.5)  # a worker that ends at once is not restarted too fast
 
 
 @contextlib.contextmanager
 def sharing(settings: Settings, workers: int) -> Iterator[Settings]:
-    """What each worker gets: its part of the limits, and the engines, which this process finds, starts and keeps."""
+    """Each worker's settings: its share of the limits, and the engines, which this process finds, starts and keeps."""
     with settings.inferencer() as llm, contextlib.ExitStack() as stack:
         fleet = portal.call(llm.found())
         shared = portal.call(elsewhere(settings, fleet))
@@ -11177,7 +11177,7 @@ def sharing(settings: Settings, workers: int) -> Iterator[Settings]:
                     if endpoint.config is not None and endpoint.config.base_url:
                         continue
                     with contextlib.suppress(InferenceError):
-                        await endpoint.adapter.connect()  # starts a child again that has ended
+                        await endpoint.adapter.connect()  # restarts a child that has ended
 
         stack.callback(portal.submit(keep()).cancel)  # before the engine is stopped, which it would start again
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="llm-inference-"))
@@ -11232,13 +11232,13 @@ def command(arguments: str) -> str:
 
 
 def terminal_width() -> int:
-    """Columns of the terminal; 120 where the output is not a terminal and COLUMNS is not set."""
+    """Columns of the terminal; 120 if the output is not a terminal and COLUMNS is not set."""
     return shutil.get_terminal_size((120, 24)).columns
 
 
 # Tables
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table that fits the terminal: by rich where it is installed, else as text. Long cells are folded."""
+    """Prints a table that fits the terminal: with rich if it is installed, else as text. Long cells are folded."""
     print(title)
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     if sys.stdout.isatty() and installed("rich"):
@@ -11269,7 +11269,7 @@ def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]], widths: S
 
 
 def with_bars(values: Sequence[float | None], form: str, width: int = 12) -> list[str]:
-    """The figures as texts, "-" for None; on a wide terminal each with a bar, by its share of the largest."""
+    """The figures as texts, "-" for None; on a wide terminal each with a bar, relative to the largest."""
     figures = list(filter(None, values))
     largest = max(figures, default=0.0)
     are_compared = sys.stdout.isatty() and len(figures) > 1 and terminal_width() >= 120
@@ -11289,9 +11289,9 @@ def _print_folded(text: str, indent: str = "  ") -> None:
 
 # Self-test
 def self_test(settings: Settings) -> int:
-    """A real answer from every engine that is found; 0 when at least one answered.
+    """Get a real answer from every engine that is found; returns 0 if at least one answered.
 
-    vLLM and SGLang are attached to and never started here: that takes minutes.
+    vLLM and SGLang are attached to, never started: that would take minutes.
     """
     results = []
     for endpoint in settings.inferencer().candidates():
@@ -11311,7 +11311,7 @@ def self_test(settings: Settings) -> int:
 
 
 def _answer_of(endpoint: Endpoint) -> dict[str, Any]:
-    """The answer to the first prompt, streamed, because only a stream shows when the first token came."""
+    """The answer to the first prompt, streamed, as only a stream shows when the first token arrived."""
     engine = endpoint.adapter
     if engine.engine_type != "llamacpp":
         engine.launch = False
@@ -11355,16 +11355,16 @@ def _print_results(results: Sequence[dict[str, Any]]) -> None:
 
 # API test
 class Case(NamedTuple):
-    """One request to a running server, and what makes its answer right."""
+    """One request to a running server, and the answer that is right."""
 
     name: str
     request: str  #: method and path
     right: int | str = ""  #: the status of a refusal, or a pattern that the answer matches
-    change: Mapping[str, Any] = types.MappingProxyType({})  #: of the route's example
+    change: Mapping[str, Any] = types.MappingProxyType({})  #: differences from the route's example
     headers: dict[str, str] | None = None
 
 
-#: the X-Error-Kind of a refusal that is right too: not every engine and installation can do this
+#: the X-Error-Kind of a refusal that is right too, as not every engine and installation can do this
 _OPTIONAL = dict.fromkeys((EMBEDDINGS, COUNT_TOKENS, RERANK, TOKENIZE, DETOKENIZE), "unsupported_feature")
 _OPTIONAL |= {"/metrics": "not_found", "/ui": "not_found"}
 # fmt: off
@@ -11436,7 +11436,7 @@ KEYED = (
 
 
 def api_test(settings: Settings) -> int:
-    """Asks every route of a running server, with good and bad input; 0 when all answers were right."""
+    """Test every route of a running server with good and bad input; returns 0 if all answers were right."""
     import requests
 
     base = clean_url(settings.base_url) if settings.base_url else local_url(settings)
@@ -11471,7 +11471,7 @@ def api_test(settings: Settings) -> int:
 
 
 def _find_server(session: "Session", base: str, settings: Settings) -> str:
-    """The model to ask for on /v1, once the server is ready. Raises InvalidRequest."""
+    """Wait until the server is ready; returns a model for /v1. Raises InvalidRequest."""
     if "x-llm-inference" not in session.get(f"{base}/health", timeout=5).headers:
         raise InvalidRequest(f"the server at {base} is not llm_inference", "give its port: --port N")
     progress = Progress("waiting for the server's engine")
@@ -11517,7 +11517,7 @@ def _run_case(session: "Session", base: str, case: Case, own: dict[str, Any], mo
 
 
 def _verdict(path: str, right: int | str, reply: "Response") -> str:
-    """Raises ValueError for an answer that does not have its surface's form."""
+    """Check an answer. Raises ValueError if it is not in its surface's form."""
     kind, text = reply.headers.get("x-error-kind", ""), reply.content.decode()
     if reply.status_code >= 400 and not kind:
         raise ValueError("a refusal without X-Error-Kind")
@@ -11553,7 +11553,7 @@ def local_url(settings: Settings) -> str:
 
 
 def banner(settings: Settings) -> None:
-    """Prints where everything is, which engine answers and who needs a key."""
+    """Prints the addresses, which engine answers and who needs a key."""
     url = local_url(settings)
     print(f"""\
 llm_inference {__version__}
@@ -11587,7 +11587,7 @@ def _print_engine(settings: Settings) -> None:
 
 
 def check_config(settings: Settings) -> int:
-    """Prints what would be served: endpoints and aliases. Settings that exist are valid."""
+    """Prints the endpoints and aliases to be served. Loaded settings are valid already."""
     rows = []
     for endpoint in settings.inferencer().candidates():
         adapter, start = endpoint.adapter, "on request" if endpoint.on_request else "at start"
@@ -11610,7 +11610,7 @@ def check_config(settings: Settings) -> int:
 
 
 def serve(settings: Settings) -> int:
-    """The API server; returns the exit status when it is stopped."""
+    """Run the API server; returns the exit status once it is stopped."""
     if not (installed("fastapi") and installed("uvicorn")):
         raise EngineNotInstalled("the server needs uvicorn and fastapi", "pip install -r requirements.txt")
     listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
@@ -11618,7 +11618,7 @@ def serve(settings: Settings) -> int:
     try:
         listener.bind((settings.host, settings.port))
         if settings.workers == 1:
-            listener.listen(2048)  # from here on nobody else gets the port
+            listener.listen(2048)  # from here on no other process gets the port
     except OSError as exc:
         return _cannot_listen(settings, exc)
     banner(settings)
@@ -11628,7 +11628,7 @@ def serve(settings: Settings) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until supervise() has its own handler
     with sharing(settings, settings.workers) as shared:
         try:
-            listener.listen(2048)  # not earlier: nobody would have answered
+            listener.listen(2048)  # not earlier: no process would have answered
         except OSError as exc:
             return _cannot_listen(settings, exc)
         supervise(functools.partial(run_server, shared, [listener]), settings.workers)
@@ -11642,7 +11642,7 @@ def _cannot_listen(settings: Settings, exc: OSError) -> int:
 
 
 def serve_on_ray(settings: Settings) -> int:
-    """`--serve --ray`: deployed until SIGTERM or Ctrl-C; running requests are finished first."""
+    """`--serve --ray`: serve until SIGTERM or Ctrl-C; running requests are finished first."""
     least, _, most = settings.replicas.partition("-")
     deploy(settings, host=settings.host, port=settings.port, replicas=(int(least), int(most or least)))
     banner(settings)
@@ -11658,7 +11658,7 @@ def serve_on_ray(settings: Settings) -> int:
 
 # Entry point
 def parse_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """A key of `MODES`, and the other flags that were given, by their key. Ends the process for --help and --version.
+    """Returns a key of `MODES`, and the other given flags by their key. Exits for --help and --version.
 
     Raises InvalidRequest.
     """
@@ -11679,7 +11679,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
 
 def run_mode(mode: str, values: dict[str, Any]) -> int:
-    """What the flags ask for; returns the exit status. Raises InferenceError."""
+    """Run the mode with the flags' values; returns the exit status. Raises InferenceError."""
     checking = values.pop("check_config", False)
     settings = dataclasses.replace(load_settings(values, mode), flags=values)
     if checking:
@@ -11691,8 +11691,8 @@ def run_mode(mode: str, values: dict[str, Any]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, 1 where something failed, 2 for a mistake in the settings."""
-    with contextlib.suppress(AttributeError):  # what has replaced it
+    """Run the command line; returns the exit status: 0, 1 if something failed, 2 for a mistake in the settings."""
+    with contextlib.suppress(AttributeError):  # if stdout was replaced
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without Unicode
     try:
         status = run_mode(*parse_arguments(sys.argv[1:] if argv is None else argv))

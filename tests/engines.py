@@ -106,7 +106,7 @@ if "Paris" not in answer:
 
 @dataclass(frozen=True)
 class Engine:
-    """How one engine is installed and started."""
+    """How an engine is installed and started."""
 
     pins: str
     module: str
@@ -162,7 +162,7 @@ ENGINES = {
 
 
 def install(engine: str) -> Path:
-    """Make the engine's environment unless it is there.  Returns its python."""
+    """Create the engine's environment unless it exists.  Returns the path of its python."""
     spec, home = ENGINES[engine], _home(engine)
     python = home / "bin" / "python"
     with _once(home, home / "complete") as missing:
@@ -184,7 +184,7 @@ def install(engine: str) -> Path:
 
 
 def hf_model() -> Path:
-    """Convert SmolLM2-135M-Instruct to the Hugging Face format unless that was done.  Returns its folder."""
+    """Convert SmolLM2-135M-Instruct to the Hugging Face format unless that was done.  Returns the model's folder."""
     home = CACHE / f"{MODEL}-{_digest(GGUF_PACKAGE, CONVERT)}"
     with _once(home, home) as missing:
         if missing:
@@ -287,7 +287,7 @@ def _answers(port: int, route: str) -> bool:
 
 @contextlib.contextmanager
 def _once(home: Path, marker: Path) -> Iterator[bool]:
-    """Tells whether `marker` is still to be made; of several runs at a time one makes it, and the others wait."""
+    """Yields whether `marker` must still be made; of several processes at a time, one makes it and the others wait."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(f"{home}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -303,7 +303,7 @@ def _digest(*recipe: object) -> str:
 
 
 def _environ() -> dict[str, str]:
-    """Ours, less what leads another python astray, or keeps it from storing what it compiled."""
+    """Our environment without PYTHON… variables, which mislead another python or keep it from caching bytecode."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
 

@@ -5,7 +5,7 @@
         engine.script(Reply(pieces=[b"data: {"], end="reset"))  # the one after it; all others get default answers,
         engine.wait(lambda: engine.live == 0)                   # which are recorded ones with other words in them
 
-After a hang-up it does what the real engines do: streams stop, and so do complete answers of Ollama and vLLM;
+Once a client disconnects it does what real engines do: streams stop, and so do complete answers of Ollama and vLLM;
 llama.cpp and SGLang finish a complete (not streamed) answer that nobody will read, and `live` counts it until then.
 """
 
@@ -61,7 +61,7 @@ RECORDED: dict[Dialect, dict[str, str]] = {  # stream headers, unknown path, unr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What one request gets. `status=0` sends the pieces with no head (garbage; with no pieces, nothing at all)."""
+    """The reply to one request. `status=0` sends the pieces without a head (garbage; if there are none, nothing)."""
 
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -90,8 +90,8 @@ class Seen:
 
 @functools.cache
 def recorded(dialect: Dialect, name: str) -> Reply:
-    """The answer of tests/wire/<dialect>/<name>.json (`name` may leave out a leading `06_` or `plain_`), cut as it
-    came."""
+    """The answer of tests/wire/<dialect>/<name>.json (`name` may omit a leading `06_` or `plain_`), in pieces as they
+    arrived when it was recorded."""
     near = [p for p in (WIRE / dialect).glob("*.json") if name in (p.stem, re.sub(r"^(\d\d|plain)_", "", p.stem))]
     if len(near) != 1:
         raise LookupError(f"{len(near)} recordings of {dialect} are called {name!r}")
@@ -141,7 +141,7 @@ def dumps(value: object) -> bytes:
 
 
 def split(text: str) -> list[str]:
-    """Words, and groups of up to four Chinese characters: the tokens here. Joined, they are the text again."""
+    """The tokens of a text here: words, and groups of up to four Chinese characters. Joined, they are the text."""
     return re.findall(r"\s*(?:[\u3000-\u9fff\uff00-\uffef]{1,4}|[^\s\u3000-\u9fff\uff00-\uffef]+)|\s+", text)
 
 
@@ -150,7 +150,7 @@ def tagged(name: str) -> str:
 
 
 class Reader(asyncio.StreamReader):
-    """Cancels what is being done for a client that is gone; a half close counts, as it does with the real ones."""
+    """Cancels the work for a client that has disconnected; a half-closed connection counts too, as in real engines."""
 
     task: asyncio.Task[Any] | None = None
 
@@ -230,7 +230,7 @@ class FakeEngine:
     __enter__ = start
 
     def stop(self) -> None:
-        """Closes the port and every connection, as a killed engine does. It may be started again, on the same port."""
+        """Close the port and every connection, as a killed engine does. It may be started again, on the same port."""
         if self._thread:
             self._loop.call_soon_threadsafe(self._stopped.set)
             self._thread.join(10)
@@ -239,7 +239,7 @@ class FakeEngine:
             self._count(cut=self.live, live=-self.live)
 
     def reset(self) -> Self:
-        """As new, for the next test: default answers, no requests, nothing running."""
+        """Restore the initial state for the next test: default answers, no requests, nothing running."""
         self._loop.call_soon_threadsafe(self._drop_unread)
         self.wait(lambda: self.live == 0)
         self.text, self.answer, self.reasoning, self.tool_call, self.pace, self.slice = TEXT, None, "", None, 0.0, 0
@@ -269,7 +269,7 @@ class FakeEngine:
             Path(self.uds).unlink(missing_ok=True)
 
     def wait(self, predicate: Callable[[], bool], timeout: float = 5.0) -> None:
-        """Until the predicate holds: it is looked at when something changes here, and every 20 ms."""
+        """Wait until the predicate holds; it is evaluated when something changes here, and every 20 ms."""
         deadline = time.monotonic() + timeout
         with self._changed:
             while not predicate():
@@ -279,12 +279,12 @@ class FakeEngine:
                 self._changed.wait(0.02)
 
     def replay(self, *names: str) -> None:
-        """The next generations (any POST but /api/show) are answered with these recordings, in turn."""
+        """Answer the next generations (any POST but /api/show) with these recordings, in this order."""
         for name in names:
             self.script(recorded(self.dialect, name))
 
     def script(self, reply: Reply, path: str | None = None) -> None:
-        """The next generation gets this; with `path`, the next request to that path does, of any method."""
+        """Answer the next generation with this; with `path`, the next request of any method to that path."""
         with self._changed:
             self._queue.append((path, self._named(reply)))
 
@@ -296,16 +296,16 @@ class FakeEngine:
         return replace(reply, pieces=[re.sub(rb'"model": ?"[^"]*"', name, piece) for piece in reply.pieces])
 
     def replay_chat(self, *names: str) -> None:
-        """The same for the next chat calls only: a probe of the module's own does not use a recording up."""
+        """The same for the next chat calls only, so that no probe of the module uses up a recording."""
         for name in names:
             self.script_chat(recorded(self.dialect, name))
 
     def script_chat(self, reply: Reply) -> None:
-        """The next chat call gets this."""
+        """Answer the next chat call with this."""
         self.script(reply, self.chat)
 
     def stream_reply(self) -> Reply:
-        """A recorded stream, complete."""
+        """A complete recorded stream."""
         return recorded(self.dialect, "06_chat_stream" if self.dialect == "ollama" else "chat_stream_usage")
 
     @property
@@ -315,18 +315,18 @@ class FakeEngine:
 
     @property
     def asked(self) -> list[Seen]:
-        """The requests for a text, in their order (no embeddings, no probes of the module)."""
+        """The requests for text, in their order (no embeddings, no probes of the module)."""
         routes = (self.chat, "/api/generate", "/v1/completions")
         return [seen for seen in list(self.requests) if seen.method == "POST" and seen.path in routes]
 
     @property
     def bodies(self) -> list[Json]:
-        """Their bodies."""
+        """The bodies of the requests for text."""
         return [seen.json for seen in self.asked]
 
     @property
     def body(self) -> Json:
-        """The last one's body."""
+        """The body of the last request for text."""
         return self.bodies[-1]
 
     def _count(self, **more: int) -> None:
@@ -366,7 +366,7 @@ class FakeEngine:
             self._count(connections=-1, cut=live, live=-live)
 
     def _ends(self, reply: Reply, seen: Seen) -> float:
-        """When the generation is over if its client hangs up; 0 where that stops it (or where it hangs by script)."""
+        """Loop time when the generation ends if its client disconnects; 0 if that stops it (or its script stalls)."""
         if self.dialect in ("ollama", "vllm") or reply.end == "stall":
             return 0.0
         with contextlib.suppress(ValueError):
@@ -375,7 +375,7 @@ class FakeEngine:
         return self._loop.time() + reply.delay + reply.gap * (len(reply.pieces) - 1)
 
     def _finish_unread(self, ends: float) -> None:
-        """A generation without a reader, which takes the engine's time until it ends."""
+        """Continue a generation that nobody reads, which keeps the engine busy until it ends."""
 
         def finish() -> None:
             self._unread.discard(timer)
@@ -402,7 +402,7 @@ class FakeEngine:
         return Seen(method=method, path=path, headers=headers, body=body)
 
     async def _send(self, writer: asyncio.StreamWriter, reply: Reply, seen: Seen, done: Callable[[], None]) -> bool:
-        """Whether the connection may be reused. `done` is called before the client can have the last byte."""
+        """Send the reply; returns whether the connection is reusable. `done` is called before the last byte is sent."""
         await asyncio.sleep(reply.delay)
         headers = {name.lower(): value for name, value in reply.headers.items()}
         chunked = reply.chunked
@@ -494,7 +494,7 @@ class FakeEngine:
         return reply, generates * (reply.status == 200)
 
     def _tokenize(self, ask: Json) -> Reply:
-        """A token a byte. The template shows messages and tools, and enable_thinking where the model thinks."""
+        """One token per byte. The template shows messages and tools, and enable_thinking if the model can think."""
         if self.dialect == "llamacpp":
             data = (ask.get("content") or "").encode()  # without one there are no tokens
             begin = [1] * bool(ask.get("add_special"))
@@ -522,7 +522,7 @@ class FakeEngine:
         return self._json({"prompt": json.dumps([ask["messages"], ask.get("tools")])})
 
     def _rerank(self, ask: Json) -> Reply:
-        """The score is how often the document has the query; as real engines order and name it."""
+        """The score is how often a document contains the query; order and field names are those of the real engines."""
         documents: list[str] = ask["documents"]
         scores = [document.count(ask["query"]) for document in documents]
         usage = {"prompt_tokens": 7, "total_tokens": 7}
@@ -802,8 +802,8 @@ class FakeEngine:
         return [{**around[self.dialect], "tool_calls": [each]} for each in (first, *later)]
 
     def _events(self, chat: bool, ask: Json, said: Said, finish: str, stamp: Json, full: Json) -> Reply:
-        """Recorded chunks with other words: a head (chat), one chunk a piece, the finish, and the usage where it was
-        asked for."""
+        """Recorded chunks with other words: a head (chat), one chunk per piece, the finish, and the usage if it was
+        requested."""
         sglang = self.dialect == "sglang"
         usage_asked = bool((ask.get("stream_options") or {}).get("include_usage"))
         if chat or self.dialect != "llamacpp":

@@ -1,4 +1,4 @@
-"""Shared helpers: the server under test, in a thread or as a command; reading its answers; library helpers.
+"""Shared helpers: to run the server under test in a thread or as a command, read its answers, and use the library.
 
 with Stand("vllm") as stand:                 # the app with all its routes in front of a fake vLLM
     stand.post("/generate", prompt="hi")
@@ -47,8 +47,8 @@ BROKEN = (
 
 @contextlib.contextmanager
 def serving(app: Any, ready: str | None = "/ready", **config: Any) -> Iterator[str]:
-    """Any ASGI app behind uvicorn on a free loopback port; the URL, once `ready` says something else than
-    "starting"."""
+    """Serve any ASGI app with uvicorn on a free loopback port; yields the URL once the route `ready` answers anything
+    other than "starting"."""
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(
         uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=3, **config)
@@ -79,7 +79,7 @@ def until(condition: Callable[[], T], timeout: float = 10.0) -> T:
 
 
 class Stand:
-    """The app with all its routes in front of one fake engine (or, with `url`, any server), and the ways to ask it."""
+    """The app with all its routes in front of one fake engine (or, with `url`, any server), with methods to call it."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class Stand:
         return self
 
     def served(self) -> Any:
-        """What is put behind the socket: the app, or a layer around it."""
+        """What is served: the app; subclasses may put a layer around it."""
         return self.app
 
     def __exit__(self, *exc: Any) -> None:
@@ -137,7 +137,7 @@ class Stand:
 
     @contextlib.contextmanager
     def leaving(self, path: str, **body: Any) -> Iterator[http.client.HTTPConnection]:
-        """A client that has asked and not yet read anything; it may hang up (`close`) whenever it wants."""
+        """A client that has sent its request and read nothing yet; it may disconnect (`close`) at any time."""
         with contextlib.closing(hang_up(self.url)) as client:
             client.request(
                 "POST",
@@ -153,7 +153,7 @@ def hang_up(url: str) -> http.client.HTTPConnection:
 
 
 def payloads(reply: httpx.Response) -> list[Any]:
-    """Events may only be `data: …` lines and comments, each closed by an empty line."""
+    """The payloads of the events, which may only be `data: …` lines and comments, each closed by an empty line."""
     assert reply.headers["content-type"].startswith("text/event-stream")
     text = reply.content.decode()
     assert not text or text.endswith("\n\n")
@@ -166,7 +166,7 @@ def payloads(reply: httpx.Response) -> list[Any]:
 
 
 def good(reply: httpx.Response) -> Any:
-    """`data` of a good envelope."""
+    """The `data` of a successful envelope."""
     assert reply.status_code == 200, reply.text
     body = enveloped(reply.json())
     assert (body["code"], body["msg"]) == (200, "success")
@@ -174,7 +174,7 @@ def good(reply: httpx.Response) -> Any:
 
 
 def refused(reply: httpx.Response, kind: str, status: int | None = None) -> str:
-    """The message of an envelope of that kind, as the contract has it."""
+    """The message of an error envelope of that kind, checked against the contract."""
     body, error = enveloped(reply.json()), KINDS[kind]
     assert body["msg"].startswith(f"{kind}: "), body
     assert (body["code"], reply.status_code, reply.headers["x-error-kind"]) == (
@@ -188,7 +188,7 @@ def refused(reply: httpx.Response, kind: str, status: int | None = None) -> str:
 
 
 def refused_v1(reply: httpx.Response, kind: str) -> str:
-    """The same in OpenAI's format."""
+    """The same for an error in OpenAI's format."""
     status, of_type = KINDS[kind].v1
     error = reply.json()["error"]
     assert set(reply.json()) == {"error"} and set(error) == {"message", "type", "param", "code"}
@@ -212,7 +212,7 @@ def enveloped(body: Any) -> Json:
 
 
 def clean_env(**more: str) -> dict[str, str]:
-    """Ours, without what steers llm_inference, and with nobody on the engines' default ports."""
+    """Our environment without the variables of llm_inference, and with engine addresses where nothing listens."""
     nobody = dict.fromkeys(("OLLAMA_HOST", "VLLM_BASE_URL", "SGLANG_BASE_URL"), "127.0.0.1:9")
     return neutral_environment() | nobody | more
 
@@ -220,7 +220,7 @@ def clean_env(**more: str) -> dict[str, str]:
 def run_command(
     *args: str, timeout: float = 60, script: Path | None = None, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """The command line of llm_inference (or of a script with the same one), to its end."""
+    """Run the command line of llm_inference (or of a script with the same one) until it ends."""
     return subprocess.run(
         [sys.executable, str(script or ROOT / "llm_inference.py"), *args],
         capture_output=True,
@@ -236,7 +236,7 @@ def serve_flags(port: int, *more: str) -> list[str]:
 
 
 class Command:
-    """`python llm_inference.py --serve …` (or a script or module with the same command line), ended by its pid."""
+    """A running `python llm_inference.py --serve …` (or a script or module with the same flags), ended by its pid."""
 
     def __init__(
         self,
@@ -285,7 +285,7 @@ class Command:
         return False
 
     def end(self, timeout: float = 20) -> int:
-        """SIGTERM, and the exit code."""
+        """Send SIGTERM; returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(timeout)
         self._reader.join(5)
@@ -317,8 +317,8 @@ def chunks(llm: product.LLMInferencer, prompt: str | Sequence[Any] = PROMPT, **o
 
 @contextlib.contextmanager
 def no_error_stays() -> Iterator[None]:
-    """The errors raised in here are freed without the garbage collector, and with them the requests that their frames
-    hold."""
+    """Check that the errors raised inside are freed without the garbage collector, and so the requests that their
+    frames hold."""
 
     def alive() -> set[int]:
         return {id(each) for each in gc.get_objects() if isinstance(each, product.InferenceError)}
