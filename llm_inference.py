@@ -5330,8 +5330,8 @@ def first_call_only(burst: Burst) -> list[dict[str, Any]]:
 
 
 def with_heads(payloads: Iterable[dict[str, Any]], choices: int) -> list[dict[str, Any]]:
-    """The chunks, with the heads of so many choices in place of each one's own: the second may begin first, which
-    OpenAI's own client ends with an IndexError."""
+    """The chunks, but with the first head (`role`) come those of all choices, in order: if a later choice begins first,
+    OpenAI's client ends with an IndexError."""
     found = []
     for payload in payloads:
         choice = (payload.get("choices") or [{}])[0]
@@ -5732,7 +5732,7 @@ def top_logprobs(path: str, body: Mapping[str, Any]) -> int | None:
 
 
 def usage_of_all(reported: Usage, body: Mapping[str, Any]) -> dict[str, int]:
-    """The choices' usages together: a prompt counts once for its n answers."""
+    """The sum of the choices' usages; a prompt counts once for n answers."""
     return dataclasses.replace(reported, prompt_tokens=reported.prompt_tokens // (body.get("n") or 1)).as_dict()
 
 
@@ -7619,7 +7619,7 @@ class EndpointConfig:
         if self.engine in ("vllm", "sglang"):
             raise bad_field("model", "is required to start it", "name it, or the base_url of a server that runs")
         if self.engine == "ollama" and self.start == "on_request" and not self.models:
-            raise bad_field("models", "its models are unknown until it runs", "list the models that it shall serve")
+            raise bad_field("models", "its models are unknown until it runs", "list the models that it should serve")
 
     def key(self, env: Mapping[str, str] = os.environ) -> str | None:
         """The key that the engine asks for. Raises InvalidRequest for an `api_key_env` that is not set."""
