@@ -6400,13 +6400,14 @@ class Balancer:
     def choose(
         self, endpoints: Sequence[Endpoint], key: int, begins: bool = False, tried: Container[Endpoint] = ()
     ) -> Endpoint | None:
-        """The best one that was not tried: where the conversation began, or the first in its order, if it has room.
-
-        If all are over the bound: the one with the least load. None: all were tried.
-        """
-        left = [endpoint for endpoint in endpoints if endpoint not in tried] if tried else endpoints
-        if len(endpoints) < 2 or not left:
-            return left[0] if left else None
+        """The best one not tried yet: where the conversation began if there is room, else by rendezvous; or None."""
+        left = endpoints
+        if tried:
+            left = [endpoint for endpoint in endpoints if endpoint not in tried]
+        if not left:
+            return None
+        if len(endpoints) < 2:
+            return left[0]
         in_flight = sum([endpoint.in_flight for endpoint in endpoints])
         slots = sum([endpoint.slots for endpoint in endpoints])
         bound, home = self.BALANCE * (in_flight + 1) / slots, self._homes.get(key)
@@ -6425,10 +6426,7 @@ class Balancer:
 
 
 def first_by_rendezvous(endpoints: Sequence[Endpoint], key: int, bound: float) -> Endpoint:
-    """The one with the highest random weight (Thaler and Ravishankar 1998) among those within the bound.
-
-    If all are over the bound: the one with the least load.
-    """
+    """The highest random weight (Thaler and Ravishankar 1998) within the bound; if none is, the least load."""
     mixed = key * 0xBF58476D1CE4E5B9 & MASK_64  # this factor and the next are splitmix64's
     ranks: list[float] = []  # the lowest is best: a negative weight, or the load if over the bound
     for endpoint in endpoints:
@@ -7539,8 +7537,8 @@ _Replicas = Annotated[str, BeforeValidator(str), Field(pattern=r"^[1-9]\d{0,3}(-
 _EndpointName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,64}$")]  # it is the value of a response header
 
 
-def resolve_aliases(aliases: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """Each alias with the `engine/model` names it stands for, in order.
+def resolve_aliases(aliases: Mapping[str, tuple[str, ...]], places: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Each alias with its targets (`place/model`) in order; `places`: engines and names of endpoints.
 
     Raises InvalidRequest, `param` being `aliases.<name>`, for an unknown target or a cycle.
     """
@@ -7555,22 +7553,20 @@ def resolve_aliases(aliases: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[s
         found: list[str] = []
         for target in aliases.get(name, ()):
             if target not in aliases:
-                _check_target(name, target, aliases)
+                _check_target(name, target, aliases, places)
             found += resolved[target]
         resolved[name] = tuple(dict.fromkeys(found)) or (name,)
     return {name: resolved[name] for name in aliases}
 
 
-def _check_target(name: str, target: str, aliases: Mapping[str, Any]) -> None:
-    engine, _, model = target.partition("/")
-    known: Iterable[str] = LLMInferencer.ENGINE_MAP
-    if model and engine in known:
+def _check_target(name: str, target: str, aliases: Mapping[str, Any], places: Collection[str]) -> None:
+    place, _, model = target.partition("/")
+    if model and place in places:
         return
-    problem = "no such engine in engine/model"
+    problem = "no such engine or endpoint"
     if not model:
-        known = aliases.keys() - {name}
-        problem = "not name=engine/model, nor another alias"
-    hint = did_you_mean(engine, known, "for example vllm/Qwen/Qwen3-8B")
+        problem, places = "not name=engine/model, nor another alias", aliases.keys() - {name}
+    hint = did_you_mean(place, places, "for example vllm/Qwen/Qwen3-8B")
     raise bad_field(f"aliases.{name}", f"{problem}: {target[:60]!r}", hint)
 
 
@@ -7701,8 +7697,9 @@ class Settings:
         _check_engine(self.engine, "auto")
         if self.no_auth and self.api_keys:
             raise bad_field("no_auth", "cannot be combined with api_key", "leave one of them out")
-        object.__setattr__(self, "aliases", resolve_aliases(self.aliases))
         object.__setattr__(self, "endpoints", _with_names(self.endpoints))
+        places = {*LLMInferencer.ENGINE_MAP, *(each.name for each in self.endpoints)}
+        object.__setattr__(self, "aliases", resolve_aliases(self.aliases, places))
         for number, endpoint in enumerate(self.endpoints, 1):
             if endpoint.start == "on_request" and self.workers > 1:
                 problem = "several workers cannot share an on_request endpoint"

@@ -930,6 +930,15 @@ def test_a_model_that_an_endpoint_has_lost_is_asked_for_elsewhere(
     assert caught.value.retry_after is None
 
 
+def test_an_alias_may_lead_to_an_endpoint_by_its_name(fake: Make, tmp_path: Path) -> None:
+    first, second = fake("vllm"), fake("vllm")
+    tables = [table(first, name="gpu1"), table(second, name="gpu2")]
+    with LLMInferencer.from_config(write(tmp_path, *tables, alias={"b": ["gpu2/m", "gpu1/m"]})) as llm:
+        for number in range(6):
+            assert llm.generate(f"question {number}", model_name="b")
+    assert len(second.asked) == 6 and not first.asked
+
+
 def test_an_alias_answers_with_the_first_that_can(fake: Make) -> None:
     best, fallback = fake("vllm", model="big"), fake("ollama", model="small")
     with Site(attached(best), attached(fallback), aliases={"best": ["vllm/big", "ollama/small"]}) as site:

@@ -123,7 +123,7 @@ MISTAKES = [
     (TWO + "[[endpoint]]\nmodel = 'm'", "llm.toml: endpoint[3].engine (line 7): is required; one of ollama, vllm"),
     (TWO + "[[endpoint]]\nengine = 'vlm'", "endpoint[3].engine (line 8): no such engine: 'vlm'; did you mean 'vllm'?"),
     ("base_url = 'http://x'\n" + TWO, "llm.toml: base_url (line 1): cannot be combined with [[endpoint]] tables"),
-    ("[alias]\nfast = 'vlm/x'", "llm.toml: alias.fast (line 2): no such engine in engine/model: 'vlm/x'; did you"),
+    ("[alias]\nfast = 'vlm/x'", "llm.toml: alias.fast (line 2): no such engine or endpoint: 'vlm/x'; did you"),
     (
         "[alias]\nfast = 'vllm/x'\nbest = 'fst'",
         "llm.toml: alias.best (line 3): not name=engine/model, nor another alias",
@@ -285,13 +285,13 @@ def test_what_python_callers_give() -> None:
 
 
 def test_aliases_are_resolved_in_order_and_fast() -> None:
-    assert resolve_aliases({"a": ("b", "vllm/x"), "b": ("vllm/y", "vllm/x")})["a"] == ("vllm/y", "vllm/x")
+    assert resolve_aliases({"a": ("b", "vllm/x"), "b": ("vllm/y", "vllm/x")}, {"vllm"})["a"] == ("vllm/y", "vllm/x")
     with pytest.raises(product.InvalidRequest, match=r"circular \(a -> a\)"):
-        resolve_aliases({"a": ("a",)})
+        resolve_aliases({"a": ("a",)}, {"vllm"})
     ladder = {f"a{n}": (f"a{n + 1}", f"a{n + 1}") for n in range(30)} | {"a30": ("vllm/m",)}
-    assert resolve_aliases(ladder)["a0"] == ("vllm/m",)
+    assert resolve_aliases(ladder, {"vllm"})["a0"] == ("vllm/m",)
     chain = {f"a{n}": (f"a{n + 1}",) for n in range(5000)} | {"a5000": ("vllm/m",)}
-    assert resolve_aliases(chain)["a0"] == ("vllm/m",)
+    assert resolve_aliases(chain, {"vllm"})["a0"] == ("vllm/m",)
 
 
 def test_a_thousand_endpoints_and_ten_thousand_aliases_cost_less_than_a_second(written: Any) -> None:
