@@ -1570,7 +1570,7 @@ def test_help_reads_well(call: Call) -> None:
         (["--port", "x"], "--port"),
         (["--serve", "--engine", "olama"], "did you mean 'ollama'"),
         (["--serve", "--alias", "x"], "--alias"),
-        (["--serve", "--alias", "x=nope/m"], "engine/model"),
+        (["--serve", "--alias", "x=nope/m"], "no such engine or endpoint: 'nope/m'"),
     ],
 )
 def test_a_bad_command_line_says_what_is_wrong(call: Call, args: list[str], says: str) -> None:
