@@ -6194,10 +6194,6 @@ class Endpoint:
         self.refreshing: concurrent.futures.Future[None] | None = None  #: a refresh in the background
         self.watching: concurrent.futures.Future[None] | None = None  #: stops the engine when idle
 
-    def has_room(self, bound: float) -> bool:
-        """Whether one more request keeps the load per slot within the bound; always true if idle."""
-        return not self.in_flight or self.in_flight + 1 <= bound * self.slots
-
     @property
     def running(self) -> bool:
         """False if a request would have to start the engine."""
@@ -6276,7 +6272,7 @@ class Endpoint:
         """The body to send to the engine."""
         try:
             return await self.adapter.prepare(request)
-        except EngineTimeout as exc:  # of a query before the request; treated like the connect timeout: see passed_over
+        except EngineTimeout as exc:  # of a query before the request; treated as when connecting: see _passed_over
             raise EngineTimeout(exc.reason, exc.hint) from TimeoutError()
 
     def available(self, now: float) -> bool:
@@ -6353,17 +6349,10 @@ def model_alias(model: str | None) -> str:
     return model
 
 
-def passed_over(error: InferenceError) -> bool:
-    """Whether another endpoint may be asked after the error, if no answer has begun."""
-    if isinstance(error, EngineTimeout):
-        return isinstance(error.__cause__, TimeoutError)  # before any of the request was sent
-    return isinstance(error, (EngineUnavailable, EngineOverloaded))
-
-
 def prefix_hash(body: Mapping[str, Any]) -> int:
     """A hash of a request's beginning, which prefix caches hold: system prompt, tools and first message."""
-    beginning: list[Any] = [body.get("tools"), body.get("prompt"), body.get("input")]
-    for message in body.get("messages") or ():
+    beginning: list[Any] = [body.get("tools")]
+    for message in body.get("messages") or [body.get("prompt") or body.get("input")]:
         beginning.append(message)
         if not isinstance(message, dict) or message.get("role") not in ("system", "developer"):
             break
@@ -6372,7 +6361,24 @@ def prefix_hash(body: Mapping[str, Any]) -> int:
 
 Work = Callable[[Endpoint, GenerateRequest], Coroutine[Any, Any, T]]  #: sends a request to an endpoint
 Route = tuple[Endpoint, str | None]  #: where a request goes, and the model's name there
-Replicas = tuple[list[Endpoint], str | None]  #: endpoints with the same model, and its name there
+
+
+class Replicas(list[Endpoint]):
+    """Endpoints that serve a model under the same name, and the order in which each request prefers them."""
+
+    def __init__(self, endpoints: Iterable[Endpoint], model: str | None = None) -> None:
+        super().__init__(endpoints)
+        self.model, self.slots = model, sum([endpoint.slots for endpoint in self])
+        self._orders: dict[int, list[Endpoint]] = {}
+
+    def order(self, key: int) -> list[Endpoint]:
+        """By rendezvous hashing (Thaler and Ravishankar 1998): without one of them the others keep their order."""
+        bucket = key % 16_384  # whose order is computed once
+        if bucket not in self._orders:
+            mixed = bucket * 0xBF58476D1CE4E5B9 & MASK_64  # this factor and the next are splitmix64's
+            order = sorted(self, key=lambda endpoint: (mixed ^ endpoint.seed) * 0x94D049BB133111EB & MASK_64)
+            self._orders[bucket] = order
+        return self._orders[bucket]
 
 
 class Balancer:
@@ -6391,33 +6397,30 @@ class Balancer:
 
     def in_order(self, groups: Iterable[Replicas], key: int, begins: bool) -> Iterator[Route]:
         """Where a request may go, from groups of replicas; each is chosen only once the previous one has failed."""
-        for group, model in groups:
+        for group in groups:
             tried: list[Endpoint] = []
             while endpoint := self.choose(group, key, begins, tried):
-                yield endpoint, model
+                yield endpoint, group.model
                 tried.append(endpoint)
 
-    def choose(
-        self, endpoints: Sequence[Endpoint], key: int, begins: bool = False, tried: Container[Endpoint] = ()
-    ) -> Endpoint | None:
+    def choose(self, group: Replicas, key: int, new: bool = False, tried: Sequence[Endpoint] = ()) -> Endpoint | None:
         """The best one not tried yet: where the conversation began if there is room, else by rendezvous; or None."""
-        left = endpoints
+        if len(group) < 2:
+            return None if tried or not group else group[0]
+        home, order = self._homes.get(key), group.order(key)
+        if home and home in group:
+            order = [home, *order]
         if tried:
-            left = [endpoint for endpoint in endpoints if endpoint not in tried]
-        if not left:
-            return None
-        if len(endpoints) < 2:
-            return left[0]
-        in_flight = sum([endpoint.in_flight for endpoint in endpoints])
-        slots = sum([endpoint.slots for endpoint in endpoints])
-        bound, home = self.BALANCE * (in_flight + 1) / slots, self._homes.get(key)
-        if home is None:
-            begun = min(bound, in_flight / slots + 1) if begins else bound
-            home = self._homes[key] = first_by_rendezvous(left, key, begun)
+            order = [endpoint for endpoint in order if endpoint not in tried]
+        in_flight = sum([endpoint.in_flight for endpoint in group])
+        bound = self.BALANCE * (in_flight + 1) / group.slots
+        if new and not home:
+            bound = min(bound, in_flight / group.slots + 1)
+        chosen = first_with_room(order, bound)
+        if chosen and not home:
+            self._homes[key] = chosen
             self._forget_oldest()
-        elif home not in left or not home.has_room(bound):
-            return first_by_rendezvous(left, key, bound)
-        return home
+        return chosen
 
     def _forget_oldest(self) -> None:
         if len(self._homes) > self.HOMES:
@@ -6425,16 +6428,12 @@ class Balancer:
                 self._homes.pop(oldest, None)
 
 
-def first_by_rendezvous(endpoints: Sequence[Endpoint], key: int, bound: float) -> Endpoint:
-    """The highest random weight (Thaler and Ravishankar 1998) within the bound; if none is, the least load."""
-    mixed = key * 0xBF58476D1CE4E5B9 & MASK_64  # this factor and the next are splitmix64's
-    ranks: list[float] = []  # the lowest is best: a negative weight, or the load if over the bound
+def first_with_room(endpoints: Sequence[Endpoint], bound: float) -> Endpoint | None:
+    """The first one that is idle or within the bound; if there is none, the least loaded."""
     for endpoint in endpoints:
-        if endpoint.has_room(bound):
-            ranks.append(-((mixed ^ endpoint.seed) * 0x94D049BB133111EB & MASK_64))
-        else:
-            ranks.append(endpoint.in_flight / endpoint.slots)
-    return endpoints[ranks.index(min(ranks))]
+        if not endpoint.in_flight or endpoint.in_flight + 1 <= bound * endpoint.slots:
+            return endpoint
+    return min(endpoints, key=lambda each: each.in_flight / each.slots, default=None)
 
 
 class Router(Balancer):
@@ -6460,10 +6459,9 @@ class Router(Balancer):
                     raise
 
     async def _routes(self, request: GenerateRequest) -> Iterator[Route]:
-        endpoint = self.endpoints[0] if self.endpoints else None
-        name, alone = request.body.get("model") or self.default, len(self.endpoints) == 1 and not self.aliases
-        alone = alone and not (name or "").endswith("/")  # `engine/` names no model
-        if endpoint and alone and not endpoint.only:  # a single engine reports unknown models itself
+        name = request.body.get("model") or self.default
+        alone = len(self.endpoints) == 1 and not self.aliases and not (name or "").endswith("/")  # `engine/`: no model
+        if alone and not (endpoint := self.endpoints[0]).only:  # a single engine reports unknown models itself
             prefix, _, rest = (name or "").partition("/")
             if rest and prefix in (endpoint.adapter.engine_type, endpoint.name):
                 known = endpoint.known_models or (await endpoint.models() if endpoint.running else ())
@@ -6489,9 +6487,9 @@ class Router(Balancer):
         else:
             groups = await self._resolve(name)
         now, alone = time.monotonic(), len(self.endpoints) == 1
-        up = [([each for each in group if alone or each.available(now)], model) for group, model in groups]
-        if not any(group for group, _ in up):
-            raise self.unavailable([endpoint for endpoints, _ in groups for endpoint in endpoints])
+        up = [Replicas([e for e in group if alone or e.available(now)], group.model) for group in groups]
+        if not any(up):
+            raise self.unavailable([endpoint for group in groups for endpoint in group])
         self._known[name] = up, min([endpoint.known_since for endpoint in self.endpoints]), changes
         return up
 
@@ -6503,7 +6501,7 @@ class Router(Balancer):
                 continue
             try:
                 if endpoint.on_request and not endpoint.running:
-                    return [([endpoint], None)]
+                    return [Replicas([endpoint])]
                 model = await endpoint.adapter.model_for(None)
                 if endpoint.only and not holds(listed := await endpoint.models(), model):
                     model = next(iter(listed), model)
@@ -6531,12 +6529,12 @@ class Router(Balancer):
         prefix, _, rest = name.partition("/")
         within = [e for e in self.endpoints if prefix in (e.adapter.engine_type, e.name)] if rest else []
         if group := await self._serving(within, rest):
-            return [(group, rest)]
+            return [Replicas(group, rest)]
         if any(endpoint.adapter.engine_type == prefix for endpoint in within):
-            raise await self._not_found(name)
+            raise self._not_found(name)
         if group := await self._serving(self.endpoints, name):
-            return [(group, name)]
-        raise await self._not_found(name)
+            return [Replicas(group, name)]
+        raise self._not_found(name)
 
     async def _serving(self, endpoints: Sequence[Endpoint], model: str) -> list[Endpoint]:
         """The endpoints that serve a model. Lists older than ten seconds are refreshed, all at once, and waited for if
@@ -6616,7 +6614,7 @@ class Router(Balancer):
                 group.append(endpoint)
         return failures
 
-    async def _not_found(self, name: str) -> ModelNotFound:
+    def _not_found(self, name: str) -> ModelNotFound:
         known = set(self.aliases).union(*[endpoint.known_models for endpoint in self.endpoints])
         served = ", ".join(sorted(known)[:8])
         hint = did_you_mean(name, known, f"served: {served}; see models() or GET /v1/models")
@@ -6625,8 +6623,7 @@ class Router(Balancer):
     def unavailable(self, endpoints: Sequence[Endpoint]) -> EngineUnavailable:
         """The error if every endpoint that could answer is down: why, and when the next one is tried."""
         down = (f"{endpoint.name} is down: {endpoint.error}" for endpoint in endpoints if endpoint.error)
-        reason = next(down, "no endpoint is up")
-        return EngineUnavailable(reason, "ask again later", retry_after=self.pause(endpoints))
+        return EngineUnavailable(next(down, "no endpoint is up"), "ask again later", retry_after=self.pause(endpoints))
 
     @staticmethod
     def pause(endpoints: Iterable[Endpoint]) -> int:
@@ -6810,7 +6807,8 @@ class Fleet(Router):
         tried: list[Endpoint] = []
         for endpoint, model in routes:
             tried.append(endpoint)
-            if len(self.endpoints) > 1 and not await self.is_up(endpoint, model):
+            doubtful = len(self.endpoints) > 1 and (endpoint.failures or endpoint.removed)
+            if doubtful and not await self.is_up(endpoint, model):
                 continue  # it has failed since, or another request is testing whether it is back
             body = with_model(request.body, model)
             mine = request if body is request.body else dataclasses.replace(request, body=body)
@@ -6847,7 +6845,8 @@ class Fleet(Router):
         if isinstance(error, ModelNotFound) and len(self.endpoints) > 1:
             endpoint.expire()
             return True
-        if request.served.over.is_set() or not passed_over(error):
+        unsent = isinstance(error, EngineTimeout) and isinstance(error.__cause__, TimeoutError)
+        if request.served.over.is_set() or not (unsent or isinstance(error, (EngineUnavailable, EngineOverloaded))):
             return False
         if len(self.endpoints) > 1:
             endpoint.failed(error)

@@ -40,6 +40,7 @@ from llm_inference import (
     InvalidRequest,
     LLMInferencer,
     ModelNotFound,
+    Replicas,
     Settings,
     VLLMAdapter,
 )
@@ -171,13 +172,13 @@ def at_once(count: int, ask: Callable[[int], Any]) -> list[Any]:
         return list(pool.map(ask, range(count)))
 
 
-def a_fleet(count: int, slots: int = 1) -> list[Endpoint]:
+def a_fleet(count: int, slots: Sequence[int] = ()) -> Replicas:
     """Endpoints that nobody reaches."""
     made = []
     for number in range(count):
         adapter = VLLMAdapter(base_url=f"http://127.0.0.1:{number + 1}")
-        made.append(Endpoint(adapter, name=f"vllm-{number + 1}", slots=slots))
-    return made
+        made.append(Endpoint(adapter, name=f"vllm-{number + 1}", slots=slots[number] if slots else 1))
+    return Replicas(made)
 
 
 # ------------------------------------------------------------------------------------------------------ in Python
@@ -552,17 +553,17 @@ def keys(count: int) -> list[int]:
 CONVERSATIONS = keys(10_000)
 
 
-def in_order(fleet: Fleet, endpoints: list[Endpoint], key: int) -> list[Endpoint]:
+def in_order(fleet: Fleet, group: Replicas, key: int) -> list[Endpoint]:
     """The order in which the endpoints are asked, where each of them fails."""
     tried: list[Endpoint] = []
-    while chosen := fleet.choose(endpoints, key, tried=tried):
+    while chosen := fleet.choose(group, key, tried=tried):
         tried.append(chosen)
     return tried
 
 
-def rendezvous_order(endpoints: list[Endpoint], key: int) -> list[Endpoint]:
+def rendezvous_order(group: Replicas, key: int) -> list[Endpoint]:
     """The order in which idle endpoints are asked."""
-    return in_order(Fleet(endpoints), endpoints, key)
+    return in_order(Fleet(group), group, key)
 
 
 @pytest.mark.parametrize("count", [1, 4, 16])
@@ -584,7 +585,7 @@ def test_few_conversations_move_when_an_endpoint_leaves(count: int) -> None:
     """
     endpoints = a_fleet(count)
     gone = endpoints[count // 2]
-    left = [endpoint for endpoint in endpoints if endpoint is not gone]
+    left = Replicas([endpoint for endpoint in endpoints if endpoint is not gone])
     heirs: Counter[str] = Counter()
     for key in CONVERSATIONS:
         before, after = rendezvous_order(endpoints, key), rendezvous_order(left, key)
@@ -600,7 +601,7 @@ def test_few_conversations_move_when_an_endpoint_leaves(count: int) -> None:
 def test_the_order_does_not_depend_on_how_endpoints_are_listed() -> None:
     endpoints = a_fleet(5)
     for key in CONVERSATIONS[:100]:
-        assert rendezvous_order(endpoints, key) == rendezvous_order(endpoints[::-1], key)
+        assert rendezvous_order(endpoints, key) == rendezvous_order(Replicas(endpoints[::-1]), key)
 
 
 def test_the_order_is_the_same_in_every_process() -> None:
@@ -613,9 +614,7 @@ def test_the_order_is_the_same_in_every_process() -> None:
 @pytest.mark.parametrize("slots", [[1, 1, 1, 1], [2, 1, 1, 4]])
 def test_load_is_bounded(slots: list[int]) -> None:
     """Requests with one beginning, none of which ends: each goes to an endpoint within 1.25 times the average load."""
-    endpoints = a_fleet(4)
-    for endpoint, number in zip(endpoints, slots, strict=True):
-        endpoint.slots = number
+    endpoints = a_fleet(4, slots)
     fleet = Fleet(endpoints)
     for number in range(1, 101):
         chosen = fleet.choose(endpoints, CONVERSATIONS[0])
@@ -636,12 +635,10 @@ def test_an_endpoint_with_too_much_comes_last_but_is_not_left_out() -> None:
 @pytest.mark.parametrize("slots", [[1, 1], [1, 1, 1, 1], [1, 3]])
 def test_conversations_begin_where_there_is_room_and_stay_there(slots: list[int]) -> None:
     """Rendezvous hashing alone gives two replicas 100 of 200 conversations, plus or minus 7."""
-    endpoints = a_fleet(len(slots))
-    for endpoint, number in zip(endpoints, slots, strict=True):
-        endpoint.slots = number
+    endpoints = a_fleet(len(slots), slots)
     fleet, began = Fleet(endpoints), {}
     for key in CONVERSATIONS[:200]:
-        began[key] = fleet.choose(endpoints, key, begins=True)
+        began[key] = fleet.choose(endpoints, key, new=True)
         began[key].in_flight += 1
         loads = [endpoint.in_flight / endpoint.slots for endpoint in endpoints]
         assert max(loads) <= sum(endpoint.in_flight for endpoint in endpoints) / sum(slots) + 1
@@ -650,7 +647,7 @@ def test_conversations_begin_where_there_is_room_and_stay_there(slots: list[int]
         for key, chosen in began.items():
             chosen.in_flight -= 1
             assert fleet.choose(endpoints, key) is chosen, "its next question"
-            assert fleet.choose(endpoints, key, begins=True) is chosen, "the first one again"
+            assert fleet.choose(endpoints, key, new=True) is chosen, "the first one again"
             chosen.in_flight += 1
 
 
@@ -660,11 +657,11 @@ def test_a_conversation_that_is_no_longer_remembered_goes_by_its_hash(monkeypatc
     fleet, (first, *others) = Fleet(endpoints), CONVERSATIONS[:4]
     favourite, other = rendezvous_order(endpoints, first)
     favourite.in_flight = 2
-    assert fleet.choose(endpoints, first, begins=True) is other
+    assert fleet.choose(endpoints, first, new=True) is other
     favourite.in_flight = 0
     assert fleet.choose(endpoints, first) is other
     for key in others:
-        fleet.choose(endpoints, key, begins=True)
+        fleet.choose(endpoints, key, new=True)
     assert fleet.choose(endpoints, first) is favourite
 
 

@@ -1,11 +1,11 @@
 """What a fleet costs: 16 endpoints beside one, in the same run; a config file with very many of them; how evenly
 conversations are spread.
 
-    python -m tests.bench.fleet [--rounds 8] [--seconds 1] [--out tests/bench/fleet.json]
+    python -m tests.bench.fleet [--pairs 8] [--rounds 4] [--out tests/bench/fleet.json]
 
-Needs wrk and Linux. All servers run all the time, and the load goes to one after the other: what others on the machine
-do falls on each. They have the last core to themselves, and there are several of each kind, as two processes of the
-same kind differ by some microseconds. The figures are medians of the rounds, and of the differences within a round.
+Needs wrk and Linux. Two servers, one of each kind, have the last core to themselves, and the load goes to one after the
+other: what others on the machine do falls on both. As two processes of the same kind differ by some microseconds, this
+is done with several pairs of fresh servers; what a fleet adds is the median of their differences.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,18 @@ from tests.processes import free_port
 
 from .inprocess import clients, connect, least
 from .proc import Process, many_sockets
-from .run import API, HERE, KEY, MESSAGES, PROGRAM, TOKENS, V1, drive, imports, machine, rounded, say
+from .run import API, HERE, KEY, MESSAGES, PROGRAM, TOKENS, V1, checked, imports, machine, rounded, say, wrk
 
 ENDPOINTS, CONNECTIONS = 16, 16
-PROCESSES = 3  #: servers of each kind
 MANY_ENDPOINTS, MANY_ALIASES, CONVERSATIONS = 1000, 10_000, 10_000
 QUESTIONS = [{**MESSAGES[-1], "content": MESSAGES[-1]["content"] + " #00"}]  # see post.lua
-#: route, model, messages, streamed
-CASES: dict[str, tuple[str, dict[str, str], list[Any], bool]] = {
-    "v1, complete, 64 prompts": (V1, {"model": "m"}, QUESTIONS, False),
-    "v1, complete, one prompt": (V1, {"model": "m"}, MESSAGES, False),
-    "v1, streamed, one prompt": (V1, {"model": "m"}, MESSAGES, True),
-    "api, complete, 64 prompts": (API, {"model_name": "m"}, QUESTIONS, False),
+#: route, model, messages, streamed, connections
+CASES: dict[str, tuple[str, dict[str, str], list[Any], bool, int]] = {
+    "v1, complete, 64 prompts, 16 connections": (V1, {"model": "m"}, QUESTIONS, False, 16),
+    "v1, complete, 64 prompts, 256 connections": (V1, {"model": "m"}, QUESTIONS, False, 256),
+    "v1, complete, one prompt, 16 connections": (V1, {"model": "m"}, MESSAGES, False, 16),
+    "api, complete, 64 prompts, 256 connections": (API, {"model_name": "m"}, QUESTIONS, False, 256),
+    "v1, streamed, one prompt, 16 connections": (V1, {"model": "m"}, MESSAGES, True, 16),
 }
 READ_ALL = "import sys, llm_inference as m; s = m.load_settings(dict(config=sys.argv[1]), 'serve'); m.create_app(s)"
 
@@ -71,31 +71,54 @@ def ours(count: int, upstream: Process, program: Path, core: int | None = None) 
             yield process
 
 
-def compare(rounds: int, seconds: float, program: Path) -> dict[str, Any]:
-    """CPU a request and a token with one endpoint and with 16."""
-    found: dict[str, dict[int, list[dict[str, float]]]] = {}
+def compare(pairs: int, rounds: int, program: Path) -> dict[str, Any]:
+    """CPU a request and a token with one endpoint and with 16: what several pairs of fresh servers say."""
+    found: dict[str, list[dict[int, float]]] = {}
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[:1])  # also the stand-in and the load generator
-    with ExitStack() as stack:
-        upstream = stack.enter_context(engine())
-        servers: dict[int, list[Process]] = {1: [], ENDPOINTS: []}
-        for _ in range(PROCESSES):
-            for count, several in servers.items():
-                several.append(stack.enter_context(ours(count, upstream, program, cores[-1])))
-        for number in range(rounds):
-            for case, (path, fields, messages, stream) in CASES.items():
-                body = fields | {"messages": messages, "max_tokens": 256, "stream": stream}
-                for count in sorted(servers, reverse=number % 2 == 1):
-                    say(f"round {number + 1}/{rounds}: {case}, {count} endpoints")
-                    outcomes = [drive(each, upstream, path, body, CONNECTIONS, seconds) for each in servers[count]]
-                    found.setdefault(case, {}).setdefault(count, []).append(mean(outcomes))
+    os.sched_setaffinity(0, cores[:-1])  # also the stand-in and the load generator
+    with engine() as upstream:
+        for number in range(pairs):
+            say(f"pair {number + 1}/{pairs}")
+            with ours(1, upstream, program, cores[-1]) as one, ours(ENDPOINTS, upstream, program, cores[-1]) as many:
+                for case in CASES:
+                    found.setdefault(case, []).append(in_turn(case, {1: one, ENDPOINTS: many}, rounds))
     os.sched_setaffinity(0, cores)
-    return {case: summary(by_count) for case, by_count in found.items()}
+    return {case: summary(case, by_pair) for case, by_pair in found.items()}
 
 
-def mean(outcomes: list[dict[str, float]]) -> dict[str, float]:
-    """Of several servers in one round."""
-    return {name: statistics.fmean([each[name] for each in outcomes]) for name in outcomes[0]}
+def in_turn(case: str, servers: dict[int, Process], rounds: int) -> dict[int, float]:
+    """The median over the rounds of the CPU microseconds an answer of each server."""
+    path, fields, messages, stream, connections = CASES[case]
+    body = json.dumps(fields | {"messages": messages, "max_tokens": 256, "stream": stream})
+    taken: dict[int, list[float]] = {count: [] for count in servers}
+    for number in range(-1, rounds):  # the first one warms up
+        for count in sorted(servers, reverse=number % 2 == 1):
+            server = servers[count]
+            size = checked(server.url + path, body, stream)
+            before = server.cpu_exactly()
+            outcome = wrk(server.url + path, body, connections, 1)
+            used = server.cpu_exactly() - before
+            if errors := sum(outcome[kind] for kind in ("status", "connect", "read", "write", "timeout")):
+                raise RuntimeError(f"{case}: {errors} errors")
+            if number >= 0:
+                taken[count].append(1e6 * used / (outcome["bytes"] / size if stream else outcome["requests"]))
+    return {count: statistics.median(several) for count, several in taken.items()}
+
+
+def summary(case: str, by_pair: list[dict[int, float]]) -> dict[str, Any]:
+    """Microseconds of CPU: medians of both, and of what the fleet adds; the pairs say how sure that is."""
+    stream = CASES[case][3]
+    scale = 1 / TOKENS if stream else 1.0
+    more = [scale * (pair[ENDPOINTS] - pair[1]) for pair in by_pair]
+    return {
+        "unit": "µs a token" if stream else "µs a request",
+        "one endpoint": scale * statistics.median([pair[1] for pair in by_pair]),
+        f"{ENDPOINTS} endpoints": scale * statistics.median([pair[ENDPOINTS] for pair in by_pair]),
+        "more": statistics.median(more),
+        "more, mean": statistics.fmean(more),
+        "more, standard error": statistics.stdev(more) / math.sqrt(len(more)) if len(more) > 1 else None,
+        "more, by pair": sorted(more),
+    }
 
 
 def choices() -> list[dict[str, float]]:
@@ -145,23 +168,6 @@ def in_process() -> dict[str, dict[str, float]]:
     return {name: asyncio.run(measure(prompts)) for name, prompts in found.items()}
 
 
-def summary(by_count: dict[int, list[dict[str, float]]]) -> dict[str, Any]:
-    """Microseconds of CPU: medians of both, and of what the fleet adds; its quartiles say how sure that is."""
-    unit = "token_us" if "token_us" in by_count[1][0] else "cpu_ms"
-    scale = 1.0 if unit == "token_us" else 1000.0
-    one, many = ([scale * each[unit] for each in by_count[count]] for count in (1, ENDPOINTS))
-    more = [b - a for a, b in zip(one, many, strict=True)]
-    low, middle, high = statistics.quantiles(more, n=4) if len(more) > 1 else more * 3
-    return {
-        "unit": "µs a token" if unit == "token_us" else "µs a request",
-        "one endpoint": statistics.median(one),
-        f"{ENDPOINTS} endpoints": statistics.median(many),
-        "more": middle,
-        "more, quartiles": [low, high],
-        "errors": sum(each["errors"] for several in by_count.values() for each in several),
-    }
-
-
 def many(program: Path, times: int) -> dict[str, Any]:
     """CPU seconds to read and check a file with very many endpoints and aliases and to make the app, import apart."""
     lines = []
@@ -189,9 +195,9 @@ def cpu(program: Path, file: Path) -> float:
     return after.children_user - before.children_user + after.children_system - before.children_system
 
 
-def first(endpoints: list[product.Endpoint], key: int) -> product.Endpoint | None:
+def first(group: product.Replicas, key: int) -> product.Endpoint | None:
     """Where a conversation goes while no endpoint has anything to do."""
-    return product.Fleet(endpoints).choose(endpoints, key)
+    return product.Fleet(group).choose(group, key)
 
 
 def spread(count: int) -> dict[str, float]:
@@ -203,7 +209,7 @@ def spread(count: int) -> dict[str, float]:
     configs = []
     for number in range(1, count + 1):
         configs.append(product.EndpointConfig(engine="vllm", base_url=f"http://10.0.0.{number}:8000"))
-    endpoints = product.Settings(endpoints=tuple(configs)).inferencer().candidates()
+    endpoints = product.Replicas(product.Settings(endpoints=tuple(configs)).inferencer().candidates())
     keys = []
     for number in range(CONVERSATIONS):
         messages = [{"role": "system", "content": "You are terse."}, {"role": "user", "content": f"question {number}"}]
@@ -212,7 +218,7 @@ def spread(count: int) -> dict[str, float]:
     shares = sorted(Counter(before).values())
     moved = []
     for gone in endpoints if count > 1 else ():
-        left = [endpoint for endpoint in endpoints if endpoint is not gone]
+        left = product.Replicas([endpoint for endpoint in endpoints if endpoint is not gone])
         after = [first(left, key) for key in keys]
         moved.append(sum(a is not b for a, b in zip(before, after, strict=True)))
     noise = math.sqrt(CONVERSATIONS * (1 - 1 / count) / count)
@@ -229,18 +235,19 @@ def spread(count: int) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of a measured run")
+    parser.add_argument("--pairs", type=int, default=8, help="of servers, one after the other")
+    parser.add_argument("--rounds", type=int, default=4, help="of a second, for each pair and case")
     parser.add_argument("--program", type=Path, default=PROGRAM, help="another llm_inference.py to measure")
     parser.add_argument("--out", type=Path, default=HERE / "fleet.json")
     args = parser.parse_args()
     many_sockets()
-    results: dict[str, Any] = {"when": time.strftime("%Y-%m-%d %H:%M"), "machine": machine(), "rounds": args.rounds}
+    results: dict[str, Any] = {"when": time.strftime("%Y-%m-%d %H:%M"), "machine": machine()}
+    results |= {"pairs": args.pairs, "rounds": args.rounds}
     results["spread"] = [spread(count) for count in (1, 2, 4, 16)]
     results["start"] = many(args.program, 3) | {"import": imports(args.program, 3)}
     results["choice, µs"] = choices()
     results["a request in one process, µs"] = in_process()
-    results["cost"] = compare(args.rounds, args.seconds, args.program)
+    results["cost"] = compare(args.pairs, args.rounds, args.program)
     args.out.write_text(json.dumps(rounded(results), indent=1, ensure_ascii=False) + "\n")
     say(f"written: {args.out}")
     return 0

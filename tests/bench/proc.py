@@ -95,6 +95,15 @@ class Process:
         """User and system seconds of the tree."""
         return cpu_seconds(self.tree())
 
+    def cpu_exactly(self) -> float:
+        """The same from the scheduler's own account, in nanoseconds rather than ticks, of the processes alive now."""
+        total = 0
+        for pid in self.tree():
+            with contextlib.suppress(OSError):
+                for task in Path(f"/proc/{pid}/task").iterdir():
+                    total += int((task / "schedstat").read_text().split()[0])
+        return total / 1e9
+
     def rss(self) -> float:
         """MiB of the tree."""
         total = 0
