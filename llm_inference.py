@@ -6390,13 +6390,13 @@ class Balancer:
     """
 
     BALANCE = 1.25
-    HOMES = 10_000  #: conversations whose endpoint is remembered; others mostly go to the first in their order
+    HOMES = 10_000  #: conversations whose endpoint is remembered
 
     def __init__(self) -> None:
         self._homes: dict[int, Endpoint] = {}  #: hash of a conversation's beginning → where it began
 
     def in_order(self, groups: Iterable[Replicas], key: int, begins: bool) -> Iterator[Route]:
-        """Where a request may go, from groups of replicas; each is chosen only once the previous one has failed."""
+        """Where a request may go; each one is chosen only once the previous one has failed."""
         for group in groups:
             tried: list[Endpoint] = []
             while endpoint := self.choose(group, key, begins, tried):
@@ -10861,6 +10861,7 @@ def reload_config(gateway: Gateway) -> None:
     for endpoint in settings.inferencer().candidates():
         same = [known for known in fleet.endpoints if known.config == endpoint.config]
         kept.append(same[0] if same else endpoint)
+        kept[-1].adapter.deadlines = endpoint.adapter.deadlines
     removed = [endpoint for endpoint in fleet.endpoints if endpoint not in kept]
     fleet.replace(kept, settings.aliases)
     fleet.default = gateway.default.model_name = settings.model

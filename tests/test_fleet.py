@@ -1557,6 +1557,17 @@ def test_sighup_reads_the_file_again(fake: Make, tmp_path: Path) -> None:
         assert good(asks(server, "b"))["engine_type"] == "ollama"
 
 
+def test_sighup_changes_the_timeout_of_an_endpoint_that_stays(fake: Make, tmp_path: Path) -> None:
+    engine = fake("vllm", model="a")
+    file = write(tmp_path, table(engine), head="timeout = 60")
+    with configured(file) as server:
+        good(asks(server, "a"))
+        engine.pace = 60
+        write(tmp_path, table(engine), head="timeout = 0.5")
+        reload(server, "0 removed")
+        refused(asks(server, "a"), "engine_timeout")
+
+
 def test_a_removed_endpoint_finishes_what_it_has(fake: Make, tmp_path: Path) -> None:
     one, two = fake("vllm", model="a"), fake("ollama", model="b")
     file = write(tmp_path, table(one, name="leaving"), table(two))
