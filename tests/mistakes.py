@@ -210,7 +210,8 @@ python(
 python('LLMInferencer("vLLM")', product.UnknownEngine, "vLLM | did you mean 'vllm'", lambda p: LLMInferencer("vLLM"))
 python('LLMInferencer("openai")', product.UnknownEngine, "openai | ollama | vllm | sglang | llamacpp",
        lambda p: LLMInferencer("openai"))  # fmt: skip
-python("LLMInferencer(None)", product.UnknownEngine, "None | vllm", lambda p: LLMInferencer(None))  # type: ignore[arg-type]
+python("LLMInferencer(None)", product.UnknownEngine, "None | vllm",
+       lambda p: LLMInferencer(None))  # type: ignore[arg-type]  # fmt: skip
 python('LLMInferencer("vllm", model="m")', INVALID, "model | did you mean 'model_name'",
        lambda p: LLMInferencer("vllm", model="m"))  # type: ignore[call-arg]  # fmt: skip
 python('LLMInferencer("vllm", url="http://x")', INVALID, "url | base_url",
@@ -265,7 +266,8 @@ python('generate("x", max_tokens=1.5)', INVALID, "max_tokens | integer",
 python('generate("x", top_p=2)', INVALID, "top_p | 0 | 1 | 2", lambda p: p.llm().generate("x", top_p=2))
 python('generate("x", presence_penalty=5)', INVALID, "presence_penalty | -2 | 2 | 5",
        lambda p: p.llm().generate("x", presence_penalty=5))  # fmt: skip
-python('generate("x", stop=[5])', INVALID, "stop[0]: must be a string", lambda p: p.llm().generate("x", stop=[5]))  # type: ignore[list-item]
+python('generate("x", stop=[5])', INVALID, "stop[0]: must be a string",
+       lambda p: p.llm().generate("x", stop=[5]))  # type: ignore[list-item]  # fmt: skip
 python('generate("x", timeout=-1)', INVALID, "timeout | -1", lambda p: p.llm().generate("x", timeout=-1))
 python('generate("x", temprature=1)', INVALID, "temprature | did you mean 'temperature'",
        lambda p: p.llm().generate("x", temprature=1))  # type: ignore[call-arg]  # fmt: skip
@@ -311,7 +313,8 @@ python("schema of a type without a schema", INVALID, "schema | type",
 python("an answer that max_tokens cuts", product.StructuredOutputInvalid, "max_tokens",
        lambda p: p.llm().structured_generate("x", schema=CITY, max_tokens=2))  # fmt: skip
 python("choice=[]", INVALID, "choice | empty", lambda p: p.llm().generate("x", choice=[]))
-python('choice="yes"', INVALID, "choice | list", lambda p: p.llm().generate("x", choice="yes"))  # type: ignore[arg-type]
+python('choice="yes"', INVALID, "choice | list",
+       lambda p: p.llm().generate("x", choice="yes"))  # type: ignore[arg-type]  # fmt: skip
 python('regex="("', INVALID, "regex", lambda p: p.llm().generate("x", regex="("))
 python("regex and choice together", INVALID, "regex | choice",
        lambda p: p.llm().generate("x", regex="a", choice=["a"]))  # fmt: skip

@@ -359,7 +359,8 @@ def test_d19_advice_of_the_engine_itself(fake: Make, attach: Attach) -> None:
     advice = {}
     for dialect in DIALECTS:
         engine = fake(dialect)
-        advice[dialect] = engine_advice = product.LLMInferencer.ENGINE_MAP[dialect].embed_hint  # type: ignore[attr-defined]
+        adapter: Any = product.LLMInferencer.ENGINE_MAP[dialect]
+        advice[dialect] = engine_advice = adapter.embed_hint
         path = "/api/embed" if dialect == "ollama" else "/v1/embeddings"
         says = {
             "error": {"code": 501, "message": "This server does not support embeddings. Start it with `--embeddings`"}

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,10 +110,10 @@ def test_check_config(tmp_path: object, capsys: pytest.CaptureFixture[str], monk
     assert "llm.toml: endpoint[1].slots (line 4)" in capsys.readouterr().err
 
 
-def check_config(folder: Path, **options: object) -> "subprocess.Popen[str]":
+def check_config(folder: Path, **options: Any) -> "subprocess.Popen[str]":
     (folder / "llm.toml").write_text('[alias]\n"快" = "vllm/m"\n' + '"alias-%d" = "vllm/m"\n' * 2 % (1, 2))
     command = [sys.executable, str(ROOT / "llm_inference.py"), "--check-config", "--config", "llm.toml"]
-    return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, **options)
 
 
 def test_a_terminal_without_unicode_shows_question_marks(tmp_path: Path) -> None:

@@ -1072,7 +1072,9 @@ def test_a_request_on_its_way_passes_over_what_failed_meanwhile(attach: Attach, 
     break_with(second, None)
     with Refuser(second.port) as dead:
         for number in range(6):
-            first.script_chat(dataclasses.replace(FAULTS["503"], delay=0.3 + number * 0.2))  # type: ignore[arg-type, type-var]
+            overloaded = FAULTS["503"]
+            assert overloaded
+            first.script_chat(dataclasses.replace(overloaded, delay=0.3 + number * 0.2))
         endpoint_at(llm, second).in_flight = 100  # so that all go to the first
         errors = asyncio.run(failures(llm, 6))
         assert {error.kind for error in errors} <= {"engine_unavailable", "engine_overloaded"}

@@ -314,7 +314,9 @@ def test_every_kind_of_error_in_the_table_exists(half: str) -> None:
     kinds = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", "".join(re.findall(r"^\|.*\| `.*$", HALVES[half], re.MULTILINE))))
     known = {cls.kind for cls in product.InferenceError.__subclasses__()}
     assert len(kinds & known) >= 9
-    for name in re.findall(r"`([a-z_]+)`", re.search(r"\| `kind` \|.*?\n\n", HALVES[half], re.DOTALL)[0]):  # type: ignore[index]
+    table = re.search(r"\| `kind` \|.*?\n\n", HALVES[half], re.DOTALL)
+    assert table
+    for name in re.findall(r"`([a-z_]+)`", table[0]):
         assert name in known | {"kind", "gpu_memory_utilization", "max_model_len"}, name
 
 
