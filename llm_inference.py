@@ -6374,11 +6374,14 @@ class Replicas(list[Endpoint]):
     def order(self, key: int) -> list[Endpoint]:
         """By rendezvous hashing (Thaler and Ravishankar 1998): without one of them the others keep their order."""
         bucket = key % 16_384  # whose order is computed once
-        if bucket not in self._orders:
+        order = self._orders.get(bucket)
+        if order is None:
             mixed = bucket * 0xBF58476D1CE4E5B9 & MASK_64  # this factor and the next are splitmix64's
             order = sorted(self, key=lambda endpoint: (mixed ^ endpoint.seed) * 0x94D049BB133111EB & MASK_64)
+            if len(self._orders) * len(self) > 1_000_000:  # 8 MB
+                self._orders.clear()
             self._orders[bucket] = order
-        return self._orders[bucket]
+        return order
 
 
 class Balancer:

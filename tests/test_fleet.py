@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -602,6 +603,18 @@ def test_the_order_does_not_depend_on_how_endpoints_are_listed() -> None:
     endpoints = a_fleet(5)
     for key in CONVERSATIONS[:100]:
         assert rendezvous_order(endpoints, key) == rendezvous_order(Replicas(endpoints[::-1]), key)
+
+
+def test_orders_of_many_endpoints_take_little_memory() -> None:
+    endpoints = a_fleet(1000)
+    tracemalloc.start()
+    try:
+        for key in CONVERSATIONS[:3000]:
+            endpoints.order(key)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 12e6
 
 
 def test_the_order_is_the_same_in_every_process() -> None:
