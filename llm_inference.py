@@ -9418,6 +9418,7 @@ class PlainSurface(OpenAISurface):
 FIRST_PROMPT = "What is the capital of China? Answer in one short sentence."  # the demo model answers it well
 DEMO = "llamacpp/SmolLM2-135M-Instruct.Q4_1"
 _FIRST = [{"role": "user", "content": FIRST_PROMPT}]
+_FIRST_CHAT = {"model": DEMO, "messages": _FIRST, "max_tokens": 64}
 
 
 class Operation(NamedTuple):
@@ -9442,9 +9443,7 @@ OPERATIONS: dict[str, Operation] = {
         {"prompt": "Anna is 34 years old.", "schema": {"name": "string", "age": "integer"}, "max_tokens": 128,
          "temperature": 0}, StructuredBody,
         {"text": '{"city": "Paris"}', "enforced_by": "engine", "result": {"city": "Paris"}}),
-    CHAT: Operation(
-        OpenAISurface, "OpenAI: chat completions", ("model", "messages"),
-        {"model": DEMO, "messages": _FIRST, "max_tokens": 64}),
+    CHAT: Operation(OpenAISurface, "OpenAI: chat completions", ("model", "messages"), _FIRST_CHAT),
     COMPLETIONS: Operation(
         OpenAISurface, "OpenAI: completions (no chat template)", ("model", "prompt"),
         {"model": DEMO, "prompt": "The capital of France is", "max_tokens": 16}),
@@ -9462,9 +9461,7 @@ OPERATIONS: dict[str, Operation] = {
     RESPONSES: Operation(
         ResponsesSurface, "OpenAI: responses (nothing is stored)", ("model", "input"),
         {"model": DEMO, "input": FIRST_PROMPT, "max_output_tokens": 64}),
-    MESSAGES: Operation(
-        MessagesSurface, "Anthropic: messages", ("model", "messages"),
-        {"model": DEMO, "messages": _FIRST, "max_tokens": 64}),
+    MESSAGES: Operation(MessagesSurface, "Anthropic: messages", ("model", "messages"), _FIRST_CHAT),
     COUNT_TOKENS: Operation(
         CountTokensSurface, "Anthropic: count a prompt's tokens", ("model", "messages"),
         {"model": DEMO, "messages": _FIRST}),
