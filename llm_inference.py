@@ -8152,7 +8152,13 @@ class _Writer:
                 self.used = used
                 self._read_usage(used, payload["usage"])
             for choice in payload.get("choices") or ():
-                self._read_piece(Piece(choice))
+                piece = Piece(choice)
+                self._write("reasoning", piece.reasoning)
+                self._write("refusal" if piece.refused else "text", piece.text, piece.logprobs)
+                for position, call in enumerate(piece.tool_calls):
+                    self._write_call(call, position)
+                if piece.finish_reason:
+                    self._finish, self._matched = piece.finish_reason, piece.matched
         return self.start()
 
     def complete(self, payload: dict[str, Any]) -> dict[str, Any]:
@@ -8160,14 +8166,6 @@ class _Writer:
         self.feed(payload)
         self.end()
         return self._answer
-
-    def _read_piece(self, piece: Piece) -> None:
-        self._write("reasoning", piece.reasoning)
-        self._write("refusal" if piece.refused else "text", piece.text, piece.logprobs)
-        for position, call in enumerate(piece.tool_calls):
-            self._write_call(call, position)
-        if piece.finish_reason:
-            self._finish, self._matched = piece.finish_reason, piece.matched
 
     def _write(self, kind: str, text: str, logprobs: Sequence[dict[str, Any]] = ()) -> None:
         partial = logprobs and self._block == (kind, 0)  # a token may be part of a character
@@ -8570,8 +8568,8 @@ class ResponseWriter(_Writer):
         self._spaces: dict[str, dict[str, str]] = {}  #: the engine's name of a function → the caller's
         for _, tool, space in _tools_of(body.get("tools") or ()):
             if space and tool.get("name"):
-                own, name = space["name"], tool["name"]
-                self._spaces[_flat_name(own, name)] = {"name": name, "namespace": own}
+                own = {"name": tool["name"], "namespace": space["name"]}
+                self._spaces[_flat_name(space["name"], tool["name"])] = own
         self._sent = 0
         self._about("created")
         self._about("in_progress")
