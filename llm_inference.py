@@ -9199,8 +9199,8 @@ class OwnSurface(Surface):
 
     def write(self, answer: Answer, served: Served) -> bytes:
         done = answer.completion(served)
-        served_by = {"engine_type": done.engine_type, "model_name": done.model_name}
-        data = {"text": done.text, **self._end_data(done, served_by)}
+        last = self._end_data(done, engine_type=done.engine_type, model_name=done.model_name)
+        data = {"text": done.text, **last}
         for name in ("reasoning", "tool_calls", "logprobs"):
             if value := getattr(done, name):
                 data[name] = value
@@ -9221,9 +9221,9 @@ class OwnSurface(Surface):
     def end(self, served: Served) -> bytes:
         last = self.reader.last(served)
         served.usage = last.usage
-        return self._event(self._end_data(last, {})) + b"data: [DONE]\n\n"
+        return self._event(self._end_data(last)) + b"data: [DONE]\n\n"
 
-    def _end_data(self, done: Completion | Chunk, served_by: Mapping[str, str]) -> dict[str, Any]:
+    def _end_data(self, done: Completion | Chunk, **served_by: str) -> dict[str, Any]:
         """What a complete answer has in common with the last event of a stream."""
         usage, timing = done.usage or Usage(), done.timing or Timing(total=0.0)
         seconds = {"ttft": timing.ttft, "total": timing.total, "tokens_per_second": timing.tokens_per_second}
@@ -9278,8 +9278,7 @@ class OpenAISurface(Surface):
     def _with_name(self, data: bytes, served: Served) -> bytes:
         """The engine's bytes, with the model's name as the caller wrote it."""
         if self.renamed is None:
-            engines, callers = to_json(served.model), to_json(self.model)
-            self.renamed = (b'"model":' + engines, b'"model":' + callers)
+            self.renamed = (b'"model":' + to_json(served.model), b'"model":' + to_json(self.model))
         old, new = self.renamed
         return data if old == new else data.replace(old, new)
 
