@@ -10178,17 +10178,14 @@ def responses_of(
     path: str, answer: Any = None, failures: Sequence[InferenceError] = _FAILURES
 ) -> dict[int | str, dict[str, Any]]:
     """A route's OpenAPI responses: an answer's `data`, if the route is ours, and errors in the route's form."""
-    found: dict[int | str, dict[str, Any]] = {}
     ours = {} if path.startswith(V1_PATHS) else {"schema": _ENVELOPE}
-
-    def add(status: int, description: str, example: dict[str, Any]) -> None:
-        found[status] = {"description": description, "content": {"application/json": {**ours, "example": example}}}
-
-    if ours:
-        add(200, "the answer", envelope(_EXAMPLE_ID, answer))
+    examples = [(200, "the answer", envelope(_EXAMPLE_ID, answer))] if ours else []
     for error in failures:
         status, _, body = failure(error, path, _EXAMPLE_ID)
-        add(status, error.kind, body)
+        examples.append((status, error.kind, body))
+    found: dict[int | str, dict[str, Any]] = {}
+    for status, description, body in examples:
+        found[status] = {"description": description, "content": {"application/json": {**ours, "example": body}}}
     return found
 
 
