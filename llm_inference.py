@@ -9508,7 +9508,7 @@ def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> None:
 
 def _refuse_infinity(number: str) -> None:
     """Refuse numbers like 1e400, which would be sent on as null."""
-    if abs(float(number)) == float("inf"):
+    if math.isinf(float(number)):
         raise InvalidRequest(f"body: {number[:20]} is too large for a number", "send one below 1e308")
 
 
@@ -9528,7 +9528,7 @@ async def read_body(receive: Receive) -> bytes:
         if size > MAX_BODY:
             raise PayloadTooLarge(f"body: over {MAX_BODY} bytes", "send less")
         if not message.get("more_body"):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+            return b"".join(parts)
 
 
 def refuse_loop(headers: Mapping[bytes, bytes]) -> None:
