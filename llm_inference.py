@@ -4372,9 +4372,7 @@ class Sessions:
     """The HTTP sessions to one engine, one for each event loop; each is closed with its loop."""
 
     def __init__(self) -> None:
-        self._by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[Wire, AsyncGenerator[None, None]]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._by_loop = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[Wire, AsyncGenerator[None, None]]]()
 
     async def get(self, uds: str | None) -> Wire:
         """This loop's session."""
@@ -4420,9 +4418,10 @@ class EngineFinder:
     state = ""  #: the stage of an engine that is starting
 
     def __init__(self, adapter: "HTTPAdapter") -> None:
-        self._adapter = weakref.proxy(adapter)
+        self._adapter: HTTPAdapter = weakref.proxy(adapter)
         self.name = adapter.engine_type
         self.sessions = Sessions()
+        self.flight = SingleFlight()  #: work that several callers may wait for
         self.calls: set[Deadline] = set()  #: the calls that wait for an answer; `close` ends them
 
     async def fetch(
@@ -4524,8 +4523,7 @@ class EngineFinder:
 
     async def probe(self, target: Target, connect: float = math.inf) -> str | None:
         """The version of the engine at `target`, "" where it does not report one, None where it is another engine."""
-        version: str | None = await self._adapter.identify(functools.partial(self.fetch, target, connect=connect))
-        return version
+        return await self._adapter.identify(functools.partial(self.fetch, target, connect=connect))
 
     async def _other_engine(self, target: Target) -> str | None:
         """The other engine that lists models there; None also for a router that hides its engine: it is trusted."""
@@ -4544,7 +4542,7 @@ class EngineFinder:
             self.child = EngineChild.share(json.dumps([*identity, sorted(adapter.launch_env.items())]), self.name)
         child, patience = self.child, start_timeout()
         await asyncio.to_thread(child.start, adapter.command)
-        target: Target = adapter.child_target(child)
+        target = adapter.child_target(child)
         try:
             adapter.version = await self._wait_ready(child, target, patience)
         finally:
@@ -4585,10 +4583,6 @@ class Connection(EngineFinder):
     """Calls to one engine server; what is known about a server is forgotten when it is lost."""
 
     target: Target | None = None
-
-    def __init__(self, adapter: "HTTPAdapter") -> None:
-        super().__init__(adapter)
-        self.flight = SingleFlight()  #: work that several callers may wait for
 
     async def reach(self) -> Target:
         """The engine's address; found anew if the engine was lost."""
