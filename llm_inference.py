@@ -4812,18 +4812,16 @@ _ENGINE_ERRORS: tuple[tuple[str, type[InferenceError], str], ...] = (
 def error_text(data: bytes) -> str:
     """The message in an engine's error body in one line, without paths and addresses (Ollama nests JSON)."""
     text: Any = data.decode(errors="replace")
-    for _ in range(4):
-        try:
+    with contextlib.suppress(ValueError):
+        for _ in range(4):
             value = from_json(text) if isinstance(text, str) else text
-        except ValueError:
-            break
-        if not isinstance(value, dict):
-            break
-        inner = value.get("error") or value.get("message") or value.get("detail")
-        if isinstance(inner, dict) and inner.get("n_prompt_tokens"):
-            tokens, limit = inner["n_prompt_tokens"], inner.get("n_ctx")
-            return f"the prompt has {tokens} tokens, the model's maximum context length is {limit} tokens"
-        text = inner or ""
+            if not isinstance(value, dict):
+                break
+            inner = value.get("error") or value.get("message") or value.get("detail")
+            if isinstance(inner, dict) and inner.get("n_prompt_tokens"):
+                tokens, limit = inner["n_prompt_tokens"], inner.get("n_ctx")
+                return f"the prompt has {tokens} tokens, the model's maximum context length is {limit} tokens"
+            text = inner or ""
     return redact(str(text)) or "no reason given"
 
 
