@@ -4173,7 +4173,7 @@ class BaseLLMAdapter:
 
     async def events(self, request: GenerateRequest, body: dict[str, Any]) -> AsyncGenerator[Burst, None]:
         """The streamed answer as OpenAI's chunks. Raises BadEngineReply where it ends without a finish_reason."""
-        base, ended, usage, offset = openai_base(request.path, body, stream=True), False, None, 0
+        base, ended, usage, offset = openai_base(request.path, body), False, None, 0
         async with contextlib.aclosing(self._stream(dataclasses.replace(request, body=body))) as bursts:
             async for burst in bursts:
                 payloads = list[dict[str, Any]]()
@@ -4226,11 +4226,11 @@ def wants_usage(body: Mapping[str, Any]) -> bool:
     return isinstance(options, dict) and bool(options.get("include_usage"))
 
 
-def openai_base(path: str, body: Mapping[str, Any], stream: bool = False) -> dict[str, Any]:
-    """The fields that all of OpenAI's objects have in common."""
+def openai_base(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that all of OpenAI's chunks of one answer have in common."""
     kind, prefix = "text_completion", "cmpl"
     if path == CHAT:
-        kind, prefix = "chat.completion.chunk" if stream else "chat.completion", "chatcmpl"
+        kind, prefix = "chat.completion.chunk", "chatcmpl"
     name = f"{prefix}-{REQUEST_ID.get() or uuid.uuid4()}"
     return {"id": name, "created": int(time.time()), "model": body["model"], "object": kind}
 
@@ -5931,7 +5931,7 @@ class OllamaTranslator(HTTPAdapter):
     @staticmethod
     def _reader(request: GenerateRequest, body: dict[str, Any]) -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
         """Return a function that turns the lines of one answer, or a complete one, into OpenAI's chunks."""
-        base = openai_base(request.path, body, stream=True)
+        base = openai_base(request.path, body)
         one_call = body.get("parallel_tool_calls") is False
         calls, opened, held = 0, request.path != CHAT, ""
 
