@@ -5681,10 +5681,9 @@ def _refuse_unknown_tokens(body: dict[str, Any], size: Any) -> None:
 
 def _refuse_enable_thinking(body: dict[str, Any]) -> None:
     name = "think" if isinstance(body.get("think"), bool) else "chat_template_kwargs"
-    if name not in body:
-        return
-    reason = f"{name}: the model's template knows levels of thinking only"
-    raise UnsupportedFeature(reason, 'send reasoning_effort, or think as "low", "medium" or "high"', param=name)
+    if name in body:
+        reason = f"{name}: the model's template knows levels of thinking only"
+        raise UnsupportedFeature(reason, 'send reasoning_effort, or think as "low", "medium" or "high"', param=name)
 
 
 def _encode_schema(request: GenerateRequest, schema: dict[str, Any]) -> dict[str, Any]:
@@ -5734,12 +5733,11 @@ def trim_logprobs(choice: dict[str, Any], top: int, offsets: dict[int, int] | No
     for item in items:
         item["top_logprobs"] = item.get("top_logprobs", [])[:top]
         item.pop("id", None)
-    if offsets is None:
-        return
-    index = choice.get("index", 0)
-    start = offsets.get(index, 0)
-    choice["logprobs"] = legacy_logprobs(items, start)
-    offsets[index] = start + sum(len(item["token"]) for item in items)
+    if offsets is not None:
+        index = choice.get("index", 0)
+        start = offsets.get(index, 0)
+        choice["logprobs"] = legacy_logprobs(items, start)
+        offsets[index] = start + sum(len(item["token"]) for item in items)
 
 
 _GBNF: Final = re.compile(_IN_GRAMMAR.pattern + r"|\{[^}]*\}|::=|[\w-]+|\S", re.DOTALL)
@@ -6031,8 +6029,7 @@ class OllamaAdapter(OllamaTranslator):
                     digest=str(model.get("digest") or ""),
                 )
                 found.append(info)
-        found.sort(key=lambda info: info.capabilities == ("embedding",))  # the default is the first: one that can chat
-        return found
+        return sorted(found, key=lambda info: info.capabilities == ("embedding",))  # the default, the first, can chat
 
     async def missing_features(self, model: str) -> set[str]:
         shown = await self.fetch_json("/api/show", {"model": model})
