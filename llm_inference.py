@@ -9188,8 +9188,7 @@ class OwnSurface(Surface):
 
     def write(self, answer: Answer, served: Served) -> bytes:
         done = answer.completion(served)
-        last = self._end_data(done, engine_type=done.engine_type, model_name=done.model_name)
-        data = {"text": done.text, **last}
+        data = {"text": done.text, **self._end_data(done, engine_type=done.engine_type, model_name=done.model_name)}
         for name in ("reasoning", "tool_calls", "logprobs"):
             if value := getattr(done, name):
                 data[name] = value
