@@ -7987,8 +7987,7 @@ class _Reader:
                 refusal = _unsupported if where.endswith("type") else bad_field
                 raise refusal(where, f"{value[:100]!r} is not supported", f"send one of: {', '.join(spec)}")
         elif spec is not float or type(value) is not int:
-            given = _JSON_NAMES.get(type(value), "null")
-            problem = "is required" if value is None else f"must be {_JSON_NAMES[spec]}, got {given}"
+            problem = "is required" if value is None else f"must be {_JSON_NAMES[spec]}, got {_JSON_NAMES[type(value)]}"
             raise bad_field(where, problem, "correct the field")
         return value
 
