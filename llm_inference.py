@@ -9288,15 +9288,13 @@ def chat_request(surface: Surface, body: dict[str, Any], path: str, **more: Any)
     return GenerateRequest(body=body, surface=path, cap=surface.cap, size=surface.size, **more)
 
 
-def refuse_addresses(messages: Iterable[Any]) -> None:
+def refuse_addresses(messages: Iterable[dict[str, Any]]) -> None:
     """Raises InvalidRequest for images and other media that are addresses, which an engine would fetch."""
     for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
+        content = message.get("content")
         for part in content if isinstance(content, list) else ():
             refuse_address(part)
-            if not isinstance(part, dict):
-                continue
-            kind = str(part.get("type")).lower()
+            kind = str(part.get("type")).lower() if isinstance(part, dict) else ""
             place = part.get(kind) if kind.endswith("_url") else "data:"
             url = place.get("url") if isinstance(place, dict) else place
             if not str(url).startswith("data:"):
