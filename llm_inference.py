@@ -4441,10 +4441,8 @@ class EngineFinder:
                 if not exc.stale:
                     raise
                 reply = await self.send(target, path, data, deadline)
-            try:
+            with contextlib.closing(reply):
                 found = await deadline.wait(reply.body())
-            finally:
-                reply.close()
         if reply.headers.get("x-llm-inference") == INSTANCE:
             raise EngineUnavailable("that address is this very server", "give the engine's own address")
         if reply.status in (401, 403) or (strict and (reply.status == 429 or reply.status >= 500)):
@@ -4619,10 +4617,8 @@ class Connection(EngineFinder):
             deadline.due = deadline.end  # a complete answer has no first token
             reply = await self.open(path, body, deadline)
             deadline.begun = True
-            try:
+            with contextlib.closing(reply):
                 return await deadline.wait(reply.body())
-            finally:
-                reply.close()
 
     async def read(
         self, path: str, body: bytes, deadlines: Deadlines, push: Callable[[bytes], bool] | None = None
@@ -4676,10 +4672,8 @@ class Connection(EngineFinder):
             reply = await self.send(await self.reach(), path, body, deadline, known=True)
         if reply.status == 200 and reply.headers.get("content-encoding", "identity") == "identity":
             return reply
-        try:
+        with contextlib.closing(reply):
             data = await deadline.wait(reply.body(1 << 20))
-        finally:
-            reply.close()
         adapter = self._adapter
         raise await adapter.explained(engine_error(adapter, reply.status, data, reply.headers), path, body)
 
