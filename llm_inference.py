@@ -8395,11 +8395,11 @@ def _tools_from_responses(reader: _Reader) -> dict[str, Any]:
             reader.ignore(f"{where} ({_header_safe(kind)})")
             continue
         function = reader.fields(tool, where, _FUNCTION_FIELDS, f"{where}.")
-        function["name"] = _flat_name(space.get("name"), function["name"])
-        if function["name"] in functions:
+        name = function["name"] = _flat_name(space.get("name"), function["name"])
+        if name in functions:
             raise bad_field(f"{where}.name", "is a duplicate", "give each function a name of its own")
         del function["type"]
-        functions[function["name"]] = function
+        functions[name] = function
     names, choice = _chosen(functions, reader.body.pop("tool_choice", None))
     parallel = reader.body.pop("parallel_tool_calls", None)
     if choice not in (None, "auto", "none") and not names:
