@@ -6104,9 +6104,7 @@ def _ollama_history_call(call: ToolCall) -> dict[str, Any]:
 
 def ollama_figures(payload: dict[str, Any]) -> dict[str, Any]:
     """An answer's usage, and its durations (nanoseconds) in llama.cpp's fields (milliseconds)."""
-    usage = Usage(
-        prompt_tokens=count_of(payload.get("prompt_eval_count")), completion_tokens=count_of(payload.get("eval_count"))
-    )
+    usage = Usage(count_of(payload.get("prompt_eval_count")), count_of(payload.get("eval_count")))
     load, decode = payload.get("load_duration", 0) / 1e6, payload.get("eval_duration", 0) / 1e6
     speed = usage.completion_tokens / decode * 1e3 if decode else 0.0
     timings = {"queue_ms": load, "predicted_ms": decode, "predicted_per_second": speed}
