@@ -5242,10 +5242,9 @@ class OpenAIAdapter(HTTPAdapter):
         body = {"model": model, "messages": [_PROBE_MESSAGE], **probe}
         try:
             return (await self.ask("/tokenize", body))["tokens"]
-        except EngineUnavailable:
-            raise
-        except (InferenceError, KeyError, TypeError):
-            pass
+        except (InferenceError, KeyError, TypeError) as exc:
+            if isinstance(exc, EngineUnavailable):
+                raise
         try:
             return (await self.ask(CHAT, body | {"max_tokens": 1}))["usage"]["prompt_tokens"]
         except InferenceError as exc:
