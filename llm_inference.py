@@ -9716,9 +9716,9 @@ class Gateway(Catalog):
         if self.draining:
             return "stopping"
         fleet = self.default.fleet
-        if self.state == "starting" or fleet is None:
-            return self.state
-        return "ready" if any(not endpoint.failures for endpoint in fleet.endpoints) else self.state
+        if self.state != "starting" and fleet and not all(endpoint.failures for endpoint in fleet.endpoints):
+            return "ready"
+        return self.state
 
     @staticmethod
     async def _look_at(fleet: Fleet, endpoint: Endpoint) -> None:
