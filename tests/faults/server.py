@@ -121,7 +121,8 @@ def observe(product: Any) -> None:
         return found
 
     async def begins(self: Any, each: Any, request: Any) -> None:
-        note(each, "begun", let_through.get(each.name), asked=str(request.body["messages"][-1]["content"]))
+        at = let_through.get(each.name) if each.failures else None  # if it is up, nothing is asked before
+        note(each, "begun", at, asked=str(request.body["messages"][-1]["content"]))
         await begin(self, each, request)
 
     def tries(self: Any, who: object) -> None:
