@@ -96,7 +96,7 @@ class Process:
         return cpu_seconds(self.tree())
 
     def cpu_exactly(self) -> float:
-        """The same from the scheduler's own account, in nanoseconds rather than ticks, of the processes alive now."""
+        """The same from the scheduler's account: nanoseconds rather than ticks, but only of threads that run now."""
         total = 0
         for pid in self.tree():
             with contextlib.suppress(OSError):
