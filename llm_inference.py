@@ -931,7 +931,7 @@ class Served:
     enforced_by: Literal["engine", "checked", "none"] = "none"
     target: "Target | None" = None  #: the server that the body was written for
     over: threading.Event = threading.Event()  #: set once the fleet that answers is closed
-    push: "Callable[[Burst], bool] | None" = None  #: sends a burst of a stream directly; False: not possible now
+    push: "Callable[[Burst], bool] | None" = None  #: sends a burst without waking a task; False: not possible now
     collected: bool = False  #: must every burst of the stream be decoded?
     checks: "dict[str | None, SchemaCheck]" = dataclasses.field(default_factory=dict)  #: by tool; None: the text's
 
@@ -2043,8 +2043,8 @@ class _LlamaCppSchema:
 # needs no change is passed on as the engine's own bytes.
 _MALFORMED = (KeyError, IndexError, TypeError, AttributeError, ValueError)
 
-#: complete events in the engines' own form, which need no parsing: no control characters, one JSON object each
-CLEAN_EVENTS = re.compile(rb'(?:data: \{"[^\x00-\x1f]*\}\r?\n\r?\n|data: \[DONE\]\n\n)+')
+EVENTS = re.compile(rb'(?:data: \{".*\}\n\n)*')
+CONTROL_CHARACTERS = bytes(range(32)).replace(b"\n", b"")
 DONE = re.compile(rb"^data: ?\[DONE\]", re.MULTILINE)
 #: what is read from events without parsing them; inside a string the quotes would be escaped
 FINISH = re.compile(rb'"finish_reason": ?"([^"]*)"')
@@ -2055,6 +2055,11 @@ NO_EVENT = re.compile(rb"^data: null\s*\n", re.MULTILINE)  # llama.cpp sends it 
 def from_json(data: bytes | str) -> Any:
     """Strict JSON; raises ValueError. Five times as fast as the standard library's on a streamed token."""
     return pydantic_core.from_json(data, allow_inf_nan=False, cache_strings="keys")
+
+
+def is_clean(data: bytes) -> bool:
+    """Whether these are complete events in the engines' own form, which need no parsing: one JSON object each."""
+    return EVENTS.fullmatch(data) is not None and len(data.translate(None, CONTROL_CHARACTERS)) == len(data)
 
 
 def to_json(value: Any) -> bytes:
@@ -2567,24 +2572,24 @@ def redact(text: str, limit: int = 400) -> str:
 class LineReader:
     """Splits bytes into lines, which end at LF only (JSON may hold a raw U+2028) and have a limited length."""
 
-    __slots__ = ("_size", "parts")
+    __slots__ = ("_parts", "size")
     LIMIT = 8 << 20
 
     def __init__(self) -> None:
-        self.parts: list[bytes] = []  #: the beginning of an incomplete line
-        self._size = 0
+        self._parts: list[bytes] = []  #: the beginning of an incomplete line
+        self.size = 0  #: its length
 
     def complete(self, data: bytes) -> bytes:
         """The lines that are complete with `data`, unchanged. Raises BadEngineReply for one over LIMIT bytes."""
         end = data.rfind(b"\n") + 1
         lines = data[:end]
-        if end and self.parts:
-            lines = b"".join([*self.parts, lines])
-            self.parts, self._size = [], 0
+        if end and self._parts:
+            lines = b"".join([*self._parts, lines])
+            self._parts, self.size = [], 0
         if end < len(data):
-            self.parts.append(data[end:])
-            self._size += len(data) - end
-            if self._size > self.LIMIT:
+            self._parts.append(data[end:])
+            self.size += len(data) - end
+            if self.size > self.LIMIT:
                 raise BadEngineReply(f"a line of more than {self.LIMIT} bytes", "check the engine")
         return lines
 
@@ -4620,19 +4625,18 @@ class Connection(EngineFinder):
             with contextlib.closing(reply):
                 return await deadline.wait(reply.body())
 
-    async def read(
-        self, path: str, body: bytes, deadlines: Deadlines, push: Callable[[bytes], bool] | None = None
-    ) -> AsyncGenerator[bytes, None]:
+    async def read(self, path: str, body: bytes, deadlines: Deadlines, served: Served) -> AsyncGenerator[bytes, None]:
         """The reply to a streamed call in complete lines, unchanged. Leaving early closes the connection.
 
-        Lines that arrive while the reader waits are passed to `push`, and yielded if it returns False.
+        Plain events that arrive while the reader waits are not yielded if `served.push` can send them.
         """
         await self.reach()
         with contextlib.closing(Deadline(deadlines, self.name, self.calls)) as deadline:
             reply, lines = await self.open(path, body, deadline), LineReader()
 
             def take(data: bytes) -> bool:
-                if push is None or lines.parts or not push(data):
+                push = served.push
+                if push is None or lines.size or not is_plain(data) or not push(Burst(with_reasoning(data))):
                     return False
                 deadline.push_back()
                 return True
@@ -4646,7 +4650,7 @@ class Connection(EngineFinder):
                     deadline.received()
                     if data := lines.complete(data):
                         yield data
-                if lines.parts:
+                if lines.size:
                     yield lines.complete(b"\n")
             finally:
                 reply.take = None
@@ -4987,8 +4991,7 @@ class HTTPAdapter(BaseLLMAdapter):
         path, wire = self.encode(request, body)
         decode = self.decoder(request, body)
         await self.connection.confirm(request.served.target)
-        push = functools.partial(push_plain, request.served)
-        lines = self.connection.read(path, to_json(wire), self.deadlines.within(request.timeout), push)
+        lines = self.connection.read(path, to_json(wire), self.deadlines.within(request.timeout), request.served)
         async with contextlib.aclosing(lines):
             async for data in lines:
                 with well_formed(self.engine_type):
@@ -5172,10 +5175,10 @@ class OpenAIAdapter(HTTPAdapter):
             error = None
             done = DONE.search(data) if b"[DONE]" in data else None
             if done is not None:
-                data = data[: done.start()] + b"data: [DONE]\n\n"
+                data = data[: done.start()]
             end_at = max(data.find(b'"finish_reason":"'), data.find(b'"finish_reason": "'))
             ends = FINISH.findall(data, end_at) if end_at >= 0 else []
-            if b'"error"' in data or not GOOD_ENDS.issuperset(ends) or not CLEAN_EVENTS.fullmatch(data):
+            if b'"error"' in data or not GOOD_ENDS.issuperset(ends) or not is_clean(data):
                 data, error = self._checked_part(data)
             if first and (named := MODEL.search(data)):
                 self._check_model(from_json(named[1]), body)
@@ -5184,6 +5187,8 @@ class OpenAIAdapter(HTTPAdapter):
             end = done is not None and error is None
             if end and finished < expected:
                 return None, BadEngineReply(f"{self.engine_type}'s stream ended early", "ask again", retryable=True)
+            if end:
+                data += b"data: [DONE]\n\n"
             if not data:
                 return None, error
             burst = Burst(with_reasoning(data), end=end)
@@ -5272,22 +5277,13 @@ def with_reasoning(data: bytes) -> bytes:
     return data.replace(b'"reasoning_content":', b'"reasoning":')
 
 
-def push_plain(served: Served, data: bytes) -> bool:
-    """Send events without waking a task; False if a decoder has to process them, or they cannot be sent now."""
-    if served.push is None or not is_plain(data):
-        return False
-    return served.push(Burst(with_reasoning(data)))
-
-
 def is_plain(data: bytes) -> bool:
     """Whether these are only events in the middle of an answer, which decoders leave unchanged."""
     return (
         data.find(b'"finish_reason":"') < 0
         and data.find(b'"finish_reason": "') < 0
-        and data.find(b"[DONE]") < 0
         and data.find(b'"error"') < 0
-        and data.find(b'"usage":{') < 0
-        and CLEAN_EVENTS.fullmatch(data) is not None
+        and is_clean(data)
     )
 
 
@@ -6047,7 +6043,7 @@ class OllamaAdapter(OllamaTranslator):
             raise bad_field("model", "is required", 'for example pull("qwen3:0.6b")')
         stage = ""
         patient = dataclasses.replace(self.deadlines, total=float("inf"))
-        lines = self.connection.read("/api/pull", to_json({"model": model, "stream": True}), patient)
+        lines = self.connection.read("/api/pull", to_json({"model": model, "stream": True}), patient, Served())
         async with contextlib.aclosing(lines):
             async for data in lines:
                 for line in filter(bytes.strip, data.split(b"\n")):
@@ -6331,12 +6327,14 @@ def model_alias(model: str | None) -> str:
 
 def prefix_hash(body: Mapping[str, Any]) -> int:
     """A hash of a request's beginning, which prefix caches hold: system prompt, tools and first message."""
-    beginning: list[Any] = [body.get("tools")]
+    found = zlib.crc32(to_json(body["tools"])) if "tools" in body else 0
     for message in body.get("messages") or [body.get("prompt") or body.get("input")]:
-        beginning.append(message)
+        content = message.get("content") if isinstance(message, dict) else message
+        text = content.encode(errors="replace") if isinstance(content, str) else to_json(content)
+        found = zlib.crc32(text, found)
         if not isinstance(message, dict) or message.get("role") not in ("system", "developer"):
             break
-    return zlib.crc32(to_json(beginning))
+    return found
 
 
 Work = Callable[[Endpoint, GenerateRequest], Coroutine[Any, Any, T]]  #: sends a request to an endpoint
@@ -9232,7 +9230,9 @@ def piece_data(piece: Piece) -> dict[str, Any]:
 class OpenAISurface(Surface):
     """POST /v1/chat/completions, /v1/completions and /v1/embeddings: OpenAI's body in, the engine's bytes out."""
 
-    renamed: tuple[bytes, bytes] | None = None  #: the engine's name for the model, and the caller's
+    renamed: tuple[bytes, bytes] | tuple[()] | None = (
+        None  #: the engine's name for the model, and the caller's if it differs
+    )
 
     def read(self, body: dict[str, Any]) -> GenerateRequest:
         body = without_no_ops(body)
@@ -9248,17 +9248,18 @@ class OpenAISurface(Surface):
         return to_json(answer.payload)
 
     def event(self, burst: Burst, served: Served) -> bytes:
-        if b'"usage":{' in burst.data:
+        data = burst.data
+        if b'"usage":{' in data:
             for payload in burst.payloads:
                 served.usage = usage_of(payload) or served.usage
-        return self._with_name(burst.data, served)
+        return self._with_name(data, served)
 
     def _with_name(self, data: bytes, served: Served) -> bytes:
         """The engine's bytes, with the model's name as the caller wrote it."""
         if self.renamed is None:
-            self.renamed = (b'"model":' + to_json(served.model), b'"model":' + to_json(self.model))
-        old, new = self.renamed
-        return data if old == new else data.replace(old, new)
+            pair = (b'"model":' + to_json(served.model), b'"model":' + to_json(self.model))
+            self.renamed = pair if pair[0] != pair[1] else ()
+        return data.replace(*self.renamed) if self.renamed else data
 
 
 def chat_request(surface: Surface, body: dict[str, Any], path: str, **more: Any) -> GenerateRequest:
@@ -9859,7 +9860,7 @@ class Exchange:
     surface: Surface
     task: asyncio.Task[Any]
     send: Send
-    splice: Callable[[bytes], bool] | None  #: our own server's, see `LimitsMixin.splice`
+    splice: "Splice | None"  #: our own server's
     body: bytes | None = None  #: set if it was read before
     error_kind, first_event = "", 0.0
     started = False  #: has the answer begun?
@@ -10012,7 +10013,6 @@ class Exchange:
             burst = await anext(bursts, None)
             self.first_event = time.monotonic()
             writer = EventWriter(self)
-            comments = asyncio.ensure_future(writer.keep_alive())
             try:
                 await self.head(200, b"text/event-stream; charset=utf-8", *NOT_CACHED)
                 with well_formed(served.engine_type):
@@ -10024,18 +10024,21 @@ class Exchange:
                 await writer.write(b"", end=True)
             finally:
                 served.push = None
-                comments.cancel()
+                writer.close()
 
 
 class EventWriter:
     """Sends a stream's parts, and comments in its pauses; notices a client that does not read."""
 
-    __slots__ = ("changed", "exchange", "idle", "loop", "sending")
+    __slots__ = ("_comment", "_timer", "changed", "exchange", "idle", "loop", "sending", "served", "splice", "surface")
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange, self.loop = exchange, asyncio.get_running_loop()
+        self.splice, self.surface, self.served = exchange.splice, exchange.surface, exchange.served
         self.idle = exchange.gateway.settings.deadlines.idle
         self.changed, self.sending = self.loop.time(), True
+        self._comment: asyncio.Task[None] | None = None  #: sends the last comment
+        self._wait()
 
     async def write(self, part: bytes, end: bool = False) -> None:
         """Send a part of the stream."""
@@ -10047,31 +10050,40 @@ class EventWriter:
 
     def push(self, burst: Burst) -> bool:
         """Send a burst from outside the task that waits for it; False if only that task can."""
-        exchange = self.exchange
-        if exchange.splice is None or self.sending or not exchange.splice(b""):
+        if self.splice is None or self.sending:
             return False
         try:
-            part = exchange.surface.event(burst, exchange.served)
+            part = self.splice(functools.partial(self.surface.event, burst, self.served))
         except Exception:  # the task will raise it too
             return False
         if part:
-            exchange.splice(part)
             self.changed = self.loop.time()
-        return True
+        return part is not None
 
-    async def keep_alive(self) -> None:
-        """Until cancelled: send comments in pauses, and drop a client that does not read."""
-        while True:
-            await asyncio.sleep(min(KEEP_ALIVE_COMMENT, self.idle))
-            quiet = self.loop.time() - self.changed
-            if self.sending and quiet >= self.idle:
-                self.exchange.leave()
-            elif not self.sending and quiet >= KEEP_ALIVE_COMMENT:
-                comment = {"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True}
-                try:
-                    await asyncio.wait_for(self.exchange.send(comment), self.idle)
-                except TimeoutError:
-                    self.exchange.leave()
+    def close(self) -> None:
+        """Send no more comments."""
+        self._timer.cancel()
+        if self._comment is not None:
+            self._comment.cancel()
+
+    def _wait(self) -> None:
+        self._timer = self.loop.call_later(min(KEEP_ALIVE_COMMENT, self.idle), self._look)
+
+    def _look(self) -> None:
+        """Send a comment in a pause, and drop a client that does not read."""
+        quiet = self.loop.time() - self.changed
+        if self.sending and quiet >= self.idle:
+            self.exchange.leave()
+        elif not self.sending and quiet >= KEEP_ALIVE_COMMENT and (self._comment is None or self._comment.done()):
+            self._comment = asyncio.ensure_future(self._send_comment())
+        self._wait()
+
+    async def _send_comment(self) -> None:
+        comment = {"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True}
+        try:
+            await asyncio.wait_for(self.exchange.send(comment), self.idle)
+        except TimeoutError:
+            self.exchange.leave()
 
 
 @functools.cache
@@ -10577,7 +10589,26 @@ def add_server_routes(app: "FastAPI", gateway: Gateway) -> None:
         app.router.routes.append(routing.Route(path, answer, methods=["GET"]))
 
 
-SPLICE = "llm_inference.splice"  #: our extension of ASGI's scope: `LimitsMixin.splice` for this request
+SPLICE = "llm_inference.splice"  #: our extension of ASGI's scope: the request's `Splice`
+
+
+class Splice:
+    """Writes parts of a streamed answer to the client's connection without waiting."""
+
+    __slots__ = ("cycle", "flow", "transport")
+
+    def __init__(self, cycle: Any) -> None:
+        self.cycle, self.flow, self.transport = cycle, cycle.flow, cycle.transport
+
+    def __call__(self, make: Callable[[], bytes]) -> bytes | None:
+        """Make a part of an answer that has begun, and write it; None: the client takes nothing now."""
+        cycle = self.cycle
+        if self.flow.write_paused or cycle.disconnected or not cycle.response_started or cycle.response_complete:
+            return None
+        part = make()
+        if part:
+            self.transport.write(b"%x\r\n%b\r\n" % (len(part), part) if cycle.chunked_encoding else part)
+        return part
 
 
 async def send_unchunked(cycle: Any, send: Send, message: dict[str, Any]) -> None:
@@ -10603,23 +10634,27 @@ class LimitsMixin:
     of its own.
     """
 
+    # an object of up to 30 attributes without slots takes 1.2 KiB less, and uvicorn's protocol has 28
+    __slots__ = (
+        "behind", "bodiless", "in_message", "partial", "timer", "trailing", "unanswered", "unread", "waiting_for",
+    )  # fmt: skip
     settings: Settings
-    timer: asyncio.TimerHandle | None = None
-    waiting_for = ""
-    partial = 0  #: bytes of a header that is not complete
-    bodiless = 0  #: bytes since the last one of a body: chunk sizes and trailers
-    trailing = False  #: is the header complete?
-    in_message = False  #: has a request's first byte arrived, but not its last?
-    unread: asyncio.TimerHandle | None = None  #: runs while the client reads nothing
     cycle: Any
     transport: Any
     loop: Any
     flow: Any
-    unanswered: Sequence[Any] = ()  #: requests before the last one whose answers are not complete
-    behind = 0  #: bytes received after a request that is being answered
 
     def connection_made(self, transport: Any) -> None:
         """Start the header's deadline."""
+        self.timer: asyncio.TimerHandle | None = None
+        self.waiting_for = ""
+        self.partial = 0  #: bytes of a header that is not complete
+        self.bodiless = 0  #: bytes since the last one of a body: chunk sizes and trailers
+        self.trailing = False  #: is the header complete?
+        self.in_message = False  #: has a request's first byte arrived, but not its last?
+        self.unread: asyncio.TimerHandle | None = None  #: runs while the client reads nothing
+        self.unanswered: Sequence[Any] = ()  #: requests before the last one whose answers are not complete
+        self.behind = 0  #: bytes received after a request that is being answered
         super().connection_made(transport)  # type: ignore[misc]
         self.wait_for("header")
 
@@ -10665,21 +10700,13 @@ class LimitsMixin:
         super().on_headers_complete()  # type: ignore[misc]
         if self.cycle is None or self.cycle is before:
             return
-        self.cycle.scope["extensions"] = {SPLICE: functools.partial(self.splice, self.cycle)}
+        self.cycle.scope["extensions"] = {SPLICE: Splice(self.cycle)}
         if self.cycle.scope["http_version"] == "1.0":
             self.cycle.send = functools.partial(send_unchunked, self.cycle, self.cycle.send)
 
     def open_cycles(self) -> list[Any]:
         """The requests whose answers are not complete."""
         return [cycle for cycle in (*self.unanswered, self.cycle) if cycle and not cycle.response_complete]
-
-    def splice(self, cycle: Any, part: bytes) -> bool:
-        """Write a part of an answer that has begun; False: the client takes nothing now."""
-        if self.flow.write_paused or cycle.disconnected or not cycle.response_started or cycle.response_complete:
-            return False
-        if part:
-            self.transport.write(b"%x\r\n%b\r\n" % (len(part), part) if cycle.chunked_encoding else part)
-        return True
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
@@ -10765,6 +10792,20 @@ class LimitsMixin:
         self.refuse(InvalidRequest("not HTTP/1.1", "send an HTTP/1.1 request"))
 
 
+def inside_out(app: Any) -> Any:
+    """The app with its middlewares around FastAPI's own layers, which most requests then do not pass through.
+
+    It stays as it is if OpenTelemetry's SDK is loaded, as those layers trace the requests.
+    """
+    if "opentelemetry.sdk" in sys.modules:
+        return app
+    served = app
+    for layer, args, options in reversed(app.user_middleware):
+        served = layer(served, *args, **options)
+    app.user_middleware.clear()
+    return served
+
+
 def run_server(settings: Settings, sockets: list[socket.socket]) -> None:
     """Run a server process until it is stopped: the only one, or one of --workers."""
     import gc
@@ -10794,7 +10835,7 @@ def run_server(settings: Settings, sockets: list[socket.socket]) -> None:
     gc.freeze()  # imported objects are never collected: with 1,000 streams, scanning them paused us for 0.1 s
     gc.set_threshold(10_000, 50, 100)
     config = uvicorn.Config(
-        app,
+        inside_out(app),
         http=limited_protocol(settings),
         log_config=None,
         access_log=False,

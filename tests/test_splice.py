@@ -52,7 +52,7 @@ def pushes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Switches the splice off."""
-    return lambda: monkeypatch.setattr(product.LimitsMixin, "splice", lambda self, cycle, part: False)
+    return lambda: monkeypatch.setattr(product.Splice, "__call__", lambda self, make: None)
 
 
 def paced(stand: Stand, **changed: Any) -> Reply:
@@ -103,14 +103,15 @@ def test_the_end_is_never_spliced(stand: Stand, pushes: list[bool]) -> None:
     """What ends an answer, or counts its tokens, goes through the check."""
     stand.engine.script_chat(paced(stand))
     sent: list[bytes] = []
-    splice = product.LimitsMixin.splice
+    splice = product.Splice.__call__
     with pytest.MonkeyPatch.context() as patch:
 
-        def watched(self: Any, cycle: Any, part: bytes) -> bool:
-            sent.append(part)
-            return splice(self, cycle, part)
+        def watched(self: Any, make: Callable[[], bytes]) -> bytes | None:
+            part = splice(self, make)
+            sent.append(part or b"")
+            return part
 
-        patch.setattr(product.LimitsMixin, "splice", watched)
+        patch.setattr(product.Splice, "__call__", watched)
         ask(stand, CHAT)
     assert any(pushes) and not re.search(rb'"finish_reason": ?"|\[DONE\]|"usage": ?\{', b"".join(sent))
 
@@ -186,14 +187,14 @@ def test_a_client_that_leaves(stand: Stand, pushes: list[bool]) -> None:
 def test_a_client_that_reads_late_gets_it_all(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the client takes nothing, the engine's connection is read no further; nothing is lost or changes places."""
     waiting: list[int] = []
-    splice = product.LimitsMixin.splice
+    splice = product.Splice.__call__
 
-    def watched(self: Any, cycle: Any, part: bytes) -> bool:
-        took = splice(self, cycle, part)
+    def watched(self: Any, make: Callable[[], bytes]) -> bytes | None:
+        part = splice(self, make)
         waiting.append(self.transport.get_write_buffer_size())
-        return took
+        return part
 
-    monkeypatch.setattr(product.LimitsMixin, "splice", watched)
+    monkeypatch.setattr(product.Splice, "__call__", watched)
     (first, *_) = [piece for piece in paced(stand).pieces if product.is_plain(piece)]
     base = json.loads(first[6:])
     done = paced(stand).pieces[-1]

@@ -375,9 +375,9 @@ def lines_of(*pieces: bytes) -> list[bytes]:
     """What a reader makes of pieces of a stream, the last line without an end among it."""
     reader = LineReader()
     data = b"".join(map(reader.complete, pieces))
-    if reader.parts:
+    if reader.size:
         data += reader.complete(b"\n")
-    assert not reader.parts and data.endswith(b"\n")
+    assert not reader.size and data.endswith(b"\n")
     return [line.removesuffix(b"\r") for line in data.split(b"\n")[:-1]]
 
 
@@ -413,7 +413,7 @@ def test_a_long_line_in_small_pieces_costs_little() -> None:
 
 
 def test_an_empty_input_yields_no_lines() -> None:
-    assert LineReader().complete(b"") == b"" and not LineReader().parts
+    assert LineReader().complete(b"") == b"" and not LineReader().size
 
 
 @pytest.mark.parametrize("bad", [b"", b"{", b"NaN", b"Infinity", b'{"a": 1}x', b"\xff", b"[1,]"])

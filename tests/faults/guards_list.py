@@ -86,7 +86,7 @@ GUARDS: dict[str, Guard] = {
         "engine:no finish vllm api",
     ),
     "relayed events are looked at": Guard(
-        "or not GOOD_ENDS.issuperset(ends) or not CLEAN_EVENTS.fullmatch(data):",
+        "or not GOOD_ENDS.issuperset(ends) or not is_clean(data):",
         "and False:",
         "network",
         "engine:garbage inside vllm v1",
