@@ -2070,16 +2070,11 @@ def to_json(value: Any) -> bytes:
         raise InvalidRequest("a value is not valid Unicode or plain JSON", "send JSON values only") from exc
 
 
-class well_formed:
+class well_formed(contextlib.AbstractContextManager[None]):
     """A context for code that reads an engine's reply: missing or mistyped parts raise BadEngineReply."""
-
-    __slots__ = ("engine_type",)
 
     def __init__(self, engine_type: str) -> None:
         self.engine_type = engine_type
-
-    def __enter__(self) -> None:
-        return None
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: Any) -> None:
         if isinstance(exc, _MALFORMED) and not isinstance(exc, InferenceError):
