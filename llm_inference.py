@@ -3466,14 +3466,12 @@ class EngineChild:
             threading.Thread(target=watch, name="llm_inference watch", daemon=True).start()
 
     def _watch(self, generation: int) -> None:
-        while self.generation == generation and self.alive:
-            if not self._answers():
-                with self._starting:
-                    if self.generation == generation and self.alive:
-                        logger.error("%s has not answered for %g s: it is ended", self.name, self.LIVENESS)
-                        self.stop()
-                return
+        while self.generation == generation and self.alive and self._answers():
             time.sleep(self.LIVENESS / 6)
+        with self._starting:
+            if self.generation == generation and self.alive:
+                logger.error("%s has not answered for %g s: it is ended", self.name, self.LIVENESS)
+                self.stop()
 
     def _answers(self) -> bool:
         """False if it accepts a request but sends nothing; an engine that refuses connections is already ending."""
