@@ -521,14 +521,12 @@ def column(engine: str, surface: str, version: tuple[int, ...] = (999,)) -> Mapp
     return cells
 
 
-def field_rows() -> list[tuple[str, tuple[str, ...], list[str]]]:
+def field_rows() -> Iterator[tuple[str, tuple[str, ...], list[str]]]:
     """FIELDS, parsed: where a row applies, its cells in the order of ENGINES, and its fields."""
-    rows = []
     for line in FIELDS.splitlines()[2:]:
         if line and not line.startswith("#"):
             where, *cells, names = line.split(maxsplit=1 + len(ENGINES))
-            rows.append((where, tuple(ENGINES_NAMES.get(cell, cell) for cell in cells), names.split()))
-    return rows
+            yield where, tuple(ENGINES_NAMES.get(cell, cell) for cell in cells), names.split()
 
 
 def without_no_ops(body: Mapping[str, Any]) -> dict[str, Any]:
