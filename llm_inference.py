@@ -535,10 +535,9 @@ def without_no_ops(body: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in body.items():
         if value is not None and (name not in NO_OPS or not _among(value, NO_OPS[name])):
             kept[name] = value
-    if "tools" not in kept and kept.get("tool_choice") in ("auto", "none"):
-        del kept["tool_choice"]
-    if "functions" not in kept and kept.get("function_call") in ("auto", "none"):
-        del kept["function_call"]
+    for offered, choice in (("tools", "tool_choice"), ("functions", "function_call")):
+        if offered not in kept and kept.get(choice) in ("auto", "none"):
+            del kept[choice]
     if "logprobs" not in kept and _among(kept.get("top_logprobs"), (0,)):
         del kept["top_logprobs"]
     if _among(kept.get("top_k"), (0,)):
