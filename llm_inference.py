@@ -783,10 +783,9 @@ def _problem(error: dict[str, Any], where: str) -> str:
     return problem
 
 
-def invalid(exc: ValidationError, given: Iterable[str], known: Iterable[str]) -> InvalidRequest:
+def invalid(exc: ValidationError, given: Iterable[str], known: Collection[str]) -> InvalidRequest:
     """What `explain` says, with a suggestion for a misspelt field."""
     reason, param = explain(exc)
-    known = list(known)
     for name in given:
         if known and name not in known:
             hint = did_you_mean(str(name)[:100], known, f"the fields are {', '.join(sorted(known))}")
