@@ -2120,8 +2120,7 @@ def usage_of(payload: Mapping[str, Any]) -> Usage | None:
     used = payload.get("usage")
     if not used:
         return None
-    asked, written = count_of(used["prompt_tokens"]), count_of(used.get("completion_tokens"))
-    return Usage(prompt_tokens=asked, completion_tokens=written)
+    return Usage(count_of(used["prompt_tokens"]), count_of(used.get("completion_tokens")))
 
 
 def timing_of(payload: Mapping[str, Any]) -> Timing | None:
