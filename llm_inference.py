@@ -907,9 +907,8 @@ class Deadlines:
         """A copy with this `total` in seconds, to which `first_token` and `idle` are limited."""
         if total is None:
             return self
-        return dataclasses.replace(
-            self, total=total, first_token=min(self.first_token, total), idle=min(self.idle, total)
-        )
+        first_token, idle = min(self.first_token, total), min(self.idle, total)
+        return dataclasses.replace(self, total=total, first_token=first_token, idle=idle)
 
 
 @dataclass(slots=True, eq=False)
