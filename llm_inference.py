@@ -1300,8 +1300,7 @@ def normalize_schema(schema: Any) -> tuple[Schema, TypeAdapter[Any] | None]:
         adapter: TypeAdapter[Any] = TypeAdapter(schema)
         return adapter.json_schema(schema_generator=_SchemaGenerator), adapter
     except Exception as exc:  # pydantic raises several unrelated classes here
-        reason = f"schema: no JSON Schema can be made of this type ({first_line(exc)})"
-        raise InvalidRequest(reason, hint) from exc
+        raise InvalidRequest(f"schema: no JSON Schema can be made of this type ({first_line(exc)})", hint) from exc
 
 
 def first_line(exc: Exception) -> str:
@@ -3580,9 +3579,8 @@ def writable(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as exc:
-        reason = f"the cache cannot be written ({exc.strerror})"
         hint = "free some space, or set XDG_CACHE_HOME to a folder that you may write to"
-        raise EngineUnavailable(reason, hint, detail=str(folder)) from exc
+        raise EngineUnavailable(f"the cache cannot be written ({exc.strerror})", hint, detail=str(folder)) from exc
     return folder
 
 
