@@ -3509,10 +3509,10 @@ class EngineChild:
 
     def stage(self) -> str:
         """The stage of a starting engine, according to its log."""
-        stage: str | None = "starting"
+        stage = "starting"
         for match in _STAGES.finditer(self.log_tail(20_000)):
-            stage = match.lastgroup
-        return str(stage).replace("_", " ")
+            stage = str(match.lastgroup)
+        return stage.replace("_", " ")
 
     def stop(self) -> None:
         """End it and all its processes; returns when they have ended."""
