@@ -3335,8 +3335,7 @@ def start_watched(
     argv: list[str], env: dict[str, str], output: int | typing.IO[bytes], grace: float, folder: str = ""
 ) -> subprocess.Popen[bytes]:
     """Start a program behind a watcher, which ends it and removes `folder` when its own stdin is closed."""
-    spec = json.dumps({"argv": argv, "grace": grace, "folder": folder})
-    command = [sys.executable, "-I", "-S", "-c", WATCHER, spec]
+    command = [sys.executable, "-I", "-S", "-c", WATCHER, json.dumps({"argv": argv, "grace": grace, "folder": folder})]
     env = {**os.environ, "PYTHONSAFEPATH": "1", **env}  # a folder ./vllm here is not the package
     pipe = subprocess.PIPE
     try:
