@@ -1096,8 +1096,7 @@ def check_together(body: dict[str, Any]) -> None:
     if choice not in (None, "none", "auto") and not tools:
         raise bad_field("tool_choice", "there are no tools", "send tools, or leave it out")
     if isinstance(choice, dict) and name_of(choice) not in names:
-        listed = ", ".join(map(str, names))[:200]
-        raise bad_field("tool_choice", "not a function of tools", f"one of: {listed}")
+        raise bad_field("tool_choice", "not a function of tools", f"one of: {', '.join(map(str, names))[:200]}")
     if body.get("top_logprobs") and not body.get("logprobs"):
         raise bad_field("top_logprobs", "needs logprobs", "set logprobs to true")
     constraints = list(constraints_in(body))
