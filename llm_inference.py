@@ -1044,7 +1044,7 @@ def check_json(value: Any) -> None:
         text = pydantic_core.to_json(value, inf_nan_mode="constants")
         if b"NaN" in text or b"Infinity" in text:
             json.dumps(value, allow_nan=False, default=str)
-    except (ValueError, pydantic_core.PydanticSerializationError, UnicodeError, RecursionError) as exc:
+    except (ValueError, RecursionError) as exc:
         reason = f"the request holds a value that JSON cannot express ({type(exc).__name__})"
         raise InvalidRequest(reason, "send text that is valid Unicode, and plain JSON values") from None
 
