@@ -1347,7 +1347,7 @@ def _from_short_form(value: Any, where: str) -> Schema:
         return {"type": "array", "items": _from_short_form(value[0], _below(where, 0))}
     if not isinstance(value, dict) or not value:
         raise _not_a_type(value, where)
-    if where != "schema" and _is_json_schema(value):
+    if _is_json_schema(value):
         return value
     fields: dict[str, Any] = {}
     for name, part in value.items():
