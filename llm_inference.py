@@ -7564,8 +7564,10 @@ class EndpointConfig:
             raise bad_field("api_key_env", "was given beside api_key", "give one of them")
         if self.base_url:
             clean_url(self.base_url)
-        elif not self.model:
-            self._check_names()
+        elif not self.model and self.engine in ("vllm", "sglang"):
+            raise bad_field("model", "is required to start it", "name it, or the base_url of a server that runs")
+        elif self.engine == "ollama" and self.start == "on_request" and not (self.model or self.models):
+            raise bad_field("models", "its models are unknown until it runs", "list the models that it should serve")
         for key in ("start", "stop_after", "group", "python", "launch_args", "launch_env"):
             if getattr(self, key) in ("at_start", None, (), {}):
                 continue
@@ -7573,12 +7575,6 @@ class EndpointConfig:
                 raise bad_field(key, "this endpoint has a base_url, so it is not started here", f"remove {key}")
             if key in ("stop_after", "group") and self.start == "at_start":
                 raise bad_field(key, "what is stopped must be started again by a request", 'add start = "on_request"')
-
-    def _check_names(self) -> None:
-        if self.engine in ("vllm", "sglang"):
-            raise bad_field("model", "is required to start it", "name it, or the base_url of a server that runs")
-        if self.engine == "ollama" and self.start == "on_request" and not self.models:
-            raise bad_field("models", "its models are unknown until it runs", "list the models that it should serve")
 
     def key(self, env: Mapping[str, str] = os.environ) -> str | None:
         """The key that the engine asks for. Raises InvalidRequest for an `api_key_env` that is not set."""
