@@ -8173,20 +8173,19 @@ _FORMAT_FIELDS: _Specs = {
 }  # fmt: skip
 _TEXT_FIELDS: _Specs = {"format": _FORMAT_FIELDS, "verbosity": ("low", "medium", "high")}
 _REASONING_FIELDS: _Specs = {"effort": str, "summary": _SUMMARIES, "generate_summary": _SUMMARIES, "context": str}
-# fmt: off
 _RESPONSES_FIELDS: _Specs = {
     "background": bool, "include": list, "instructions": str, "max_output_tokens": int, "max_tool_calls": int,
     "metadata": dict, "model": str, "parallel_tool_calls": bool, "prompt_cache_key": str,
     "reasoning": _REASONING_FIELDS, "safety_identifier": str, "store": bool, "stream": bool,
     "stream_options": {"include_obfuscation": bool}, "temperature": float, "text": _TEXT_FIELDS, "tools": list,
     "top_logprobs": int, "top_p": float, "truncation": ("disabled", "auto"), "user": str,
-}
+}  # fmt: skip
 _FUNCTION_FIELDS: _Specs = {"type": str, "name": [str], "description": str, "parameters": dict, "strict": bool}
 _INCLUDABLE = (
     _LOGPROBS, "code_interpreter_call.outputs", "computer_call_output.output.image_url", "file_search_call.results",
     "message.input_image.image_url", "reasoning.encrypted_content", "web_search_call.action.sources",
     "web_search_call.results",
-)
+)  # fmt: skip
 #: The parts of text in the contents of items.
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text", "refusal")
 #: Fields of items and parts that are read, or are redundant; others are reported as ignored.
@@ -8212,8 +8211,7 @@ _CHAT_ONLY = {  # field of chat completions → what /v1/responses has instead
     "logprobs": f'include: ["{_LOGPROBS}"]', "max_completion_tokens": "max_output_tokens", "messages": "input",
     "max_tokens": "max_output_tokens", "n": "one request for each answer", "reasoning_effort": "reasoning.effort",
     "response_format": "text.format", "verbosity": "text.verbosity",
-}
-# fmt: on
+}  # fmt: skip
 #: Left out, and reported if they have a value: Codex sends the first, other clients always send `store: true`.
 _RESPONSES_HINTS = ("client_metadata", "prompt_cache_options", "store")
 
@@ -8463,7 +8461,6 @@ class _Form(NamedTuple):
 _MESSAGE = {"type": "message", "status": "in_progress", "role": "assistant", "content": []}
 _REASONING = {"type": "reasoning", "summary": []}
 _CALL = {"type": "function_call", "status": "in_progress", "arguments": ""}
-# fmt: off
 _FORMS = {
     "text": _Form("msg", _MESSAGE, "output_text", part="output_text"),
     "refusal": _Form("msg", _MESSAGE, "refusal", "refusal", "refusal"),
@@ -8478,8 +8475,7 @@ _ECHOED: dict[str, Any] = {  # what a Response repeats of its request → the va
     "parallel_tool_calls": True, "prompt_cache_key": None, "reasoning": {}, "safety_identifier": None,
     "temperature": None, "text": {}, "tool_choice": "auto", "top_logprobs": None, "top_p": None,
     "truncation": "disabled", "user": None,
-}
-# fmt: on
+}  # fmt: skip
 _ERROR_CODES = ("context_length_exceeded", "invalid_prompt", "rate_limit_exceeded", "server_error")
 #: finish_reason → incomplete_details
 _INCOMPLETE = {"length": {"reason": "max_output_tokens"}, "content_filter": {"reason": "content_filter"}}
@@ -8622,19 +8618,17 @@ _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "req
 _STOP_REASONS = {"stop": "end_turn", "tool_calls": "end_turn", "length": "max_tokens", "content_filter": "refusal"}
 _IMAGE_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
 _FORMAT: _Specs = {"type": [("json_schema",)], "schema": [dict]}
-# fmt: off
 _MESSAGES_FIELDS: _Specs = {
     "max_tokens": int, "messages": list, "stop_sequences": list, "stream": bool, "temperature": float, "tools": list,
     "output_config": {"effort": tuple(_REASONING_EFFORT), "format": _FORMAT},
     "output_format": _FORMAT,  # as an earlier beta of the API had it
     "thinking": {"display": ("summarized", "omitted"), "type": [("adaptive", "enabled", "disabled")]},
     "tool_choice": {"name": str, "disable_parallel_tool_use": bool, "type": [tuple(_TOOL_CHOICES)]},
-}
+}  # fmt: skip
 _MESSAGE_FIELDS: _Specs = {"role": [("user", "assistant", "system")], "content": [object]}
 _CUSTOM_TOOL: _Specs = {
     "type": str, "description": str, "strict": bool, "input_examples": list, "name": [str], "input_schema": [dict],
-}
-# fmt: on
+}  # fmt: skip
 #: The content blocks of each role, and of a tool result.
 _BLOCKS = {
     "user": ("text", "image", "tool_result"),
@@ -11354,14 +11348,13 @@ class Case(NamedTuple):
 #: the X-Error-Kind of a refusal that is right too, as not every engine and installation can do this
 _OPTIONAL = dict.fromkeys((EMBEDDINGS, COUNT_TOKENS, RERANK, TOKENIZE, DETOKENIZE), "unsupported_feature")
 _OPTIONAL |= {"/metrics": "not_found", "/ui": "not_found"}
-# fmt: off
 _PARIS = {  # bounded, because a small model may not stop
     "prompt": "Describe Paris: city and country.", "max_tokens": 200,
     "schema": {
         "type": "object", "required": ["city", "country"], "additionalProperties": False,
         "properties": {"city": {"type": "string", "maxLength": 40}, "country": {"enum": ["France", "Italy"]}},
     },
-}
+}  # fmt: skip
 _STREAM = {"stream": True}
 _NO_KEY, _WRONG_KEY = {"Authorization": ""}, {"Authorization": "Bearer wrong"}
 _TEXT, _DONE = '"text":"[^"]', r"data: \[DONE\]\s*$"
@@ -11419,7 +11412,6 @@ KEYED = (
     Case("wrong key", f"GET {API}/models", 401, headers=_WRONG_KEY),
     Case("OpenAI models, wrong key", "GET /v1/models", 401, headers=_WRONG_KEY),
 )
-# fmt: on
 
 
 def api_test(settings: Settings) -> int:
