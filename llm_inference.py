@@ -4146,9 +4146,8 @@ class BaseLLMAdapter:
 
     async def fold(self, request: GenerateRequest, body: dict[str, Any]) -> Answer:
         """The complete answer from a stream: every engine stops a stream when its reader disconnects."""
-        streamed = body | {"stream": True, "stream_options": {"include_usage": True}}
         answer = Answer()
-        async with contextlib.aclosing(self.events(request, streamed)) as bursts:
+        async with contextlib.aclosing(self.events(request, body | STREAMED)) as bursts:
             async for burst in bursts:
                 with well_formed(self.engine_type):
                     for payload in burst.payloads:
@@ -5874,7 +5873,7 @@ class OllamaTranslator(HTTPAdapter):
             reason = "ollama stopped before the answer was complete"
             raise BadEngineReply(reason, "it ends an answer that repeats one token; rephrase the prompt")
         answer = Answer()
-        for event in self._reader(request, body | {"stream_options": {"include_usage": True}})(payload):
+        for event in self._reader(request, body | STREAMED)(payload):
             answer.add(event)
         answer.complete(request.path)
         return answer
