@@ -7862,22 +7862,20 @@ def build_parser(prog: str = "llm_inference.py") -> "argparse.ArgumentParser":
     modes.add_argument("--check-config", action="store_true", help="print what would be served, and exit")
     modes.add_argument("--version", action="version", version=__version__, help="print the version, and exit")
     modes.add_argument("-h", "--help", action="help", help="print this text, and exit")
-    groups: dict[str, Any] = {}
+    group_named: Callable[[str], Any] = functools.cache(parser.add_argument_group)
     for key, field in OPTIONS.items():
         option: Option = field.metadata["option"]
-        if option.group not in groups:
-            groups[option.group] = parser.add_argument_group(option.group)
-        name, form = f"--{key.replace('_', '-')}", {"action": "store", "metavar": option.metavar}
+        name, form = f"--{key.replace('_', '-')}", {"metavar": option.metavar}
         text = option.help.format(engines=", ".join(LLMInferencer.ENGINE_MAP))
         if field.type is bool:
             form = {"action": "store_true"}
         elif isinstance(field.default, int | str):
             text += f" (default: {field.default})"
         elif key == "launch_args":
-            name, form = key, {"nargs": "*", "metavar": option.metavar}
+            name, form["nargs"] = key, "*"
         elif key in ("alias", "cors_origin", "api_key"):
             form["action"] = "append"
-        groups[option.group].add_argument(name, help=text, **form)
+        group_named(option.group).add_argument(name, help=text, **form)
     return parser
 
 
