@@ -11640,15 +11640,14 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """
     parser = build_parser(program())
     end = [*arguments, "--"].index("--")
-    launch_args = list(arguments[end + 1 :])
     values = vars(parser.parse_args(arguments[:end]))
     if "launch_args" in values:
         parser.error(f"{values['launch_args'][0]!r}: unexpected; the engine's own arguments go after --")
     ray, mode = values.pop("ray", False), values.pop("mode", "")
     if ray and mode != "serve":
         parser.error("--ray means nothing without --serve")
-    if launch_args:
-        values["launch_args"] = launch_args
+    if arguments[end + 1 :]:
+        values["launch_args"] = list(arguments[end + 1 :])
     if not mode:
         mode = "serve" if "check_config" in values else "self-test"
     return "ray" if ray else mode, values
