@@ -11661,8 +11661,7 @@ def run_mode(mode: str, values: dict[str, Any]) -> int:
         return check_config(settings)
     logs_steps = settings.verbose or mode in ("serve", "ray")
     logging.basicConfig(level=("WARNING", "INFO")[logs_steps], format=LOG_FORMAT, stream=sys.stderr)
-    run = {"serve": serve, "ray": serve_on_ray, "api-test": api_test, "self-test": self_test}[mode]
-    return run(settings)
+    return {"serve": serve, "ray": serve_on_ray, "api-test": api_test, "self-test": self_test}[mode](settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
