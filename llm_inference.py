@@ -8370,11 +8370,10 @@ def _tools_from_responses(reader: _Reader) -> dict[str, Any]:
         del function["type"]
         functions[name] = function
     names, choice = _chosen(functions, reader.body.pop("tool_choice", None))
-    parallel = reader.body.pop("parallel_tool_calls", None)
     if choice not in (None, "auto", "none") and not names:
         problem = "requires a call, and none of the tools that it allows is a function"
         raise _unsupported("tool_choice", problem, "send function tools")
-    return _tools([functions[name] for name in names], choice, parallel)
+    return _tools([functions[name] for name in names], choice, reader.body.pop("parallel_tool_calls", None))
 
 
 def _choice(name: str, names: Collection[str]) -> str:
