@@ -4002,8 +4002,7 @@ class BaseLLMAdapter:
         known = EngineOptions.__annotations__
         for name in options:
             if name not in known:
-                names = ("engine_type", "model_name", *known)
-                hint = did_you_mean(name, names, "see help(LLMInferencer)", cutoff=0.5)
+                hint = did_you_mean(name, ("engine_type", "model_name", *known), "see help(LLMInferencer)", cutoff=0.5)
                 raise bad_field(name, "no such option", hint)
         self.model_name, self.api_key = model_name, options.get("api_key")
         self.base_url: str | None = options.get("base_url")  # type: ignore[assignment]  # LLMInferencer takes several
