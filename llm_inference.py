@@ -5184,8 +5184,7 @@ class OpenAIAdapter(HTTPAdapter):
     def _checked_part(self, data: bytes) -> tuple[bytes, InferenceError | None]:
         """The lines of a stream before the first that is an error or not an event, and that error."""
         good, failing = bytearray(), False
-        data = NO_EVENT.sub(b"", data)
-        for line in re.findall(rb"[^\n]*\n", data):
+        for line in re.findall(rb"[^\n]*\n", NO_EVENT.sub(b"", data)):
             text = line.strip()
             failing = text == b"event: error" or (failing and bool(text))
             try:
