@@ -4706,10 +4706,8 @@ class Connection(EngineFinder):
 
     async def _stamp(self, target: Target) -> str:
         """What distinguishes one server at an address from another. Raises if it fails or is overloaded."""
-        found = []
-        for path in self._adapter.stamp_paths:
-            found.append(lasting(await self.fetch(target, path, strict=True)))
-        return json.dumps(found, sort_keys=True)
+        paths = self._adapter.stamp_paths
+        return json.dumps([lasting(await self.fetch(target, path, strict=True)) for path in paths], sort_keys=True)
 
     async def close(self) -> None:
         """Close the sessions and end what was started."""
