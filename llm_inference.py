@@ -7878,9 +7878,8 @@ def build_parser(prog: str = "llm_inference.py") -> "argparse.ArgumentParser":
 def _usage_error(message: str) -> NoReturn:
     """Raises InvalidRequest, suggesting the flag that was probably meant."""
     known = (*OPTIONS, "serve", "api_test", "ray", "check_config", "version", "help")
-    flags = [f"--{name.replace('_', '-')}" for name in known]
     given = (re.findall(r"--[\w-]+|(?<=')\w+", message) or [""])[0]
-    others = [flag for flag in flags if flag != given]
+    others = {f"--{name.replace('_', '-')}" for name in known} - {given}
     raise InvalidRequest(message, did_you_mean(f"--{given.lstrip('-')}"[:40], others, "see --help", cutoff=0.8))
 
 
