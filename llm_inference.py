@@ -5272,9 +5272,7 @@ def strict_tools(body: dict[str, Any], named_alone: bool) -> dict[str, Any]:
         tools, choice = [tool for tool in tools if name_of(tool) == name_of(choice)], "required"
     strict = []
     for tool in tools:
-        if isinstance(tool.get("function"), dict):
-            tool = tool | {"function": {**tool["function"], "strict": True}}
-        strict.append(tool)
+        strict.append(tool | {"function": {**tool["function"], "strict": True}})
     return {"tools": strict, "tool_choice": choice}
 
 
