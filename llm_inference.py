@@ -4337,7 +4337,7 @@ def start_timeout() -> float:
     return float(given)
 
 
-@dataclasses.dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Target:
     """The address of an engine, for one run of it."""
 
@@ -7400,7 +7400,7 @@ MODES = {"serve": "--serve", "ray": "--serve --ray", "api-test": "--api-test", "
 _OUR_ADDRESS, _ENGINES, _ALL = "serve ray api-test", "serve ray self-test", "serve ray api-test self-test"
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
     """Which values a setting accepts and how it is set. Without `help`, it has no flag and no key in the file."""
 
@@ -7526,7 +7526,7 @@ def _check_target(name: str, target: str, aliases: Mapping[str, Any], places: Co
     raise bad_field(f"aliases.{name}", f"{problem}: {target[:60]!r}", hint)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class EndpointConfig:
     """One server of one engine, attached by its `base_url` or started here: the keys of an [[endpoint]] table.
 
@@ -7595,7 +7595,7 @@ _STARTED, _OUTPUT = "started engines", "output"
 
 
 # fmt: off
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The operator's settings. Raises InvalidRequest with the field and its range, `param` being the field."""
 
