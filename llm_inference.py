@@ -146,12 +146,12 @@ class Progress:
         logger.info("%s: %s (%.1f s)", self.title, detail, time.monotonic() - self.started)
 
 
-def bar(done: int, total: int, width: int = 24) -> str:
+def bar(done: int, total: int) -> str:
     """A progress bar with its figures: a count, or MiB where the numbers are bytes."""
     done = min(done, total)
-    filled = round(width * done / total) if total else 0
+    filled = round(24 * done / total) if total else 0
     figures = f"{done}/{total}" if total < 1 << 20 else f"{done >> 20}/{total >> 20} MiB"
-    return f"{'█' * filled:·<{width}} {figures}"
+    return f"{'█' * filled:·<24} {figures}"
 
 
 def did_you_mean(given: str, known: Iterable[str], otherwise: str = "", cutoff: float = 0.6) -> str:
@@ -3989,7 +3989,7 @@ class BaseLLMAdapter:
     clamps_max_tokens: ClassVar[bool] = True  #: is max_tokens beyond the context reduced (or is it an error)?
     pull_hint: ClassVar[str] = "use another engine"
     #: seconds for which the default model and a model's features are cached
-    features_ttl: ClassVar[float] = float("inf")
+    features_ttl: ClassVar[float] = math.inf
     #: counts the times when what an engine serves, or an endpoint's health, may have changed in this process
     changes: ClassVar[int] = 0
     lost = 0  #: the value of `changes` when its last server was lost
@@ -4018,7 +4018,7 @@ class BaseLLMAdapter:
         self.version = ""  #: the server's version, once it is known
         self.identified = True  #: did the server say which engine it is?
         self._contexts: dict[str, int | None] = {}
-        self._default = (float("-inf"), "")  #: when the model to use by default was looked for, and its name
+        self._default = (-math.inf, "")  #: when the model to use by default was looked for, and its name
 
     # What a subclass may write
     def _stream(self, request: GenerateRequest) -> AsyncGenerator[list[Chunk], None]:
@@ -4926,7 +4926,7 @@ class HTTPAdapter(BaseLLMAdapter):
 
     def forget(self) -> None:
         """The server is lost: the next one there may be another version with other models."""
-        self._features, self._contexts, self._default = {}, {}, (float("-inf"), "")
+        self._features, self._contexts, self._default = {}, {}, (-math.inf, "")
         self.lost = BaseLLMAdapter.changes = BaseLLMAdapter.changes + 1
 
     def fields(self, surface: str) -> Mapping[str, str]:
@@ -4939,7 +4939,7 @@ class HTTPAdapter(BaseLLMAdapter):
         return await super().model_for(requested)
 
     async def features(self, model: str) -> frozenset[str]:
-        asked, found = self._features.get(model, (float("-inf"), frozenset()))
+        asked, found = self._features.get(model, (-math.inf, frozenset()))
         if time.monotonic() - asked < self.features_ttl:
             return found
         return await self.connection.flight.run(("features", model), functools.partial(self._find_features, model))
@@ -6018,7 +6018,7 @@ class OllamaAdapter(OllamaTranslator):
         if not model:
             raise bad_field("model", "is required", 'for example pull("qwen3:0.6b")')
         stage = ""
-        patient = dataclasses.replace(self.deadlines, total=float("inf"))
+        patient = dataclasses.replace(self.deadlines, total=math.inf)
         lines = self.connection.read("/api/pull", to_json({"model": model, "stream": True}), patient, Served())
         async with contextlib.aclosing(lines):
             async for data in lines:
@@ -6100,7 +6100,7 @@ MASK_64 = (1 << 64) - 1
 
 def has_answers(body: Mapping[str, Any]) -> bool:
     """Whether a request continues a conversation."""
-    return any(isinstance(each, dict) and each.get("role") == "assistant" for each in body.get("messages") or ())
+    return any(message.get("role") == "assistant" for message in body.get("messages") or ())
 
 
 def holds(listed: Container[str], model: str) -> bool:
@@ -6139,7 +6139,7 @@ class Endpoint:
         self.removed = False  #: finishes its requests, and gets no new ones
         self.config: Any = None  #: the EndpointConfig it was made from
         self.seed = zlib.crc32(self.name.encode()) * 0x9E3779B97F4A7C15 & MASK_64
-        self._listed_at = float("-inf")
+        self._listed_at = -math.inf
         self._listed: dict[str, ModelInfo] = {}
         self._listed_by = 0  #: the adapter's `lost` at that time; an earlier server's list is stale
         self._flight = SingleFlight()
@@ -6200,9 +6200,9 @@ class Endpoint:
     def known_since(self) -> float:
         """The time of its last list, for a router; `-inf` after a failure, `inf` before a start, which is a change."""
         if self.failures:
-            return float("-inf")
+            return -math.inf
         if self.named_before and not self.running:
-            return float("inf")
+            return math.inf
         return self._listed_at
 
     async def serves(self, model: str) -> bool:
@@ -6210,7 +6210,7 @@ class Endpoint:
         was_fresh = self.is_fresh(time.monotonic())
         listed = await self.models()
         if was_fresh and not holds(listed, model):
-            self._listed_at = float("-inf")
+            self._listed_at = -math.inf
             listed = await self.models()
         return holds(listed, model)
 
@@ -6254,7 +6254,7 @@ class Endpoint:
 
     def expire(self) -> None:
         """Mark its list as out of date."""
-        self._listed_at = float("-inf")
+        self._listed_at = -math.inf
         BaseLLMAdapter.changes += 1
 
     def failed(self, error: InferenceError) -> None:
@@ -6303,12 +6303,10 @@ def model_alias(model: str | None) -> str:
 
 def prefix_hash(body: Mapping[str, Any]) -> int:
     """A hash of a request's beginning, which prefix caches hold: system prompt, tools and first message."""
-    found = zlib.crc32(to_json(body["tools"])) if "tools" in body else 0
-    for message in body.get("messages") or [body.get("prompt") or body.get("input")]:
-        content = message.get("content") if isinstance(message, dict) else message
-        text = content.encode(errors="replace") if isinstance(content, str) else to_json(content)
-        found = zlib.crc32(text, found)
-        if not isinstance(message, dict) or message.get("role") not in ("system", "developer"):
+    found = zlib.crc32(to_json(body.get("tools")))
+    for message in body.get("messages") or [{"content": body.get("prompt") or body.get("input")}]:
+        found = zlib.crc32(to_json(message.get("content")), found)
+        if message.get("role") not in ("system", "developer"):
             break
     return found
 
@@ -6352,11 +6350,11 @@ class Balancer:
     def __init__(self) -> None:
         self._homes: dict[int, Endpoint] = {}  #: hash of a conversation's beginning → where it began
 
-    def in_order(self, groups: Iterable[Replicas], key: int, begins: bool) -> Iterator[Route]:
+    def in_order(self, groups: Iterable[Replicas], key: int, new: bool) -> Iterator[Route]:
         """Where a request may go; each one is chosen only once the previous one has failed."""
         for group in groups:
             tried: list[Endpoint] = []
-            while endpoint := self.choose(group, key, begins, tried):
+            while endpoint := self.choose(group, key, new, tried):
                 yield endpoint, group.model
                 tried.append(endpoint)
 
@@ -6428,8 +6426,8 @@ class Router(Balancer):
         if changes != BaseLLMAdapter.changes or time.monotonic() - since > Endpoint.LIST_TTL:
             groups = await self._find(name)
         key = prefix_hash(request.body)
-        begins = key not in self._homes and not has_answers(request.body)
-        return self.in_order(groups, key, begins)
+        new = key not in self._homes and not has_answers(request.body)
+        return self.in_order(groups, key, new)
 
     async def _find(self, name: str | None) -> list[Replicas]:
         """The endpoints for a name that are up; cached while none has failed."""
@@ -9192,9 +9190,7 @@ def piece_data(piece: Piece) -> dict[str, Any]:
 class OpenAISurface(Surface):
     """POST /v1/chat/completions, /v1/completions and /v1/embeddings: OpenAI's body in, the engine's bytes out."""
 
-    renamed: tuple[bytes, bytes] | tuple[()] | None = (
-        None  #: the engine's name for the model, and the caller's if it differs
-    )
+    renamed: tuple[bytes, bytes] | None = None  #: the engine's name for the model, and the caller's
 
     def read(self, body: dict[str, Any]) -> GenerateRequest:
         body = without_no_ops(body)
@@ -9219,9 +9215,9 @@ class OpenAISurface(Surface):
     def _with_name(self, data: bytes, served: Served) -> bytes:
         """The engine's bytes, with the model's name as the caller wrote it."""
         if self.renamed is None:
-            pair = (b'"model":' + to_json(served.model), b'"model":' + to_json(self.model))
-            self.renamed = pair if pair[0] != pair[1] else ()
-        return data.replace(*self.renamed) if self.renamed else data
+            self.renamed = (b'"model":' + to_json(served.model), b'"model":' + to_json(self.model))
+        old, new = self.renamed
+        return data if old == new else data.replace(old, new)
 
 
 def chat_request(surface: Surface, body: dict[str, Any], path: str, **more: Any) -> GenerateRequest:
@@ -9822,7 +9818,7 @@ class Exchange:
     surface: Surface
     task: asyncio.Task[Any]
     send: Send
-    splice: "Splice | None"  #: our own server's
+    splice: Callable[[Callable[[], bytes]], bytes | None] | None  #: our own server's, see `LimitsMixin.splice`
     body: bytes | None = None  #: set if it was read before
     error_kind, first_event = "", 0.0
     started = False  #: has the answer begun?
@@ -9992,11 +9988,10 @@ class Exchange:
 class EventWriter:
     """Sends a stream's parts, and comments in its pauses; notices a client that does not read."""
 
-    __slots__ = ("_comment", "_timer", "changed", "exchange", "idle", "loop", "sending", "served", "splice", "surface")
+    __slots__ = ("_comment", "_timer", "changed", "exchange", "idle", "loop", "sending")
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange, self.loop = exchange, asyncio.get_running_loop()
-        self.splice, self.surface, self.served = exchange.splice, exchange.surface, exchange.served
         self.idle = exchange.gateway.settings.deadlines.idle
         self.changed, self.sending = self.loop.time(), True
         self._comment: asyncio.Task[None] | None = None  #: sends the last comment
@@ -10012,10 +10007,11 @@ class EventWriter:
 
     def push(self, burst: Burst) -> bool:
         """Send a burst from outside the task that waits for it; False if only that task can."""
-        if self.splice is None or self.sending:
+        exchange = self.exchange
+        if exchange.splice is None or self.sending:
             return False
         try:
-            part = self.splice(functools.partial(self.surface.event, burst, self.served))
+            part = exchange.splice(functools.partial(exchange.surface.event, burst, exchange.served))
         except Exception:  # the task will raise it too
             return False
         if part:
@@ -10551,26 +10547,7 @@ def add_server_routes(app: "FastAPI", gateway: Gateway) -> None:
         app.router.routes.append(routing.Route(path, answer, methods=["GET"]))
 
 
-SPLICE = "llm_inference.splice"  #: our extension of ASGI's scope: the request's `Splice`
-
-
-class Splice:
-    """Writes parts of a streamed answer to the client's connection without waiting."""
-
-    __slots__ = ("cycle", "flow", "transport")
-
-    def __init__(self, cycle: Any) -> None:
-        self.cycle, self.flow, self.transport = cycle, cycle.flow, cycle.transport
-
-    def __call__(self, make: Callable[[], bytes]) -> bytes | None:
-        """Make a part of an answer that has begun, and write it; None: the client takes nothing now."""
-        cycle = self.cycle
-        if self.flow.write_paused or cycle.disconnected or not cycle.response_started or cycle.response_complete:
-            return None
-        part = make()
-        if part:
-            self.transport.write(b"%x\r\n%b\r\n" % (len(part), part) if cycle.chunked_encoding else part)
-        return part
+SPLICE = "llm_inference.splice"  #: our extension of ASGI's scope: `LimitsMixin.splice` for this request
 
 
 async def send_unchunked(cycle: Any, send: Send, message: dict[str, Any]) -> None:
@@ -10662,13 +10639,22 @@ class LimitsMixin:
         super().on_headers_complete()  # type: ignore[misc]
         if self.cycle is None or self.cycle is before:
             return
-        self.cycle.scope["extensions"] = {SPLICE: Splice(self.cycle)}
+        self.cycle.scope["extensions"] = {SPLICE: functools.partial(self.splice, self.cycle)}
         if self.cycle.scope["http_version"] == "1.0":
             self.cycle.send = functools.partial(send_unchunked, self.cycle, self.cycle.send)
 
     def open_cycles(self) -> list[Any]:
         """The requests whose answers are not complete."""
         return [cycle for cycle in (*self.unanswered, self.cycle) if cycle and not cycle.response_complete]
+
+    def splice(self, cycle: Any, make: Callable[[], bytes]) -> bytes | None:
+        """Make a part of an answer that has begun, and write it; None: the client takes nothing now."""
+        if self.flow.write_paused or cycle.disconnected or not cycle.response_started or cycle.response_complete:
+            return None
+        part = make()
+        if part:
+            self.transport.write(b"%x\r\n%b\r\n" % (len(part), part) if cycle.chunked_encoding else part)
+        return part
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
@@ -10761,10 +10747,10 @@ def inside_out(app: Any) -> Any:
     """
     if "opentelemetry.sdk" in sys.modules:
         return app
-    served = app
+    served: Any = copy.copy(app)
+    served.user_middleware = []
     for layer, args, options in reversed(app.user_middleware):
         served = layer(served, *args, **options)
-    app.user_middleware.clear()
     return served
 
 

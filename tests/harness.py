@@ -109,8 +109,8 @@ class Stand:
         return self
 
     def served(self) -> Any:
-        """What is served: the app; subclasses may put a layer around it."""
-        return self.app
+        """What is served: the app as `run_server` has it; subclasses may put a layer around it."""
+        return product.inside_out(self.app)
 
     def __exit__(self, *exc: Any) -> None:
         self._stack.__exit__(*exc)

@@ -701,7 +701,6 @@ def test_conversations_that_begin_in_several_threads_are_remembered_within_the_l
         ({"messages": [{"role": "system", "content": "x"}, *HI]}, True),
         ({"messages": [*HI, {"role": "assistant", "content": "a"}, *HI]}, False),
         ({"prompt": "a"}, True),
-        ({"messages": ["not a message"]}, True),
     ],
 )
 def test_a_conversation_begins_with_the_request_that_holds_no_answer(body: Any, begins: bool) -> None:

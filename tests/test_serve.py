@@ -148,6 +148,37 @@ def test_a_body_in_the_smallest_chunks_and_a_trailer_pass(port: int, limited: St
     assert (status, answer["data"]["text"]) == (200, TEXT)
 
 
+@pytest.mark.parametrize("traced", [False, True])
+def test_our_layers_are_around_those_of_fastapi_unless_they_trace(
+    traced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FastAPI's own layers cost every request a part of its time and every stream memory."""
+    passed: list[str] = []
+    call = FastAPI.__call__
+
+    async def watched(self: FastAPI, scope: Any, receive: Any, send: Any) -> None:
+        passed.append(scope.get("path", scope["type"]))
+        await call(self, scope, receive, send)
+
+    monkeypatch.setattr(FastAPI, "__call__", watched)
+    if traced:
+        monkeypatch.setitem(sys.modules, "opentelemetry.sdk", sys)
+    with Stand("vllm", api_keys=("k",), cors_origins=("https://a.example",)) as stand:
+        key, origin = {"authorization": "Bearer k"}, {"origin": "https://a.example"}
+        question = {"model": stand.model, "messages": HI}
+        assert stand.client.post(CHAT, json=question, headers=key).status_code == 200
+        assert (CHAT in passed) is traced
+        assert stand.client.post(CHAT, json=question).status_code == 401
+        asked = {**origin, "access-control-request-method": "POST"}
+        allowed = stand.client.options(CHAT, headers=asked).headers
+        assert allowed["access-control-allow-origin"] == "https://a.example"
+        answer = stand.client.post(CHAT, json=question, headers={**key, **origin})
+        assert answer.headers["access-control-allow-origin"] == "https://a.example"
+        assert stand.client.get("/nope", headers=key).json()["msg"].startswith("not_found: there is no route")
+        assert stand.client.get("/docs").status_code == 200
+    assert passed[0] == "lifespan" and "/nope" in passed
+
+
 @pytest.mark.parametrize("own", [True, False], ids=["--serve", "a host's uvicorn"])
 @pytest.mark.parametrize(
     "path, body",
@@ -183,9 +214,13 @@ def test_a_client_that_does_not_read_is_gone(own: bool, path: str, body: dict[st
 
 
 @pytest.mark.parametrize(
-    "stuck", ["http.response.start", b"data: 1\n\n", b": keep-alive\n\n", b""], ids=["head", "event", "comment", "end"]
+    ("stuck", "pause"),
+    [("http.response.start", 0), (b"data: 1\n\n", 0), (b": keep-alive\n\n", 60), (b": keep-alive\n\n", 0.2), (b"", 0)],
+    ids=["head", "event", "comment", "comment before the end", "end"],
 )
-def test_shutdown_does_not_wait_for_a_client_that_does_not_read(stuck: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shutdown_does_not_wait_for_a_client_that_does_not_read(
+    stuck: Any, pause: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Under any server: whichever message it is that does not go out."""
     monkeypatch.setattr(product, "KEEP_ALIVE_COMMENT", 0.1)
     settings = product.Settings(engine="vllm", base_url="127.0.0.1:9", deadlines=product.Deadlines(idle=0.2))
@@ -196,10 +231,10 @@ def test_shutdown_does_not_wait_for_a_client_that_does_not_read(stuck: Any, monk
         async def work(self, raw: bytes) -> None:
             await self.events(self.parts())
 
-        async def parts(self) -> AsyncGenerator[bytes, None]:
+        async def parts(self) -> AsyncGenerator[product.Burst, None]:
             try:
-                yield b"data: 1\n\n"
-                await asyncio.sleep(60 if stuck == b": keep-alive\n\n" else 0)
+                yield product.Burst(b"data: 1\n\n")
+                await asyncio.sleep(pause)
             finally:
                 ended.append(True)
 
@@ -214,6 +249,9 @@ def test_shutdown_does_not_wait_for_a_client_that_does_not_read(stuck: Any, monk
                 await asyncio.Future()
 
         await asyncio.wait_for(One(gateway, surface)({"type": "http", "path": "/x", "headers": []}, receive, send), 20)
+        for _ in range(5):  # turns that a cancelled task takes to end
+            await asyncio.sleep(0)
+        assert len(asyncio.all_tasks()) == 1, "a task is left"
 
     asyncio.run(ask())
     assert ended == [True] and gateway.in_flight == 0

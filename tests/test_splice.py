@@ -5,6 +5,7 @@ The slow path, which takes every burst through the tasks, is its reference: what
 
 import http.client
 import json
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -52,7 +53,7 @@ def pushes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Switches the splice off."""
-    return lambda: monkeypatch.setattr(product.Splice, "__call__", lambda self, make: None)
+    return lambda: monkeypatch.setattr(product.LimitsMixin, "splice", lambda self, cycle, make: None)
 
 
 def paced(stand: Stand, **changed: Any) -> Reply:
@@ -100,20 +101,38 @@ def test_both_paths_say_the_same(stand: Stand, path: str, pushes: list[bool], wi
 
 
 def test_the_end_is_never_spliced(stand: Stand, pushes: list[bool]) -> None:
-    """What ends an answer, or counts its tokens, goes through the check."""
+    """What ends an answer goes through the check."""
     stand.engine.script_chat(paced(stand))
     sent: list[bytes] = []
-    splice = product.Splice.__call__
+    splice = product.LimitsMixin.splice
     with pytest.MonkeyPatch.context() as patch:
 
-        def watched(self: Any, make: Callable[[], bytes]) -> bytes | None:
-            part = splice(self, make)
+        def watched(self: Any, cycle: Any, make: Callable[[], bytes]) -> bytes | None:
+            part = splice(self, cycle, make)
             sent.append(part or b"")
             return part
 
-        patch.setattr(product.Splice, "__call__", watched)
+        patch.setattr(product.LimitsMixin, "splice", watched)
         ask(stand, CHAT)
-    assert any(pushes) and not re.search(rb'"finish_reason": ?"|\[DONE\]|"usage": ?\{', b"".join(sent))
+    assert any(pushes) and not re.search(rb'"finish_reason": ?"|\[DONE\]', b"".join(sent))
+
+
+@pytest.mark.parametrize("path", [CHAT, "/api/v1/llm/chat"])
+def test_tokens_that_spliced_events_report_are_counted(
+    path: str, pushes: list[bool], caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM's continuous_usage_stats: every event has the usage so far."""
+    with Stand("vllm") as stand, caplog.at_level(logging.INFO, "llm_inference"):
+        events = paced(stand).pieces
+        counted = [
+            piece.replace(b"}\n\n", b',"usage":{"prompt_tokens":70,"completion_tokens":%d}}\n\n' % number)
+            for number, piece in enumerate(filter(product.is_plain, events), 1)
+        ]
+        finish = [piece for piece in events if b'"finish_reason":"' in piece][:1]
+        stand.engine.script_chat(paced(stand, pieces=[*counted, *finish, events[-1]]))
+        ask(stand, path)
+    assert any(pushes)
+    assert any(f" 70+{len(counted)} " in f"{record.getMessage()} " for record in caplog.records)
 
 
 @pytest.mark.parametrize(
@@ -187,14 +206,14 @@ def test_a_client_that_leaves(stand: Stand, pushes: list[bool]) -> None:
 def test_a_client_that_reads_late_gets_it_all(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the client takes nothing, the engine's connection is read no further; nothing is lost or changes places."""
     waiting: list[int] = []
-    splice = product.Splice.__call__
+    splice = product.LimitsMixin.splice
 
-    def watched(self: Any, make: Callable[[], bytes]) -> bytes | None:
-        part = splice(self, make)
+    def watched(self: Any, cycle: Any, make: Callable[[], bytes]) -> bytes | None:
+        part = splice(self, cycle, make)
         waiting.append(self.transport.get_write_buffer_size())
         return part
 
-    monkeypatch.setattr(product.Splice, "__call__", watched)
+    monkeypatch.setattr(product.LimitsMixin, "splice", watched)
     (first, *_) = [piece for piece in paced(stand).pieces if product.is_plain(piece)]
     base = json.loads(first[6:])
     done = paced(stand).pieces[-1]
@@ -234,6 +253,18 @@ def test_comments_fill_a_silence_between_spliced_tokens(monkeypatch: pytest.Monk
         stand.engine.script_chat(paced(stand, gap=0.35))
         answer = ask(stand, CHAT)
     assert any(pushes) and b": keep-alive\n\n" in answer and answer.endswith(b"data: [DONE]\n\n")
+
+
+def test_events_with_nothing_to_show_do_not_delay_the_comments(
+    monkeypatch: pytest.MonkeyPatch, pushes: list[bool]
+) -> None:
+    """The client sees a silence, though the engine sends events."""
+    monkeypatch.setattr(product, "KEEP_ALIVE_COMMENT", 0.3)
+    with Stand("vllm") as stand:
+        first, *others = paced(stand).pieces
+        stand.engine.script_chat(paced(stand, pieces=[first] * 20 + others, gap=0.05))
+        answer = ask(stand, "/v1/responses")
+    assert pushes.count(True) > 10 and b": keep-alive\n\n" in answer
 
 
 def test_a_checked_stream_is_not_spliced(stand: Stand, pushes: list[bool]) -> None:

@@ -25,6 +25,7 @@ from llm_inference import (
     error_text,
     escape_regex,
     from_json,
+    is_clean,
     join_tool_calls,
     make_request,
     sse_payloads,
@@ -414,6 +415,27 @@ def test_a_long_line_in_small_pieces_costs_little() -> None:
 
 def test_an_empty_input_yields_no_lines() -> None:
     assert LineReader().complete(b"") == b"" and not LineReader().size
+
+
+@pytest.mark.parametrize(
+    ("data", "clean"),
+    [
+        ('data: {"a": 1}\n\n', True),
+        ('data: {"a": "北京 🚲"}\n\ndata: {"b": {}}\n\n', True),
+        ('data: {"a": "\x00"}\n\n', False),
+        ('data: {"a": "\r"}\n\n', False),  # ends a line for a client
+        ('data: {"a": 1}\r\n\r\n', False),
+        ('data: {"a": 1}\n', False),
+        ('data: {"a": 1\n\n', False),
+        ("data: [1]\n\n", False),
+        ("data: {}\n\n", False),
+        ('event: x\ndata: {"a": 1}\n\n', False),
+        ('data: {"a": 1}\n\ndata: [DONE]\n\n', False),
+    ],
+)
+def test_which_events_are_passed_on_unread(data: str, clean: bool) -> None:
+    """What is not in the engines' own form is parsed first."""
+    assert is_clean(data.encode()) is clean
 
 
 @pytest.mark.parametrize("bad", [b"", b"{", b"NaN", b"Infinity", b'{"a": 1}x', b"\xff", b"[1,]"])
