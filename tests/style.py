@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS, FUNCTION_LONGEST = 120, 60
 # Where the module stands against its aims: no change may make these larger, and each that becomes smaller moves down.
-LINES, BYTES, FUNCTION_MEDIAN, FUNCTION_P90, CLASS_LONGEST = 11_665, 580_343, 7, 19, 200
+LINES, BYTES, FUNCTION_MEDIAN, FUNCTION_P90, CLASS_LONGEST = 11_665, 580_340, 7, 19, 200
 AIMS = {"lines": 5500, "bytes": 250_000, "function: median": 5, "function: 90th percentile": 18, "class: longest": 200}
 DENSITY = 5.0
 #: words that were a private vocabulary; in names, comments, docstrings and messages
